@@ -1,0 +1,77 @@
+# Each target sets up what it needs, once. The raw command stands beside it, for those without make.
+#
+#   make demo                    fine-tune a real model, before/after table
+#   make demo TASK=address       the same on US addresses -> JSON
+#   make test                    lint, types and the fast tests
+#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch without CUDA
+
+PYTHON ?= python3
+VENV ?= .venv
+TASK ?= icd10
+WORKERS ?= 2
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test test-all lint format types bench notebooks clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+
+# ---- set-up: stamp files inside the environment, so that it runs once and again when versions change
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "minilora needs Python >= 3.11, and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV), once: pip install -c constraints.txt -e '.[gguf]' (minutes)"
+	@$(PIP) install -qq -c constraints.txt $(FIND_TORCH) -e '.[gguf]'
+	@touch $@
+
+$(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV), once: pip install -c constraints.txt -e '.[all]' (minutes)"
+	@$(PIP) install -qq -c constraints.txt $(FIND_TORCH) -e '.[all]'
+	@touch $@ $(VENV)/.demo
+
+venv: $(BIN)/python  ## python3 -m venv .venv
+
+install: $(VENV)/.all  ## pip install -c constraints.txt -e '.[all]'
+
+# ---- what it is for
+
+demo: $(VENV)/.demo  ## python examples/demo.py --task icd10 (or address)
+	$(BIN)/python examples/demo.py --task $(TASK)
+
+bench: install  ## python benchmarks/NAME.py, each in turn
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+
+# ---- checks
+
+lint: install  ## ruff check . && ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+test: lint types  ## pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10
+
+test-all: install  ## pytest -m "slow or gpu": the real model, the wheel, examples and notebooks
+	$(BIN)/python -m pytest -q -m "slow or gpu" --durations=20
+
+format: install  ## ruff check --fix . && ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and outputs
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find minilora kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,86 @@
+"""What every test shares: threads, hypothesis' profile, what is skipped where, and two fixtures.
+
+A skip is loud: `-ra` in pyproject.toml prints each with its reason.
+"""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and pytest-xdist's processes do not mix
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# No deadline, no health check of speed: machines are shared. Derandomised: the same examples everywhere, so that
+# a failure seen in CI is seen at home.
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("house")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one core a worker; OMP_NUM_THREADS may not have reached us
+
+
+def constraints() -> dict[str, str]:
+    """Package -> version, as constraints.txt pins them."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
+def off_the_pin() -> str:
+    """Which of torch and triton differ from constraints.txt, as text; empty if none does."""
+    pinned = constraints()
+    found = {name: version(name).partition("+")[0] for name in ("torch", "triton")}
+    return ", ".join(f"{name} {got} instead of {pinned[name]}" for name, got in found.items() if got != pinned[name])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`gpu` tests skip without an accelerator, `strict` tests off the pinned versions."""
+    accelerator = torch.accelerator.is_available()
+    for item in items:
+        if item.get_closest_marker("gpu") and not accelerator:
+            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine: NOT TESTED here"))
+        if item.get_closest_marker("strict") and (why := off_the_pin()):
+            item.add_marker(pytest.mark.skip(reason=f"strict, and here is {why}"))
+
+
+@pytest.fixture
+def tiny_llama_config() -> dict:
+    """The config.json of a Llama small enough for a CPU: 2 layers, width 64, 4 heads on 2 KV heads, 384 tokens."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 384,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """What load_model and load_tokenizer take for SmolLM2-135M-Instruct: the Hub id, or the path of its GGUF."""
+    from minilora import samples
+
+    return samples.smollm2()

@@ -1,0 +1,114 @@
+"""Reading the repository's own source, for the tests of the house: files, syntax trees, imports, floors."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ("minilora", "kernels/minilora_kernels")
+STORIES = ("examples", "notebooks", "benchmarks")
+
+# Which room stands on which floor; the longest dotted prefix decides. A new room needs a word here, on purpose.
+ROOMS = {
+    3: ("train", "generate", "evaluate", "scores", "cli", "serve", "memory", "trace", "plot"),
+    2: ("inject", "adapters", "models", "data", "samples", "count"),
+    1: ("lora", "quant", "ops", "modules", "names", "config", "storage"),
+}
+FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms} | {"minilora_kernels": 0}
+
+
+def sources(*folders: str) -> list[str]:
+    """Paths of the Python files under these folders, relative to the root."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found if ".ipynb_checkpoints" not in path.parts)
+
+
+LIBRARY_FILES = sources(*LIBRARY)
+ALL_FILES = sources(*LIBRARY, *STORIES, "tests")
+
+
+@cache
+def text(path: str) -> str:
+    """Content of a file, by its path from the root."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@cache
+def tree(path: str) -> ast.Module:
+    """Syntax tree of a file."""
+    return ast.parse(text(path), path)
+
+
+def lines(path: str) -> int:
+    """Number of lines of a file."""
+    return len(text(path).splitlines())
+
+
+def module_of(path: str) -> str:
+    """minilora/models/__init__.py -> minilora.models; kernels/ is a source root and no part of a name."""
+    parts = Path(path).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in LIBRARY_FILES}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether a node is `if TYPE_CHECKING: …`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def import_nodes(node: ast.AST, typed: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Every import below `node`, in functions too; those under `if TYPE_CHECKING:` only if `typed`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif typed or not is_type_checking(child):
+            yield from import_nodes(child, typed)
+
+
+def imports(path: str, typed: bool = True) -> set[str]:
+    """Dotted names that a file imports: `from a import b` is a.b where that is a module of ours, else a."""
+    package = module_of(path) if path.endswith("__init__.py") else module_of(path).rpartition(".")[0]
+    found: set[str] = set()
+    for node in import_nodes(tree(path), typed):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+            continue
+        up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        base = ".".join([*up, *([node.module] if node.module else [])])
+        inner = {f"{base}.{alias.name}" for alias in node.names}
+        found |= {name if name in MODULES else base for name in inner}
+    return found
+
+
+def is_ours(name: str) -> bool:
+    """Whether a dotted name lies in the library."""
+    return name.partition(".")[0] in ("minilora", "minilora_kernels")
+
+
+def floor(module: str) -> int | None:
+    """The floor of a module of ours, None if FLOORS does not say."""
+    if module == "minilora":
+        return 3  # the public door
+    fitting = [room for room in FLOORS if module == room or module.startswith(room + ".")]
+    return FLOORS[max(fitting, key=len)] if fitting else None
+
+
+def functions(path: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of a file, methods and inner ones too, as path:name."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{path}:{node.name}", node
+
+
+def text_files() -> Iterator[Path]:
+    """Every text file that the repository could hold: no caches, environments, outputs."""
+    outside = {"out", "build", "dist", "__pycache__"}
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        hidden = any(part.startswith(".") or part in outside or part.endswith(".egg-info") for part in parts[:-1])
+        if path.is_file() and not hidden and path.suffix in (".py", ".md", ".toml", ".txt", ".ipynb", ".yaml", ""):
+            yield path

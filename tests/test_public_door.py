@@ -1,0 +1,111 @@
+"""Proves that the public door is one door, and light.
+
+`minilora.__all__`, what `dir` shows, what the file binds, the README's list and the command line name the same things;
+`import minilora` loads none of the packages that only some users need, and costs little beside torch.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import minilora as ml
+from source import ROOT, text, tree
+
+HEAVY = (
+    *("triton", "tokenizers", "transformers", "huggingface_hub", "safetensors", "jinja2", "tqdm"),
+    *("gguf", "matplotlib", "pyarrow", "peft", "bitsandbytes", "hypothesis", "pytest"),
+)
+IMPORT_SECONDS = 0.15
+COMMANDS = {"plan": "plan_memory"}  # the public function where the command is not named after it
+
+
+def python(code: str) -> str:
+    """What `code` prints in a fresh interpreter at the repository root."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- one door
+
+
+def test_all_is_sorted_and_importable():
+    assert list(ml.__all__) == sorted(set(ml.__all__))
+    for name in ml.__all__:
+        assert getattr(ml, name) is not None, name
+    with pytest.raises(AttributeError, match="quantise_model"):
+        ml.quantise_model  # noqa: B018  # the lookup is the test
+
+
+def test_dir_shows_the_door_and_nothing_else():
+    shown = json.loads(python("import json, minilora; print(json.dumps(dir(minilora)))"))
+    assert {name for name in shown if not name.startswith("_")} == {n for n in ml.__all__ if not n.startswith("_")}
+
+
+def test_the_file_binds_what_all_names():
+    """What editors complete is what `minilora/__init__.py` imports or assigns: nothing more, nothing less."""
+    bound: set[str] = set()
+    for node in ast.walk(tree("minilora/__init__.py")):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            bound |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    assert {name for name in bound if not name.startswith("_")} == {n for n in ml.__all__ if not n.startswith("_")}
+
+
+def readme_names() -> set[str]:
+    """Backticked names that open an item or a table row in the README's section on the public door."""
+    section = re.search(r"^#+ [^\n]*\b(?:public door|API)\b.*?(?=^#+ |\Z)", text("README.md"), flags=re.M | re.S | re.I)
+    assert section, "the README has no heading with 'public door' or 'API'"
+    openings = re.findall(r"^\s*[-*|]\s*(`.*?)(?:\||:|—|–|$)", section[0], flags=re.M)
+    return {name for opening in openings for name in re.findall(r"`(?:ml\.|minilora\.)?(\w+)[^`]*`", opening)}
+
+
+def test_the_readme_lists_the_door():
+    assert readme_names() == {name for name in ml.__all__ if not name.startswith("_")}
+
+
+def subcommands() -> set[str]:
+    """What `minilora --help` offers."""
+    usage = python("import sys; from minilora.cli import main; sys.argv = ['minilora', '--help']; main()")
+    found = re.search(r"\{([\w,-]+)\}", usage)
+    assert found, usage
+    return set(found[1].split(","))
+
+
+def readme_commands() -> set[str]:
+    """X of each `minilora X`, or `minilora X | Y`, that starts a line of the README's code, inline or fenced."""
+    readme = text("README.md")
+    code = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.M | re.S) + re.findall(r"`([^`\n]+)`", readme)
+    lists = re.findall(r"^(?:\$ )?minilora ([a-z]+(?: *\| *[a-z]+)*)", "\n".join(code), flags=re.M)
+    return {command.strip() for several in lists for command in several.split("|")}
+
+
+def test_each_command_wraps_a_public_function_and_stands_in_the_readme():
+    offered = subcommands()
+    for command in offered:
+        assert COMMANDS.get(command, command) in ml.__all__, f"minilora {command} wraps nothing public"
+    assert readme_commands() == offered
+
+
+# ---- a light one
+
+
+def test_import_loads_torch_and_numpy_only():
+    code = "import sys, torch; before = set(sys.modules); import minilora; print(*(set(sys.modules) - before))"
+    roots = {name.partition(".")[0] for name in python(code).split()}
+    assert not roots & set(HEAVY)
+    assert {"minilora"} <= roots
+
+
+def test_import_is_quick():
+    """Processor seconds beside torch's: a busy machine stretches the wall clock. The least of three is the cost."""
+    code = "import time, torch; t = time.process_time(); import minilora; print(time.process_time() - t)"
+    seconds = sorted(float(python(code)) for _ in range(3))
+    assert seconds[0] <= IMPORT_SECONDS, f"import minilora costs {seconds} s"
