@@ -1,0 +1,131 @@
+"""NF4 on the CPU against bitsandbytes: the same bits first, then the time, alternating in one run.
+
+    python benchmarks/nf4_cpu.py [--threads 2] [--rounds 21] [--dtype bfloat16]
+
+"new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which bitsandbytes' public
+function cannot on a CPU. The last contender is bitsandbytes' C function, called past its public one. The ceiling is
+copying the result's bytes into a kept tensor. On a busy machine only the ratios mean something, and even those
+favour few parallel regions (bitsandbytes has one a call, we have two a chunk): look at the load average.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import bitsandbytes
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.cextension import lib
+
+from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+
+SHAPES = ((4096, 4096), (1536, 576))
+COPY = "copy, out="
+
+
+def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
+    """Job -> contender -> call; bitsandbytes' public function first. Raises AssertionError unless all agree."""
+    plain, nested = ({"quant_type": "nf4", "compress_statistics": nested} for nested in (False, True))
+    packed, state = bnb.quantize_4bit(x, **plain)
+    packed2, state2 = bnb.quantize_4bit(x, **nested)
+    weight = quantize_nf4(x, double_quant=False)
+    weight2 = NF4Weight.from_state_dict({"w": packed2} | {f"w.{k}": v for k, v in state2.as_dict(True).items()}, "w")
+    expected, kept, source = bnb.dequantize_4bit(packed, state), torch.empty_like(x), x.clone()
+
+    assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(weight.absmax, state.absmax)
+    assert torch.equal(quantize_nf4(x).packed, packed2.view(-1))
+    assert torch.equal(dequantize_nf4(weight), expected)
+    assert torch.equal(dequantize_nf4(weight, out=kept), expected)
+    assert torch.equal(dequantize_nf4(weight2), bnb.dequantize_4bit(packed2, state2))
+
+    jobs: dict[str, dict[str, Callable[[], object]]] = {
+        "quantise": {
+            "bitsandbytes": lambda: bnb.quantize_4bit(x, **plain),
+            "minilora": lambda: quantize_nf4(x, double_quant=False),
+        },
+        "quantise, double": {
+            "bitsandbytes": lambda: bnb.quantize_4bit(x, **nested),
+            "minilora": lambda: quantize_nf4(x),
+        },
+        "dequantise": {
+            "bitsandbytes, new": lambda: bnb.dequantize_4bit(packed, state),
+            "minilora, new": lambda: dequantize_nf4(weight),
+            "minilora, out=": lambda: dequantize_nf4(weight, out=kept),
+            COPY: lambda: kept.copy_(source),
+        },
+        "dequantise, double": {
+            "bitsandbytes, new": lambda: bnb.dequantize_4bit(packed2, state2),
+            "minilora, new": lambda: dequantize_nf4(weight2),
+            "minilora, out=": lambda: dequantize_nf4(weight2, out=kept),
+            COPY: lambda: kept.copy_(source),
+        },
+    }
+    suffix = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[x.dtype]
+    if function := getattr(lib, f"cdequantize_blockwise_cpu_nf4_{suffix}", None):
+        sizes = [ctypes.c_longlong(n) for n in (64, *x.shape)]
+        pointers = [bnb.get_ptr(t) for t in (packed, state.absmax, kept)]
+        jobs["dequantise"]["bitsandbytes' C, out="] = lambda: function(*pointers, *sizes)
+        jobs["dequantise"]["bitsandbytes' C, out="]()
+        assert torch.equal(kept, expected)
+    return jobs
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each contender, in turns, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    card = {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": args.threads,
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+    }
+    print(*(f"{name}: {value}" for name, value in card.items()), sep="\n")
+    rows = []
+    for shape in SHAPES:
+        x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(getattr(torch, args.dtype))
+        for job, calls in contenders(x).items():
+            times = measure(calls, args.rounds * (1 if x.numel() > 1 << 22 else 5))
+            first = next(iter(times.values()))  # bitsandbytes' public function
+            ceiling = statistics.median(times[COPY]) if COPY in times else None
+            print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {args.dtype}; equal bits, checked")
+            print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ bnb (of minima)':>21}{'of the ceiling':>16}")
+            for name, ms in times.items():
+                median = statistics.median(ms)
+                ratio, ratio_of_min = median / statistics.median(first), min(ms) / min(first)
+                share = f"{ceiling / median:.0%}" if ceiling else "-"
+                print(
+                    f"{name:24}{median:10.3f}{min(ms):9.3f}{max(ms):9.3f}{ratio:13.3f} ({ratio_of_min:.3f}){share:>16}"
+                )
+                figures = {"median_ms": median, "min_ms": min(ms), "max_ms": max(ms)}
+                figures |= {"ratio": ratio, "ratio_of_min": ratio_of_min}
+                row = {"job": job, "shape": shape, "contender": name}
+                rows.append(row | {key: round(value, 4) for key, value in figures.items()})
+    print(json.dumps({"benchmark": "nf4_cpu", **card, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
