@@ -1,0 +1,170 @@
+"""An adapter as a folder in PEFT's format, which vLLM, llama.cpp's converter and others read too.
+
+    adapter_config.json         LoRAConfig, with PEFT's names
+    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight  fp32 (r, in)
+                                base_model.model.<layer>.lora_B.weight  fp32 (out, r)
+
+<layer> is the layer's name in the model; the adapter's own name is not in the file. Reading is strict: PEFT goes on
+with a warning, or without one, when keys are missing, left over or not finite, and then computes something else.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minilora.adapters.switch import check_adapter, list_adapters, use_adapter
+from minilora.config import LoRAConfig
+from minilora.inject import attach, linear_layers, lora_configs, lora_layers, new_adapters
+from minilora.lora import LoRAAdapter
+from minilora.modules import ends_with, is_conv1d
+from minilora.storage import read_tensors, write_tensors, write_text
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys, fp32; views of the live parameters."""
+    check_adapter(model, name)
+    return _keys(_adapters(model, name))
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+    """Write the adapter `name` to `folder` in PEFT's format. An adapter with NaN or infinity raises ValueError."""
+    tensors = adapter_state_dict(model, name)
+    _check_finite(tensors, f"adapter {name!r}")
+    config = lora_configs(model).get(name)
+    if config is None:
+        raise ValueError(f"adapter {name!r} was not made by inject or load_adapter: there is no config to save.")
+    values = config.to_dict()
+    if config.target_modules is None or config.target_modules == "all-linear":
+        values["target_modules"] = _spell_out(model, name)
+    values["base_model_name_or_path"] = config.base_model_name_or_path or _source(model)
+    values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in lora_layers(model).values())
+    folder = Path(folder)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, name: str = "default", *, allow_untrained: bool = False
+) -> list[str]:
+    """Read an adapter in PEFT's format into `model` and make it the active one; returns its layers' names.
+
+    Args:
+        folder: a folder, or the id of a repository on the Hub.
+        name: what to call it. If the model has an adapter of this name, that one must have the same layers and
+            shapes and takes the file's values.
+        allow_untrained: accept an adapter whose every B is zero, which does nothing.
+
+    Raises ValueError, with the model untouched, if the config asks for what is not supported or not there, if tensors
+    are missing, left over, of another shape or not finite, or if the adapter does nothing.
+    """
+    folder = _find(folder)
+    config = LoRAConfig.from_dict(_read_json(folder / CONFIG_FILE))
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    adapters = new_adapters(model, config)
+    _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(adapters).items()}, folder)
+    _check_finite(tensors, str(folder))
+    _check_trained(tensors, folder, allow_untrained)
+    if name in list_adapters(model):
+        existing = _adapters(model, name)
+        scalings = {path: adapter.scaling for path, adapter in adapters.items()}
+        if scalings != {path: adapter.scaling for path, adapter in existing.items()}:
+            raise ValueError(
+                f"adapter {name!r} exists with other layers or scaling: delete it, or load by another name."
+            )
+        _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(existing).items()}, folder)
+        adapters = existing
+    with torch.no_grad():
+        for key, parameter in _keys(adapters).items():
+            parameter.copy_(tensors[key])
+    if name in list_adapters(model):
+        use_adapter(model, name)
+    else:
+        attach(model, adapters, config, name)
+    return list(adapters)
+
+
+def _adapters(model: nn.Module, name: str) -> dict[str, LoRAAdapter]:
+    """The adapter's part of each layer that it is on, by the layer's name."""
+    found = {path: layer.adapters[name] for path, layer in lora_layers(model).items() if name in layer.adapters}
+    return {path: adapter for path, adapter in found.items() if isinstance(adapter, LoRAAdapter)}
+
+
+def _keys(adapters: dict[str, LoRAAdapter]) -> dict[str, Tensor]:
+    """PEFT key → the live tensor, for adapters by layer name."""
+    return {
+        f"{PREFIX}{path}.{factor}.weight": getattr(adapter, factor).detach()
+        for path, adapter in adapters.items()
+        for factor in ("lora_A", "lora_B")
+    }
+
+
+def _check_keys(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    problems = [f"missing: {key}" for key in expected if key not in tensors]
+    problems += [f"unexpected: {key} {tuple(t.shape)}" for key, t in tensors.items() if key not in expected]
+    for key, shape in expected.items():
+        if key in tensors and (tuple(tensors[key].shape) != shape or not tensors[key].is_floating_point()):
+            found = f"{tuple(tensors[key].shape)} {tensors[key].dtype}"
+            problems.append(f"wrong shape or dtype: {key}: expected {shape}, got {found}")
+    if problems:
+        raise ValueError(
+            f"{folder}: {len(problems)} tensors do not fit the config and the model. {'; '.join(problems[:3])}. "
+            f"Load it into the model it was trained on, with its own {CONFIG_FILE}."
+        )
+
+
+def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    if bad := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{where}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Training diverged.")
+
+
+def _check_trained(tensors: dict[str, Tensor], folder: Path, allow_untrained: bool) -> None:
+    ups = [key for key in tensors if key.endswith("lora_B.weight")]
+    zero = [key for key in ups if not tensors[key].any()]
+    if zero and len(zero) < len(ups):
+        warnings.warn(f"{folder}: {len(zero)} of {len(ups)} lora_B are all zero and do nothing: {zero}.", stacklevel=3)
+    if len(zero) == len(ups) and not allow_untrained:
+        raise ValueError(f"{folder}: every lora_B is zero: an untrained adapter. Pass allow_untrained=True to load it.")
+
+
+def _spell_out(model: nn.Module, name: str) -> list[str]:
+    """The adapter's targets as the shortest list: ends of names if they fit nothing else, else whole names."""
+    paths = [path for path, layer in lora_layers(model).items() if name in layer.adapters]
+    ends = sorted({path.rpartition(".")[2] for path in paths})
+    fitting = {path for path in linear_layers(model) if any(ends_with(path, end) for end in ends)}
+    return ends if fitting == set(paths) else sorted(paths)
+
+
+def _source(model: nn.Module) -> str | None:
+    """Where the base came from: Hub id or folder, as load_model and transformers note it on the model."""
+    return (
+        getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    )
+
+
+def _find(folder: str | Path) -> Path:
+    """A local folder, or a Hub repository's adapter files in the local cache."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    if str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{folder}: no such folder. Expected one with {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}.")
+    return values

@@ -1,0 +1,58 @@
+"""Which of a model's adapters are at work. Switching changes no weight: it sets a tuple of names on each layer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from minilora.inject import eject, lora_configs, lora_layers
+from minilora.names import unknown
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they came."""
+    names = (name for layer in lora_layers(model).values() for name in layer.adapters)
+    return list(dict.fromkeys([*lora_configs(model), *names]))
+
+
+def use_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
+    """Make one adapter, or several that add up, the active ones; only they are trainable. An unknown name raises."""
+    names = [name] if isinstance(name, str) else list(name)
+    for wanted in names:
+        check_adapter(model, wanted)
+    for layer in lora_layers(model).values():
+        layer.use(wanted for wanted in names if wanted in layer.adapters)
+
+
+@contextmanager
+def disabled_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block no adapter is active: outputs are the base model's own, bit for bit."""
+    before = [(layer, layer.active) for layer in lora_layers(model).values()]
+    for layer, _ in before:
+        layer.use([])
+    try:
+        yield
+    finally:
+        for layer, active in before:
+            layer.use(active)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter for good; layers left without any are the base's own again. An unknown name raises."""
+    check_adapter(model, name)
+    if list_adapters(model) == [name]:
+        eject(model)
+        return
+    for path, layer in lora_layers(model, remove_duplicate=False).items():
+        if name in layer.adapters:
+            layer.use(active for active in layer.active if active != name)
+            del layer.adapters[name]
+        if not layer.adapters:
+            model.set_submodule(path, layer.base_layer)
+    lora_configs(model).pop(name, None)
+
+
+def check_adapter(model: nn.Module, name: str) -> None:
+    """ValueError unless the model has an adapter of this name."""
+    if name not in (names := list_adapters(model)):
+        raise unknown("adapter", name, names)

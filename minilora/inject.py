@@ -1,0 +1,220 @@
+"""Put adapters into a model: find the layers, replace each by a LoRALayer around it, freeze the rest; and undo it.
+
+    model.layers.0.self_attn.q_proj: Linear   →   LoRALayer(base_layer=Linear, adapters={"default": LoRAAdapter})
+
+Works on any nn.Module. The model keeps its class, its forward and its parameters; only entries of `_modules` change.
+Finding comes first and completely: a target that matches nothing raises before anything is replaced.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from minilora.config import LoRAConfig
+from minilora.lora import LoRAAdapter, LoRALayer, linear_features
+from minilora.modules import ends_with, output_layer, tied_modules
+from minilora.names import unknown
+
+# What PEFT adapts when target_modules is None, by the model's type.
+DEFAULT_TARGETS = {"gpt2": ["c_attn"]} | dict.fromkeys(("llama", "mistral", "qwen2"), ["q_proj", "v_proj"])
+
+
+def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "default", seed: int = 0) -> list[str]:
+    """Give every targeted layer of `model` an adapter, make it the active one and freeze everything else.
+
+    Args:
+        config: what to adapt; None is `LoRAConfig()`.
+        name: the adapter's name. One that the model already has raises ValueError.
+        seed: A's initial values depend on this and on the layer's name, and on nothing else.
+
+    Returns the names of the adapted layers, in model order. Raises ValueError, with the model untouched, for a
+    target, exclusion, pattern or layer number that matches nothing, and for a rank larger than its layer.
+    """
+    config = config or LoRAConfig()
+    attach(model, new_adapters(model, config, seed), config, name)
+    return [path for path, layer in lora_layers(model, remove_duplicate=False).items() if name in layer.adapters]
+
+
+def new_adapters(model: nn.Module, config: LoRAConfig, seed: int = 0) -> dict[str, LoRAAdapter]:
+    """The adapters that `config` asks for, initialised, by the name of their layer. Changes nothing."""
+    return {path: _new_adapter(path, layer, config, seed) for path, layer in find_targets(model, config).items()}
+
+
+def attach(model: nn.Module, adapters: dict[str, LoRAAdapter], config: LoRAConfig, name: str) -> None:
+    """Put `adapters` (by layer name) into `model` as the adapter `name`, the only active one; freeze the rest."""
+    if any(name in layer.adapters for layer in lora_layers(model).values()):
+        raise ValueError(f"adapter {name!r} exists already. Choose another name, or delete_adapter(model, {name!r}).")
+    if not lora_configs(model):
+        trainable = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
+        model.__dict__["_trainable_before_lora"] = trainable
+    model.requires_grad_(False)
+    wrapped: dict[int, LoRALayer] = {}  # a module that stands under two names stays one module
+    for path, adapter in adapters.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, LoRALayer):
+            layer = wrapped.get(id(layer)) or wrapped.setdefault(id(layer), _without_adapters(layer))
+            model.set_submodule(path, layer)
+        if name not in layer.adapters:
+            layer.add_adapter(name, adapter)
+    lora_configs(model)[name] = config
+    for layer in lora_layers(model).values():
+        layer.use([name] if name in layer.adapters else [])
+
+
+def eject(model: nn.Module) -> list[str]:
+    """Undo every inject: the layers that were replaced are back in place and trainable as before.
+
+    Returns the names of the restored layers. Adapters that were not saved are gone; base weights never changed.
+    """
+    layers = lora_layers(model, remove_duplicate=False)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer.base_layer)
+    trainable = set(model.__dict__.pop("_trainable_before_lora", []))
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(path in trainable)
+    model.__dict__.pop("_lora_configs", None)
+    return list(layers)
+
+
+def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
+    """The model's LoRALayers by name, in model order."""
+    modules = model.named_modules(remove_duplicate=remove_duplicate)
+    return {path: module for path, module in modules if isinstance(module, LoRALayer)}
+
+
+def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
+    """The config of each injected adapter, by name; kept on the model itself."""
+    return model.__dict__.setdefault("_lora_configs", {})
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The linear layers that `config` targets, by name: what inject would adapt. Changes nothing."""
+    if isinstance(model, LoRALayer) or not dict(model.named_children()):
+        raise ValueError(f"model: expected a module with layers inside, got {type(model).__name__}: use LoRALayer(it).")
+    candidates = linear_layers(model)
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no linear layers to adapt.")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    target_modules = _default_targets(model) if config.target_modules is None else config.target_modules
+    if target_modules == "all-linear":
+        output = output_layer(model)
+        chosen = [path for path, layer in candidates.items() if layer is not output]
+    else:
+        chosen = _match("target_modules", target_modules, candidates, modules)
+    if config.exclude_modules:
+        excluded = _match("exclude_modules", config.exclude_modules, candidates, modules)
+        chosen = [path for path in chosen if path not in set(excluded)]
+    chosen = _in_layers(chosen, config)
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, kind):
+            if not any(_pattern_matches(key, path) for path in chosen):
+                raise unknown(kind, key, chosen)
+    if not chosen:
+        raise ValueError("no layer is left to adapt after exclude_modules and layers_to_transform.")
+    tied = tied_modules(model)
+    if shared := [path for path in chosen if path in tied]:
+        raise ValueError(
+            f"target {shared[0]!r} shares its weight with {tied[shared[0]][0]!r} (tied): not supported yet."
+        )
+    return {path: candidates[path] for path in chosen}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a LoRALayer can wrap it: nn.Linear and its kin, NF4Linear, transformers' Conv1D, a LoRALayer.
+
+    Not the output projection of nn.MultiheadAttention, which reads that layer's weight and never calls it.
+    """
+    try:
+        linear_features(module)
+    except ValueError:
+        return False
+    return hasattr(module, "weight") and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What an adapter can be put on, by name: every linear layer, and a LoRALayer but nothing inside it."""
+    inside = tuple(f"{path}." for path in lora_layers(model, remove_duplicate=False))  # never LoRA inside LoRA
+    modules = model.named_modules(remove_duplicate=False)
+    return {path: m for path, m in modules if is_linear(m) and not path.startswith(inside or ("\0",))}
+
+
+def _default_targets(model: nn.Module) -> list[str]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULT_TARGETS:
+        raise ValueError(
+            f"target_modules is None and there is no default for model type {model_type!r} "
+            f'(known: {sorted(DEFAULT_TARGETS)}). Give a list of names or "all-linear".'
+        )
+    return DEFAULT_TARGETS[model_type]
+
+
+def _match(kind: str, wanted: Sequence[str] | str, candidates: dict, modules: dict) -> list[str]:
+    """Names in `candidates` that match; a regular expression matches whole names, a list entry their ends."""
+    if isinstance(wanted, str):
+        found = [path for path in candidates if re.fullmatch(wanted, path)]
+        if not found:
+            raise unknown(f"{kind} (a regular expression for the whole name)", wanted, candidates)
+        return found
+    if not wanted:
+        raise ValueError(f'{kind}: expected names, a regular expression or "all-linear", got {wanted!r}.')
+    for entry in wanted:
+        if not any(ends_with(path, entry) for path in candidates):
+            if hits := [path for path in modules if ends_with(path, entry)]:
+                inside = [path for path in candidates if path.startswith(f"{hits[0]}.")]
+                raise ValueError(
+                    f"{kind}: {entry!r} is {type(modules[hits[0]]).__name__}, not a linear layer. "
+                    f"Linear layers in it: {[path.removeprefix(hits[0] + '.') for path in inside] or 'none'}."
+                )
+            raise unknown(kind, entry, candidates)
+    return [path for path in candidates if any(ends_with(path, entry) for entry in wanted)]
+
+
+def _in_layers(paths: list[str], config: LoRAConfig) -> list[str]:
+    """Those of `paths` whose layer number is in layers_to_transform; every number must be found."""
+    if config.layers_to_transform is None:
+        return paths
+    if isinstance(config.target_modules, str):
+        raise ValueError("layers_to_transform needs target_modules as a list of names; put the numbers in the regex.")
+    wanted = [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    patterns = (
+        [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or [r"[^.]*"]
+    )
+    number: dict[str, int] = {}  # the first number that follows a name: model.layers.3.mlp.up_proj → 3
+    for path in paths:
+        matches = [re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path) for pattern in patterns]
+        number.update((path, int(match[1])) for match in matches if match)
+    if missing := sorted(set(wanted) - set(number.values())):
+        there = sorted(set(number.values()))
+        raise ValueError(f"layers_to_transform: no targeted layer has the numbers {missing}; there are {there}.")
+    return [path for path in paths if number.get(path) in wanted]
+
+
+def _pattern_matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> LoRAAdapter:
+    r = next((r for key, r in config.rank_pattern.items() if _pattern_matches(key, path)), config.r)
+    alpha = next((a for key, a in config.alpha_pattern.items() if _pattern_matches(key, path)), config.lora_alpha)
+    layer_seed = int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1
+    try:
+        adapter = LoRAAdapter(
+            *linear_features(layer), r, alpha, config.lora_dropout, config.use_rslora, seed=layer_seed
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if config.init_lora_weights == "gaussian":
+        generator = torch.Generator("cpu").manual_seed(layer_seed)
+        adapter.lora_A.data.normal_(0, 1 / r, generator=generator)
+    return adapter
+
+
+def _without_adapters(base: nn.Module) -> LoRALayer:
+    layer = LoRALayer(base, r=1)
+    layer.use([])
+    del layer.adapters["default"]
+    return layer

@@ -1,0 +1,100 @@
+"""Proves that a merged model computes what the adapted one does, is an ordinary dense model, and that the model it was
+made from keeps every byte."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from minilora.adapters import merge, use_adapter
+from minilora.config import LoRAConfig
+from minilora.inject import inject, lora_layers
+from minilora.lora import LoRALayer
+from minilora.quant import NF4Linear, quantize_model
+
+TOKENS = torch.arange(8)[None]
+
+
+def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+        )
+        model = LlamaForCausalLM(config)
+    model = model.eval().to(dtype)
+    if quantize:
+        quantize_model(model)
+    inject(model, LoRAConfig(target_modules="all-linear"))
+    inject(model, LoRAConfig(target_modules=["c_attn" if kind == "gpt2" else "q_proj"], r=2), name="second")
+    for layer in lora_layers(model).values():
+        for adapter in layer.adapters.values():
+            nn.init.normal_(adapter.lora_B, std=0.1)
+    use_adapter(model, ["default", "second"])
+    return model
+
+
+# ---- oracle
+
+
+@pytest.mark.parametrize(("kind", "quantize"), [("llama", False), ("gpt2", False), ("llama", True)])
+def test_the_merged_model_computes_the_same(kind, quantize):
+    model = model_with_adapter(kind, quantize)
+    expected = model(TOKENS).logits
+    merged = merge(model)
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=2e-5)  # fp32, other order of sums
+    use_adapter(model, [])
+    assert (model(TOKENS).logits - expected).abs().max() > 1e-2  # the adapters did something
+    assert not any(isinstance(m, (LoRALayer, NF4Linear)) for m in merged.modules())
+
+
+def test_rounds_once_to_the_base_dtype():
+    model = model_with_adapter(dtype=torch.bfloat16)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    W = layer.weight.float()
+    for adapter in layer.adapters.values():
+        W = W + adapter.scaling * adapter.lora_B @ adapter.lora_A
+    merged = merge(model).get_submodule("model.layers.0.self_attn.q_proj")
+    assert torch.equal(merged.weight, W.bfloat16())
+
+
+# ---- property
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_the_given_model_keeps_every_byte(quantize):
+    model = model_with_adapter(quantize=quantize)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modules, logits = dict(model.named_modules()), model(TOKENS).logits
+    merged = merge(model)
+    for parameter in merged.parameters():
+        parameter.data.zero_()  # whatever happens to the copy
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(TOKENS).logits, logits)
+
+
+def test_the_merged_model_is_ordinary():
+    model = model_with_adapter()
+    merged = merge(model)
+    assert set(merged.state_dict()) == {key for key in copy.deepcopy(merged).state_dict()}
+    plain = type(model)(model.config)
+    plain.load_state_dict(merged.state_dict())
+    assert torch.equal(plain.eval()(TOKENS).logits, merged(TOKENS).logits)
+    assert inject(merged)  # and can be adapted again
+
+
+# ---- error
+
+
+def test_nothing_to_merge_raises():
+    model = model_with_adapter()
+    use_adapter(model, [])
+    with pytest.raises(ValueError, match="no active adapter"):
+        merge(model)
