@@ -1,0 +1,188 @@
+r"""The Llama family's decoder on one page: Llama 2/3, Mistral, SmolLM2.
+
+    x = embed(tokens)
+    for each layer:
+        x = x + attention(norm(x))        q, k rotated by position (rope.py); heads share keys (ops/attention.py)
+        x = x + mlp(norm(x))              SwiGLU (arXiv 2002.05202, eq. 6)
+    logits = lm_head(norm(x))
+
+Modules carry Hugging Face's names, so their paths are the keys of a checkpoint. Values agree with transformers' also in
+16 bit, because every rounding is where theirs is. Simplified against transformers: no labels, losses, dropout,
+attention-mask argument or output classes; document_ids says who sees whom, and padding is a document of its own.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from minilora.models.cache import KVCache
+from minilora.models.config import DecoderConfig
+from minilora.models.rope import rotate, rotation
+from minilora.ops.attention import attention, causal_mask
+
+
+class RMSNorm(nn.Module):
+    """y = w · x / √(mean(x²) + ε), in fp32 (arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)  # rounded before the product, as transformers does
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotated queries and keys; several query heads share a key head."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, d)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(self.index, k, v)  # (B, kv_heads, S, d)
+        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) · up x)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): `rope` is the cos and sin of rope.py."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; `CausalLM.hidden` runs them."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A decoder and its output layer. `gradient_checkpointing = True` trades a second forward for activation memory."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.name_or_path = ""  # where the weights came from
+        self.gradient_checkpointing = False
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(_initialise)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of input_ids (B, T); the other arguments as in `hidden`."""
+        return self.lm_head(self.hidden(input_ids, position_ids, document_ids, cache))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The last layer's output after the final norm, (B, T, D).
+
+        position_ids (B, T): default count on from the cache's length. Only differences matter to RoPE, so padding on
+            the left and packed documents need none.
+        document_ids (B, T): a token sees itself and earlier tokens of the same id. None: all are one document (id 0),
+            or, with a cache, go on with the document of their row's last token. Padding on the left takes the id -1.
+        cache: holds the earlier tokens; the new ones are appended.
+        mask (B or 1, 1, T, S), bool: who may look at whom, given outright (a tree of continuations, for example).
+        """
+        rows, count = input_ids.shape
+        past = cache.length if cache is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + count, device=input_ids.device)[None]  # (1, T)
+        if cache is not None:
+            document_ids = cache.extend_documents(document_ids, rows, count)  # (B, S)
+        x = self.model.embed_tokens(input_ids)  # (B, T, D)
+        rope = rotation(self.config.rope, self.config.head_dim, position_ids, x.dtype)
+        if mask is None:
+            mask = self._mask(count, past + count, document_ids, input_ids.device)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for layer in self.model.layers:
+            inputs = x, rope, mask, cache
+            x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)  # (B, T, D)
+        if cache is not None:
+            cache.advance(count, document_ids)
+        return self.model.norm(x)
+
+    def _mask(self, queries: int, keys: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+        window = self.config.sliding_window
+        if window is not None and window >= keys:
+            window = None  # nothing is that far back yet
+        if window is None and document_ids is None:
+            return None  # plain causal: the fast path
+        return causal_mask(queries, keys, window=window, document_ids=document_ids, device=device)
+
+    def tie_weights(self) -> None:
+        """Where the config says so, the output layer's weight *is* the embedding."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def _initialise(module: nn.Module) -> None:
+    """Small random weights, N(0, 0.02²), as transformers starts an untrained model."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,205 @@
+"""GGUF, llama.cpp's single-file format: config, tensors and tokenizer pieces of llama-architecture files.
+
+Three things differ from a Hugging Face checkpoint: the names; the rows of q_proj and k_proj (llama.cpp turns
+neighbouring channels (2i, 2i+1) where Hugging Face turns (i, i + d/2); undone here); and the values, in one of many
+quantised types, which are left to the `gguf` package. gguf_header.py reads the file's layout.
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.models.config import DecoderConfig
+from minilora.models.gguf_header import Record, read_header
+from minilora.models.rope import Rope, frequencies
+
+_NAMES = {  # GGUF -> Hugging Face, the part after the layer
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_SIZES = {  # keys under "llama." that every file has
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "context_length": "max_position_embeddings",
+}
+# All keys under "llama." that are read here or mean nothing; any other must be empty.
+_KEYS = _SIZES.keys() | set(
+    "vocab_size attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
+    "rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length "
+    "rope.scaling.finetuned tensor_data_layout".split()
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFields:
+    """What a tokenizer is built from. token_types: 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte."""
+
+    model: str  # "gpt2" is byte-level BPE, "llama" is SentencePiece
+    pre: str | None  # name of the pre-tokenizer, such as "smollm" or "llama-bpe"
+    tokens: list[str]
+    token_types: list[int]
+    merges: list[str]  # "left right", in the order of their rank
+    scores: list[float]
+    bos_token_id: int | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+    pad_token_id: int | None
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+
+class GGUFCheckpoint:
+    """A GGUF file seen as a Hugging Face checkpoint: `config`, `shapes` by name, `read(name)`, `where(name)`."""
+
+    def __init__(self, path: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(f"{path}: reading a GGUF model needs the gguf package: pip install 'minilora[gguf]'")
+        self.path = path
+        fields, self._records = read_header(path)
+        for name, record in self._records.items():
+            if record.offset + math.prod(_byte_shape(record)) > path.stat().st_size:
+                raise ValueError(f"{path} is cut off: tensor {name} ends after the file does. Download it again.")
+        factors = self._records.pop(_ROPE_FACTORS, None)
+        self.config = _config(path, fields, self._records, None if factors is None else self._dense(factors))
+        self._gguf_names = {_hf_name(path, name): name for name in self._records}
+        self.shapes = {name: self._records[gguf_name].shape for name, gguf_name in self._gguf_names.items()}
+
+    def where(self, name: str) -> str:
+        return f"{self._gguf_names[name]} of {self.path}" if name in self._gguf_names else str(self.path)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, fp32, in Hugging Face's row order."""
+        tensor = self._dense(self._records[self._gguf_names[name]])
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        module = name.split(".")[-2]
+        return unpermute(tensor, heads[module]) if module in heads else tensor
+
+    def _dense(self, record: Record) -> Tensor:
+        import gguf
+
+        kind, shape = gguf.GGMLQuantizationType(record.kind), _byte_shape(record)
+        raw = np.fromfile(self.path, np.uint8, count=math.prod(shape), offset=record.offset)
+        try:
+            dense = gguf.dequantize(raw.reshape(shape), kind)
+        except NotImplementedError:
+            raise ValueError(f"{self.path}: the gguf package cannot dequantise type {kind.name}.") from None
+        return torch.from_numpy(dense.copy() if not dense.flags.writeable else dense)
+
+
+def unpermute(rows: Tensor, heads: int) -> Tensor:
+    """Undoes llama.cpp's order of a head's rows: (h, i, half) back to (h, half, i). rows (heads·d, …)."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def read_tokenizer_fields(path: Path | str) -> TokenizerFields:
+    """The tokenizer stored in a GGUF file, without its tensors; needs no extra package."""
+    fields, _ = read_header(Path(path))
+
+    def get(name: str, default: Any = None) -> Any:
+        return fields.get(f"tokenizer.ggml.{name}", default)
+
+    if not get("tokens"):
+        raise ValueError(f"{path} holds no tokenizer (tokenizer.ggml.tokens is missing).")
+    return TokenizerFields(
+        model=get("model", ""),
+        pre=get("pre"),
+        tokens=get("tokens"),
+        token_types=get("token_type", [1] * len(get("tokens"))),
+        merges=get("merges", []),
+        scores=get("scores", []),
+        bos_token_id=get("bos_token_id"),
+        eos_token_id=get("eos_token_id"),
+        unk_token_id=get("unknown_token_id"),
+        pad_token_id=get("padding_token_id"),
+        add_bos=get("add_bos_token", get("model") == "llama" or get("pre") == "llama-bpe"),
+        add_eos=get("add_eos_token", False),
+        add_space_prefix=get("add_space_prefix", get("model") == "llama"),
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+
+
+def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], factors: Tensor | None) -> DecoderConfig:
+    if fields.get("general.architecture") != "llama":
+        raise ValueError(
+            f"{path}: unknown GGUF architecture {fields.get('general.architecture')!r}; minilora reads llama "
+            "(Llama, Mistral, SmolLM2). Other models: load with transformers and call ml.inject(model, ...) on them."
+        )
+    if fields.get("split.count", 0) > 1:
+        raise ValueError(f"{path} is one of {fields['split.count']} parts: join them with llama-gguf-split --merge.")
+    own = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
+    unread = {key: value for key, value in own.items() if key not in _KEYS and value not in (0, False, "", [])}
+    if unread:
+        raise ValueError(f"{path}: llama keys {unread} are unknown and may change the result.")
+    for key in (*_SIZES, "attention.layer_norm_rms_epsilon"):
+        if not isinstance(own.get(key), int | float) or not own[key] > 0:
+            raise ValueError(f"{path}: llama.{key} must be a positive number, got {own.get(key)!r}.")
+    sizes = {name: own[key] for key, name in _SIZES.items()}
+    if "token_embd.weight" not in records:
+        raise ValueError(f"{path}: no token_embd.weight: this is not a whole model.")
+    heads = sizes["num_attention_heads"]
+    head_dim = own.get("attention.key_length", sizes["hidden_size"] // heads)
+    if {own.get("attention.value_length", head_dim), own.get("rope.dimension_count", head_dim)} != {head_dim}:
+        raise ValueError(f"{path}: heads of {head_dim} channels of which not all are rotated or valued: not supported.")
+    return DecoderConfig(
+        vocab_size=records["token_embd.weight"].shape[0],
+        num_key_value_heads=own.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rms_norm_eps=own["attention.layer_norm_rms_epsilon"],
+        rope=_rope(path, own, head_dim, factors),
+        attention_bias="blk.0.attn_q.bias" in records,
+        mlp_bias="blk.0.ffn_gate.bias" in records,
+        tie_word_embeddings="output.weight" not in records,
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+        **sizes,
+    )
+
+
+def _rope(path: Path, own: dict[str, Any], head_dim: int, factors: Tensor | None) -> Rope:
+    theta = own.get("rope.freq_base", Rope.theta)
+    kind = own.get("rope.scaling.type", "none")
+    if factors is None:
+        return Rope(theta) if kind == "none" else Rope(theta, kind, own.get("rope.scaling.factor", 0.0))  # 0 raises
+    # Llama 3.1 and later store ω / ω' instead of its recipe: recover the recipe, then prove that it gives these values.
+    rope = Rope(theta, "llama3", round(factors.max().item(), 4))
+    expected = frequencies(Rope(theta), head_dim) / frequencies(rope, head_dim)
+    if kind != "none" or factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
+        raise ValueError(f"{path}: {_ROPE_FACTORS} is not the scaling of Llama 3.1: not supported.")
+    return rope
+
+
+def _hf_name(path: Path, name: str) -> str:
+    *prefix, module, leaf = name.split(".")
+    if not prefix and module in _TOP:
+        return f"{_TOP[module]}.{leaf}"
+    if len(prefix) == 2 and prefix[0] == "blk" and module in _NAMES:
+        return f"model.layers.{prefix[1]}.{_NAMES[module]}.{leaf}"
+    raise ValueError(f"{path}: tensor {name} is none of a Llama-family decoder.")
+
+
+def _byte_shape(record: Record) -> tuple[int, ...]:
+    """The stored tensor as rows of bytes."""
+    import gguf
+
+    return gguf.quant_shape_to_byte_shape(record.shape, gguf.GGMLQuantizationType(record.kind))

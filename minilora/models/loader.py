@@ -1,0 +1,130 @@
+"""Load a model with no more memory than it needs: the (quantised) model plus one tensor.
+
+The module tree is built on the meta device, where parameters have shapes and no storage. Then each tensor is read,
+checked, cast or quantised, and put in its place; a linear layer becomes an NF4Linear at that moment. The output layer,
+embeddings and norms are never quantised. Simplified against transformers: one device, no pickle, no remote code, and
+nothing is initialised for want of a tensor: what is missing, left over, mis-shaped or not finite is an error.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
+from minilora.models.decoder import CausalLM
+from minilora.models.gguf import GGUFCheckpoint
+from minilora.models.hub import resolve
+from minilora.quant import NF4Linear
+from minilora_kernels import quantize_nf4
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_OLD = ".rotary_emb.inv_freq"  # old Llama checkpoints store RoPE's frequencies, which the config determines
+
+
+def load_model(
+    source: str | Path,
+    *,
+    quantize: str | None = None,
+    double_quant: bool = True,
+    blocksize: int = 64,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool | None = None,
+) -> CausalLM:
+    """A Llama-family model in eval mode.
+
+    source: a Hub id, a folder with config.json and safetensors, or a .gguf file.
+    quantize: "nf4" keeps the linear layers in 4 bits (`double_quant` and `blocksize` as in `quantize_nf4`); None keeps
+        them in `dtype`.
+    dtype: of everything dense and of computing; "auto" picks what the hardware is fast in and prints it.
+    device: default a CUDA GPU if there is one, else the CPU.
+    Raises ValueError or OSError that name the file and tensor at fault and say what to do.
+    """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
+    place = resolve(source, revision, token, local_files_only)
+    checkpoint: Checkpoint = GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = pick_dtype(dtype, device)
+    with torch.device("meta"):
+        model = CausalLM(checkpoint.config)
+    for name in _match(model, checkpoint):  # sorted: a layer's bias is there before its weight is quantised
+        tensor = checkpoint.read(name)
+        _check(tensor, checkpoint.where(name), name)
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if quantize and leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head:
+            weight = replace(quantize_nf4(tensor.to(device), blocksize, double_quant), dtype=dtype)
+            model.set_submodule(path, NF4Linear(weight, module.bias))
+        else:
+            tensor = tensor.to(device, dtype, copy=True)  # a copy: what was read may be mapped from the file
+            _check(tensor, checkpoint.where(name), f"{name} in {dtype}")  # fp16 overflows where bf16 does not
+            setattr(module, leaf, nn.Parameter(tensor))
+        del tensor  # before the next one is read
+    model.tie_weights()
+    model.name_or_path = str(source)
+    return model.eval()
+
+
+def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """The dtype asked for; for "auto" the one this hardware is fast in, which is printed with the reason."""
+    if isinstance(dtype, torch.dtype) or dtype in _DTYPES:
+        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+        if chosen is None:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}.")
+        return chosen
+    if dtype != "auto":
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        name, why = ("bfloat16", "this GPU has it") if fast else ("float16", "this GPU has no bfloat16")
+    elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        name, why = "bfloat16", "this CPU has AVX512-BF16 or AMX"
+    else:
+        name, why = "float32", f"no 16-bit arithmetic known of this {device.type}"
+    print(f"minilora: dtype auto is {name}: {why}", file=sys.stderr)
+    return _DTYPES[name]
+
+
+def _match(model: CausalLM, checkpoint: Checkpoint) -> list[str]:
+    """The names to read, after checking that the checkpoint has each with the right shape, and nothing else."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(_OLD)}
+    tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{checkpoint.where('')} lacks {_some(missing)}, which its config asks for.")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise ValueError(
+            f"{checkpoint.where(unexpected[0])} has {_some(unexpected)}, which a {model.config.model_type} model of "
+            "this config has no place for. Is config.json the right one?"
+        )
+    for name, shape in sorted(found.items()):
+        if shape != expected[name]:
+            raise ValueError(f"{checkpoint.where(name)}: {name} has shape {shape}, its config says {expected[name]}.")
+    if tied is not None:
+        _check_tied(checkpoint)
+    return sorted(expected)
+
+
+def _check(tensor: Tensor, where: str, name: str) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(f"{where}: {name} is {tensor.dtype}, expected a 16- or 32-bit floating-point tensor.")
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN passes through min and max
+        raise ValueError(f"{where}: {name} holds NaN or infinity. Download it again, or load with dtype='float32'.")
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    if not torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")):
+        raise ValueError(
+            f"{checkpoint.where('lm_head.weight')}: lm_head.weight is not the embedding, but config.json ties the two "
+            "(tie_word_embeddings). Set it to false, or remove lm_head.weight."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,97 @@
+"""The loss of a language-model head, without ever holding the logits of a whole batch.
+
+    logits = h W^T                       (N, V): 16k tokens x 128k words x 4 bytes = 8 GB
+    loss   = sum_n  logsumexp(logits_n) - logits_n[y_n]
+    dloss/dlogits = softmax(logits) - onehot(y)
+    dloss/dh      = (softmax(logits) - onehot(y)) W
+
+The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass and each chunk's
+logits are dropped before the next is made; only dloss/dh (N, D) is kept. That holds while W is frozen, as it is in
+LoRA. A head that trains (or is not a plain matrix) goes through `head_cross_entropy`, which recomputes its chunks in
+backward. The loss is a *sum* over tokens: whoever calls divides, once, by the tokens of the whole step.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32, whatever the vocabulary
+LIFT = 2.0**10  # an exact factor that keeps small gradients in fp16 away from underflow
+
+
+def plain_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """hidden (N, D), weight (V, D), labels (N,) in [0, V) -> the summed loss, fp32. The specification."""
+    logits = (hidden @ weight.T).float()  # (N, V)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """`plain_cross_entropy`, `chunk` rows at a time; the gradient flows into `hidden` only."""
+    if weight.requires_grad:
+        return _checkpointed(hidden, lambda rows: F.linear(rows, weight), labels, chunk or _rows(weight))
+    _check(hidden, labels, chunk)
+    hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # no gradient is asked for: compute none
+    return _FrozenHead.apply(hidden, weight, labels, chunk or _rows(weight))  # pyright: ignore[reportReturnType] untyped
+
+
+def head_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """The same for any output layer: a frozen `nn.Linear` takes the fast path, everything else is called in chunks."""
+    weight = getattr(head, "weight", None)
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return linear_cross_entropy(hidden, head.weight, labels, chunk)
+    _check(hidden, labels, chunk)
+    return _checkpointed(hidden, head, labels, chunk or _rows(weight))
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            rows, targets = hidden[start : start + chunk], labels[start : start + chunk, None]  # (C, D), (C, 1)
+            logits = (rows @ weight.T).float()  # (C, V)
+            normaliser = logits.logsumexp(-1, keepdim=True)  # (C, 1)
+            loss += (normaliser - logits.gather(1, targets)).sum()
+            if gradient is not None:
+                # dloss/dlogits = softmax(logits) - onehot(y)
+                error = logits.sub_(normaliser).exp_()  # (C, V)
+                error.scatter_add_(1, targets, error.new_full(targets.shape, -1.0))
+                gradient[start : start + chunk] = error.mul_(LIFT).to(weight.dtype) @ weight  # (C, D)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] torch types it as *args
+        (gradient,) = ctx.saved_tensors
+        # multiplied in fp32: a loss scale of 2^16 is infinite in fp16
+        return (gradient.float() * (grad_loss / LIFT)).to(gradient.dtype), None, None, None
+
+
+def _checkpointed(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, chunk: int) -> Tensor:
+    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), targets, reduction="sum")
+
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        loss = loss + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+    return loss
+
+
+def _rows(weight: object) -> int:
+    """How many rows of logits make CHUNK_ELEMENTS; 256 for a head that does not tell its size."""
+    shape = getattr(weight, "shape", None)
+    return max(1, CHUNK_ELEMENTS // shape[0]) if shape is not None else 256
+
+
+def _check(hidden: Tensor, labels: Tensor, chunk: int | None) -> None:
+    if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"cross-entropy: expected hidden (N, D) and labels (N,), got {tuple(hidden.shape)} and "
+            f"{tuple(labels.shape)}. Select the labelled positions first."
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is the number of rows at a time and must be at least 1, got {chunk}")

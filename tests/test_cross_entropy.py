@@ -1,0 +1,186 @@
+"""The chunked cross-entropy of an output layer is the plain one: loss and gradient, for every chunk size and head.
+
+Oracles: the five-line plain form, torch's own gradient check in fp64, and the size of what is alive at the peak.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minilora.ops import cross_entropy as ce
+from minilora.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, plain_cross_entropy
+
+
+def problem(N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).double().norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+@given(
+    N=st.integers(1, 40), D=st.integers(1, 20), V=st.integers(2, 50), chunk=st.integers(1, 50), seed=st.integers(0, 99)
+)
+def test_loss_and_gradient_equal_the_plain_form(N, D, V, chunk, seed):
+    hidden, weight, labels = problem(N, D, V, seed=seed)
+    expected = plain_cross_entropy(hidden, weight, labels)
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    found = linear_cross_entropy(hidden, weight, labels, chunk)
+    (grad,) = torch.autograd.grad(found, hidden)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # fp32 sums in another order
+    assert torch.allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
+def test_gradient_by_finite_differences():
+    # logits are taken in fp32 by both forms, so the step is large and the tolerance that of fp32
+    hidden, weight, labels = problem(5, 4, 7)
+    assert torch.autograd.gradcheck(
+        lambda h: linear_cross_entropy(h, weight, labels, 2), hidden, eps=1e-2, atol=2e-3, rtol=1e-2
+    )
+
+
+@pytest.mark.parametrize("scale", [3.0, 1 / 160])
+def test_gradient_carries_the_outer_factor(scale):
+    hidden, weight, labels = problem(9, 8, 11)
+    (expected,) = torch.autograd.grad(plain_cross_entropy(hidden, weight, labels) * scale, hidden)
+    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, 4) * scale, hidden)
+    assert relative(grad, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_is_no_worse_than_the_plain_form(dtype):
+    hidden, weight, labels = problem(64, 32, 300, dtype)
+    exact = hidden.detach().float().requires_grad_()
+    loss = plain_cross_entropy(exact, weight.float(), labels)
+    (grad,) = torch.autograd.grad(loss, exact)
+    errors = {}
+    for form in (plain_cross_entropy, linear_cross_entropy):
+        found = form(hidden, weight, labels)
+        (g,) = torch.autograd.grad(found, hidden)
+        assert g.dtype == dtype and found.dtype == torch.float32
+        errors[form] = abs(found - loss).item() / loss.item(), relative(g.float(), grad)
+    for ours, plain in zip(errors[linear_cross_entropy], errors[plain_cross_entropy], strict=True):
+        assert ours <= 1.2 * plain  # the same roundings, summed in another order
+
+
+def test_fp16_keeps_gradients_that_would_underflow():
+    """A token the model is sure of: 1 - p is 6e-6 and its gradient 25 times fp16's smallest number."""
+    weight = torch.tensor([[0.125] * 8, [-0.125] * 8], dtype=torch.float16)
+    hidden = torch.full((1, 8), 6.0, dtype=torch.float16).requires_grad_()  # logits 6 and -6, exactly
+    labels = torch.tensor([0])
+    exact = hidden.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(plain_cross_entropy(exact, weight.float(), labels) * 2.0**12, exact)
+    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels) * 2.0**12, hidden)
+    assert relative(grad.float(), expected) < 2e-3  # fp16's unit roundoff is 5e-4
+
+
+def test_fp16_takes_a_loss_scale_that_fp16_cannot_hold():
+    hidden, weight, labels = problem(9, 8, 11, torch.float16)
+    weight = weight / 100
+    (plain,) = torch.autograd.grad(plain_cross_entropy(hidden, weight, labels), hidden)
+    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels) * 65536.0, hidden)
+    assert relative(grad.float(), plain.float() * 65536) < 2e-3
+
+
+class Head(nn.Module):
+    """An output layer that is no plain matrix."""
+
+    def __init__(self, D: int, V: int):
+        super().__init__()
+        self.a, self.b = nn.Linear(D, 3), nn.Linear(3, V)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trainable", "biased", "module"])
+def test_any_head(kind):
+    torch.manual_seed(0)
+    hidden, weight, labels = problem(10, 6, 9)
+    head = Head(6, 9) if kind == "module" else nn.Linear(6, 9, bias=kind == "biased")
+    if kind == "frozen":
+        head.requires_grad_(False)
+    parameters = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
+    found = head_cross_entropy(hidden, head, labels, 3)
+    assert torch.allclose(found, expected, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_trainable_weight_gets_its_gradient():
+    hidden, weight, labels = problem(10, 6, 9)
+    weight.requires_grad_()
+    expected = torch.autograd.grad(plain_cross_entropy(hidden, weight, labels), (hidden, weight))
+    found = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, 3), (hidden, weight))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
+    """The largest tensor that any operation makes has chunk x V elements, and none of them is saved for backward."""
+    N, D, V, chunk = 64, 4, 1000, 8
+    hidden, weight, labels = problem(N, D, V)
+    weight.requires_grad_(trainable)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            sizes = [
+                t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)
+            ]
+            largest = max([largest, *sizes])
+            return out
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t), Watch():
+        loss = linear_cross_entropy(hidden, weight, labels, chunk)
+        during_forward = list(saved)
+        loss.backward()
+    assert largest == chunk * V
+    assert max(during_forward) <= N * D or trainable and max(during_forward) <= V * D
+
+
+def test_default_chunk_bounds_the_logits(monkeypatch):
+    monkeypatch.setattr(ce, "CHUNK_ELEMENTS", 100)
+    hidden, weight, labels = problem(50, 4, 30)
+    sizes = []
+    monkeypatch.setattr(
+        torch.Tensor, "logsumexp", lambda x, *a, **k: sizes.append(x.shape) or torch.logsumexp(x, *a, **k)
+    )
+    assert torch.allclose(linear_cross_entropy(hidden, weight, labels), plain_cross_entropy(hidden, weight, labels))
+    assert {size[0] for size in sizes} <= {3, 2} and len(sizes) == 17
+
+
+def test_no_gradient_is_computed_when_none_is_asked_for(monkeypatch):
+    hidden, weight, labels = problem(5, 4, 7)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # only the gradient needs it
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden.detach(), weight, labels) > 0
+        assert linear_cross_entropy(hidden, weight, labels) > 0
+
+
+def test_no_labels_cost_nothing():
+    hidden, weight, labels = problem(0, 4, 7)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad is not None and hidden.grad.shape == (0, 4)
+
+
+def test_errors():
+    hidden, weight, labels = problem(5, 4, 7)
+    with pytest.raises(ValueError, match=r"expected hidden \(N, D\) and labels \(N,\)"):
+        linear_cross_entropy(hidden[None], weight, labels)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        linear_cross_entropy(hidden, weight, labels, 0)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(hidden, weight, labels + 7)

@@ -1,0 +1,211 @@
+"""Proves that config.json is read as transformers reads it, written so that it reads the same, never half understood.
+
+Oracle: LlamaConfig and MistralConfig of transformers, in the spelling of versions 4 and 5. Round trip: to_hf and back,
+and through transformers. Errors: another architecture, a quantised checkpoint, contradictions, and every field that
+would change the result and is not known.
+"""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig, MistralConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from minilora.models.config import DecoderConfig
+from minilora.models.rope import Rope, frequencies
+from tiny import LLAMA3, SIZES
+
+# config.json as published: Llama 3.2 1B (transformers 4 spelling) and SmolLM2, with fields that mean nothing here.
+LLAMA_32 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+SMOLLM2 = {
+    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "is_llama_config": True},
+    **{"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    **{"num_hidden_layers": 30, "vocab_size": 49152, "rope_theta": 100000, "rope_interleaved": False},
+    **{"rope_scaling": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "max_position_embeddings": 8192},
+    **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "rms_norm_eps": 1e-05},
+}
+BASE = {"model_type": "llama", **SIZES}
+
+
+# ---- oracle: transformers
+
+
+def test_published_configs():
+    llama = DecoderConfig.from_hf(LLAMA_32)
+    assert llama.rope == Rope(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
+    assert (llama.eos_token_id, llama.dtype, llama.tie_word_embeddings) == ((128001, 128008, 128009), "bfloat16", True)
+    smol = DecoderConfig.from_hf(SMOLLM2)
+    assert (smol.head_dim, smol.num_key_value_heads, smol.rope, smol.sliding_window) == (64, 3, Rope(100000), None)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig])
+def test_transformers_5_spelling_and_defaults(config_class):
+    """What transformers writes, in full and as differences; and what it fills in for a file that says little."""
+    theirs = config_class(**SIZES, dtype="float16", rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    ours = DecoderConfig.from_hf(theirs.to_dict())
+    assert ours == DecoderConfig.from_hf(json.loads(theirs.to_json_string()))
+    assert (ours.rope, ours.dtype, ours.head_dim) == (Rope(7.0), "float16", 16)
+    little = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"} | {"num_attention_heads": 8}
+    ours = DecoderConfig.from_hf({"model_type": config_class.model_type, **little})
+    theirs = config_class(**little)
+    shared = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    for name in shared:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    nothing = {"num_key_value_heads": None, "head_dim": None, "sliding_window": None}  # null is not absent
+    ours = DecoderConfig.from_hf({"model_type": config_class.model_type, **little, **nothing})
+    assert (ours.num_key_value_heads, ours.head_dim, ours.sliding_window) == (8, 8, None)
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}, LLAMA3],
+    ids=["linear", "old name of the kind", "llama3"],
+)
+def test_frequencies_equal_transformers(scaling):
+    theirs = LlamaConfig(**SIZES, rope_theta=500.0, rope_scaling=dict(scaling))
+    expected, factor = ROPE_INIT_FUNCTIONS[theirs.rope_parameters["rope_type"]](theirs)
+    rope = DecoderConfig.from_hf({**BASE, "rope_theta": 500.0, "rope_scaling": scaling}).rope
+    assert factor == 1.0
+    assert torch.equal(frequencies(rope, 16), expected)
+    assert not torch.equal(frequencies(rope, 16), frequencies(Rope(500.0), 16))
+
+
+def test_llama3_without_its_original_length_takes_the_context():
+    scaling = {name: value for name, value in LLAMA3.items() if name != "original_max_position_embeddings"}
+    config = DecoderConfig.from_hf({**BASE, "max_position_embeddings": 512, "rope_parameters": scaling})
+    assert config.rope.original_max_position_embeddings == 512
+
+
+# ---- round trip
+
+ropes = st.one_of(
+    st.builds(Rope, theta=st.floats(10, 1e7)),
+    st.builds(Rope, theta=st.floats(10, 1e7), kind=st.just("linear"), factor=st.floats(1, 32)),
+    st.builds(Rope, theta=st.floats(10, 1e7), kind=st.just("llama3"), factor=st.floats(1, 32)),
+)
+
+
+@given(
+    rope=ropes,
+    family=st.sampled_from(["llama", "mistral"]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    window=st.none() | st.integers(1, 99),
+    eos=st.none() | st.integers(0, 96) | st.tuples(st.integers(0, 96), st.integers(0, 96)),
+)
+def test_to_hf_and_back(rope, family, flags, window, eos):
+    own = {"attention_bias": flags[1], "mlp_bias": flags[2]} if family == "llama" else {"sliding_window": window}
+    config = DecoderConfig(
+        **SIZES, rope=rope, model_type=family, tie_word_embeddings=flags[0], eos_token_id=eos, dtype="bfloat16", **own
+    )
+    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize("source", [LLAMA_32, SMOLLM2, {"model_type": "mistral", **SIZES, "sliding_window": 7}])
+def test_written_config_means_the_same_to_transformers(tmp_path, source):
+    ours = DecoderConfig.from_hf(source)
+    (tmp_path / "config.json").write_text(json.dumps(ours.to_hf()))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    again = DecoderConfig.from_hf(json.loads(theirs.to_json_string()))
+    assert again == ours
+    assert theirs.architectures == [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[ours.model_type]]
+
+
+def test_harmless_fields_are_kept():
+    written = DecoderConfig.from_hf(SMOLLM2).to_hf()
+    assert written["is_llama_config"] is True
+    assert written["transformers.js_config"] == SMOLLM2["transformers.js_config"]
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("change", [{"model_type": "qwen3"}, {"model_type": None}, {"architectures": ["Other"]}])
+def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
+    with pytest.raises(ValueError, match=r"llama \(LlamaForCausalLM\), mistral .*ml\.inject"):
+        DecoderConfig.from_hf(BASE | change)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"frobnicate": 0.5}, "frobnicate = 0.5 is unknown and may change the result"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"sliding_window": 9}, "a llama model has no such field"),
+        ({"model_type": "mistral", "mlp_bias": True}, "a mistral model has no such field"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not supported yet"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "needs factor > 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "may change the result"),
+        ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "may change the result"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor > low_freq_factor"),
+        ({"rope_parameters": LLAMA3, "rope_scaling": {"type": "linear", "factor": 2.0}}, "two different rotations"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive whole number, got '64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
+        ({"num_attention_heads": 5}, "not a multiple of num_attention_heads"),
+        ({"head_dim": 15}, "odd"),
+    ],
+)
+def test_what_is_not_understood_raises(change, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_hf(BASE | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frobnicate": None},
+        {"frobnicate": False},
+        {"frobnicate": []},
+        {"_attn_implementation_autoset": True},
+        {"partial_rotary_factor": 1.0},
+        {"sliding_window": None},
+        {"layer_types": ["full_attention"] * 3},
+        {"quantization_config": None},
+        {"temperature": 0.6},
+    ],
+)
+def test_what_changes_nothing_passes(change):
+    assert DecoderConfig.from_hf(BASE | change) == DecoderConfig.from_hf(BASE)
