@@ -1,0 +1,102 @@
+"""What a training run is told: TrainingArguments' names, each with its help and its range in one line.
+
+The help text lives in the field's metadata, where the command line finds it. An unknown name raises TypeError with
+the nearest known ones, a value of the wrong type or outside its range ValueError, before anything is loaded. The
+learning rate's default differs from TrainingArguments' 5e-5, which is meant for full fine-tuning: adapters take more.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from minilora.names import nearest
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+def option(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
+           below: float = math.inf, choices: tuple = ()) -> Any:  # fmt: skip
+    """A field whose value v obeys low <= v <= high, above < v < below and, if given, v in choices."""
+    bounds = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
+    return field(default=default, metadata={"help": help} | bounds)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; every field keeps its TrainingArguments (or SFTConfig) name and meaning."""
+
+    output_dir: str | None = option(None, "folder for checkpoints and log.jsonl; None writes nothing")
+    max_steps: int = option(-1, "optimiser steps, cycling over the data; -1 follows num_train_epochs", low=-1)
+    num_train_epochs: float = option(3.0, "passes over the data, where max_steps is -1", above=0)
+    per_device_train_batch_size: int = option(8, "samples in one forward pass", low=1)
+    per_device_eval_batch_size: int = option(8, "samples in one evaluation pass; changes no result", low=1)
+    gradient_accumulation_steps: int = option(1, "forward passes in one optimiser step", low=1)
+    learning_rate: float = option(2e-4, "AdamW's peak learning rate", low=0)
+    lr_scheduler_type: str = option("linear", "how the learning rate falls after the warm-up", choices=SCHEDULES)
+    warmup_ratio: float = option(0.0, "share of all steps over which the learning rate rises", low=0, high=1)
+    warmup_steps: int = option(0, "the same as a number of steps", low=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient", low=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's decay of the mean squared gradient", low=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's guard against division by zero", above=0)
+    max_grad_norm: float = option(1.0, "longest gradient, longer ones are scaled down; 0 never clips", low=0)
+    max_length: int = option(1024, "tokens of a sample; what is longer is cut, and reported", low=2)
+    group_by_length: bool = option(True, "put samples of similar length together: less padding")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
+    bf16: bool | None = option(None, "compute a fp32 model in bfloat16 (autocast); None follows the model's dtype")
+    fp16: bool | None = option(None, "the same in float16, with loss scaling; None follows the model's dtype")
+    logging_steps: int = option(10, "steps between two lines of the log", low=1)
+    eval_steps: int | None = option(None, "steps between two evaluations; None evaluates at the end only", low=1)
+    save_steps: int | None = option(500, "steps between two checkpoints; None saves at the end only", low=1)
+    save_total_limit: int | None = option(None, "how many checkpoints to keep; None keeps all", low=1)
+    resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "last" for the newest in output_dir')
+    seed: int = option(42, "fixes the order of the data and the dropout", low=0, below=2**31)
+    disable_tqdm: bool | None = option(None, "no progress bar; None shows it on a terminal only")
+
+    def __new__(cls, *args: Any, **given: Any):  # before __init__, whose TypeError knows no nearest names
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"TrainConfig has no field {name!r}. Nearest: {', '.join(nearest(name, known))}.")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name], f.metadata))
+        if self.max_steps == 0:
+            raise ValueError("max_steps: expected at least 1, or -1 to follow num_train_epochs, got 0.")
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError("warmup_ratio and warmup_steps are both set and only one can hold: leave one at 0.")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both True: choose one, or neither to follow the model's dtype.")
+        if self.output_dir is None and self.resume_from_checkpoint == "last":
+            raise ValueError('resume_from_checkpoint="last" looks into output_dir, which is None: set output_dir.')
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _checked(name: str, value: Any, hint: Any, rules: Any) -> Any:
+    """The value in its field's type (int → float, path → str), or a ValueError."""
+    allowed = get_args(hint) or (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if str in allowed and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    kinds = [kind for kind in allowed if kind is not type(None)]
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        names = " or ".join(_WORDS[kind] for kind in kinds)
+        raise ValueError(f"{name}: expected {names}, got {value!r}. It is: {rules['help']}.")
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}.")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not (rules["low"] <= value <= rules["high"] and rules["above"] < value < rules["below"]):
+            signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+            limits = " and ".join(f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key]))
+            raise ValueError(f"{name}: expected {limits}, got {value!r}. It is: {rules['help']}.")
+    return value

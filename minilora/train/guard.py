@@ -1,0 +1,121 @@
+"""What stands around the loop: modes set and put back, Ctrl-C held off, precision chosen, the first step checked."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.lora import LoRALayer
+from minilora.train.config import TrainConfig
+
+
+@contextmanager
+def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
+    """`model.train()`, with gradient checkpointing if asked for; afterwards every module is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    ours, theirs = hasattr(model, "gradient_checkpointing"), hasattr(model, "gradient_checkpointing_enable")
+    if gradient_checkpointing and not (ours or theirs):
+        raise ValueError(f"gradient_checkpointing: {type(model).__name__} does not offer it. Leave it False.")
+    switch = gradient_checkpointing and not (model.gradient_checkpointing if ours else model.is_gradient_checkpointing)
+    try:
+        if switch and ours:
+            model.gradient_checkpointing = True
+        elif switch:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        yield
+    finally:
+        if switch and ours:
+            model.gradient_checkpointing = False
+        elif switch:
+            model.gradient_checkpointing_disable()
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done. (Only the main thread ever sees it.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+def precision_of(
+    model: nn.Module, config: TrainConfig, device: torch.device
+) -> tuple[AbstractContextManager, torch.amp.GradScaler]:
+    """The autocast context and the loss scaler: by default the model's own dtype; fp16 always with a scaler."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+    asked = {"bf16": (torch.bfloat16, config.bf16), "fp16": (torch.float16, config.fp16)}
+    for name, (dtype, wish) in asked.items():
+        if wish is False and dtype in kinds:
+            raise ValueError(f'{name}=False, but the weights of the model are {dtype}: load it with dtype="float32".')
+        if wish and (other := kinds - {dtype, torch.float32}):
+            raise ValueError(f"{name}=True, but the weights of the model are {other.pop()}: leave {name} None.")
+    wanted = next((dtype for dtype, wish in asked.values() if wish and kinds != {dtype}), None)
+    autocast = torch.autocast(device.type, wanted) if wanted else nullcontext()
+    return autocast, torch.amp.GradScaler(device.type, enabled=bool(config.fp16) or torch.float16 in kinds)
+
+
+def check_finite(step: int, loss: Tensor, norm: Tensor, scale: float) -> None:
+    """ValueError if the loss is not finite, or the gradient's norm is not at loss scale 1: before anything changes.
+
+    Above 1 it is fp16's scaler that overflowed: it skips the step and lowers its scale.
+    """
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"step {step}: the loss is {loss.item()}. Lower learning_rate, or train in bf16 or fp32; at step 1 the "
+            "weights, or an adapter, already hold NaN."
+        )
+    if not torch.isfinite(norm) and scale <= 1:
+        raise ValueError(f"step {step}: the gradient is {norm.item()} and the loss is not. Train in fp32 to see where.")
+
+
+def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """ValueError if something that should train got no gradient; run once, after the first backward pass.
+
+    B starts at zero, so the gradient of A is zero at first and that of B is not: an adapter is dead if all are zero.
+    """
+    dead = [name for name, parameter in parameters.items() if parameter.grad is None]
+    for path, layer in model.named_modules():
+        for name, adapter in layer.adapters.items() if isinstance(layer, LoRALayer) else ():
+            gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+            if gradients and not any(gradient.any() for gradient in gradients):
+                dead.append(f"{path}.adapters.{name}")
+    if dead:
+        names = ", ".join(dead[:3]) + ", ..." * (len(dead) > 3)
+        raise ValueError(
+            f"step 1: {len(dead)} of the trained parts got no gradient: {names}. The forward pass does not use them "
+            "or cuts them off (detach, no_grad): target other modules."
+        )
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from here, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU since the reset, or resident in this process since its start; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":  # has no resource module
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

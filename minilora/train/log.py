@@ -1,0 +1,73 @@
+"""What a run says while it goes: one JSON object a line in output_dir/log.jsonl, and a progress bar on a terminal.
+
+The first line holds the config; then come {"step", "loss", "learning_rate", ...} every `logging_steps` and {"step",
+"eval_loss"}; the last line holds the totals. A resumed run keeps the lines up to its checkpoint and continues the
+file, so that every step stands there once.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from minilora.storage import write_text
+from minilora.train.checkpoint import Progress
+from minilora.train.config import TrainConfig
+
+
+class Log:
+    """Also the clock: `tokens_per_second` of this session's steps, without evaluation and saving."""
+
+    def __init__(self, folder: Path | None, progress: Progress, total: int, config: TrainConfig):
+        from tqdm import tqdm
+
+        self.path = folder / "log.jsonl" if folder else None
+        self.every, self.tokens, self.seconds, self.file = config.logging_steps, 0, 0.0, None
+        if self.path is not None:
+            write_text(self.path, "".join(_lines_until(self.path, progress.step)))
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")  # line by line: a crash loses none
+            if progress.step == 0:
+                self.write(config=config.to_dict(), total_steps=total, data=progress.data)
+        self.bar = tqdm(
+            initial=progress.step, total=total, unit="step", disable=config.disable_tqdm, dynamic_ncols=True
+        )
+
+    def step(self, progress: Progress, tokens: int, seconds: float, learning_rate: float, grad_norm: float) -> None:
+        """A step is done: `loss` in the file is the mean since the line before."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        shown = {"loss": f"{progress.losses[-1]:.4f}", "lr": f"{learning_rate:.1e}", "tok/s": f"{tokens / seconds:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if progress.step % self.every == 0:
+            self.write(
+                step=progress.step,
+                loss=sum(progress.losses[-self.every :]) / self.every,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm if math.isfinite(grad_norm) else None,  # fp16 skipped the step
+                tokens=progress.tokens,
+                tokens_per_second=self.tokens_per_second,
+            )
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def write(self, **record: Any) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """An earlier log up to `step`: without later steps, the totals, or a line that a crash cut short."""
+    if step == 0 or not path.exists():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    return [line for line in whole if "seconds" not in (record := json.loads(line)) and record.get("step", 0) <= step]

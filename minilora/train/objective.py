@@ -1,0 +1,58 @@
+"""What a batch costs: the cross-entropy summed over its trained tokens, and how many those are.
+
+    loss_sum = sum over t with labels[t+1] != -100 of  -log p(labels[t+1] | tokens <= t)
+
+Sum and count are returned apart, because only they can be added up over micro-batches, eval batches or processes
+without a weighting error. Positions that carry no label never reach the head. The training loop and `evaluate` share
+these functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.data import IGNORE, Example, collate
+from minilora.models.context import inference
+from minilora.ops.cross_entropy import head_cross_entropy
+
+
+def token_loss(model: Any, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
+    """(summed loss, fp32 scalar; number of trained tokens) of a batch with `input_ids` and `labels`, both (B, T).
+
+    `labels` stand at their own token (not shifted). Optional: `attention_mask`, `position_ids`, `document_ids`.
+    A batch on the CPU is moved to the model's device; finding the labelled positions there first costs no GPU sync.
+    """
+    device = next(model.parameters()).device
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()  # (B*T,) position t predicts token t + 1
+    positions = (targets != IGNORE).nonzero().squeeze(1)  # (N,)
+    targets, rows = targets[positions].to(device), positions.to(device)
+    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    if hasattr(model, "hidden"):  # our decoder: the head sees the N labelled positions only, in chunks
+        keys = ("position_ids", "document_ids")  # and needs no mask for padding on the right
+        hidden = model.hidden(inputs["input_ids"], **{key: inputs[key] for key in keys if key in inputs})  # (B, T, D)
+        return head_cross_entropy(hidden.flatten(0, 1)[rows], model.get_output_embeddings(), targets, chunk), len(rows)
+    if "document_ids" in inputs:
+        raise ValueError(
+            f"packed batches need a model that takes document_ids, and {type(model).__name__} does not: "
+            "load it with minilora.load_model, or train without packing."
+        )
+    logits = model(**inputs).logits.flatten(0, 1)[rows].float()  # (N, V)
+    return F.cross_entropy(logits, targets, reduction="sum"), len(rows)
+
+
+def trained_tokens(batch: dict[str, Tensor]) -> int:
+    """The N of `token_loss`, without running the model."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], batch_size: int) -> tuple[float, int]:
+    """(loss per trained token, number of trained tokens); one division at the end, so any batch size gives the same."""
+    total, tokens = 0.0, 0
+    order = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)  # little padding, longest first
+    with inference(model):
+        for start in range(0, len(order), batch_size):
+            loss, count = token_loss(model, collate(order[start : start + batch_size], pad_id=0))  # any id pads
+            total, tokens = total + loss.item(), tokens + count
+    return total / tokens, tokens
