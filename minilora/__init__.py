@@ -1,0 +1,74 @@
+"""minilora: LoRA and QLoRA from scratch, readable and for real use. `__all__` is all that is public.
+
+Importing it is light: torch and our own files. safetensors, tokenizers, jinja2, huggingface_hub, tqdm and every extra
+are imported by the functions that need them. The imports below stand here and not behind a lazy `__getattr__`, because
+`inject`, `train`, `generate` and `evaluate` are modules too: the function has to be bound last, or
+`import minilora.train` anywhere would put the module in its place.
+"""
+
+from minilora import samples
+from minilora.adapters import (
+    adapter_state_dict,
+    delete_adapter,
+    disabled_adapters,
+    list_adapters,
+    load_adapter,
+    merge,
+    save_adapter,
+    use_adapter,
+)
+from minilora.config import LoRAConfig, TaskType
+from minilora.count import ParameterCount, count_parameters
+from minilora.data.tokenizer import load_tokenizer
+from minilora.evaluate import Scores, evaluate
+from minilora.generate import generate
+from minilora.inject import eject, inject
+from minilora.lora import LoRALayer
+from minilora.models.loader import load_model
+from minilora.models.save import save_model
+from minilora.quant import NF4Linear, quantize_model
+from minilora.train import TrainConfig, TrainResult, train
+from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+
+__version__ = "0.1.0"
+
+LoraConfig = LoRAConfig  # PEFT's spelling: a tutorial runs with the import changed
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALayer",
+    "LoraConfig",
+    "NF4Linear",
+    "NF4Weight",
+    "ParameterCount",
+    "Scores",
+    "TaskType",
+    "TrainConfig",
+    "TrainResult",
+    "adapter_state_dict",
+    "count_parameters",
+    "delete_adapter",
+    "dequantize_nf4",
+    "disabled_adapters",
+    "eject",
+    "evaluate",
+    "generate",
+    "inject",
+    "list_adapters",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "merge",
+    "quantize_model",
+    "quantize_nf4",
+    "samples",
+    "save_adapter",
+    "save_model",
+    "train",
+    "use_adapter",
+]

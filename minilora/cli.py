@@ -1,0 +1,163 @@
+"""`minilora train | generate | evaluate | merge`: each a thin wrapper over the function of that name.
+
+Options of `train` are the fields of LoRAConfig and TrainConfig, their help is the fields' own, and values are read by
+the fields' types: nothing about them is written here a second time.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+import minilora as ml
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors that a user can mend are printed without a traceback."""
+    options = vars(_parser().parse_args(arguments))
+    try:
+        options.pop("run")(**options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(
+    model: str, dataset: str, adapter: str, quantize: str | None, dtype: str, eval_dataset: str | None, **given: Any
+) -> None:
+    """Fine-tune an adapter on a dataset and save it in PEFT's format."""
+    lora, training = ({f.name: given[f.name] for f in fields(c) if f.name in given} for c in _CONFIGS)
+    lora_config, train_config = ml.LoRAConfig(**lora), ml.TrainConfig(**training)  # checked before anything is loaded
+    loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
+    ml.inject(loaded, lora_config, seed=train_config.seed)
+    print(ml.count_parameters(loaded))
+    result = ml.train(loaded, tokenizer, dataset, train_config, eval_dataset=eval_dataset)
+    ml.save_adapter(loaded, adapter)
+    state = "interrupted" if result.interrupted else "done"
+    print(f"{state} after {result.steps} steps, loss {result.loss}, eval loss {result.eval_loss}; adapter in {adapter}")
+
+
+def generate(model: str, prompt: str, adapter: str | None, quantize: str | None, dtype: str, **sampling: Any) -> None:
+    """Answer a prompt."""
+    loaded, tokenizer = _load(model, adapter, quantize, dtype)
+    print(ml.generate(loaded, tokenizer, prompt, **sampling))
+
+
+def evaluate(model: str, dataset: str, adapter: str | None, quantize: str | None, dtype: str, **scoring: Any) -> None:
+    """Score a model on held-out rows: loss, perplexity, exact match, token F1, the likeliest of given labels."""
+    loaded, tokenizer = _load(model, adapter, quantize, dtype)
+    scores = ml.evaluate(loaded, tokenizer, dataset, **scoring)
+    print(scores)
+    print(json.dumps(scores.as_dict()))
+
+
+def merge(model: str, adapter: str, folder: str, dtype: str) -> None:
+    """Fold an adapter into its base and write a folder that transformers loads."""
+    loaded, tokenizer = _load(model, adapter, None, dtype)
+    ml.save_model(loaded, folder, merge=True, tokenizer=tokenizer)
+    print(f"merged into {folder}")
+
+
+_CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
+
+
+def _load(model: str, adapter: str | None, quantize: str | None, dtype: str) -> tuple[Any, Any]:
+    loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
+    if adapter is not None:
+        ml.load_adapter(loaded, adapter)
+    return loaded, tokenizer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch.")
+    commands = parser.add_subparsers(required=True, metavar="{train,generate,evaluate,merge}")
+
+    def command(run: Any, *positional: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run=run)
+        sub.add_argument("model", help="Hub id, folder or .gguf file")
+        for name in positional:
+            sub.add_argument(name, help=_POSITIONAL[name])
+        sub.add_argument("--dtype", default="auto", help="of dense weights and of computing; auto picks (default)")
+        return sub
+
+    training = command(train, "dataset")
+    training.add_argument("--adapter", default="adapter", help="folder to save it in (default %(default)s)")
+    training.add_argument("--eval_dataset", help="held-out rows, measured while training")
+    group = training.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
+    for config in _CONFIGS:
+        _add_fields(group, config)
+    answering = command(generate, "prompt")
+    answering.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default %(default)s)")
+    answering.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    answering.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default %(default)s)")
+    answering.add_argument("--stop", action="append", help="a text before which the answer ends; may be repeated")
+    answering.add_argument("--seed", type=int, help="of the sampling")
+    scoring = command(evaluate, "dataset")
+    scoring.add_argument("--labels", type=lambda text: text.split(","), help="the allowed answers, with commas between")
+    scoring.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default %(default)s)")
+    scoring.add_argument("--batch_size", type=int, default=16, help="changes no result (default %(default)s)")
+    for sub in (answering, scoring):
+        sub.add_argument("--adapter", help="folder or Hub id of an adapter in PEFT's format")
+    for sub in (training, answering, scoring):
+        sub.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
+    command(merge, "adapter", "folder")
+    return parser
+
+
+_POSITIONAL = {
+    "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, prompt/completion or text rows",
+    "prompt": "what to answer",
+    "adapter": "folder or Hub id of an adapter in PEFT's format",
+    "folder": "where to write the merged model",
+}
+
+
+def _add_fields(group: Any, config: type) -> None:
+    """One option for each field, without a default: what is not given is not passed on."""
+    hints = get_type_hints(config)
+    for f in fields(config):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        text = f.metadata["help"].replace("%", "%%")
+        group.add_argument(
+            f"--{f.name}",
+            type=lambda value, hint=hints[f.name]: parse_value(value, hint),
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{text} (default {default})",
+        )
+
+
+def parse_value(text: str, hint: Any) -> Any:
+    """`text` as a value of the type `hint`: 8, 1e-4, true, none, q_proj,v_proj, all-linear, {"q_proj": 4}.
+
+    Where both a list of names and a text are allowed, commas or a plain name make a list; "all-linear" and anything
+    with a regular expression's characters stay text.
+    """
+    kinds = (
+        [get_origin(kind) or kind for kind in (get_args(hint) or (hint,))] if get_origin(hint) is not dict else [dict]
+    )
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if dict in kinds:
+        return json.loads(text)
+    if list in kinds and int in kinds:
+        numbers = [int(part) for part in text.split(",")]
+        return numbers if len(numbers) > 1 else numbers[0]
+    if list in kinds and text != "all-linear" and text.replace(",", "").replace("_", "").replace(".", "").isalnum():
+        return text.split(",")
+    for kind in (int, float):
+        if kind in kinds:
+            return kind(text)
+    if str in kinds:
+        return text
+    raise argparse.ArgumentTypeError(f"cannot read {text!r} as {hint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Text from a model, many prompts at a time: greedy or sampled, through a KV cache.
+
+    p = softmax(logits / temperature)                           temperature 0: the arg-max
+    nucleus = the fewest most likely tokens whose probabilities add up to top_p (Holtzman et al. 2020, section 3.1)
+    token = the first of the nucleus at which the running sum of p exceeds u * p(nucleus),   u ~ U[0, 1)
+
+Prompts of similar length go together, padded on the left; what all of them begin with is read once. A finished row
+leaves its batch. u comes from a generator of the row's own, so a sampled answer depends on (seed, row number, prompt),
+not on its neighbours. Simplified against transformers' generate: no beams, penalties or streaming.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora.data.prompt import encode_prompt, end_of_turn
+from minilora.models.context import Context, inference, shared_prefix
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen and when an answer is over; `generate` documents the fields."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    batch_size: int = 16
+    ends: frozenset[int] = frozenset()  # ids that end an answer and are not part of it
+    stopped: Callable[[list[int]], bool] | None = None  # whether an answer holds a stop string
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: str | int | Sequence[str | int] | None = None,
+    seed: int | None = None,
+    batch_size: int = 16,
+) -> Any:
+    """What `model` says next: a string for one prompt, a list of strings for a list of prompts.
+
+    A prompt is a list of messages (`[{"role": "user", "content": ...}]`) or a text: one user message if the tokenizer
+    has a chat template, else (and always as `minilora.data.RawText`) a text to go on with. `stop`: strings or token
+    ids before which an answer ends; the model's own end tokens always end it. `batch_size` prompts are answered at a
+    time; answers do not depend on it, rounding aside.
+    ValueError: an empty prompt, one too long for the model's context, a number out of its range.
+    """
+    single = isinstance(prompt, str) or (bool(prompt) and all(isinstance(message, Mapping) for message in prompt))
+    prompts: list[Any] = [prompt] if single else list(prompt)
+    stops = [stop] if isinstance(stop, str | int) else list(stop or [])
+    words = [text for text in stops if isinstance(text, str)]
+    if "" in words:
+        raise ValueError("stop holds an empty string, which every answer contains: remove it")
+    ends = end_tokens(model, tokenizer) | {token for token in stops if isinstance(token, int)}
+
+    def stopped(answer: list[int]) -> bool:
+        text = tokenizer.decode(answer, skip_special_tokens=False)
+        return any(word in text for word in words)
+
+    rule = Decoding(max_new_tokens, temperature, top_p, seed, batch_size, ends, stopped if words else None)
+    if empty := [number for number, one in enumerate(prompts) if not one]:
+        raise ValueError(f"prompts {empty[:8]} are empty: give a text or at least one message")
+    rows = [encode_prompt(one, tokenizer) for one in prompts]
+    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generate_ids(model, rows, rule)]
+    for word in words:
+        answers = [answer.partition(word)[0] for answer in answers]
+    return answers[0] if single else answers
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends an answer: the tokenizer's EOS, those of the model's configs, the template's end of turn."""
+    configs = [getattr(model, name, None) for name in ("config", "generation_config")]
+    found = [getattr(config, "eos_token_id", None) for config in configs]
+    found += [tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    ids = [token for entry in found for token in (entry if isinstance(entry, list | tuple) else [entry])]
+    return frozenset(token for token in ids if token is not None)
+
+
+def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding) -> list[list[int]]:
+    """The same on token ids: the new tokens of each prompt, end tokens left out."""
+    check_lengths(model, prompts, rule.max_new_tokens)
+    draws = [np.random.default_rng(child) for child in np.random.SeedSequence(rule.seed).spawn(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    answers: list[list[int]] = [[] for _ in prompts]
+    with inference(model):
+        prefix, size = shared_prefix(model, prompts)
+        for start in range(0, len(order), rule.batch_size):
+            batch = order[start : start + rule.batch_size]
+            context = prefix.select([0] * len(batch))
+            logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
+            _answer(context, logits, rule, [answers[i] for i in batch], [draws[i] for i in batch])
+    return answers
+
+
+def _answer(
+    context: Context, logits: Tensor, rule: Decoding, answers: list[list[int]], draws: list[np.random.Generator]
+) -> None:
+    """Fill the empty `answers` of one batch token by token; `logits` (B, V) of the first."""
+    alive = list(range(len(answers)))  # the rows that `context` still holds
+    for step in range(rule.max_new_tokens):
+        uniform = [draws[i].random() for i in alive] if rule.temperature else []
+        going = []
+        for place, token in enumerate(pick(logits, rule.temperature, rule.top_p, uniform)):
+            answer = answers[alive[place]]
+            if token not in rule.ends:
+                answer.append(token)
+                if rule.stopped is None or not rule.stopped(answer):
+                    going.append(place)
+        if not going or step == rule.max_new_tokens - 1:
+            return
+        if len(going) < len(alive):
+            context, alive = context.select(going), [alive[place] for place in going]
+        logits = context.extend([answers[i][-1:] for i in alive])  # (B, V)
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, uniform: Sequence[float]) -> list[int]:
+    """The next token of each row of logits (B, V): the arg-max, or drawn with `uniform[b]` in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    scaled = (logits.double() - logits.amax(-1, keepdim=True)) / temperature  # (B, V) <= 0, so nothing overflows
+    p, tokens = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    running = p.cumsum(-1)  # (B, V)
+    # nucleus: every token before which less than top_p has been gathered
+    size = ((running - p) < top_p).sum(-1, keepdim=True)  # (B, 1)
+    mass = running.gather(-1, size - 1)  # (B, 1) p(nucleus)
+    u = torch.tensor(uniform, dtype=p.dtype, device=p.device)[:, None]  # (B, 1)
+    drawn = torch.searchsorted(running, u * mass, right=True)  # (B, 1) running sums <= u * mass
+    return tokens.gather(-1, drawn.minimum(size - 1)).squeeze(-1).tolist()
+
+
+def check_lengths(model: nn.Module, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    """ValueError for an empty prompt, and for one that leaves no room for `new_tokens` in the model's context."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty: a model needs at least one token to go on from")
+        if room is not None and len(prompt) + new_tokens > room:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, which with {new_tokens} new ones exceed the model's "
+                f"context of {room}: shorten it or lower max_new_tokens"
+            )

@@ -1,0 +1,131 @@
+"""Proves that the command line is the functions: train, evaluate, generate and merge on a folder give what the same
+calls give, every field is an option with its help, and a mistake is one line and a status, not a traceback."""
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+
+import minilora as ml
+from chats import ours
+from minilora.cli import main, parse_value
+from tiny import save
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{a} plus {b}"}, {"role": "assistant", "content": str(a + b)}]}
+    for a in range(3)
+    for b in range(3)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its tokenizer and rows."""
+    folder = tmp_path_factory.mktemp("place")
+    chat = ours("chatml")
+    torch.manual_seed(0)
+    save(folder / "model", vocab_size=len(chat), tie_word_embeddings=True)
+    chat.save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+# ---- oracle
+
+
+def test_the_commands_do_what_the_functions_do(place, capsys):
+    source, rows, adapter = str(place / "model"), str(place / "rows.jsonl"), str(place / "adapter")
+    run = ["train", source, rows, "--adapter", adapter, "--dtype", "float32", "--quantize", "nf4", "--r", "4"]
+    assert main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
+
+    model = ml.load_model(source, quantize="nf4", dtype="float32")
+    chat = ml.load_tokenizer(source)
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "up_proj"]), seed=7)
+    ml.train(model, chat, ROWS, ml.TrainConfig(max_steps=3, seed=7))
+    trained = ml.adapter_state_dict(model)
+    again = ml.load_model(source, quantize="nf4", dtype="float32")
+    ml.load_adapter(again, adapter)
+    saved = ml.adapter_state_dict(again)
+    assert trained.keys() == saved.keys() and all(torch.equal(trained[key], saved[key]) for key in saved)
+
+    capsys.readouterr()
+    assert main(["evaluate", source, rows, "--adapter", adapter, "--quantize", "nf4", "--dtype", "float32"]) == 0
+    scores = ml.evaluate(model, chat, ROWS)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == pytest.approx(scores.as_dict())
+
+    assert main(["generate", source, "1 plus 1", "--max_new_tokens", "5", "--dtype", "float32"]) == 0
+    expected = ml.generate(ml.load_model(source, dtype="float32"), chat, "1 plus 1", max_new_tokens=5)
+    assert capsys.readouterr().out == expected + "\n"
+
+    assert main(["merge", source, adapter, str(place / "merged"), "--dtype", "float32"]) == 0
+    dense = ml.load_model(source, dtype="float32")
+    ml.load_adapter(dense, adapter)
+    tokens = torch.tensor([chat.encode("1 plus 1")])
+    merged = ml.load_model(place / "merged", dtype="float32")
+    torch.testing.assert_close(merged(tokens), dense(tokens), rtol=1e-4, atol=1e-4)  # fp32, other order of sums
+    assert ml.load_tokenizer(place / "merged").encode("1 plus 1") == chat.encode("1 plus 1")
+
+
+# ---- property
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("8", int, 8),
+        ("1e-4", float, 1e-4),
+        ("-1", int, -1),
+        ("true", bool, True),
+        ("False", bool | None, False),
+        ("none", int | None, None),
+        ("gaussian", bool | str, "gaussian"),
+        ("out/run", str | None, "out/run"),
+        ("q_proj", list[str] | str | None, ["q_proj"]),
+        ("q_proj,layers.0.v_proj", list[str] | str | None, ["q_proj", "layers.0.v_proj"]),
+        ("all-linear", list[str] | str | None, "all-linear"),
+        (r".*\.[01]\..*", list[str] | str | None, r".*\.[01]\..*"),
+        ("0,2", list[int] | int | None, [0, 2]),
+        ("2", list[int] | int | None, 2),
+        ('{"q_proj": 4}', dict[str, int], {"q_proj": 4}),
+    ],
+)
+def test_values_are_read_by_their_fields_type(text, hint, value):
+    read = parse_value(text, hint)
+    assert read == value and type(read) is type(value)
+
+
+def test_every_field_is_an_option_with_its_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = re.sub(r"\s+", "", capsys.readouterr().out)
+    for config in (ml.LoRAConfig, ml.TrainConfig):
+        for field in fields(config):
+            assert f"--{field.name}VALUE" in shown
+            assert re.sub(r"\s+", "", field.metadata["help"]) in shown
+
+
+# ---- error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere", "rows.jsonl", "--r", "0"], "r: expected a whole number of at least 1"),
+        (["train", "nowhere", "rows.jsonl", "--learning_rate", "-1"], "learning_rate"),
+        (["generate", "./nowhere", "hello"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("minilora: ") and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments", [["train", "m", "d", "--r", "x"], ["train", "m", "d", "--lora_r", "8"], ["fly"]])
+def test_bad_options_say_so(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
