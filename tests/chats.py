@@ -68,6 +68,7 @@ FAMILIES = {
     "mistral": (MISTRAL, ["<s>", "</s>"], "</s>", "<s>", True),
     "qwen3": (QWEN3, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None, False),
 }
+END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "qwen3": "<|im_end|>"}
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġ", "hello"), ("Ċ", "Ċ"), ("a", "s")]
 
 

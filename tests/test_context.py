@@ -69,6 +69,14 @@ def test_what_all_prompts_begin_with_is_read_once(monkeypatch):
     assert size == 2  # at least one token of each is left
 
 
+def test_the_head_is_not_copied_for_each_row():
+    """PyTorch multiplies a strided (B, 1, D) by B copies of a weight without grad: gigabytes, at a real vocabulary."""
+    model = twin(pair()[0]).requires_grad_(False)
+    with inference(model), torch.profiler.profile() as profile:
+        Context(model).extend(ragged(5, 3, 4))
+    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+
+
 def test_the_model_is_left_as_it_was():
     _, mine = pair()
     model = twin(pair()[0])

@@ -73,20 +73,41 @@ class Tokenizer:
         token = self.special_tokens.get(key)
         return None if token is None else self.backend.token_to_id(token)
 
-    bos_token = property(lambda self: self.special_tokens.get("bos_token"), doc="The token a text begins with.")
-    eos_token = property(lambda self: self.special_tokens.get("eos_token"), doc="The token that ends a text or turn.")
-    pad_token = property(lambda self: self.special_tokens.get("pad_token"), doc="The token that fills batches up.")
-    bos_token_id = property(lambda self: self._id("bos_token"))
-    eos_token_id = property(lambda self: self._id("eos_token"))
-    pad_token_id = property(lambda self: self._id("pad_token"))
+    @property
+    def bos_token(self) -> str | None:
+        """The token a text begins with, if there is one."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text or turn."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        """The token that fills batches up."""
+        return self.special_tokens.get("pad_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id("pad_token")
 
     def __len__(self) -> int:
         """Size of the vocabulary, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    vocab_size = property(
-        lambda self: self.backend.get_vocab_size(with_added_tokens=False), doc="Without added tokens."
-    )
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary without added tokens."""
+        return self.backend.get_vocab_size(with_added_tokens=False)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; `add_special_tokens` puts around it what tokenizer.json prescribes, often a BOS."""

@@ -93,7 +93,8 @@ class Context:
             if mask is None and not self.real.all():
                 documents = torch.where(self.real, 0, PAD)[:, -tokens.shape[1] :].to(self.device)  # (B, T)
             mask = mask if mask is None else mask.to(self.device)
-            return self.model.hidden(tokens, positions, documents, self.cache, mask)[:, -keep:]  # (B, T, D)
+            hidden = self.model.hidden(tokens, positions, documents, self.cache, mask)  # (B, T, D)
+            return hidden[:, -keep:].contiguous()  # strided, it would cost a copy of the frozen head a row
         if mask is None:
             mask = self.real.long()  # (B, K+T)
         else:  # what every attention of transformers adds to its scores
