@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 import minilora as ml
-from minilora.data import IGNORE, collate, encode_dataset
+from minilora.data import encode_dataset
 from minilora.train.batches import BatchPlan
-from minilora.train.objective import mean_loss
+from minilora.train.objective import mean_loss, padded, trained_tokens
 from minilora.train.schedule import learning_rate
 
 
@@ -100,8 +100,8 @@ def train_peers(model, examples, config: ml.TrainConfig) -> None:
     for step in range(config.max_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, config.max_steps)
-        batches = [collate([examples[i] for i in micro], pad_id=0) for micro in plan[step]]
-        tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        batches = [padded([examples[i] for i in micro]) for micro in plan[step]]
+        tokens = sum(map(trained_tokens, batches))
         for batch in batches:
             (summed_loss(model, batch) / tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -119,9 +119,9 @@ def peers_loss(model, examples) -> float:
     total, tokens = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(examples), 20):
-            batch = collate(examples[start : start + 20], pad_id=0)
+            batch = padded(examples[start : start + 20])
             total += summed_loss(model, batch).item()
-            tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
+            tokens += trained_tokens(batch)
     return total / tokens
 
 

@@ -25,7 +25,7 @@ PROMPTS = 3  # shown before and after
 def settings(task: str, short: bool) -> tuple[ml.samples.Task, dict, dict]:
     """(rows, arguments of evaluate, fields of TrainConfig)."""
     if task == "icd10":
-        steps, batch = 133, 12
+        steps, batch = 110, 12
         rows = ml.samples.icd10(test_rows=40 if short else 500, train_rows=steps * batch)
         scoring = {"labels": rows.labels, "max_new_tokens": 4}
     else:

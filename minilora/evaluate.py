@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data.collate import collate
 from minilora.data.formats import Chat, RawText, as_messages, read_dataset
 from minilora.data.labels import IGNORE, Example, encode_dataset, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.generate import Decoding, check_lengths, end_tokens, generate_ids
 from minilora.models.context import Context, inference, shared_prefix
 from minilora.scores import Scores, exact_match, token_f1
-from minilora.train.objective import token_loss
+from minilora.train.objective import mean_loss
 
 Metric = Callable[[str, str], float]
 
@@ -99,18 +98,6 @@ def _has_answer(row: Any, index: int) -> bool:
 
 def _mean(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> float:
     return math.fsum(map(metric, predictions, references)) / len(references)
-
-
-def mean_loss(model: nn.Module, examples: Sequence[Example], batch_size: int) -> tuple[float, int]:
-    """(nats per trained token, number of trained tokens); one division at the end, so any batch size gives the same."""
-    total, tokens = 0.0, 0
-    order = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
-    with inference(model):
-        for start in range(0, len(order), batch_size):
-            batch = collate(order[start : start + batch_size], pad_id=0)  # nothing sees a pad on the right: any id does
-            loss, count = token_loss(model, batch)
-            total, tokens = total + loss.item(), tokens + count
-    return total / tokens, tokens
 
 
 def label_table(labels: Sequence[str], tokenizer: Any, prompt: Any, size: int) -> list[list[int]]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import collate, encode_dataset
+from minilora.data import encode_dataset
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
 from minilora.train.log import Log
-from minilora.train.objective import mean_loss, token_loss, trained_tokens
+from minilora.train.objective import mean_loss, padded, token_loss, trained_tokens
 from minilora.train.schedule import learning_rate, total_steps
 
 
@@ -101,7 +101,7 @@ def train(
                 begun, step = time.perf_counter(), progress.step + 1
                 rate = learning_rate(config, progress.step, total)
                 samples = plan[progress.step]
-                batches = [collate([examples[i] for i in micro], pad_id=0) for micro in samples]  # any id pads
+                batches = [padded([examples[i] for i in micro]) for micro in samples]
                 torch.manual_seed(seed_of(config.seed, "dropout", step))
                 optimizer.zero_grad()
                 loss = _backward(model, batches, autocast, scaler)

@@ -47,12 +47,20 @@ def trained_tokens(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
+def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The batch of some examples. Any id pads, for nothing sees what stands on its right.
+
+    Widths are multiples of 8: each new shape costs the matmul library a kernel to build and to keep (docs/LOG.md).
+    """
+    return collate(examples, pad_id=0, pad_to_multiple_of=8)
+
+
 def mean_loss(model: nn.Module, examples: Sequence[Example], batch_size: int) -> tuple[float, int]:
     """(loss per trained token, number of trained tokens); one division at the end, so any batch size gives the same."""
     total, tokens = 0.0, 0
     order = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)  # little padding, longest first
     with inference(model):
         for start in range(0, len(order), batch_size):
-            loss, count = token_loss(model, collate(order[start : start + batch_size], pad_id=0))  # any id pads
+            loss, count = token_loss(model, padded(order[start : start + batch_size]))
             total, tokens = total + loss.item(), tokens + count
     return total / tokens, tokens
