@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
     task, source = ml.samples.icd10(test_rows=200), ml.samples.smollm2()
     tokenizer = ml.load_tokenizer(source)
@@ -52,6 +52,7 @@ def main() -> None:
             theirs = peers(folder / "base", folder / f"adapter-{seed}")
             if seed == 0:
                 check_bases(model, theirs)
+            del model
             started = time.perf_counter()
             train_peers(theirs, encode_dataset(task.train, tokenizer, 256).examples, config)
             seconds["peers"].append(time.perf_counter() - started)
@@ -83,9 +84,9 @@ def check_bases(ours, theirs) -> None:
     for name, layer in ours.named_modules():
         if isinstance(layer, ml.NF4Linear):
             weight = theirs.get_submodule(f"base_model.model.{name}").weight
-            dense = dequantize_4bit(weight.data, weight.quant_state).float()
-            error = (layer.dequantize(torch.float32) - dense).norm() / dense.norm()
-            assert error < 2e-3, f"{name}: relative difference {error}"  # a nested code apart, and bf16
+            dense = dequantize_4bit(weight.data, weight.quant_state)  # bf16
+            error = (layer.dequantize(dense.dtype).float() - dense.float()).norm() / dense.float().norm()
+            assert error < 4e-3, f"{name}: relative difference {error}"  # nested codes one apart, and bf16's 2^-9
             compared += 1
     assert compared == 210, compared
     print(f"{compared} layers hold the same 4-bit weights")
