@@ -52,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"strict, and here is {why}"))
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers every time, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_llama_config() -> dict:
     """The config.json of a Llama small enough for a CPU: 2 layers, width 64, 4 heads on 2 KV heads, 384 tokens."""
