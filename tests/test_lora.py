@@ -38,7 +38,7 @@ def test_equals_peft(use_rslora):
     x = torch.randn(5, 48)
     torch.testing.assert_close(
         ours(x), theirs(x), rtol=1e-5, atol=1e-5
-    )  # fp32 roundings of sums near 10: s z B, or s (z B)
+    )  # fp32 sums: s z B, or s (z B)
 
 
 def test_initial_values_are_those_of_nn_linear():
