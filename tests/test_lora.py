@@ -36,9 +36,7 @@ def test_equals_peft(use_rslora):
     theirs.lora_A["default"].weight.data = ours.adapters["default"].lora_A.data.clone()
     theirs.lora_B["default"].weight.data = ours.adapters["default"].lora_B.data.clone()
     x = torch.randn(5, 48)
-    torch.testing.assert_close(
-        ours(x), theirs(x), rtol=1e-5, atol=1e-5
-    )  # fp32 sums: s z B, or s (z B)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)  # fp32 sums: s z B, or s (z B)
 
 
 def test_initial_values_are_those_of_nn_linear():
