@@ -9,11 +9,12 @@ leaves its batch. u comes from a generator of the row's own, so a sampled answer
 not on its neighbours. Simplified against transformers' generate: no beams, penalties or streaming.
 """
 
+import random
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +102,8 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
 def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding) -> list[list[int]]:
     """The same on token ids: the new tokens of each prompt, end tokens left out."""
     check_lengths(model, prompts, rule.max_new_tokens)
-    draws = [np.random.default_rng(child) for child in np.random.SeedSequence(rule.seed).spawn(len(prompts))]
+    seed = secrets.randbits(64) if rule.seed is None else rule.seed
+    draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
     with inference(model):
@@ -115,7 +117,7 @@ def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding)
 
 
 def _answer(
-    context: Context, logits: Tensor, rule: Decoding, answers: list[list[int]], draws: list[np.random.Generator]
+    context: Context, logits: Tensor, rule: Decoding, answers: list[list[int]], draws: list[random.Random]
 ) -> None:
     """Fill the empty `answers` of one batch token by token; `logits` (B, V) of the first."""
     alive = list(range(len(answers)))  # the rows that `context` still holds

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,6 +95,7 @@ class GGUFCheckpoint:
 
     def _dense(self, record: Record) -> Tensor:
         import gguf
+        import numpy as np  # here: `import minilora` is to stay light
 
         kind, shape = gguf.GGMLQuantizationType(record.kind), _byte_shape(record)
         raw = np.fromfile(self.path, np.uint8, count=math.prod(shape), offset=record.offset)

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes
 _STRING, _ARRAY = 8, 9
 
@@ -73,6 +71,8 @@ class _Reader:
         element, count = self.number("I"), self.number("Q")
         if element not in _SCALARS:
             return [self.value(element) for _ in range(count)]
+        import numpy as np  # here: `import minilora` is to stay light
+
         dtype = np.dtype("<" + _SCALARS[element])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 

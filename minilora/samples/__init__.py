@@ -2,7 +2,7 @@
 
 Everything is fetched when asked for, pinned by size and sha256, and kept in a cache folder (see `download`).
 Imported eagerly on purpose: functions named like their files would else be hidden by the modules. It is cheap, for
-only the standard library and numpy come with it.
+only the standard library comes with it.
 """
 
 from minilora.samples.address import address

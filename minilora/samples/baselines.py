@@ -6,8 +6,6 @@ A model that was trained must beat both, else it learned nothing that a table lo
 import re
 from collections import Counter
 
-import numpy as np
-
 from minilora.samples.task import Row, answer_of, question_of
 
 
@@ -24,6 +22,8 @@ def nearest_neighbour(train: list[Row], test: list[Row]) -> float:
     Of equally near training rows the first one answers. Words are looked up in an inverted index: 500 × 4,600 rows
     take a fraction of a second.
     """
+    import numpy as np  # here: `import minilora` is to stay light
+
     _need_rows(train, test)
     bags = [_words(question_of(row)) for row in train]
     sizes = np.array([len(bag) for bag in bags])  # (train,)
