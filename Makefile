@@ -11,12 +11,13 @@ TASK ?= icd10
 WORKERS ?= 2
 TORCH_INDEX ?=
 
+TRITONS := 3.3.0 3.9.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-all lint format types bench notebooks clean
+.PHONY: help venv install tritons demo test test-all lint format types bench notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,6 +41,12 @@ $(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/python
 
 venv: $(BIN)/python  ## python3 -m venv .venv
 
+# the oldest and the newest Triton, each in a folder that PYTHONPATH lays over the pinned one
+tritons: $(TRITONS:%=$(VENV)/triton-%)  ## pip install --no-deps --target .venv/triton-VERSION triton==VERSION
+
+$(VENV)/triton-%: | install
+	@rm -rf $@.part && $(PIP) install -qq --no-deps --target $@.part triton==$* && mv $@.part $@
+
 install: $(VENV)/.all  ## pip install -c constraints.txt -e '.[all]'
 
 # ---- what it is for
@@ -48,7 +55,7 @@ demo: $(VENV)/.demo  ## python examples/demo.py --task icd10 (or address)
 	$(BIN)/python examples/demo.py --task $(TASK)
 
 bench: install  ## python benchmarks/NAME.py, each in turn
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
 notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
@@ -65,7 +72,7 @@ types: install  ## basedpyright
 test: lint types  ## pytest -n 2 -m "not slow and not gpu"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10
 
-test-all: install  ## pytest -m "slow or gpu": the real model, the wheel, examples and notebooks
+test-all: install tritons  ## pytest -m "slow or gpu": the real model, the wheel, examples and notebooks
 	$(BIN)/python -m pytest -q -m "slow or gpu" --durations=20
 
 format: install  ## ruff check --fix . && ruff format .

@@ -104,7 +104,11 @@ class NF4Linear(nn.Module):
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _Multiply.apply(x, bias, *self.weight.parts())
+        parts = self.weight.parts()
+        if x.numel() == self.in_features and not torch.is_grad_enabled():  # one token of generate
+            y = torch.ops.minilora.gemv_nf4(x.reshape(-1), *parts, bias)  # (out,), without a dense W on a GPU
+            return y.view(*x.shape[:-1], self.out_features)
+        return _Multiply.apply(x, bias, *parts)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         state = self.weight.state_dict(f"{prefix}weight")

@@ -42,6 +42,18 @@ def off_the_pin() -> str:
     return ", ".join(f"{name} {got} instead of {pinned[name]}" for name, got in found.items() if got != pinned[name])
 
 
+# Kernels in Triton's interpreter: tests/test_interpreter.py runs them, in a process that has it switched on.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which Triton: tests/test_interpreter.py looks for it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import triton
+
+        terminalreporter.write_line(f"in the interpreter of triton {triton.__version__}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`gpu` tests skip without an accelerator, `strict` tests off the pinned versions."""
     accelerator = torch.accelerator.is_available()

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.inject import inject
 from minilora.lora import LoRALayer
@@ -84,6 +86,40 @@ def test_casts_leave_codes_and_scales_alone(cast, double_quant):
     assert torch.equal(layer.dequantize(torch.float32), before)
     assert layer.bias.dtype != torch.float32
     assert layer(torch.randn(2, 128, dtype=layer.bias.dtype)).dtype == layer.bias.dtype
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(48, 64), (40, 96), (16, 2080), (24, 33)])
+def test_one_token_without_gradients_takes_the_fused_way(size, bias):
+    out_features, in_features = size
+    layer, token = (
+        NF4Linear.from_linear(nn.Linear(in_features, out_features, bias=bias)),
+        torch.randn(1, 1, in_features),
+    )
+    with Ops() as ops:
+        with torch.no_grad():
+            fused, two = layer(token), layer(token.expand(1, 2, -1))
+        trained = layer(token)
+    assert ops.names == ["gemv_nf4", "dequantize_nf4", "dequantize_nf4"]
+    assert fused.shape == trained.shape == (1, 1, out_features)
+    W, b = layer.dequantize(torch.float64), None if layer.bias is None else layer.bias.double()
+    # fp32 sums of n products in any order, plus a bias below 1: n eps (sum |w x| + 1), eps = 2^-24
+    bound = (in_features + 1) * 2**-24 * (F.linear(token.double().abs(), W.abs()) + 1)
+    for y in (fused, two[:, :1], trained):
+        assert ((y.double() - F.linear(token.double(), W, b)).abs() <= bound).all()
+
+
+class Ops(TorchDispatchMode):
+    """Notes which of our ops are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "minilora":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
 
 
 def test_backward_saves_no_dense_weight():

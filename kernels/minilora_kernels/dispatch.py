@@ -1,24 +1,30 @@
-"""Which code runs: the reference, the fast CPU path, later Triton; and the custom ops that torch.compile sees.
+"""Which code runs, chosen by the device, and the custom ops that torch.compile sees.
 
-    device     path        why
-    cpu        cpu         cpu.py, bit-equal to the reference
-    other      reference   plain torch runs anywhere; announced once, because it is slow
-    meta       none        shapes only
+    device              path        why
+    cpu                 cpu         cpu.py, bit-equal to the reference
+    cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference
+    other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
+      not installed
+    meta                none        shapes only
 
-MINILORA_NF4=reference forces the specification everywhere, MINILORA_NF4=cpu insists on cpu.py; anything else raises.
+MINILORA_NF4=reference forces the specification everywhere; MINILORA_NF4=cpu and =triton insist on theirs, the latter
+also on CPU tensors if TRITON_INTERPRET=1 makes Triton run there, slowly, in numpy.
 
-The ops are opaque to the compiler and take plain tensors. Dequantising has two names: were the forward and the
-backward of a layer to call one op with equal arguments, AOTAutograd would merge the calls and keep the dense weight
-from forward to backward, which is the memory that QLoRA saves. None of them has a derivative: the weight is frozen.
+The ops are opaque to the compiler and take plain tensors (a triton_op would be traced into, and could not carry
+enable_fp_fusion=False). Dequantising has two names: were the forward and the backward of a layer to call one op with
+equal arguments, AOTAutograd would merge the calls and keep the dense weight from forward to backward, which is the
+memory that QLoRA saves. None of them has a derivative: the weight is frozen.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu, reference
@@ -37,7 +43,8 @@ def quantize_nf4(tensor: Tensor, blocksize: int = 64, double_quant: bool = True)
     """
     check_format(tensor.dtype, blocksize)
     packed, absmax = torch.ops.minilora.quantize_nf4(tensor.detach(), blocksize)
-    scales, nested_absmax, offset = reference.double_quantize(absmax) if double_quant else (absmax, None, None)
+    parts = torch.ops.minilora.double_quantize_nf4(absmax) if double_quant else (absmax, None, None)
+    scales, nested_absmax, offset = parts
     return NF4Weight.from_parts(packed, scales, nested_absmax, offset, tensor.shape, blocksize, tensor.dtype)
 
 
@@ -62,30 +69,45 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None, out: Ten
 
 
 def path_for(device: torch.device) -> str:
-    """The path that runs on `device`: "cpu" or "reference". Raises ValueError if MINILORA_NF4 cannot be obeyed."""
+    """What runs on `device`: "cpu", "triton" or "reference". Raises ValueError if MINILORA_NF4 cannot be obeyed."""
     wanted = os.environ.get(ENVIRONMENT, "auto")
-    if wanted not in ("auto", "reference", "cpu"):
-        raise ValueError(f"{ENVIRONMENT}: expected auto, reference or cpu, got {wanted!r}; unset it or choose one")
+    if wanted not in ("auto", "reference", "cpu", "triton"):
+        raise ValueError(
+            f"{ENVIRONMENT}: expected auto, reference, cpu or triton, got {wanted!r}; unset it or choose one"
+        )
     if wanted == "cpu" and device.type != "cpu":
         raise ValueError(f"{ENVIRONMENT}=cpu: expected a CPU tensor, got one on {device}; move it, or unset it")
+    if wanted == "triton" and (device.type == "cpu") != (os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            f"{ENVIRONMENT}=triton: got a tensor on {device}; Triton runs on a GPU, or with TRITON_INTERPRET=1 set "
+            "before the start on CPU tensors; move the tensor, or change one of the two"
+        )
+    if wanted == "auto" and device.type == "cuda":
+        wanted = "triton" if find_spec("triton") else wanted
     if wanted == "auto" and device.type != "cpu":
         _announce(device.type)
-    return "cpu" if wanted != "reference" and device.type == "cpu" else "reference"
+        return "reference"
+    return "cpu" if wanted == "auto" else wanted
 
 
 @lru_cache
 def _announce(kind: str) -> None:
-    warnings.warn(f"minilora: no NF4 kernel for {kind!r} yet; the plain torch reference runs, slowly", stacklevel=5)
-
-
-def _path(device: torch.device) -> ModuleType:
-    return cpu if path_for(device) == "cpu" else reference
+    reason = "triton is not installed" if kind == "cuda" else "there is no kernel for it"
+    warnings.warn(f"minilora: NF4 on {kind!r} runs in plain torch, slowly: {reason}", stacklevel=5)
 
 
 def _quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """n values -> packed uint8 (ceil(n/2),), absmax fp32 (K,)."""
+    """To packed codes and absmax."""
     check_format(x.dtype, blocksize)
-    return _path(x.device).quantize(x, blocksize)
+    path = path_for(x.device)
+    if path != "triton":
+        return (cpu if path == "cpu" else reference).quantize(x, blocksize)
+    from . import nf4_quantize
+
+    packed, absmax = nf4_quantize.quantize(x, blocksize)
+    if not torch.isfinite(absmax).all():
+        reference.raise_not_finite(x)
+    return packed, absmax
 
 
 def _quantize_fake(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -94,28 +116,71 @@ def _quantize_fake(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return packed, x.new_empty(((n + blocksize - 1) // blocksize,), dtype=torch.float32)
 
 
+def _double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """To 8-bit codes, second-level absmax and offset."""
+    if path_for(absmax.device) != "triton":
+        return reference.double_quantize(absmax)
+    from . import nf4_quantize
+
+    return nf4_quantize.double_quantize(absmax)
+
+
+def _double_quantize_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = (absmax.numel() + reference.NESTED_BLOCKSIZE - 1) // reference.NESTED_BLOCKSIZE
+    return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty((blocks,)), absmax.new_empty((1,))
+
+
 def _dequantize_out(
     packed: Tensor, scales: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, blocksize: int, out: Tensor
 ) -> None:
     """Into a contiguous `out`, whose shape and dtype say what is wanted."""
     check_format(out.dtype, blocksize)
-    n, path = out.numel(), _path(out.device)
-    got, expected = (packed.dtype, packed.numel(), scales.numel()), (torch.uint8, (n + 1) // 2, -(-n // blocksize))
-    if got != expected:
-        raise ValueError(
-            f"dequantize_nf4 to {tuple(out.shape)} in blocks of {blocksize}: expected (dtype, bytes, scales) "
-            f"{expected}, got {got}; pass the shape and blocksize that were quantised"
-        )
-    if scales.dtype == torch.uint8 and nested_absmax is not None and offset is not None:
-        absmax_K = path.double_dequantize(scales, nested_absmax, offset)
-    elif scales.dtype == torch.float32 and nested_absmax is None and offset is None:
-        absmax_K = scales
-    else:
-        raise ValueError(
-            "dequantize_nf4: expected fp32 scales alone, or uint8 scales with nested_absmax and offset, got "
-            f"{scales.dtype} scales; view the bytes of fp32 scales with .view(torch.float32)"
-        )
-    path.dequantize(packed, absmax_K, blocksize, out)
+    _check_parts(packed, scales, nested_absmax, offset, out.shape, blocksize)
+    path = path_for(out.device)
+    if path == "triton":
+        from . import nf4_dequantize
+
+        packed, scales, nested_absmax, offset, _ = _for_a_kernel(packed, scales, nested_absmax, offset, out)
+        nf4_dequantize.dequantize(packed, scales, nested_absmax, offset, blocksize, out)
+        return
+    plain = cpu if path == "cpu" else reference
+    if nested_absmax is not None and offset is not None:
+        scales = plain.double_dequantize(scales, nested_absmax, offset)
+    plain.dequantize(packed, scales, blocksize, out)
+
+
+def _check_parts(packed, scales, nested_absmax, offset, shape: Sequence[int], blocksize: int) -> None:
+    """Raises ValueError unless the parts are a weight of this shape."""
+    n = torch.Size(shape).numel()
+    blocks = -(-n // blocksize)
+    nested = nested_absmax is not None
+    sizes = [(torch.uint8, (n + 1) // 2), (torch.uint8 if nested else torch.float32, blocks)]
+    sizes += [(torch.float32, -(-blocks // reference.NESTED_BLOCKSIZE)), (torch.float32, 1)] if nested else [None, None]
+    names = ("packed", "scales", "nested_absmax", "offset")
+    for name, part, expected in zip(names, (packed, scales, nested_absmax, offset), sizes, strict=True):
+        got = None if part is None else (part.dtype, part.numel())
+        if got != expected:
+            raise ValueError(
+                f"NF4 weight of shape {tuple(shape)} in blocks of {blocksize}: expected {name} to be (dtype, size) "
+                f"{expected}, got {got}; pass fp32 scales alone, or uint8 scales with nested_absmax and offset, as "
+                "NF4Weight.parts() gives them"
+            )
+
+
+def _for_a_kernel(packed: Tensor, *others: Tensor | None) -> list[Any]:
+    """All contiguous. Raises ValueError unless they lie on one device and aligned: a kernel would fault, or worse."""
+    parts = [None if part is None else part.contiguous() for part in (packed, *others)]
+    found = [part for part in parts if part is not None]
+    if len({part.device for part in found}) > 1:
+        raise ValueError(f"NF4: expected all tensors on one device, got {[str(t.device) for t in found]}; move them")
+    for part in found:
+        need = 4 if part is found[0] else part.element_size()  # packed is read as 32-bit words
+        if part.data_ptr() % need:
+            raise ValueError(
+                f"NF4: expected memory that begins at a multiple of {need} bytes, got a {part.dtype} tensor at "
+                f"{part.data_ptr():#x}; clone it"
+            )
+    return parts
 
 
 def _dequantize(
@@ -133,6 +198,33 @@ def _dequantize(
     return out
 
 
+def _gemv(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    blocksize: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (in,) -> W x + bias (out,) in x's dtype: in one kernel where there is one, else with a dense W."""
+    if path_for(x.device) == "triton" and x.dtype != torch.float64:
+        from . import nf4_gemv
+
+        if nf4_gemv.fits(shape):
+            _check_parts(packed, scales, nested_absmax, offset, shape, blocksize)
+            parts = _for_a_kernel(packed, scales, nested_absmax, offset, bias, x)
+            packed, scales, nested_absmax, offset, bias, x = parts
+            return nf4_gemv.gemv(x, packed, scales, nested_absmax, offset, shape, blocksize, bias)
+    W = _dequantize(packed, scales, nested_absmax, offset, shape, blocksize, x.dtype)  # (out, in)
+    return F.linear(x[None], W, bias)[0]
+
+
+def _gemv_fake(x, packed, scales, nested_absmax, offset, shape, blocksize, bias) -> Tensor:
+    return x.new_empty((shape[0],))
+
+
 def _dequantize_fake(packed, scales, nested_absmax, offset, shape, blocksize, dtype) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
@@ -148,7 +240,10 @@ def _register(name: str, function: Callable, fake: Callable, schema: str, mutate
 
 
 _TO_NEW = f"({_PARTS}, SymInt[] shape, int blocksize, ScalarType dtype) -> Tensor"
+_GEMV = f"(Tensor x, {_PARTS}, SymInt[] shape, int blocksize, Tensor? bias) -> Tensor"
 _register("quantize_nf4", _quantize, _quantize_fake, "(Tensor x, int blocksize) -> (Tensor, Tensor)")
+_register("double_quantize_nf4", _double_quantize, _double_quantize_fake, "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
+_register("gemv_nf4", _gemv, _gemv_fake, _GEMV)
 _register("dequantize_nf4", _dequantize, _dequantize_fake, _TO_NEW)
 _register("dequantize_nf4_backward", _dequantize, _dequantize_fake, _TO_NEW)
 _register(

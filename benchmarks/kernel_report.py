@@ -1,0 +1,282 @@
+"""The NF4 kernels' machine code, ours and bitsandbytes', counted without a GPU, and what it means on eight cards.
+
+    python benchmarks/kernel_report.py [--targets sm_80,sm_86,gfx942] [--json FILE]
+
+Ours are compiled by calling the library's own launchers on CPU tensors inside `imaginary_gpu`: bf16, 4096 x 4096 (the
+small GEMV 1536 x 576), blocks of 64. If a launcher starts several kernels, the one with the largest grid is counted.
+bitsandbytes' are taken out of the installed wheel. All figures are those of one thread with full work (see sass.py):
+
+    instr/elem      instructions per weight; in a GEMV those of the loop over the inner dimension
+    whole           the same with what stands before and after the loop, at an inner size of 4096 (small: 576)
+    loads, stores   of global memory, bits x how many (in a GEMV the loop's loads); the LUT's and the scales' included
+    occupancy       warps that fit on an SM at a time, by registers, shared bytes and threads, of the most it can hold
+
+In the JSON, `load_bits` is the widest of the loads and `store_bits` the narrowest of the stores, 0 if none is on the
+way; a quantiser's fp32 absmax keeps the latter at 32 or below. The roofline is roofline.py's model on these counts:
+estimates, nothing measured. AMD's targets are compiled, not counted. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from imaginary import Launch, imaginary_gpu
+from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_quantize
+from minilora_kernels.launch import tile_for
+from roofline import CARDS, HALF, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
+from sass import SM_LIMITS, Counts, count, cubins, functions, occupancy
+
+AMD = ("gfx942", "gfx1100")
+BLOCKSIZE = 64
+LAYER = 4096 * 14336  # weights, in the roofline
+SCALES_BYTES = 4 + 1 + 4 / 256  # of DRAM for one scale: absmax, its 8-bit code, its share of the second level
+
+
+@dataclass(frozen=True)
+class Job:
+    """One of our kernels and how to have it compiled."""
+
+    launch: Callable[[], object]
+    elements: int  # weights that the launch handles; scales, in double_quantize_nf4
+    bytes: float  # of DRAM for one element
+    # Elements that a program handles in one trip of its loop; 0: it has no loop. Should the assembler unroll the loop,
+    # the figures come out too high, never too low.
+    trip: Callable[[], int] = int
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One of bitsandbytes' kernels: the names and numbers are its source's (csrc), where they are no parameters."""
+
+    pattern: str  # in the mangled name
+    threads: int  # per block
+    elements: int  # per thread
+    bytes: float  # as in Job
+    trip: int = 0  # elements that a thread handles in one trip of its loop; 0: the loop, if any, runs once
+
+
+# mangled: <__nv_bfloat16, tile 512, 64 threads, 8 bytes a thread, 2 = NF4>; the GEMVs give one warp a row
+BITSANDBYTES = {
+    "dequantize_nf4": Peer("kDequantizeBlockwiseI13__nv_bfloat16Li512ELi64ELi8ELi2E", 64, 16, HALF + WEIGHT),
+    "dequantize_absmax": Peer("kDequantizeBlockwiseIfLi512ELi64ELi8ELi0E", 64, 8, SCALES_BYTES),
+    "quantize_nf4": Peer("kQuantizeBlockwiseSmallI13__nv_bfloat16Li64ELi2E", 32, 2, HALF + WEIGHT),
+    "gemv_nf4": Peer("kgemm_4bit_inference_naiveI13__nv_bfloat16Li128ELi16E", 128, 4096 // 32, WEIGHT, 32),
+    "gemv_nf4_double_quant": Peer("gemm_4bit_simtI13__nv_bfloat16Li1EE", 128, 4096 // 32, WEIGHT_DOUBLE_QUANT, 32),
+}
+
+
+def jobs() -> dict[str, Job]:
+    """Name -> job, of every kernel of ours. The tensors hold nothing that matters: they are never read."""
+    shape, small = (4096, 4096), (1536, 576)
+    n = math.prod(shape)
+    dense, absmax = torch.empty(shape, dtype=torch.bfloat16), torch.empty(n // BLOCKSIZE)
+
+    def dequantize(run: Callable[..., object], double: bool) -> Job:
+        bytes = HALF + (WEIGHT_DOUBLE_QUANT if double else WEIGHT)
+        return Job(lambda: run(*_parts(n, double), BLOCKSIZE, dense), n, bytes)
+
+    def gemv(run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int) -> Job:
+        def trip() -> int:
+            return weights * math.prod(size for _, size in tile_for(tile).constants)
+
+        n, x = math.prod(shape), torch.empty(shape[1], dtype=torch.bfloat16)
+        return Job(lambda: run(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
+
+    return {
+        "dequantize_nf4": dequantize(nf4_dequantize.dequantize, False),
+        "dequantize_nf4_textbook": dequantize(nf4_dequantize.dequantize_textbook, False),
+        "dequantize_nf4_double_quant": dequantize(nf4_dequantize.dequantize, True),
+        "dequantize_nf4_double_quant_textbook": dequantize(nf4_dequantize.dequantize_textbook, True),
+        "quantize_nf4": Job(lambda: nf4_quantize.quantize(dense, BLOCKSIZE), n, HALF + WEIGHT),
+        "quantize_nf4_textbook": Job(lambda: nf4_quantize.quantize_textbook(dense, BLOCKSIZE), n, HALF + WEIGHT),
+        "double_quantize_nf4": Job(lambda: nf4_quantize.double_quantize(absmax), len(absmax), SCALES_BYTES),
+        "gemv_nf4_double_quant": gemv(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
+        "gemv_nf4_double_quant_small": gemv(nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK),
+        "gemv_nf4_double_quant_textbook": gemv(nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2),  # of a byte
+    }
+
+
+def _parts(n: int, double: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """packed, scales, nested_absmax and offset of n weights."""
+    packed, blocks = torch.empty(n // 2, dtype=torch.uint8), n // BLOCKSIZE
+    if not double:
+        return packed, torch.empty(blocks), None, None
+    return packed, torch.empty(blocks, dtype=torch.uint8), torch.empty(math.ceil(blocks / 256)), torch.empty(1)
+
+
+def compiled(job: Job, target: str) -> tuple[Launch, int]:
+    """The launch with the largest grid among those of a job, and the job's trip. Raises ValueError if there is none."""
+    with imaginary_gpu(target) as launches:
+        job.launch()
+        trip = job.trip()
+    if not launches:
+        raise ValueError(f"need a Triton launch to count, got none for {target}: the launcher ran something else")
+    return max(launches, key=lambda launch: math.prod(launch.grid)), trip
+
+
+def rows(targets: Iterable[str], names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """One row a kernel of ours (all, or those named) and NVIDIA target; the keys are those of `figures`."""
+    todo, found = jobs(), []
+    for name in todo if names is None else names:
+        job = todo[name]
+        for target in targets:
+            launch, trip = compiled(job, target)
+            counts, threads = count(launch.binary), launch.metadata.num_warps * 32
+            if counts.loop.instructions and not trip:
+                raise ValueError(f"{name} on {target} has a loop: say in jobs() how many elements one trip handles")
+            per_thread = job.elements / math.prod(launch.grid) / threads
+            found.append(
+                {"kernel": name, "target": target}
+                | figures(counts, per_thread, trip / threads)
+                | resources(counts, target, launch.metadata.shared, threads)
+                | {"bytes_per_element": job.bytes}
+            )
+    return found
+
+
+def bitsandbytes_rows(targets: Iterable[str]) -> list[dict[str, Any]]:
+    """The same of bitsandbytes' kernels. A target for which the installed wheel has none is announced and left out."""
+    found = []
+    for target in targets:
+        binary = _wheel_cubin(target)
+        if binary is None:
+            print(f"bitsandbytes on {target}: NOT COUNTED, not installed or without machine code for it")
+            continue
+        for name, peer in BITSANDBYTES.items():
+            counts = count(binary, peer.pattern, through="LDG.*128" if peer.trip else None)
+            found.append(
+                {"kernel": name, "target": target}
+                | figures(counts, peer.elements, peer.trip)
+                | resources(counts, target, 0, peer.threads)
+                | {"bytes_per_element": peer.bytes}
+            )
+    return found
+
+
+def _wheel_cubin(target: str) -> bytes | None:
+    """Machine code with all of BITSANDBYTES, out of the library for the newest CUDA that has it."""
+    spec = find_spec("bitsandbytes")
+    libraries = Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so") if spec and spec.origin else ()
+    for library in sorted(libraries, reverse=True):
+        for binary in cubins(library, target):
+            names = "\n".join(functions(binary))
+            if all(re.search(peer.pattern, names) for peer in BITSANDBYTES.values()):
+                return binary
+    return None
+
+
+def figures(counts: Counts, elements: float, trip: float) -> dict[str, Any]:
+    """Counts per element, of `elements` that a thread handles, `trip` in each trip of the loop (0: it has no loop)."""
+    looped = bool(trip and counts.loop.instructions)
+    hot, handled = (counts.loop, trip) if looped else (counts.path, elements)
+    again = (elements / trip - 1) * counts.loop.instructions if looped else 0
+    return {
+        "instructions_per_element": hot.instructions / handled,
+        "whole": (counts.path.instructions + again) / elements,
+        "loads": hot.loads,
+        "stores": counts.path.stores,
+        "load_bits": max(hot.loads, default=0),
+        "store_bits": min(counts.path.stores, default=0),
+        "pipes": {"issue": hot.instructions / handled} | {k: v / handled for k, v in hot.pipes.items()},
+    }
+
+
+def resources(counts: Counts, target: str, dynamic_shared: int, threads: int) -> dict[str, Any]:
+    """What a kernel occupies: registers and spills a thread, shared bytes a block, occupancy."""
+    shared = counts.shared_bytes + dynamic_shared
+    return {
+        "registers": counts.registers,
+        "spills": counts.spills,
+        "shared_bytes": shared,
+        "threads": threads,
+        "occupancy": occupancy(target, counts.registers, shared, threads),
+    }
+
+
+def estimates(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """roofline.py's bounds for a layer of 4096 x 14336, on every card whose target was counted."""
+    results = []
+    for row in found:
+        elements = LAYER // BLOCKSIZE if row["kernel"] in ("double_quantize_nf4", "dequantize_absmax") else LAYER
+        for name, card in CARDS.items():
+            if card.target == row["target"]:
+                times = bounds(card, elements, row["bytes_per_element"], row["pipes"])
+                busiest, share = pressure(times)
+                result = {"kernel": row["kernel"], "card": name, "microseconds": max(times.values())}
+                results.append(result | {"binds": binding(times), "busiest": busiest, "of_dram": share})
+    return results
+
+
+def three_launches(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bounds of bitsandbytes' double dequantise: absmax out of its codes, plus the mean, then the weights, in turn."""
+    parts = {(result["kernel"], result["card"]): result["microseconds"] for result in found}
+    results = []
+    for result in found:
+        if result["kernel"] == "dequantize_nf4":
+            add = bounds(CARDS[result["card"]], LAYER // BLOCKSIZE, 4 + 4, {})["DRAM"]  # fp32 read, fp32 written
+            whole = result["microseconds"] + parts["dequantize_absmax", result["card"]] + add
+            results.append(result | {"kernel": "dequantize_nf4_double_quant", "microseconds": whole})
+    return results
+
+
+def print_rows(title: str, found: list[dict[str, Any]]) -> None:
+    """Table of counts."""
+    print(f"\n{title}\n{'kernel':38}{'target':8}{'instr/elem':>10}{'whole':>7}  {'loads':18}{'stores':12}", end="")
+    print(f"{'registers':>9}{'spills':>7}{'shared':>7}{'occupancy':>10}")
+    for row in found:
+        loads, stores = (" ".join(f"{b}x{n}" for b, n in sorted(row[key].items())) for key in ("loads", "stores"))
+        print(f"{row['kernel']:38}{row['target']:8}{row['instructions_per_element']:10.2f}{row['whole']:7.2f}", end="")
+        print(f"  {loads:18}{stores:12}{row['registers']:9}{row['spills']:7}{row['shared_bytes']:7}", end="")
+        print(f"{row['occupancy']:10.0%}")
+
+
+def print_estimates(title: str, found: list[dict[str, Any]]) -> None:
+    """Table of bounds, a column a card: microseconds, and the busiest other resource's share of DRAM's time."""
+    names = [name for name in CARDS if any(result["card"] == name for result in found)]
+    print(f"\n{title}\n{'kernel':38}" + "".join(f"{name:>17}" for name in names))
+    for kernel in dict.fromkeys(result["kernel"] for result in found):
+        of = {result["card"]: result for result in found if result["kernel"] == kernel}
+        cells = (f"{of[n]['microseconds']:.3g} {of[n]['busiest']:>5} {of[n]['of_dram']:.2f}" for n in names)
+        print(f"{kernel:38}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def main() -> None:
+    """The card, the tables, the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join((*SM_LIMITS, *AMD)), help="sm_NN or gfxNNN, with commas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
+    args = parser.parse_args()
+    targets = args.targets.split(",")
+    nvidia, amd = ([t for t in targets if t.startswith(prefix)] for prefix in ("sm_", "gfx"))
+
+    print(f"triton: {triton.__version__}\ntargets: {' '.join(targets)}\ncompiled and counted; nothing ran on a GPU")
+    ours, theirs = rows(nvidia), bitsandbytes_rows(nvidia)
+    ours_us, theirs_us = estimates(ours), estimates(theirs)
+    theirs_us += three_launches(theirs_us)
+    for name, job in jobs().items():
+        for target in amd:
+            print(f"{name} on {target}: {compiled(job, target)[0].name} compiles: yes")
+    for title, counted, bound in (("minilora", ours, ours_us), ("bitsandbytes", theirs, theirs_us)):
+        if counted:
+            print_rows(f"{title}: machine code", counted)
+            print_estimates(f"{title}: model, 4096 x 14336, us at least; busiest of the rest / DRAM", bound)
+
+    document = {"triton": triton.__version__, "rows": ours, "bitsandbytes": theirs}
+    text = json.dumps(document | {"roofline": ours_us, "bitsandbytes_roofline": theirs_us})
+    if args.json:
+        args.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Which tile is fastest on this GPU? `python benchmarks/kernel_bench.py --tune` prints an entry for launch.TILES.
+
+    tune(torch.device("cuda"), clock, rounds=21, grid=tiles(lanes=32))
+
+Each tile must first pass kernel_check.py; then all tiles of a kernel are timed in turns on one large layer (the small
+GEMV on one of SmolLM2), the present one among them. A tile that the GPU cannot hold, or that is wrong, is left out
+with the reason.
+"""
+
+import statistics
+from textwrap import shorten
+from typing import Any
+
+import torch
+from triton.errors import TritonError
+from triton.runtime import driver
+
+from bench_timing import Call, Clock, measure
+from kernel_check import CHECKS, Mismatch
+from kernel_jobs import BLOCKSIZE, DEQUANTISE, GEMV, OURS, QUANTISE, jobs
+from minilora_kernels import launch, nf4_quantize
+from minilora_kernels.launch import Tile, tile
+
+LARGE, SMALL = (14336, 4096), (1536, 576)  # layers to tune on
+
+
+def tiles(lanes: int) -> dict[str, list[Tile]]:
+    """Kernel -> tiles to try, for warps of this many lanes; constants are powers of two, as Triton's arange asks.
+
+    Dequantising: one word a lane. The quantisers: 4 to 32 values a lane. GEMV: one chunk of each row a lane; the small
+    one: one chunk of one row.
+    """
+    warps = (1, 2, 4, 8)
+    return {
+        "dequantize_nf4": [tile(max(1, n // lanes), WORDS=n) for n in (32, 64, 128, 256)],
+        "quantize_nf4": [
+            tile(w, VALUES=n) for n in (512, 1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32
+        ],
+        "double_quantize_nf4": [
+            tile(w, ROWS=n) for n in (1, 2, 4, 8) for w in warps if 4 <= n * 256 // (w * lanes) <= 32
+        ],
+        "gemv_nf4": [tile(max(1, n // lanes), ROWS=r, CHUNKS=n) for r in (1, 2, 4) for n in (32, 64, 128, 256)],
+        "gemv_nf4_small": [tile(max(1, r * n // lanes), ROWS=r, CHUNKS=n) for r in (8, 16, 32) for n in (1, 2, 4)],
+    }
+
+
+def tune(
+    device: torch.device, clock: Clock, rounds: int, grid: dict[str, list[Tile]] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each kernel: the median microseconds of its tiles, fastest first. `grid`: default tiles()."""
+    gpu: Any = None if launch.interpreted() else driver.active
+    architecture, calls, found = launch.architecture(), calls_of(device, clock), []
+    for name, candidates in (grid or tiles(gpu.get_current_target().warp_size)).items():
+        present, timed = launch.tile_for(name), {}
+        for chosen in dict.fromkeys((present, *candidates)):
+            try:
+                with launch.overridden(name, chosen):
+                    CHECKS[name](name, device)
+                timed[written(chosen)] = with_tile(name, chosen, calls[name])
+            except (Mismatch, TritonError) as error:
+                print(f"{name} {written(chosen)} LEFT OUT: {shorten(str(error), 150)}")
+        us = {text: statistics.median(times) for text, times in measure(clock, timed, rounds).items()}
+        us = dict(sorted(us.items(), key=lambda item: item[1]))
+        best = next(iter(us))
+        before = f"now {written(present)}, {us[written(present)]:.2f} us"
+        print(f'{name:20} "{architecture}": {best},  # {us[best]:.2f} us; {before}')
+        found.append({"kernel": name, "architecture": architecture, "now": written(present), "us": us})
+    return found
+
+
+def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
+    """Kernel -> its call."""
+    large, small = ({job.name: job.calls[OURS] for job in jobs(shape, device, clock, ())} for shape in (LARGE, SMALL))
+    absmax = torch.rand(LARGE[0] * LARGE[1] // BLOCKSIZE, device=device)
+    return {
+        "dequantize_nf4": large[DEQUANTISE],
+        "quantize_nf4": large[QUANTISE],
+        "double_quantize_nf4": lambda turn: nf4_quantize.double_quantize(absmax),
+        "gemv_nf4": large[GEMV],
+        "gemv_nf4_small": small[GEMV],
+    }
+
+
+def with_tile(name: str, chosen: Tile, call: Call) -> Call:
+    """`call`, in which the kernel `name` runs with this tile."""
+
+    def tiled(turn: int) -> object:
+        with launch.overridden(name, chosen):
+            return call(turn)
+
+    return tiled
+
+
+def written(chosen: Tile) -> str:
+    """A tile as it stands in launch.TILES."""
+    return f"tile({chosen.num_warps}, {', '.join(f'{name}={size}' for name, size in chosen.constants)})"

@@ -1,0 +1,135 @@
+"""How every kernel is started: which tile on which card, on the tensor's own device, with exact arithmetic.
+
+A kernel's tile says how much one program does: its constants (powers of two, which Triton's arange asks for) and its
+warps. The table below was chosen by counting the machine code that each entry compiles to; `python
+benchmarks/kernel_report.py` prints the counts, and `python benchmarks/kernel_bench.py --tune` measures on a GPU and
+prints a better entry where it finds one. Nothing here has been timed on a GPU yet.
+
+Every launch passes enable_fp_fusion=False: fused into one multiply-add, the second level's `map[code] * a2 + offset`
+would be rounded once instead of twice and differ from bitsandbytes in the last bit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program does: the kernel's constants, and the warps that do it."""
+
+    constants: tuple[tuple[str, int], ...]
+    num_warps: int
+
+
+def tile(num_warps: int, **constants: int) -> Tile:
+    """Tile(...), with the constants as keywords."""
+    return Tile(tuple(constants.items()), num_warps)
+
+
+# kernel -> architecture -> tile. "gfx9" are AMD's CDNA cards: 64 lanes a warp instead of 32, so half the warps.
+TILES: dict[str, dict[str, Tile]] = {
+    "dequantize_nf4": {
+        # one word a thread is one 128-bit store; 4 words in flight hide the memory's latency in 40 registers
+        "default": tile(4, WORDS=128),
+        "gfx9": tile(2, WORDS=128),
+    },
+    "dequantize_nf4_textbook": {"default": tile(4, BYTES=512)},  # 4 bytes a thread: a 32-bit load, a 128-bit store
+    "quantize_nf4": {
+        # 16 values a thread share one division; 32 would need 56 registers and leave sm_80 and sm_90 half empty
+        "default": tile(4, VALUES=2048),
+        "gfx9": tile(2, VALUES=2048),
+    },
+    "quantize_nf4_textbook": {"default": tile(4, VALUES=1024)},
+    "double_quantize_nf4": {"default": tile(4, ROWS=4)},  # 8 values a thread: their 8 look-ups run side by side
+    "gemv_nf4": {
+        # all lanes along a row, so that x arrives where it is used; two rows share each value of x
+        "default": tile(2, ROWS=2, CHUNKS=64),
+        "gfx9": tile(1, ROWS=2, CHUNKS=64),
+    },
+    "gemv_nf4_small": {"default": tile(1, ROWS=16, CHUNKS=2)},  # 2 lanes a row: none idle, and no barrier in one warp
+    "gemv_nf4_textbook": {"default": tile(4, BYTES=512)},
+}
+
+
+def run(name: str, kernel: Any, programs: int | Callable[..., int], *arguments: Any, **constants: Any) -> None:
+    """Launch `kernel` with the tile of `name` on the device of its first argument, a tensor.
+
+    programs: how many, or how many it takes with the tile's constants.
+    """
+    with torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext():
+        chosen = tile_for(name)
+        sizes = dict(chosen.constants)
+        count = programs(**sizes) if callable(programs) else programs
+        if count:
+            kernel[(count,)](*arguments, **sizes, **constants, num_warps=chosen.num_warps, enable_fp_fusion=False)
+
+
+@lru_cache
+def table(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """make(), a constant table, once on each device."""
+    return make().to(device)
+
+
+def tile_for(name: str) -> Tile:
+    """The tile of a kernel on the current device."""
+    if name in _overridden:
+        return _overridden[name]
+    return TILES[name].get(architecture(), TILES[name]["default"])
+
+
+_overridden: dict[str, Tile] = {}
+
+
+@contextmanager
+def overridden(name: str, chosen: Tile) -> Iterator[None]:
+    """Inside, the kernel runs with this tile: for tuning."""
+    _overridden[name] = chosen
+    try:
+        yield
+    finally:
+        del _overridden[name]
+
+
+def architecture() -> str:
+    """The current device's: "sm_86", "gfx9" ..., a key of TILES; "interpreter" in Triton's."""
+    return "interpreter" if interpreted() else _architecture(cast(Any, driver.active).get_current_device())
+
+
+@lru_cache
+def _architecture(device: object) -> str:
+    """Of the current device, which `device` names, as Triton's driver has it."""
+    target = cast(Any, driver.active).get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)[:4]
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported), on CPU tensors."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+@contextmanager
+def rounded(out: Tensor) -> Iterator[Tensor]:
+    """What a kernel should write to so that `out` gets its values rounded to nearest.
+
+    That is `out`, but in the interpreter: its cast from fp32 to bf16 cuts off instead of rounding, so there the
+    kernel writes fp32 and torch rounds.
+    """
+    if not (interpreted() and out.dtype == torch.bfloat16):
+        yield out
+        return
+    exact = torch.empty_like(out, dtype=torch.float32)
+    yield exact
+    out.copy_(exact)

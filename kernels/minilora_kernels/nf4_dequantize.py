@@ -1,0 +1,201 @@
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# (a kernel is Triton, not Python, and its tuples and constants are not typed)
+"""NF4 -> bf16, fp16 or fp32 on a GPU, both levels of scales in one launch.
+
+The reference (reference.py), for element i of a weight quantised in blocks of B:
+
+    code      = nibble i of packed, the first of each pair in the high half of its byte
+    absmax    = scales[i // B]                                            plain
+              = map[scales[b]] * nested_absmax[b // 256] + offset         double quantisation, b = i // B
+    out[i]    = level[code] * absmax      in fp32, rounded once to the dtype of out
+
+A GPU runs many *programs*, each the same function with its own number, each on a *tile* of the data. Inside a program
+names hold whole vectors, which Triton spreads over the program's threads: `tl.arange(0, 4)` is (0, 1, 2, 3), and
+`tl.load(pointer + vector)` reads one value for each entry.
+
+Dequantising is bound by memory: 0.516 bytes are read and 2 written for each bf16 value. So what counts is how wide a
+thread loads and stores, and how few instructions stand between.
+
+    textbook    a byte an entry, both nibbles looked up in memory, then interleaved
+    fast        8 values an entry: one 32-bit word is loaded, one 128-bit piece of bf16 stored, the 16 levels are
+                looked up in shared memory (tl.gather), and four words are under way at a time
+
+Both have the reference's bits. The fast one covers whole words; a rest of at most 7 values takes the textbook.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .codebook import dynamic_map, nf4_codebook
+from .launch import rounded, run, table
+
+
+@triton.jit
+def absmax_of(block, inside, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr):
+    """The scale of each block number in `block`; entries outside `inside` are not read."""
+    scale = tl.load(scales_ptr + block, mask=inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_ptr + block // 256, mask=inside, other=0)
+        absmax = tl.load(map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)  # rounds twice, as the reference
+    else:
+        absmax = scale
+    return absmax
+
+
+# Triton 3.3, which torch 2.7 brings, aborts the process while compiling this tl.gather: there each look-up is a load.
+GATHERS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
+
+
+@triton.jit
+def lookup(table_ptr, table, index):
+    """table[index], for a table of 16 or 32 entries that has been loaded from table_ptr, and an index of any shape."""
+    if GATHERS:
+        entries = tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), 0), index.shape)
+    else:
+        entries = tl.load(table_ptr + index)
+    return entries
+
+
+# ---- textbook
+
+
+@triton.jit
+def _dequantize_textbook(
+    packed_ptr,  # uint8 (ceil(n/2),)
+    scales_ptr,  # fp32 (K,), or uint8 codes (K,)
+    nested_ptr,  # fp32 (ceil(K/256),), not read unless NESTED
+    offset_ptr,  # fp32 (1,), not read unless NESTED
+    levels_ptr,  # fp32 (16,)
+    map_ptr,  # fp32 (256,), not read unless NESTED
+    out_ptr,  # bf16, fp16, fp32 or fp64 (n,)
+    start,  # first element to write, even
+    n,  # elements
+    BLOCKSIZE: tl.constexpr,  # values that share one scale
+    NESTED: tl.constexpr,  # whether scales are codes
+    BYTES: tl.constexpr,  # bytes a program reads
+):
+    # who am I: bytes [first, first + BYTES); 64-bit, since a weight may have more than 2^31 elements
+    first = start // 2 + tl.program_id(0).to(tl.int64) * BYTES
+    byte = first + tl.arange(0, BYTES)
+    inside = byte * 2 < n
+
+    # load
+    pair = tl.load(packed_ptr + byte, mask=inside, other=0).to(tl.int32)
+    absmax = absmax_of(byte * 2 // BLOCKSIZE, inside, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)
+
+    # compute: level[code] * absmax
+    high = tl.load(levels_ptr + (pair >> 4)) * absmax
+    low = tl.load(levels_ptr + (pair & 15)) * absmax
+    values = tl.interleave(high, low)  # (2 BYTES,): high0, low0, high1, low1, ...
+
+    # store
+    element = first * 2 + tl.arange(0, 2 * BYTES)
+    tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=element < n)
+
+
+# ---- fast
+
+
+@triton.jit
+def _dequantize_fast(
+    words_ptr,  # int32 (n_words,): packed, 8 codes a word
+    scales_ptr,  # fp32 (K,), or uint8 codes (K,)
+    nested_ptr,  # fp32 (ceil(K/256),), not read unless NESTED
+    offset_ptr,  # fp32 (1,), not read unless NESTED
+    levels_ptr,  # fp32 (16,)
+    map_ptr,  # fp32 (256,), not read unless NESTED
+    out_ptr,  # bf16, fp16, fp32 or fp64 (8 n_words,)
+    n_words,  # whole words
+    BLOCKSIZE: tl.constexpr,  # values that share one scale, 32 or more: a word never has two scales
+    NESTED: tl.constexpr,  # whether scales are codes
+    WORDS: tl.constexpr,  # words of a step: one a thread, whose 8 bf16 values are one 128-bit store
+):
+    # who am I: four steps of WORDS words. A step's words lie side by side, so that a warp reads and writes whole lines
+    WORDS_A_BLOCK: tl.constexpr = BLOCKSIZE // 8
+    tl.static_assert(4 * WORDS <= 256 * WORDS_A_BLOCK, "a program has one second-level scale")
+    first = tl.program_id(0).to(tl.int64) * (4 * WORDS)
+    left = tl.minimum(n_words - first, 4 * WORDS).to(tl.int32)  # of my words, those that exist
+    lane = tl.arange(0, WORDS)
+    nibble = tl.arange(0, 8)
+
+    # load all four words before the first store: Triton keeps loads and stores in order, and would wait in between
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    if NESTED:
+        nested = tl.load(nested_ptr + first // (256 * WORDS_A_BLOCK))
+        offset = tl.load(offset_ptr)
+    words = ()
+    absmax = ()
+    for step in tl.static_range(4):
+        word = lane + step * WORDS
+        inside = word < left
+        words = words + (tl.load(words_ptr + first + word, mask=inside, other=0),)
+        scale = tl.load(scales_ptr + first // WORDS_A_BLOCK + word // WORDS_A_BLOCK, mask=inside, other=0)
+        if NESTED:
+            scale = tl.load(map_ptr + scale.to(tl.int32)) * nested + offset
+        absmax = absmax + (scale,)
+
+    # compute: all codes, then all levels in one gather, which fills its table in shared memory once a call.
+    # element k sits in nibble k ^ 1 of a little-endian word: the first of each pair is the high half of its byte
+    shift = (nibble * 4) ^ 4
+    four = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # (WORDS, 2, 2)
+    codes = (four[:, :, :, None] >> shift[None, None, None, :]) & 15  # (WORDS, 2, 2, 8)
+    values = lookup(levels_ptr, levels, codes)
+    values = tl.permute(values, [0, 3, 1, 2])  # (WORDS, 8, 2, 2): split takes the last axis apart
+    even, odd = tl.split(values)
+    value0, value2 = tl.split(even)  # (WORDS, 8) each
+    value1, value3 = tl.split(odd)
+    values = (value0, value1, value2, value3)
+
+    # store
+    for step in tl.static_range(4):
+        word = lane + step * WORDS
+        product = values[step] * absmax[step][:, None]  # (WORDS, 8), fp32
+        element = word[:, None] * 8 + nibble[None, :]
+        inside = (word < left)[:, None]
+        tl.store(out_ptr + first * 8 + element, product.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- launchers
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """Into a contiguous `out`; arguments as dispatch.py has checked them. One launch, two if out.numel() % 8 != 0."""
+    n, whole = out.numel(), out.numel() // 8  # values, words that are full
+    options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
+    with rounded(out) as target:
+        rest = _arguments(scales, nested_absmax, offset, target)
+        arguments = (packed[: whole * 4].view(torch.int32), *rest, whole)
+        run("dequantize_nf4", _dequantize_fast, lambda WORDS: -(-whole // (4 * WORDS)), *arguments, **options)
+        if n % 8:
+            run("dequantize_nf4_textbook", _dequantize_textbook, 1, packed, *rest, whole * 8, n, **options)
+
+
+def dequantize_textbook(
+    packed: Tensor,
+    scales: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """The same by the textbook kernel alone."""
+    n = out.numel()
+    options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
+    with rounded(out) as target:
+        arguments = (packed, *_arguments(scales, nested_absmax, offset, target), 0, n)
+        run("dequantize_nf4_textbook", _dequantize_textbook, lambda BYTES: -(-n // (2 * BYTES)), *arguments, **options)
+
+
+def _arguments(scales: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> tuple:
+    """What both kernels take between the codes and the sizes."""
+    tables = table(nf4_codebook, out.device), table(dynamic_map, out.device)
+    return scales, nested_absmax, offset, *tables, out

@@ -1,0 +1,265 @@
+"""Proves in Triton's interpreter that every kernel has the bits of reference.py, textbook and fast alike.
+
+tests/test_interpreter.py runs this file, and the ordinary NF4 tests, in a process of their own with TRITON_INTERPRET=1,
+on the pinned Triton and, in `make test-all`, on others. What the interpreter cannot show is machine code: whether a
+kernel compiles, and to what, is tests/test_kernel_report.py's.
+"""
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from minilora_kernels import dynamic_map, launch, nf4_dequantize, nf4_gemv, nf4_quantize, nf4_thresholds, reference
+from minilora_kernels.codebook import midpoints
+from minilora_kernels.weight import BLOCKSIZES
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+SIZES = [0, 1, 2, 7, 8, 9, 63, 64, 65, 1003 * 8, 4096 * 3 + 5]  # no whole word, ragged words, blocks and programs
+QUANTIZE = [nf4_quantize.quantize, nf4_quantize.quantize_textbook]
+DEQUANTIZE = [nf4_dequantize.dequantize, nf4_dequantize.dequantize_textbook]
+GEMV = [nf4_gemv.gemv, nf4_gemv.gemv_textbook]
+
+
+def normal(*shape, dtype=torch.float32, scale=0.02):
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def parts_of(x, blocksize, nested):
+    """(packed, scales, nested_absmax, offset) by the reference."""
+    packed, absmax = reference.quantize(x, blocksize)
+    return (packed, *reference.double_quantize(absmax)) if nested else (packed, absmax, None, None)
+
+
+def dense(parts, blocksize, shape, dtype=torch.float32):
+    packed, scales, nested, offset = parts
+    absmax = scales if nested is None else reference.double_dequantize(scales, nested, offset)
+    reference.dequantize(packed, absmax, blocksize, out := torch.empty(shape, dtype=dtype))
+    return out
+
+
+def test_this_is_the_interpreter():
+    assert launch.interpreted(), "run through tests/test_interpreter.py, or with TRITON_INTERPRET=1"
+
+
+# ---- oracle: the reference
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantised_is_the_reference(blocksize, dtype, quantize):
+    for n in SIZES:
+        x = normal(n, dtype=dtype)
+        x[: n // 3] = 0  # whole blocks of zeros, and blocks that begin with them
+        for got, expected in zip(quantize(x, blocksize), reference.quantize(x, blocksize), strict=True):
+            assert torch.equal(got, expected), n
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_ties_and_their_neighbours(quantize):
+    """Each threshold, one ulp below and above, both signs, at scales whose reciprocal is exact and is not."""
+    t = nf4_thresholds()
+    up = torch.full_like(t, torch.inf)
+    near = torch.cat([t, torch.nextafter(t, up), torch.nextafter(t, -up)])  # (45,)
+    for scale in (1.0, 0.75, 3.1e-5, 1.7e38, 2.0**-126):
+        x = torch.cat([torch.tensor([scale]), near * scale, -near * scale])  # (91,): blocks of 64 and 27
+        for got, expected in zip(quantize(x, 64), reference.quantize(x, 64), strict=True):
+            assert torch.equal(got, expected), scale
+
+
+def test_every_bin_edge():
+    """Both sides of where the fast kernel's 32 bins meet."""
+    edges = torch.arange(-15.5, 16) / 15.5  # (32,)
+    steps = [edges, *(torch.nextafter(edges, torch.full_like(edges, s)) for s in (-2.0, 2.0))]
+    x = torch.cat([torch.ones(1), *steps]).clamp(-1, 1)
+    assert torch.equal(nf4_quantize.quantize(x, 128)[0], reference.quantize(x, 128)[0])
+    bins = nf4_quantize._bin_table() >> 32
+    assert (bins != torch.tensor(torch.inf).view(torch.int32)).sum() == 15  # a threshold each, so none lost
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_a_block_below_the_smallest_normal_is_zero(quantize):
+    for tiny in (2.0**-126, 2.0**-127, 1e-44, 0.0):
+        x = torch.full((64,), -tiny)
+        for got, expected in zip(quantize(x, 64), reference.quantize(x, 64), strict=True):
+            assert torch.equal(got, expected), tiny
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_reaches_absmax(bad, quantize):
+    x = normal(200)
+    x[70] = bad
+    assert torch.isfinite(quantize(x, 64)[1]).tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 4 * 256 * 3 + 9])
+def test_second_level_is_the_reference(count):
+    for absmax in (normal(count).abs(), torch.full((count,), 0.3), torch.zeros(count)):
+        got, expected = nf4_quantize.double_quantize(absmax), reference.double_quantize(absmax)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_ties_of_the_second_level():
+    """Every midpoint of the 8-bit map: the mean is an exact 0, as each has its negative in the other half."""
+    half = torch.cat([torch.ones(1), midpoints(dynamic_map())])  # (256,)
+    got, expected = (
+        double(torch.cat([half, -half])) for double in (nf4_quantize.double_quantize, reference.double_quantize)
+    )
+    assert got[2].item() == 0 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dequantize", DEQUANTIZE)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_dequantised_is_the_reference(blocksize, dtype, nested, dequantize):
+    for n in SIZES:
+        parts = parts_of(normal(n), blocksize, nested)
+        memory = torch.full((n + 64,), 7.0, dtype=dtype)
+        dequantize(*parts, blocksize, memory[:n])
+        assert torch.equal(memory[:n], dense(parts, blocksize, (n,), dtype)), n
+        assert (memory[n:] == 7).all(), "written past the end"
+
+
+# ---- one token
+
+
+SHAPES = [(5, 64), (33, 576), (3, 1056), (7, 2048), (2, 4128)]  # short rows, long ones, ragged in both directions
+
+
+@pytest.mark.parametrize("gemv", GEMV)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_one_hot_x_reads_a_column(shape, nested, gemv):
+    """Exact: every other product is zero."""
+    parts = parts_of(normal(*shape), 64, nested)
+    W = dense(parts, 64, shape)
+    for k in (0, 31, 32, shape[1] - 1):
+        x = torch.zeros(shape[1])
+        x[k] = 1
+        assert torch.equal(gemv(x, *parts, shape, 64), W[:, k])
+
+
+@pytest.mark.parametrize("gemv", GEMV)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+def test_a_token_through_a_layer(blocksize, dtype, gemv):
+    for shape in SHAPES:
+        parts, x, bias = (
+            parts_of(normal(*shape), blocksize, True),
+            normal(shape[1], dtype=dtype, scale=1),
+            normal(shape[0]),
+        )
+        W = dense(parts, blocksize, shape, torch.float64)
+        exact = W @ x.double() + bias.double()
+        got = gemv(x, *parts, shape, blocksize, bias)
+        assert got.dtype == dtype and got.shape == shape[:1]
+        # a sum of n products in any order errs by n eps sum |w x| at most; then one rounding to x's dtype
+        bound = shape[1] * 2**-24 * (W.abs() @ x.double().abs()) + torch.finfo(dtype).eps * exact.abs()
+        assert ((got.double() - exact).abs() <= bound).all(), shape
+
+
+def test_which_shapes_have_a_fused_kernel():
+    assert nf4_gemv.fits((576, 1536)) and nf4_gemv.fits((1, 32))
+    assert not nf4_gemv.fits((4, 33)) and not nf4_gemv.fits((0, 64)) and not nf4_gemv.fits((2**20, 2**16))
+
+
+# ---- more than 2^31 elements: a program near the end alone, in memory that is never touched elsewhere
+
+
+@pytest.fixture
+def only_program(monkeypatch):
+    """only_program(i): whatever is launched, one program runs, and takes itself for number i."""
+    run = launch.run
+
+    def only(number: int) -> None:
+        program = lambda builder, axis: interpreter.TensorHandle(  # noqa: E731
+            torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32
+        )
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
+        for module in (nf4_dequantize, nf4_quantize, nf4_gemv):
+            monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
+
+    return only
+
+
+FAR = 2**31 + 4096 * 64  # elements; the last 4096 are looked at
+
+
+@pytest.mark.parametrize("per_program, dequantize", [(4096, DEQUANTIZE[0]), (1024, DEQUANTIZE[1])])
+def test_dequantising_far_elements(only_program, per_program, dequantize):
+    x = normal(per_program)
+    small = parts_of(x, 64, True)
+    packed, codes = torch.empty(FAR // 2, dtype=torch.uint8), torch.empty(FAR // 64, dtype=torch.uint8)
+    packed[-per_program // 2 :], codes[-per_program // 64 :] = small[0], small[1]
+    nested, out = small[2].expand(FAR // 64 // 256).contiguous(), torch.empty(FAR, dtype=torch.float16)
+    only_program(FAR // per_program - 1)
+    dequantize(packed, codes, nested, small[3], 64, out)
+    assert torch.equal(out[-per_program:], dense(small, 64, (per_program,), torch.float16))
+
+
+def test_quantising_far_elements(only_program):
+    x = torch.empty(FAR, dtype=torch.bfloat16)
+    x[-2048:] = normal(2048, dtype=torch.bfloat16)
+    only_program(FAR // 2048 - 1)
+    packed, absmax = nf4_quantize.quantize(x, 64)
+    expected = reference.quantize(x[-2048:], 64)
+    assert torch.equal(packed[-1024:], expected[0]) and torch.equal(absmax[-32:], expected[1])
+
+
+@pytest.mark.parametrize("gemv, rows_per_program", [(GEMV[0], 2), (GEMV[1], 1)])
+def test_a_token_through_far_rows(only_program, gemv, rows_per_program):
+    rows, k = 2**34 // 4096 + 2, 4096  # more than 2^31 words
+    small = parts_of(normal(2, k), 64, True)
+    packed, codes = torch.empty(rows * k // 2, dtype=torch.uint8), torch.empty(rows * k // 64, dtype=torch.uint8)
+    packed[-k:], codes[-2 * k // 64 :] = small[0], small[1]
+    nested = small[2].expand(-(-rows * k // 64 // 256)).contiguous()
+    x = torch.zeros(k)
+    x[-1] = 1
+    only_program(rows // rows_per_program - 1)
+    y = gemv(x, packed, codes, nested, small[3], (rows, k), 64)
+    expected = dense(small, 64, (2, k))[:, -1]
+    assert torch.equal(y[-rows_per_program:], expected[-rows_per_program:])
+
+
+# ---- round trip of the launch
+
+
+@pytest.mark.parametrize("words, warps", [(32, 1), (64, 2), (256, 8)])
+def test_other_tiles_have_the_same_bits(words, warps):
+    parts = parts_of(normal(20001), 32, True)
+    out = torch.empty(20001)
+    with launch.overridden("dequantize_nf4", launch.tile(warps, WORDS=words)):
+        nf4_dequantize.dequantize(*parts, 32, out)
+    assert torch.equal(out, dense(parts, 32, (20001,)))
+
+
+def test_every_kernel_has_a_tile():
+    for name, tiles in launch.TILES.items():
+        assert "default" in tiles, name
+        for tile in tiles.values():
+            assert all(size & (size - 1) == 0 for _, size in tile.constants), name
+
+
+def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
+    options = []
+    for module, name in [
+        (nf4_dequantize, "_dequantize_fast"),
+        (nf4_dequantize, "_dequantize_textbook"),
+        (nf4_quantize, "_quantize_fast"),
+        (nf4_quantize, "_quantize_textbook"),
+        (nf4_quantize, "_double_quantize"),
+        (nf4_gemv, "_gemv_fast"),
+        (nf4_gemv, "_gemv_textbook"),
+    ]:
+        monkeypatch.setattr(module, name, {(1,): lambda *a, **k: options.append(k["enable_fp_fusion"])})
+    parts, x = parts_of(normal(1, 64), 64, True), normal(64)
+    for quantize in QUANTIZE:
+        quantize(x, 64)
+    nf4_quantize.double_quantize(x[:1])
+    for dequantize in DEQUANTIZE:
+        dequantize(*parts, 64, torch.empty(64))
+    for gemv in GEMV:
+        gemv(x, *parts, (1, 64), 64)
+    assert options == [False] * 7

@@ -1,0 +1,83 @@
+"""Proves that roofline.py computes bytes / bandwidth and instructions / lanes: figures worked out by hand from the
+datasheets' numbers, how they scale, and which resource is said to bind."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roofline import CARDS, HALF, LANES, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
+
+SQUARE, LAYER = 4096 * 4096, 4096 * 14336
+
+
+def test_bytes_of_a_weight():
+    blocks = 256  # of 64 weights: one group of the second level
+    assert WEIGHT == (blocks * 64 * 4 / 8 + blocks * 4) / (blocks * 64) == 0.5625
+    assert WEIGHT_DOUBLE_QUANT == (blocks * 64 * 4 / 8 + blocks * 1 + 4) / (blocks * 64)
+
+
+@pytest.mark.parametrize(
+    ("card", "elements", "bytes", "microseconds"),
+    [
+        ("RTX 4090", SQUARE, HALF + WEIGHT_DOUBLE_QUANT, 41.9),
+        ("RTX 4090", LAYER, HALF + WEIGHT_DOUBLE_QUANT, 146.6),
+        ("RTX 3060", SQUARE, HALF + WEIGHT, 119.4),
+        ("RTX 3090", LAYER, WEIGHT_DOUBLE_QUANT, 32.4),
+        ("RTX 4070", LAYER, HALF + WEIGHT_DOUBLE_QUANT, 293.1),
+        ("RTX 5090", LAYER, HALF + WEIGHT, 84.0),
+        ("T4", LAYER, HALF + WEIGHT, 470.2),
+        ("A100-80", SQUARE, HALF + WEIGHT, 21.1),
+        ("H100 SXM", LAYER, WEIGHT, 9.9),
+    ],
+)
+def test_time_of_the_bytes(card, elements, bytes, microseconds):
+    times = bounds(CARDS[card], elements, bytes, {"issue": 0.1})
+    assert binding(times) == "DRAM"
+    assert max(times.values()) == pytest.approx(microseconds, abs=0.05)  # given to a tenth
+
+
+@pytest.mark.parametrize(
+    ("card", "pipe", "instructions"),  # per element, that take as long as the bytes
+    [
+        ("T4", "issue", 64.0),
+        ("RTX 3060", "alu", 22.3),
+        ("RTX 3090", "issue", 47.8),
+        ("RTX 4090", "alu", 51.5),
+        ("A100-80", "issue", 24.1),
+        ("H100 SXM", "alu", 11.6),
+    ],
+)
+def test_instructions_that_the_bytes_pay_for(card, pipe, instructions):
+    times = bounds(CARDS[card], SQUARE, HALF + WEIGHT_DOUBLE_QUANT, {pipe: instructions})
+    assert pressure(times) == (pipe, pytest.approx(1, abs=0.05 / instructions))
+
+
+@pytest.mark.parametrize(("card", "fma", "lsu"), [("T4", 64, 16), ("A100-80", 64, 32), ("H100 SXM", 128, 32)])
+def test_a_clock_of_one_card(card, fma, lsu):
+    """As many elements as the card has lanes take one clock."""
+    c = CARDS[card]
+    for pipe, lanes in {"issue": 128, "alu": 64, "fma": fma, "lsu": lsu, "xu": 16}.items():
+        times = bounds(c, c.sms * lanes, 0, {pipe: 1})
+        assert binding(times) == pipe and times[pipe] == pytest.approx(1e-3 / c.ghz)
+
+
+@given(st.sampled_from(list(CARDS)), st.integers(1, LAYER), st.floats(0.1, 10), st.sampled_from(list(LANES)))
+def test_twice_the_work_takes_twice_the_time(card, elements, bytes, pipe):
+    pipes = {"issue": 20.0, pipe: 30.0}
+    once, twice = (bounds(CARDS[card], n * elements, bytes, pipes) for n in (1, 2))
+    assert twice == pytest.approx({resource: 2 * time for resource, time in once.items()})
+    assert (binding(once), pressure(once)[0]) == (binding(twice), pressure(twice)[0])
+
+
+@pytest.mark.parametrize(
+    ("elements", "bytes", "pipes", "message"),
+    [
+        (1, 1.0, {"tensor": 1.0}, "out of issue, alu, fma, lsu, xu, got tensor"),
+        (-1, 1.0, {}, "elements=-1"),
+        (1, -1.0, {}, "bytes_per_element=-1"),
+        (1, 1.0, {"alu": -1.0}, "'alu': -1"),
+    ],
+)
+def test_nonsense_is_refused(elements, bytes, pipes, message):
+    with pytest.raises(ValueError, match=message):
+        bounds(CARDS["T4"], elements, bytes, pipes)
