@@ -282,7 +282,7 @@ axis.vlines(thresholds, -1, 16, color="C3", lw=1, label="threshold")
 axis.step(y, torch.bucketize(y, thresholds), color="C0", label="code")
 axis.plot(levels, range(16), "o", color="C0", label="level")
 axis.set(xlabel="y = x / absmax", ylabel="code", xlim=(-1.02, 1.02), ylim=(-1, 16), yticks=range(0, 16, 3))
-axis.legend(loc="upper left", framealpha=1)
+axis.legend(loc="lower right", framealpha=1)
 plt.show()
 near = [thresholds.nextafter(torch.tensor(to)) for to in (-torch.inf, torch.inf)]  # an ulp away: the hardest cases
 y = torch.cat([torch.rand(10_000) * 2 - 1, thresholds, *near, torch.tensor([-1.0, 0.0, 1.0])])
