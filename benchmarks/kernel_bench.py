@@ -50,7 +50,11 @@ COLUMNS = ("eager", "compile", "bitsandbytes", "gemv_4bit", "dense")
 
 
 def row_of(job: Job, shape: tuple[int, int], models: Sequence[str], clock: Clock, rounds: int) -> dict[str, Any]:
-    """Every contender checked against ours, then timed. Raises Mismatch where plain torch has other bits than we."""
+    """Every contender's values or packed codes checked against ours, then timed.
+
+    Raises Mismatch where plain torch has other bits than we. Not compared: second-level codes, for which bitsandbytes
+    takes another mean; kernel_check.py holds ours against the reference.
+    """
     results, missing = {}, {}
     for name, call in job.calls.items():
         try:

@@ -57,7 +57,7 @@ def jobs(shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequ
     if "eager" in peers:
         every.append(plain_calls(b, "eager", lambda function: function))
     if "compile" in peers:
-        torch.compiler.reset()  # else the second shape would be compiled for any shape
+        torch.compiler.reset()  # else the shapes add up to the limit of recompilations
         every.append(plain_calls(b, "compile", lambda function: torch.compile(function, dynamic=False)))
     if "bitsandbytes" in peers:
         every.append(bitsandbytes_calls(b))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minilora.modules import ends_with, output_layer, tied_modules
 from minilora.names import unknown
-from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+from minilora_kernels import NF4Weight, dequantize_nf4, prepare, quantize_nf4
 
 _PARTS = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")  # of an NF4Weight, and of NF4Linear
 
@@ -85,6 +85,7 @@ class NF4Linear(nn.Module):
             if data is not None and part == "packed":
                 data = F.pad(data, (0, -len(data) % 16))
             self.register_parameter(part, None if data is None else nn.Parameter(data, requires_grad=False))
+        prepare(weight.device)
 
     @property
     def weight(self) -> NF4Weight:
@@ -105,10 +106,15 @@ class NF4Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         parts = self.weight.parts()
-        if x.numel() == self.in_features and not torch.is_grad_enabled():  # one token of generate
+        if x.numel() == x.shape[-1] == self.in_features > 0 and not torch.is_grad_enabled():  # one token
             y = torch.ops.minilora.gemv_nf4(x.reshape(-1), *parts, bias)  # (out,), without a dense W on a GPU
             return y.view(*x.shape[:-1], self.out_features)
         return _Multiply.apply(x, bias, *parts)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        prepare(self.packed.device)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         state = self.weight.state_dict(f"{prefix}weight")

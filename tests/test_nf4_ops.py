@@ -42,8 +42,18 @@ def test_opcheck_of_one_token(shape, bias, double_quant):
     arguments = (x, *weight.parts(), torch.randn(shape[0]) if bias else None)
     torch.library.opcheck(OPS.gemv_nf4, arguments)
     dense = F.linear(x.double(), dequantize_nf4(weight, torch.float64), None if not bias else arguments[-1].double())
-    # fp32 sums of at most 96 products of numbers below 4: 96 * 96 * 16 * 2^-24 bounds any order of additions
-    torch.testing.assert_close(OPS.gemv_nf4(*arguments).double(), dense, rtol=0, atol=0.01)
+    # a sum of n products and a bias in fp32, in any order, is off by at most (n + 1) u times the sum of magnitudes
+    sizes = F.linear(x.abs(), dequantize_nf4(weight, torch.float32).abs(), None if not bias else arguments[-1].abs())
+    assert ((OPS.gemv_nf4(*arguments).double() - dense).abs() <= (shape[1] + 1) * 2**-24 * sizes).all()
+
+
+def test_a_token_that_does_not_fit_raises():
+    weight = weight_of()  # (33, 64)
+    for x, bias in [(torch.randn(32), None), (torch.randn(1, 64), None), (torch.randn(64), torch.randn(2))]:
+        with pytest.raises(ValueError, match="expected x of .64,. and a bias of .33,. or None"):
+            OPS.gemv_nf4(x, *weight.parts(), bias)
+    with pytest.raises(ValueError, match="expected a dtype of"):
+        OPS.gemv_nf4(torch.ones(64, dtype=torch.int64), *weight.parts(), None)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -167,22 +177,25 @@ def test_a_path_that_cannot_be_obeyed_raises(monkeypatch):
     with pytest.raises(ValueError, match="on cuda:0"):
         dispatch.path_for(torch.device("cuda:0"))
     monkeypatch.setenv("MINILORA_NF4", "triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="Triton runs on a GPU, or with TRITON_INTERPRET=1"):
-        quantize_nf4(torch.ones(64))
+    for device in ("mps", "xpu"):
+        with pytest.raises(ValueError, match=f"on {device}, triton installed; Triton runs on a GPU, or on CPU tensors"):
+            dispatch.path_for(torch.device(device))
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="on cuda, triton not installed"):
+        dispatch.path_for(torch.device("cuda"))
 
 
 def test_a_gpu_takes_triton_and_a_device_without_a_kernel_is_announced_once(monkeypatch):
     monkeypatch.setenv("MINILORA_NF4", "auto")
     dispatch._announce.cache_clear()
     assert dispatch.path_for(torch.device("cuda:0")) == "triton"
-    with pytest.warns(UserWarning, match="'mps' runs in plain torch, slowly: there is no kernel for it"):
+    with pytest.warns(UserWarning, match="'mps' runs in plain torch, slowly: no kernel for it"):
         assert dispatch.path_for(torch.device("mps")) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dispatch.path_for(torch.device("mps"))
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="'cuda' runs in plain torch, slowly: triton is not installed"):
+    with pytest.warns(UserWarning, match="'cuda' runs in plain torch, slowly: no triton"):
         assert dispatch.path_for(torch.device("cuda:0")) == "reference"
 
 
@@ -194,6 +207,9 @@ def test_an_out_that_does_not_fit_raises():
     for out in (torch.empty(64, 33), torch.empty(64, 33).T, torch.empty(33, 64, device="meta")):
         with pytest.raises(ValueError, match="expected out to be contiguous"):
             dequantize_nf4(weight, out=out)
+    packed, scales, nested, offset, shape, blocksize = weight.parts()
+    with pytest.raises(ValueError, match="expected a contiguous out"):
+        OPS.dequantize_nf4_out(packed, scales, nested, offset, blocksize, torch.full((33, 128), 7.0)[:, :64])
     with pytest.raises(ValueError, match="expected dtype to be that of out"):
         dequantize_nf4(weight, torch.float16, out=torch.empty(33, 64))
     with pytest.raises(ValueError, match="expected a dtype of"):

@@ -1,10 +1,10 @@
 """NF4 for minilora: the specification, its fast forms, and the weight that holds the result. Never imports minilora.
 
-Read in this order: codebook.py, reference.py, weight.py, cpu.py, dispatch.py.
+kernels/README.md says in which order to read.
 """
 
 from .codebook import dynamic_map, nf4_codebook, nf4_thresholds
-from .dispatch import dequantize_nf4, quantize_nf4
+from .dispatch import dequantize_nf4, prepare, quantize_nf4
 from .weight import NF4Weight
 
-__all__ = ["NF4Weight", "dequantize_nf4", "dynamic_map", "nf4_codebook", "nf4_thresholds", "quantize_nf4"]
+__all__ = ["NF4Weight", "dequantize_nf4", "dynamic_map", "nf4_codebook", "nf4_thresholds", "prepare", "quantize_nf4"]

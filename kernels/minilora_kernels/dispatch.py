@@ -77,23 +77,38 @@ def path_for(device: torch.device) -> str:
         )
     if wanted == "cpu" and device.type != "cpu":
         raise ValueError(f"{ENVIRONMENT}=cpu: expected a CPU tensor, got one on {device}; move it, or unset it")
-    if wanted == "triton" and (device.type == "cpu") != (os.environ.get("TRITON_INTERPRET") == "1"):
+    if wanted == "triton" and not (find_spec("triton") and (device.type == "cuda" or _interpreted(device))):
         raise ValueError(
-            f"{ENVIRONMENT}=triton: got a tensor on {device}; Triton runs on a GPU, or with TRITON_INTERPRET=1 set "
-            "before the start on CPU tensors; move the tensor, or change one of the two"
+            f"{ENVIRONMENT}=triton: got a tensor on {device}, triton {'' if find_spec('triton') else 'not '}installed; "
+            "Triton runs on a GPU, or on CPU tensors with TRITON_INTERPRET=1 set before the start; change one of them"
         )
-    if wanted == "auto" and device.type == "cuda":
-        wanted = "triton" if find_spec("triton") else wanted
-    if wanted == "auto" and device.type != "cpu":
-        _announce(device.type)
+    if wanted == "auto" and device.type == "cuda" and find_spec("triton"):
+        wanted = "triton"
+    elif wanted == "auto" and device.type != "cpu":
+        _announce(device.type, "in plain torch", "no triton" if device.type == "cuda" else "no kernel for it")
         return "reference"
+    if wanted == "triton" and device.type == "cuda" and _interpreted():
+        _announce(device.type, "in Triton's interpreter", "TRITON_INTERPRET is set")
     return "cpu" if wanted == "auto" else wanted
 
 
+def _interpreted(device: torch.device | None = None) -> bool:
+    from .launch import interpreted
+
+    return (device is None or device.type == "cpu") and interpreted()
+
+
+def prepare(device: torch.device) -> None:
+    """Makes the tables that kernels on this device read, before a CUDA graph is captured, which could not keep them."""
+    if device.type == "cuda" and path_for(device) == "triton":
+        from .nf4_dequantize import tables
+
+        tables(device)
+
+
 @lru_cache
-def _announce(kind: str) -> None:
-    reason = "triton is not installed" if kind == "cuda" else "there is no kernel for it"
-    warnings.warn(f"minilora: NF4 on {kind!r} runs in plain torch, slowly: {reason}", stacklevel=5)
+def _announce(kind: str, how: str, why: str) -> None:
+    warnings.warn(f"minilora: NF4 on {kind!r} runs {how}, slowly: {why}", stacklevel=5)
 
 
 def _quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -135,6 +150,8 @@ def _dequantize_out(
 ) -> None:
     """Into a contiguous `out`, whose shape and dtype say what is wanted."""
     check_format(out.dtype, blocksize)
+    if not out.is_contiguous():
+        raise ValueError(f"dequantize_nf4_out: expected a contiguous out, got strides {out.stride()}; make it one")
     _check_parts(packed, scales, nested_absmax, offset, out.shape, blocksize)
     path = path_for(out.device)
     if path == "triton":
@@ -209,6 +226,12 @@ def _gemv(
     bias: Tensor | None,
 ) -> Tensor:
     """x (in,) -> W x + bias (out,) in x's dtype: in one kernel where there is one, else with a dense W."""
+    check_format(x.dtype, blocksize)
+    if x.shape != (shape[1],) or (bias is not None and bias.shape != (shape[0],)):
+        raise ValueError(
+            f"gemv_nf4 with a weight of {tuple(shape)}: expected x of ({shape[1]},) and a bias of ({shape[0]},) or "
+            f"None, got {tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}; flatten x to one token"
+        )
     if path_for(x.device) == "triton" and x.dtype != torch.float64:
         from . import nf4_gemv
 

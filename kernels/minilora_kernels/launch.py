@@ -43,7 +43,7 @@ TILES: dict[str, dict[str, Tile]] = {
     },
     "dequantize_nf4_textbook": {"default": tile(4, BYTES=512)},  # 4 bytes a thread: a 32-bit load, a 128-bit store
     "quantize_nf4": {
-        # 16 values a thread share one division; 32 would need 56 registers and leave sm_80 and sm_90 half empty
+        # 16 values a thread share one division; 32 would need 56 registers, and fill sm_80 and sm_90 to 56 %
         "default": tile(4, VALUES=2048),
         "gfx9": tile(2, VALUES=2048),
     },
@@ -54,7 +54,11 @@ TILES: dict[str, dict[str, Tile]] = {
         "default": tile(2, ROWS=2, CHUNKS=64),
         "gfx9": tile(1, ROWS=2, CHUNKS=64),
     },
-    "gemv_nf4_small": {"default": tile(1, ROWS=16, CHUNKS=2)},  # 2 lanes a row: none idle, and no barrier in one warp
+    "gemv_nf4_small": {
+        # 2 lanes a row: none idle, and no barrier in one warp
+        "default": tile(1, ROWS=16, CHUNKS=2),
+        "gfx9": tile(1, ROWS=32, CHUNKS=2),
+    },
     "gemv_nf4_textbook": {"default": tile(4, BYTES=512)},
 }
 
@@ -74,7 +78,9 @@ def run(name: str, kernel: Any, programs: int | Callable[..., int], *arguments: 
 
 @lru_cache
 def table(make: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """make(), a constant table, once on each device."""
+    """make(), a constant table, once on each device; dispatch.prepare makes those that a CUDA graph will need."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a table is missing on {device} while a CUDA graph is captured: run the model once before")
     return make().to(device)
 
 

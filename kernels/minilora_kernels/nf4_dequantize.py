@@ -10,8 +10,13 @@ The reference (reference.py), for element i of a weight quantised in blocks of B
     out[i]    = level[code] * absmax      in fp32, rounded once to the dtype of out
 
 A GPU runs many *programs*, each the same function with its own number, each on a *tile* of the data. Inside a program
-names hold whole vectors, which Triton spreads over the program's threads: `tl.arange(0, 4)` is (0, 1, 2, 3), and
-`tl.load(pointer + vector)` reads one value for each entry.
+names hold whole tensors, which Triton spreads over the program's threads, 32 of which make a *warp* that runs in step:
+
+    tl.arange(0, 4)                             (0, 1, 2, 3); sizes are powers of two
+    tl.load(pointer + i, mask=m, other=0)       one value for each entry of i where m is true, 0 elsewhere
+    NAME: tl.constexpr                          known when the kernel is compiled: another value, another kernel
+    for s in tl.static_range(4)                 unrolled, so that a tuple can hold a tensor for each s
+    pointer.dtype.element_ty                    the dtype that is stored there
 
 Dequantising is bound by memory: 0.516 bytes are read and 2 written for each bf16 value. So what counts is how wide a
 thread loads and stores, and how few instructions stand between.
@@ -49,13 +54,13 @@ GATHERS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3,
 
 
 @triton.jit
-def lookup(table_ptr, table, index):
-    """table[index], for a table of 16 or 32 entries that has been loaded from table_ptr, and an index of any shape."""
+def lookup(entries_ptr, entries, index):
+    """entries[index], for 16 or 32 of them that have been loaded from entries_ptr, and an index of any shape."""
     if GATHERS:
-        entries = tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), 0), index.shape)
+        found = tl.reshape(tl.gather(entries, tl.reshape(index, [index.numel]), 0), index.shape)
     else:
-        entries = tl.load(table_ptr + index)
-    return entries
+        found = tl.load(entries_ptr + index)
+    return found
 
 
 # ---- textbook
@@ -113,44 +118,47 @@ def _dequantize_fast(
     WORDS: tl.constexpr,  # words of a step: one a thread, whose 8 bf16 values are one 128-bit store
 ):
     # who am I: four steps of WORDS words. A step's words lie side by side, so that a warp reads and writes whole lines
-    WORDS_A_BLOCK: tl.constexpr = BLOCKSIZE // 8
-    tl.static_assert(4 * WORDS <= 256 * WORDS_A_BLOCK, "a program has one second-level scale")
+    WORDS_PER_BLOCK: tl.constexpr = BLOCKSIZE // 8
+    tl.static_assert(4 * WORDS <= 256 * WORDS_PER_BLOCK, "a program has one second-level scale")
     first = tl.program_id(0).to(tl.int64) * (4 * WORDS)
     left = tl.minimum(n_words - first, 4 * WORDS).to(tl.int32)  # of my words, those that exist
-    lane = tl.arange(0, WORDS)
+    thread = tl.arange(0, WORDS)
     nibble = tl.arange(0, 8)
 
     # load all four words before the first store: Triton keeps loads and stores in order, and would wait in between
     levels = tl.load(levels_ptr + tl.arange(0, 16))
-    if NESTED:
-        nested = tl.load(nested_ptr + first // (256 * WORDS_A_BLOCK))
+    if NESTED:  # one for the whole program, where absmax_of would load one an entry
+        nested = tl.load(nested_ptr + first // (256 * WORDS_PER_BLOCK))
         offset = tl.load(offset_ptr)
     words = ()
     absmax = ()
     for step in tl.static_range(4):
-        word = lane + step * WORDS
+        word = thread + step * WORDS
         inside = word < left
         words = words + (tl.load(words_ptr + first + word, mask=inside, other=0),)
-        scale = tl.load(scales_ptr + first // WORDS_A_BLOCK + word // WORDS_A_BLOCK, mask=inside, other=0)
+        scale = tl.load(scales_ptr + first // WORDS_PER_BLOCK + word // WORDS_PER_BLOCK, mask=inside, other=0)
         if NESTED:
-            scale = tl.load(map_ptr + scale.to(tl.int32)) * nested + offset
-        absmax = absmax + (scale,)
+            absmax = absmax + (tl.load(map_ptr + scale.to(tl.int32)) * nested + offset,)
+        else:
+            absmax = absmax + (scale,)
 
-    # compute: all codes, then all levels in one gather, which fills its table in shared memory once a call.
-    # element k sits in nibble k ^ 1 of a little-endian word: the first of each pair is the high half of its byte
+    # compute: all codes, then all levels in one gather, which fills its table in shared memory once a call. So the four
+    # words are joined before and split after it. tl.join(a, b) stacks on a new last axis, tl.split takes it apart:
+    #     four[:, i, j] is the word of step 2i + j
+    # Element k sits in nibble k ^ 1 of a little-endian word: the first of each pair is the high half of its byte
     shift = (nibble * 4) ^ 4
     four = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # (WORDS, 2, 2)
     codes = (four[:, :, :, None] >> shift[None, None, None, :]) & 15  # (WORDS, 2, 2, 8)
     values = lookup(levels_ptr, levels, codes)
-    values = tl.permute(values, [0, 3, 1, 2])  # (WORDS, 8, 2, 2): split takes the last axis apart
-    even, odd = tl.split(values)
+    values = tl.permute(values, [0, 3, 1, 2])  # (WORDS, 8, i, j)
+    even, odd = tl.split(values)  # (WORDS, 8, i): j = 0 and j = 1
     value0, value2 = tl.split(even)  # (WORDS, 8) each
     value1, value3 = tl.split(odd)
     values = (value0, value1, value2, value3)
 
     # store
     for step in tl.static_range(4):
-        word = lane + step * WORDS
+        word = thread + step * WORDS
         product = values[step] * absmax[step][:, None]  # (WORDS, 8), fp32
         element = word[:, None] * 8 + nibble[None, :]
         inside = (word < left)[:, None]
@@ -172,7 +180,7 @@ def dequantize(
     n, whole = out.numel(), out.numel() // 8  # values, words that are full
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
     with rounded(out) as target:
-        rest = _arguments(scales, nested_absmax, offset, target)
+        rest = (scales, nested_absmax, offset, *tables(out.device), target)
         arguments = (packed[: whole * 4].view(torch.int32), *rest, whole)
         run("dequantize_nf4", _dequantize_fast, lambda WORDS: -(-whole // (4 * WORDS)), *arguments, **options)
         if n % 8:
@@ -191,11 +199,10 @@ def dequantize_textbook(
     n = out.numel()
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
     with rounded(out) as target:
-        arguments = (packed, *_arguments(scales, nested_absmax, offset, target), 0, n)
+        arguments = (packed, scales, nested_absmax, offset, *tables(out.device), target, 0, n)
         run("dequantize_nf4_textbook", _dequantize_textbook, lambda BYTES: -(-n // (2 * BYTES)), *arguments, **options)
 
 
-def _arguments(scales: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> tuple:
-    """What both kernels take between the codes and the sizes."""
-    tables = table(nf4_codebook, out.device), table(dynamic_map, out.device)
-    return scales, nested_absmax, offset, *tables, out
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 levels and the 256 values of the 8-bit map, kept on each device."""
+    return table(nf4_codebook, device), table(dynamic_map, device)

@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codebook import dynamic_map, nf4_codebook
-from .launch import rounded, run, table
-from .nf4_dequantize import absmax_of, lookup
+from .launch import rounded, run
+from .nf4_dequantize import absmax_of, lookup, tables
 
 CHUNK = 32  # weights: the smallest block size
 SMALL = 1024  # inner size up to which a row is short
@@ -167,7 +166,7 @@ def gemv(
     words = packed[: rows * k // 2].view(torch.int32)
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None, "BIAS": bias is not None}
     with rounded(y) as target:
-        arguments = (x, *_arguments(words, scales, nested_absmax, offset, bias, target), rows, k // CHUNK)
+        arguments = (x, words, scales, nested_absmax, offset, *tables(x.device), bias, target, rows, k // CHUNK)
         run(name, _gemv_fast, lambda ROWS, CHUNKS: -(-rows // ROWS), *arguments, **options, SHARED=k > SMALL)
     return y
 
@@ -186,12 +185,6 @@ def gemv_textbook(
     y = x.new_empty(shape[0])
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None, "BIAS": bias is not None}
     with rounded(y) as target:
-        arguments = (x, *_arguments(packed, scales, nested_absmax, offset, bias, target), shape[1])
+        arguments = (x, packed, scales, nested_absmax, offset, *tables(x.device), bias, target, shape[1])
         run("gemv_nf4_textbook", _gemv_textbook, shape[0], *arguments, **options)
     return y
-
-
-def _arguments(packed, scales, nested_absmax, offset, bias, y: Tensor) -> tuple:
-    """What both kernels take between x and the sizes."""
-    tables = table(nf4_codebook, y.device), table(dynamic_map, y.device)
-    return packed, scales, nested_absmax, offset, *tables, bias, y

@@ -163,10 +163,13 @@ def quantize_textbook(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return _launch("quantize_nf4_textbook", _quantize_textbook, nf4_thresholds, x, blocksize)
 
 
-def double_quantize(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.double_quantize: absmax fp32 (K,) -> codes uint8 (K,), nested absmax, offset (1,)."""
+def double_quantize(absmax_K: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.double_quantize: absmax fp32 (K,) -> codes uint8 (K,), nested absmax, offset (1,).
+
+    offset: their mean, where it is known already; else some twenty small launches add it up.
+    """
     n, rows = len(absmax_K), -(-len(absmax_K) // NESTED_BLOCKSIZE)
-    offset = stable_mean(absmax_K)
+    offset = stable_mean(absmax_K) if offset is None else offset
     codes = torch.empty_like(absmax_K, dtype=torch.uint8)
     nested = absmax_K.new_empty(rows)
     thresholds = table(_nested_thresholds, absmax_K.device)

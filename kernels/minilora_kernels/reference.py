@@ -1,6 +1,6 @@
 """NF4, the specification: quantise, pack, dequantise, double-quantise in plain torch, without a trick.
 
-Every other path (cpu.py, later Triton) must give these bits. QLoRA §3; x is cut into blocks of B values:
+Every other path (cpu.py, the Triton kernels) must give these bits. QLoRA §3; x is cut into blocks of B values:
 
     absmax[k] = max |x| in block k            code = number of thresholds below x * (1 / absmax[k])
     x' = level[code] * absmax[k]              both in fp32; x' is rounded once, to the dtype asked for
@@ -93,7 +93,7 @@ def stable_mean(x: Tensor) -> Tensor:
     while sums.numel() > 1:
         half = sums.numel() // 2
         sums = sums[:half] + sums[half:]
-    return (sums / max(count, 1)).float()  # (1,)
+    return (sums / torch.full_like(sums, max(count, 1))).float()  # (1,); CUDA would multiply by 1 / a Python number
 
 
 def _quantize_blocks(x_N: Tensor, thresholds: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ kernel compiles, and to what, is tests/test_kernel_report.py's.
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
 
 from minilora_kernels import dynamic_map, launch, nf4_dequantize, nf4_gemv, nf4_quantize, nf4_thresholds, reference
@@ -122,6 +123,47 @@ def test_dequantised_is_the_reference(blocksize, dtype, nested, dequantize):
         assert (memory[n:] == 7).all(), "written past the end"
 
 
+# ---- nothing is written past the end: results are slices of larger memory, filled with a mark
+
+
+class Guarded(TorchFunctionMode):
+    """Every torch.empty, empty_like and new_empty gets 64 marked values behind it; `check` looks at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory: list[tuple[torch.Tensor, int]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func not in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
+            return made
+        with torch._C.DisableTorchFunction():
+            memory = torch.full((made.numel() + 64,), 77, dtype=made.dtype)
+        self.memory.append((memory, made.numel()))
+        return memory[: made.numel()].view(made.shape)
+
+    def check(self) -> None:
+        assert self.memory and all((memory[n:] == 77).all() for memory, n in self.memory), "written past the end"
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("n", [1, 9, 64, 65, 2048, 4096 + 200])
+def test_quantising_stays_inside(n, quantize):
+    with Guarded() as guarded:
+        _, absmax = quantize(normal(n), 64)
+        nf4_quantize.double_quantize(absmax)
+    guarded.check()
+
+
+@pytest.mark.parametrize("gemv", GEMV)
+@pytest.mark.parametrize("shape", [(1, 64), (3, 2048), (17, 576)])
+def test_a_token_stays_inside(shape, gemv):
+    parts, x = parts_of(normal(*shape), 64, True), normal(shape[1])
+    with Guarded() as guarded:
+        gemv(x, *parts, shape, 64)
+    guarded.check()
+
+
 # ---- one token
 
 
@@ -156,7 +198,8 @@ def test_a_token_through_a_layer(blocksize, dtype, gemv):
         got = gemv(x, *parts, shape, blocksize, bias)
         assert got.dtype == dtype and got.shape == shape[:1]
         # a sum of n products in any order errs by n eps sum |w x| at most; then one rounding to x's dtype
-        bound = shape[1] * 2**-24 * (W.abs() @ x.double().abs()) + torch.finfo(dtype).eps * exact.abs()
+        sizes = W.abs() @ x.double().abs() + bias.double().abs()
+        bound = (shape[1] + 1) * 2**-24 * sizes + torch.finfo(dtype).eps * exact.abs()
         assert ((got.double() - exact).abs() <= bound).all(), shape
 
 

@@ -1,0 +1,55 @@
+"""Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for one token, compiled too.
+
+`pytest -m gpu` runs this and benchmarks/kernel_bench.py's check. Nothing here has run yet: no GPU was at hand.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minilora.quant import NF4Linear
+from minilora_kernels import dequantize_nf4, dispatch, quantize_nf4
+
+pytestmark = pytest.mark.gpu
+OPS = torch.ops.minilora
+SHAPES = [(33, 64), (7, 13), (1, 1), (0, 3), (96, 2080)]
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ops_have_the_bits_of_the_cpu(shape, double_quant):
+    x = torch.randn(shape)
+    here, there = quantize_nf4(x, 64, double_quant), quantize_nf4(x.cuda(), 64, double_quant)
+    assert dispatch.path_for(there.device) == "triton"
+    for ours, theirs in zip(here.parts()[:4], there.parts()[:4], strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs.cpu())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(dequantize_nf4(here, dtype), dequantize_nf4(there, dtype).cpu())
+    torch.library.opcheck(OPS.dequantize_nf4, (*there.parts(), torch.bfloat16))
+    if shape[0]:
+        torch.library.opcheck(OPS.gemv_nf4, (torch.randn(shape[1], device="cuda"), *there.parts(), None))
+
+
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_a_layer_trains_and_answers(mode):
+    """Compiled first of all, with no eager call before: CUDA graphs must find their tables."""
+    layer = NF4Linear.from_linear(nn.Linear(128, 96)).cuda()
+    run = layer if mode is None else torch.compile(layer, mode=mode, fullgraph=True)
+    W, b = layer.dequantize(torch.float64), layer.bias.double()
+    x, token = torch.randn(5, 128, device="cuda", requires_grad=True), torch.randn(1, 128, device="cuda")
+    for _ in range(3):  # warm-up, capture, replay
+        with torch.no_grad():
+            y = run(token).clone()
+        x.grad = None
+        run(x).sum().backward()
+        # fp32, or TF32 where a user has allowed it: sums of 128 products, each rounded to 10 bits at worst
+        torch.testing.assert_close(y.double(), F.linear(token.double(), W, b), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(x.grad.double(), W.sum(0).expand(5, -1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: NOT TESTED here")
+def test_a_tensor_on_another_than_the_current_gpu():
+    x = torch.randn(64, 64)
+    with torch.cuda.device(0):
+        assert torch.equal(dequantize_nf4(quantize_nf4(x.to("cuda:1"))).cpu(), dequantize_nf4(quantize_nf4(x)))
