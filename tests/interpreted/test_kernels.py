@@ -7,8 +7,8 @@ kernel compiles, and to what, is tests/test_kernel_report.py's.
 
 import pytest
 import torch
+from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, dense, normal, parts_of
 from torch.overrides import TorchFunctionMode
-from triton.runtime import interpreter
 
 from minilora_kernels import dynamic_map, launch, nf4_dequantize, nf4_gemv, nf4_quantize, nf4_thresholds, reference
 from minilora_kernels.codebook import midpoints
@@ -16,26 +16,6 @@ from minilora_kernels.weight import BLOCKSIZES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SIZES = [0, 1, 2, 7, 8, 9, 63, 64, 65, 1003 * 8, 4096 * 3 + 5]  # no whole word, ragged words, blocks and programs
-QUANTIZE = [nf4_quantize.quantize, nf4_quantize.quantize_textbook]
-DEQUANTIZE = [nf4_dequantize.dequantize, nf4_dequantize.dequantize_textbook]
-GEMV = [nf4_gemv.gemv, nf4_gemv.gemv_textbook]
-
-
-def normal(*shape, dtype=torch.float32, scale=0.02):
-    return (torch.randn(shape) * scale).to(dtype)
-
-
-def parts_of(x, blocksize, nested):
-    """(packed, scales, nested_absmax, offset) by the reference."""
-    packed, absmax = reference.quantize(x, blocksize)
-    return (packed, *reference.double_quantize(absmax)) if nested else (packed, absmax, None, None)
-
-
-def dense(parts, blocksize, shape, dtype=torch.float32):
-    packed, scales, nested, offset = parts
-    absmax = scales if nested is None else reference.double_dequantize(scales, nested, offset)
-    reference.dequantize(packed, absmax, blocksize, out := torch.empty(shape, dtype=dtype))
-    return out
 
 
 def test_this_is_the_interpreter():
@@ -206,64 +186,6 @@ def test_a_token_through_a_layer(blocksize, dtype, gemv):
 def test_which_shapes_have_a_fused_kernel():
     assert nf4_gemv.fits((576, 1536)) and nf4_gemv.fits((1, 32))
     assert not nf4_gemv.fits((4, 33)) and not nf4_gemv.fits((0, 64)) and not nf4_gemv.fits((2**20, 2**16))
-
-
-# ---- more than 2^31 elements: a program near the end alone, in memory that is never touched elsewhere
-
-
-@pytest.fixture
-def only_program(monkeypatch):
-    """only_program(i): whatever is launched, one program runs, and takes itself for number i."""
-    run = launch.run
-
-    def only(number: int) -> None:
-        program = lambda builder, axis: interpreter.TensorHandle(  # noqa: E731
-            torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32
-        )
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
-        for module in (nf4_dequantize, nf4_quantize, nf4_gemv):
-            monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
-
-    return only
-
-
-FAR = 2**31 + 4096 * 64  # elements; the last 4096 are looked at
-
-
-@pytest.mark.parametrize("per_program, dequantize", [(4096, DEQUANTIZE[0]), (1024, DEQUANTIZE[1])])
-def test_dequantising_far_elements(only_program, per_program, dequantize):
-    x = normal(per_program)
-    small = parts_of(x, 64, True)
-    packed, codes = torch.empty(FAR // 2, dtype=torch.uint8), torch.empty(FAR // 64, dtype=torch.uint8)
-    packed[-per_program // 2 :], codes[-per_program // 64 :] = small[0], small[1]
-    nested, out = small[2].expand(FAR // 64 // 256).contiguous(), torch.empty(FAR, dtype=torch.float16)
-    only_program(FAR // per_program - 1)
-    dequantize(packed, codes, nested, small[3], 64, out)
-    assert torch.equal(out[-per_program:], dense(small, 64, (per_program,), torch.float16))
-
-
-def test_quantising_far_elements(only_program):
-    x = torch.empty(FAR, dtype=torch.bfloat16)
-    x[-2048:] = normal(2048, dtype=torch.bfloat16)
-    only_program(FAR // 2048 - 1)
-    packed, absmax = nf4_quantize.quantize(x, 64)
-    expected = reference.quantize(x[-2048:], 64)
-    assert torch.equal(packed[-1024:], expected[0]) and torch.equal(absmax[-32:], expected[1])
-
-
-@pytest.mark.parametrize("gemv, rows_per_program", [(GEMV[0], 2), (GEMV[1], 1)])
-def test_a_token_through_far_rows(only_program, gemv, rows_per_program):
-    rows, k = 2**34 // 4096 + 2, 4096  # more than 2^31 words
-    small = parts_of(normal(2, k), 64, True)
-    packed, codes = torch.empty(rows * k // 2, dtype=torch.uint8), torch.empty(rows * k // 64, dtype=torch.uint8)
-    packed[-k:], codes[-2 * k // 64 :] = small[0], small[1]
-    nested = small[2].expand(-(-rows * k // 64 // 256)).contiguous()
-    x = torch.zeros(k)
-    x[-1] = 1
-    only_program(rows // rows_per_program - 1)
-    y = gemv(x, packed, codes, nested, small[3], (rows, k), 64)
-    expected = dense(small, 64, (2, k))[:, -1]
-    assert torch.equal(y[-rows_per_program:], expected[-rows_per_program:])
 
 
 # ---- round trip of the launch
