@@ -1,7 +1,7 @@
 """Proves that the decoder computes what transformers computes, and that its cache and documents are sound.
 
-Oracle: logits and parameter gradients of LlamaForCausalLM and MistralForCausalLM with the same random weights, for
-every switch a config has. Property: a cache in any number of steps, padding, packing and recomputing change nothing.
+Oracle: logits and parameter gradients of transformers' models of every family with the same random weights, for every
+switch a config has. Property: a cache in any number of steps, padding, packing and recomputing change nothing.
 Errors: misuse of the cache.
 Logits here are about 10 in size: 1e-5 is a few fp32 roundings (6e-8 · 10 each) added up over three layers.
 """
@@ -33,7 +33,25 @@ KINDS = {
     "window 5": {"family": "mistral", "sliding_window": 5},
     "window 1": {"family": "mistral", "sliding_window": 1},
     "window wider than text": {"family": "mistral", "sliding_window": 64},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 tied, wide heads, linear": {
+        **{"family": "qwen2", "tie_word_embeddings": True, "head_dim": 24, "num_key_value_heads": 4},
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0},
+    },
+    "qwen2 window 5": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "qwen2 window above": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"family": "qwen3", "head_dim": 24},
+    "qwen3 tied, biases, one key head": {
+        **{"family": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+        "num_key_value_heads": 1,
+    },
+    "qwen3 llama3": {"family": "qwen3", "head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 0.1},
+    "qwen3 window between": {
+        **{"family": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5},
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
 }
+VARIED = {name: KINDS[name] for name in ("llama3", "window 5", "qwen2", "qwen2 window above", "qwen3 window between")}
 kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
 
 
@@ -76,10 +94,15 @@ def test_gradients_equal_transformers(fields):
         assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"rope_parameters": LLAMA3, "attention_bias": True}, KINDS["qwen2"], KINDS["qwen3"]],
+    ids=["llama", "qwen2", "qwen3"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_rounds_where_transformers_rounds(dtype):
+def test_16_bit_rounds_where_transformers_rounds(fields, dtype):
     """Same operations in the same order: at most one ulp apart at size 10 (measured: none)."""
-    reference = oracle(rope_parameters=LLAMA3, attention_bias=True)
+    reference = oracle(**fields)
     rope = reference.model.rotary_emb
     frequencies = rope.inv_freq.clone()
     reference.to(dtype)
@@ -89,7 +112,7 @@ def test_16_bit_rounds_where_transformers_rounds(dtype):
         assert distance(twin(reference).to(dtype)(tokens(2, 40)), expected) <= 10 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("fields", [KINDS["llama"], KINDS["window 5"]], ids=["full", "window"])
+@pytest.mark.parametrize("fields", VARIED.values(), ids=VARIED.keys())
 def test_padding_on_the_left_equals_transformers_attention_mask(fields):
     reference = oracle(**fields)
     ids = tokens(3, 20)
@@ -128,7 +151,7 @@ def test_smollm2_equals_transformers(smollm2):
 # ---- property: cache, documents, checkpointing
 
 
-@pytest.mark.parametrize("fields", [KINDS["llama3"], KINDS["window 5"]], ids=["llama3", "window"])
+@pytest.mark.parametrize("fields", VARIED.values(), ids=VARIED.keys())
 @pytest.mark.parametrize("steps", [[1] * 20, [12, 1, 1, 6], [20]], ids=["one by one", "chunks", "whole"])
 def test_cached_equals_uncached(fields, steps):
     model = twin(oracle(**fields))
@@ -140,7 +163,7 @@ def test_cached_equals_uncached(fields, steps):
         assert distance(torch.cat(parts, dim=1), model(ids)) <= REORDERED
 
 
-@pytest.mark.parametrize("fields", [KINDS["llama"], KINDS["window 5"]], ids=["full", "window"])
+@pytest.mark.parametrize("fields", VARIED.values(), ids=VARIED.keys())
 def test_padded_and_cached_equals_alone(fields):
     """Two prompts of different lengths, padded on the left and continued step by step, against each alone."""
     model = twin(oracle(**fields))
@@ -202,6 +225,16 @@ def test_a_mask_given_outright_is_a_tree():
         tree = model.lm_head(model.hidden(torch.cat([prompt, one, two], dim=1), positions, mask=mask))
         assert distance(tree[:, :9], model(torch.cat([prompt, one], dim=1))) <= REORDERED
         assert distance(tree[:, 9:], model(torch.cat([prompt, two], dim=1))[:, 6:]) <= REORDERED
+
+
+def test_layers_that_see_differently_far_need_a_mask_each():
+    model = twin(oracle(**KINDS["qwen2 window above"]))
+    masks = {"full_attention": causal_mask(12, 12), "sliding_attention": causal_mask(12, 12, window=5)}
+    with torch.no_grad():
+        given = model.lm_head(model.hidden(tokens(2, 12), mask=masks))
+        assert distance(given, model(tokens(2, 12))) <= REORDERED
+        with pytest.raises(ValueError, match="a mask for each kind, {full_attention, sliding_attention}"):
+            model.hidden(tokens(2, 12), mask=masks["full_attention"])
 
 
 def test_select_and_truncate_share_a_prompt():

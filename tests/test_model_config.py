@@ -1,7 +1,7 @@
 """Proves that config.json is read as transformers reads it, written so that it reads the same, never half understood.
 
-Oracle: LlamaConfig and MistralConfig of transformers, in the spelling of versions 4 and 5. Round trip: to_hf and back,
-and through transformers. Errors: another architecture, a quantised checkpoint, contradictions, and every field that
+Oracle: the config classes of transformers, in the spelling of versions 4 and 5. Round trip: to_hf and back, and through
+transformers. Errors: another architecture, a quantised checkpoint, contradictions, and every field that
 would change the result and is not known.
 """
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from minilora.models.config import DecoderConfig
+from minilora.models.config import FAMILIES, FULL, SLIDING, DecoderConfig
 from minilora.models.rope import Rope, frequencies
 from tiny import LLAMA3, SIZES
 
@@ -59,6 +59,18 @@ SMOLLM2 = {
     **{"rope_scaling": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "max_position_embeddings": 8192},
     **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "rms_norm_eps": 1e-05},
 }
+QWEN25 = {
+    **{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864},
+    **{"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24, "vocab_size": 151936},
+    **{"hidden_act": "silu", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 32768},
+    **{"sliding_window": 32768, "max_window_layers": 24, "use_sliding_window": False, "use_mrope": False},
+    **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 151643, "eos_token_id": 151643},
+}
+QWEN3 = QWEN25 | {
+    **{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "hidden_size": 1024},
+    **{"num_attention_heads": 16, "num_key_value_heads": 8, "attention_bias": False, "rope_scaling": None},
+    **{"sliding_window": None, "max_window_layers": 28},
+}
 BASE = {"model_type": "llama", **SIZES}
 
 
@@ -71,26 +83,51 @@ def test_published_configs():
     assert (llama.eos_token_id, llama.dtype, llama.tie_word_embeddings) == ((128001, 128008, 128009), "bfloat16", True)
     smol = DecoderConfig.from_hf(SMOLLM2)
     assert (smol.head_dim, smol.num_key_value_heads, smol.rope, smol.sliding_window) == (64, 3, Rope(100000), None)
+    for qwen, head_dim in ((DecoderConfig.from_hf(QWEN25), 64), (DecoderConfig.from_hf(QWEN3), 128)):
+        assert (qwen.head_dim, qwen.rope, qwen.sliding_window) == (head_dim, Rope(1e6), None)
+        assert qwen.layer_types == (FULL,) * 24
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig])
-def test_transformers_5_spelling_and_defaults(config_class):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_transformers_5_spelling_and_defaults(model_type):
     """What transformers writes, in full and as differences; and what it fills in for a file that says little."""
-    theirs = config_class(**SIZES, dtype="float16", rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    theirs = AutoConfig.for_model(
+        model_type, **SIZES, dtype="float16", rope_parameters={"rope_type": "default", "rope_theta": 7.0}
+    )
     ours = DecoderConfig.from_hf(theirs.to_dict())
     assert ours == DecoderConfig.from_hf(json.loads(theirs.to_json_string()))
-    assert (ours.rope, ours.dtype, ours.head_dim) == (Rope(7.0), "float16", 16)
-    little = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"} | {"num_attention_heads": 8}
-    ours = DecoderConfig.from_hf({"model_type": config_class.model_type, **little})
-    theirs = config_class(**little)
-    shared = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    assert (ours.rope, ours.dtype, ours.head_dim) == (Rope(7.0), "float16", getattr(theirs, "head_dim", 16))
+    little = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"} | {"num_attention_heads": 32}
+    ours = DecoderConfig.from_hf({"model_type": model_type, **little})
+    theirs = AutoConfig.for_model(model_type, **little)
+    shared = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     for name in shared:
         assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == getattr(theirs, "head_dim", 2)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert list(ours.layer_types) == getattr(theirs, "layer_types", list(ours.layer_types))
     nothing = {"num_key_value_heads": None, "head_dim": None, "sliding_window": None}  # null is not absent
-    ours = DecoderConfig.from_hf({"model_type": config_class.model_type, **little, **nothing})
-    assert (ours.num_key_value_heads, ours.head_dim, ours.sliding_window) == (8, 8, None)
+    ours = DecoderConfig.from_hf({"model_type": model_type, **little, **nothing})
+    assert (ours.num_key_value_heads, ours.head_dim, ours.sliding_window) == (32, 2, None)
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+
+
+@given(
+    model_type=st.sampled_from(["qwen2", "qwen3"]),
+    fields=st.fixed_dictionaries(
+        {},
+        optional={
+            "use_sliding_window": st.booleans(),
+            "sliding_window": st.none() | st.integers(1, 9),
+            "max_window_layers": st.integers(0, 4),
+            "num_hidden_layers": st.sampled_from([3, 30]),
+        },
+    ),
+)
+def test_qwens_windows_are_where_transformers_has_them(model_type, fields):
+    theirs = AutoConfig.for_model(model_type, **SIZES | fields)
+    ours = DecoderConfig.from_hf({"model_type": model_type, **SIZES, **fields})
+    assert (ours.sliding_window, list(ours.layer_types)) == (theirs.sliding_window, theirs.layer_types)
 
 
 @pytest.mark.parametrize(
@@ -124,27 +161,44 @@ ropes = st.one_of(
 
 @given(
     rope=ropes,
-    family=st.sampled_from(["llama", "mistral"]),
+    family=st.sampled_from(list(FAMILIES)),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     window=st.none() | st.integers(1, 99),
+    kinds=st.lists(st.sampled_from([FULL, SLIDING]), min_size=3, max_size=3),
     eos=st.none() | st.integers(0, 96) | st.tuples(st.integers(0, 96), st.integers(0, 96)),
 )
-def test_to_hf_and_back(rope, family, flags, window, eos):
-    own = {"attention_bias": flags[1], "mlp_bias": flags[2]} if family == "llama" else {"sliding_window": window}
+def test_to_hf_and_back(rope, family, flags, window, kinds, eos):
+    own = {"attention_bias": flags[1], "mlp_bias": flags[2], "sliding_window": window}
+    if window:
+        own["layer_types"] = tuple(kinds)
+    own = {name: value for name, value in own.items() if name in FAMILIES[family].own}
     config = DecoderConfig(
         **SIZES, rope=rope, model_type=family, tie_word_embeddings=flags[0], eos_token_id=eos, dtype="bfloat16", **own
     )
     assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-@pytest.mark.parametrize("source", [LLAMA_32, SMOLLM2, {"model_type": "mistral", **SIZES, "sliding_window": 7}])
+MIXED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(LLAMA_32, SMOLLM2, QWEN25, QWEN3, {"model_type": "mistral", **SIZES, "sliding_window": 7}),
+        *({"model_type": "qwen2", **SIZES, **MIXED}, {"model_type": "qwen3", **SIZES, "attention_bias": True}),
+    ],
+)
 def test_written_config_means_the_same_to_transformers(tmp_path, source):
     ours = DecoderConfig.from_hf(source)
     (tmp_path / "config.json").write_text(json.dumps(ours.to_hf()))
     theirs = AutoConfig.from_pretrained(tmp_path)
     again = DecoderConfig.from_hf(json.loads(theirs.to_json_string()))
     assert again == ours
-    assert theirs.architectures == [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[ours.model_type]]
+    assert theirs.architectures == [AutoModelForCausalLM._model_mapping[type(theirs)].__name__]
+    written = {
+        name: value for name, value in ours.to_hf().items() if name != "layer_types"
+    }  # as before transformers 4.53
+    assert DecoderConfig.from_hf(written) == ours
 
 
 def test_harmless_fields_are_kept():
@@ -156,7 +210,7 @@ def test_harmless_fields_are_kept():
 # ---- errors
 
 
-@pytest.mark.parametrize("change", [{"model_type": "qwen3"}, {"model_type": None}, {"architectures": ["Other"]}])
+@pytest.mark.parametrize("change", [{"model_type": "gpt2"}, {"model_type": None}, {"architectures": ["Other"]}])
 def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
     with pytest.raises(ValueError, match=r"llama \(LlamaForCausalLM\), mistral .*ml\.inject"):
         DecoderConfig.from_hf(BASE | change)
@@ -170,8 +224,15 @@ def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"sliding_window": 9}, "a llama model has no such field"),
-        ({"model_type": "mistral", "mlp_bias": True}, "a mistral model has no such field"),
+        ({"sliding_window": 9}, "LlamaForCausalLM has no such field"),
+        ({"model_type": "mistral", "mlp_bias": True}, "MistralForCausalLM has no such field"),
+        ({"model_type": "qwen2", "attention_bias": True}, "Qwen2ForCausalLM has no such field"),
+        ({"use_sliding_window": True}, "LlamaForCausalLM has no such field"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be null or at least 1, got 0"),
+        ({"model_type": "qwen3", "layer_types": [SLIDING] * 3}, "with a sliding_window; it is None"),
+        ({"model_type": "qwen3", "layer_types": [FULL] * 2}, "kind of each of 3 layers"),
+        ({"model_type": "qwen3", "layer_types": [FULL, "chunked_attention", FULL]}, "chunked_attention"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers must be a positive whole number, got '3'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not supported yet"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),

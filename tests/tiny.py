@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
@@ -35,12 +35,8 @@ LLAMA3 = {
 
 def oracle(family: str = "llama", seed: int = 0, **fields: Any) -> nn.Module:
     """A transformers model whose every parameter is random and large enough for all of them to matter."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[family]
-    config = config_class(**SIZES | {"tie_word_embeddings": False} | fields)
-    model = model_class(config).eval()
+    config = AutoConfig.for_model(family, **SIZES | {"tie_word_embeddings": False} | fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The shape of a Llama-family decoder, read from and written to Hugging Face's config.json.
+"""The shape of a decoder of the Llama, Qwen or Gemma 3 family, read from and written to Hugging Face's config.json.
 
 Both spellings are read: transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype). Written
 is the spelling of 4, which every reader (transformers 4 and 5, vLLM, llama.cpp) understands. A field this file does
@@ -12,18 +12,34 @@ from typing import Any
 
 from minilora.models.rope import Rope
 
-# What the families differ in: their class in transformers, and its defaults for fields that config.json leaves out.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"class": "LlamaForCausalLM", "max_position_embeddings": 2048},
-    "mistral": {
-        "class": "MistralForCausalLM",
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
+FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of a layer, as layer_types names them
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart; the parts that decoder.py builds from the switches are explained there."""
+
+    architecture: str  # its class in transformers
+    defaults: Mapping[str, Any]  # its class's, for fields that config.json leaves out
+    own: frozenset[str]  # fields that not every family's class reads: on another family a value raises
+    activation: str = "silu"
+    qkv_bias: bool = False  # always, and none on o_proj
+    qk_norm: bool = False
+    gemma: bool = False  # norms by 1 + w and after each block too, scaled embeddings, a RoPE for each kind of layer
+
+
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
+_QWEN_WINDOW = frozenset({"sliding_window", "layer_types", "use_sliding_window", "max_window_layers"})
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048}, frozenset({"attention_bias", "mlp_bias"})),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        frozenset({"sliding_window"}),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, _QWEN_WINDOW, qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, _QWEN_WINDOW | {"attention_bias"}, qk_norm=True),
 }
-# Fields only one family's class reads: for the other they would be ignored by transformers, so a value raises.
-_ONLY = {"attention_bias": "llama", "mlp_bias": "llama", "sliding_window": "mistral"}
 
 # Fields that never change the logits: kept, and written back by `to_hf`.
 _HARMLESS = frozenset(
@@ -34,7 +50,7 @@ _HARMLESS = frozenset(
     "do_sample temperature top_k top_p num_beams repetition_penalty length_penalty".split()
 )
 # Fields that change the logits (or the training) unless they have this value, which is all the decoder implements.
-_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0, "rope_interleaved": False}
+_FIXED = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "rope_interleaved": False}
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,8 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope: Rope = Rope()
-    sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
+    sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it …
+    layer_types: tuple[str, ...] = ()  # … in the layers of kind SLIDING; (): in all, if there is a window
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -63,11 +80,7 @@ class DecoderConfig:
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # harmless fields, written back
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            derived = name in ("num_key_value_heads", "head_dim") and value == 0
-            if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and not derived):
-                raise ValueError(f"config field {name} must be a positive whole number, got {value!r}.")
+        _check_sizes(vars(self))
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -81,23 +94,39 @@ class DecoderConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}: each key head serves a whole group of query heads."
             )
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"config field sliding_window must be null or at least 1, got {window!r}.")
+        kinds = self.layer_types or (FULL if window is None else SLIDING,) * self.num_hidden_layers
+        object.__setattr__(self, "layer_types", kinds)
+        if len(kinds) != self.num_hidden_layers or set(kinds) - {FULL} - ({SLIDING} if window else set()):
+            raise ValueError(
+                f"layer_types must name the kind of each of {self.num_hidden_layers} layers, {FULL} or (with a "
+                f"sliding_window; it is {window}) {SLIDING}; got {list(kinds)}."
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of channels.")
+
+    @property
+    def family(self) -> Family:
+        """What sets this model's family apart."""
+        return FAMILIES[self.model_type]
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         """Reads a parsed config.json. ValueError for another architecture or a field that changes the result."""
-        family = _family(config)
+        model_type = _model_type(config)
         known = {f.name for f in fields(cls)} - {"rope", "extra"}
         # null is not absent: Mistral without sliding_window has 4096, with null it has none
-        values = {name: v for name, v in _FAMILIES[family].items() if name in known and name not in config}
+        values = {name: v for name, v in FAMILIES[model_type].defaults.items() if name not in config}
         values |= {name: v for name, v in config.items() if name in known and v is not None}
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values and f.name != "extra"]
         if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}: is this the config of a {family} model?")
-        _reject_unknown(config, known, family)
+            raise ValueError(f"config.json lacks {', '.join(missing)}: is this the config of a {model_type} model?")
+        _reject_unknown(config, known, FAMILIES[model_type])
+        _check_sizes(values)
         eos = values.get("eos_token_id")
-        values |= {
+        values |= _windows(config, values) | {
             "rope": _rope(config, values.get("max_position_embeddings", cls.max_position_embeddings)),
             "dtype": config.get("dtype", config.get("torch_dtype")),
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
@@ -107,16 +136,21 @@ class DecoderConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers reads as the same model."""
+        family, eos = self.family, self.eos_token_id
+        derived = {
+            "layer_types": list(self.layer_types),
+            "use_sliding_window": self.sliding_window is not None,
+            "max_window_layers": self.layer_types.count(FULL),  # for readers from before layer_types
+        }
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rope", "extra", "dtype")}
-        own = {name: value for name, value in own.items() if _ONLY.get(name, self.model_type) == self.model_type}
-        eos = self.eos_token_id
+        own = {name: value for name, value in (own | derived).items() if name not in _OWN or name in family.own}
         return (
             dict(self.extra)
             | own
             | {
-                "architectures": [_FAMILIES[self.model_type]["class"]],
+                "architectures": [family.architecture],
                 "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-                "hidden_act": _FIXED["hidden_act"],
+                "hidden_act": family.activation,
                 "rope_theta": self.rope.theta,
                 "rope_scaling": self.rope.to_hf(),
                 "torch_dtype": self.dtype,
@@ -124,48 +158,68 @@ class DecoderConfig:
         )
 
 
+_OWN = frozenset().union(*(family.own for family in FAMILIES.values()))
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings"
 ).split()
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    family = config.get("model_type")
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    for name in _SIZES:
+        least = 0 if name in ("num_key_value_heads", "head_dim") else 1  # 0: derived
+        value = values.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"config field {name} must be a positive whole number, got {value!r}.")
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    model_type = config.get("model_type")
     classes = config.get("architectures") or []
-    known = {name: str(values["class"]) for name, values in _FAMILIES.items()}
-    if family in known and all(name == known[family] for name in classes):
-        return family
+    if model_type in FAMILIES and all(name == FAMILIES[model_type].architecture for name in classes):
+        return model_type
     raise ValueError(
-        f"unknown architecture: model_type {family!r}, architectures {classes}. minilora's decoder reads "
-        f"{', '.join(f'{name} ({cls})' for name, cls in known.items())}. Load other models with transformers "
-        "(AutoModelForCausalLM.from_pretrained) and call ml.inject(model, ...) on them directly."
+        f"unknown architecture: model_type {model_type!r}, architectures {classes}. minilora's decoder reads "
+        f"{', '.join(f'{name} ({family.architecture})' for name, family in FAMILIES.items())}. Load other models with "
+        "transformers (AutoModelForCausalLM.from_pretrained) and call ml.inject(model, ...) on them directly."
     )
 
 
-def _reject_unknown(config: Mapping[str, Any], known: set[str], family: str) -> None:
+def _reject_unknown(config: Mapping[str, Any], known: set[str], family: Family) -> None:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ValueError(
             f"this checkpoint is already quantised (quant_method {method!r}): reading that is not supported yet. "
             "Give the 16-bit checkpoint and quantize='nf4'."
         )
-    for name, required in _FIXED.items():
+    fixed = _FIXED | {"hidden_act": family.activation}
+    for name, required in fixed.items():
         if config.get(name, required) not in (required, None):
             raise ValueError(f"config field {name} is {config[name]!r}: minilora's decoder has {required!r} only.")
-    for name, owner in _ONLY.items():
-        if config.get(name) and owner != family:
-            raise ValueError(f"config field {name} is {config[name]!r}, but a {family} model has no such field.")
-    kind = "sliding_attention" if family == "mistral" and config.get("sliding_window", 4096) else "full_attention"
-    if set(config.get("layer_types") or [kind]) != {kind}:
-        raise ValueError(f"config field layer_types is {config['layer_types']}: minilora has {kind} in all layers.")
-    read = known | _HARMLESS | _FIXED.keys() | {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}
+    for name in sorted(_OWN - family.own - {"layer_types"}):
+        if config.get(name):
+            raise ValueError(f"config field {name} is {config[name]!r}, but {family.architecture} has no such field.")
+    read = known | _HARMLESS | fixed.keys() | family.own | {"rope_theta", "rope_scaling", "rope_parameters"}
     for name, value in config.items():
         if name not in read and not name.startswith("_") and value not in (None, False, 0, "", [], {}):
             raise ValueError(
                 f"config field {name} = {value!r} is unknown and may change the result: "
                 "remove it from config.json if you know that it does not."
             )
+
+
+def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`. Qwen has a switch for the window, and none below layer max_window_layers."""
+    family, window = FAMILIES[config["model_type"]], values.get("sliding_window")
+    first = 0
+    if "use_sliding_window" in family.own:
+        window = window if config.get("use_sliding_window") else None
+        first = config.get("max_window_layers", 28)
+    kinds = [FULL if window is None or layer < first else SLIDING for layer in range(values["num_hidden_layers"])]
+    given = config.get("layer_types") or kinds
+    if given != kinds and "layer_types" not in family.own:
+        raise ValueError(f"config field layer_types is {given}: a {config['model_type']} model has {kinds[0]} only.")
+    return {"sliding_window": window, "layer_types": tuple(given)}
 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:

@@ -1,4 +1,4 @@
-r"""The Llama family's decoder on one page: Llama 2/3, Mistral, SmolLM2.
+r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
 
     x = embed(tokens)
     for each layer:
@@ -11,15 +11,19 @@ Modules carry Hugging Face's names, so their paths are the keys of a checkpoint.
 attention-mask argument or output classes; document_ids says who sees whom, and padding is a document of its own.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minilora.models.cache import KVCache
-from minilora.models.config import DecoderConfig
+from minilora.models.config import SLIDING, DecoderConfig
 from minilora.models.rope import rotate, rotation
 from minilora.ops.attention import attention, causal_mask
+
+Mask = Tensor | Mapping[str, Tensor] | None
 
 
 class RMSNorm(nn.Module):
@@ -45,19 +49,22 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
-        width, bias = config.hidden_size, config.attention_bias
+        family, width, bias = config.family, config.hidden_size, config.attention_bias
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(width, queries, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.q_proj = nn.Linear(width, queries, bias=bias or family.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias or family.qkv_bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias or family.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=bias)
+        # Qwen3: one norm for all heads, over the channels of each (arXiv 2302.05442, §2), keeps q·k from growing
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # (B, kv_heads, S, d)
         return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, D)
@@ -131,7 +138,7 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
     ) -> Tensor:
         """The last layer's output after the final norm, (B, T, D).
 
@@ -140,7 +147,8 @@ class CausalLM(nn.Module):
         document_ids (B, T): a token sees itself and earlier tokens of the same id. None: all are one document (id 0),
             or, with a cache, go on with the document of their row's last token. Padding on the left takes the id -1.
         cache: holds the earlier tokens; the new ones are appended.
-        mask (B or 1, 1, T, S), bool: who may look at whom, given outright (a tree of continuations, for example).
+        mask (B or 1, 1, T, S), bool: who may look at whom, given outright (a tree of continuations, for example). If
+            only some layers have a window, a mask by the kind of layer: {"full_attention": …, "sliding_attention": …}.
         """
         rows, count = input_ids.shape
         past = cache.length if cache is not None else 0
@@ -150,23 +158,40 @@ class CausalLM(nn.Module):
             document_ids = cache.extend_documents(document_ids, rows, count)  # (B, S)
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         rope = rotation(self.config.rope, self.config.head_dim, position_ids, x.dtype)
-        if mask is None:
-            mask = self._mask(count, past + count, document_ids, input_ids.device)
+        masks = self._masks(mask, count, past + count, document_ids, input_ids.device)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            inputs = x, rope, mask, cache
+        for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True):
+            inputs = x, rope, masks[kind], cache
             x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)  # (B, T, D)
         if cache is not None:
             cache.advance(count, document_ids)
         return self.model.norm(x)
 
-    def _mask(self, queries: int, keys: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
-        window = self.config.sliding_window
-        if window is not None and window >= keys:
-            window = None  # nothing is that far back yet
-        if window is None and document_ids is None:
-            return None  # plain causal: the fast path
-        return causal_mask(queries, keys, window=window, document_ids=document_ids, device=device)
+    def _masks(
+        self,
+        mask: Mask,
+        queries: int,
+        keys: int,
+        document_ids: Tensor | None,
+        device: torch.device,
+    ) -> Mapping[str, Tensor | None]:
+        """The mask of each kind of layer; None is plain causal, the fast path."""
+        kinds = dict.fromkeys(self.config.layer_types)
+        if isinstance(mask, Mapping):
+            return mask
+        if mask is not None and len(kinds) > 1:
+            raise ValueError(
+                f"this model's layers see differently far: give a mask for each kind, {{{', '.join(kinds)}}}."
+            )
+        masks: dict[str, Tensor | None] = {}
+        for kind in kinds:
+            window = self.config.sliding_window if kind == SLIDING else None
+            if window is not None and window >= keys:
+                window = None  # nothing is that far back yet
+            masks[kind] = mask
+            if mask is None and (window is not None or document_ids is not None):
+                masks[kind] = causal_mask(queries, keys, window=window, document_ids=document_ids, device=device)
+        return masks
 
     def tie_weights(self) -> None:
         """Where the config says so, the output layer's weight *is* the embedding."""
