@@ -18,6 +18,11 @@ from tiny import LLAMA3, SIZES, oracle, tokens, twin
 
 TOLERANCE = 1e-5  # transformers runs the same kernels on the same shapes
 REORDERED = 5e-5  # other shapes: other kernels add in another order
+GEMMA = {
+    **{"family": "gemma3_text", "head_dim": 24, "num_hidden_layers": 3, "sliding_window": 5, "pad_token_id": None},
+    **{"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True},
+    **{"eos_token_id": None, "bos_token_id": None},
+}
 KINDS = {
     "llama": {},
     "one head each": {"num_key_value_heads": 4},
@@ -50,8 +55,20 @@ KINDS = {
         **{"family": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5},
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "gemma3": GEMMA,
+    "gemma3 untied, biases, linear": {
+        **GEMMA | {"tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 100},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    },
+    "gemma3 full": GEMMA | {"layer_types": ["full_attention"] * 3},
 }
-VARIED = {name: KINDS[name] for name in ("llama3", "window 5", "qwen2", "qwen2 window above", "qwen3 window between")}
+VARIED = {
+    name: KINDS[name]
+    for name in ("llama3", "window 5", "qwen2", "qwen2 window above", "qwen3 window between", "gemma3")
+}
 kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
 
 
@@ -96,17 +113,18 @@ def test_gradients_equal_transformers(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"rope_parameters": LLAMA3, "attention_bias": True}, KINDS["qwen2"], KINDS["qwen3"]],
-    ids=["llama", "qwen2", "qwen3"],
+    [{"rope_parameters": LLAMA3, "attention_bias": True}, KINDS["qwen2"], KINDS["qwen3"], GEMMA],
+    ids=["llama", "qwen2", "qwen3", "gemma3"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_rounds_where_transformers_rounds(fields, dtype):
     """Same operations in the same order: at most one ulp apart at size 10 (measured: none)."""
     reference = oracle(**fields)
     rope = reference.model.rotary_emb
-    frequencies = rope.inv_freq.clone()
+    frequencies = {name: buffer.clone() for name, buffer in rope.named_buffers()}
     reference.to(dtype)
-    rope.inv_freq = frequencies  # from_pretrained leaves them in fp32; `.to` does not
+    for name, buffer in frequencies.items():
+        setattr(rope, name, buffer)  # from_pretrained leaves them in fp32; `.to` does not
     with torch.no_grad():
         expected = reference(tokens(2, 40)).logits
         assert distance(twin(reference).to(dtype)(tokens(2, 40)), expected) <= 10 * torch.finfo(dtype).eps
@@ -233,7 +251,7 @@ def test_layers_that_see_differently_far_need_a_mask_each():
     with torch.no_grad():
         given = model.lm_head(model.hidden(tokens(2, 12), mask=masks))
         assert distance(given, model(tokens(2, 12))) <= REORDERED
-        with pytest.raises(ValueError, match="a mask for each kind, {full_attention, sliding_attention}"):
+        with pytest.raises(ValueError, match="a mask for each kind of layer, full_attention and sliding_attention"):
             model.hidden(tokens(2, 12), mask=masks["full_attention"])
 
 

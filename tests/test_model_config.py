@@ -71,6 +71,15 @@ QWEN3 = QWEN25 | {
     **{"num_attention_heads": 16, "num_key_value_heads": 8, "attention_bias": False, "rope_scaling": None},
     **{"sliding_window": None, "max_window_layers": 28},
 }
+GEMMA3 = {
+    **{"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 1152, "head_dim": 256},
+    **{"intermediate_size": 6912, "num_attention_heads": 4, "num_key_value_heads": 1, "num_hidden_layers": 26},
+    **{"vocab_size": 262144, "rms_norm_eps": 1e-06, "rope_theta": 1000000, "rope_local_base_freq": 10000},
+    **{"rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256},
+    **{"attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid"},
+    **{"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "max_position_embeddings": 32768},
+    **{"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "torch_dtype": "bfloat16"},
+}
 BASE = {"model_type": "llama", **SIZES}
 
 
@@ -86,26 +95,35 @@ def test_published_configs():
     for qwen, head_dim in ((DecoderConfig.from_hf(QWEN25), 64), (DecoderConfig.from_hf(QWEN3), 128)):
         assert (qwen.head_dim, qwen.rope, qwen.sliding_window) == (head_dim, Rope(1e6), None)
         assert qwen.layer_types == (FULL,) * 24
+    gemma = DecoderConfig.from_hf(GEMMA3)
+    assert (gemma.rope, gemma.rope_of(FULL), gemma.rope_of(SLIDING)) == (Rope(1e6), Rope(1e6), Rope(1e4))
+    assert gemma.tie_word_embeddings and gemma.layer_types == ((SLIDING,) * 5 + (FULL,)) * 4 + (SLIDING,) * 2
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_transformers_5_spelling_and_defaults(model_type):
     """What transformers writes, in full and as differences; and what it fills in for a file that says little."""
-    theirs = AutoConfig.for_model(
-        model_type, **SIZES, dtype="float16", rope_parameters={"rope_type": "default", "rope_theta": 7.0}
-    )
+    rope = {"rope_type": "default", "rope_theta": 7.0}
+    kinds = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": 5.0}}
+    gemma = FAMILIES[model_type].gemma
+    theirs = AutoConfig.for_model(model_type, **SIZES, dtype="float16", rope_parameters=kinds if gemma else rope)
     ours = DecoderConfig.from_hf(theirs.to_dict())
     assert ours == DecoderConfig.from_hf(json.loads(theirs.to_json_string()))
     assert (ours.rope, ours.dtype, ours.head_dim) == (Rope(7.0), "float16", getattr(theirs, "head_dim", 16))
+    assert ours.rope_of(SLIDING) == Rope(5.0 if gemma else 7.0)
     little = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"} | {"num_attention_heads": 32}
     ours = DecoderConfig.from_hf({"model_type": model_type, **little})
     theirs = AutoConfig.for_model(model_type, **little)
     shared = ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
-    for name in shared:
+    for name in shared + ("query_pre_attn_scalar", "bos_token_id", "eos_token_id", "pad_token_id") * gemma:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.head_dim == getattr(theirs, "head_dim", 2)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert list(ours.layer_types) == getattr(theirs, "layer_types", list(ours.layer_types))
+    if gemma:
+        for kind in (FULL, SLIDING):
+            assert ours.rope_of(kind).theta == theirs.rope_parameters[kind]["rope_theta"]
+        return  # its class takes no null
     nothing = {"num_key_value_heads": None, "head_dim": None, "sliding_window": None}  # null is not absent
     ours = DecoderConfig.from_hf({"model_type": model_type, **little, **nothing})
     assert (ours.num_key_value_heads, ours.head_dim, ours.sliding_window) == (32, 2, None)
@@ -171,6 +189,9 @@ def test_to_hf_and_back(rope, family, flags, window, kinds, eos):
     own = {"attention_bias": flags[1], "mlp_bias": flags[2], "sliding_window": window}
     if window:
         own["layer_types"] = tuple(kinds)
+    elif FAMILIES[family].gemma:
+        own["layer_types"] = (FULL,) * 3
+    own |= {"query_pre_attn_scalar": 99, "rope_local_base_freq": 77.0}
     own = {name: value for name, value in own.items() if name in FAMILIES[family].own}
     config = DecoderConfig(
         **SIZES, rope=rope, model_type=family, tie_word_embeddings=flags[0], eos_token_id=eos, dtype="bfloat16", **own
@@ -184,7 +205,8 @@ MIXED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1
 @pytest.mark.parametrize(
     "source",
     [
-        *(LLAMA_32, SMOLLM2, QWEN25, QWEN3, {"model_type": "mistral", **SIZES, "sliding_window": 7}),
+        *(LLAMA_32, SMOLLM2, QWEN25, QWEN3, GEMMA3, GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        *({"model_type": "gemma3_text", **SIZES}, {"model_type": "mistral", **SIZES, "sliding_window": 7}),
         *({"model_type": "qwen2", **SIZES, **MIXED}, {"model_type": "qwen3", **SIZES, "attention_bias": True}),
     ],
 )
@@ -232,6 +254,14 @@ def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
         ({"model_type": "qwen3", "layer_types": [SLIDING] * 3}, "with a sliding_window; it is None"),
         ({"model_type": "qwen3", "layer_types": [FULL] * 2}, "kind of each of 3 layers"),
         ({"model_type": "qwen3", "layer_types": [FULL, "chunked_attention", FULL]}, "chunked_attention"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"model_type": "gemma3_text", "sliding_window": None}, "with a sliding_window; it is None"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 7.0}}, "expected those of full_attention"),
+        ({"model_type": "gemma3_text", "rope_parameters": {SLIDING: {"factor": 2.0}}}, "θ only of sliding_attention"),
+        ({"query_pre_attn_scalar": 64}, "LlamaForCausalLM has no such field"),
+        ({"model_type": "gemma2"}, "unknown architecture"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be a positive whole number, got '3'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not supported yet"),

@@ -40,7 +40,7 @@ def oracle(family: str = "llama", seed: int = 0, **fields: Any) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0  # norms stay near one, everything else near zero
+            mean = 1.0 if "norm" in name and "gemma" not in family else 0.0  # norms stay near one (Gemma's are 1 + w)
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 

@@ -1,4 +1,4 @@
-"""The shape of a decoder of the Llama, Qwen or Gemma 3 family, read from and written to Hugging Face's config.json.
+"""The shape of a decoder (Llama, Mistral, Qwen, Gemma 3), read from and written to Hugging Face's config.json.
 
 Both spellings are read: transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype). Written
 is the spelling of 4, which every reader (transformers 4 and 5, vLLM, llama.cpp) understands. A field this file does
@@ -22,10 +22,10 @@ class Family:
     architecture: str  # its class in transformers
     defaults: Mapping[str, Any]  # its class's, for fields that config.json leaves out
     own: frozenset[str]  # fields that not every family's class reads: on another family a value raises
-    activation: str = "silu"
+    fixed: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})  # fields read with one value only
     qkv_bias: bool = False  # always, and none on o_proj
     qk_norm: bool = False
-    gemma: bool = False  # norms by 1 + w and after each block too, scaled embeddings, a RoPE for each kind of layer
+    gemma: bool = False  # norms by 1 + w, also after each block; GeGLU; scaled embeddings; a RoPE per kind of layer
 
 
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096}
@@ -39,6 +39,18 @@ FAMILIES = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", _QWEN, _QWEN_WINDOW, qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, _QWEN_WINDOW | {"attention_bias"}, qk_norm=True),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
+        | {"tie_word_embeddings": True, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+        | {"query_pre_attn_scalar": 256, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        frozenset("attention_bias sliding_window layer_types sliding_window_pattern".split())
+        | {"query_pre_attn_scalar", "rope_local_base_freq"},
+        {"hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        qk_norm=True,
+        gemma=True,
+    ),
 }
 
 # Fields that never change the logits: kept, and written back by `to_hf`.
@@ -47,7 +59,7 @@ _HARMLESS = frozenset(
     "output_hidden_states output_attentions torchscript id2label label2id problem_type task_specific_params "
     "tokenizer_class prefix is_llama_config unsloth_fixed unsloth_version transformers.js_config "
     "use_bfloat16 max_sequence_length torch_dtype dtype sep_token_id decoder_start_token_id max_length min_length "
-    "do_sample temperature top_k top_p num_beams repetition_penalty length_penalty".split()
+    "do_sample temperature top_k top_p num_beams repetition_penalty length_penalty cache_implementation".split()
 )
 # Fields that change the logits (or the training) unless they have this value, which is all the decoder implements.
 _FIXED = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "rope_interleaved": False}
@@ -69,6 +81,8 @@ class DecoderConfig:
     rope: Rope = Rope()
     sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it …
     layer_types: tuple[str, ...] = ()  # … in the layers of kind SLIDING; (): in all, if there is a window
+    rope_local_base_freq: float | None = None  # RoPE's θ in the SLIDING layers, unscaled; None: `rope` there too
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -112,22 +126,29 @@ class DecoderConfig:
         """What sets this model's family apart."""
         return FAMILIES[self.model_type]
 
+    def rope_of(self, kind: str) -> Rope:
+        """The rotation in layers of the kind FULL or SLIDING."""
+        return Rope(self.rope_local_base_freq) if kind == SLIDING and self.rope_local_base_freq else self.rope
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         """Reads a parsed config.json. ValueError for another architecture or a field that changes the result."""
         model_type = _model_type(config)
+        family = FAMILIES[model_type]
+        if family.gemma:
+            config = _one_rope(config, family)
         known = {f.name for f in fields(cls)} - {"rope", "extra"}
         # null is not absent: Mistral without sliding_window has 4096, with null it has none
-        values = {name: v for name, v in FAMILIES[model_type].defaults.items() if name not in config}
+        values = {name: v for name, v in family.defaults.items() if name in known and name not in config}
         values |= {name: v for name, v in config.items() if name in known and v is not None}
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values and f.name != "extra"]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}: is this the config of a {model_type} model?")
-        _reject_unknown(config, known, FAMILIES[model_type])
+        _reject_unknown(config, known, family)
         _check_sizes(values)
         eos = values.get("eos_token_id")
         values |= _windows(config, values) | {
-            "rope": _rope(config, values.get("max_position_embeddings", cls.max_position_embeddings)),
+            "rope": _rope(config, family, values.get("max_position_embeddings", cls.max_position_embeddings)),
             "dtype": config.get("dtype", config.get("torch_dtype")),
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
             "extra": {name: value for name, value in config.items() if name in _HARMLESS - {"dtype", "torch_dtype"}},
@@ -147,10 +168,10 @@ class DecoderConfig:
         return (
             dict(self.extra)
             | own
+            | family.fixed
             | {
                 "architectures": [family.architecture],
                 "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-                "hidden_act": family.activation,
                 "rope_theta": self.rope.theta,
                 "rope_scaling": self.rope.to_hf(),
                 "torch_dtype": self.dtype,
@@ -192,7 +213,7 @@ def _reject_unknown(config: Mapping[str, Any], known: set[str], family: Family) 
             f"this checkpoint is already quantised (quant_method {method!r}): reading that is not supported yet. "
             "Give the 16-bit checkpoint and quantize='nf4'."
         )
-    fixed = _FIXED | {"hidden_act": family.activation}
+    fixed = _FIXED | family.fixed
     for name, required in fixed.items():
         if config.get(name, required) not in (required, None):
             raise ValueError(f"config field {name} is {config[name]!r}: minilora's decoder has {required!r} only.")
@@ -209,21 +230,37 @@ def _reject_unknown(config: Mapping[str, Any], known: set[str], family: Family) 
 
 
 def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`sliding_window` and `layer_types`. Qwen has a switch for the window, and none below layer max_window_layers."""
+    """`sliding_window` and `layer_types`. Qwen has a switch for the window, and none below layer max_window_layers.
+
+    In Gemma 3 every sixth layer (or as sliding_window_pattern says) has none.
+    """
     family, window = FAMILIES[config["model_type"]], values.get("sliding_window")
     first = 0
     if "use_sliding_window" in family.own:
         window = window if config.get("use_sliding_window") else None
         first = config.get("max_window_layers", 28)
-    kinds = [FULL if window is None or layer < first else SLIDING for layer in range(values["num_hidden_layers"])]
+    layers, every = range(values["num_hidden_layers"]), config.get("sliding_window_pattern", 6)
+    kinds = [FULL if window is None or layer < first else SLIDING for layer in layers]
+    if family.gemma:
+        kinds = [SLIDING if (layer + 1) % every else FULL for layer in layers]
     given = config.get("layer_types") or kinds
     if given != kinds and "layer_types" not in family.own:
         raise ValueError(f"config field layer_types is {given}: a {config['model_type']} model has {kinds[0]} only.")
     return {"sliding_window": window, "layer_types": tuple(given)}
 
 
-def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
-    theta = config.get("rope_theta") or Rope.theta
+def _one_rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Transformers 5 gives each kind of layer its own rope_parameters; of those of SLIDING layers 4 has θ only."""
+    by_kind = config.get("rope_parameters") or {}
+    local = by_kind.get(SLIDING) or {}
+    if by_kind.keys() - {FULL, SLIDING} or local.keys() - {"rope_type", "rope_theta"}:
+        raise ValueError(f"rope_parameters {by_kind}: expected those of {FULL} and θ only of {SLIDING}.")
+    theta = local.get("rope_theta") or config.get("rope_local_base_freq") or family.defaults["rope_local_base_freq"]
+    return {**config, "rope_parameters": by_kind.get(FULL), "rope_local_base_freq": theta}
+
+
+def _rope(config: Mapping[str, Any], family: Family, max_positions: int) -> Rope:
+    theta = config.get("rope_theta") or family.defaults.get("rope_theta", Rope.theta)
     spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
     ropes = [Rope.from_hf(spelling, theta, max_positions) for spelling in spellings or [{}]]
     if ropes[0] != ropes[-1]:

@@ -1,4 +1,4 @@
-r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
+r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma 3's text models.
 
     x = embed(tokens)
     for each layer:
@@ -6,12 +6,15 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3.
         x = x + mlp(norm(x))              SwiGLU (arXiv 2002.05202, eq. 6)
     logits = lm_head(norm(x))
 
+What a family does differently is a switch of its config (config.py): biases and norms of q and k in Qwen, more norms,
+another activation and scaled embeddings in Gemma, a window and another rotation by the kind of layer (layer_types).
 Modules carry Hugging Face's names, so their paths are the keys of a checkpoint. Values agree with transformers' also in
 16 bit, because every rounding is where theirs is. Simplified against transformers: no labels, losses, dropout,
 attention-mask argument or output classes; document_ids says who sees whom, and padding is a document of its own.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +30,18 @@ Mask = Tensor | Mapping[str, Tensor] | None
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / √(mean(x²) + ε), in fp32 (arXiv 1910.07467, eq. 4)."""
+    """y = w · x / √(mean(x²) + ε), in fp32 (arXiv 1910.07467, eq. 4). Gemma stores w - 1, so that decay pulls to 1."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, gemma: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if gemma else torch.ones(size))
+        self.eps, self.gemma = eps, gemma
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        if self.gemma:
+            return ((1 + self.weight.float()) * h).to(x.dtype)
         return self.weight * h.to(x.dtype)  # rounded before the product, as transformers does
 
     def extra_repr(self) -> str:
@@ -55,9 +60,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=bias or family.qkv_bias)
         self.v_proj = nn.Linear(width, keys, bias=bias or family.qkv_bias)
         self.o_proj = nn.Linear(queries, width, bias=bias)
-        # Qwen3: one norm for all heads, over the channels of each (arXiv 2302.05442, §2), keeps q·k from growing
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if family.qk_norm else nn.Identity()
+        norm = partial(RMSNorm if family.qk_norm else nn.Identity, config.head_dim, config.rms_norm_eps, family.gemma)
+        self.q_norm, self.k_norm = norm(), norm()  # over each head's channels: keeps q·k small (arXiv 2302.05442, §2)
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (
@@ -67,11 +72,11 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # (B, kv_heads, S, d)
-        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.o_proj(attention(q, k, v, mask, self.scale).transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate x) · up x)."""
+    """SwiGLU: down(silu(gate x) · up x). Gemma's GeGLU has gelu, in its tanh form, for silu."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -79,23 +84,34 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.activation = partial(F.gelu, approximate="tanh") if config.family.gemma else F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): `rope` is the cos and sin of rope.py."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): `rope` is the cos and sin of rope.py.
+
+    In Gemma each block's output has a norm as well, and post_attention_layernorm is that of attention.
+    """
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
+        self.gemma = config.family.gemma
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, self.gemma)
         self.self_attn = Attention(config, index)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        if self.gemma:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        if self.gemma:
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -106,7 +122,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.family.gemma)
 
 
 class CausalLM(nn.Module):
@@ -157,39 +173,32 @@ class CausalLM(nn.Module):
         if cache is not None:
             document_ids = cache.extend_documents(document_ids, rows, count)  # (B, S)
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
-        rope = rotation(self.config.rope, self.config.head_dim, position_ids, x.dtype)
-        masks = self._masks(mask, count, past + count, document_ids, input_ids.device)
+        if self.config.family.gemma:
+            x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # a rounded root
+        masks, size = self._masks(mask, count, past + count, document_ids, input_ids.device), self.config.head_dim
+        ropes = {kind: rotation(self.config.rope_of(kind), size, position_ids, x.dtype) for kind in masks}
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True):
-            inputs = x, rope, masks[kind], cache
+            inputs = x, ropes[kind], masks[kind], cache
             x = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)  # (B, T, D)
         if cache is not None:
             cache.advance(count, document_ids)
         return self.model.norm(x)
 
     def _masks(
-        self,
-        mask: Mask,
-        queries: int,
-        keys: int,
-        document_ids: Tensor | None,
-        device: torch.device,
+        self, mask: Mask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
     ) -> Mapping[str, Tensor | None]:
         """The mask of each kind of layer; None is plain causal, the fast path."""
-        kinds = dict.fromkeys(self.config.layer_types)
         if isinstance(mask, Mapping):
             return mask
-        if mask is not None and len(kinds) > 1:
-            raise ValueError(
-                f"this model's layers see differently far: give a mask for each kind, {{{', '.join(kinds)}}}."
-            )
-        masks: dict[str, Tensor | None] = {}
-        for kind in kinds:
+        masks = dict.fromkeys(self.config.layer_types, mask)
+        if mask is not None and len(masks) > 1:
+            raise ValueError(f"some layers have a window: give a mask for each kind of layer, {' and '.join(masks)}.")
+        for kind in masks if mask is None else ():
             window = self.config.sliding_window if kind == SLIDING else None
             if window is not None and window >= keys:
                 window = None  # nothing is that far back yet
-            masks[kind] = mask
-            if mask is None and (window is not None or document_ids is not None):
+            if window is not None or document_ids is not None:
                 masks[kind] = causal_mask(queries, keys, window=window, document_ids=document_ids, device=device)
         return masks
 

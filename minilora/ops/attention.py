@@ -14,22 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The definition. It keeps all (B, heads, T, S) weights; `mask=None` is plain causal."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """The definition. It keeps all (B, heads, T, S) weights; `mask=None` is plain causal, `scale=None` is 1/√d."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, heads, S, d)
     mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
-    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))  # (B, heads, T, S)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, heads, T, S)
+    scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))  # 16 bit: in fp32
     return weights.to(q.dtype) @ v  # (B, heads, T, d)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """The same through PyTorch's fused kernels, which never store the weights; `mask=None` is plain causal."""
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and 1 < queries < keys:  # SDPA's is_causal would align the queries with the first keys
         mask = causal_mask(queries, keys, device=q.device)
     is_causal = mask is None and queries > 1  # one query sees every key
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def causal_mask(
