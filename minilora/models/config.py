@@ -20,9 +20,9 @@ class Family:
     """What sets a family apart; the parts that decoder.py builds from the switches are explained there."""
 
     architecture: str  # its class in transformers
-    defaults: Mapping[str, Any]  # its class's, for fields that config.json leaves out
+    defaults: dict[str, Any]  # its class's, for fields that config.json leaves out
     own: frozenset[str]  # fields that not every family's class reads: on another family a value raises
-    fixed: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})  # fields read with one value only
+    fixed: dict[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})  # fields read with one value only
     qkv_bias: bool = False  # always, and none on o_proj
     qk_norm: bool = False
     gemma: bool = False  # norms by 1 + w, also after each block; GeGLU; scaled embeddings; a RoPE per kind of layer
