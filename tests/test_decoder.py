@@ -13,7 +13,7 @@ from torch import Tensor
 from minilora.models.cache import KVCache
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.ops.attention import causal_mask
+from minilora.ops.attention import attention, causal_mask, plain_attention
 from tiny import LLAMA3, SIZES, oracle, tokens, twin
 
 TOLERANCE = 1e-5  # transformers runs the same kernels on the same shapes
@@ -142,6 +142,13 @@ def test_padding_on_the_left_equals_transformers_attention_mask(fields):
         actual = twin(reference)(ids, position_ids=positions, document_ids=mask - 1)
     assert torch.isfinite(actual).all()  # padding sees padding: no row is without a key
     assert distance(actual[mask.bool()], expected[mask.bool()]) <= TOLERANCE
+
+
+def test_the_scale_of_attention_is_the_same_in_both_forms():
+    q, k, v = torch.randn(3, 2, 4, 9, 16)
+    expected = plain_attention(q * 2, k, v)  # with 1/√d: the scores of q with twice that
+    for form in (plain_attention, attention):
+        assert distance(form(q, k, v, scale=2 / 16**0.5), expected) <= TOLERANCE
 
 
 @pytest.mark.slow

@@ -201,8 +201,8 @@ def _model_type(config: Mapping[str, Any]) -> str:
         return model_type
     raise ValueError(
         f"unknown architecture: model_type {model_type!r}, architectures {classes}. minilora's decoder reads "
-        f"{', '.join(f'{name} ({family.architecture})' for name, family in FAMILIES.items())}. Load other models with "
-        "transformers (AutoModelForCausalLM.from_pretrained) and call ml.inject(model, ...) on them directly."
+        f"{', '.join(f'{name} ({family.architecture})' for name, family in FAMILIES.items())}. Other models go through "
+        "transformers: model = AutoModelForCausalLM.from_pretrained(...), then ml.inject(model, ...) and all the rest."
     )
 
 
