@@ -14,57 +14,10 @@ from minilora.models.cache import KVCache
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.ops.attention import attention, causal_mask, plain_attention
-from tiny import LLAMA3, SIZES, oracle, tokens, twin
+from tiny import GEMMA, KINDS, LLAMA3, SIZES, oracle, tokens, twin
 
 TOLERANCE = 1e-5  # transformers runs the same kernels on the same shapes
 REORDERED = 5e-5  # other shapes: other kernels add in another order
-GEMMA = {
-    **{"family": "gemma3_text", "head_dim": 24, "num_hidden_layers": 3, "sliding_window": 5, "pad_token_id": None},
-    **{"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True},
-    **{"eos_token_id": None, "bos_token_id": None},
-}
-KINDS = {
-    "llama": {},
-    "one head each": {"num_key_value_heads": 4},
-    "one key head": {"num_key_value_heads": 1},
-    "wide heads": {"head_dim": 24},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "tied": {"tie_word_embeddings": True},
-    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
-    "llama3": {"rope_parameters": LLAMA3},
-    "eps": {"rms_norm_eps": 0.1},
-    "mistral": {"family": "mistral", "sliding_window": None},
-    "window 5": {"family": "mistral", "sliding_window": 5},
-    "window 1": {"family": "mistral", "sliding_window": 1},
-    "window wider than text": {"family": "mistral", "sliding_window": 64},
-    "qwen2": {"family": "qwen2"},
-    "qwen2 tied, wide heads, linear": {
-        **{"family": "qwen2", "tie_word_embeddings": True, "head_dim": 24, "num_key_value_heads": 4},
-        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0},
-    },
-    "qwen2 window 5": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
-    "qwen2 window above": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {"family": "qwen3", "head_dim": 24},
-    "qwen3 tied, biases, one key head": {
-        **{"family": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
-        "num_key_value_heads": 1,
-    },
-    "qwen3 llama3": {"family": "qwen3", "head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 0.1},
-    "qwen3 window between": {
-        **{"family": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5},
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-    },
-    "gemma3": GEMMA,
-    "gemma3 untied, biases, linear": {
-        **GEMMA | {"tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 100},
-        "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-        },
-    },
-    "gemma3 full": GEMMA | {"layer_types": ["full_attention"] * 3},
-}
 VARIED = {
     name: KINDS[name]
     for name in ("llama3", "window 5", "qwen2", "qwen2 window above", "qwen3 window between", "gemma3")
@@ -128,6 +81,14 @@ def test_16_bit_rounds_where_transformers_rounds(fields, dtype):
     with torch.no_grad():
         expected = reference(tokens(2, 40)).logits
         assert distance(twin(reference).to(dtype)(tokens(2, 40)), expected) <= 10 * torch.finfo(dtype).eps
+
+
+def test_gemmas_embedding_is_scaled_by_a_rounded_root():
+    reference, seen = oracle(**GEMMA).bfloat16(), []
+    ours = twin(reference).bfloat16()
+    ours.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ours(tokens(2, 40))
+    assert torch.equal(seen[0], reference.model.embed_tokens(tokens(2, 40)))
 
 
 @pytest.mark.parametrize("fields", VARIED.values(), ids=VARIED.keys())

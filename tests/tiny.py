@@ -31,6 +31,53 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 500.0,
 }
+GEMMA = {
+    **{"family": "gemma3_text", "head_dim": 24, "num_hidden_layers": 3, "sliding_window": 5, "pad_token_id": None},
+    **{"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True},
+    **{"eos_token_id": None, "bos_token_id": None, "hidden_size": 80},  # √80 is not a 16-bit number
+}
+KINDS = {  # fields of `oracle`, for every switch that a config has
+    "llama": {},
+    "one head each": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
+    "llama3": {"rope_parameters": LLAMA3},
+    "eps": {"rms_norm_eps": 0.1},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "window 5": {"family": "mistral", "sliding_window": 5},
+    "window 1": {"family": "mistral", "sliding_window": 1},
+    "window wider than text": {"family": "mistral", "sliding_window": 64},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 tied, wide heads, linear": {
+        **{"family": "qwen2", "tie_word_embeddings": True, "head_dim": 24, "num_key_value_heads": 4},
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0},
+    },
+    "qwen2 window 5": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    "qwen2 window above": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"family": "qwen3", "head_dim": 24},
+    "qwen3 tied, biases, one key head": {
+        **{"family": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+        "num_key_value_heads": 1,
+    },
+    "qwen3 llama3": {"family": "qwen3", "head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 0.1},
+    "qwen3 window between": {
+        **{"family": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5},
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma3": GEMMA,
+    "gemma3 untied, biases, linear": {
+        **GEMMA | {"tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 100},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    },
+    "gemma3 full": GEMMA | {"layer_types": ["full_attention"] * 3},
+}
 
 
 def oracle(family: str = "llama", seed: int = 0, **fields: Any) -> nn.Module:
