@@ -286,7 +286,7 @@ def test_arguments():
             pick_dtype(wrong, torch.device("cpu"))
 
 
-def test_an_already_quantised_checkpoint_is_refused(tmp_path):
+def test_a_checkpoint_quantised_by_another_method_is_refused(tmp_path):
     save(tmp_path)
-    edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}))
-    fails(tmp_path, "already quantised .* not supported yet")
+    edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"}))
+    fails(tmp_path, "already quantised .*'awq'.*Give the 16-bit checkpoint")

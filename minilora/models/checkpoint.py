@@ -2,26 +2,38 @@
 
 Names, shapes and places come from the headers; no tensor is read before it is asked for. Each read opens the file anew,
 because safetensors maps the whole file into memory and pages once touched would stay until it is closed.
+
+A weight that bitsandbytes keeps in 4 bits is up to six tensors (minilora_kernels/weight.py lists them). Here it is one,
+of its logical shape, read as an NF4Weight; its parts may lie in several shards, and its bytes under another dtype
+(bnb_4bit_quant_storage).
 """
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from minilora.models.config import DecoderConfig
+from minilora_kernels import NF4Weight
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_STATE = ".quant_state.bitsandbytes__"  # then "nf4": the JSON that says a 4-bit weight's shape, dtype and block size
 
 
 class Checkpoint(Protocol):
-    """What `load_model` reads: a config, the shape of each tensor, and the tensors, one at a time."""
+    """What `load_model` reads: a config, the shape of each tensor, and the tensors, one at a time.
+
+    four_bit: the weights that `read` gives as an NF4Weight; skip: the linear layers which then are dense.
+    """
 
     config: DecoderConfig
     shapes: dict[str, tuple[int, ...]]
+    four_bit: Set[str]
+    skip: list[str]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor | NF4Weight: ...
     def where(self, name: str) -> str: ...
 
 
@@ -30,7 +42,12 @@ class SafetensorsCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = DecoderConfig.from_hf(_read_config(folder))
+        config = _read_config(folder)
+        quantization = config.pop("quantization_config", None)
+        self.skip = _dense_modules(folder / "config.json", quantization) if quantization else []
+        self.config = DecoderConfig.from_hf(config)
+        self._parts: dict[str, list[str]] = {}  # 4-bit weight -> the tensors it is made of
+        self.four_bit: Set[str] = self._parts.keys()
         self._files: dict[str, str] = {}  # tensor -> file name
         self.shapes: dict[str, tuple[int, ...]] = {}
         if (folder / _SINGLE).is_file():
@@ -39,16 +56,59 @@ class SafetensorsCheckpoint:
             self._read_index()
         else:
             raise ValueError(f"{folder} holds no weights: expected {_SINGLE} or {_INDEX}. {_hint(folder)}")
+        if quantization:
+            self._join_parts()
+        if quantization and not self._parts:
+            raise ValueError(f"{folder}: config.json says load_in_4bit, but no weight is in 4 bits.")
 
     def where(self, name: str) -> str:
         return str(self.folder / self._files.get(name, ""))
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype; it lives in the mapped file, so copy it before keeping it."""
+    def read(self, name: str) -> Tensor | NF4Weight:
+        """One tensor in its stored dtype, which lives in the mapped file (copy it before keeping it); or an NF4Weight.
+
+        ValueError if the parts of a 4-bit weight do not fit together.
+        """
+        if name not in self._parts:
+            return self._tensors([name])[name]
+        parts = {part: tensor.clone() for part, tensor in self._tensors(self._parts[name]).items()}
+        try:
+            return NF4Weight.from_state_dict(parts, name)
+        except ValueError as error:
+            raise ValueError(f"{self.where(name)}: {error}") from error
+
+    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
         from safetensors import safe_open
 
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        found = {}
+        for file_name in {self._files[name] for name in names}:
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                found |= {name: file.get_tensor(name) for name in names if self._files[name] == file_name}
+        return found
+
+    def _join_parts(self) -> None:
+        """Put the logical shape of each 4-bit weight in the place of its parts' shapes."""
+        for key in self.shapes:
+            if ".weight." in key:
+                name = key.partition(".weight.")[0] + ".weight"
+                self._parts.setdefault(name, [name] if name in self.shapes else []).append(key)
+        for name, parts in self._parts.items():
+            states = [part for part in parts if part.startswith(f"{name}{_STATE}")]
+            if states != [f"{name}{_STATE}nf4"]:
+                kinds = [part.removeprefix(f"{name}{_STATE}") for part in states] or "no quant_state"
+                raise ValueError(f"{self.where(parts[0])}: {name} is 4-bit of kind {kinds}; minilora reads nf4 alone.")
+            shape = self._logical_shape(states[0])
+            for part in parts:
+                del self.shapes[part]
+            self.shapes[name] = shape
+
+    def _logical_shape(self, key: str) -> tuple[int, ...]:
+        """The shape in a quant_state; all else in it is checked when its weight is read."""
+        short = len(self.shapes[key]) == 1 and self.shapes[key][0] < 10_000
+        try:
+            return tuple(json.loads(bytes(self._tensors([key])[key].tolist()))["shape"]) if short else ()
+        except (ValueError, TypeError, KeyError) as error:  # not JSON; not bytes or no list; no shape in it
+            raise ValueError(f"{self.where(key)}: {key} is damaged ({error!r}). Download it again.") from error
 
     def _read_headers(self, names: set[str]) -> None:
         from safetensors import SafetensorError, safe_open  # here: `import minilora` stays light
@@ -82,6 +142,22 @@ class SafetensorsCheckpoint:
                     f"tensor {name} is in {self._files.get(name)}, but {path} says {places.get(name)}. "
                     "Download the checkpoint again."
                 )
+
+
+def _dense_modules(path: Path, quantization: Any) -> list[str]:
+    """llm_int8_skip_modules, after checking that this is bitsandbytes' NF4 and nothing else."""
+    get = quantization.get if isinstance(quantization, dict) else {}.get
+    method, bits = get("quant_method"), "4 bits" if get("load_in_4bit") else "8 bits" if get("load_in_8bit") else "?"
+    kind = get("bnb_4bit_quant_type") or "nf4"  # left out: the tensors say which
+    if (method, bits, kind) != ("bitsandbytes", "4 bits", "nf4"):
+        raise ValueError(
+            f"{path}: this checkpoint is already quantised (quant_method {method!r}, {bits}, {kind}); minilora reads "
+            "bitsandbytes' 4-bit nf4. Give the 16-bit checkpoint and quantize='nf4'."
+        )
+    skip = get("llm_int8_skip_modules") or []
+    if not isinstance(skip, list) or not all(isinstance(name, str) and name for name in skip):
+        raise ValueError(f"{path}: llm_int8_skip_modules must be a list of module names or null, got {skip!r}.")
+    return skip
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

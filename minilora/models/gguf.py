@@ -7,6 +7,7 @@ quantised types, which are left to the `gguf` package. gguf_header.py reads the 
 
 import importlib.util
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ class TokenizerFields:
 
 class GGUFCheckpoint:
     """A GGUF file seen as a Hugging Face checkpoint: `config`, `shapes` by name, `read(name)`, `where(name)`."""
+
+    four_bit: Set[str] = frozenset()  # its quantised tensors are not NF4: they come out dense
+    skip: list[str] = []
 
     def __init__(self, path: Path) -> None:
         if importlib.util.find_spec("gguf") is None:

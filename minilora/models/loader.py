@@ -9,6 +9,7 @@ nothing is initialised for want of a tensor: what is missing, left over, mis-sha
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from minilora.models.decoder import CausalLM
 from minilora.models.gguf import GGUFCheckpoint
 from minilora.models.hub import resolve
 from minilora.quant import NF4Linear
-from minilora_kernels import quantize_nf4
+from minilora_kernels import NF4Weight, quantize_nf4
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _OLD = ".rotary_emb.inv_freq"  # old Llama checkpoints store RoPE's frequencies, which the config determines
@@ -40,7 +41,8 @@ def load_model(
 
     source: a Hub id, a folder with config.json and safetensors, or a .gguf file.
     quantize: "nf4" keeps the linear layers in 4 bits (`double_quant` and `blocksize` as in `quantize_nf4`); None keeps
-        them in `dtype`.
+        them in `dtype`. A checkpoint already in 4 bits (bitsandbytes' NF4) keeps its own bits, and "nf4" then only
+        checks that they are of the kind asked for.
     dtype: of everything dense and of computing; "auto" picks what the hardware is fast in and prints it.
     device: default a CUDA GPU if there is one, else the CPU.
     Raises ValueError or OSError that name the file and tensor at fault and say what to do.
@@ -53,12 +55,19 @@ def load_model(
     dtype = pick_dtype(dtype, device)
     with torch.device("meta"):
         model = CausalLM(checkpoint.config)
-    for name in _match(model, checkpoint):  # sorted: a layer's bias is there before its weight is quantised
-        tensor = checkpoint.read(name)
-        _check(tensor, checkpoint.where(name), name)
+    names = _match(model, checkpoint)
+    _check_skip(model, checkpoint)
+    for name in names:  # sorted: a layer's bias is there before its weight is quantised
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if quantize and leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head:
+        module: Any = model.get_submodule(path)
+        tensor = checkpoint.read(name)
+        if isinstance(tensor, NF4Weight):
+            _check_kind(tensor, checkpoint.where(name), name, (blocksize, double_quant) if quantize else None)
+            model.set_submodule(path, NF4Linear(tensor.to(device), module.bias))
+            continue
+        _check(tensor, checkpoint.where(name), name)
+        is_linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
+        if quantize and not checkpoint.four_bit and is_linear:
             weight = replace(quantize_nf4(tensor.to(device), blocksize, double_quant), dtype=dtype)
             model.set_submodule(path, NF4Linear(weight, module.bias))
         else:
@@ -118,8 +127,30 @@ def _check(tensor: Tensor, where: str, name: str) -> None:
         raise ValueError(f"{where}: {name} holds NaN or infinity. Download it again, or load with dtype='float32'.")
 
 
+def _check_kind(weight: NF4Weight, where: str, name: str, asked: tuple[int, bool] | None) -> None:
+    found = weight.blocksize, weight.double_quant
+    if asked and found != asked:
+        raise ValueError(
+            f"{where}: {name} is already in 4 bits, with blocksize={found[0]} and double_quant={found[1]}; asked for "
+            f"were {asked[0]} and {asked[1]}. Leave quantize out to take it as it is, or start from 16 bits."
+        )
+
+
+def _check_skip(model: CausalLM, checkpoint: Checkpoint) -> None:
+    """In a 4-bit checkpoint every linear layer is in 4 bits, but the output layer and what its config excepts."""
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    found = {name.removesuffix(".weight") for name in checkpoint.four_bit}
+    skip = {path for path in linear if any(f"{path}.".startswith(f"{e}.") or path.endswith(e) for e in checkpoint.skip)}
+    if found and (wrong := sorted(found ^ (linear - skip))):
+        raise ValueError(
+            f"{checkpoint.where(f'{wrong[0]}.weight')}: {_some(wrong)} {'is' if wrong[0] in found else 'is not'} in 4 "
+            f"bits, against config.json (linear layers but lm_head and llm_int8_skip_modules {checkpoint.skip} are)."
+        )
+
+
 def _check_tied(checkpoint: Checkpoint) -> None:
-    if not torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")):
+    head, embedding = (checkpoint.read(f"{path}.weight") for path in ("lm_head", "model.embed_tokens"))
+    if isinstance(head, NF4Weight) or isinstance(embedding, NF4Weight) or not torch.equal(head, embedding):
         raise ValueError(
             f"{checkpoint.where('lm_head.weight')}: lm_head.weight is not the embedding, but config.json ties the two "
             "(tie_word_embeddings). Set it to false, or remove lm_head.weight."
