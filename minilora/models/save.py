@@ -1,11 +1,12 @@
-"""Save a model as a folder that transformers, vLLM and llama.cpp's converter load: config.json and safetensors.
+"""Save a model as a folder that transformers and vLLM load (config.json and safetensors), or as llama.cpp's GGUF.
 
 With merge=True each layer is made dense as it is written, W' = W + Σ s · B A in fp32, rounded once, so that no second
 model is ever in memory: beyond the model it takes one tensor. A safetensors file is, for that reason, written here:
 
     u64 length of the header · header, JSON: name -> dtype, shape, [begin, end) in the data · data, tensor by tensor
 
-Files replace what the folder held one by one, each whole or not at all; weight files of an earlier save are removed.
+In the format "bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. Files replace what the folder held
+one by one, each whole or not at all; weight files of an earlier save are removed. gguf_write.py writes GGUF.
 """
 
 import json
@@ -24,8 +25,11 @@ from minilora.lora import LoRALayer
 from minilora.models.decoder import CausalLM
 from minilora.quant import NF4Linear
 from minilora.storage import whole, write_text
+from minilora_kernels import quantize_nf4
 
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_CODES = _DTYPES | {torch.uint8: "U8"}
+_FORMATS = ("safetensors", "bnb-4bit", "gguf")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -47,17 +51,24 @@ def save_model(
     model: nn.Module,
     folder: str | Path,
     *,
+    format: str = "safetensors",
     merge: bool = False,
-    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+    dtype: torch.dtype | str | None = None,
     tokenizer: Any = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write `model` to `folder`; transformers loads it with equal logits.
 
-    merge: fold the active adapters in and make 4-bit layers dense; without it, a model that has any is refused.
-    dtype: of all tensors; default each tensor's own, and for a 4-bit layer the dtype it computes in.
-    tokenizer: saved beside the model (its `save_pretrained` is called).
-    shard_bytes: size above which the weights go to several files.
+    format: "safetensors", all layers dense; "bnb-4bit", 4-bit layers as bitsandbytes keeps them; or "gguf", one file
+        for llama.cpp: `folder` itself if it ends in .gguf, else model.gguf in it.
+    merge: fold the active adapters in and, unless "bnb-4bit", make 4-bit layers dense; without it, a model that has
+        any is refused.
+    requantize: with merge, let "bnb-4bit" round merged layers to 4 bits again, a second copy of them in memory.
+    dtype: of all dense tensors; default each tensor's own, and for a 4-bit layer the dtype it computes in. For "gguf",
+        of the matrices: a dtype or "q8_0", default the embedding's (vectors are always fp32 there).
+    tokenizer: saved beside the model (its `save_pretrained` is called), or within the GGUF file.
+    shard_bytes: size above which the weights go to several files; GGUF is always one.
     Raises ValueError for what cannot be saved so, and when a value leaves the range of `dtype`.
     """
     if not isinstance(model, CausalLM):
@@ -65,55 +76,110 @@ def save_model(
             f"save_model writes models of load_model, got {type(model).__name__}. A transformers model: "
             "ml.merge(model).save_pretrained(folder); an adapter alone: ml.save_adapter(model, folder)."
         )
-    if dtype is not None and dtype not in _CODES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _CODES))}, got {dtype}.")
-    _check_mergeable(model, merge)
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}.")
+    _check_layers(model, format, merge, requantize)
     head = model.lm_head  # an adapter on it unties: what is true of the weights counts, not what the config said
     tied = isinstance(head, nn.Linear) and head.weight is model.model.embed_tokens.weight
-    entries = [entry for entry in _entries(model, "", dtype) if not (tied and entry.name == "lm_head.weight")]
-    shards = _shards(entries, shard_bytes)
+    if format == "gguf":
+        return _write_gguf(model, Path(folder), tied, dtype, tokenizer)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
+    entries = [e for e in _entries(model, "", dtype, format) if not (tied and e.name == "lm_head.weight")]
     folder = Path(folder)
-    for file, shard in shards.items():
-        _write(folder / file, shard)
+    names = _write_weights(folder, entries, shard_bytes)
     embedding = next(entry for entry in entries if entry.name == "model.embed_tokens.weight")
-    config = replace(model.config, tie_word_embeddings=tied, dtype=str(embedding.dtype).removeprefix("torch."))
-    write_text(folder / "config.json", json.dumps(config.to_hf(), indent=2, sort_keys=True) + "\n")
-    if len(shards) > 1:
-        places = {entry.name: file for file, shard in shards.items() for entry in shard}
-        index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": places}
-        write_text(folder / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    dtype_name = str(embedding.dtype).removeprefix("torch.")
+    config = replace(model.config, tie_word_embeddings=tied, dtype=dtype_name).to_hf()
+    if format == "bnb-4bit":
+        config["quantization_config"] = _quantization_config(model, dtype_name)
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for stale in [*folder.glob("model-*.safetensors"), folder / "model.safetensors", folder / _INDEX]:
-        if stale.name not in shards and not (stale.name == _INDEX and len(shards) > 1):
+        if stale.name not in names:
             stale.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _check_mergeable(model: nn.Module, merge: bool) -> None:
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALayer)]
+def _write_weights(folder: Path, entries: list[_Entry], shard_bytes: int) -> set[str]:
+    """The weight files and, for several, their index; returns their names."""
+    shards = _shards(entries, shard_bytes)
+    for file, shard in shards.items():
+        _write(folder / file, shard)
+    if len(shards) == 1:
+        return set(shards)
+    places = {entry.name: file for file, shard in shards.items() for entry in shard}
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": places}
+    write_text(folder / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return {*shards, _INDEX}
+
+
+def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -> None:
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     in_4_bits = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
-    if (adapted or in_4_bits) and not merge:
+    four_bit = format == "bnb-4bit"
+    if four_bit and (not in_4_bits or any(name.startswith("lm_head") for name in in_4_bits)):
+        raise ValueError(f"bnb-4bit: {'lm_head' if in_4_bits else 'no layer'} is in 4 bits: ml.quantize_model does it.")
+    if (adapted or in_4_bits and not four_bit) and not merge:
         what = f"{len(adapted)} layers with adapters" if adapted else f"{len(in_4_bits)} layers in 4 bits"
         raise ValueError(
-            f"the model has {what} (first {(adapted or in_4_bits)[0]}), which a plain checkpoint cannot hold. "
+            f"the model has {what} (first {[*adapted, *in_4_bits][0]}), which a plain checkpoint cannot hold. "
             "Pass merge=True to write dense weights, or ml.save_adapter(model, folder) for the adapter alone."
         )
-    if adapted and not any(isinstance(m, LoRALayer) and m.active for m in model.modules()):
+    active = [name for name, module in adapted.items() if module.active]
+    if adapted and not active:
         raise ValueError("no adapter is active, so none would be merged: ml.use_adapter or ml.eject first.")
+    rounded = [name for name in active if isinstance(adapted[name].base_layer, NF4Linear)]
+    if four_bit and rounded and not requantize:
+        raise ValueError(
+            f"merging into {len(rounded)} 4-bit layers (first {rounded[0]}) rounds them to 4 bits again, which loses "
+            "most of a small adapter. Pass requantize=True if that is wanted; format='safetensors' keeps it, in dense "
+            "weights, and ml.save_adapter beside the 4-bit model loses nothing."
+        )
+    if requantize and not (four_bit and rounded):
+        raise ValueError("requantize=True is for merging adapters into 4-bit layers with format='bnb-4bit'.")
 
 
-def _entries(module: nn.Module, prefix: str, dtype: torch.dtype | None) -> Iterator[_Entry]:
-    """Every tensor under its plain name, adapters merged and 4-bit layers dense."""
+def _quantization_config(model: CausalLM, dtype: str) -> dict[str, Any]:
+    """What transformers reads as a BitsAndBytesConfig. A list of exceptions replaces its own, which is the head."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear)}
+    dense = [name.removesuffix(".base_layer") for name, m in linear.items() if isinstance(m, nn.Linear)]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(isinstance(m, NF4Linear) and m.weight.double_quant for m in linear.values()),
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted({*dense, "lm_head"}) if set(dense) - {"lm_head"} else None,
+    }
+
+
+def _four_bit_state(module: nn.Module, base: NF4Linear, name: str) -> dict[str, Tensor]:
+    weight = base.weight
+    if isinstance(module, LoRALayer) and module.active:
+        merged = quantize_nf4(merged_weight(module), weight.blocksize, weight.double_quant)
+        weight = replace(merged, dtype=weight.dtype)
+    return weight.state_dict(name)
+
+
+def _entries(module: nn.Module, prefix: str, dtype: Any, format: str) -> Iterator[_Entry]:
+    """Every tensor under its plain name, adapters merged; 4-bit layers dense, or in parts for bnb-4bit."""
     if isinstance(module, LoRALayer | NF4Linear):
         base: Any = module.base_layer if isinstance(module, LoRALayer) else module
         own = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
         shape = (base.out_features, base.in_features)
-        yield _Entry(f"{prefix}weight", shape, dtype or own, lambda: merged_weight(module))
+        if format == "bnb-4bit" and isinstance(base, NF4Linear):
+            for name, part in _four_bit_state(module, base, f"{prefix}weight").items():
+                yield _Entry(name, tuple(part.shape), part.dtype, part.detach)
+        else:
+            yield _Entry(f"{prefix}weight", shape, dtype or own, lambda: merged_weight(module))
         parameters = {} if base.bias is None else {"bias": base.bias}
     else:
         parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for name, child in module.named_children():
-            yield from _entries(child, f"{prefix}{name}.", dtype)
+            yield from _entries(child, f"{prefix}{name}.", dtype, format)
     for name, value in parameters.items():
         yield _Entry(f"{prefix}{name}", tuple(value.shape), dtype or value.dtype, value.detach)
 
@@ -131,6 +197,10 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
     if len(groups) == 1:
         return {"model.safetensors": entries}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _write_gguf(model: CausalLM, path: Path, tied: bool, dtype: Any, tokenizer: Any) -> None:
+    raise NotImplementedError
 
 
 @torch.no_grad()
