@@ -254,7 +254,7 @@ def fails(path: Path, message: str) -> None:
 def test_files_that_are_something_else(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 a zip file")
     fails(tmp_path / "m.gguf", "is not a GGUF file")
-    fails(write(tmp_path / "m.gguf", oracle(), arch="qwen2"), "architecture 'qwen2'.*ml.inject")
+    fails(write(tmp_path / "m.gguf", oracle(), arch="gemma"), "architecture 'gemma'.*ml.inject")
     fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_expert_count(8)), "'expert_count': 8.* unknown")
     fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_uint16("split.count", 3)), "one of 3 parts")
     odd = np.ones(3, np.float32)

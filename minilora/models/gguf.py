@@ -1,6 +1,6 @@
-"""GGUF, llama.cpp's single-file format: config, tensors and tokenizer pieces of llama-architecture files.
+"""GGUF, llama.cpp's single-file format: config, tensors and tokenizer pieces of llama and qwen2 files.
 
-Three things differ from a Hugging Face checkpoint: the names; the rows of q_proj and k_proj (llama.cpp turns
+Three things differ from a Hugging Face checkpoint: the names; in llama the rows of q_proj and k_proj (llama.cpp turns
 neighbouring channels (2i, 2i+1) where Hugging Face turns (i, i + d/2); undone here); and the values, in one of many
 quantised types, which are left to the `gguf` package. gguf_header.py reads the file's layout.
 """
@@ -8,7 +8,7 @@ quantised types, which are left to the `gguf` package. gguf_header.py reads the 
 import importlib.util
 import math
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from minilora.models.config import DecoderConfig
 from minilora.models.gguf_header import Record, read_header
 from minilora.models.rope import Rope, frequencies
 
-_NAMES = {  # GGUF -> Hugging Face, the part after the layer
+NAMES = {  # GGUF -> Hugging Face, the part after the layer
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -30,17 +30,17 @@ _NAMES = {  # GGUF -> Hugging Face, the part after the layer
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ROPE_FACTORS = "rope_freqs.weight"
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_FACTORS = "rope_freqs.weight"
 
-_SIZES = {  # keys under "llama." that every file has
+_SIZES = {  # keys under "llama." or "qwen2." that every file has
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
     "context_length": "max_position_embeddings",
 }
-# All keys under "llama." that are read here or mean nothing; any other must be empty.
+# All keys there that are read here or mean nothing; any other must be empty.
 _KEYS = _SIZES.keys() | set(
     "vocab_size attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
     "rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length "
@@ -82,7 +82,7 @@ class GGUFCheckpoint:
         for name, record in self._records.items():
             if record.offset + math.prod(_byte_shape(record)) > path.stat().st_size:
                 raise ValueError(f"{path} is cut off: tensor {name} ends after the file does. Download it again.")
-        factors = self._records.pop(_ROPE_FACTORS, None)
+        factors = self._records.pop(ROPE_FACTORS, None)
         self.config = _config(path, fields, self._records, None if factors is None else self._dense(factors))
         self._gguf_names = {_hf_name(path, name): name for name in self._records}
         self.shapes = {name: self._records[gguf_name].shape for name, gguf_name in self._gguf_names.items()}
@@ -93,7 +93,7 @@ class GGUFCheckpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, fp32, in Hugging Face's row order."""
         tensor = self._dense(self._records[self._gguf_names[name]])
-        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        heads = permuted_heads(self.config)
         module = name.split(".")[-2]
         return unpermute(tensor, heads[module]) if module in heads else tensor
 
@@ -108,6 +108,13 @@ class GGUFCheckpoint:
         except NotImplementedError:
             raise ValueError(f"{self.path}: the gguf package cannot dequantise type {kind.name}.") from None
         return torch.from_numpy(dense.copy() if not dense.flags.writeable else dense)
+
+
+def permuted_heads(config: DecoderConfig) -> dict[str, int]:
+    """The modules whose rows llama.cpp reorders, with their number of heads."""
+    if config.model_type == "qwen2":
+        return {}
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
@@ -143,20 +150,21 @@ def read_tokenizer_fields(path: Path | str) -> TokenizerFields:
 
 
 def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], factors: Tensor | None) -> DecoderConfig:
-    if fields.get("general.architecture") != "llama":
+    arch = fields.get("general.architecture")
+    if arch not in ("llama", "qwen2"):
         raise ValueError(
-            f"{path}: unknown GGUF architecture {fields.get('general.architecture')!r}; minilora reads llama "
-            "(Llama, Mistral, SmolLM2). Other models: load with transformers and call ml.inject(model, ...) on them."
+            f"{path}: unknown GGUF architecture {arch!r}; minilora reads llama (Llama, Mistral, SmolLM2) and qwen2. "
+            "Other models: load with transformers and call ml.inject(model, ...) on them."
         )
     if fields.get("split.count", 0) > 1:
         raise ValueError(f"{path} is one of {fields['split.count']} parts: join them with llama-gguf-split --merge.")
-    own = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
+    own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
     unread = {key: value for key, value in own.items() if key not in _KEYS and value not in (0, False, "", [])}
     if unread:
-        raise ValueError(f"{path}: llama keys {unread} are unknown and may change the result.")
+        raise ValueError(f"{path}: {arch} keys {unread} are unknown and may change the result.")
     for key in (*_SIZES, "attention.layer_norm_rms_epsilon"):
         if not isinstance(own.get(key), int | float) or not own[key] > 0:
-            raise ValueError(f"{path}: llama.{key} must be a positive number, got {own.get(key)!r}.")
+            raise ValueError(f"{path}: {arch}.{key} must be a positive number, got {own.get(key)!r}.")
     sizes = {name: own[key] for key, name in _SIZES.items()}
     if "token_embd.weight" not in records:
         raise ValueError(f"{path}: no token_embd.weight: this is not a whole model.")
@@ -164,20 +172,19 @@ def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], fact
     head_dim = own.get("attention.key_length", sizes["hidden_size"] // heads)
     if {own.get("attention.value_length", head_dim), own.get("rope.dimension_count", head_dim)} != {head_dim}:
         raise ValueError(f"{path}: heads of {head_dim} channels of which not all are rotated or valued: not supported.")
-    return DecoderConfig(
-        vocab_size=records["token_embd.weight"].shape[0],
-        num_key_value_heads=own.get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rms_norm_eps=own["attention.layer_norm_rms_epsilon"],
-        rope=_rope(path, own, head_dim, factors),
-        attention_bias="blk.0.attn_q.bias" in records,
-        mlp_bias="blk.0.ffn_gate.bias" in records,
-        tie_word_embeddings="output.weight" not in records,
-        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
-        **sizes,
-    )
+    config = sizes | {
+        "model_type": arch,
+        "vocab_size": records["token_embd.weight"].shape[0],
+        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
+        "tie_word_embeddings": "output.weight" not in records,
+    }
+    if arch == "llama":  # qwen2 has them in fixed places
+        config |= {"attention_bias": "blk.0.attn_q.bias" in records, "mlp_bias": "blk.0.ffn_gate.bias" in records}
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+        config[f"{name}_token_id"] = fields.get(f"tokenizer.ggml.{key}_token_id")
+    return replace(DecoderConfig.from_hf(config), rope=_rope(path, own, head_dim, factors))
 
 
 def _rope(path: Path, own: dict[str, Any], head_dim: int, factors: Tensor | None) -> Rope:
@@ -189,16 +196,16 @@ def _rope(path: Path, own: dict[str, Any], head_dim: int, factors: Tensor | None
     rope = Rope(theta, "llama3", round(factors.max().item(), 4))
     expected = frequencies(Rope(theta), head_dim) / frequencies(rope, head_dim)
     if kind != "none" or factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
-        raise ValueError(f"{path}: {_ROPE_FACTORS} is not the scaling of Llama 3.1: not supported.")
+        raise ValueError(f"{path}: {ROPE_FACTORS} is not the scaling of Llama 3.1: not supported.")
     return rope
 
 
 def _hf_name(path: Path, name: str) -> str:
     *prefix, module, leaf = name.split(".")
-    if not prefix and module in _TOP:
-        return f"{_TOP[module]}.{leaf}"
-    if len(prefix) == 2 and prefix[0] == "blk" and module in _NAMES:
-        return f"model.layers.{prefix[1]}.{_NAMES[module]}.{leaf}"
+    if not prefix and module in TOP:
+        return f"{TOP[module]}.{leaf}"
+    if len(prefix) == 2 and prefix[0] == "blk" and module in NAMES:
+        return f"model.layers.{prefix[1]}.{NAMES[module]}.{leaf}"
     raise ValueError(f"{path}: tensor {name} is none of a Llama-family decoder.")
 
 

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.merge import merged_weight
+from minilora.data.gguf_tokenizer import to_fields
 from minilora.lora import LoRALayer
 from minilora.models.decoder import CausalLM
+from minilora.models.gguf_write import Source, write_gguf
 from minilora.quant import NF4Linear
 from minilora.storage import whole, write_text
 from minilora_kernels import quantize_nf4
@@ -199,8 +201,15 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
+@torch.no_grad()
 def _write_gguf(model: CausalLM, path: Path, tied: bool, dtype: Any, tokenizer: Any) -> None:
-    raise NotImplementedError
+    dtype = dtype or model.model.embed_tokens.weight.dtype
+    entries = [e for e in _entries(model, "", None, "gguf") if not (tied and e.name == "lm_head.weight")]
+    sources = [Source(entry.name, entry.shape, entry.make) for entry in entries]
+    config = replace(model.config, tie_word_embeddings=tied)
+    fields = None if tokenizer is None else to_fields(tokenizer, config.vocab_size)
+    path = path if path.suffix == ".gguf" else path / "model.gguf"
+    write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
 
 
 @torch.no_grad()
