@@ -41,6 +41,8 @@ def build(fields: TokenizerFields, where: str) -> Parts:
         raise ValueError(f"{where}: unknown pre-tokenizer {fields.pre!r}. Expected one of {', '.join(WORDS)}.")
     vocabulary = {token: number for number, token in enumerate(fields.tokens)}
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in fields.merges)]
+    if lost := next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None):
+        raise ValueError(f"{where}: its tokenizer is damaged: the merge {lost} is not of its tokens.")
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=fields.pre == "llama-bpe"))
     _cut_words(backend, fields.pre)
     backend.decoder = decoders.ByteLevel()

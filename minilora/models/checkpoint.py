@@ -19,6 +19,7 @@ from minilora.models.config import DecoderConfig
 from minilora_kernels import NF4Weight
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LARGEST_JSON = 2**26  # bytes; the index of a model of 1 T parameters has about 2**24
 _STATE = ".quant_state.bitsandbytes__"  # then "nf4": the JSON that says a 4-bit weight's shape, dtype and block size
 
 
@@ -45,7 +46,10 @@ class SafetensorsCheckpoint:
         config = _read_config(folder)
         quantization = config.pop("quantization_config", None)
         self.skip = _dense_modules(folder / "config.json", quantization) if quantization else []
-        self.config = DecoderConfig.from_hf(config)
+        try:
+            self.config = DecoderConfig.from_hf(config)
+        except (TypeError, AttributeError, OverflowError) as error:  # a list or a text where another kind belongs
+            raise ValueError(f"{folder / 'config.json'}: a field is of the wrong kind ({error}).") from error
         self._parts: dict[str, list[str]] = {}  # 4-bit weight -> the tensors it is made of
         self.four_bit: Set[str] = self._parts.keys()
         self._files: dict[str, str] = {}  # tensor -> file name
@@ -78,12 +82,15 @@ class SafetensorsCheckpoint:
             raise ValueError(f"{self.where(name)}: {error}") from error
 
     def _tensors(self, names: list[str]) -> dict[str, Tensor]:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         found = {}
-        for file_name in {self._files[name] for name in names}:
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in names if self._files[name] == file_name}
+        try:
+            for file_name in {self._files[name] for name in names}:
+                with safe_open(self.folder / file_name, framework="pt") as file:
+                    found |= {name: file.get_tensor(name) for name in names if self._files[name] == file_name}
+        except SafetensorError as error:  # a dtype that torch has not
+            raise ValueError(f"{self.where(names[0])}: {names[0]} cannot be read ({error}).") from error
         return found
 
     def _join_parts(self) -> None:
@@ -167,9 +174,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: that is no config and no index.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ValueError(f"{path} is not JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")

@@ -79,11 +79,18 @@ class GGUFCheckpoint:
             raise ImportError(f"{path}: reading a GGUF model needs the gguf package: pip install 'minilora[gguf]'")
         self.path = path
         fields, self._records = read_header(path)
-        for name, record in self._records.items():
-            if record.offset + math.prod(_byte_shape(record)) > path.stat().st_size:
+        end = 0
+        for name, record in sorted(self._records.items(), key=lambda item: item[1].offset):
+            if record.offset < end:
+                raise ValueError(f"{path} is damaged: tensor {name} overlaps the one before it. Download it again.")
+            end = record.offset + math.prod(_byte_shape(record, f"{path}: tensor {name}"))
+            if end > path.stat().st_size:
                 raise ValueError(f"{path} is cut off: tensor {name} ends after the file does. Download it again.")
         factors = self._records.pop(ROPE_FACTORS, None)
-        self.config = _config(path, fields, self._records, None if factors is None else self._dense(factors))
+        try:
+            self.config = _config(path, fields, self._records, None if factors is None else self._dense(factors))
+        except (TypeError, OverflowError) as error:  # a list or a text where a number belongs; an infinite one
+            raise ValueError(f"{path}: a field of its header is of the wrong kind ({error}).") from error
         self._gguf_names = {_hf_name(path, name): name for name in self._records}
         self.shapes = {name: self._records[gguf_name].shape for name, gguf_name in self._gguf_names.items()}
 
@@ -101,7 +108,7 @@ class GGUFCheckpoint:
         import gguf
         import numpy as np  # here: `import minilora` is to stay light
 
-        kind, shape = gguf.GGMLQuantizationType(record.kind), _byte_shape(record)
+        kind, shape = gguf.GGMLQuantizationType(record.kind), _byte_shape(record, str(self.path))
         raw = np.fromfile(self.path, np.uint8, count=math.prod(shape), offset=record.offset)
         try:
             dense = gguf.dequantize(raw.reshape(shape), kind)
@@ -129,8 +136,7 @@ def read_tokenizer_fields(path: Path | str) -> TokenizerFields:
     def get(name: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{name}", default)
 
-    if not get("tokens"):
-        raise ValueError(f"{path} holds no tokenizer (tokenizer.ggml.tokens is missing).")
+    _check_tokenizer(Path(path), fields)
     return TokenizerFields(
         model=get("model", ""),
         pre=get("pre"),
@@ -149,6 +155,23 @@ def read_tokenizer_fields(path: Path | str) -> TokenizerFields:
     )
 
 
+def _check_tokenizer(path: Path, fields: dict[str, Any]) -> None:
+    """ValueError unless lists are lists, of the right things and equally long, and ids lie within them."""
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    if not own.get("tokens"):
+        raise ValueError(f"{path} holds no tokenizer (tokenizer.ggml.tokens is missing).")
+    kinds = {"tokens": str, "token_type": int, "merges": str, "scores": float}
+    lists = {key: own.get(key, []) for key in kinds}
+    wrong = [k for k, v in lists.items() if not isinstance(v, list) or not all(isinstance(x, kinds[k]) for x in v)]
+    count = len(own["tokens"]) if not wrong else 0
+    wrong += ["token_type"] * (len(own.get("token_type", own["tokens"])) != count and not wrong)
+    ids = {key: own.get(f"{key}_token_id") for key in ("bos", "eos", "unknown", "padding")}
+    wrong += [key for key, i in ids.items() if i is not None and not (type(i) is int and 0 <= i < count)]
+    wrong += [key for key in ("model", "pre", "tokenizer.chat_template") if not isinstance(own.get(key, ""), str)]
+    if wrong:
+        raise ValueError(f"{path}: its tokenizer is damaged: {', '.join(wrong)} of the wrong kind, length or range.")
+
+
 def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], factors: Tensor | None) -> DecoderConfig:
     arch = fields.get("general.architecture")
     if arch not in ("llama", "qwen2"):
@@ -156,7 +179,7 @@ def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], fact
             f"{path}: unknown GGUF architecture {arch!r}; minilora reads llama (Llama, Mistral, SmolLM2) and qwen2. "
             "Other models: load with transformers and call ml.inject(model, ...) on them."
         )
-    if fields.get("split.count", 0) > 1:
+    if fields.get("split.count", 0) not in (0, 1):
         raise ValueError(f"{path} is one of {fields['split.count']} parts: join them with llama-gguf-split --merge.")
     own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
     unread = {key: value for key, value in own.items() if key not in _KEYS and value not in (0, False, "", [])}
@@ -183,7 +206,9 @@ def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], fact
     if arch == "llama":  # qwen2 has them in fixed places
         config |= {"attention_bias": "blk.0.attn_q.bias" in records, "mlp_bias": "blk.0.ffn_gate.bias" in records}
     for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
-        config[f"{name}_token_id"] = fields.get(f"tokenizer.ggml.{key}_token_id")
+        config[f"{name}_token_id"] = number = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if not isinstance(number, int | None):
+            raise ValueError(f"{path}: tokenizer.ggml.{key}_token_id must be a number, got {number!r:.50}.")
     return replace(DecoderConfig.from_hf(config), rope=_rope(path, own, head_dim, factors))
 
 
@@ -209,8 +234,11 @@ def _hf_name(path: Path, name: str) -> str:
     raise ValueError(f"{path}: tensor {name} is none of a Llama-family decoder.")
 
 
-def _byte_shape(record: Record) -> tuple[int, ...]:
+def _byte_shape(record: Record, where: str) -> tuple[int, ...]:
     """The stored tensor as rows of bytes."""
     import gguf
 
-    return gguf.quant_shape_to_byte_shape(record.shape, gguf.GGMLQuantizationType(record.kind))
+    try:
+        return gguf.quant_shape_to_byte_shape(record.shape, gguf.GGMLQuantizationType(record.kind))
+    except ValueError as error:  # no such type, or a row that is no whole number of its blocks
+        raise ValueError(f"{where} has shape {record.shape} and type {record.kind}: {error}.") from error

@@ -10,12 +10,14 @@ Read here rather than with the `gguf` package, whose reader builds an object a s
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes
 _STRING, _ARRAY = 8, 9
+_LONGEST = 2**26  # bytes of a string or array, and for each 32 of them an element: beyond any vocabulary or template
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
         version, tensors, pairs = reader.number("I"), reader.number("Q"), reader.number("Q")
         if version not in (2, 3):
             raise ValueError(f"{path} has GGUF version {version}, expected 2 or 3 (little-endian).")
-        fields = dict(reader.pair() for _ in range(pairs))
-        records = dict(reader.record() for _ in range(tensors))
+        fields = reader.named(reader.pair, pairs)
+        records = reader.named(reader.record, tensors)
         alignment = fields.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**20:
+            raise ValueError(f"{path} is damaged: general.alignment is {alignment!r}.")
         start = -(-file.tell() // alignment) * alignment
     return fields, {name: Record(r.shape, r.kind, start + r.offset) for name, r in records.items()}
 
@@ -48,12 +52,20 @@ class _Reader:
         self.file, self.path, self.size = file, path, path.stat().st_size
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.file.tell():  # checked first: a damaged count may be astronomical
+        if count > min(self.size - self.file.tell(), _LONGEST):  # first: a damaged count may be astronomical
             raise ValueError(f"{self.path} is cut off or damaged within its header. Download it again.")
         return self.file.read(count)
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def named(self, read: Callable[[], tuple[str, Any]], count: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in (read() for _ in range(count)):
+            if name in found:
+                raise ValueError(f"{self.path} is damaged: {name!r} is in it twice.")
+            found[name] = value
+        return found
 
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
@@ -69,6 +81,8 @@ class _Reader:
         if kind != _ARRAY:
             raise ValueError(f"{self.path} is damaged: value type {kind} does not exist.")
         element, count = self.number("I"), self.number("Q")
+        if element == _ARRAY or count > _LONGEST // 32 and element == _STRING:
+            raise ValueError(f"{self.path} is damaged: an array of arrays, or of {count} elements.")
         if element not in _SCALARS:
             return [self.value(element) for _ in range(count)]
         import numpy as np  # here: `import minilora` is to stay light
@@ -77,6 +91,8 @@ class _Reader:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
     def record(self) -> tuple[str, Record]:
-        name = self.string()
-        dims = [self.number("Q") for _ in range(self.number("I"))]
+        name, dims_count = self.string(), self.number("I")
+        if not 1 <= dims_count <= 4:
+            raise ValueError(f"{self.path} is damaged: tensor {name!r} has {dims_count} dimensions.")
+        dims = [self.number("Q") for _ in range(dims_count)]
         return name, Record(tuple(dims[::-1]), self.number("I"), self.number("Q"))

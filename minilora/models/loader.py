@@ -53,6 +53,7 @@ def load_model(
     checkpoint: Checkpoint = GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = pick_dtype(dtype, device)
+    _check_sizes(checkpoint)
     with torch.device("meta"):
         model = CausalLM(checkpoint.config)
     names = _match(model, checkpoint)
@@ -63,6 +64,7 @@ def load_model(
         tensor = checkpoint.read(name)
         if isinstance(tensor, NF4Weight):
             _check_kind(tensor, checkpoint.where(name), name, (blocksize, double_quant) if quantize else None)
+            _check(tensor.absmax.to(dtype), checkpoint.where(name), f"{name} in {dtype}")
             model.set_submodule(path, NF4Linear(tensor.to(device), module.bias))
             continue
         _check(tensor, checkpoint.where(name), name)
@@ -98,6 +100,20 @@ def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
         name, why = "float32", f"no 16-bit arithmetic known of this {device.type}"
     print(f"minilora: dtype auto is {name}: {why}", file=sys.stderr)
     return _DTYPES[name]
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Before anything is built: a config may claim any number of layers, of any size."""
+    config = checkpoint.config
+    rows = max(config.vocab_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+    if config.num_hidden_layers > len(checkpoint.shapes) or rows * config.hidden_size > 2**40:
+        raise ValueError(
+            f"{checkpoint.where('')}: its config says {config.num_hidden_layers} layers of {rows} x "
+            f"{config.hidden_size}, which its {len(checkpoint.shapes)} tensors cannot be. Download it again."
+        )
+    for name, value, limit in (("rms_norm_eps", config.rms_norm_eps, 1), ("rope_theta", config.rope.theta, 1e15)):
+        if not isinstance(value, int | float) or not 0 <= value < limit:
+            raise ValueError(f"{checkpoint.where('')}: {name} must be a number below {limit:g}, got {value!r:.50}.")
 
 
 def _match(model: CausalLM, checkpoint: Checkpoint) -> list[str]:
