@@ -62,8 +62,6 @@ class SafetensorsCheckpoint:
             raise ValueError(f"{folder} holds no weights: expected {_SINGLE} or {_INDEX}. {_hint(folder)}")
         if quantization:
             self._join_parts()
-        if quantization and not self._parts:
-            raise ValueError(f"{folder}: config.json says load_in_4bit, but no weight is in 4 bits.")
 
     def where(self, name: str) -> str:
         return str(self.folder / self._files.get(name, ""))
@@ -99,12 +97,14 @@ class SafetensorsCheckpoint:
             if ".weight." in key:
                 name = key.partition(".weight.")[0] + ".weight"
                 self._parts.setdefault(name, [name] if name in self.shapes else []).append(key)
+        if not self._parts:
+            raise ValueError(f"{self.folder}: config.json says load_in_4bit, but no weight is in 4 bits.")
         for name, parts in self._parts.items():
-            states = [part for part in parts if part.startswith(f"{name}{_STATE}")]
-            if states != [f"{name}{_STATE}nf4"]:
-                kinds = [part.removeprefix(f"{name}{_STATE}") for part in states] or "no quant_state"
-                raise ValueError(f"{self.where(parts[0])}: {name} is 4-bit of kind {kinds}; minilora reads nf4 alone.")
-            shape = self._logical_shape(states[0])
+            kinds = [part.partition(_STATE)[2] for part in parts if _STATE in part]
+            if kinds != ["nf4"]:
+                found = kinds or "no quant_state"
+                raise ValueError(f"{self.where(parts[0])}: {name} is 4-bit of kind {found}; minilora reads nf4 alone.")
+            shape = self._logical_shape(f"{name}{_STATE}nf4")
             for part in parts:
                 del self.shapes[part]
             self.shapes[name] = shape

@@ -33,7 +33,7 @@ NAMES = {  # GGUF -> Hugging Face, the part after the layer
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"
 
-_SIZES = {  # keys under "llama." or "qwen2." that every file has
+SIZES = {  # keys under "llama." or "qwen2." that every file has
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
@@ -41,7 +41,7 @@ _SIZES = {  # keys under "llama." or "qwen2." that every file has
     "context_length": "max_position_embeddings",
 }
 # All keys there that are read here or mean nothing; any other must be empty.
-_KEYS = _SIZES.keys() | set(
+_KEYS = SIZES.keys() | set(
     "vocab_size attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
     "rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length "
     "rope.scaling.finetuned tensor_data_layout".split()
@@ -185,10 +185,10 @@ def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], fact
     unread = {key: value for key, value in own.items() if key not in _KEYS and value not in (0, False, "", [])}
     if unread:
         raise ValueError(f"{path}: {arch} keys {unread} are unknown and may change the result.")
-    for key in (*_SIZES, "attention.layer_norm_rms_epsilon"):
+    for key in (*SIZES, "attention.layer_norm_rms_epsilon"):
         if not isinstance(own.get(key), int | float) or not own[key] > 0:
             raise ValueError(f"{path}: {arch}.{key} must be a positive number, got {own.get(key)!r}.")
-    sizes = {name: own[key] for key, name in _SIZES.items()}
+    sizes = {name: own[key] for key, name in SIZES.items()}
     if "token_embd.weight" not in records:
         raise ValueError(f"{path}: no token_embd.weight: this is not a whole model.")
     heads = sizes["num_attention_heads"]

@@ -8,13 +8,13 @@ both the architecture "llama" there. It has no sliding window: a model that uses
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf import NAMES, ROPE_FACTORS, TOP, TokenizerFields, permuted_heads
+from minilora.models.gguf import NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
 from minilora.models.rope import Rope, frequencies
 from minilora.storage import whole
 
@@ -23,12 +23,7 @@ KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _GGUF_NAMES = {hf: own for own, hf in (NAMES | TOP).items()}
 
 
-class Source(NamedTuple):
-    """One tensor to write, under its Hugging Face name; `make` computes it when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+Source = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # Hugging Face name, shape, and what computes the tensor
 
 
 def write_gguf(
@@ -41,10 +36,9 @@ def write_gguf(
         import numpy as np  # here: `import minilora` is to stay light
     except ImportError as error:
         raise ImportError(f"{path}: writing GGUF needs the gguf package: pip install 'minilora[gguf]'") from error
-    if dtype not in KINDS:
-        raise ValueError(f"dtype of a GGUF file must be one of {', '.join(KINDS)}, got {dtype!r}.")
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"GGUF: {config.model_type} is none of {', '.join(ARCHITECTURES)}, which can be written.")
+    for what, value, known in (("dtype", dtype, KINDS), ("model_type", config.model_type, ARCHITECTURES)):
+        if value not in known:
+            raise ValueError(f"{what} of a GGUF file must be one of {', '.join(known)}, got {value!r}.")
     if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
         raise ValueError(
             f"llama.cpp would ignore sliding_window {config.sliding_window}: texts up to max_position_embeddings "
@@ -58,7 +52,7 @@ def write_gguf(
         try:
             _add_fields(writer, config, KINDS[dtype])
             _add_tokenizer(writer, config, tokenizer)
-            kinds = [gguf.GGMLQuantizationType[_kind(source.shape, dtype)] for source in sources]
+            kinds = [gguf.GGMLQuantizationType[_kind(shape, dtype)] for _, shape, _ in sources]
             for (name, shape, _), kind in zip(sources, kinds, strict=True):
                 nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
                 writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
@@ -67,9 +61,8 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for (name, _, make), kind in zip(sources, kinds, strict=True):
                 tensor = make().float().cpu()
-                module = name.split(".")[-2]
-                if module in heads:
-                    tensor = permute(tensor, heads[module])
+                if module_heads := heads.get(name.split(".")[-2]):
+                    tensor = permute(tensor, module_heads)
                 _check_range(name, tensor, kind.name)
                 writer.write_tensor_data(gguf.quantize(tensor.contiguous().numpy(), kind))
                 del tensor  # before the next one is made
@@ -110,52 +103,45 @@ def _rope_factors(config: DecoderConfig) -> list[Source]:
     if config.rope.kind != "llama3":
         return []
     plain, scaled = (frequencies(rope, config.head_dim) for rope in (Rope(config.rope.theta), config.rope))
-    return [Source(ROPE_FACTORS, (config.head_dim // 2,), lambda: plain / scaled)]
+    return [(ROPE_FACTORS, (config.head_dim // 2,), lambda: plain / scaled)]
 
 
 def _add_fields(writer: Any, config: DecoderConfig, kind: str) -> None:
     import gguf
 
+    arch, rope = ARCHITECTURES[config.model_type], config.rope
     writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.head_dim)
+    numbers = {key: getattr(config, name) for key, name in SIZES.items()}
+    numbers |= dict.fromkeys(
+        ("attention.key_length", "attention.value_length", "rope.dimension_count"), config.head_dim
+    )
+    numbers |= {"attention.head_count_kv": config.num_key_value_heads, "vocab_size": config.vocab_size}
+    for key, number in numbers.items():
+        writer.add_uint32(f"{arch}.{key}", number)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope.theta)
-    if config.rope.kind == "linear":
+    writer.add_rope_freq_base(rope.theta)
+    if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope.factor)
+        writer.add_rope_scaling_factor(rope.factor)
 
 
 def _add_tokenizer(writer: Any, config: DecoderConfig, fields: TokenizerFields | None) -> None:
     """The tokenizer's fields; without one, the ids which the config names."""
-    eos = config.eos_token_id  # of several, the tokenizer's own is the one; llama.cpp finds the others by their text
-    ids = {"bos": config.bos_token_id, "eos": eos[0] if isinstance(eos, tuple) else eos, "pad": config.pad_token_id}
-    if fields is None:
-        writer.add_tokenizer_model("none")
-    else:
-        ids |= {name: getattr(fields, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
-        writer.add_tokenizer_model(fields.model)
-        if fields.pre is not None:
-            writer.add_tokenizer_pre(fields.pre)
+    source, eos = fields or config, (fields or config).eos_token_id
+    ids = {name: getattr(source, f"{name}_token_id", None) for name in ("bos", "unk", "pad")}
+    ids["eos"] = eos[0] if isinstance(eos, tuple) else eos  # llama.cpp finds the others by their text
+    for name, number in ids.items():
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_tokenizer_model(fields.model if fields else "none")
+    if fields is not None:
+        writer.add_tokenizer_pre(fields.pre)
         writer.add_token_list(fields.tokens)
         writer.add_token_types(fields.token_types)
-        if fields.scores:
-            writer.add_token_scores(fields.scores)
-        if fields.merges:
-            writer.add_token_merges(fields.merges)
+        writer.add_token_merges(fields.merges)
         writer.add_add_bos_token(fields.add_bos)
         writer.add_add_eos_token(fields.add_eos)
         writer.add_add_space_prefix(fields.add_space_prefix)
         if fields.chat_template is not None:
             writer.add_chat_template(fields.chat_template)
-    for name, number in ids.items():
-        if number is not None:
-            getattr(writer, f"add_{name}_token_id")(number)

@@ -63,7 +63,7 @@ def load_model(
         module: Any = model.get_submodule(path)
         tensor = checkpoint.read(name)
         if isinstance(tensor, NF4Weight):
-            _check_kind(tensor, checkpoint.where(name), name, (blocksize, double_quant) if quantize else None)
+            _check_kind(tensor, checkpoint.where(name), name, (blocksize, double_quant) if quantize else ())
             _check(tensor.absmax.to(dtype), checkpoint.where(name), f"{name} in {dtype}")
             model.set_submodule(path, NF4Linear(tensor.to(device), module.bias))
             continue
@@ -143,12 +143,11 @@ def _check(tensor: Tensor, where: str, name: str) -> None:
         raise ValueError(f"{where}: {name} holds NaN or infinity. Download it again, or load with dtype='float32'.")
 
 
-def _check_kind(weight: NF4Weight, where: str, name: str, asked: tuple[int, bool] | None) -> None:
-    found = weight.blocksize, weight.double_quant
-    if asked and found != asked:
+def _check_kind(weight: NF4Weight, where: str, name: str, asked: tuple[int, bool] | tuple[()]) -> None:
+    if asked not in ((), (weight.blocksize, weight.double_quant)):
         raise ValueError(
-            f"{where}: {name} is already in 4 bits, with blocksize={found[0]} and double_quant={found[1]}; asked for "
-            f"were {asked[0]} and {asked[1]}. Leave quantize out to take it as it is, or start from 16 bits."
+            f"{where}: {name} is already in 4 bits, with blocksize={weight.blocksize} and double_quant="
+            f"{weight.double_quant}, not {asked}. Leave quantize out to take it as it is, or start from 16 bits."
         )
 
 

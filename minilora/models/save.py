@@ -24,7 +24,7 @@ from minilora.adapters.merge import merged_weight
 from minilora.data.gguf_tokenizer import to_fields
 from minilora.lora import LoRALayer
 from minilora.models.decoder import CausalLM
-from minilora.models.gguf_write import Source, write_gguf
+from minilora.models.gguf_write import write_gguf
 from minilora.quant import NF4Linear
 from minilora.storage import whole, write_text
 from minilora_kernels import quantize_nf4
@@ -121,7 +121,8 @@ def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -
     in_4_bits = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
     four_bit = format == "bnb-4bit"
     if four_bit and (not in_4_bits or any(name.startswith("lm_head") for name in in_4_bits)):
-        raise ValueError(f"bnb-4bit: {'lm_head' if in_4_bits else 'no layer'} is in 4 bits: ml.quantize_model does it.")
+        found = "lm_head is in 4 bits, which stays dense" if in_4_bits else "no layer is in 4 bits"
+        raise ValueError(f"bnb-4bit: {found}. Quantise with ml.quantize_model or load_model(quantize='nf4').")
     if (adapted or in_4_bits and not four_bit) and not merge:
         what = f"{len(adapted)} layers with adapters" if adapted else f"{len(in_4_bits)} layers in 4 bits"
         raise ValueError(
@@ -205,7 +206,7 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
 def _write_gguf(model: CausalLM, path: Path, tied: bool, dtype: Any, tokenizer: Any) -> None:
     dtype = dtype or model.model.embed_tokens.weight.dtype
     entries = [e for e in _entries(model, "", None, "gguf") if not (tied and e.name == "lm_head.weight")]
-    sources = [Source(entry.name, entry.shape, entry.make) for entry in entries]
+    sources = [(entry.name, entry.shape, entry.make) for entry in entries]
     config = replace(model.config, tie_word_embeddings=tied)
     fields = None if tokenizer is None else to_fields(tokenizer, config.vocab_size)
     path = path if path.suffix == ".gguf" else path / "model.gguf"
