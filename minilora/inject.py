@@ -36,6 +36,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "defa
     """
     config = config or LoRAConfig()
     attach(model, new_adapters(model, config, seed), config, name)
+    lora_seeds(model)[name] = seed
     return [path for path, layer in lora_layers(model, remove_duplicate=False).items() if name in layer.adapters]
 
 
@@ -86,9 +87,26 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Lo
     return {path: module for path, module in modules if isinstance(module, LoRALayer)}
 
 
+class _Injected(dict[str, LoRAConfig]):
+    """What a model knows about its adapters: config by name, and beside it the seeds."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds: dict[str, int | None] = {}
+
+
 def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """The config of each injected adapter, by name; kept on the model itself."""
-    return model.__dict__.setdefault("_lora_configs", {})
+    return _injected(model)
+
+
+def lora_seeds(model: nn.Module) -> dict[str, int | None]:
+    """The seed of each injected adapter, by name; None where a file did not say."""
+    return _injected(model).seeds
+
+
+def _injected(model: nn.Module) -> _Injected:
+    return model.__dict__.setdefault("_lora_configs", _Injected())
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

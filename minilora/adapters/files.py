@@ -11,16 +11,18 @@ with a warning, or without one, when keys are missing, left over or not finite, 
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters.binding import binding, check_binding, read_binding, write_bound
 from minilora.adapters.switch import check_adapter, list_adapters, use_adapter
 from minilora.config import LoRAConfig
-from minilora.inject import attach, linear_layers, lora_configs, lora_layers, new_adapters
+from minilora.inject import attach, linear_layers, lora_configs, lora_layers, lora_seeds, new_adapters
 from minilora.lora import LoRAAdapter
 from minilora.modules import ends_with, is_conv1d
-from minilora.storage import read_tensors, write_tensors, write_text
+from minilora.storage import read_tensors, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,8 +34,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     return _keys(_adapters(model, name))
 
 
-def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
-    """Write the adapter `name` to `folder` in PEFT's format. An adapter with NaN or infinity raises ValueError."""
+def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, tokenizer: Any = None) -> None:
+    """Write the adapter `name` to `folder` in PEFT's format, with fingerprints of the base's layers (binding.py).
+
+    tokenizer: the one it was trained with, to be told by its hash.
+    An adapter with NaN or infinity raises ValueError.
+    """
     tensors = adapter_state_dict(model, name)
     _check_finite(tensors, f"adapter {name!r}")
     config = lora_configs(model).get(name)
@@ -45,13 +51,13 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     values["base_model_name_or_path"] = config.base_model_name_or_path or _source(model)
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in lora_layers(model).values())
     folder = Path(folder)
-    write_tensors(folder / WEIGHTS_FILE, tensors)
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
+    write_bound(folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), lora_seeds(model).get(name), tokenizer))
     write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def load_adapter(
-    model: nn.Module, folder: str | Path, name: str = "default", *, allow_untrained: bool = False
-) -> list[str]:
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, allow_untrained: bool = False,
+                 check_base: bool = True, tokenizer: Any = None) -> list[str]:  # fmt: skip
     """Read an adapter in PEFT's format into `model` and make it the active one; returns its layers' names.
 
     Args:
@@ -59,9 +65,12 @@ def load_adapter(
         name: what to call it. If the model has an adapter of this name, that one must have the same layers and
             shapes and takes the file's values.
         allow_untrained: accept an adapter whose every B is zero, which does nothing.
+        check_base: False accepts an adapter that was trained on other weights or with another tokenizer.
+        tokenizer: the one to be used with it, compared with the one it was saved with.
 
     Raises ValueError, with the model untouched, if the config asks for what is not supported or not there, if tensors
-    are missing, left over, of another shape or not finite, or if the adapter does nothing.
+    are missing, left over, of another shape or not finite, if the adapter does nothing, or if it was trained on another
+    base of the same kind (binding.py; files without fingerprints, such as PEFT's, are not compared).
     """
     folder = _find(folder)
     config = LoRAConfig.from_dict(_read_json(folder / CONFIG_FILE))
@@ -70,6 +79,9 @@ def load_adapter(
     _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(adapters).items()}, folder)
     _check_finite(tensors, str(folder))
     _check_trained(tensors, folder, allow_untrained)
+    bound = read_binding(folder / WEIGHTS_FILE)
+    if check_base:
+        check_binding(bound, {path: model.get_submodule(path) for path in adapters}, _source(model), folder, tokenizer)
     if name in list_adapters(model):
         existing = _adapters(model, name)
         scalings = {path: adapter.scaling for path, adapter in adapters.items()}
@@ -86,6 +98,7 @@ def load_adapter(
         use_adapter(model, name)
     else:
         attach(model, adapters, config, name)
+    lora_seeds(model)[name] = bound.get("seed")
     return list(adapters)
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from minilora.inject import eject, lora_configs, lora_layers
+from minilora.inject import eject, lora_configs, lora_layers, lora_seeds
 from minilora.names import unknown
 
 
@@ -50,6 +50,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if not layer.adapters:
             model.set_submodule(path, layer.base_layer)
     lora_configs(model).pop(name, None)
+    lora_seeds(model).pop(name, None)
 
 
 def check_adapter(model: nn.Module, name: str) -> None:
