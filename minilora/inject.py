@@ -9,9 +9,10 @@ Finding comes first and completely: a target that matches nothing raises before 
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.config import LoRAConfig
@@ -235,4 +236,17 @@ def _without_adapters(base: nn.Module) -> LoRALayer:
     layer = LoRALayer(base, r=1)
     layer.use([])
     del layer.adapters["default"]
+    layer.register_load_state_dict_pre_hook(_take_bare_state)
     return layer
+
+
+def _take_bare_state(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """load_state_dict of a model without adapters goes to the base; the adapters stay as they are."""
+    if f"{prefix}weight" not in state:
+        return
+    for key in [key for key in state if key.startswith(prefix)]:
+        if not key.startswith((f"{prefix}adapters.", f"{prefix}base_layer.")):
+            state[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state.pop(key)
+    for key, value in layer.state_dict(prefix=prefix).items():
+        if key.startswith(f"{prefix}adapters."):
+            state.setdefault(key, value)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.binding import binding, check_binding, read_binding, write_bound
-from minilora.adapters.switch import check_adapter, list_adapters, use_adapter
+from minilora.adapters.switch import check_adapter, disabled_adapters, list_adapters, use_adapter
 from minilora.config import LoRAConfig
 from minilora.inject import attach, linear_layers, lora_configs, lora_layers, lora_seeds, new_adapters
 from minilora.lora import LoRAAdapter
@@ -32,6 +32,24 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     """The adapter's tensors under PEFT's keys, fp32; views of the live parameters."""
     check_adapter(model, name)
     return _keys(_adapters(model, name))
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` as it would be had nothing been injected: plain keys, live tensors, no adapters.
+
+    Of a 4-bit layer bitsandbytes' keys, as NF4Linear writes them. `load_state_dict` takes it before and after inject.
+    """
+    with disabled_adapters(model):
+        state = model.state_dict()
+    for path, layer in lora_layers(model, remove_duplicate=False).items():
+        inside = {f"{path}.{key}" for key in layer.adapters.state_dict(prefix="adapters.")}
+        base = f"{path}.base_layer."
+        state = {
+            f"{path}.{key.removeprefix(base)}" if key.startswith(base) else key: value
+            for key, value in state.items()
+            if key not in inside
+        }
+    return state
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, tokenizer: Any = None) -> None:
