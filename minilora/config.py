@@ -52,15 +52,15 @@ class LoRAConfig:
     layers_to_transform: list[int] | int | None = _option(None, "only layers of these numbers")
     layers_pattern: list[str] | str | None = _option(None, "the name that the layer number follows (layers, h)")
     init_lora_weights: bool | str = _option(True, 'True: A uniform, B zero; "gaussian": A normal, deviation 1/r')
-    bias: str = _option("none", 'only "none" is supported')
-    modules_to_save: list[str] | None = _option(None, "only None is supported")
+    bias: str = _option("none", 'biases that train too: "none", "all", or "lora_only", those of the adapted layers')
+    modules_to_save: list[str] | None = _option(None, "modules that train and are saved whole: names or ends of names")
     task_type: str | None = _option(TaskType.CAUSAL_LM.value, "carried into the file")
     base_model_name_or_path: str | None = _option(None, "carried into the file; None takes the model's")
     revision: str | None = _option(None, "carried into the file")
     inference_mode: bool = _option(False, "carried by PEFT's files; changes nothing")
 
     def __post_init__(self):
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), (set, tuple, frozenset)):
                 object.__setattr__(self, name, sorted(getattr(self, name)))
         for r in (self.r, *self.rank_pattern.values()):
@@ -73,10 +73,10 @@ class LoRAConfig:
             raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}.")
         if self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(f'init_lora_weights: expected True or "gaussian", got {self.init_lora_weights!r}.')
-        if self.bias != "none":
-            raise ValueError(f'bias: expected "none", got {self.bias!r}: training biases is not supported yet.')
-        if self.modules_to_save:
-            raise ValueError(f"modules_to_save: expected None, got {self.modules_to_save!r}: not supported yet.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f'bias: expected "none", "all" or "lora_only", got {self.bias!r}.')
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save: expected a list of names, got the string {self.modules_to_save!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform and would do nothing.")
         object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
@@ -104,7 +104,7 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of `adapter_config.json`: PEFT's names, lists sorted, so that equal configs give equal bytes."""
         values = asdict(self)
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(values[name], list):
                 values[name] = sorted(values[name])
         return {"peft_type": "LORA"} | values | {"inference_mode": True, "use_dora": False, "fan_in_fan_out": False}

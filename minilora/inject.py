@@ -8,7 +8,7 @@ Finding comes first and completely: a target that matches nothing raises before 
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.config import LoRAConfig
 from minilora.lora import LoRAAdapter, LoRALayer, linear_features
-from minilora.modules import ends_with, output_layer, tied_modules
+from minilora.modules import Part, TrainedParts, ends_with, output_layer, tied_modules
 from minilora.names import unknown
 
 # What PEFT adapts when target_modules is None, by the model's type.
@@ -36,8 +36,12 @@ def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "defa
     target, exclusion, pattern or layer number that matches nothing, and for a rank larger than its layer.
     """
     config = config or LoRAConfig()
-    attach(model, new_adapters(model, config, seed), config, name)
-    lora_seeds(model)[name] = seed
+    adapters = new_adapters(model, config, seed)
+    parts = new_parts(model, config, adapters)
+    if config.bias != "none" and not any(isinstance(part, nn.Parameter) for part in parts.values()):
+        raise ValueError(f'bias: {config.bias!r} would do nothing: there is no bias to train. Leave it "none".')
+    attach(model, adapters, config, name, parts)
+    lora_configs(model).seeds[name] = seed
     return [path for path, layer in lora_layers(model, remove_duplicate=False).items() if name in layer.adapters]
 
 
@@ -46,8 +50,17 @@ def new_adapters(model: nn.Module, config: LoRAConfig, seed: int = 0) -> dict[st
     return {path: _new_adapter(path, layer, config, seed) for path, layer in find_targets(model, config).items()}
 
 
-def attach(model: nn.Module, adapters: dict[str, LoRAAdapter], config: LoRAConfig, name: str) -> None:
-    """Put `adapters` (by layer name) into `model` as the adapter `name`, the only active one; freeze the rest."""
+def new_parts(model: nn.Module, config: LoRAConfig, adapters: Iterable[str]) -> dict[str, Part]:
+    """Copies of the modules and biases that `config` trains beside the layers named `adapters`. Changes nothing."""
+    return lora_configs(model).parts.new(model, config.modules_to_save or (), config.bias, set(adapters))
+
+
+def attach(model: nn.Module, adapters: dict[str, LoRAAdapter], config: LoRAConfig, name: str,
+           parts: dict[str, Part]) -> None:  # fmt: skip
+    """Put `adapters` (by layer name) into `model` as the adapter `name`, the only active one; freeze the rest.
+
+    `parts` are what trains with it, by plain name.
+    """
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f"adapter {name!r} exists already. Choose another name, or delete_adapter(model, {name!r}).")
     if not lora_configs(model):
@@ -65,6 +78,7 @@ def attach(model: nn.Module, adapters: dict[str, LoRAAdapter], config: LoRAConfi
     lora_configs(model)[name] = config
     for layer in lora_layers(model).values():
         layer.use([name] if name in layer.adapters else [])
+    lora_configs(model).parts.add(model, name, parts)
 
 
 def eject(model: nn.Module) -> list[str]:
@@ -72,6 +86,7 @@ def eject(model: nn.Module) -> list[str]:
 
     Returns the names of the restored layers. Adapters that were not saved are gone; base weights never changed.
     """
+    lora_configs(model).parts.place(model, [])
     layers = lora_layers(model, remove_duplicate=False)
     for path, layer in layers.items():
         model.set_submodule(path, layer.base_layer)
@@ -88,26 +103,18 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Lo
     return {path: module for path, module in modules if isinstance(module, LoRALayer)}
 
 
-class _Injected(dict[str, LoRAConfig]):
-    """What a model knows about its adapters: config by name, and beside it the seeds."""
+class Injected(dict[str, LoRAConfig]):
+    """What a model knows about its adapters: config by name; beside it their seeds and what else trains with them."""
 
     def __init__(self):
         super().__init__()
-        self.seeds: dict[str, int | None] = {}
+        self.seeds: dict[str, int | None] = {}  # None where a file did not say
+        self.parts = TrainedParts()
 
 
-def lora_configs(model: nn.Module) -> dict[str, LoRAConfig]:
+def lora_configs(model: nn.Module) -> Injected:
     """The config of each injected adapter, by name; kept on the model itself."""
-    return _injected(model)
-
-
-def lora_seeds(model: nn.Module) -> dict[str, int | None]:
-    """The seed of each injected adapter, by name; None where a file did not say."""
-    return _injected(model).seeds
-
-
-def _injected(model: nn.Module) -> _Injected:
-    return model.__dict__.setdefault("_lora_configs", _Injected())
+    return model.__dict__.setdefault("_lora_configs", Injected())
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
     adapter_config.json         LoRAConfig, with PEFT's names
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight  fp32 (r, in)
                                 base_model.model.<layer>.lora_B.weight  fp32 (out, r)
+                                base_model.model.<layer>.base_layer.bias, <module>.weight … of trained parts
 
 <layer> is the layer's name in the model; the adapter's own name is not in the file. Reading is strict: PEFT goes on
 with a warning, or without one, when keys are missing, left over or not finite, and then computes something else.
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from minilora.adapters.binding import binding, check_binding, read_binding, write_bound
 from minilora.adapters.switch import check_adapter, disabled_adapters, list_adapters, use_adapter
 from minilora.config import LoRAConfig
-from minilora.inject import attach, linear_layers, lora_configs, lora_layers, lora_seeds, new_adapters
+from minilora.inject import attach, linear_layers, lora_configs, lora_layers, new_adapters, new_parts
 from minilora.lora import LoRAAdapter
-from minilora.modules import ends_with, is_conv1d
+from minilora.modules import Part, ends_with, is_conv1d
 from minilora.storage import read_tensors, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -31,7 +32,7 @@ PREFIX = "base_model.model."
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, fp32; views of the live parameters."""
     check_adapter(model, name)
-    return _keys(_adapters(model, name))
+    return _keys(_adapters(model, name), lora_configs(model).parts.of([name]))
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -43,12 +44,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         state = model.state_dict()
     for path, layer in lora_layers(model, remove_duplicate=False).items():
         inside = {f"{path}.{key}" for key in layer.adapters.state_dict(prefix="adapters.")}
-        base = f"{path}.base_layer."
-        state = {
-            f"{path}.{key.removeprefix(base)}" if key.startswith(base) else key: value
-            for key, value in state.items()
-            if key not in inside
-        }
+        plain = {key: key.replace(f"{path}.base_layer.", f"{path}.", key.startswith(f"{path}.")) for key in state}
+        state = {plain[key]: value for key, value in state.items() if key not in inside}
     return state
 
 
@@ -70,7 +67,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in lora_layers(model).values())
     folder = Path(folder)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    write_bound(folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), lora_seeds(model).get(name), tokenizer))
+    write_bound(
+        folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), lora_configs(model).seeds.get(name), tokenizer)
+    )
     write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
@@ -94,7 +93,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     config = LoRAConfig.from_dict(_read_json(folder / CONFIG_FILE))
     tensors = read_tensors(folder / WEIGHTS_FILE)
     adapters = new_adapters(model, config)
-    _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(adapters).items()}, folder)
+    parts = new_parts(model, config, adapters)
+    _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(adapters, parts).items()}, folder)
     _check_finite(tensors, str(folder))
     _check_trained(tensors, folder, allow_untrained)
     bound = read_binding(folder / WEIGHTS_FILE)
@@ -107,16 +107,17 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
             raise ValueError(
                 f"adapter {name!r} exists with other layers or scaling: delete it, or load by another name."
             )
-        _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(existing).items()}, folder)
+        parts = lora_configs(model).parts.of([name])
+        _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(existing, parts).items()}, folder)
         adapters = existing
     with torch.no_grad():
-        for key, parameter in _keys(adapters).items():
+        for key, parameter in _keys(adapters, parts).items():
             parameter.copy_(tensors[key])
     if name in list_adapters(model):
         use_adapter(model, name)
     else:
-        attach(model, adapters, config, name)
-    lora_seeds(model)[name] = bound.get("seed")
+        attach(model, adapters, config, name, parts)
+    lora_configs(model).seeds[name] = bound.get("seed")
     return list(adapters)
 
 
@@ -126,13 +127,20 @@ def _adapters(model: nn.Module, name: str) -> dict[str, LoRAAdapter]:
     return {path: adapter for path, adapter in found.items() if isinstance(adapter, LoRAAdapter)}
 
 
-def _keys(adapters: dict[str, LoRAAdapter]) -> dict[str, Tensor]:
-    """PEFT key → the live tensor, for adapters by layer name."""
-    return {
-        f"{PREFIX}{path}.{factor}.weight": getattr(adapter, factor).detach()
+def _keys(adapters: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str, Tensor]:
+    """PEFT key → the live tensor, for adapters by layer name and trained parts by plain name."""
+    keys = {
+        f"{path}.{factor}.weight": getattr(adapter, factor).detach()
         for path, adapter in adapters.items()
         for factor in ("lora_A", "lora_B")
     }
+    for path, part in parts.items():
+        parent, _, leaf = path.rpartition(".")
+        if isinstance(part, nn.Module):
+            keys |= part.state_dict(prefix=f"{path}.")
+        else:
+            keys[f"{parent}.base_layer.{leaf}" if parent in adapters else path] = part.detach()
+    return {f"{PREFIX}{key}": tensor for key, tensor in keys.items()}
 
 
 def _check_keys(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
@@ -159,7 +167,8 @@ def _check_trained(tensors: dict[str, Tensor], folder: Path, allow_untrained: bo
     zero = [key for key in ups if not tensors[key].any()]
     if zero and len(zero) < len(ups):
         warnings.warn(f"{folder}: {len(zero)} of {len(ups)} lora_B are all zero and do nothing: {zero}.", stacklevel=3)
-    if len(zero) == len(ups) and not allow_untrained:
+    only_lora = all(".lora_" in key for key in tensors)  # else a module or bias may be all that trained
+    if len(zero) == len(ups) and only_lora and not allow_untrained:
         raise ValueError(f"{folder}: every lora_B is zero: an untrained adapter. Pass allow_untrained=True to load it.")
 
 

@@ -1,11 +1,12 @@
-"""Which of a model's adapters are at work. Switching changes no weight: it sets a tuple of names on each layer."""
+"""Which of a model's adapters are at work. Switching changes no weight: it sets a tuple of names on each layer, and
+puts the modules and biases that train with an adapter, or their originals, in place."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
-from minilora.inject import eject, lora_configs, lora_layers, lora_seeds
+from minilora.inject import eject, lora_configs, lora_layers
 from minilora.names import unknown
 
 
@@ -20,6 +21,7 @@ def use_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     names = [name] if isinstance(name, str) else list(name)
     for wanted in names:
         check_adapter(model, wanted)
+    lora_configs(model).parts.place(model, names)
     for layer in lora_layers(model).values():
         layer.use(wanted for wanted in names if wanted in layer.adapters)
 
@@ -28,11 +30,15 @@ def use_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
 def disabled_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block no adapter is active: outputs are the base model's own, bit for bit."""
     before = [(layer, layer.active) for layer in lora_layers(model).values()]
+    parts = lora_configs(model).parts
+    trained = parts.active
+    parts.place(model, [])
     for layer, _ in before:
         layer.use([])
     try:
         yield
     finally:
+        parts.place(model, trained)
         for layer, active in before:
             layer.use(active)
 
@@ -43,6 +49,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if list_adapters(model) == [name]:
         eject(model)
         return
+    lora_configs(model).parts.remove(model, name)
     for path, layer in lora_layers(model, remove_duplicate=False).items():
         if name in layer.adapters:
             layer.use(active for active in layer.active if active != name)
@@ -50,7 +57,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if not layer.adapters:
             model.set_submodule(path, layer.base_layer)
     lora_configs(model).pop(name, None)
-    lora_seeds(model).pop(name, None)
+    lora_configs(model).seeds.pop(name, None)
 
 
 def check_adapter(model: nn.Module, name: str) -> None:
