@@ -217,6 +217,8 @@ def test_several_adapters_with_parts_take_turns(llama):
     assert torch.equal(logits(model), before)
     delete_adapter(model, "other")
     delete_adapter(model, "head")
+    assert model.lm_head.weight.requires_grad is False and same(base_state_dict(model), llama.state_dict())
+    assert torch.equal(model.lm_head.weight, llama.lm_head.weight)  # its copy left with it
     use_adapter(model, "biases")
     assert torch.equal(logits(model), outputs["biases"])
     delete_adapter(model, "biases")

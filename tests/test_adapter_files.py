@@ -14,6 +14,7 @@ from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_layers
 from minilora.quant import quantize_model
+from tiny import python
 
 TOKENS = torch.arange(8)[None]
 
@@ -182,6 +183,55 @@ def test_what_does_not_fit_is_refused_and_the_model_untouched(bases, tmp_path, d
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path)
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def deeper(base):
+    from transformers import LlamaForCausalLM
+
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers, config.layer_types = 4, None
+    return LlamaForCausalLM(config).eval()
+
+
+SILENT = {
+    "keys left over": (edit_tensors(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(2, 2)})), None),
+    "half of the keys missing": (edit_tensors(lambda t: [t.pop(k) for k in [*t][::2]]), None),
+    "all keys missing": (edit_tensors(lambda t: [t.pop(k) for k in [*t]]), None),
+    "NaN": (edit_tensors(lambda t: t[KEY].fill_(float("nan"))), None),
+    "a base of 4 layers instead of 2": (lambda folder: None, deeper),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # the most that PEFT says of any of them
+@pytest.mark.parametrize(("damage", "other"), SILENT.values(), ids=SILENT)
+def test_what_peft_loads_and_computes_something_else_with_is_refused(bases, tmp_path, damage, other):
+    """Left over: no word. Missing: a warning, and the base's output there. NaN: no word, and NaN. Deeper: a warning."""
+    from peft import PeftModel
+
+    save_adapter(trained(bases["llama"]), tmp_path)
+    damage(tmp_path)
+    base = other(bases["llama"]) if other else bases["llama"]
+    PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    with pytest.raises(ValueError, match="do not fit|NaN or infinity"):
+        load_adapter(copy.deepcopy(base), tmp_path)
+
+
+def test_the_config_s_bytes_do_not_depend_on_the_hash_seed(tmp_path):
+    """PEFT keeps targets in a set and writes them in its order: another order in another process."""
+    code = """
+import sys, torch, minilora as ml
+from torch import nn
+torch.manual_seed(0)
+model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcdefgh"})
+config = ml.LoRAConfig(r=2, target_modules=set("abcdef"), exclude_modules={"a", "b"}, modules_to_save={"g", "h"})
+ml.inject(model, config)
+ml.save_adapter(model, sys.argv[1])
+"""
+    written = []
+    for seed in "01":
+        python(code, tmp_path, PYTHONHASHSEED=seed)
+        written.append([(tmp_path / file).read_bytes() for file in (CONFIG_FILE, WEIGHTS_FILE)])
+    assert written[0] == written[1]
 
 
 def test_neutral_fields_of_newer_files_are_accepted(bases, tmp_path):

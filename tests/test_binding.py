@@ -167,7 +167,7 @@ def test_a_seed_and_a_tokenizer_are_carried(base, tmp_path):
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "4 bits"])
 def test_another_base_of_equal_shape_is_refused_and_the_model_untouched(base, tmp_path, quantised):
-    """INTEROP row 6: PEFT loads onto different base weights of equal shape without a word."""
+    """PEFT loads onto different base weights of equal shape without a word."""
     models = [copy.deepcopy(base), twin(oracle(seed=1))]
     if quantised:
         for model in models:

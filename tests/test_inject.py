@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -85,6 +86,44 @@ def test_adapts_gpt2_as_peft_does(gpt2):
     inject(ours, LoRAConfig(target_modules="all-linear"))
     expected = {name.split(".lora_A")[0] for name, _ in theirs.named_parameters() if ".lora_A" in name}
     assert {f"base_model.model.{path}" for path in lora_layers(ours)} == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "v_prj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 99]},
+        {"target_modules": ["q_proj"], "r": 400},
+        {"target_modules": ["q_proj"], "lora_alpha": 0},
+    ],
+    ids=["a typo among targets", "a typo in modules_to_save", "a layer too many", "rank above the width", "alpha 0"],
+)
+def test_what_peft_accepts_without_a_word_is_refused(llama, fields):
+    """A typo beside a right name, a layer that is not there, a rank of 400 on 32 inputs, an adapter times 0."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(copy.deepcopy(llama), LoraConfig(**fields))
+    with pytest.raises(ValueError):
+        inject(copy.deepcopy(llama), LoRAConfig(**fields))
+
+
+def test_an_adapter_put_into_an_evaluating_model_evaluates(llama):
+    """PEFT's dropout is active after injection into a model in eval mode: two calls give two outputs."""
+    from peft import LoraConfig, get_peft_model
+
+    fields = {"target_modules": ["q_proj"], "lora_dropout": 0.5}
+    theirs, ours = get_peft_model(copy.deepcopy(llama), LoraConfig(**fields)), copy.deepcopy(llama)
+    inject(ours, LoRAConfig(**fields))
+    tokens, outputs = torch.arange(8)[None], []
+    for model in (theirs, ours):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        outputs.append([model(tokens).logits for _ in range(2)])
+    assert not torch.equal(*outputs[0]) and torch.equal(*outputs[1])
 
 
 # ---- property and round trip
