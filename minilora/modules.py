@@ -146,7 +146,7 @@ class TrainedParts:
                 raise ValueError(
                     f'bias: {path} is {part.dtype} and trains in fp32: load the model with dtype="float32".'
                 )
-            return nn.Parameter(part.detach().float().clone(), requires_grad=False)
+            return nn.Parameter((part.float() if part.dtype.itemsize < 4 else part).detach().clone(), False)
         dtypes = {parameter.dtype for parameter in part.parameters()}
         if not dtypes or any(not dtype.is_floating_point for dtype in dtypes):
             what = "has no parameters" if not dtypes else "is in 4 bits and cannot train: leave it out of quantising"

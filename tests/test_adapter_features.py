@@ -5,26 +5,17 @@ the adapter, bit for bit."""
 import copy
 import io
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from minilora.adapters import (
-    adapter_state_dict,
-    base_state_dict,
-    delete_adapter,
-    disabled_adapters,
-    load_adapter,
-    merge,
-    save_adapter,
-    use_adapter,
-)
+import minilora as ml
+from minilora.adapters import adapter_state_dict, base_state_dict
 from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from minilora.config import LoRAConfig
-from minilora.inject import eject, inject, lora_layers
-from minilora.quant import quantize_model
+from minilora.inject import lora_layers
 from tiny import oracle, tokens, twin
 
 TOKENS = tokens(2, 9)
@@ -55,17 +46,18 @@ def llama() -> nn.Module:
 def test_the_base_is_there_under_its_plain_names(llama, quantised):
     model = copy.deepcopy(llama)
     if quantised:
-        quantize_model(model)
+        ml.quantize_model(model)
     expected = copy.deepcopy(model.state_dict())
-    inject(model, LoRAConfig(target_modules="all-linear"))
-    inject(model, LoRAConfig(target_modules=["q_proj"]), name="second")
+    ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
+    ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"]), name="second")
     shake(model)
     active = {path: layer.active for path, layer in lora_layers(model).items()}
     assert same(base_state_dict(model), expected)
     assert {path: layer.active for path, layer in lora_layers(model).items()} == active
-    weight = base_state_dict(model)["model.norm.weight"]
-    assert weight.data_ptr() == model.get_parameter("model.norm.weight").data_ptr()  # live, no copy
-    eject(model)
+    assert (
+        base_state_dict(model)["model.norm.weight"].data_ptr() == model.get_parameter("model.norm.weight").data_ptr()
+    )  # live, no copy
+    ml.eject(model)
     assert same(base_state_dict(model), expected)  # and without adapters it is the state itself
 
 
@@ -73,7 +65,7 @@ def test_the_base_of_a_module_under_two_names():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(4, 4))})
     expected = model.state_dict()
-    inject(model, LoRAConfig(r=2, target_modules=["a", "b.0"]))
+    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["a", "b.0"]))
     assert same(base_state_dict(model), expected)
 
 
@@ -81,9 +73,9 @@ def test_the_base_of_a_module_under_two_names():
 def test_a_bare_state_goes_to_the_base_and_leaves_the_adapters(llama, quantised):
     model, other = copy.deepcopy(llama), twin(oracle(seed=1, attention_bias=True))
     if quantised:
-        quantize_model(model)
-        quantize_model(other)
-    inject(model, LoRAConfig(target_modules="all-linear"))
+        ml.quantize_model(model)
+        ml.quantize_model(other)
+    ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
     model = copy.deepcopy(shake(model))  # the hook survives a copy
     before = {key: value.clone() for key, value in adapter_state_dict(model).items()}
     bare = dict(other.state_dict())
@@ -92,13 +84,13 @@ def test_a_bare_state_goes_to_the_base_and_leaves_the_adapters(llama, quantised)
     assert list(bare) == keys  # what the caller gave is not changed
     assert same(base_state_dict(model), other.state_dict())
     assert same(adapter_state_dict(model), before)
-    with disabled_adapters(model):
+    with ml.disabled_adapters(model):
         assert torch.equal(model(TOKENS), other(TOKENS))
 
 
 def test_a_full_state_still_loads_and_a_half_one_still_fails(llama):
     model = copy.deepcopy(llama)
-    inject(model)
+    ml.inject(model)
     full = {key: value + 1 for key, value in model.state_dict().items()}
     model.load_state_dict(full)
     assert same(model.state_dict(), full)
@@ -106,8 +98,7 @@ def test_a_full_state_still_loads_and_a_half_one_still_fails(llama):
     del bare["model.layers.1.self_attn.q_proj.weight"]
     with pytest.raises(RuntimeError, match="q_proj.base_layer.weight"):
         model.load_state_dict(bare)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)  # the hook can be pickled
+    torch.save(model, io.BytesIO())  # the hook can be pickled
 
 
 # ---- biases and whole modules: oracle, PEFT
@@ -117,11 +108,8 @@ def hf(family: str = "llama") -> nn.Module:
     if family == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0}
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
-        model.requires_grad_(False)
-        return shake(model.requires_grad_(True))  # biases start at zero
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0)
+        return shake(GPT2LMHeadModel(config).eval())  # biases start at zero
     return oracle(attention_bias=True)
 
 
@@ -147,28 +135,27 @@ def test_trained_parts_are_peft_s_both_ways(tmp_path, family, fields):
 
     base = hf(family)
     ours = copy.deepcopy(base)
-    inject(ours, LoRAConfig(r=4, **fields))
+    ml.inject(ours, ml.LoRAConfig(r=4, **fields))
     theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, task_type="CAUSAL_LM", **fields))
 
     def plain(names):
-        names = (name.removeprefix("base_model.model.").replace(".base_layer", "") for name in names)
-        names = (name.replace(".modules_to_save.default", "").replace("adapters.default.", "") for name in names)
-        return {name.replace(".default.weight", "") for name in names}
+        known = r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|adapters\.default\.|\.default\.weight"
+        return {re.sub(known, "", name) for name in names}
 
     trainable = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
     assert plain(trainable[0]) == plain(trainable[1])  # what trains is what PEFT trains
     shake(ours)
-    save_adapter(ours, tmp_path / "ours")
+    ml.save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(logits(again), logits(ours), rtol=1e-5, atol=2e-5)  # fp32: sums in another order
     assert (logits(ours) - logits(base)).abs().max() > 1e-2
     again.save_pretrained(str(tmp_path / "theirs"))
     loaded = copy.deepcopy(base)
-    load_adapter(loaded, tmp_path / "theirs")
+    ml.load_adapter(loaded, tmp_path / "theirs")
     assert torch.equal(logits(loaded), logits(ours))
     files = [load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("ours", "theirs")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
-    save_adapter(loaded, tmp_path / "again")
+    ml.save_adapter(loaded, tmp_path / "again")
     assert same(load_file(tmp_path / "again" / WEIGHTS_FILE), files[0])
 
 
@@ -181,16 +168,16 @@ def test_without_its_adapter_the_model_is_the_base(family, fields):
     model.get_parameter("lm_head.weight").requires_grad_(False)  # something to restore that is not the default
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modules, state, expected = dict(model.named_modules()), copy.deepcopy(model.state_dict()), logits(model)
-    inject(model, LoRAConfig(r=4, **fields))
+    ml.inject(model, ml.LoRAConfig(r=4, **fields))
     assert torch.equal(logits(model), expected)  # copies start where the originals are
     trained = logits(shake(model))
     assert not torch.equal(trained, expected)
     assert same(base_state_dict(model), state)
-    with disabled_adapters(model):
+    with ml.disabled_adapters(model):
         assert torch.equal(logits(model), expected)
         assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(logits(model), trained)
-    eject(model)
+    ml.eject(model)
     assert torch.equal(logits(model), expected) and dict(model.named_modules()) == modules  # the same objects
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
@@ -201,64 +188,62 @@ def test_several_adapters_with_parts_take_turns(llama):
     for seed, (name, fields) in enumerate(
         {"head": {"modules_to_save": ["lm_head"]}, "biases": {"bias": "all"}}.items()
     ):
-        inject(model, LoRAConfig(r=4, target_modules=["q_proj", "v_proj"][: seed + 1], **fields), name=name)
+        ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"][: seed + 1], **fields), name=name)
         outputs[name] = logits(shake(model, seed))
-    inject(model, LoRAConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]), name="other")
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]), name="other")
     assert torch.equal(logits(model), expected)  # its copy is of the original, not of another adapter's
     for name in ("head", "biases", "head"):
-        use_adapter(model, name)
+        ml.use_adapter(model, name)
         assert torch.equal(logits(model), outputs[name])
         trainable = [path for path, p in model.named_parameters() if p.requires_grad]
         assert ("lm_head.weight" in trainable) == (name == "head")
-    use_adapter(model, ["head", "biases"])  # one has the head, the other the biases: they add up
+    ml.use_adapter(model, ["head", "biases"])  # one has the head, the other the biases: they add up
     before = logits(model)
     with pytest.raises(ValueError, match="both train 'lm_head': use one at a time"):
-        use_adapter(model, ["head", "other"])
+        ml.use_adapter(model, ["head", "other"])
     assert torch.equal(logits(model), before)
-    delete_adapter(model, "other")
-    delete_adapter(model, "head")
+    ml.delete_adapter(model, "other")
+    ml.delete_adapter(model, "head")
     assert model.lm_head.weight.requires_grad is False and same(base_state_dict(model), llama.state_dict())
     assert torch.equal(model.lm_head.weight, llama.lm_head.weight)  # its copy left with it
-    use_adapter(model, "biases")
+    ml.use_adapter(model, "biases")
     assert torch.equal(logits(model), outputs["biases"])
-    delete_adapter(model, "biases")
+    ml.delete_adapter(model, "biases")
     assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head", "norm", "embed_tokens"]}, {"bias": "lora_only"}])
 def test_parts_of_a_16_bit_or_4_bit_model_train_in_fp32(llama, tmp_path, fields):
     model = copy.deepcopy(llama)
-    quantize_model(model)
+    ml.quantize_model(model)
     model = model.bfloat16()
     expected = logits(model)
-    fields = {"target_modules": ["q_proj"]} | fields
-    inject(model, LoRAConfig(r=4, **fields))
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"], **fields))
     out = logits(model)
     assert out.dtype == torch.bfloat16
     # bf16 rounds by 2^-8; the head, norm and embedding do so once where they did twice: four such steps
     assert (out - expected).abs().max() <= expected.abs().max() * 2**-6
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    loss = model(TOKENS).float().square().mean()
-    loss.backward()
+    model(TOKENS).float().square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     shake(model)
-    save_adapter(model, tmp_path)
+    ml.save_adapter(model, tmp_path)
     again = copy.deepcopy(llama)
-    quantize_model(again)
+    ml.quantize_model(again)
     again = again.bfloat16()
-    load_adapter(again, tmp_path)
+    ml.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))  # hooks and registry survive a copy
 
 
 def test_merge_keeps_what_was_trained(llama):
     model = copy.deepcopy(llama)
-    inject(model, LoRAConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head", "norm"], bias="all"))
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head", "norm"], bias="all"))
     shake(model)
-    merged = merge(model)
+    merged = ml.merge(model)
     assert merged.state_dict().keys() == llama.state_dict().keys()
     assert (logits(merged) - logits(model)).abs().max() <= 2e-5  # fp32: merging only reorders sums
-    assert not eject(merged) and torch.equal(merged.lm_head.weight, model.lm_head.weight)
+    assert not ml.eject(merged) and torch.equal(merged.lm_head.weight, model.lm_head.weight)
 
 
 # ---- error
@@ -277,39 +262,39 @@ def test_merge_keeps_what_was_trained(llama):
 def test_parts_that_cannot_train_are_refused_and_the_model_untouched(llama, fields, message):
     model = copy.deepcopy(llama)
     with pytest.raises(ValueError, match=message):
-        inject(model, LoRAConfig(**{"target_modules": ["q_proj"]} | fields))
+        ml.inject(model, ml.LoRAConfig(**{"target_modules": ["q_proj"]} | fields))
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_what_else_cannot_train(llama):
-    config = LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    config = ml.LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="'lm_head' shares its weight"):
-        inject(twin(oracle(tie_word_embeddings=True)), config)
+        ml.inject(twin(oracle(tie_word_embeddings=True)), config)
     model = copy.deepcopy(llama)
-    quantize_model(model)
+    ml.quantize_model(model)
     with pytest.raises(ValueError, match="is in 4 bits and cannot train"):
-        inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]))
+        ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]))
     with pytest.raises(ValueError, match="bfloat16 and trains in fp32"):
-        inject(copy.deepcopy(llama).bfloat16(), LoRAConfig(target_modules=["q_proj"], bias="all"))
-    inject(model, config)
+        ml.inject(copy.deepcopy(llama).bfloat16(), ml.LoRAConfig(target_modules=["q_proj"], bias="all"))
+    ml.inject(model, config)
     with pytest.raises(ValueError, match="'lm_head': another adapter trains 'lm_head'"):
-        inject(model, LoRAConfig(target_modules=["lm_head"]), name="second")
-    inject(model, LoRAConfig(target_modules=["q_proj"], bias="all"), name="second")
+        ml.inject(model, ml.LoRAConfig(target_modules=["lm_head"]), name="second")
+    ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], bias="all"), name="second")
     with pytest.raises(ValueError, match="another adapter trains 'model.layers.0.self_attn.q_proj.bias'|holds"):
-        inject(model, LoRAConfig(target_modules=["up_proj"], modules_to_save=["self_attn"]), name="third")
+        ml.inject(model, ml.LoRAConfig(target_modules=["up_proj"], modules_to_save=["self_attn"]), name="third")
 
 
 def test_a_file_without_its_trained_parts_is_refused(llama, tmp_path):
     model = copy.deepcopy(llama)
-    inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    save_adapter(shake(model), tmp_path)
+    ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    ml.save_adapter(shake(model), tmp_path)
     values = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert values["modules_to_save"] == ["lm_head"]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"bias": "all"}))
     other = copy.deepcopy(llama)
     with pytest.raises(ValueError, match="missing: base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"):
-        load_adapter(other, tmp_path)
+        ml.load_adapter(other, tmp_path)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"modules_to_save": None}))
     with pytest.raises(ValueError, match="unexpected: base_model.model.lm_head.weight"):
-        load_adapter(other, tmp_path)
+        ml.load_adapter(other, tmp_path)
     assert not lora_layers(other)
