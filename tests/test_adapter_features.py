@@ -62,8 +62,7 @@ def test_the_base_is_there_under_its_plain_names(llama, quantised):
 
 
 def test_the_base_of_a_module_under_two_names():
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(4, 4))})
+    model = nn.ModuleDict({"a": (shared := nn.Linear(4, 4)), "b": nn.Sequential(shared, nn.Linear(4, 4))})
     expected = model.state_dict()
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["a", "b.0"]))
     assert same(base_state_dict(model), expected)
