@@ -1,4 +1,4 @@
-"""`minilora train | generate | evaluate | merge`: each a thin wrapper over the function of that name.
+"""`minilora train | generate | evaluate | merge | verify | inspect`: thin wrappers over the functions of these names.
 
 Options of `train` are the fields of LoRAConfig and TrainConfig, their help is the fields' own, and values are read by
 the fields' types: nothing about them is written here a second time.
@@ -8,10 +8,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
+import torch
+
 import minilora as ml
+from minilora.adapters.merge import STORAGES
+from minilora.adapters.merge_report import first_difference, merge_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +58,53 @@ def evaluate(model: str, dataset: str, adapter: str | None, quantize: str | None
     print(json.dumps(scores.as_dict()))
 
 
-def merge(model: str, adapter: str, folder: str, dtype: str) -> None:
-    """Fold an adapter into its base and write a folder that transformers loads."""
-    loaded, tokenizer = _load(model, adapter, None, dtype)
-    ml.save_model(loaded, folder, merge=True, tokenizer=tokenizer)
-    print(f"merged into {folder}")
+def merge(
+    model: str,
+    adapter: str,
+    folder: str,
+    dtype: str,
+    quantize: str | None,
+    target: str | None,
+    data: str | None,
+    force: bool,
+) -> None:
+    """Fold an adapter into its base: measure what that loses, write a folder that transformers loads, read it back."""
+    loaded, tokenizer = _load(model, adapter, quantize, dtype)
+    source = _load(model, adapter, None, dtype)[0] if target == "original" else None
+    target = target or str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    report = merge_report(loaded, source)
+    if data is not None:
+        losses = {"trained": _loss(loaded, tokenizer, data)}
+        losses |= {to: _loss(_merged(loaded, source, to), tokenizer, data) for to in report.total.error}
+        report = replace(report, losses=losses)
+        if losses[target] > 1.001 * losses["trained"]:
+            print(f"minilora: warning: merging to {target} raises the loss by more than 0.1 %", file=sys.stderr)
+    print(report)
+    if target == "nf4" and (cosine := report.total.cosine.get("nf4", 1.0)) < 0.5 and not force:
+        raise ValueError(
+            f"4 bits would keep little of the adapter: cosine {cosine:.2f}, expected 0.5 or more. Serve it unmerged, "
+            "merge to bfloat16 or original, or pass --force."
+        )
+    merged = _merged(loaded, source, target)
+    del loaded, source
+    layout: dict[str, Any] = {"format": "bnb-4bit"} if target == "nf4" else {}
+    ml.save_model(merged, folder, tokenizer=tokenizer, **layout)
+    parameter = next(merged.parameters())
+    written = ml.load_model(folder, dtype=parameter.dtype, device=parameter.device)
+    tokens = torch.arange(min(16, parameter.shape[0]), device=parameter.device)[None]  # (1, T)
+    if (stage := first_difference(merged, written, tokens)) is not None:
+        raise ValueError(f"{folder}, read back, differs from what was merged, first in {stage}. Do not use it.")
+    print(f"merged into {folder}; read back, every stage gives the same bits")
+
+
+def _merged(loaded: Any, source: Any, target: str) -> Any:
+    """The merged model as it would be stored at a target of the report."""
+    merged = ml.merge(loaded, target) if target != "original" else ml.merge(source)
+    return merged if target in ("original", "nf4") else merged.to(STORAGES[target])
+
+
+def _loss(model: Any, tokenizer: Any, data: str) -> float:
+    return ml.evaluate(model, tokenizer, data, max_new_tokens=0).loss
 
 
 _CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
@@ -102,9 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--batch_size", type=int, default=16, help="changes no result (default %(default)s)")
     for sub in (answering, scoring):
         sub.add_argument("--adapter", help="folder or Hub id of an adapter in PEFT's format")
-    for sub in (training, answering, scoring):
+    merging = command(merge, "adapter", "folder")
+    for sub in (training, answering, scoring, merging):
         sub.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
-    command(merge, "adapter", "folder")
+    text = "how to store the result: a dtype, nf4 (4 bits again), or original: onto the base before it was quantised"
+    merging.add_argument("--target", choices=[*STORAGES, "original"], help=f"{text} (default: the dtype loaded in)")
+    merging.add_argument("--data", help="held-out rows: measures the loss of every target")
+    merging.add_argument("--force", action="store_true", help="write 4 bits even where they lose most of the adapter")
     return parser
 
 
