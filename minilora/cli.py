@@ -16,17 +16,18 @@ import torch
 import minilora as ml
 from minilora.adapters.merge import STORAGES
 from minilora.adapters.merge_report import first_difference, merge_report
+from minilora.inspect import inspect as inspect_path
+from minilora.verify import verify as verify_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors that a user can mend are printed without a traceback."""
     options = vars(_parser().parse_args(arguments))
     try:
-        options.pop("run")(**options)
+        return options.pop("run")(**options) or 0
     except (ValueError, TypeError, OSError) as error:
         print(f"minilora: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def train(
@@ -107,6 +108,19 @@ def _loss(model: Any, tokenizer: Any, data: str) -> float:
     return ml.evaluate(model, tokenizer, data, max_new_tokens=0).loss
 
 
+def verify(checkpoint: str, source: str | None, against: str | None) -> int:
+    """Compare a 4-bit checkpoint, tensor by tensor, with itself quantised again, its source or bitsandbytes."""
+    verdicts = verify_checkpoint(checkpoint, source, against)
+    for name, verdict in verdicts.items():
+        print(f"{name:<60} {verdict}")
+    return int(any(verdict.startswith("different") for verdict in verdicts.values()))
+
+
+def inspect(path: str, other: str | None) -> None:
+    """Say what a model folder, GGUF file or adapter folder is; or compare two adapters."""
+    print(inspect_path(path, other))
+
+
 _CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
 
 
@@ -119,46 +133,53 @@ def _load(model: str, adapter: str | None, quantize: str | None, dtype: str) -> 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch.")
-    commands = parser.add_subparsers(required=True, metavar="{train,generate,evaluate,merge}")
+    commands = parser.add_subparsers(required=True, metavar="{train,generate,evaluate,merge,verify,inspect}")
 
     def command(run: Any, *positional: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
-        sub.add_argument("model", help="Hub id, folder or .gguf file")
         for name in positional:
             sub.add_argument(name, help=_POSITIONAL[name])
-        sub.add_argument("--dtype", default="auto", help="of dense weights and of computing; auto picks (default)")
+        if "model" in positional:
+            sub.add_argument("--dtype", default="auto", help="of dense weights and of computing; auto picks (default)")
         return sub
 
-    training = command(train, "dataset")
+    training = command(train, "model", "dataset")
     training.add_argument("--adapter", default="adapter", help="folder to save it in (default %(default)s)")
     training.add_argument("--eval_dataset", help="held-out rows, measured while training")
     group = training.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
     for config in _CONFIGS:
         _add_fields(group, config)
-    answering = command(generate, "prompt")
+    answering = command(generate, "model", "prompt")
     answering.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default %(default)s)")
     answering.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     answering.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default %(default)s)")
     answering.add_argument("--stop", action="append", help="a text before which the answer ends; may be repeated")
     answering.add_argument("--seed", type=int, help="of the sampling")
-    scoring = command(evaluate, "dataset")
+    scoring = command(evaluate, "model", "dataset")
     scoring.add_argument("--labels", type=lambda text: text.split(","), help="the allowed answers, with commas between")
     scoring.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default %(default)s)")
     scoring.add_argument("--batch_size", type=int, default=16, help="changes no result (default %(default)s)")
     for sub in (answering, scoring):
         sub.add_argument("--adapter", help="folder or Hub id of an adapter in PEFT's format")
-    merging = command(merge, "adapter", "folder")
+    merging = command(merge, "model", "adapter", "folder")
     for sub in (training, answering, scoring, merging):
         sub.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
     text = "how to store the result: a dtype, nf4 (4 bits again), or original: onto the base before it was quantised"
     merging.add_argument("--target", choices=[*STORAGES, "original"], help=f"{text} (default: the dtype loaded in)")
     merging.add_argument("--data", help="held-out rows: measures the loss of every target")
     merging.add_argument("--force", action="store_true", help="write 4 bits even where they lose most of the adapter")
+    checking = command(verify, "checkpoint")
+    checking.add_argument("--source", help="folder of the base it was quantised from, to quantise again")
+    checking.add_argument("--against", choices=["bitsandbytes"], help="the installed package; also for a dense folder")
+    command(inspect, "path").add_argument("other", nargs="?", help="a second adapter, to compare")
     return parser
 
 
 _POSITIONAL = {
+    "model": "Hub id, folder or .gguf file",
+    "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
+    "path": "folder of a model or an adapter, or .gguf file",
     "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, prompt/completion or text rows",
     "prompt": "what to answer",
     "adapter": "folder or Hub id of an adapter in PEFT's format",

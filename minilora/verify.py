@@ -1,0 +1,103 @@
+"""Is a 4-bit checkpoint what bitsandbytes means by it? Tensor by tensor, without loading a model.
+
+    a 4-bit folder                    read strictly, dequantised in fp32 and quantised again: the same codes and scales
+    … and `source`, its 16-bit base   the source quantised here equals the file
+    … and against="bitsandbytes"      the package dequantises the file to our bits
+    a dense folder, bitsandbytes      both quantise every matrix outside embeddings and head: equal
+
+"±1 nested code" is equality up to the rounding of the 8-bit scales, in which bitsandbytes' own backends differ: one
+code, or near zero, where codes are finer than its CPU's table of 65,536 entries, two steps of that table.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minilora.inspect import safetensors_headers
+from minilora_kernels import NF4Weight, dequantize_nf4, dynamic_map, quantize_nf4
+
+EQUAL, NESTED = "equal", "±1 nested code"
+_STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__\w+")
+
+
+def verify(checkpoint: str | Path, source: str | Path | None = None, against: str | None = None) -> dict[str, str]:
+    """Weight name -> "equal", "±1 nested code" or "different: why".
+
+    checkpoint, source: folders of safetensors files. ValueError if there is nothing to compare or compare with.
+    """
+    if against not in (None, "bitsandbytes"):
+        raise ValueError(f"against: expected None or 'bitsandbytes', got {against!r}.")
+    here, verdicts = safetensors_headers(Path(checkpoint)), {}
+    base = {} if source is None else safetensors_headers(Path(source))
+    for prefix in [match[1] for name in here if (match := _STATE.fullmatch(name))]:
+        state = {name: _read(here, name) for name in here if name == prefix or name.startswith(f"{prefix}.")}
+        try:
+            weight = NF4Weight.from_state_dict(state, prefix)
+        except ValueError as error:
+            verdicts[prefix] = f"different: {error}"
+            continue
+        if source is not None:
+            if prefix not in base or base[prefix][2] != tuple(weight.shape):
+                raise ValueError(f"{source}: expected {prefix} of shape {tuple(weight.shape)}: is it the base?")
+            W = _read(base, prefix).to(weight.dtype)
+            verdicts[prefix] = compare(quantize_nf4(W, weight.blocksize, weight.double_quant), weight)
+            continue
+        if against:
+            same = torch.equal(dequantize_nf4(weight), _dequantized_by_bitsandbytes(weight))
+        else:
+            again = quantize_nf4(dequantize_nf4(weight, torch.float32), weight.blocksize, double_quant=False)
+            scales = (again.absmax == weight.absmax) | (again.absmax == 0)  # a block of zeros keeps no scale
+            same = torch.equal(again.packed, weight.packed) and scales.all()
+        verdicts[prefix] = EQUAL if same else "different: values"
+    if not verdicts and against:
+        matrices = [n for n, (_, kind, shape) in here.items() if len(shape) == 2 and kind in ("BF16", "F16", "F32")]
+        for name in (name for name in matrices if not re.search(r"embed|lm_head|lora_", name)):
+            W = _read(here, name)
+            verdicts[name] = compare(quantize_nf4(W), _quantized_by_bitsandbytes(W))
+    if not verdicts:
+        raise ValueError(f"{checkpoint} holds no weight in 4 bits; of a dense one, verify against='bitsandbytes'.")
+    return verdicts
+
+
+def compare(ours: NF4Weight, theirs: NF4Weight) -> str:
+    """The verdict on two quantisations of one tensor."""
+    mine, other = ours.state_dict(), theirs.state_dict()
+    if mine.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in mine.items()):
+        return EQUAL
+    if not torch.equal(ours.packed, theirs.packed) or ours.parts()[4:] != theirs.parts()[4:]:
+        return f"different: codes, or the format: {theirs}, expected {ours}"
+    offset, nested, nested_too = ours.offset, ours.nested_absmax, theirs.nested_absmax
+    if offset is None or nested is None or nested_too is None or theirs.offset is None:
+        return "different: scales"
+    ulp, table = torch.finfo(torch.float32).eps * offset.abs(), dynamic_map()
+    close = (offset - theirs.offset).abs() <= 2 * ulp and ((nested - nested_too).abs() <= 4 * ulp).all()
+    codes, others = ours.scales.int(), theirs.scales.int()
+    near_zero = (table[codes] - table[others]).abs() < 2 * 2 / 65535
+    return NESTED if close and (((codes - others).abs() <= 1) | near_zero).all() else "different: scales"
+
+
+def _read(where: dict[str, tuple], name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(where[name][0], framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _quantized_by_bitsandbytes(W: Tensor) -> NF4Weight:
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=True)
+    entries = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return NF4Weight.from_state_dict({"weight": packed} | entries)
+
+
+def _dequantized_by_bitsandbytes(weight: NF4Weight) -> Tensor:
+    """As one long row: AVX-512 code of 0.50.2 takes wrong scales where a row is no multiple of the block size."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = weight.state_dict()
+    packed, theirs = state.pop("weight"), QuantState.from_dict(state, device=torch.device("cpu"))
+    theirs.shape = torch.Size((1, weight.numel))
+    return dequantize_4bit(packed, theirs).view(weight.shape)

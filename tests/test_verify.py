@@ -1,0 +1,119 @@
+"""Proves that `verify` tells a checkpoint that bitsandbytes would have written from one it would not: on folders of
+transformers and bitsandbytes, of ours, and on files with one code, scale or table changed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from minilora.cli import main
+from minilora.storage import read_tensors, write_tensors
+from minilora.verify import EQUAL, NESTED, compare, verify
+from minilora_kernels import quantize_nf4
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """base/: a tiny bf16 Llama; nested/ and plain/: the same in 4 bits, written by transformers and bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save(folder / "base", dtype=torch.bfloat16, hidden_size=128, intermediate_size=192)
+    for name, nested in (("nested", True), ("plain", False)):
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "base", quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def change(place, tmp_path, kind: str, **entries: Tensor) -> str:
+    """A copy of a checkpoint with entries of NAME replaced; the key of the weight itself is ''."""
+    state = read_tensors(place / kind / "model.safetensors")
+    state |= {NAME + key.replace("_", ".", 1) * bool(key): value for key, value in entries.items()}
+    write_tensors(tmp_path / "model.safetensors", state)
+    return str(tmp_path)
+
+
+def entry(place, kind: str, key: str = "") -> Tensor:
+    return read_tensors(place / kind / "model.safetensors")[NAME + key].clone()
+
+
+# ---- oracle
+
+
+@pytest.mark.parametrize("kind", ["nested", "plain"])
+def test_what_transformers_and_bitsandbytes_wrote_is_right(place, kind):
+    base, folder = place / "base", place / kind
+    assert set(verify(folder).values()) == set(verify(folder, against="bitsandbytes").values()) == {EQUAL}
+    from_source = verify(folder, source=base)
+    assert len(from_source) == 3 * 7 and set(from_source.values()) <= ({EQUAL, NESTED} if kind == "nested" else {EQUAL})
+
+
+def test_what_we_quantise_is_what_bitsandbytes_does(place, capsys):
+    verdicts = verify(place / "base", against="bitsandbytes")
+    assert len(verdicts) == 3 * 7 and set(verdicts.values()) <= {EQUAL, NESTED}
+    assert main(["verify", str(place / "base"), "--against", "bitsandbytes"]) == 0
+    assert capsys.readouterr().out.count("\n") == 21
+
+
+# ---- property
+
+
+@pytest.mark.parametrize("kind", ["nested", "plain"])
+def test_a_changed_code_is_found_by_its_source_and_a_lost_extreme_by_itself(place, tmp_path, kind):
+    codes = entry(place, kind)
+    codes[5] ^= 0x10
+    folder = change(place, tmp_path, kind, **{"": codes})
+    assert verify(folder, source=place / "base")[NAME].startswith("different")
+    codes[:32] = 0x77  # a block of 64 without its largest element
+    codes[0] = 0x78
+    folder = change(place, tmp_path, kind, **{"": codes})
+    assert verify(folder)[NAME].startswith("different")
+    assert main(["verify", folder]) == 1
+    assert list(verify(folder).values()).count(EQUAL) == 20
+
+
+def test_a_block_of_zeros_is_no_fault(place, tmp_path):
+    codes = entry(place, "nested")
+    codes[:32] = 0x77
+    assert verify(change(place, tmp_path, "nested", **{"": codes}))[NAME] == EQUAL
+
+
+def test_one_nested_code_is_told_from_two():
+    W = torch.randn(64, 256).bfloat16()
+    ours = quantize_nf4(W)
+    for step, verdict in ((0, EQUAL), (1, NESTED), (2, "different: scales")):
+        state = ours.state_dict()
+        state["weight.absmax"] = state["weight.absmax"].clone()
+        far = int((state["weight.absmax"].int() - 200).abs().argmin())  # where codes are wider than the table's steps
+        state["weight.absmax"][far] += step
+        assert compare(ours, type(ours).from_state_dict(state)) == verdict
+    assert compare(ours, quantize_nf4(W, double_quant=False)).startswith("different")
+    assert compare(ours, quantize_nf4(W, blocksize=128)).startswith("different")
+    plain = quantize_nf4(W, double_quant=False)
+    assert compare(plain, quantize_nf4(W * 2, double_quant=False)) == "different: scales"
+
+
+# ---- error
+
+
+def test_another_table_is_different_and_says_why(place, tmp_path):
+    folder = change(place, tmp_path, "plain", _quant_map=entry(place, "plain", ".quant_map") * 1.01)
+    assert "not the standard table" in verify(folder)[NAME]
+
+
+def test_nothing_to_compare_raises(place, capsys):
+    with pytest.raises(ValueError, match="no weight in 4 bits"):
+        verify(place / "base")
+    with pytest.raises(ValueError, match="against"):
+        verify(place / "plain", against="torchao")
+    with pytest.raises(ValueError, match="is it the base"):
+        verify(place / "plain", source=place / "nested")
+    assert main(["verify", "./nowhere"]) == 1 and "expected a folder with .safetensors" in capsys.readouterr().err
