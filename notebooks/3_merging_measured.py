@@ -73,8 +73,8 @@ axes[0].set(title="distance from the trained model", xlabel="‖ΔW‖ / ‖W‖
 for target, colour in (("bfloat16", "C1"), ("nf4", "C3")):
     axes[1].semilogx(sizes, [report.cosine[target] for report in reports], "o-", ms=3, color=colour, label=target)
 axes[1].set(title="what is left of the update", xlabel="‖ΔW‖ / ‖W‖", ylabel="cosine with ΔW", ylim=(-0.05, 1.05))
-for axis in axes:
-    axis.legend(frameon=False, fontsize=8)
+axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(0, 0.4))
+axes[1].legend(frameon=False)
 plt.tight_layout()
 plt.show()
 
@@ -191,8 +191,8 @@ plt.show()
 #
 # <details><summary>Solution</summary>
 #
-# $\|\Delta W\|$ is several times smaller, so every error is as many times larger, and the cosine of bf16 falls too: look
-# at the loss before trusting it. fp16 and fp32 still hold the adapter, NF4 nothing of it. Or keep the adapter beside
-# the 4-bit base: that loses nothing.
+# $\|\Delta W\|$ is several times smaller, so every error is as many times larger, and the cosine of bf16 falls too:
+# look at the loss before trusting it. fp16 and fp32 still hold the adapter, NF4 nothing of it. Or keep the adapter
+# beside the 4-bit base: that loses nothing.
 #
 # </details>
