@@ -8,15 +8,20 @@ are imported by the functions that need them. The imports below stand here and n
 
 from minilora import samples
 from minilora.adapters import (
+    MergeReport,
     adapter_state_dict,
+    base_state_dict,
     delete_adapter,
     disabled_adapters,
     list_adapters,
     load_adapter,
     merge,
+    merge_report,
     save_adapter,
     use_adapter,
 )
+from minilora.audit.inspect import Inspection, inspect
+from minilora.audit.verify import verify
 from minilora.config import LoRAConfig, TaskType
 from minilora.count import ParameterCount, count_parameters
 from minilora.data.tokenizer import load_tokenizer
@@ -40,9 +45,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Inspection",
     "LoRAConfig",
     "LoRALayer",
     "LoraConfig",
+    "MergeReport",
     "NF4Linear",
     "NF4Weight",
     "ParameterCount",
@@ -51,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "adapter_state_dict",
+    "base_state_dict",
     "count_parameters",
     "delete_adapter",
     "dequantize_nf4",
@@ -59,11 +67,13 @@ __all__ = [
     "evaluate",
     "generate",
     "inject",
+    "inspect",
     "list_adapters",
     "load_adapter",
     "load_model",
     "load_tokenizer",
     "merge",
+    "merge_report",
     "quantize_model",
     "quantize_nf4",
     "samples",
@@ -71,4 +81,5 @@ __all__ = [
     "save_model",
     "train",
     "use_adapter",
+    "verify",
 ]

@@ -21,7 +21,8 @@ from minilora.modules import Part, TrainedParts, ends_with, output_layer, tied_m
 from minilora.names import unknown
 
 # What PEFT adapts when target_modules is None, by the model's type.
-DEFAULT_TARGETS = {"gpt2": ["c_attn"]} | dict.fromkeys(("llama", "mistral", "qwen2"), ["q_proj", "v_proj"])
+_Q_AND_V = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt")
+DEFAULT_TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"]} | dict.fromkeys(_Q_AND_V, ["q_proj", "v_proj"])
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "default", seed: int = 0) -> list[str]:

@@ -11,7 +11,7 @@ STORIES = ("examples", "notebooks", "benchmarks")
 
 # Which room stands on which floor; the longest dotted prefix decides. A new room needs a word here, on purpose.
 ROOMS = {
-    3: ("train", "generate", "evaluate", "scores", "cli", "serve", "memory", "trace", "plot"),
+    3: ("train", "generate", "evaluate", "scores", "cli", "serve", "memory", "trace", "plot", "audit"),
     2: ("inject", "adapters", "models", "data", "samples", "count"),
     1: ("lora", "quant", "ops", "modules", "names", "config", "storage"),
 }

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiny
+from minilora.audit.inspect import GGUF_KINDS, Inspection, inspect
 from minilora.cli import main
-from minilora.inspect import GGUF_KINDS, Inspection, inspect
 from minilora.storage import write_tensors
 
 

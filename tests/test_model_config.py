@@ -262,7 +262,7 @@ def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
         ({"model_type": "gemma2"}, "unknown architecture"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be a positive whole number, got '3'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not supported yet"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "not of a dense decoder"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs factor > 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "may change the result"),

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 import tiny
+from minilora.audit.verify import EQUAL, NESTED, compare, verify
 from minilora.cli import main
 from minilora.storage import read_tensors, write_tensors
-from minilora.verify import EQUAL, NESTED, compare, verify
 from minilora_kernels import quantize_nf4
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -7,11 +7,12 @@ loses what it would need (in bf16, PEFT's merge and unmerge change 45 % of the b
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.inject import lora_layers
+from minilora.inject import lora_configs, lora_layers
 from minilora.lora import LoRAAdapter, LoRALayer
 from minilora.modules import is_conv1d
 from minilora.quant import NF4Linear
@@ -63,6 +64,12 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     else:
         dtype = None if storage is None else STORAGES[storage]
         replaced = {id(m): dense(m, dtype) for m in to_change}
+    configs = lora_configs(model)
+    for path, part in configs.parts.of(configs.parts.active).items():
+        if isinstance(part, nn.Module):
+            plain: Any = copy.deepcopy(configs.parts.originals[path])
+            plain.load_state_dict(part.state_dict())  # rounded to the original's dtype, without the hooks of training
+            replaced[id(part)] = plain
     merged = copy.deepcopy(model, replaced)  # which takes the replaced ones for the modules' copies
     for key in ("_lora_configs", "_trainable_before_lora"):
         merged.__dict__.pop(key, None)

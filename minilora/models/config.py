@@ -210,8 +210,8 @@ def _reject_unknown(config: Mapping[str, Any], known: set[str], family: Family) 
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ValueError(
-            f"this checkpoint is already quantised (quant_method {method!r}): reading that is not supported yet. "
-            "Give the 16-bit checkpoint and quantize='nf4'."
+            f"this config is of a quantised checkpoint (quant_method {method!r}), not of a dense decoder. load_model "
+            "reads folders of bitsandbytes in NF4; for others give the 16-bit checkpoint and quantize='nf4'."
         )
     fixed = _FIXED | family.fixed
     for name, required in fixed.items():

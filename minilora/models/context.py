@@ -67,8 +67,11 @@ class Context:
         mask = torch.cat([self.real[:, None].expand(-1, size, -1), sees.expand(rows, -1, -1)], dim=2)  # (B, N, K+N)
         if window := getattr(self.model.config, "sliding_window", None):
             keys = torch.cat([self.positions, positions], dim=1)  # (B, K+N)
-            mask = mask & (positions[:, :, None] - keys[:, None] < window)
-        read = self._read(tokens.expand(rows, -1), positions, mask[:, None])  # (B, N, D or V)
+            near = mask & (positions[:, :, None] - keys[:, None] < window)
+            mixed = self.native and len({*self.model.config.layer_types}) > 1  # a window in some layers only
+            mask = {"full_attention": mask[:, None], "sliding_attention": near[:, None]} if mixed else near
+        mask = mask if isinstance(mask, dict) else mask[:, None]
+        read = self._read(tokens.expand(rows, -1), positions, mask)  # (B, N, D or V)
         if self.native:
             self.cache.truncate(past)
         else:
@@ -82,17 +85,19 @@ class Context:
             found.append(logits[row, nodes, wanted] - logits.logsumexp(-1)[:, nodes])  # (b, E)
         return torch.cat(found)
 
-    def _read(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 0) -> Tensor:
+    def _read(self, tokens: Tensor, positions: Tensor, mask: Any, keep: int = 0) -> Tensor:
         """One forward; of its last `keep` columns (0: all) what `_logits` makes logits of.
 
-        mask bool (B, 1, T, K+T); None: every real token up to the own one.
+        mask bool (B, 1, T, K+T), or one for each kind of layer; None: every real token up to the own one.
         """
         tokens, positions = tokens.to(self.device), positions.to(self.device)
         if self.native:
             documents = None  # plain causal, the fast path, as long as there is no padding
             if mask is None and not self.real.all():
                 documents = torch.where(self.real, 0, PAD)[:, -tokens.shape[1] :].to(self.device)  # (B, T)
-            mask = mask if mask is None else mask.to(self.device)
+            if isinstance(mask, dict):
+                mask = {kind: one.to(self.device) for kind, one in mask.items()}
+            mask = mask.to(self.device) if isinstance(mask, Tensor) else mask
             hidden = self.model.hidden(tokens, positions, documents, self.cache, mask)  # (B, T, D)
             return hidden[:, -keep:].contiguous()  # strided, it would cost a copy of the frozen head a row
         if mask is None:

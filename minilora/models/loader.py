@@ -37,7 +37,7 @@ def load_model(
     token: str | None = None,
     local_files_only: bool | None = None,
 ) -> CausalLM:
-    """A Llama-family model in eval mode.
+    """A model of a family that models/config.py knows, in eval mode: Llama, Mistral, Qwen2, Qwen3, Gemma 3 text.
 
     source: a Hub id, a folder with config.json and safetensors, or a .gguf file.
     quantize: "nf4" keeps the linear layers in 4 bits (`double_quant` and `blocksize` as in `quantize_nf4`); None keeps

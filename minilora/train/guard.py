@@ -14,6 +14,16 @@ from minilora.lora import LoRALayer
 from minilora.train.config import TrainConfig
 
 
+def check_causal(model: Any) -> None:
+    """ValueError for a model that does not read token ids from left to right, such as T5 or an image encoder."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if encodes or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(
+            f"train trains causal language models, and {type(model).__name__} is none. Its adapter can be injected and "
+            "saved all the same: train it with a loop of your own over the parameters that require grad."
+        )
+
+
 @contextmanager
 def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """`model.train()`, with gradient checkpointing if asked for; afterwards every module is as it was."""

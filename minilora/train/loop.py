@@ -55,6 +55,7 @@ def train(
     is not finite. Seeds torch's global generator.
     """
     started, config = time.perf_counter(), config or TrainConfig()
+    guard.check_causal(model)
     parameters = checkpoint.trainable_parameters(model)
     device = next(iter(parameters.values())).device
     guard.reset_peak_memory(device)
