@@ -209,8 +209,10 @@ def test_safetensors_that_lie(dense, tmp_path):
 
 def test_a_config_of_endless_layers_or_width_builds_nothing(dense, tmp_path):
     config = json.loads((copy(dense, tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    refused(tmp_path, "num_hidden_layers is out of the range of a model")
     for change in (
-        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 9999},
         {"hidden_size": 2**40},
         {"vocab_size": 10**30},
         {"head_dim": 2**62},

@@ -174,7 +174,8 @@ def test_the_check_passes_and_leaves_no_kernel_out():
     done = python("-c", RIGHT, interpret=True)
     document = last_line(done)
     assert document["checked"] == list(TILES) and "rows" not in document
-    assert '"interpreter": tile(' in done.stdout and "tile(4, ROWS=3) LEFT OUT" in done.stdout
+    assert "tile(4, ROWS=3) LEFT OUT" in done.stdout
+    assert '"interpreter": tile(4, ROWS=2)' in done.stdout or "no tile is 3% faster; now tile(4, ROWS=4)" in done.stdout
 
 
 def test_the_bound_lets_one_rounding_through_and_nothing_more():

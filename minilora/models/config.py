@@ -229,6 +229,9 @@ def _reject_unknown(config: Mapping[str, Any], known: set[str], family: Family) 
             )
 
 
+MOST_LAYERS = 10_000  # far above any model: a list of so many costs nothing, of a billion all memory
+
+
 def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """`sliding_window` and `layer_types`. Qwen has a switch for the window, and none below layer max_window_layers.
 
@@ -239,7 +242,13 @@ def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     if "use_sliding_window" in family.own:
         window = window if config.get("use_sliding_window") else None
         first = config.get("max_window_layers", 28)
-    layers, every = range(values["num_hidden_layers"]), config.get("sliding_window_pattern", 6)
+        first = first if type(first) is int else -1  # refused below
+    every = config.get("sliding_window_pattern", 6)
+    counts = {"num_hidden_layers": values["num_hidden_layers"], "sliding_window_pattern": every}
+    for name, value in (counts | {"max_window_layers": first + 1}).items():
+        if type(value) is not int or not 1 <= value <= MOST_LAYERS:
+            raise ValueError(f"config field {name} is out of the range of a model, 1 to {MOST_LAYERS}: {value!r}.")
+    layers = range(values["num_hidden_layers"])
     kinds = [FULL if window is None or layer < first else SLIDING for layer in layers]
     if family.gemma:
         kinds = [SLIDING if (layer + 1) % every else FULL for layer in layers]
