@@ -41,11 +41,12 @@ $(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/python
 
 venv: $(BIN)/python  ## python3 -m venv .venv
 
-# the oldest and the newest Triton, each in a folder that PYTHONPATH lays over the pinned one
-tritons: $(TRITONS:%=$(VENV)/triton-%)  ## pip install --no-deps --target .venv/triton-VERSION triton==VERSION
+# The oldest and the newest Triton, each in a folder that PYTHONPATH lays over the pinned one. numpy goes with them:
+# from 2.4 on it no longer makes a Python number of an array with one element, which Triton 3.3's interpreter asks for.
+tritons: $(TRITONS:%=$(VENV)/triton-%)  ## pip install --no-deps --target .venv/triton-VERSION triton==VERSION 'numpy<2.4'
 
 $(VENV)/triton-%: | install
-	@rm -rf $@.part && $(PIP) install -qq --no-deps --target $@.part triton==$* && mv $@.part $@
+	@rm -rf $@.part && $(PIP) install -qq --no-deps --target $@.part triton==$* 'numpy<2.4' && mv $@.part $@
 
 install: $(VENV)/.all  ## pip install -c constraints.txt -e '.[all]'
 
