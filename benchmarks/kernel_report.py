@@ -257,6 +257,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
     args = parser.parse_args()
     targets = args.targets.split(",")
+    if unknown := [t for t in targets if t not in (*SM_LIMITS, *AMD)]:
+        parser.error(f"--targets: expected some of {', '.join((*SM_LIMITS, *AMD))}, got {', '.join(unknown)}")
     nvidia, amd = ([t for t in targets if t.startswith(prefix)] for prefix in ("sm_", "gfx"))
 
     print(f"triton: {triton.__version__}\ntargets: {' '.join(targets)}\ncompiled and counted; nothing ran on a GPU")

@@ -2,7 +2,6 @@
 calls give, every field is an option with its help, and a mistake is one line and a status, not a traceback."""
 
 import copy
-import inspect
 import json
 import re
 from dataclasses import fields
@@ -117,10 +116,6 @@ def test_merge_refuses_4_bits_that_lose_the_adapter(place, adapter, capsys):
     assert main(run) == 1 and "no layer with an adapter is in 4 bits" in capsys.readouterr().err
 
 
-WRITES_NF4 = "format" in inspect.signature(ml.save_model).parameters
-
-
-@pytest.mark.skipif(not WRITES_NF4, reason="save_model writes no 4-bit folders yet: merge --target nf4 NOT TESTED")
 def test_merge_writes_4_bits_when_forced(place, adapter, capsys):
     source, folder = str(place / "model"), str(place / "forced4")
     run = ["merge", source, adapter, folder, "--dtype", "float32", "--quantize", "nf4", "--target", "nf4", "--force"]

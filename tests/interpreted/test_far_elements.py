@@ -17,9 +17,9 @@ def only_program(monkeypatch):
     run = launch.run
 
     def only(number: int) -> None:
-        program = lambda builder, axis: interpreter.TensorHandle(  # noqa: E731
-            torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32
-        )
+        def program(builder: object, axis: int) -> interpreter.TensorHandle:
+            return interpreter.TensorHandle(torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32)
+
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
         for module in (nf4_dequantize, nf4_quantize, nf4_gemv):
             monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
