@@ -17,7 +17,7 @@ from minilora.data import encode_dataset
 from minilora.lora import LoRALayer
 from minilora.train import TrainConfig, loop, train
 from minilora.train.batches import BatchPlan
-from minilora.train.objective import mean_loss, token_loss, trained_tokens
+from minilora.train.objective import SFT, mean_loss, padded, token_loss, trained_tokens
 from minilora.train.schedule import learning_rate
 from toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
 
@@ -76,10 +76,10 @@ def test_loss_and_gradient_do_not_depend_on_the_split(kind):
     model = model if kind == "ours" else Wrapped(model)
     found = []
     for size in (12, 6, 5, 1):
-        batches = [loop.padded(examples[i : i + size]) for i in range(0, 12, size)]
+        batches = [padded(examples[i : i + size]) for i in range(0, 12, size)]
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = loop._backward(model, batches, torch.autocast("cpu", enabled=False), scaler)
+        loss = loop._backward(model, SFT(), batches, torch.autocast("cpu", enabled=False), scaler)
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((loss.item(), gradients))
     for loss, gradients in found[1:]:
@@ -113,7 +113,7 @@ def test_eval_loss_does_not_depend_on_its_batch_size():
 
 def test_only_labelled_positions_reach_the_head():
     model = llama()
-    batch = loop.padded(encode_dataset(rows(4), Letters(), 1024).examples)
+    batch = padded(encode_dataset(rows(4), Letters(), 1024).examples)
     seen = []
     model.lm_head.weight.requires_grad_(True)  # the path that calls the head
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape))
@@ -124,7 +124,7 @@ def test_only_labelled_positions_reach_the_head():
 
 def test_both_kinds_of_model_give_the_same_loss_and_labels_are_never_passed():
     model = lora()
-    batch = loop.padded(encode_dataset(rows(6), Letters(), 1024).examples)
+    batch = padded(encode_dataset(rows(6), Letters(), 1024).examples)
     wrapped = Wrapped(model)
     ours, count = token_loss(model, batch)
     theirs, same = token_loss(wrapped, batch)
@@ -166,8 +166,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(kind):
 
 def test_every_sample_is_seen_once_an_epoch_and_max_steps_cycles(monkeypatch):
     seen = []
-    real = loop.padded
-    monkeypatch.setattr(loop, "padded", lambda batch: seen.extend(e.row for e in batch) or real(batch))
+    monkeypatch.setattr(SFT, "collate", lambda _, batch: seen.extend(e.row for e in batch) or padded(batch))
     result = train(lora(), Letters(), rows(10), TrainConfig(num_train_epochs=2, per_device_train_batch_size=4))
     assert result.steps == 6 and sorted(seen) == sorted([*range(10)] * 2)
     seen.clear()

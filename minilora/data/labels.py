@@ -38,6 +38,9 @@ class Example:
     double_bos: bool = False  # a second BOS was removed
     dropped_turns: int = 0  # messages after the last assistant turn, which nothing would train
 
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
     @property
     def trained_tokens(self) -> int:
         """How many tokens have a label."""

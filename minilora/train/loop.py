@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data import encode_dataset
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
 from minilora.train.log import Log
-from minilora.train.objective import mean_loss, padded, token_loss, trained_tokens
+from minilora.train.objective import SFT, Objective, mean_loss
+from minilora.train.optimizer import new_optimizer
 from minilora.train.schedule import learning_rate, total_steps
 
 
@@ -46,28 +46,36 @@ class TrainResult:
 
 
 def train(
-    model: nn.Module, tokenizer: Any, dataset: Any, config: TrainConfig | None = None, *, eval_dataset: Any = None
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    config: TrainConfig | None = None,
+    *,
+    objective: Objective | None = None,
+    eval_dataset: Any = None,
 ) -> TrainResult:
     """Train what requires grad in `model`, in place, on `dataset` (a list of rows, or a path; see minilora.data).
+
+    objective: what is learned from a row; None is supervised fine-tuning.
 
     Ctrl-C ends the run cleanly: the last whole step is saved, and `interrupted` says so. Raises ValueError where
     training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, a loss
     is not finite. Seeds torch's global generator.
     """
-    started, config = time.perf_counter(), config or TrainConfig()
+    started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
     guard.check_causal(model)
     parameters = checkpoint.trainable_parameters(model)
     device = next(iter(parameters.values())).device
     guard.reset_peak_memory(device)
-    examples = encode_dataset(dataset, tokenizer, config.max_length)
+    examples = objective.encode(dataset, tokenizer, config.max_length)
     print(f"train: {examples.report}")
-    held_out = None if eval_dataset is None else encode_dataset(eval_dataset, tokenizer, config.max_length)
+    held_out = None if eval_dataset is None else objective.encode(eval_dataset, tokenizer, config.max_length)
     if held_out is not None:
         print(f"eval: {held_out.report}")
 
-    plan = BatchPlan([len(example.input_ids) for example in examples], config)
+    plan = BatchPlan([len(example) for example in examples], config)
     total = total_steps(config, len(plan))
-    optimizer = _adamw(parameters, config)
+    optimizer = new_optimizer(parameters, config)
     autocast, scaler = guard.precision_of(model, config, device)
     folder = Path(config.output_dir) if config.output_dir is not None else None
     progress = checkpoint.Progress(plan.identity)
@@ -90,7 +98,7 @@ def train(
             while True:
                 if held_out is not None and _eval_due(progress, config.eval_steps, total):
                     with autocast:
-                        eval_loss, _ = mean_loss(model, held_out, config.per_device_eval_batch_size)
+                        eval_loss, _ = mean_loss(model, held_out, config.per_device_eval_batch_size, objective)
                     progress.eval_losses.append((progress.step, eval_loss))
                     log.write(step=progress.step, eval_loss=eval_loss)
                 if config.save_steps and progress.step % config.save_steps == 0:
@@ -102,10 +110,10 @@ def train(
                 begun, step = time.perf_counter(), progress.step + 1
                 rate = learning_rate(config, progress.step, total)
                 samples = plan[progress.step]
-                batches = [padded([examples[i] for i in micro]) for micro in samples]
+                batches = [objective.collate([examples[i] for i in micro]) for micro in samples]
                 torch.manual_seed(seed_of(config.seed, "dropout", step))
                 optimizer.zero_grad()
-                loss = _backward(model, batches, autocast, scaler)
+                loss = _backward(model, objective, batches, autocast, scaler)
                 scaler.unscale_(optimizer)
                 # g <- g * min(1, max_grad_norm / |g|)
                 norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
@@ -142,26 +150,18 @@ def train(
     )
 
 
-def _backward(model: nn.Module, batches: list[dict[str, Tensor]], autocast: AbstractContextManager, scaler) -> Tensor:
+def _backward(
+    model: nn.Module, objective: Objective, batches: list[dict[str, Tensor]], autocast: AbstractContextManager, scaler
+) -> Tensor:
     """Add up dL/dparameter in .grad over the micro-batches of one step; returns L."""
-    tokens = sum(map(trained_tokens, batches))  # of the whole step
+    count = sum(map(objective.weight, batches))  # of the whole step
     losses = []
     for batch in batches:
         with autocast:
-            loss_sum, _ = token_loss(model, batch)
-        scaler.scale(loss_sum / tokens).backward()
+            loss_sum, _ = objective.loss(model, batch)
+        scaler.scale(loss_sum / count).backward()
         losses.append(loss_sum.detach())
-    return torch.stack(losses).sum() / tokens
-
-
-def _adamw(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters.values(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=all(p.device.type in ("cpu", "cuda") for p in parameters.values()),  # hundreds of small tensors
-    )
+    return torch.stack(losses).sum() / count
 
 
 def _eval_due(progress: checkpoint.Progress, every: int | None, total: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a batch costs: the cross-entropy summed over its trained tokens, and how many those are.
+"""What is learned from a row. Supervised fine-tuning is here, other objectives are values of the same form.
 
     loss_sum = sum over t with labels[t+1] != -100 of  -log p(labels[t+1] | tokens <= t)
 
@@ -8,14 +8,52 @@ these functions.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.data import IGNORE, Example, collate
+from minilora.data import IGNORE, EncodedDataset, Example, collate, encode_dataset
 from minilora.models.context import inference
 from minilora.ops.cross_entropy import head_cross_entropy
+
+
+class Objective(Protocol):
+    """From rows to a loss. All sums are over what `weight` counts (trained tokens, preference pairs, ...)."""
+
+    def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
+        """A sequence of examples, each with a `len` in tokens, and a printable `report` of what became of the rows."""
+        ...
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch of some examples, on the CPU."""
+        ...
+
+    def weight(self, batch: dict[str, Tensor]) -> int:
+        """How many a batch counts, without running the model."""
+        ...
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the summed loss, fp32 scalar; further sums to report, by name)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning: cross-entropy on the tokens with a label."""
+
+    def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> EncodedDataset:
+        return encode_dataset(dataset, tokenizer, max_length)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return padded(examples)
+
+    def weight(self, batch: dict[str, Tensor]) -> int:
+        return trained_tokens(batch)
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return token_loss(model, batch)[0], {}
 
 
 def token_loss(model: Any, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
@@ -55,12 +93,15 @@ def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
     return collate(examples, pad_id=0, pad_to_multiple_of=8)
 
 
-def mean_loss(model: nn.Module, examples: Sequence[Example], batch_size: int) -> tuple[float, int]:
+def mean_loss(
+    model: nn.Module, examples: Sequence[Any], batch_size: int, objective: Objective | None = None
+) -> tuple[float, int]:
     """(loss per trained token, number of trained tokens); one division at the end, so any batch size gives the same."""
-    total, tokens = 0.0, 0
-    order = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)  # little padding, longest first
+    objective = objective or SFT()
+    total, count = 0.0, 0
+    order = sorted(examples, key=len, reverse=True)  # little padding, longest first
     with inference(model):
         for start in range(0, len(order), batch_size):
-            loss, count = token_loss(model, padded(order[start : start + batch_size]))
-            total, tokens = total + loss.item(), tokens + count
-    return total / tokens, tokens
+            batch = objective.collate(order[start : start + batch_size])
+            total, count = total + objective.loss(model, batch)[0].item(), count + objective.weight(batch)
+    return total / count, count
