@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import minilora as ml
 from minilora.data import encode_dataset
+from minilora.scoring.objective import mean_loss, padded, trained_tokens
 from minilora.train.batches import BatchPlan
-from minilora.train.objective import mean_loss, padded, trained_tokens
 from minilora.train.schedule import learning_rate
 
 

@@ -25,13 +25,13 @@ from minilora.audit.verify import verify
 from minilora.config import LoRAConfig, TaskType
 from minilora.count import ParameterCount, count_parameters
 from minilora.data.tokenizer import load_tokenizer
-from minilora.evaluate import Scores, evaluate
 from minilora.generate import generate
 from minilora.inject import eject, inject
 from minilora.lora import LoRALayer
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
 from minilora.quant import NF4Linear, quantize_model
+from minilora.scoring.evaluate import Scores, evaluate
 from minilora.train import TrainConfig, TrainResult, train
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 

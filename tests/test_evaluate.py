@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 import minilora.models.context as context_module
 from chats import chat, ours, theirs
 from minilora.data import encode_dataset, encode_prompt, split_prompt
-from minilora.evaluate import Labels, choose, evaluate, label_table
 from minilora.generate import generate
 from minilora.models.context import Context, inference
-from minilora.scores import Scores, exact_match, token_f1
+from minilora.scoring.evaluate import Labels, choose, evaluate, label_table
+from minilora.scoring.scores import Scores, exact_match, token_f1
 from tiny import oracle, tokens, twin
 
 VOCABULARY = 300

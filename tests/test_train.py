@@ -15,9 +15,9 @@ from torch import nn
 
 from minilora.data import encode_dataset
 from minilora.lora import LoRALayer
+from minilora.scoring.objective import SFT, mean_loss, padded, token_loss, trained_tokens
 from minilora.train import TrainConfig, loop, train
 from minilora.train.batches import BatchPlan
-from minilora.train.objective import SFT, mean_loss, padded, token_loss, trained_tokens
 from minilora.train.schedule import learning_rate
 from toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from minilora.data import Example, collate
 from minilora.lora import LoRALayer
+from minilora.scoring.objective import token_loss
 from minilora.train import TrainConfig, loop, train
 from minilora.train.guard import precision_of, uninterrupted
-from minilora.train.objective import token_loss
 from toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
 
 # ---- precision

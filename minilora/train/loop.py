@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.scoring.objective import SFT, Objective, mean_loss
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
 from minilora.train.log import Log
-from minilora.train.objective import SFT, Objective, mean_loss
 from minilora.train.optimizer import new_optimizer
 from minilora.train.schedule import learning_rate, total_steps
 

@@ -23,8 +23,8 @@ from minilora.data.labels import IGNORE, Example, encode_dataset, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.generate import Decoding, check_lengths, end_tokens, generate_ids
 from minilora.models.context import Context, inference, shared_prefix
-from minilora.scores import Scores, exact_match, token_f1
-from minilora.train.objective import mean_loss
+from minilora.scoring.objective import mean_loss
+from minilora.scoring.scores import Scores, exact_match, token_f1
 
 Metric = Callable[[str, str], float]
 
