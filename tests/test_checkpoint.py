@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from minilora.adapters import load_adapter
-from minilora.train import TrainConfig, checkpoint, loop, train
+from minilora.train import TrainConfig, checkpoint, evaluation, train
 from toy import Letters, llama, lora, rows
 
 CONFIG = {"learning_rate": 1e-2, "max_steps": 7, "per_device_train_batch_size": 5, "lr_scheduler_type": "cosine"}
@@ -95,7 +95,7 @@ def test_resumed_from_an_older_checkpoint_replaces_what_came_after_it(tmp_path):
 
 def test_interrupted_in_an_evaluation_repeats_it(tmp_path, monkeypatch):
     _, result = run(tmp_path / "a", eval_steps=3)
-    real, calls = loop.mean_loss, []
+    real, calls = evaluation.mean_loss, []
 
     def press(*arguments):
         calls.append(1)
@@ -103,7 +103,7 @@ def test_interrupted_in_an_evaluation_repeats_it(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "mean_loss", press)
+    monkeypatch.setattr(evaluation, "mean_loss", press)
     _, stopped = run(tmp_path / "b", eval_steps=3)
     assert stopped.interrupted and stopped.steps == 3 and stopped.eval_losses == []
     _, again = run(tmp_path / "b", resume_from_checkpoint="last", eval_steps=3)
@@ -274,7 +274,7 @@ def test_a_truncated_checkpoint(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoint-4", broken)
     file = broken / "trainer_state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="trainer_state.safetensors is damaged"):
         run(None, resume_from_checkpoint=str(broken))
     os.remove(file)
     with pytest.raises(ValueError, match="is no checkpoint"):

@@ -7,7 +7,8 @@ about equally often (QLoRA §3, eq. 4), then divides by the largest so that they
     8 positive levels: p = linspace(p_max, 0.5, 9) without 0.5        0 is a level of its own
     7 negative levels: p = linspace(p_max, 0.5, 8) without 0.5, mirrored
 
-The dynamic map spends its 256 codes on 7 decades: decade i (10^(i-7) .. 10^(i-6)) has 2^i values of each sign.
+The dynamic map spends its 256 codes on 7 decades: decade i (10^(i-7) .. 10^(i-6)) has 2^i values of each sign, or,
+in the map of what is never negative, 2^(i+1).
 
 Everything is derived, in the one order of roundings that gives bitsandbytes' numbers bit for bit: fp32 `linspace`,
 quantiles rounded to fp32 *before* the division, and p_max cut to seven decimals (the exact mean of 1 - 1/32 and
@@ -33,9 +34,9 @@ def nf4_thresholds() -> Tensor:
     return midpoints(nf4_codebook())
 
 
-def dynamic_map() -> Tensor:
-    """The 256 values of bitsandbytes' signed dynamic 8-bit type, ascending, 0 at index 127: fp32 (256,)."""
-    return torch.tensor(_dynamic_values(), dtype=torch.float32, device="cpu")
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 256 values of bitsandbytes' dynamic 8-bit type, ascending, 0 at index 127, unsigned at 0: fp32 (256,)."""
+    return torch.tensor(_dynamic_values(signed), dtype=torch.float32, device="cpu")
 
 
 def midpoints(levels: Tensor) -> Tensor:
@@ -53,11 +54,11 @@ def _nf4_levels() -> tuple[float, ...]:
     return tuple((levels / levels.max()).tolist())
 
 
-@lru_cache(maxsize=1)
-def _dynamic_values() -> tuple[float, ...]:
+@lru_cache(maxsize=2)
+def _dynamic_values(signed: bool) -> tuple[float, ...]:
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
-        means = midpoints(edges) * 10 ** (i - 6)  # (2^i,)
-        values += means.tolist() + (-means).tolist()
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32, device="cpu")
+        means = midpoints(edges) * 10 ** (i - 6)  # (2^i,) or (2^(i+1),)
+        values += means.tolist() + (-means).tolist() * signed
     return tuple(sorted(values))

@@ -9,9 +9,10 @@ from minilora.samples.address import address
 from minilora.samples.baselines import majority_class, nearest_neighbour
 from minilora.samples.icd10 import icd10
 from minilora.samples.prose import prose
-from minilora.samples.scoring import field_f1, json_valid
+from minilora.samples.scoring import field_f1
 from minilora.samples.smollm2 import smollm2
 from minilora.samples.task import Task
+from minilora.scoring.scores import json_valid
 
 __all__ = [
     "Task",

@@ -5,6 +5,7 @@ token F1    = 2 P R / (P + R) over the words the two have in common, SQuAD's way
               and English articles; two answers without any word are equal (Rajpurkar et al. 2016, section 6.1)
 """
 
+import json
 import math
 import string
 from collections import Counter
@@ -32,6 +33,26 @@ def token_f1(prediction: str, reference: str) -> float:
 def words(text: str) -> list[str]:
     """SQuAD's normalisation: lower case, punctuation and articles removed."""
     return [word for word in text.lower().translate(PUNCTUATION).split() if word not in ARTICLES]
+
+
+def json_valid(prediction: str, reference: str = "") -> float:
+    """1.0 if `prediction` is one JSON object and nothing else, else 0.0. `reference` is there for the common shape."""
+    return float(json_fields(prediction) is not None)
+
+
+def json_fields(text: str) -> set[tuple[str, str]] | None:
+    """{(field, canonical JSON of its value)}, or None if `text` is not a JSON object."""
+    try:
+        record = json.loads(text, parse_constant=_not_json)
+    except (ValueError, RecursionError):  # JSONDecodeError, an over-long number, brackets without end
+        return None
+    if not isinstance(record, dict):
+        return None
+    return {(field, json.dumps(value, sort_keys=True)) for field, value in record.items()}
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is Python's, not JSON's")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ folder appears whole or not at all (storage.py), so a crash at any moment leaves
 import json
 import re
 import shutil
+import zlib
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from minilora.adapters import save_adapter
 from minilora.lora import LoRALayer
 from minilora.storage import read_tensors, whole, write_tensors, write_text
+from minilora.train.config import TrainConfig
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.safetensors"
 
@@ -34,8 +37,55 @@ class Progress:
     step: int = 0  # optimiser steps done
     tokens: int = 0  # read so far, padding aside
     losses: list[float] = field(default_factory=list)  # one a step
-    eval_losses: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
+    evals: list[dict[str, float]] = field(default_factory=list)  # "step" and the figures of each evaluation
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16's loss scale
+
+
+class Checkpoints:
+    """The checkpoints of one run in config.output_dir; without one, nothing is written."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                 config: TrainConfig):  # fmt: skip
+        self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
+        self.folder = Path(config.output_dir) if config.output_dir is not None else None
+        self.newest: Path | None = None
+        if config.load_best_model_at_end and self.folder is None:
+            raise ValueError("load_best_model_at_end takes the best weights from output_dir, which is None: set it.")
+
+    def resume(self, data: dict[str, Any]) -> Progress:
+        """Where to go on: at the start, or as `resume_from_checkpoint` says. ValueError where that cannot be."""
+        data = data | {"optim": self.config.optim}
+        self.newest = find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+        if self.newest is None:
+            return Progress(data)
+        progress = load_checkpoint(self.newest, self.model, self.optimizer, data)
+        self.scaler.load_state_dict(progress.scaler)
+        return progress
+
+    def due(self, progress: Progress, best: dict[str, float] | None) -> bool:
+        """Whether this step is to be kept: every `save_steps`, and the best one where the run is to end with it."""
+        every, keep_best = self.config.save_steps, self.config.load_best_model_at_end
+        is_best = keep_best and best is not None and best["step"] == progress.step
+        return is_best or (every is not None and progress.step % every == 0)
+
+    def save(self, progress: Progress, best: dict[str, float] | None) -> None:
+        """Save this step, unless it is saved or nothing was trained, and delete what is not to be kept."""
+        if self.folder is None or progress.step == 0 or self.newest == self._of(progress.step):
+            return
+        progress.scaler = self.scaler.state_dict()
+        save_checkpoint(self._of(progress.step), self.model, self.optimizer, progress)
+        self.newest = self._of(progress.step)
+        kept = {int(best["step"])} if best is not None and self.config.load_best_model_at_end else set()
+        delete_old_checkpoints(self.folder, self.config.save_total_limit, kept)
+
+    def restore(self, step: int) -> None:
+        """Put that step's weights, and its moments, back."""
+        folder = self._of(step)
+        load_checkpoint(folder, self.model, self.optimizer, read_progress(folder).data)
+
+    def _of(self, step: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"checkpoint-{step}"
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
@@ -50,18 +100,16 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         for name in adapters:
             save_adapter(model, temporary if len(adapters) == 1 else temporary / name, name=name)
         write_tensors(temporary / TENSORS, tensors)
-        write_text(temporary / STATE, json.dumps(asdict(progress), indent=1))
+        values = asdict(progress) | {"crc32": _crc32(temporary / TENSORS)}
+        write_text(temporary / STATE, json.dumps(values, indent=1))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any]) -> Progress:
     """Put a checkpoint's weights and moments into model and optimizer. ValueError where they do not belong together.
 
-    The optimizer's parameters are those of `trainable_parameters(model)`, in that order.
+    The optimizer's parameters are those of `trainable_parameters(model)`.
     """
-    if not (folder / STATE).is_file() or not (folder / TENSORS).is_file():
-        raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint: expected {STATE} and {TENSORS} in it.")
-    progress = Progress(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    progress.eval_losses = [(step, loss) for step, loss in progress.eval_losses]
+    progress = read_progress(folder)
     then = progress.data
     if changed := [f"{key} was {then.get(key)}, is {data[key]}" for key in data if then.get(key) != data[key]]:
         raise ValueError(
@@ -84,13 +132,32 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name].pop("parameter"))
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(parameters)}, "param_groups": groups})
+    optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})
+    return progress
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far a checkpoint is. ValueError if it is none, or not as it was written."""
+    if not (folder / STATE).is_file() or not (folder / TENSORS).is_file():
+        raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint: expected {STATE} and {TENSORS} in it.")
+    try:
+        values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        crc32, progress = values.pop("crc32"), Progress(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / STATE} is damaged ({error}). Resume from an earlier checkpoint.") from error
+    if crc32 != _crc32(folder / TENSORS):
+        raise ValueError(f"{folder / TENSORS} is damaged. Resume from an earlier checkpoint.")
     return progress
 
 
 def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:
-    """The folder to resume from. ValueError where there is none, or where a new run would mix with an older one's."""
+    """The folder to resume from; "last" passes over damaged ones, and says so.
+
+    ValueError where there is none, or where a new run would mix with an older one's.
+    """
     steps = checkpoint_steps(output_dir)
     if resume is None and steps:
         raise ValueError(
@@ -99,11 +166,15 @@ def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:
         )
     if resume != "last":
         return Path(resume) if resume is not None else None
-    if output_dir is None or not steps:
-        raise ValueError(
-            f'resume_from_checkpoint="last": {output_dir} holds no checkpoint. Leave it None to start anew.'
-        )
-    return output_dir / f"checkpoint-{steps[-1]}"
+    for step in reversed(steps):
+        folder = Path(output_dir or "") / f"checkpoint-{step}"
+        try:
+            read_progress(folder)
+            return folder
+        except ValueError as error:
+            print(f"resume_from_checkpoint: {error}")
+    what = "whole checkpoint" if steps else "checkpoint"
+    raise ValueError(f'resume_from_checkpoint="last": {output_dir} holds no {what}. Leave it None to start anew.')
 
 
 def checkpoint_steps(output_dir: Path | None) -> list[int]:
@@ -112,12 +183,21 @@ def checkpoint_steps(output_dir: Path | None) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name)))
 
 
-def delete_old_checkpoints(output_dir: Path, keep: int | None) -> None:
-    """Leave the newest `keep` (None: all), and nothing that a killed run left half-written."""
+def delete_old_checkpoints(output_dir: Path, keep: int | None, kept: Container[int] = ()) -> None:
+    """Leave the newest `keep` (None: all) and the steps `kept`, and nothing that a killed run left half-written."""
     for stale in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(stale)
     for step in checkpoint_steps(output_dir)[: -keep if keep else 0]:
-        shutil.rmtree(output_dir / f"checkpoint-{step}")
+        if step not in kept:
+            shutil.rmtree(output_dir / f"checkpoint-{step}")
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 from minilora.names import nearest
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
+OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -33,15 +34,20 @@ class TrainConfig:
     per_device_train_batch_size: int = option(8, "samples in one forward pass", low=1)
     per_device_eval_batch_size: int = option(8, "samples in one evaluation pass; changes no result", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes in one optimiser step", low=1)
+    optim: str = option(
+        "adamw_torch", "AdamW with moments in fp32, or in 8 bits (paged: in host memory)", choices=OPTIMIZERS
+    )
     learning_rate: float = option(2e-4, "AdamW's peak learning rate", low=0)
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: B's learning rate as a multiple of A's", above=0)
     lr_scheduler_type: str = option("linear", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     warmup_ratio: float = option(0.0, "share of all steps over which the learning rate rises", low=0, high=1)
     warmup_steps: int = option(0, "the same as a number of steps", low=0)
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay, of matrices", low=0)
     adam_beta1: float = option(0.9, "AdamW's decay of the mean gradient", low=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's decay of the mean squared gradient", low=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's guard against division by zero", above=0)
     max_grad_norm: float = option(1.0, "longest gradient, longer ones are scaled down; 0 never clips", low=0)
+    neftune_noise_alpha: float = option(0.0, "NEFTune: noise of this strength on embeddings in training", low=0)
     max_length: int = option(1024, "tokens of a sample; what is longer is cut, and reported", low=2)
     group_by_length: bool = option(True, "put samples of similar length together: less padding")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
@@ -49,6 +55,11 @@ class TrainConfig:
     fp16: bool | None = option(None, "the same in float16, with loss scaling; None follows the model's dtype")
     logging_steps: int = option(10, "steps between two lines of the log", low=1)
     eval_steps: int | None = option(None, "steps between two evaluations; None evaluates at the end only", low=1)
+    eval_metrics: str | None = option(None, "of greedy answers, with commas: exact_match, token_f1, json_valid")
+    eval_answers: int = option(64, "eval rows that are answered for eval_metrics: the first so many", low=1)
+    metric_for_best_model: str = option("eval_loss", "which figure of an evaluation says how good a step is")
+    load_best_model_at_end: bool = option(False, "end with the best evaluated step's weights; keeps its checkpoint")
+    early_stopping_patience: int | None = option(None, "stop after so many evaluations without a better one", low=1)
     save_steps: int | None = option(500, "steps between two checkpoints; None saves at the end only", low=1)
     save_total_limit: int | None = option(None, "how many checkpoints to keep; None keeps all", low=1)
     resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "last" for the newest in output_dir')

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.data.report import numbers
 from minilora.lora import LoRALayer
 from minilora.train.config import TrainConfig
 
@@ -80,16 +81,19 @@ def precision_of(
     return autocast, torch.amp.GradScaler(device.type, enabled=bool(config.fp16) or torch.float16 in kinds)
 
 
-def check_finite(step: int, loss: Tensor, norm: Tensor, scale: float) -> None:
-    """ValueError if the loss is not finite, or the gradient's norm is not at loss scale 1: before anything changes.
+def check_finite(step: int, losses: Tensor, norm: Tensor, scale: float, samples: list[list[Any]]) -> None:
+    """ValueError if a micro-batch's loss is not finite, or the gradient's norm is not at loss scale 1.
 
-    Above 1 it is fp16's scaler that overflowed: it skips the step and lowers its scale.
+    losses (M,), samples: the M lists of examples. Before anything changes. Above loss scale 1 it is fp16's scaler that
+    overflowed: it skips the step and lowers its scale.
     """
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"step {step}: the loss is {loss.item()}. Lower learning_rate, or train in bf16 or fp32; at step 1 the "
-            "weights, or an adapter, already hold NaN."
-        )
+    for loss, micro in zip(losses, samples, strict=True):
+        if not torch.isfinite(loss):
+            rows = numbers(sorted(getattr(example, "row", i) for i, example in enumerate(micro)))
+            raise ValueError(
+                f"step {step}: the loss of {rows} is {loss.item()}. Look at them, lower learning_rate, or train in "
+                "bf16 or fp32; at step 1 the weights, or an adapter, already hold NaN."
+            )
     if not torch.isfinite(norm) and scale <= 1:
         raise ValueError(f"step {step}: the gradient is {norm.item()} and the loss is not. Train in fp32 to see where.")
 

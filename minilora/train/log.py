@@ -18,10 +18,10 @@ from minilora.train.config import TrainConfig
 class Log:
     """Also the clock: `tokens_per_second` of this session's steps, without evaluation and saving."""
 
-    def __init__(self, folder: Path | None, progress: Progress, total: int, config: TrainConfig):
+    def __init__(self, progress: Progress, total: int, config: TrainConfig):
         from tqdm import tqdm
 
-        self.path = folder / "log.jsonl" if folder else None
+        self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir else None
         self.every, self.tokens, self.seconds, self.file = config.logging_steps, 0, 0.0, None
         if self.path is not None:
             write_text(self.path, "".join(_lines_until(self.path, progress.step)))

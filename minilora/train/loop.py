@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.scoring.objective import SFT, Objective, mean_loss
+from minilora.scoring.objective import SFT, Objective
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
+from minilora.train.evaluation import Evaluation, Figures
 from minilora.train.log import Log
+from minilora.train.noise import noisy_embeddings
 from minilora.train.optimizer import new_optimizer
 from minilora.train.schedule import learning_rate, total_steps
 
@@ -40,9 +42,15 @@ class TrainResult:
     peak_memory_bytes: int
     interrupted: bool
     checkpoint: Path | None  # the newest
+    best_step: int | None  # by `metric_for_best_model`
     log: Path | None
     losses: list[float] = field(repr=False)  # one a step
-    eval_losses: list[tuple[int, float]] = field(repr=False)  # (step, loss)
+    evals: list[Figures] = field(repr=False)  # "step" and the figures of each evaluation
+
+    @property
+    def eval_losses(self) -> list[tuple[int, float]]:
+        """(step, eval_loss) of each evaluation."""
+        return [(int(figures["step"]), figures["eval_loss"]) for figures in self.evals]
 
 
 def train(
@@ -57,6 +65,7 @@ def train(
     """Train what requires grad in `model`, in place, on `dataset` (a list of rows, or a path; see minilora.data).
 
     objective: what is learned from a row; None is supervised fine-tuning.
+    eval_dataset: held-out rows; or a dict of them by name, of which all but the first are measured as text.
 
     Ctrl-C ends the run cleanly: the last whole step is saved, and `interrupted` says so. Raises ValueError where
     training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, a loss
@@ -69,102 +78,90 @@ def train(
     guard.reset_peak_memory(device)
     examples = objective.encode(dataset, tokenizer, config.max_length)
     print(f"train: {examples.report}")
-    held_out = None if eval_dataset is None else objective.encode(eval_dataset, tokenizer, config.max_length)
-    if held_out is not None:
-        print(f"eval: {held_out.report}")
+    evaluation = Evaluation(model, tokenizer, eval_dataset, objective, config)
+    print(evaluation, end="\n" * bool(evaluation.sets))
 
     plan = BatchPlan([len(example) for example in examples], config)
     total = total_steps(config, len(plan))
-    optimizer = new_optimizer(parameters, config)
+    optimizer = new_optimizer(model, parameters, config)
     autocast, scaler = guard.precision_of(model, config, device)
-    folder = Path(config.output_dir) if config.output_dir is not None else None
-    progress = checkpoint.Progress(plan.identity)
-    saved = checkpoint.find_checkpoint(folder, config.resume_from_checkpoint)
-    if saved is not None:
-        progress = checkpoint.load_checkpoint(saved, model, optimizer, plan.identity)
-        scaler.load_state_dict(progress.scaler)
-
-    def save() -> None:
-        nonlocal saved
-        if folder is not None and progress.step > 0 and saved != (new := folder / f"checkpoint-{progress.step}"):
-            progress.scaler = scaler.state_dict()
-            checkpoint.save_checkpoint(new, model, optimizer, progress)
-            checkpoint.delete_old_checkpoints(folder, config.save_total_limit)
-            saved = new
-
+    checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config)
+    progress = checkpoints.resume(plan.identity)
     interrupted = False
-    with Log(folder, progress, total, config) as log, guard.training_mode(model, config.gradient_checkpointing):
+    with (
+        Log(progress, total, config) as log,
+        guard.training_mode(model, config.gradient_checkpointing),
+        noisy_embeddings(model, config.neftune_noise_alpha),
+    ):
         try:
             while True:
-                if held_out is not None and _eval_due(progress, config.eval_steps, total):
+                if evaluation.due(progress.step, total, progress.evals):
                     with autocast:
-                        eval_loss, _ = mean_loss(model, held_out, config.per_device_eval_batch_size, objective)
-                    progress.eval_losses.append((progress.step, eval_loss))
-                    log.write(step=progress.step, eval_loss=eval_loss)
-                if config.save_steps and progress.step % config.save_steps == 0:
+                        progress.evals.append({"step": progress.step} | evaluation.measure())
+                    log.write(**progress.evals[-1])
+                best = evaluation.best(progress.evals)
+                if checkpoints.due(progress, best):
                     with guard.uninterrupted():
-                        save()
-                if progress.step >= total:
+                        checkpoints.save(progress, best)
+                if progress.step >= total or evaluation.exhausted(progress.evals):
                     break
 
                 begun, step = time.perf_counter(), progress.step + 1
                 rate = learning_rate(config, progress.step, total)
-                samples = plan[progress.step]
-                batches = [objective.collate([examples[i] for i in micro]) for micro in samples]
+                samples = [[examples[i] for i in micro] for micro in plan[progress.step]]
                 torch.manual_seed(seed_of(config.seed, "dropout", step))
                 optimizer.zero_grad()
-                loss = _backward(model, objective, batches, autocast, scaler)
+                losses = _backward(model, objective, samples, autocast, scaler)  # (micro-batches,)
                 scaler.unscale_(optimizer)
                 # g <- g * min(1, max_grad_norm / |g|)
                 norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
-                guard.check_finite(step, loss, norm, scaler.get_scale())
+                guard.check_finite(step, losses, norm, scaler.get_scale(), samples)
                 if step == 1:
                     guard.check_gradients(model, parameters)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["lr_ratio"]
                 with guard.uninterrupted():  # weights, moments and the count move together or not at all
                     scaler.step(optimizer)
                     scaler.update()
-                    tokens = sum(plan.lengths[i] for micro in samples for i in micro)
+                    tokens = sum(len(example) for micro in samples for example in micro)
                     progress.step, progress.tokens = step, progress.tokens + tokens
-                    progress.losses.append(loss.item())
+                    progress.losses.append(losses.sum().item())
                     log.step(progress, tokens, time.perf_counter() - begun, rate, norm.item())
         except KeyboardInterrupt:
             interrupted = True
+        best = evaluation.best(progress.evals)
         with guard.uninterrupted():
-            save()
+            checkpoints.save(progress, best)
             log.write(steps=progress.step, tokens=progress.tokens, seconds=log.seconds, interrupted=interrupted)
+            if config.load_best_model_at_end and best is not None and not interrupted:
+                checkpoints.restore(int(best["step"]))
     return TrainResult(
         steps=progress.step,
         loss=progress.losses[-1] if progress.losses else None,
-        eval_loss=progress.eval_losses[-1][1] if progress.eval_losses else None,
+        eval_loss=progress.evals[-1]["eval_loss"] if progress.evals else None,
         tokens=progress.tokens,
         tokens_per_second=log.tokens_per_second,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=guard.peak_memory(device),
         interrupted=interrupted,
-        checkpoint=saved,
+        checkpoint=checkpoints.newest,
+        best_step=None if best is None else int(best["step"]),
         log=log.path,
         losses=progress.losses,
-        eval_losses=progress.eval_losses,
+        evals=progress.evals,
     )
 
 
 def _backward(
-    model: nn.Module, objective: Objective, batches: list[dict[str, Tensor]], autocast: AbstractContextManager, scaler
+    model: nn.Module, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any
 ) -> Tensor:
-    """Add up dL/dparameter in .grad over the micro-batches of one step; returns L."""
+    """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L, (M,)."""
+    batches = [objective.collate(micro) for micro in samples]
     count = sum(map(objective.weight, batches))  # of the whole step
     losses = []
     for batch in batches:
         with autocast:
             loss_sum, _ = objective.loss(model, batch)
         scaler.scale(loss_sum / count).backward()
-        losses.append(loss_sum.detach())
-    return torch.stack(losses).sum() / count
-
-
-def _eval_due(progress: checkpoint.Progress, every: int | None, total: int) -> bool:
-    step = progress.step
-    due = step == total or (every is not None and step > 0 and step % every == 0)
-    return due and step not in dict(progress.eval_losses)
+        losses.append(loss_sum.detach() / count)
+    return torch.stack(losses)

@@ -1,0 +1,84 @@
+"""What is measured on held-out rows while training, and what follows: the best step, and when to stop.
+
+    eval_loss                              the objective's own, on the eval rows; one division, so any batch size agrees
+    eval_exact_match, eval_token_f1, …     of greedy answers to the first `eval_answers` rows, if `eval_metrics` asks
+    eval_NAME_loss, eval_NAME_perplexity   of further sets, {"": rows, "general": prose}, as text: what was forgotten
+
+The best step is the one with the lowest `metric_for_best_model`, or the highest where more is better (all but losses
+and perplexities). Everything is derived from the list of figures, so a resumed run decides as one that never stopped.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from minilora.data import read_dataset
+from minilora.names import unknown
+from minilora.scoring.evaluate import evaluate
+from minilora.scoring.objective import SFT, Objective, mean_loss
+from minilora.scoring.scores import json_valid
+from minilora.train.config import TrainConfig
+
+ANSWERS = ("exact_match", "token_f1", "json_valid")
+Figures = dict[str, float]  # one evaluation: "step" and what was measured
+
+
+class Evaluation:
+    """The held-out sets of a run, encoded. `dataset`: rows, or a dict of them by name, the first with the objective."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, dataset: Any, objective: Objective, config: TrainConfig):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset} if dataset is not None else {}
+        self.metrics = [name.strip() for name in (config.eval_metrics or "").split(",") if name.strip()]
+        for name in self.metrics:
+            if name not in ANSWERS:
+                raise unknown("eval_metrics", name, ANSWERS)
+        self.rows = read_dataset(next(iter(named.values())))[: config.eval_answers] if self.metrics and named else []
+        self.sets = {}
+        for number, (name, rows) in enumerate(named.items()):
+            kind = SFT() if number else objective
+            self.sets["eval" if not number else f"eval_{name}"] = kind, kind.encode(rows, tokenizer, config.max_length)
+        names = [f"{name}_loss" for name in self.sets] + [f"eval_{name}" for name in self.metrics if self.rows]
+        names += [f"{name}_perplexity" for name in self.sets if name != "eval"]
+        chosen = config.load_best_model_at_end or config.early_stopping_patience is not None
+        if chosen and config.metric_for_best_model not in names:
+            raise unknown("metric_for_best_model (it needs eval_dataset)", config.metric_for_best_model, names)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {examples.report}" for name, (_, examples) in self.sets.items())
+
+    def due(self, step: int, total: int, evals: list[Figures]) -> bool:
+        """Whether to measure now: every `eval_steps`, at the end, and never twice."""
+        every = self.config.eval_steps
+        due = step == total or (every is not None and step > 0 and step % every == 0)
+        return bool(self.sets) and due and all(step != figures["step"] for figures in evals)
+
+    def measure(self) -> Figures:
+        """The figures of the model as it is now."""
+        found: Figures = {}
+        for name, (objective, examples) in self.sets.items():
+            loss, _ = mean_loss(self.model, examples, self.config.per_device_eval_batch_size, objective)
+            found[f"{name}_loss"] = loss
+            if name != "eval":
+                found[f"{name}_perplexity"] = math.exp(loss)
+        if self.rows:
+            size = self.config.per_device_eval_batch_size
+            scores = evaluate(
+                self.model, self.tokenizer, self.rows, batch_size=size, metrics={"json_valid": json_valid}
+            )
+            found |= {f"eval_{name}": scores.as_dict()[name] for name in self.metrics}
+        return found
+
+    def best(self, evals: list[Figures]) -> Figures | None:
+        """The evaluation with the best figure, the earliest of equal ones; None before the first."""
+        metric = self.config.metric_for_best_model
+        sign = 1 if metric.endswith(("loss", "perplexity")) else -1
+        measured = [figures for figures in evals if metric in figures]
+        return min(measured, key=lambda figures: sign * figures[metric], default=None)
+
+    def exhausted(self, evals: list[Figures]) -> bool:
+        """Whether `early_stopping_patience` evaluations in a row were not better than the best before them."""
+        patience, best = self.config.early_stopping_patience, self.best(evals)
+        return patience is not None and best is not None and len(evals) - 1 - evals.index(best) >= patience
