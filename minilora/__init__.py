@@ -21,6 +21,7 @@ from minilora.adapters import (
     use_adapter,
 )
 from minilora.audit.inspect import Inspection, inspect
+from minilora.audit.selftest import Selftest, selftest
 from minilora.audit.verify import verify
 from minilora.config import LoRAConfig, TaskType
 from minilora.count import ParameterCount, count_parameters
@@ -54,6 +55,7 @@ __all__ = [
     "NF4Weight",
     "ParameterCount",
     "Scores",
+    "Selftest",
     "TaskType",
     "TrainConfig",
     "TrainResult",
@@ -79,6 +81,7 @@ __all__ = [
     "samples",
     "save_adapter",
     "save_model",
+    "selftest",
     "train",
     "use_adapter",
     "verify",
