@@ -45,33 +45,31 @@ def train(
     print(f"{state} after {result.steps} steps, loss {result.loss}, eval loss {result.eval_loss}; adapter in {adapter}")
 
 
-def generate(model: str, prompt: str, adapter: str | None, quantize: str | None, dtype: str, **sampling: Any) -> None:
+def generate(
+    model: str, prompt: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool, **sampling: Any
+) -> None:
     """Answer a prompt."""
-    loaded, tokenizer = _load(model, adapter, quantize, dtype)
+    loaded, tokenizer = _load(model, adapter, quantize, dtype, check_base)
     print(ml.generate(loaded, tokenizer, prompt, **sampling))
 
 
-def evaluate(model: str, dataset: str, adapter: str | None, quantize: str | None, dtype: str, **scoring: Any) -> None:
+def evaluate(
+    model: str, dataset: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool, **scoring: Any
+) -> None:
     """Score a model on held-out rows: loss, perplexity, exact match, token F1, the likeliest of given labels."""
-    loaded, tokenizer = _load(model, adapter, quantize, dtype)
+    loaded, tokenizer = _load(model, adapter, quantize, dtype, check_base)
     scores = ml.evaluate(loaded, tokenizer, dataset, **scoring)
     print(scores)
     print(json.dumps(scores.as_dict()))
 
 
 def merge(
-    model: str,
-    adapter: str,
-    folder: str,
-    dtype: str,
-    quantize: str | None,
-    target: str | None,
-    data: str | None,
-    force: bool,
+    model: str, adapter: str, folder: str, target: str | None, data: str | None, force: bool, **loading: Any
 ) -> None:
     """Fold an adapter into its base: measure what that loses, write a folder that transformers loads, read it back."""
-    loaded, tokenizer = _load(model, adapter, quantize, dtype)
-    source = _load(model, adapter, None, dtype)[0] if target == "original" else None
+    loaded, tokenizer = _load(model, adapter, **loading)
+    dense = dict(loading, quantize=None)
+    source = _load(model, adapter, **dense)[0] if target == "original" else None
     target = target or str(next(loaded.parameters()).dtype).removeprefix("torch.")
     report = merge_report(loaded, source)
     if data is not None:
@@ -124,10 +122,10 @@ def inspect(path: str, other: str | None) -> None:
 _CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
 
 
-def _load(model: str, adapter: str | None, quantize: str | None, dtype: str) -> tuple[Any, Any]:
+def _load(model: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool) -> tuple[Any, Any]:
     loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
     if adapter is not None:
-        ml.load_adapter(loaded, adapter)
+        ml.load_adapter(loaded, adapter, tokenizer=tokenizer, check_base=check_base)
     return loaded, tokenizer
 
 
@@ -163,6 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (answering, scoring):
         sub.add_argument("--adapter", help="folder or Hub id of an adapter in PEFT's format")
     merging = command(merge, "model", "adapter", "folder")
+    for sub in (answering, scoring, merging):
+        text = "take an adapter that was trained on another base, tokenizer or chat template"
+        sub.add_argument("--no_check_base", dest="check_base", action="store_false", help=text)
     for sub in (training, answering, scoring, merging):
         sub.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
     text = "how to store the result: a dtype, nf4 (4 bits again), or original: onto the base before it was quantised"

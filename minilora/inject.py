@@ -105,11 +105,12 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Lo
 
 
 class Injected(dict[str, LoRAConfig]):
-    """What a model knows about its adapters: config by name; beside it their seeds and what else trains with them."""
+    """What a model knows about its adapters: config by name; their seeds, tokenizers and what else trains with them."""
 
     def __init__(self):
         super().__init__()
         self.seeds: dict[str, int | None] = {}  # None where a file did not say
+        self.tokenizers: dict[str, dict[str, str] | None] = {}  # hashes of what they were trained with
         self.parts = TrainedParts()
 
 

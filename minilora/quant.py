@@ -11,8 +11,10 @@ Stored as uint8 parameters without gradient, four layers of bytes (minilora_kern
 scales as the bytes of their fp32 values, because .half(), .to(dtype) and mixed-precision sharding cast any fp32 tensor
 they meet and would ruin a scale silently. The codes are padded to 16 bytes, so that a kernel may load 128 bits.
 Unlike bitsandbytes' Linear4bit, nothing is repacked by eval() or by a forward; computing is in x.dtype.
+What was quantised here is remembered by a hash, so that the 4-bit layer and its 16-bit source are known as one base.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +27,30 @@ from minilora.names import unknown
 from minilora_kernels import NF4Weight, dequantize_nf4, prepare, quantize_nf4
 
 _PARTS = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")  # of an NF4Weight, and of NF4Linear
+ROWS = 64
+_KINDS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def hash_rows(weight: Tensor, kind: str | None = None) -> str:
+    """How a weight (rows, …) of any rank is told from others: "kind:hash,kind:hash…" of 64 rows spread evenly over it.
+
+    First as it is stored (`kind`, by default the dtype), then rounded to each dtype that is no wider, so that one
+    checkpoint loaded in two dtypes is known as one. Only the rows are copied to the CPU.
+    """
+    count = min(ROWS, len(weight))
+    chosen = torch.arange(count, device=weight.device) * len(weight) // max(count, 1)  # the first, and evenly on
+    rows = weight.detach()[chosen].contiguous().cpu()
+    own = kind or next((name for name, dtype in _KINDS.items() if dtype == rows.dtype), str(rows.dtype))
+    casts = {own: rows}
+    for name, dtype in _KINDS.items() if rows.is_floating_point() else ():
+        if name != own and dtype.itemsize <= rows.dtype.itemsize:
+            casts[name] = rows.to(dtype)
+    return ",".join(f"{name}:{digest(t.view(torch.uint8).numpy())}" for name, t in casts.items())
+
+
+def digest(content: Any) -> str:
+    """16 hexadecimal digits of the sha256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class _Multiply(torch.autograd.Function):
@@ -52,6 +78,8 @@ class _Multiply(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A linear layer with a frozen 4-bit weight. Made by `from_linear` or from an NF4Weight of shape (out, in).
 
+    source: the tensor that was quantised, where it is at hand; only a hash of it is kept (`fingerprint`).
+
     Its state dict has bitsandbytes' keys (weight, weight.absmax, …, bias) and is read strictly: another shape, block
     size or kind of scales, a wrong dtype or a missing key is an error.
     """
@@ -61,8 +89,9 @@ class NF4Linear(nn.Module):
     nested_bytes: nn.Parameter | None
     offset_bytes: nn.Parameter | None
     bias: nn.Parameter | None
+    source: str | None = None  # the fingerprint as it was when the weight was quantised here
 
-    def __init__(self, weight: NF4Weight, bias: Tensor | None = None):
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None, source: Tensor | None = None):
         super().__init__()
         if len(weight.shape) != 2:
             raise ValueError(f"weight: expected two dimensions (out, in), got the shape {tuple(weight.shape)}.")
@@ -71,11 +100,14 @@ class NF4Linear(nn.Module):
         self._store(weight)
         trainable = bias is not None and bias.requires_grad
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=trainable)
+        if source is not None and not source.is_meta:
+            self.source = f"{self.fingerprint()},{hash_rows(source)}"
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
         """Quantise a linear layer; it is left as it was. NaN or infinity in its weight raises ValueError."""
-        layer = cls(quantize_nf4(linear.weight.detach(), blocksize, double_quant), linear.bias)
+        W = linear.weight.detach()  # (out, in)
+        layer = cls(quantize_nf4(W, blocksize, double_quant), linear.bias, W)
         layer.training = linear.training
         return layer
 
@@ -98,6 +130,15 @@ class NF4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), in `dtype` or in that of the weight which was quantised."""
         return dequantize_nf4(self.weight, dtype)
+
+    def fingerprint(self) -> str:
+        """`hash_rows` of the codes and, if these are the ones that were quantised here, of the source they came from.
+
+        Scales are left out: double quantisation on or off is one base. Loading other codes makes the source unknown.
+        """
+        packed, width = self.weight.packed, max(1, self.in_features // 2)  # bytes of a row, or nearly where in is odd
+        codes = hash_rows(packed[: len(packed) // width * width].view(-1, width), f"nf4/{self.blocksize}")
+        return self.source if self.source is not None and self.source.startswith(codes) else codes
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out), in x.dtype; under autocast in autocast's dtype."""

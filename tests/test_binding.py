@@ -1,6 +1,6 @@
-"""Proves that an adapter knows the base it was trained on: another base of equal shape is refused, the same one in
-another dtype is known again, another kind is a notice; that PEFT reads the file; and that equal contents are equal
-bytes in every process, though safetensors writes its metadata in a random order."""
+"""Proves that an adapter knows the base and the tokenizer it was trained with: another base of equal shape is refused,
+another tokenizer or template too; that PEFT reads the file; and that equal contents are equal bytes in every process,
+though safetensors writes its metadata in a random order. How a base is known in another storage: test_base_kinds.py."""
 
 import copy
 import json
@@ -16,24 +16,27 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora.adapters import load_adapter, save_adapter
-from minilora.adapters.binding import KEY, ROWS, fingerprint, tokenizer_digest
+from minilora.adapters import delete_adapter, load_adapter, save_adapter
+from minilora.adapters.binding import KEY, fingerprint, hash_tokenizer
 from minilora.adapters.files import WEIGHTS_FILE
 from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_layers
-from minilora.quant import NF4Linear, quantize_model
+from minilora.quant import ROWS, NF4Linear, quantize_model
+from minilora.train import TrainConfig, train
 from tiny import oracle, python, tokens, twin
-from toy import Letters
+from toy import FAST, Letters, llama, lora, rows
 
 TARGETS = ["q_proj", "up_proj"]
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
 class Spelled(Letters):
-    """Letters with the method that tells one vocabulary from another."""
+    """Letters with the method that tells one vocabulary from another, and a letter to differ in."""
+
+    last = "z"
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
-        return [self.decode([i]) for i in ids]
+        return [self.decode([i]).replace("z", self.last) for i in ids]
 
 
 def adapted(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -123,6 +126,15 @@ def test_a_fingerprint_reads_64_rows_and_notices_any_change_in_them(out, width, 
     assert fingerprint(changed) == fingerprint(linear) and len(rows) == min(64, out)
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding(70, 6), nn.Conv1d(4, 70, 3), nn.Conv2d(4, 70, 3).bfloat16()])
+def test_a_weight_of_any_rank_has_a_fingerprint(layer):
+    kind, shape, hashes = fingerprint(layer)
+    assert shape == list(layer.weight.shape) and hashes.startswith(f"{kind}:")
+    assert fingerprint(layer.to(memory_format=torch.channels_last) if len(shape) == 4 else layer)[2] == hashes
+    layer.weight.data[63 * 70 // 64][..., -1] += 1  # in the last row that is read
+    assert fingerprint(layer)[2] != hashes
+
+
 def test_nf4_is_known_again_with_or_without_double_quantisation_and_in_another_dtype():
     linear = nn.Linear(33, 70)  # rows that do not end with a byte
     plain, double = (NF4Linear.from_linear(linear, double_quant=flag) for flag in (False, True))
@@ -151,15 +163,34 @@ def test_the_same_base_loads_silently_beside_another_adapter_too(base, saved):
     assert (saved / "again" / WEIGHTS_FILE).read_bytes() == (saved / WEIGHTS_FILE).read_bytes()  # the seed came along
 
 
-def test_a_seed_and_a_tokenizer_are_carried(base, tmp_path):
-    tokenizer: Any = Spelled()
-    save_adapter(adapted(copy.deepcopy(base)), tmp_path, tokenizer=tokenizer)
-    assert metadata(tmp_path)["tokenizer"] == tokenizer_digest(tokenizer)
-    silently(copy.deepcopy(base), tmp_path, tokenizer=tokenizer)
-    tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(ValueError, match="another tokenizer or chat template"):
-        load_adapter(copy.deepcopy(base), tmp_path, tokenizer=tokenizer)
-    load_adapter(copy.deepcopy(base), tmp_path, tokenizer=tokenizer, check_base=False)
+def test_train_notes_the_tokenizer_for_every_file_that_follows(tmp_path):
+    """For checkpoints and the adapter alike, without being told again; a file that was loaded says it again."""
+    model, tokenizer = lora(), Spelled()
+    train(model, tokenizer, rows(), TrainConfig(**FAST | {"save_steps": 3}, output_dir=tmp_path / "run"))
+    save_adapter(model, tmp_path / "end")
+    again = llama()
+    silently(again, tmp_path / "end", tokenizer=tokenizer)
+    save_adapter(again, tmp_path / "again")
+    for folder in ("run/checkpoint-3", "run/checkpoint-5", "end", "again"):
+        assert metadata(tmp_path / folder)["tokenizer"] == hash_tokenizer(tokenizer), folder
+    silently(again, tmp_path / "end", name="second")
+    delete_adapter(again, "default")
+    save_adapter(lora(again), tmp_path / "new")
+    assert metadata(tmp_path / "new")["tokenizer"] is None
+    assert hash_tokenizer(Letters()).keys() == {"chat_template"}  # it cannot list its tokens
+
+
+def test_a_padded_vocabulary_is_the_same_one():
+    """GGUF names the ids between the tokenizer's last and the embedding's."""
+
+    class Padded(Spelled):
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [*super().convert_ids_to_tokens(ids[:131]), "[PAD131]", "[PAD132]"]
+
+        def __len__(self) -> int:
+            return 133
+
+    assert hash_tokenizer(Padded()) == hash_tokenizer(Spelled())
 
 
 # ---- error
@@ -181,6 +212,27 @@ def test_another_base_of_equal_shape_is_refused_and_the_model_untouched(base, tm
     assert lora_layers(models[1])
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"chat_template": "{{ messages }}"}, "another chat_template"),
+        ({"last": "Z"}, "another vocabulary"),
+        ({"chat_template": "{{ messages }}", "last": "Z"}, "another chat_template and another vocabulary"),
+    ],
+)
+def test_another_tokenizer_is_refused_and_the_error_says_what_differs(base, tmp_path, change, what):
+    tokenizer: Any = Spelled()
+    save_adapter(adapted(copy.deepcopy(base)), tmp_path, tokenizer=tokenizer)
+    silently(copy.deepcopy(base), tmp_path, tokenizer=tokenizer)
+    vars(tokenizer).update(change)
+    model = copy.deepcopy(base)
+    with pytest.raises(ValueError, match=f"trained with {what}. Use the .*check_base=False .--no_check_base"):
+        load_adapter(model, tmp_path, tokenizer=tokenizer)
+    assert not lora_layers(model)
+    silently(model, tmp_path, tokenizer=tokenizer, check_base=False)
+    silently(copy.deepcopy(base), tmp_path)  # no tokenizer at hand: not asked
+
+
 def test_one_other_layer_is_enough(base, saved):
     model = copy.deepcopy(base)
     model.get_submodule("model.layers.2.mlp.up_proj").weight.data += 1e-3
@@ -191,27 +243,10 @@ def test_one_other_layer_is_enough(base, saved):
     silently(model, saved)
 
 
-def test_another_kind_of_base_is_a_notice(base, saved):
-    model = copy.deepcopy(base)
-    quantize_model(model)
-    with pytest.warns(
-        UserWarning, match=f"6 layers cannot be compared with the base: {FIRST} was fp32, is nf4/64"
-    ) as w:
-        load_adapter(model, saved)
-    assert len(w) == 1 and "\n" not in str(w[0].message)
-    lossy = copy.deepcopy(base).bfloat16()  # the file has fp32 rows that bf16 cannot hold
-    with pytest.warns(UserWarning, match="was fp32, is bf16"):
-        load_adapter(lossy, saved)
-    other = copy.deepcopy(base)
-    other.name_or_path = "model-Q4_0.gguf"
-    silently(other, saved)  # the same numbers, from a GGUF that was not quantised
-    other = twin(oracle(seed=1))
-    other.name_or_path = "model-Q4_0.gguf"
-    with pytest.warns(UserWarning, match="was fp32, is gguf-fp32"):
-        load_adapter(other, saved)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"layers": {"a": 1}}', '{"layers": {"a": ["fp32"]}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"layers": {"a": 1}}', '{"layers": {"a": ["fp32"]}}', '{"layers": {"a": ["fp32", [1], "fp32:1,"]}}'],
+)
 def test_damaged_metadata_is_refused(base, saved, tmp_path, text):
     shutil.copytree(saved, tmp_path / "damaged")
     save_file(load_file(saved / WEIGHTS_FILE), tmp_path / "damaged" / WEIGHTS_FILE, metadata={KEY: text})

@@ -4,6 +4,7 @@ calls give, every field is an option with its help, and a mistake is one line an
 import copy
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -148,6 +149,24 @@ def test_merge_notices_what_the_folder_does_not_hold(place, adapter, capsys, mon
 def zero_norms(module):
     if "Norm" in type(module).__name__:
         module.weight.data.mul_(-30)
+
+
+def test_another_template_is_refused_unless_forced(place, tmp_path, capsys):
+    """By generate, evaluate and merge alike; `train` wrote down what it used."""
+    source, rows, adapter = tmp_path / "model", str(place / "rows.jsonl"), str(tmp_path / "adapter")
+    shutil.copytree(place / "model", source)
+    run = ["train", str(source), rows, "--adapter", adapter, "--dtype", "float32", "--max_steps", "1", "--r", "2"]
+    assert main(run) == 0
+    with (source / "chat_template.jinja").open("a") as file:
+        file.write("{# another #}")
+    uses = [["generate", str(source), "1 plus 1", "--adapter", adapter, "--max_new_tokens", "1"]]
+    uses += [["evaluate", str(source), rows, "--adapter", adapter, "--max_new_tokens", "1"]]
+    uses += [["merge", str(source), adapter, str(tmp_path / "merged"), "--target", "original"]]
+    for use in uses:
+        assert main([*use, "--dtype", "float32"]) == 1
+        said = capsys.readouterr().err
+        assert "trained with another chat_template." in said and "--no_check_base" in said and said.count("\n") == 1
+        assert main([*use, "--dtype", "float32", "--no_check_base"]) == 0
 
 
 # ---- property

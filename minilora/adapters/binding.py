@@ -1,20 +1,22 @@
 """Which base an adapter was trained on, told by fingerprints in the metadata of its safetensors file.
 
-    "minilora": {"version": …, "seed": …, "tokenizer": …, "layers": {layer: [kind, shape, sha256 of 64 of its rows]}}
+    "minilora": {"version": …, "seed": …, "tokenizer": {"chat_template": …, "vocabulary": …}, "layers":
+                {"model.layers.0.self_attn.q_proj": ["nf4/64", [576, 576], "nf4/64:<hash>,bf16:<hash>,fp16:<hash>"], …}}
 
 An adapter is a correction to one weight: on another of equal shape it is noise, and PEFT adds it without a word. So
-each adapted layer is told by 64 rows spread evenly over its weight, as it is when the adapter is saved:
+each adapted layer is told by its storage kind, its shape and hashes of 64 rows spread evenly over its weight
+(quant.hash_rows): of what it is stored as, and of its source, the rows before they were quantised.
 
-    kind     what is hashed                     the same base elsewhere
-    fp32, …  the rows, as bytes                 fp32 and bf16 agree where one was cast exactly to the other
-    nf4/64   the packed codes, not the scales   double quantisation on or off, or bitsandbytes' file, agree
-    gguf-…   as above, from a GGUF file         agrees where the file was not quantised
+    stored             what is hashed                            compared with
+    fp32, bf16, fp16   the rows, and their roundings to 16 bits  any dtype of the same rows, and NF4 made from them
+    nf4/64             the packed codes; the rows quantised      the same; without rows (bitsandbytes' file): the codes
+    gguf-…             as above, from a GGUF file                alike where it was not quantised, else not comparable
 
-A weight that was loaded into 4 bits no longer has its source rows, so NF4 says nothing about a 16-bit base: between
-kinds a difference is a notice, within one it is an error. PEFT ignores the metadata, and its own files have none.
+Equal rows (in the dtype of either side) or equal codes are the same base; scales are not hashed, so double quantisation
+on or off is one base, and so is a 4-bit base that was made dense. Different rows, or different codes where a source is
+not known, are an error. Nothing in common is a notice. PEFT ignores the metadata, and its own files have none.
 """
 
-import hashlib
 import json
 import sys
 import warnings
@@ -25,80 +27,120 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.inject import lora_configs, lora_layers
 from minilora.lora import LoRALayer
-from minilora.quant import NF4Linear
+from minilora.quant import NF4Linear, digest, hash_rows
 from minilora.storage import whole, write_tensors
+from minilora_kernels import quantize_nf4
 
-KEY, ROWS = "minilora", 64
-_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+KEY = "minilora"
+FORCE = "pass check_base=False (--no_check_base on the command line) to force it"
 
 
-def fingerprint(layer: nn.Module, source: str | None = None, like: str = "") -> list[Any]:
-    """[kind, shape, hash] of a linear layer's weight, adapters aside; `source` is where the model came from.
-
-    like: a kind. Dense rows are cast to its dtype before they are hashed, so that casts of one weight compare equal.
-    """
+def fingerprint(layer: nn.Module, source: str | None = None) -> list[Any]:
+    """[kind, shape, hashes] of a layer's weight, adapters aside; `source` is where the model came from."""
     base = layer.base_layer if isinstance(layer, LoRALayer) else layer
     if isinstance(base, NF4Linear):
-        packed, width = base.weight.packed, max(1, base.in_features // 2)  # bytes of a row, or nearly where in is odd
-        kind, shape = f"nf4/{base.blocksize}", [base.out_features, base.in_features]
-        rows = packed[: len(packed) // width * width].view(-1, width)
+        shape, hashes = [base.out_features, base.in_features], base.fingerprint()
     else:
-        rows = base.get_parameter("weight").detach()
-        kind, shape = _KINDS.get(rows.dtype, str(rows.dtype)), list(rows.shape)
-    count = min(ROWS, len(rows))
-    rows = rows[torch.arange(count, device=rows.device) * len(rows) // max(count, 1)]  # the first, and evenly on
-    dtype = {name: dtype for dtype, name in _KINDS.items()}.get(like.removeprefix("gguf-"))
-    if dtype is not None and rows.is_floating_point():
-        rows = rows.to(dtype)
-    content = rows.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        weight = base.get_parameter("weight")
+        shape, hashes = list(weight.shape), hash_rows(weight)
     prefix = "gguf-" if str(source).endswith(".gguf") else ""
-    return [prefix + kind, shape, _digest(content)]
+    return [prefix + hashes.partition(":")[0], shape, hashes]
+
+
+def same_base(then: list[Any], now: list[Any]) -> bool | None:
+    """Whether two fingerprints are of one base; None where nothing that both have can tell."""
+    (a, own_a), (b, own_b) = _hashes(then), _hashes(now)
+    both = a.keys() & b.keys()
+    rows, codes = both & {own_a, own_b}, {kind for kind in both if kind.startswith("nf4/")}
+    comparable = then[0].startswith("gguf-") == now[0].startswith("gguf-")  # else one may be a rounding of the other
+    siblings = {own_a, own_b} == {"bf16", "fp16"}  # both may be roundings of one fp32 weight
+    if any(a[kind] == b[kind] for kind in rows | codes):
+        return True
+    return False if comparable and (codes or (rows and not siblings)) else None
+
+
+def _converted(layer: nn.Module, kind: str) -> str:
+    """The hashes that a layer would have, were it kept as `kind`: made dense, or in 4 bits; "" where that is no change.
+
+    A 4-bit weight that was made dense quantises to the same codes again.
+    """
+    base: Any = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    four_bit = kind.removeprefix("gguf-").startswith("nf4/")
+    if isinstance(base, NF4Linear):
+        return "" if four_bit else hash_rows(base.dequantize(torch.float32))
+    if not four_bit or not base.weight.is_floating_point():
+        return ""
+    return NF4Linear(quantize_nf4(base.weight.detach(), int(kind.rpartition("/")[2]))).fingerprint()
+
+
+def _hashes(entry: list[Any]) -> tuple[dict[str, str], str | None]:
+    """Hash by kind, and the source's own dtype if it is known. Older files have one hash, of what is stored."""
+    kind, _, text = entry
+    stored = kind.removeprefix("gguf-")
+    hashes = dict(part.split(":") for part in text.split(",")) if ":" in text else {stored: text}
+    return hashes, next((name for name in hashes if not name.startswith("nf4/")), None)
 
 
 def binding(
-    layers: Mapping[str, nn.Module], source: str | None = None, seed: int | None = None, tokenizer: Any = None
+    layers: Mapping[str, nn.Module], source: str | None, seed: int | None, tokenizer: dict[str, str] | None
 ) -> dict[str, Any]:
-    """What is written: the fingerprint of each layer, the adapter's seed, the tokenizer's, and minilora's version."""
+    """What is written: the layers' fingerprints, the adapter's seed, the tokenizer's hashes, minilora's version."""
     return {
         "version": sys.modules["minilora"].__version__,  # not imported: the door is on a higher floor
         "seed": seed,
-        "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer,
         "layers": {path: fingerprint(layer, source) for path, layer in layers.items()},
     }
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of the chat template and of what every token id stands for."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return _digest(json.dumps([tokenizer.chat_template, tokens]).encode())
+def hash_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """Hashes of the chat template and, if the tokenizer can list them, of what its ids stand for."""
+    template = getattr(tokenizer, "chat_template", None)  # a text, several by name, or None
+    hashes = {"chat_template": digest(json.dumps(template, sort_keys=True).encode())}
+    if (spell := getattr(tokenizer, "convert_ids_to_tokens", None)) is not None:
+        tokens = enumerate(spell(list(range(len(tokenizer)))))
+        used = [token for i, token in tokens if token not in (None, f"[PAD{i}]")]  # GGUF's name for an id without token
+        hashes["vocabulary"] = digest(json.dumps(used).encode())
+    return hashes
+
+
+def note_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Remember which tokenizer the active adapters are trained with, for when they are saved."""
+    names = {name for layer in lora_layers(model).values() for name in layer.active}
+    lora_configs(model).tokenizers |= dict.fromkeys(names, None if tokenizer is None else hash_tokenizer(tokenizer))
 
 
 def check_binding(
     then: dict[str, Any], layers: Mapping[str, nn.Module], source: str | None, where: Path, tokenizer: Any = None
 ) -> None:
-    """Compare what was written with the model. ValueError for another base of the same kind, or another tokenizer.
-
-    A base of another kind that cannot be compared is a one-line warning.
+    """Compare what was written with the model. ValueError for another base or tokenizer; one warning, of one line, for
+    layers that nothing can tell.
     """
-    other, written = [], then.get("layers", {})
+    unknown, written = [], then.get("layers", {})
     for path in (path for path in layers if path in written):
-        kind, _, digest = before = written[path]
-        now = fingerprint(layers[path], source, like=kind)
-        if now[2] == digest:
-            continue
-        if now[0] == kind:
+        before, now = written[path], fingerprint(layers[path], source)
+        same = same_base(before, now)
+        if not same and (hashes := _converted(layers[path], before[0])):
+            same = same_base(before, [*now[:2], hashes]) or same
+        if same is False:
             raise ValueError(
                 f"{where}: the adapter was trained on another base: {path} holds other weights here (expected "
-                f"{before}, got {now}). Load the base that it was trained on, or pass check_base=False to force it."
+                f"{before}, got {now}). Load the base that it was trained on, or {FORCE}."
             )
-        other.append(f"{path} was {kind}, is {now[0]}")
-    if other:
-        warnings.warn(f"{where}: {len(other)} layers cannot be compared with the base: {other[0]}.", stacklevel=3)
-    if tokenizer is not None and then.get("tokenizer") not in (None, tokenizer_digest(tokenizer)):
+        if same is None:
+            unknown.append(f"{path} was {before[0]}, is {now[0]}")
+    if unknown:
+        warnings.warn(f"{where}: {len(unknown)} layers cannot be compared with the base: {unknown[0]}.", stacklevel=3)
+    told = then.get("tokenizer")
+    if tokenizer is None or not isinstance(told, dict):
+        return
+    now = hash_tokenizer(tokenizer)
+    if other := " and ".join(f"another {what}" for what in told if now.get(what, told[what]) != told[what]):
         raise ValueError(
-            f"{where}: the adapter was trained with another tokenizer or chat template. Load the tokenizer of its "
-            "base, or pass check_base=False to force it."
+            f"{where}: the adapter was trained with {other}. Use the tokenizer and template that it was trained with, "
+            f"or, where the difference is meant, {FORCE}."
         )
 
 
@@ -125,13 +167,8 @@ def read_binding(path: Path) -> dict[str, Any]:
         text = (file.metadata() or {}).get(KEY, "{}")
     try:
         values = json.loads(text)
-        well_formed = all(len(entry) == 3 for entry in values.get("layers", {}).values())
+        for entry in values.get("layers", {}).values():
+            _hashes(entry)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: the metadata {KEY!r} is damaged ({error}): {text[:80]!r}.") from error
-    if not well_formed:
-        raise ValueError(f"{path}: the metadata {KEY!r} is damaged: expected [kind, shape, hash] of each layer.")
     return values
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.binding import binding, check_binding, read_binding, write_bound
+from minilora.adapters.binding import binding, check_binding, hash_tokenizer, read_binding, write_bound
 from minilora.adapters.switch import check_adapter, disabled_adapters, list_adapters, use_adapter
 from minilora.config import LoRAConfig
 from minilora.inject import attach, linear_layers, lora_configs, lora_layers, new_adapters, new_parts
@@ -52,7 +52,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, tokenizer: Any = None) -> None:
     """Write the adapter `name` to `folder` in PEFT's format, with fingerprints of the base's layers (binding.py).
 
-    tokenizer: the one it was trained with, to be told by its hash.
+    tokenizer: the one it was trained with, to be told by its hash; by default the one that `train` used.
     An adapter with NaN or infinity raises ValueError.
     """
     tensors = adapter_state_dict(model, name)
@@ -67,9 +67,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in lora_layers(model).values())
     folder = Path(folder)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
-    write_bound(
-        folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), lora_configs(model).seeds.get(name), tokenizer)
-    )
+    known = lora_configs(model)
+    hashes = known.tokenizers.get(name) if tokenizer is None else hash_tokenizer(tokenizer)
+    write_bound(folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), known.seeds.get(name), hashes))
     write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
@@ -87,7 +87,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
 
     Raises ValueError, with the model untouched, if the config asks for what is not supported or not there, if tensors
     are missing, left over, of another shape or not finite, if the adapter does nothing, or if it was trained on another
-    base of the same kind (binding.py; files without fingerprints, such as PEFT's, are not compared).
+    base or with another tokenizer (binding.py; files without fingerprints, such as PEFT's, are not compared).
     """
     folder = _find(folder)
     config = LoRAConfig.from_dict(_read_json(folder / CONFIG_FILE))
@@ -118,6 +118,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     else:
         attach(model, adapters, config, name, parts)
     lora_configs(model).seeds[name] = bound.get("seed")
+    lora_configs(model).tokenizers[name] = bound.get("tokenizer")
     return list(adapters)
 
 

@@ -58,6 +58,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             model.set_submodule(path, layer.base_layer)
     lora_configs(model).pop(name, None)
     lora_configs(model).seeds.pop(name, None)
+    lora_configs(model).tokenizers.pop(name, None)
 
 
 def check_adapter(model: nn.Module, name: str) -> None:

@@ -71,7 +71,7 @@ def load_model(
         is_linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
         if quantize and not checkpoint.four_bit and is_linear:
             weight = replace(quantize_nf4(tensor.to(device), blocksize, double_quant), dtype=dtype)
-            model.set_submodule(path, NF4Linear(weight, module.bias))
+            model.set_submodule(path, NF4Linear(weight, module.bias, tensor))
         else:
             tensor = tensor.to(device, dtype, copy=True)  # a copy: what was read may be mapped from the file
             _check(tensor, checkpoint.where(name), f"{name} in {dtype}")  # fp16 overflows where bf16 does not

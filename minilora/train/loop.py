@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters.binding import note_tokenizer
 from minilora.scoring.objective import SFT, Objective
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
@@ -87,6 +88,7 @@ def train(
     autocast, scaler = guard.precision_of(model, config, device)
     checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config)
     progress = checkpoints.resume(plan.identity)
+    note_tokenizer(model, tokenizer)
     interrupted = False
     with (
         Log(progress, total, config) as log,
