@@ -39,7 +39,7 @@ class LoRAConfig:
 
     r: int = _option(8, "rank of the correction B A")
     lora_alpha: float = _option(8, "its strength: B A is scaled by lora_alpha / r")
-    lora_dropout: float = _option(0.0, "probability with which an adapter's input is dropped in training")
+    lora_dropout: float = _option(0.0, "probability with which an adapter's input (but ids) is dropped in training")
     target_modules: list[str] | str | None = _option(
         None,
         'names or ends of names ("q_proj"), a regular expression for whole names, "all-linear" (every linear layer '
@@ -52,8 +52,14 @@ class LoRAConfig:
     layers_to_transform: list[int] | int | None = _option(None, "only layers of these numbers")
     layers_pattern: list[str] | str | None = _option(None, "the name that the layer number follows (layers, h)")
     init_lora_weights: bool | str = _option(True, 'True: A uniform, B zero; "gaussian": A normal, deviation 1/r')
+    lora_bias: bool = _option(False, "a bias trains with each B: W x + s (B A x + b)")
     bias: str = _option("none", 'biases that train too: "none", "all", or "lora_only", those of the adapted layers')
     modules_to_save: list[str] | None = _option(None, "modules that train and are saved whole: names or ends of names")
+    tie: str | None = _option(
+        None,
+        "for what shares its weight, as an embedding and the output layer may: "
+        '"shared", one update for all that share it, or "untie", for the named one alone',
+    )
     task_type: str | None = _option(TaskType.CAUSAL_LM.value, "carried into the file")
     base_model_name_or_path: str | None = _option(None, "carried into the file; None takes the model's")
     revision: str | None = _option(None, "carried into the file")
@@ -75,6 +81,12 @@ class LoRAConfig:
             raise ValueError(f'init_lora_weights: expected True or "gaussian", got {self.init_lora_weights!r}.')
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias: expected "none", "all" or "lora_only", got {self.bias!r}.')
+        if self.tie not in (None, "shared", "untie"):
+            raise ValueError(f'tie: expected None, "shared" or "untie", got {self.tie!r}.')
+        if self.lora_bias and self.init_lora_weights is not True:
+            raise ValueError(
+                f"lora_bias: PEFT has it with init_lora_weights=True only, got {self.init_lora_weights!r}."
+            )
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save: expected a list of names, got the string {self.modules_to_save!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -89,6 +101,8 @@ class LoRAConfig:
         raises ValueError when it would change the result.
         """
         values = dict(values)
+        if values.pop("ensure_weight_tying", False):
+            values["tie"] = "shared"  # without it PEFT adapts what is named and nothing else, as None does for a file
         if (peft_type := values.pop("peft_type", "LORA")) != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', got {peft_type!r}: minilora reads LoRA adapters only.")
         known = {f.name for f in fields(cls)}
@@ -107,6 +121,10 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(values[name], list):
                 values[name] = sorted(values[name])
+        if values.pop("tie") == "shared":
+            values["ensure_weight_tying"] = True
+        if not values["lora_bias"]:
+            del values["lora_bias"]  # readers older than the field stay content
         return {"peft_type": "LORA"} | values | {"inference_mode": True, "use_dora": False, "fan_in_fan_out": False}
 
 

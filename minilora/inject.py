@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from minilora.config import LoRAConfig
-from minilora.lora import LoRAAdapter, LoRALayer, linear_features
-from minilora.modules import Part, TrainedParts, ends_with, output_layer, tied_modules
+from minilora.layers import Adapter, EmbeddingAdapter, is_adaptable, is_linear, new_adapter, unwrapped
+from minilora.lora import LoRALayer
+from minilora.modules import Part, TrainedParts, ends_with, output_layer, within
 from minilora.names import unknown
 
 # What PEFT adapts when target_modules is None, by the model's type.
@@ -34,11 +34,15 @@ def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "defa
         seed: A's initial values depend on this and on the layer's name, and on nothing else.
 
     Returns the names of the adapted layers, in model order. Raises ValueError, with the model untouched, for a
-    target, exclusion, pattern or layer number that matches nothing, and for a rank larger than its layer.
+    target, exclusion, pattern or layer number that matches nothing, for a rank larger than its layer, and for one that
+    shares its weight unless `config.tie` says what that is to mean.
     """
     config = config or LoRAConfig()
     adapters = new_adapters(model, config, seed)
     parts = new_parts(model, config, adapters)
+    _check_tie(model, config, adapters, parts)
+    if config.lora_dropout and all(isinstance(unwrapped(model.get_submodule(path)), nn.Embedding) for path in adapters):
+        raise ValueError("lora_dropout would do nothing: ids cannot be dropped, and only embeddings are targeted.")
     if config.bias != "none" and not any(isinstance(part, nn.Parameter) for part in parts.values()):
         raise ValueError(f'bias: {config.bias!r} would do nothing: there is no bias to train. Leave it "none".')
     attach(model, adapters, config, name, parts)
@@ -46,17 +50,36 @@ def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "defa
     return [path for path, layer in lora_layers(model, remove_duplicate=False).items() if name in layer.adapters]
 
 
-def new_adapters(model: nn.Module, config: LoRAConfig, seed: int = 0) -> dict[str, LoRAAdapter]:
-    """The adapters that `config` asks for, initialised, by the name of their layer. Changes nothing."""
-    return {path: _new_adapter(path, layer, config, seed) for path, layer in find_targets(model, config).items()}
+def new_adapters(model: nn.Module, config: LoRAConfig, seed: int = 0) -> dict[str, Adapter]:
+    """The adapters that `config` asks for, initialised, by the name of their layer. Changes nothing.
+
+    tie="shared": layers that share a weight share one adapter, the embedding's. Otherwise, as in PEFT, what is named
+    is adapted and nothing else.
+    """
+    adapters = {path: _new_adapter(path, layer, config, seed) for path, layer in find_targets(model, config).items()}
+    for path, others in lora_configs(model).parts.tied(model).items() if config.tie == "shared" else ():
+        if path not in adapters:
+            continue
+        group = [name for name in adapters if name == path or name in others]  # in model order
+        first = next((name for name in group if isinstance(adapters[name], EmbeddingAdapter)), group[0])
+        if not isinstance(adapters[first], EmbeddingAdapter) or not adapters.keys() >= {*others}:
+            raise ValueError(
+                f'tie="shared" is for an embedding and linear layers that share its weight, all of them: {path!r} '
+                f'shares it with {others}, of which {sorted({*others} - {*adapters})} are left out. tie="untie" may do.'
+            )
+        if len({(adapters[name].r, adapters[name].scaling) for name in group}) > 1:
+            raise ValueError(f'tie="shared": rank_pattern and alpha_pattern must give {group} one rank and strength.')
+        adapters |= dict.fromkeys(group, adapters[first])
+    return adapters
 
 
 def new_parts(model: nn.Module, config: LoRAConfig, adapters: Iterable[str]) -> dict[str, Part]:
     """Copies of the modules and biases that `config` trains beside the layers named `adapters`. Changes nothing."""
-    return lora_configs(model).parts.new(model, config.modules_to_save or (), config.bias, set(adapters))
+    wanted, shared = config.modules_to_save or (), config.tie == "shared"
+    return lora_configs(model).parts.new(model, wanted, config.bias, set(adapters), shared)
 
 
-def attach(model: nn.Module, adapters: dict[str, LoRAAdapter], config: LoRAConfig, name: str,
+def attach(model: nn.Module, adapters: dict[str, Adapter], config: LoRAConfig, name: str,
            parts: dict[str, Part]) -> None:  # fmt: skip
     """Put `adapters` (by layer name) into `model` as the adapter `name`, the only active one; freeze the rest.
 
@@ -120,19 +143,22 @@ def lora_configs(model: nn.Module) -> Injected:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The linear layers that `config` targets, by name: what inject would adapt. Changes nothing."""
+    """The layers that `config` targets, by name: what inject would adapt. Changes nothing."""
     if isinstance(model, LoRALayer) or not dict(model.named_children()):
         raise ValueError(f"model: expected a module with layers inside, got {type(model).__name__}: use LoRALayer(it).")
-    candidates = linear_layers(model)
+    candidates = adaptable_layers(model)
     if not candidates:
-        raise ValueError(f"{type(model).__name__} has no linear layers to adapt.")
+        raise ValueError(f"{type(model).__name__} has no layers to adapt.")
     modules = dict(model.named_modules(remove_duplicate=False))
     target_modules = _default_targets(model) if config.target_modules is None else config.target_modules
     if target_modules == "all-linear":
         output = output_layer(model)
-        chosen = [path for path, layer in candidates.items() if layer is not output]
+        chosen = [path for path, layer in candidates.items() if is_linear(layer) and layer is not output]
     else:
         chosen = _match("target_modules", target_modules, candidates, modules)
+    if config.tie == "shared":
+        tied = lora_configs(model).parts.tied(model)
+        chosen = [path for path in candidates if path in chosen or {*tied.get(path, ())} & {*chosen}]
     if config.exclude_modules:
         excluded = _match("exclude_modules", config.exclude_modules, candidates, modules)
         chosen = [path for path in chosen if path not in set(excluded)]
@@ -143,31 +169,35 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
                 raise unknown(kind, key, chosen)
     if not chosen:
         raise ValueError("no layer is left to adapt after exclude_modules and layers_to_transform.")
-    tied = tied_modules(model)
-    if shared := [path for path in chosen if path in tied]:
-        raise ValueError(
-            f"target {shared[0]!r} shares its weight with {tied[shared[0]][0]!r} (tied): not supported yet."
-        )
     return {path: candidates[path] for path in chosen}
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a LoRALayer can wrap it: nn.Linear and its kin, NF4Linear, transformers' Conv1D, a LoRALayer.
-
-    Not the output projection of nn.MultiheadAttention, which reads that layer's weight and never calls it.
-    """
-    try:
-        linear_features(module)
-    except ValueError:
-        return False
-    return hasattr(module, "weight") and not isinstance(module, NonDynamicallyQuantizableLinear)
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """What an adapter can be put on, by name: every linear layer, and a LoRALayer but nothing inside it."""
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What an adapter can be put on, by name: every layer of a kind that has one, a LoRALayer but nothing inside it."""
     inside = tuple(f"{path}." for path in lora_layers(model, remove_duplicate=False))  # never LoRA inside LoRA
     modules = model.named_modules(remove_duplicate=False)
-    return {path: m for path, m in modules if is_linear(m) and not path.startswith(inside or ("\0",))}
+    return {path: m for path, m in modules if is_adaptable(m) and not path.startswith(inside or ("\0",))}
+
+
+def _check_tie(model: nn.Module, config: LoRAConfig, adapters: Iterable[str], parts: dict[str, Part]) -> None:
+    """ValueError for what shares its weight without a word on it in `config`, and for a word that means nothing."""
+    roots = (*adapters, *(path for path, part in parts.items() if isinstance(part, nn.Module)))
+    tied = lora_configs(model).parts.tied(model)
+    for root in roots:
+        for path in (path for path in tied if within(path, root)):
+            module = model.get_submodule(path)
+            others = [name for name in tied[path] if not within(name, root)]
+            if all(name in roots and model.get_submodule(name) is module for name in others):
+                continue  # one module under several names, all of them meant
+            if config.tie is None:
+                raise ValueError(
+                    f"{root!r} shares its weight with {others[0]!r} (tied). Say what is meant: LoRAConfig(tie="
+                    f'"shared") gives all of them one update, and they stay tied; tie="untie" changes {root!r} alone, '
+                    "and a merged or saved model is no longer tied."
+                )
+            return
+    if config.tie is not None:
+        raise ValueError(f"tie: {config.tie!r} would do nothing: nothing that trains shares its weight. Leave it out.")
 
 
 def _default_targets(model: nn.Module) -> list[str]:
@@ -194,8 +224,8 @@ def _match(kind: str, wanted: Sequence[str] | str, candidates: dict, modules: di
             if hits := [path for path in modules if ends_with(path, entry)]:
                 inside = [path for path in candidates if path.startswith(f"{hits[0]}.")]
                 raise ValueError(
-                    f"{kind}: {entry!r} is {type(modules[hits[0]]).__name__}, not a linear layer. "
-                    f"Linear layers in it: {[path.removeprefix(hits[0] + '.') for path in inside] or 'none'}."
+                    f"{kind}: {entry!r} is {type(modules[hits[0]]).__name__}, which has no adapter. "
+                    f"Layers in it that have: {[path.removeprefix(hits[0] + '.') for path in inside] or 'none'}."
                 )
             raise unknown(kind, entry, candidates)
     return [path for path in candidates if any(ends_with(path, entry) for entry in wanted)]
@@ -225,26 +255,23 @@ def _pattern_matches(key: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
-def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> LoRAAdapter:
+def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> Adapter:
     r = next((r for key, r in config.rank_pattern.items() if _pattern_matches(key, path)), config.r)
     alpha = next((a for key, a in config.alpha_pattern.items() if _pattern_matches(key, path)), config.lora_alpha)
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1
+    options = (alpha, config.lora_dropout, config.use_rslora, config.lora_bias)
     try:
-        adapter = LoRAAdapter(
-            *linear_features(layer), r, alpha, config.lora_dropout, config.use_rslora, seed=layer_seed
-        )
+        adapter = new_adapter(layer, r, *options, seed=layer_seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if config.init_lora_weights == "gaussian":
+    if config.init_lora_weights == "gaussian" and not isinstance(adapter, EmbeddingAdapter):  # whose B is normal
         generator = torch.Generator("cpu").manual_seed(layer_seed)
         adapter.lora_A.data.normal_(0, 1 / r, generator=generator)
     return adapter
 
 
 def _without_adapters(base: nn.Module) -> LoRALayer:
-    layer = LoRALayer(base, r=1)
-    layer.use([])
-    del layer.adapters["default"]
+    layer = LoRALayer(base, r=None)
     layer.register_load_state_dict_pre_hook(_take_bare_state)
     return layer
 

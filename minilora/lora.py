@@ -11,17 +11,14 @@ exactly the layer it replaced; A starts random, or the gradient of B would be ze
     W       base_layer.weight  (out, in)  frozen weight: of an nn.Linear, or 4-bit, or anything that maps x to h
     A       lora_A             (r, in)    down-projection, fp32, U(−1/√in, 1/√in)
     B       lora_B             (out, r)   up-projection, fp32, zero
-    r       r                  ()         rank of the correction
-    α       lora_alpha         ()         its strength
+    r, α    r, lora_alpha      ()         rank of the correction, and its strength
     s       scaling            ()         α/r, or α/√r when rank-stabilised (arXiv:2312.03732)
+    b       lora_bias          (out,)     on request: h = W x + s · (B A x + b), fp32, zero
 
-Several adapters can live on one layer by name; the active ones add up, and with none active the output is the
-base's own, bit for bit. Simpler than PEFT: a layer never merges, so forward(), train() and eval() change no weight.
-What would break it: computing B A first, as large as W.
+Several adapters live on one layer by name and add up; with none active the output is the base's own, bit for bit.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -29,72 +26,79 @@ from torch import Tensor, nn
 
 
 class LoRAAdapter(nn.Module):
-    """One low-rank correction s · B A x, called as ``adapter(x, y, base)`` with the layer's input x (…, in), its
-    output so far y (…, out) and the base; returns the corrected y. Variants are other small classes with this call.
-    """
+    """s · B A x, called as ``adapter(x, y, base)``: the layer's input x (…, in), its output so far y (…, out) and its
+    base → the corrected y. Variants are other small classes with these methods."""
 
-    def __init__(self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8,
-                 lora_dropout: float = 0.0, use_rslora: bool = False, *, seed: int = 0):  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0,
+                 use_rslora: bool = False, lora_bias: bool = False, *, seed: int = 0):  # fmt: skip
         super().__init__()
-        if not 1 <= r <= min(in_features, out_features):
-            raise ValueError(
-                f"r: expected 1 to {min(in_features, out_features)} for a layer of {in_features} inputs and "
-                f"{out_features} outputs, got {r}. Lower r, or give this layer its own with rank_pattern."
-            )
-        if not 0 <= lora_dropout < 1 or not math.isfinite(lora_alpha) or lora_alpha == 0:
-            raise ValueError(f"expected 0 <= lora_dropout < 1 and lora_alpha != 0, got {lora_dropout}, {lora_alpha}.")
+        self.scaling = scaling(r, min(in_features, out_features), lora_alpha, lora_dropout, use_rslora)
         self.r, self.lora_alpha = r, lora_alpha
-        self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
         self.dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32))
+        self.lora_bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32)) if lora_bias else None
         self.reset_parameters(seed)
 
-    @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """Initialise A and B from `seed` alone: no global random state is read or moved."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])  # what nn.Linear does: kaiming_uniform with a = √5
+    def reset_parameters(self, seed: int) -> None:  # from `seed` alone: no global random state is read or moved
+        bound = 1 / math.sqrt(self.lora_A[0].numel())  # what nn.Linear does: kaiming_uniform with a = √5
         generator = torch.Generator("cpu").manual_seed(seed)  # drawn on the CPU: the same numbers on every device
-        self.lora_A.copy_(torch.empty(self.lora_A.shape, device="cpu").uniform_(-bound, bound, generator=generator))
-        self.lora_B.zero_()
+        A = torch.empty(self.lora_A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.lora_A.data.copy_(A)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y + s · B A dropout(x), computed in x.dtype; x (…, in), y (…, out)."""
+        """y + s · (B A dropout(x) + b), computed in x.dtype; x (…, in), y (…, out)."""
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)  # (r, in), (out, r)
+        b = None if self.lora_bias is None else self.scaling * self.lora_bias.to(x.dtype)  # (out,)
         z = F.linear(self.dropout(x), A)  # (…, r)
-        return y + F.linear(self.scaling * z, B)  # (…, out)
+        return y + F.linear(self.scaling * z, B, b)  # (…, out)
+
+    def delta(self, dtype: torch.dtype) -> Tensor:  # what merging adds to W: s · B A (out, in)
+        return self.scaling * self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)
+
+    def tensors(self, base: nn.Module) -> dict[str, Tensor]:  # the live parameters under PEFT's names
+        named = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, "lora_B.bias": self.lora_bias}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
 
     def _apply(self, fn, recurse=True):
         def keep_fp32(t: Tensor) -> Tensor:  # `.half()` and `.bfloat16()` are for the base: masters only move device
             return moved if (moved := fn(t)).dtype.itemsize >= 4 else t.to(moved.device)
 
-        return super()._apply(keep_fp32, recurse)
+        return nn.Module._apply(self, keep_fp32, recurse)  # not super(): other adapters borrow this method
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-class LoRALayer(nn.Module):
-    """A frozen linear layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones.
+def scaling(r: int, most: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> float:
+    """s of an adapter on a layer that has room for a rank of `most`; ValueError for a number outside its range."""
+    if not 1 <= r <= most:
+        raise ValueError(f"r: expected 1 to {most}, got {r}. Lower r, or give this layer its own with rank_pattern.")
+    if not 0 <= lora_dropout < 1 or not math.isfinite(lora_alpha) or lora_alpha == 0:
+        raise ValueError(f"expected 0 <= lora_dropout < 1 and lora_alpha != 0, got {lora_dropout}, {lora_alpha}.")
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
-    Args:
-        base: nn.Linear, NF4Linear, or transformers' Conv1D (its weight is stored transposed).
-        r, lora_alpha, lora_dropout, use_rslora: the first adapter's rank, α, dropout on its input, α/√r scaling.
-        name: the first adapter's name.  seed: what its A is drawn from.
+
+class LoRALayer(nn.Module):
+    """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones.
+
+    base: nn.Linear, NF4Linear, or transformers' Conv1D (its weight is stored transposed). With r=None there is no
+        adapter yet, and it may be of any kind that layers.py has adapters for. All else is the first adapter's.
     Raises ValueError: a base that is not linear, r outside the layer, dropout outside [0, 1), α = 0.
     """
 
-    def __init__(self, base: nn.Module, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
+    def __init__(self, base: nn.Module, r: int | None = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
                  use_rslora: bool = False, *, name: str = "default", seed: int = 0):  # fmt: skip
         super().__init__()
-        self.in_features, self.out_features = linear_features(base)
-        adapter = LoRAAdapter(self.in_features, self.out_features, r, lora_alpha, lora_dropout, use_rslora, seed=seed)
+        options = (lora_alpha, lora_dropout, use_rslora)  # may raise: before anything is changed
+        adapter = None if r is None else LoRAAdapter(*linear_features(base), r, *options, seed=seed)
         self.base_layer = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.training = base.training  # a layer put into an evaluating model evaluates: no dropout
-        self.add_adapter(name, adapter)
-        self.use([name])
+        if adapter is not None:
+            self.add_adapter(name, adapter)
+            self.use([name])
 
     def add_adapter(self, name: str, adapter: nn.Module) -> None:
         """Add an inactive adapter, on the base's device. A name that exists, is empty or has a dot raises."""
@@ -103,22 +107,20 @@ class LoRALayer(nn.Module):
         device = next((p.device for p in self.base_layer.parameters()), None)
         self.adapters[name] = adapter.to(device).train(self.training).requires_grad_(False)
 
-    def use(self, names: Iterable[str]) -> None:
-        """Make exactly these adapters active and trainable, in this order; all others neither."""
-        names = tuple(names)
-        if unknown := set(names) - set(self.adapters):
+    def use(self, names: list[str] | tuple[str, ...]) -> None:  # these, in this order, are active and train; no others
+        if unknown := set(names := tuple(names)) - set(self.adapters):
             raise ValueError(f"unknown adapters {sorted(unknown)}: this layer has {[*self.adapters]}.")
         self.active = names
         for name, adapter in self.adapters.items():
             adapter.requires_grad_(name in names)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → h (…, out)."""
+    def forward(self, x: Tensor) -> Tensor:  # x (…, in) → h (…, out)
         h = self.base_layer(x)  # W x
         for name in self.active:
             h = self.adapters[name](x, h, self.base_layer)  # + s · B A x
         return h
 
+    in_features, out_features = (property(lambda self, i=i: linear_features(self.base_layer)[i]) for i in (0, 1))
     weight = property(lambda self: self.base_layer.weight, doc="W, read only: a Parameter, or an NF4Weight.")
     bias = property(lambda self: self.base_layer.bias, doc="The base's bias (out,) or None, read only.")
 
@@ -127,8 +129,7 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         dtype = next(self.base_layer.parameters()).dtype
-        bits = 4 if dtype == torch.uint8 else dtype.itemsize * 8
-        return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active}, bits={bits}"
+        return f"active={self.active}, bits={4 if dtype == torch.uint8 else dtype.itemsize * 8}"
 
 
 def linear_features(base: nn.Module) -> tuple[int, int]:

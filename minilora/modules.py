@@ -4,7 +4,7 @@ that train in the place of some of them."""
 import copy
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,22 @@ class TrainedParts:
         used = {path for parts in self.trained.values() for path in parts}
         self.originals = {path: part for path, part in self.originals.items() if path in used}
 
-    def new(self, model: nn.Module, wanted: Iterable[str], bias: str, adapters: set[str]) -> dict[str, Part]:
-        """Frozen copies of the modules `wanted` (ends of names) and of the biases of all layers or of `adapters`."""
+    def tied(self, model: nn.Module) -> dict[str, list[str]]:
+        """Modules whose weight stands under another plain name too → those names; adapters and copies aside."""
+        holders: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            weight = cast(nn.Module, self.originals.get(path, module))._parameters.get("weight")
+            if weight is not None:
+                holders.setdefault(id(weight), []).append(path.removesuffix(".base_layer"))
+        groups = [group for group in holders.values() if len(group) > 1]
+        return {path: [name for name in group if name != path] for group in groups for path in group}
+
+    def new(self, model: nn.Module, wanted: Iterable[str], bias: str, adapters: set[str],
+            shared: bool = False) -> dict[str, Part]:  # fmt: skip
+        """Frozen copies of the modules `wanted` (ends of names) and of the biases of all layers or of `adapters`.
+
+        shared: what shares a weight with one of them gets a copy as well, and the copies share theirs.
+        """
         modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
         layers = {path for path, module in modules.items() if isinstance(module, LoRALayer)}
         parts: list[str] = []
@@ -108,35 +122,36 @@ class TrainedParts:
             parts += (fitting := [path for path in modules if ends_with(path, entry)])
             if not fitting:
                 raise unknown("modules_to_save", entry, modules)
-        tied = tied_modules(model)
+        for path, others in self.tied(model).items() if shared else ():
+            if any(within(path, part) for part in parts):
+                parts += [name for name in others if not any(within(name, part) for part in parts)]
         for path in parts:
-            if clash := [name for name in (*adapters, *layers, *parts) if name != path and _within(name, path)]:
+            if clash := [name for name in (*adapters, *layers, *parts) if name != path and within(name, path)]:
                 raise ValueError(
                     f"modules_to_save: {path!r} holds {clash[0]!r}, which trains too: name one of the two."
                 )
             if path in adapters | layers:
                 raise ValueError(f"modules_to_save: {path!r} has an adapter: leave it out of one of the two.")
-            twice = sum(module is modules[path] for module in modules.values()) > 1
-            if twice or any(_within(name, path) for name in tied):
-                raise ValueError(
-                    f"modules_to_save: {path!r} shares its weight (tied): training it is not supported yet."
-                )
         whole = tuple(parts)
+        inside = tuple(f"{path}.adapters." for path in layers)
         for name, _ in model.named_parameters() if bias != "none" else ():
+            if name.startswith(inside):
+                continue  # a lora_bias
             parent, _, leaf = name.rpartition(".")
             parent = plain if (plain := parent.removesuffix(".base_layer")) in layers else parent
             chosen = "bias" in leaf and (bias == "all" or parent in adapters)
-            if chosen and not any(_within(parent, path) for path in whole):
+            if chosen and not any(within(parent, path) for path in whole):
                 parts.append(f"{parent}.{leaf}" if parent else leaf)
         for path in (*parts, *adapters):
-            inside = [name for name in self.originals if _within(path, name) and (name != path or path in adapters)]
-            around = [name for name in self.originals if path in whole and name != path and _within(name, path)]
+            inside = [name for name in self.originals if within(path, name) and (name != path or path in adapters)]
+            around = [name for name in self.originals if path in whole and name != path and within(name, path)]
             if inside or around:
                 clash = (inside + around)[0]
                 raise ValueError(f"{path!r}: another adapter trains {clash!r} with it: delete_adapter that one first.")
-        return {path: self._copy(model, path) for path in parts}
+        memo: dict[int, Any] = {}  # what deepcopy has copied: with one for all, copies share what originals share
+        return {path: self._copy(model, path, memo if shared else {}) for path in parts}
 
-    def _copy(self, model: nn.Module, path: str) -> Part:
+    def _copy(self, model: nn.Module, path: str, memo: dict[int, Any]) -> Part:
         """A frozen fp32 copy of the part `path`. ValueError for a part that cannot train."""
         holder, leaf = part_holder(model, path)
         part = self.originals[path] if path in self.originals else getattr(holder, leaf)
@@ -151,14 +166,15 @@ class TrainedParts:
         if not dtypes or any(not dtype.is_floating_point for dtype in dtypes):
             what = "has no parameters" if not dtypes else "is in 4 bits and cannot train: leave it out of quantising"
             raise ValueError(f"modules_to_save: {path!r} {what}.")
-        copied = copy.deepcopy(part).requires_grad_(False)
+        copied = copy.deepcopy(part, memo).requires_grad_(False)
         if low := next((dtype for dtype in dtypes if dtype.itemsize < 4), None):
             copied.float().register_forward_pre_hook(_to_fp32)
             copied.register_forward_hook(partial(_from_fp32, low))
         return copied
 
 
-def _within(path: str, module: str) -> bool:
+def within(path: str, module: str) -> bool:
+    """Whether `path` is the module or something in it."""
     return f"{path}.".startswith(f"{module}.")
 
 

@@ -44,7 +44,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors.torch import save_file
 
     with whole(path) as temporary:
-        contiguous = {key: tensors[key].detach().contiguous() for key in sorted(tensors)}
+        contiguous: dict[str, Tensor] = {}
+        places: set[int] = set()  # in memory: safetensors refuses what stands under two names
+        for key in sorted(tensors):
+            tensor = tensors[key].detach().contiguous()
+            contiguous[key] = tensor.clone() if tensor.data_ptr() in places else tensor
+            places.add(tensor.data_ptr())
         save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
 
 

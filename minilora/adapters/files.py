@@ -3,16 +3,20 @@
     adapter_config.json         LoRAConfig, with PEFT's names
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight  fp32 (r, in)
                                 base_model.model.<layer>.lora_B.weight  fp32 (out, r)
+                                … and what the adapters of other kinds of layers say (layers.py: `tensors`)
                                 base_model.model.<layer>.base_layer.bias, <module>.weight … of trained parts
 
 <layer> is the layer's name in the model; the adapter's own name is not in the file. Reading is strict: PEFT goes on
-with a warning, or without one, when keys are missing, left over or not finite, and then computes something else.
+with a warning, or without one, when keys are missing, left over or not finite, and then computes something else. Beside
+an adapted embedding or output layer PEFT writes its base, 100 MB and more, and does not need it: it is compared when
+read, and not written.
 """
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +24,8 @@ from torch import Tensor, nn
 from minilora.adapters.binding import binding, check_binding, hash_tokenizer, read_binding, write_bound
 from minilora.adapters.switch import check_adapter, disabled_adapters, list_adapters, use_adapter
 from minilora.config import LoRAConfig
-from minilora.inject import attach, linear_layers, lora_configs, lora_layers, new_adapters, new_parts
-from minilora.lora import LoRAAdapter
+from minilora.inject import adaptable_layers, attach, lora_configs, lora_layers, new_adapters, new_parts
+from minilora.layers import Adapter, unwrapped
 from minilora.modules import Part, ends_with, is_conv1d
 from minilora.storage import read_tensors, write_text
 
@@ -32,7 +36,7 @@ PREFIX = "base_model.model."
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, fp32; views of the live parameters."""
     check_adapter(model, name)
-    return _keys(_adapters(model, name), lora_configs(model).parts.of([name]))
+    return _keys(model, _adapters(model, name), lora_configs(model).parts.of([name]))
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -94,46 +98,46 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     tensors = read_tensors(folder / WEIGHTS_FILE)
     adapters = new_adapters(model, config)
     parts = new_parts(model, config, adapters)
-    _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(adapters, parts).items()}, folder)
+    live = _keys(model, adapters, parts)
+    extra = {key: tensors.pop(key) for key in [*tensors] if key not in live}
+    tensors |= _without_base(model, extra, adapters, folder, check_base)
+    _check_keys(tensors, live, folder)
     _check_finite(tensors, str(folder))
     _check_trained(tensors, folder, allow_untrained)
     bound = read_binding(folder / WEIGHTS_FILE)
     if check_base:
         check_binding(bound, {path: model.get_submodule(path) for path in adapters}, _source(model), folder, tokenizer)
-    if name in list_adapters(model):
+    _fill(live, tensors, folder)
+    if name not in list_adapters(model):
+        attach(model, adapters, config, name, parts)
+    else:
         existing = _adapters(model, name)
-        scalings = {path: adapter.scaling for path, adapter in adapters.items()}
-        if scalings != {path: adapter.scaling for path, adapter in existing.items()}:
+        old, new = ({path: a.scaling for path, a in one.items()} for one in (existing, adapters))
+        if old != new or len({*map(id, existing.values())}) != len({*map(id, adapters.values())}):  # shared or not
             raise ValueError(
                 f"adapter {name!r} exists with other layers or scaling: delete it, or load by another name."
             )
-        parts = lora_configs(model).parts.of([name])
-        _check_keys(tensors, {key: tuple(t.shape) for key, t in _keys(existing, parts).items()}, folder)
-        adapters = existing
-    with torch.no_grad():
-        for key, parameter in _keys(adapters, parts).items():
-            parameter.copy_(tensors[key])
-    if name in list_adapters(model):
+        there = _keys(model, existing, lora_configs(model).parts.of([name]))
+        _check_keys(tensors, there, folder)
+        _fill(there, tensors, folder)
         use_adapter(model, name)
-    else:
-        attach(model, adapters, config, name, parts)
     lora_configs(model).seeds[name] = bound.get("seed")
     lora_configs(model).tokenizers[name] = bound.get("tokenizer")
     return list(adapters)
 
 
-def _adapters(model: nn.Module, name: str) -> dict[str, LoRAAdapter]:
+def _adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
     """The adapter's part of each layer that it is on, by the layer's name."""
-    found = {path: layer.adapters[name] for path, layer in lora_layers(model).items() if name in layer.adapters}
-    return {path: adapter for path, adapter in found.items() if isinstance(adapter, LoRAAdapter)}
+    layers = lora_layers(model).items()
+    return {path: cast(Adapter, layer.adapters[name]) for path, layer in layers if name in layer.adapters}
 
 
-def _keys(adapters: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str, Tensor]:
+def _keys(model: nn.Module, adapters: dict[str, Adapter], parts: dict[str, Part]) -> dict[str, Tensor]:
     """PEFT key → the live tensor, for adapters by layer name and trained parts by plain name."""
     keys = {
-        f"{path}.{factor}.weight": getattr(adapter, factor).detach()
+        f"{path}.{end}": tensor.detach()
         for path, adapter in adapters.items()
-        for factor in ("lora_A", "lora_B")
+        for end, tensor in adapter.tensors(unwrapped(model.get_submodule(path))).items()
     }
     for path, part in parts.items():
         parent, _, leaf = path.rpartition(".")
@@ -144,7 +148,40 @@ def _keys(adapters: dict[str, LoRAAdapter], parts: dict[str, Part]) -> dict[str,
     return {f"{PREFIX}{key}": tensor for key, tensor in keys.items()}
 
 
-def _check_keys(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _without_base(
+    model: nn.Module, tensors: dict[str, Tensor], adapters: Iterable[str], folder: Path, check: bool
+) -> dict[str, Tensor]:
+    """`tensors` but the adapted layers' own weights. ValueError if one is not the model's in the coarser dtype."""
+    rest = dict(tensors)
+    for path in adapters:
+        for leaf, own in unwrapped(model.get_submodule(path)).named_parameters(recurse=False):
+            found = rest.pop(key := f"{PREFIX}{path}.base_layer.{leaf}", None)
+            if found is None or not check:
+                continue
+            remedy = f"Load the base that it was trained on, or pass check_base=False to use {path}'s own."
+            if found.shape != own.shape or not found.is_floating_point():
+                raise ValueError(f"{folder}: {key} is {tuple(found.shape)}, the model's {tuple(own.shape)}. {remedy}")
+            coarse = max(found.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            theirs, ours = found.to(coarse), own.detach().cpu().to(coarse)
+            if len(places := (theirs != ours).nonzero()):
+                at = tuple(places[0].tolist())
+                raise ValueError(f"{folder}: {key}{list(at)} is {theirs[at]}, the model's {ours[at]}. {remedy}")
+    return rest
+
+
+def _fill(live: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy into the live tensors, some of which share memory (tie="shared"). ValueError if those are not equal."""
+    for key, tensor in live.items():
+        tensor.copy_(tensors[key])
+    if apart := [key for key, tensor in live.items() if not torch.equal(tensor, tensors[key].to(tensor))]:
+        raise ValueError(
+            f"{folder}: ensure_weight_tying is set, but {apart[0]} is not the update of the weight it is "
+            "tied to. Set it to false and name all of them in target_modules or modules_to_save, to load them untied."
+        )
+
+
+def _check_keys(tensors: dict[str, Tensor], live: dict[str, Tensor], folder: Path) -> None:
+    expected = {key: tuple(tensor.shape) for key, tensor in live.items()}
     problems = [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key} {tuple(t.shape)}" for key, t in tensors.items() if key not in expected]
     for key, shape in expected.items():
@@ -164,8 +201,9 @@ def _check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def _check_trained(tensors: dict[str, Tensor], folder: Path, allow_untrained: bool) -> None:
-    ups = [key for key in tensors if key.endswith("lora_B.weight")]
-    zero = [key for key in ups if not tensors[key].any()]
+    ups = [key for key in tensors if key.endswith(("lora_B.weight", "lora_embedding_A"))]  # what starts at zero,
+    also = {key: key.replace("lora_B.weight", "lora_B.bias") for key in ups}  # with what else may be there
+    zero = [key for key in ups if not tensors[key].any() and not tensors.get(also[key], tensors[key]).any()]
     if zero and len(zero) < len(ups):
         warnings.warn(f"{folder}: {len(zero)} of {len(ups)} lora_B are all zero and do nothing: {zero}.", stacklevel=3)
     only_lora = all(".lora_" in key for key in tensors)  # else a module or bias may be all that trained
@@ -177,7 +215,7 @@ def _spell_out(model: nn.Module, name: str) -> list[str]:
     """The adapter's targets as the shortest list: ends of names if they fit nothing else, else whole names."""
     paths = [path for path, layer in lora_layers(model).items() if name in layer.adapters]
     ends = sorted({path.rpartition(".")[2] for path in paths})
-    fitting = {path for path in linear_layers(model) if any(ends_with(path, end) for end in ends)}
+    fitting = {path for path in adaptable_layers(model) if any(ends_with(path, end) for end in ends)}
     return ends if fitting == set(paths) else sorted(paths)
 
 

@@ -1,20 +1,23 @@
-"""Merging: fold the active adapters into the weight, W' = W + Σ s · B A, in a new model.
+"""Merging: fold the active adapters into the weight, W' = W + Σ s · B A, and b' = b + Σ s · b_A, in a new model.
 
 Summed in fp32 and rounded once, to the dtype of the base; a 4-bit base comes out dense. There is no unmerge: rounding
-loses what it would need (in bf16, PEFT's merge and unmerge change 45 % of the base's weights).
+loses what it would need (in bf16, PEFT's merge and unmerge change 45 % of the base's weights). Layers that share a
+weight still share it if they share its adapters too (tie="shared"); else they are no longer tied, and the config says
+so.
 """
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from minilora.inject import lora_configs, lora_layers
-from minilora.lora import LoRAAdapter, LoRALayer
-from minilora.modules import is_conv1d
+from minilora.inject import Injected, lora_configs, lora_layers
+from minilora.layers import active_adapters, unwrapped
+from minilora.lora import LoRALayer
+from minilora.modules import is_conv1d, output_layer
 from minilora.quant import NF4Linear
 from minilora_kernels import quantize_nf4
 
@@ -22,7 +25,7 @@ STORAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": tor
 
 
 def merged_weight(layer: nn.Module) -> Tensor:
-    """W + Σ s · B A over the active adapters, fp32 (out, in); (in, out) for transformers' Conv1D, as it stores it."""
+    """W + Σ s · B A over the active adapters, fp32, laid out as the base stores W: (out, in) for most."""
     if isinstance(layer, NF4Linear):
         return layer.dequantize(torch.float32)
     if not isinstance(layer, LoRALayer):
@@ -35,61 +38,108 @@ def merged_weight(layer: nn.Module) -> Tensor:
 
 def deltas(layer: LoRALayer, dtype: torch.dtype) -> Iterator[Tensor]:
     """s · B A of each active adapter, computed in `dtype`, laid out as the base stores its weight."""
-    for name in layer.active:
-        adapter = layer.adapters[name]
-        assert isinstance(adapter, LoRAAdapter)
-        delta = adapter.scaling * adapter.lora_B.detach().to(dtype) @ adapter.lora_A.detach().to(dtype)  # (out, in)
-        yield delta.T if is_conv1d(layer.base_layer) else delta
+    for adapter in active_adapters(layer):
+        yield adapter.delta(dtype).T if is_conv1d(layer.base_layer) else adapter.delta(dtype)
+
+
+def merged_bias(layer: nn.Module) -> Tensor | None:
+    """b + Σ s · lora_bias over the active adapters (out,), fp32 where there are any; None if there is neither."""
+    bias: Tensor | None = getattr(unwrapped(layer), "bias", None)
+    bias = None if bias is None else bias.detach()
+    for adapter in active_adapters(layer):
+        if adapter.lora_bias is not None:
+            delta = adapter.scaling * adapter.lora_bias.detach()
+            bias = delta if bias is None else bias.float() + delta
+    return bias
+
+
+def merged_from(layer: nn.Module) -> tuple[int, ...]:
+    """What the merged weight is made from: layers for which it is equal have one weight, and may share it."""
+    base = unwrapped(layer)
+    return id(base._parameters.get("weight", base)), *map(id, active_adapters(layer))
 
 
 def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     """A new model without adapters that computes what `model` does; `model` itself is not changed.
 
-    storage: of the layers with an adapter or in 4 bits: "float32", "bfloat16" or "float16"; None takes the dtype of
-        the weight each was made from. "nf4" quantises layers of a 4-bit base again, which costs most of a small
-        adapter: measure it first (merge_report).
-    Raises ValueError if no adapter is active, or for "nf4" without a 4-bit layer under one.
+    storage: of the layers with an active adapter or in 4 bits: "float32", "bfloat16" or "float16"; None takes the
+        dtype of the weight each was made from. "nf4" quantises layers of a 4-bit base again, which costs most of a
+        small adapter: measure it first (merge_report).
+    Raises ValueError if no adapter is active, for "nf4" without a 4-bit layer under one, and for a convolution with
+    groups.
     """
-    layers = lora_layers(model)
-    if not any(layer.active for layer in layers.values()):
+    layers = lora_layers(model).values()
+    at_work = [layer for layer in layers if layer.active]
+    if not at_work:
         raise ValueError("there is no active adapter to merge: inject, load_adapter or use_adapter first.")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"storage: expected None or one of {', '.join(STORAGES)}, got {storage!r}.")
-    inside = {id(layer.base_layer) for layer in layers.values()}
-    to_change = {m for m in model.modules() if isinstance(m, (LoRALayer, NF4Linear)) and id(m) not in inside}
     if storage == "nf4":
-        if not any(isinstance(layer.base_layer, NF4Linear) for layer in layers.values()):
+        if not any(isinstance(layer.base_layer, NF4Linear) for layer in at_work):
             raise ValueError("storage='nf4': no layer with an adapter is in 4 bits; merge without it, then quantise.")
-        replaced = {id(m): _quantized(m) for m in to_change if isinstance(m, LoRALayer)}
+        replaced: dict[int, Any] = {id(layer): _quantized(layer) for layer in at_work}
     else:
+        inside = {id(layer.base_layer) for layer in layers}
+        in_4_bits = [m for m in model.modules() if isinstance(unwrapped(m), NF4Linear) and id(m) not in inside]
         dtype = None if storage is None else STORAGES[storage]
-        replaced = {id(m): dense(m, dtype) for m in to_change}
-    configs = lora_configs(model)
-    for path, part in configs.parts.of(configs.parts.active).items():
-        if isinstance(part, nn.Module):
-            plain: Any = copy.deepcopy(configs.parts.originals[path])
-            plain.load_state_dict(part.state_dict())  # rounded to the original's dtype, without the hooks of training
-            replaced[id(part)] = plain
+        replaced = {id(m): dense(m, dtype) for m in dict.fromkeys([*at_work, *in_4_bits])}
+    weights: dict[tuple[int, ...], Any] = {}
+    for layer in at_work:
+        parameters = replaced[id(layer)]._parameters
+        if "weight" in parameters:
+            parameters["weight"] = weights.setdefault(merged_from(layer), parameters["weight"])
+    replaced |= _trained_parts(lora_configs(model))
+    for layer in layers:  # the others go back to their base, copied in one go with the model: what is tied stays so
+        if id(layer) not in replaced:
+            replaced[id(layer)] = copy.deepcopy(layer.base_layer, replaced)
     merged = copy.deepcopy(model, replaced)  # which takes the replaced ones for the modules' copies
     for key in ("_lora_configs", "_trainable_before_lora"):
         merged.__dict__.pop(key, None)
+    _declare_untied(merged)
     return merged
+
+
+def _trained_parts(configs: Injected) -> dict[int, Any]:
+    """id of each module that trains with an active adapter → a plain one that holds its values."""
+    found = {}
+    for name in configs.parts.active:
+        memo: dict[int, Any] = {}  # with one for all, copies share what the originals share
+        for path, part in configs.parts.trained.get(name, {}).items():
+            if isinstance(part, nn.Module):
+                memo = memo if configs[name].tie == "shared" else {}
+                found[id(part)] = plain = copy.deepcopy(cast(nn.Module, configs.parts.originals[path]), memo)
+                plain.load_state_dict(part.state_dict())  # in the original's dtype, without the hooks of training
+    return found
+
+
+def _declare_untied(model: Any) -> None:
+    """tie_word_embeddings=False where the config says True and the weights are two."""
+    config: Any = getattr(model, "config", None)
+    head = output_layer(model)
+    if head is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
+        if is_dataclass(config):
+            model.config = replace(config, tie_word_embeddings=False)
+        else:
+            config.tie_word_embeddings = False
 
 
 def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A LoRALayer or NF4Linear as a frozen dense layer, its active adapters merged; in the base's dtype by default."""
-    base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    base, bias = unwrapped(layer), merged_bias(layer)
     if isinstance(base, NF4Linear):
         own = base.dtype
-        linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        linear.register_parameter("bias", copy.deepcopy(base.bias))
+        plain: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     else:
         own = base.get_parameter("weight").dtype
-        linear = copy.copy(base)
-        linear._parameters = dict(base._parameters)
+        plain = copy.copy(base)
+        plain._parameters = dict(base._parameters)
     weight = merged_weight(layer).to(dtype or own)
-    linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    return linear.train(layer.training)
+    plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    if bias is not None:
+        plain.register_parameter("bias", nn.Parameter(bias.to(weight.dtype, copy=True), requires_grad=False))
+    return plain.train(layer.training)
 
 
 def _quantized(layer: LoRALayer) -> nn.Module:
@@ -98,4 +148,6 @@ def _quantized(layer: LoRALayer) -> nn.Module:
     if not isinstance(base, NF4Linear):
         return dense(layer)
     again = quantize_nf4(merged_weight(layer), base.blocksize, base.weight.double_quant)
-    return NF4Linear(replace(again, dtype=base.dtype), copy.deepcopy(base.bias)).train(layer.training)
+    bias = merged_bias(layer)
+    bias = None if bias is None else bias.to(base.dtype, copy=True)
+    return NF4Linear(replace(again, dtype=base.dtype), bias).train(layer.training)

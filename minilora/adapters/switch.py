@@ -23,7 +23,7 @@ def use_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
         check_adapter(model, wanted)
     lora_configs(model).parts.place(model, names)
     for layer in lora_layers(model).values():
-        layer.use(wanted for wanted in names if wanted in layer.adapters)
+        layer.use([wanted for wanted in names if wanted in layer.adapters])
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     lora_configs(model).parts.remove(model, name)
     for path, layer in lora_layers(model, remove_duplicate=False).items():
         if name in layer.adapters:
-            layer.use(active for active in layer.active if active != name)
+            layer.use([active for active in layer.active if active != name])
             del layer.adapters[name]
         if not layer.adapters:
             model.set_submodule(path, layer.base_layer)

@@ -14,15 +14,18 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.merge import merged_weight
+from minilora.adapters.merge import merged_bias, merged_from, merged_weight
 from minilora.data.gguf_tokenizer import to_fields
+from minilora.layers import active_adapters, unwrapped
 from minilora.lora import LoRALayer
+from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf_write import write_gguf
 from minilora.quant import NF4Linear
@@ -81,21 +84,20 @@ def save_model(
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}.")
     _check_layers(model, format, merge, requantize)
-    head = model.lm_head  # an adapter on it unties: what is true of the weights counts, not what the config said
-    tied = isinstance(head, nn.Linear) and head.weight is model.model.embed_tokens.weight
+    config = _config(model)
     if format == "gguf":
-        return _write_gguf(model, Path(folder), tied, dtype, tokenizer)
+        return _write_gguf(model, config, Path(folder), dtype, tokenizer)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
-    entries = [e for e in _entries(model, "", dtype, format) if not (tied and e.name == "lm_head.weight")]
+    entries = _all_entries(model, config, dtype, format)
     folder = Path(folder)
     names = _write_weights(folder, entries, shard_bytes)
     embedding = next(entry for entry in entries if entry.name == "model.embed_tokens.weight")
     dtype_name = str(embedding.dtype).removeprefix("torch.")
-    config = replace(model.config, tie_word_embeddings=tied, dtype=dtype_name).to_hf()
+    fields = replace(config, dtype=dtype_name).to_hf()
     if format == "bnb-4bit":
-        config["quantization_config"] = _quantization_config(model, dtype_name)
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        fields["quantization_config"] = _quantization_config(model, dtype_name)
+    write_text(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
     for stale in [*folder.glob("model-*.safetensors"), folder / "model.safetensors", folder / _INDEX]:
         if stale.name not in names:
             stale.unlink(missing_ok=True)
@@ -143,6 +145,35 @@ def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -
         raise ValueError("requantize=True is for merging adapters into 4-bit layers with format='bnb-4bit'.")
 
 
+def _config(model: CausalLM) -> DecoderConfig:
+    """The config of what is written: tied only if the two weights will be one, with biases where a layer has one.
+
+    Raises ValueError for a bias (of a lora_bias that is merged) which the family's config cannot tell of.
+    """
+    tied = merged_from(model.lm_head) == merged_from(model.model.embed_tokens)
+    config = replace(model.config, tie_word_embeddings=tied)
+    expected = _biases(config)
+    for path in (path for path, m in model.named_modules() if isinstance(unwrapped(m), nn.Linear | NF4Linear)):
+        path = path.removesuffix(".base_layer")
+        if merged_bias(model.get_submodule(path)) is None or path in expected:
+            continue
+        field = {"self_attn": "attention_bias", "mlp": "mlp_bias"}.get(path.split(".")[-2:][0], "")
+        if field not in config.family.own:
+            raise ValueError(
+                f"{path} has a bias (lora_bias), for which the config of a {config.model_type} model has no field: "
+                "nothing was written. Keep the adapter unmerged with ml.save_adapter, or train it without lora_bias."
+            )
+        config = replace(config, **{field: True})
+        expected = _biases(config)
+    return config
+
+
+def _biases(config: DecoderConfig) -> set[str]:
+    """The linear layers to which the config gives a bias."""
+    with torch.device("meta"):
+        return {name.removesuffix(".bias") for name, _ in CausalLM(config).named_parameters() if name.endswith(".bias")}
+
+
 def _quantization_config(model: CausalLM, dtype: str) -> dict[str, Any]:
     """What transformers reads as a BitsAndBytesConfig. A list of exceptions replaces its own, which is the head."""
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | NF4Linear)}
@@ -167,18 +198,34 @@ def _four_bit_state(module: nn.Module, base: NF4Linear, name: str) -> dict[str, 
     return weight.state_dict(name)
 
 
+def _all_entries(model: CausalLM, config: DecoderConfig, dtype: Any, format: str) -> list[_Entry]:
+    """The tensors that a model of `config` has: those of `model`, without a tied head, and zeros for missing biases."""
+    entries = {entry.name: entry for entry in _entries(model, "", dtype, format)}
+    if config.tie_word_embeddings:
+        del entries["lm_head.weight"]
+    for name in sorted(f"{path}.bias" for path in _biases(config)):
+        if name not in entries:
+            base: Any = unwrapped(model.get_submodule(name.removesuffix(".bias")))
+            shape, own = (base.out_features,), base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
+            entries[name] = _Entry(name, shape, dtype or own, partial(torch.zeros, shape))
+    return list(entries.values())
+
+
 def _entries(module: nn.Module, prefix: str, dtype: Any, format: str) -> Iterator[_Entry]:
     """Every tensor under its plain name, adapters merged; 4-bit layers dense, or in parts for bnb-4bit."""
     if isinstance(module, LoRALayer | NF4Linear):
-        base: Any = module.base_layer if isinstance(module, LoRALayer) else module
+        base: Any = unwrapped(module)
         own = base.dtype if isinstance(base, NF4Linear) else base.weight.dtype
-        shape = (base.out_features, base.in_features)
+        shape = tuple(base.weight.shape)
         if format == "bnb-4bit" and isinstance(base, NF4Linear):
             for name, part in _four_bit_state(module, base, f"{prefix}weight").items():
                 yield _Entry(name, tuple(part.shape), part.dtype, part.detach)
         else:
             yield _Entry(f"{prefix}weight", shape, dtype or own, lambda: merged_weight(module))
-        parameters = {} if base.bias is None else {"bias": base.bias}
+        bias = merged_bias(module)
+        parameters = {} if bias is None else {"bias": bias}
+        if bias is not None and any(adapter.lora_bias is not None for adapter in active_adapters(module)):
+            dtype = dtype or own  # the sum is in fp32
     else:
         parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         for name, child in module.named_children():
@@ -203,11 +250,9 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
 
 
 @torch.no_grad()
-def _write_gguf(model: CausalLM, path: Path, tied: bool, dtype: Any, tokenizer: Any) -> None:
+def _write_gguf(model: CausalLM, config: DecoderConfig, path: Path, dtype: Any, tokenizer: Any) -> None:
     dtype = dtype or model.model.embed_tokens.weight.dtype
-    entries = [e for e in _entries(model, "", None, "gguf") if not (tied and e.name == "lm_head.weight")]
-    sources = [(entry.name, entry.shape, entry.make) for entry in entries]
-    config = replace(model.config, tie_word_embeddings=tied)
+    sources = [(entry.name, entry.shape, entry.make) for entry in _all_entries(model, config, None, "gguf")]
     fields = None if tokenizer is None else to_fields(tokenizer, config.vocab_size)
     path = path if path.suffix == ".gguf" else path / "model.gguf"
     write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
