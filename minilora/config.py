@@ -137,4 +137,4 @@ _PEFT_DEFAULTS = {
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    return name == "peft_version" or not value or _PEFT_DEFAULTS.get(name) == value
+    return name in ("peft_version", "auto_mapping") or not value or _PEFT_DEFAULTS.get(name) == value

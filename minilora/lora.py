@@ -90,7 +90,7 @@ class LoRALayer(nn.Module):
     def __init__(self, base: nn.Module, r: int | None = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
                  use_rslora: bool = False, *, name: str = "default", seed: int = 0):  # fmt: skip
         super().__init__()
-        options = (lora_alpha, lora_dropout, use_rslora)  # may raise: before anything is changed
+        options = (lora_alpha, lora_dropout, use_rslora)  # checked before anything is changed
         adapter = None if r is None else LoRAAdapter(*linear_features(base), r, *options, seed=seed)
         self.base_layer = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()

@@ -8,7 +8,7 @@ so.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minilora.inject import Injected, lora_configs, lora_layers
 from minilora.layers import active_adapters, unwrapped
 from minilora.lora import LoRALayer
+from minilora.models.config import DecoderConfig
 from minilora.modules import is_conv1d, output_layer
 from minilora.quant import NF4Linear
 from minilora_kernels import quantize_nf4
@@ -119,7 +120,7 @@ def _declare_untied(model: Any) -> None:
     if head is None or not getattr(config, "tie_word_embeddings", False):
         return
     if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
-        if is_dataclass(config):
+        if isinstance(config, DecoderConfig):
             model.config = replace(config, tie_word_embeddings=False)
         else:
             config.tie_word_embeddings = False

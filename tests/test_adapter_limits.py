@@ -1,0 +1,155 @@
+"""Proves that a bias which an adapter adds goes into merged and saved models or is refused before anything is written,
+and that what an adapter of another kind cannot get right is refused, with the model untouched."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import minilora as ml
+from kinds import Images, build, close, output, shake
+from minilora.adapters.files import WEIGHTS_FILE
+from minilora.inject import lora_layers
+from tiny import oracle, twin
+
+# ---- round trip: a bias that the base does not have
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bnb-4bit", "gguf"])
+def test_a_new_bias_goes_into_the_saved_model(tmp_path, format):
+    from transformers import AutoModelForCausalLM
+
+    model = twin(oracle())
+    if format == "bnb-4bit":
+        ml.quantize_model(model, skip=["q_proj", "down_proj"])
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "down_proj"], lora_bias=True))
+    expected = output(shake(model))
+    path = tmp_path / ("m.gguf" if format == "gguf" else "m")
+    ml.save_model(model, path, merge=True, format=format)
+    again = ml.load_model(path, dtype="float32", device="cpu")
+    close(output(again), expected, 1e-5)
+    assert again.config.attention_bias and again.config.mlp_bias
+    assert not again.model.layers[0].self_attn.o_proj.bias.any() and again.model.layers[0].self_attn.q_proj.bias.any()
+    if format == "safetensors":
+        close(output(AutoModelForCausalLM.from_pretrained(path)), expected, 1e-5)
+        ml.save_model(ml.merge(model), tmp_path / "merged")
+        files = [load_file(folder / "model.safetensors") for folder in (path, tmp_path / "merged")]
+        assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("qwen2", "o_proj"), ("qwen3", "up_proj"), ("mistral", "q_proj"), ("llama", "lm_head")]
+)
+def test_a_bias_that_a_config_cannot_tell_of_is_refused_before_writing(tmp_path, family, target):
+    model = twin(oracle(family))
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=[target], lora_bias=True))
+    with pytest.raises(ValueError, match=f"{target} has a bias .* {family} model has no field"):
+        ml.save_model(model, tmp_path / "saved", merge=True)
+    assert not [*tmp_path.iterdir()]
+    close(output(ml.merge(shake(model))), output(model), 1e-5)  # in memory it can be
+
+
+# ---- error
+
+
+def variant(**fields) -> nn.Module:
+    return nn.ModuleDict({"words": nn.Embedding(9, 8, **fields), "other": nn.Linear(8, 8)})
+
+
+class Odd(nn.Embedding):
+    def forward(self, input):
+        return super().forward(input + 1)
+
+
+REFUSED = {
+    "max_norm": (lambda: variant(max_norm=1.0), {}, "words: an embedding with max_norm"),
+    "sparse": (lambda: variant(sparse=True), {}, "words: an embedding with sparse"),
+    "its own forward": (lambda: nn.ModuleDict({"words": Odd(9, 8)}), {}, "a forward of its own"),
+    "lora_bias": (variant, {"lora_bias": True}, "words: lora_bias: an embedding has no bias"),
+    "rank": (variant, {"r": 9}, "words: r: expected 1 to 8"),
+    "dilation": (lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, dilation=2)}), {}, "convolution with dilation"),
+    "padding": (
+        lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, padding_mode="circular")}),
+        {},
+        "convolution with padding_mode",
+    ),
+    "groups": (lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, groups=2)}), {"r": 3}, "multiple of .* 2 groups"),
+    "no such kind": (lambda: nn.ModuleDict({"words": nn.ConvTranspose1d(4, 4, 3), "l": nn.Linear(4, 4)}), {}, "no ada"),
+}
+
+
+@pytest.mark.parametrize(("make", "fields", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_right_is_refused(make, fields, message):
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        ml.inject(model, ml.LoRAConfig(**{"r": 2, "target_modules": ["words"]} | fields))
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_inspect_tells_the_size_of_every_kind_of_update(tmp_path):
+    model = build("images")
+    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["flat", "long", "words", "head"], task_type=None))
+    ml.save_adapter(shake(model), tmp_path)
+    found = ml.inspect(tmp_path).layers
+    assert found.keys() == lora_layers(model).keys()
+    for path, layer in lora_layers(model).items():
+        norm = layer.adapters["default"].delta(torch.float64).norm().item()
+        assert abs(found[path]["norm"] - norm) <= 1e-6 * norm
+
+
+def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    base = Images(groups=2).eval()
+    model = copy.deepcopy(base)
+    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["long"], task_type=None))
+    ml.save_adapter(shake(model), tmp_path)
+    close(output(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()), output(model))
+    with pytest.raises(ValueError, match="2 groups cannot hold its adapter"):
+        ml.merge(model)
+
+
+def test_another_base_beside_the_adapter_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    theirs = shake(get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"])))
+    theirs.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    key = "base_model.model.lm_head.base_layer.weight"
+    ml.load_adapter(build("llama").bfloat16(), tmp_path)  # equal in the coarser dtype
+    tensors[key][5, 7] += 0.5
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight\[5, 7\] is .*, the model's .*check_base=False"):
+        ml.load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+    ml.load_adapter(model, tmp_path, check_base=False)
+    tensors[key] = tensors[key][:-1].clone()
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=r"is \(96, 64\), the model's \(97, 64\)"):
+        ml.load_adapter(build("llama"), tmp_path)
+    tensors.pop(key)
+    save_file(tensors | {"base_model.model.norm.base_layer.weight": torch.ones(3)}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="unexpected: base_model.model.norm.base_layer.weight"):
+        ml.load_adapter(build("llama"), tmp_path)
+
+
+def test_an_untrained_embedding_or_bias_is_told_by_what_starts_at_zero(tmp_path):
+    for fields, trained in (({"target_modules": ["embed_tokens"]}, "lora_A"), ({"lora_bias": True}, "lora_bias")):
+        model = build("llama")
+        ml.inject(model, ml.LoRAConfig(**{"target_modules": ["q_proj"]} | fields))
+        ml.save_adapter(model, tmp_path)
+        with pytest.raises(ValueError, match="an untrained adapter"):
+            ml.load_adapter(build("llama"), tmp_path)
+        for layer in lora_layers(model).values():
+            layer.adapters["default"].get_parameter(trained).data.fill_(0.5)
+        ml.save_adapter(model, tmp_path)
+        ml.load_adapter(build("llama"), tmp_path)
+
+
+def test_a_bias_with_another_start_is_refused():
+    with pytest.raises(ValueError, match="lora_bias: PEFT has it with init_lora_weights=True only"):
+        ml.LoRAConfig(lora_bias=True, init_lora_weights="gaussian")
