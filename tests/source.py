@@ -14,7 +14,7 @@ ROOMS = {
     3: "train generate scoring samples "
     "audit card cli memory objectives plot preview selftest serve sweep trace variants",
     2: "inject adapters models data count",
-    1: "lora quant ops modules names config storage",
+    1: "lora layers quant ops modules names config storage",
 }
 # Rooms that the rest of the library never imports: without them it reads, trains and saves all the same.
 LEAVES = set("samples audit card cli memory objectives plot preview selftest serve sweep trace variants".split())

@@ -99,6 +99,21 @@ def test_inspect_tells_the_size_of_every_kind_of_update(tmp_path):
         assert abs(found[path]["norm"] - norm) <= 1e-6 * norm
 
 
+def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
+    from minilora.train.config import TrainConfig
+    from minilora.train.optimizer import new_optimizer
+
+    model = build("images")
+    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["flat", "words"], lora_bias=False))
+    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["long"], lora_bias=True), name="biased")
+    ml.use_adapter(model, ["default", "biased"])
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = new_optimizer(model, parameters, TrainConfig(loraplus_lr_ratio=16.0)).param_groups
+    fast = {names[id(p)] for group in groups if group["lr_ratio"] == 16 for p in group["params"]}
+    assert fast == {"flat.adapters.default.lora_B", "long.adapters.biased.lora_B", "long.adapters.biased.lora_bias"}
+
+
 def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
     from peft import PeftModel
 

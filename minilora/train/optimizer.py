@@ -1,8 +1,9 @@
 """Which optimiser moves the trained parameters, and how fast each of them.
 
 LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B sees inputs that A has mixed, and A the model's own, so B takes a larger
-step: η_B = loraplus_lr_ratio · η_A. Vectors (biases, norms) are never pulled towards zero by weight decay, as in
-transformers. The loop sets `lr` of each group before a step, as the schedule's rate times the group's `lr_ratio`.
+step, and its bias with it: η_B = loraplus_lr_ratio · η_A. An embedding's A looks tokens up and mixes nothing: both its
+factors take η_A. Vectors (biases, norms) are never pulled towards zero by weight decay, as in transformers. The loop
+sets `lr` of each group before a step, as the schedule's rate times the group's `lr_ratio`.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.layers import EmbeddingAdapter
 from minilora.lora import LoRALayer
 from minilora.train.adam8bit import AdamW8bit
 from minilora.train.config import TrainConfig
@@ -18,7 +20,8 @@ from minilora.train.config import TrainConfig
 def new_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser over `parameters` of `model` (by name), in groups of equal rate and decay."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
-    ups = {id(getattr(adapter, "lora_B", None)) for layer in layers for adapter in layer.adapters.values()}
+    adapters = [a for layer in layers for a in layer.adapters.values() if not isinstance(a, EmbeddingAdapter)]
+    ups = {id(getattr(adapter, name, None)) for adapter in adapters for name in ("lora_B", "lora_bias")}
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for p in parameters.values():
         ratio = config.loraplus_lr_ratio if id(p) in ups else 1.0
