@@ -99,6 +99,14 @@ def test_inspect_tells_the_size_of_every_kind_of_update(tmp_path):
         assert abs(found[path]["norm"] - norm) <= 1e-6 * norm
 
 
+def test_a_bias_of_one_adapter_is_no_bias_of_the_base_to_another():
+    model = build("gpt2")
+    ml.inject(model, ml.LoRAConfig(target_modules=["c_attn"], lora_bias=True))
+    ml.inject(model, ml.LoRAConfig(target_modules=["c_fc"], bias="all"), name="second")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any("adapters.default" in name for name in trained)
+
+
 def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
     from minilora.train.config import TrainConfig
     from minilora.train.optimizer import new_optimizer
