@@ -124,7 +124,9 @@ def test_hub_id_is_downloaded_once_then_cached_and_offline(hub):
 
 def test_hub_errors_say_what_to_do(hub):
     online, offline, *_ = hub
-    assert online["nothing"].startswith("OSError: 'tiny/nothing' is neither a folder here nor a model on the Hub")
+    assert online["nothing"].startswith(
+        "OSError: 'tiny/nothing' is neither a folder here nor a repository that the Hub"
+    )
     assert online["gated"].startswith("OSError: 'tiny/gated' is gated: accept its licence")
     assert online["revision"].startswith("OSError: 'tiny/llama' at revision 'other': the Hub has no such revision")
     assert online["local"].startswith("OSError: 'tiny/other' is not in the cache")

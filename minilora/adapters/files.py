@@ -26,6 +26,7 @@ from minilora.adapters.switch import check_adapter, disabled_adapters, list_adap
 from minilora.config import LoRAConfig
 from minilora.inject import adaptable_layers, attach, lora_configs, lora_layers, new_adapters, new_parts
 from minilora.layers import Adapter, unwrapped
+from minilora.models.hub import HUB_ID, download
 from minilora.modules import Part, ends_with, is_conv1d
 from minilora.storage import read_tensors, write_text
 
@@ -78,7 +79,8 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, allow_untrained: bool = False,
-                 check_base: bool = True, tokenizer: Any = None) -> list[str]:  # fmt: skip
+                 check_base: bool = True, tokenizer: Any = None,
+                 revision: str | None = None, token: str | None = None) -> list[str]:  # fmt: skip
     """Read an adapter in PEFT's format into `model` and make it the active one; returns its layers' names.
 
     Args:
@@ -88,12 +90,14 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
         allow_untrained: accept an adapter whose every B is zero, which does nothing.
         check_base: False accepts an adapter that was trained on other weights or with another tokenizer.
         tokenizer: the one to be used with it, compared with the one it was saved with.
+        revision, token: of a repository on the Hub; by default its main branch, and the token of `hf auth login`.
 
     Raises ValueError, with the model untouched, if the config asks for what is not supported or not there, if tensors
     are missing, left over, of another shape or not finite, if the adapter does nothing, or if it was trained on another
     base or with another tokenizer (binding.py; files without fingerprints, such as PEFT's, are not compared).
+    OSError if the Hub does not give it.
     """
-    folder = _find(folder)
+    folder = _find(folder, revision, token)
     config = LoRAConfig.from_dict(_read_json(folder / CONFIG_FILE))
     tensors = read_tensors(folder / WEIGHTS_FILE)
     adapters = new_adapters(model, config)
@@ -226,15 +230,13 @@ def _source(model: nn.Module) -> str | None:
     )
 
 
-def _find(folder: str | Path) -> Path:
+def _find(folder: str | Path, revision: str | None, token: str | None) -> Path:
     """A local folder, or a Hub repository's adapter files in the local cache."""
     if Path(folder).is_dir():
         return Path(folder)
-    if str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+    if "/" not in str(folder) or not HUB_ID.fullmatch(str(folder)):
         raise FileNotFoundError(f"{folder}: no such folder. Expected one with {CONFIG_FILE} and {WEIGHTS_FILE}.")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    return download(str(folder), [CONFIG_FILE, WEIGHTS_FILE], revision, token)
 
 
 def _read_json(path: Path) -> dict:

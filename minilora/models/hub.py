@@ -1,11 +1,19 @@
 """Where a model's files are: a folder, a .gguf file, or a Hugging Face Hub id, fetched through the Hub's own cache."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-_TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
-_MODEL = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+MODEL = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_REMEDIES = {  # by HTTP status
+    401: "The Hub does not know this token: pass another as token=, or run `hf auth login`.",
+    403: "This token may not do that: pass one with access, to push with write access, or use a repository of your own.",
+    429: "Too many requests: wait, then try again.",
+}
 
 
 def resolve(
@@ -26,19 +34,35 @@ def resolve(
         return path
     if path.is_file():
         raise ValueError(f"{path} is a file: give the folder it lies in, a .gguf file, or a Hub id.")
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(str(source)):
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(str(source)):
         raise ValueError(f"there is no folder or .gguf file {str(source)!r}, and it is no Hub id (owner/name) either.")
-    return _download(str(source), revision, token, bool(local_files_only), _TOKENIZER + _MODEL * weights)
+    return download(str(source), TOKENIZER + MODEL * weights, revision, token, local_files_only)
 
 
-def _download(repo: str, revision: str | None, token: str | None, local: bool, patterns: list[str]) -> Path:
-    from huggingface_hub import errors, snapshot_download  # here: `import minilora` stays light
+def download(
+    repo: str,
+    patterns: list[str],
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool | None = None,
+) -> Path:
+    """The folder of the Hub's cache with the files of `repo` that fit `patterns`, fetched if need be."""
+    from huggingface_hub import snapshot_download  # here: `import minilora` stays light
 
+    asked: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": bool(local_files_only)}
+    with explained(repo, revision):
+        return Path(snapshot_download(repo, allow_patterns=patterns, **asked))
+
+
+@contextmanager
+def explained(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Inside, what goes wrong between huggingface_hub and the Hub becomes an OSError that says what to do."""
+    from huggingface_hub import errors
+
+    unanswered: Any = errors.HfHubHTTPError.__bases__[0]  # the HTTP client's: no connection, timeouts
     of = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        folder = snapshot_download(
-            repo, revision=revision, token=token, local_files_only=local, allow_patterns=patterns
-        )
+        yield
     except errors.GatedRepoError as error:
         raise OSError(
             f"{of} is gated: accept its licence on the Hub, then pass token= or run `hf auth login`."
@@ -47,14 +71,21 @@ def _download(repo: str, revision: str | None, token: str | None, local: bool, p
         raise OSError(f"{of}: the Hub has no such revision. Give a branch, tag or commit of {repo}.") from error
     except errors.RepositoryNotFoundError as error:
         raise OSError(
-            f"{of} is neither a folder here nor a model on the Hub. Check the spelling; "
-            "for a private model pass token= or run `hf auth login`."
+            f"{of} is neither a folder here nor a repository that the Hub shows to you. Check the spelling; "
+            "for a private one pass token= or run `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
             f"{of} is not in the cache, and the Hub was not asked or did not answer (offline mode, local_files_only, "
             "or no network). Load it once with a network, or give a local folder."
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise OSError(f"{of} cannot be fetched from the Hub: {error}") from error
-    return Path(folder)
+    except errors.OfflineModeIsEnabled as error:
+        raise OSError(f"{of}: the Hub is not asked in offline mode. Unset HF_HUB_OFFLINE.") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = _REMEDIES.get(status, "Try again later." if status >= 500 else "The Hub's answer says why.")
+        raise OSError(f"{of}: {' '.join(str(error).split())} {remedy}") from error
+    except unanswered as error:
+        raise OSError(
+            f"{of}: no answer from the Hub ({error}). Check the network, and HF_ENDPOINT if it is set."
+        ) from error
