@@ -23,6 +23,8 @@ from minilora.adapters import (
 from minilora.audit.inspect import Inspection, inspect
 from minilora.audit.selftest import Selftest, selftest
 from minilora.audit.verify import verify
+from minilora.card.push import push_to_hub
+from minilora.card.write import write_card
 from minilora.config import LoRAConfig, TaskType
 from minilora.count import ParameterCount, count_parameters
 from minilora.data.tokenizer import load_tokenizer
@@ -76,6 +78,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merge_report",
+    "push_to_hub",
     "quantize_model",
     "quantize_nf4",
     "samples",
@@ -85,4 +88,5 @@ __all__ = [
     "train",
     "use_adapter",
     "verify",
+    "write_card",
 ]

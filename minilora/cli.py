@@ -1,4 +1,4 @@
-"""`minilora train | generate | evaluate | merge | verify | inspect`: thin wrappers over the functions of these names.
+"""`minilora train | generate | evaluate | merge | verify | inspect | push`: thin wrappers over public functions.
 
 Options of `train` are the fields of LoRAConfig and TrainConfig, their help is the fields' own, and values are read by
 the fields' types: nothing about them is written here a second time.
@@ -41,6 +41,7 @@ def train(
     print(ml.count_parameters(loaded))
     result = ml.train(loaded, tokenizer, dataset, train_config, eval_dataset=eval_dataset)
     ml.save_adapter(loaded, adapter)
+    ml.write_card(adapter, result, dataset=dataset)
     state = "interrupted" if result.interrupted else "done"
     print(f"{state} after {result.steps} steps, loss {result.loss}, eval loss {result.eval_loss}; adapter in {adapter}")
 
@@ -119,6 +120,11 @@ def inspect(path: str, other: str | None) -> None:
     print(inspect_path(path, other))
 
 
+def push(folder: str, repo_id: str, **options: Any) -> None:
+    """Upload an adapter or a model, with its card, to the Hugging Face Hub."""
+    print(ml.push_to_hub(folder, repo_id, **options))
+
+
 _CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
 
 
@@ -131,7 +137,7 @@ def _load(model: str, adapter: str | None, quantize: str | None, dtype: str, che
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch.")
-    commands = parser.add_subparsers(required=True, metavar="{train,generate,evaluate,merge,verify,inspect}")
+    commands = parser.add_subparsers(required=True, metavar="{train,generate,evaluate,merge,verify,inspect,push}")
 
     def command(run: Any, *positional: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -174,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--source", help="folder of the base it was quantised from, to quantise again")
     checking.add_argument("--against", choices=["bitsandbytes"], help="the installed package; also for a dense folder")
     command(inspect, "path").add_argument("other", nargs="?", help="a second adapter, to compare")
+    pushing = command(push)
+    pushing.add_argument("folder", help="of an adapter or a model")
+    pushing.add_argument("repo_id", help="owner/name on the Hub; created if missing")
+    pushing.add_argument("--private", action="store_true", default=None, help="only you and your organisation see it")
+    pushing.add_argument("--revision", help="a branch that is there (default: main, created with the repository)")
+    pushing.add_argument("--message", dest="commit_message", help="of the commit")
     return parser
 
 

@@ -4,54 +4,12 @@ A small stand-in for the Hub is served over HTTP and asked through huggingface_h
 client, its cache and its environment variables are what is tested.
 """
 
-import http.server
 import json
-import threading
-from pathlib import Path
 
 import pytest
 
+from hub import serve
 from tiny import python, save
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Just enough of the Hub for snapshot_download of the repository "tiny/llama" out of `folder`."""
-
-    folder: Path
-    requests: list[str]
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self) -> None:
-        type(self).requests.append(f"{self.command} {self.path}")
-        path, files = self.path.partition("?")[0], sorted(self.folder.iterdir())
-        if path in ("/api/models/tiny/llama/revision/main", "/api/models/tiny/llama"):
-            names = [{"rfilename": p.name} for p in files]
-            return self.send(json.dumps({"id": "tiny/llama", "sha": self.commit, "siblings": names}).encode())
-        if path == f"/api/models/tiny/llama/tree/{self.commit}":
-            files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in files]
-            return self.send(json.dumps(files).encode())
-        if path.startswith("/api/models/tiny/llama/revision/"):
-            return self.send(b"", 404, "RevisionNotFound")
-        if path.startswith("/api/models/tiny/gated/"):
-            return self.send(b"", 403, "GatedRepo")
-        if path.startswith(f"/tiny/llama/resolve/{self.commit}/"):
-            return self.send((self.folder / path.rpartition("/")[2]).read_bytes())
-        return self.send(b"", 404, "RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def send(self, body: bytes, status: int = 200, error: str = "") -> None:
-        self.send_response(status)
-        headers = {"Content-Length": len(body), "ETag": f'"{hash(body) & 0xFFFFFF:x}"', "X-Repo-Commit": self.commit}
-        for name, value in (headers | ({"X-Error-Code": error} if error else {})).items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args) -> None:
-        pass
-
 
 ASK = """
 import json, sys, torch
@@ -96,19 +54,16 @@ def hub(tmp_path_factory) -> tuple[dict, dict, list[str], float]:
     reference = save(folder)
     for name in ("tokenizer.json", "README.md", "consolidated.safetensors", "pytorch_model.bin"):
         (folder / name).write_text("{}")
-    handler = type("Handler", (Hub,), {"folder": folder, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with serve({"tiny/llama": files}) as (server, env):
 
-    def ask(calls: dict[str, dict], offline: str) -> dict:
-        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home)}
-        env |= {"HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
-        return dict(zip(calls, json.loads(python(ASK, json.dumps([*calls.values()]), **env)), strict=True))
+        def ask(calls: dict[str, dict], offline: str) -> dict:
+            told = env | {"HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
+            return dict(zip(calls, json.loads(python(ASK, json.dumps([*calls.values()]), **told)), strict=True))
 
-    online, asked = ask(ONLINE, "0"), list(handler.requests)
-    offline = ask(OFFLINE, "1")
-    server.shutdown()
-    assert handler.requests == asked  # offline means offline
+        online, asked = ask(ONLINE, "0"), list(server.requests)
+        offline = ask(OFFLINE, "1")
+        assert server.requests == asked  # offline means offline
     return online, offline, asked, reference.lm_head.weight.double().sum().item()
 
 

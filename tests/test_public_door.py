@@ -21,7 +21,7 @@ HEAVY = (
     *("gguf", "matplotlib", "pyarrow", "peft", "bitsandbytes", "hypothesis", "pytest"),
 )
 IMPORT_SECONDS = 0.15
-COMMANDS = {"plan": "plan_memory"}  # the public function where the command is not named after it
+COMMANDS = {"plan": "plan_memory", "push": "push_to_hub"}  # the public function where the command is not named after it
 
 
 def python(code: str) -> str:

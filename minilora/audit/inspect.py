@@ -76,8 +76,8 @@ def inspect(path: str | Path, other: str | Path | None = None) -> Inspection:
     sizes = _sizes(tensors, {file for file, *_ in headers.values()})
     if (path / CONFIG_FILE).is_file():
         layers = {layer: _spectrum(sigma) for layer, (_, sigma, _) in _spaces(path).items()}
-        return Inspection("adapter", _shown(_json(path / CONFIG_FILE)) | sizes | _metadata(path), tensors, layers)
-    config = _json(path / "config.json")
+        return Inspection("adapter", _shown(read_json(path / CONFIG_FILE)) | sizes | _metadata(path), tensors, layers)
+    config = read_json(path / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method", "none")
     kinds = Counter(name.rpartition("__")[2] for name in tensors if ".quant_state.bitsandbytes__" in name)
     quantised = {"quantisation": ", ".join([method, *(f"{n} weights in {kind}" for kind, n in kinds.items())])}
@@ -120,7 +120,8 @@ def _metadata(folder: Path) -> dict[str, str]:
         return {f"metadata {key}": value[:80] for key, value in sorted((file.metadata() or {}).items())}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of such a folder; FileNotFoundError or ValueError where there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Expected a .gguf file, or a model's or adapter's folder.")
     try:
@@ -131,7 +132,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _spaces(folder: Path) -> dict[str, Spaces]:
     """Layer -> the two bases and σ of its update; convolutions as matrices, embeddings as PEFT multiplies them."""
-    config, tensors = _json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
+    config, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
     found = {}
     for key, up in tensors.items():
         if not (match := re.fullmatch(r"(.*)\.lora_(embedding_)?B(\.weight)?", key)):

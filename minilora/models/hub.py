@@ -11,7 +11,7 @@ MODEL = ["config.json", "model.safetensors", "model-*.safetensors", "model.safet
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _REMEDIES = {  # by HTTP status
     401: "The Hub does not know this token: pass another as token=, or run `hf auth login`.",
-    403: "This token may not do that: pass one with access, to push with write access, or use a repository of your own.",
+    403: "This token may not do that: pass one with access, or write access to push, or use a repository of yours.",
     429: "Too many requests: wait, then try again.",
 }
 
