@@ -20,7 +20,10 @@ WRITER, READER, COMMIT = "hf_writer", "hf_reader", "0123456789abcdef0123456789ab
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """`repos`: "owner/name" -> path -> content. `private`: those that only a known token sees. "x/gated" is gated, "x/full" takes no large file."""
+    """`repos`: "owner/name" -> path -> content. `private`: those that only a known token sees.
+
+    "x/gated" is gated, "x/full" takes no large file, nothing can be created under "broken/".
+    """
 
     repos: dict[str, dict[str, bytes]]
     private: set[str]

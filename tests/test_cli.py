@@ -43,6 +43,9 @@ def test_the_commands_do_what_the_functions_do(place, capsys):
     run = ["train", source, rows, "--adapter", adapter, "--dtype", "float32", "--quantize", "nf4", "--r", "4"]
     assert main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
 
+    card = (place / "adapter" / "README.md").read_text()
+    assert f"| rows | {len(ROWS)} |" in card and "| training steps | 3 |" in card and str(place) not in card
+
     model = ml.load_model(source, quantize="nf4", dtype="float32")
     chat = ml.load_tokenizer(source)
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "up_proj"]), seed=7)

@@ -16,7 +16,7 @@ from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.audit.inspect import inspect, read_json
 from minilora.data.formats import read_dataset
 from minilora.models.hub import HUB_ID
-from minilora.scores import Scores
+from minilora.scoring.scores import Scores
 from minilora.storage import read_tensors, write_text
 from minilora.train import TrainResult
 
