@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import minilora as ml
 import toy
@@ -54,7 +55,8 @@ print(json.dumps(answers))
 def place(tmp_path_factory):
     """A base model, an adapter for it among files that are nobody's business, a merged model and a GGUF file."""
     place = tmp_path_factory.mktemp("place")
-    save(place / "base")
+    torch.manual_seed(0)
+    save(place / "base", dtype=torch.bfloat16)
     model = ml.load_model(place / "base", dtype="float32", device="cpu")
     toy.lora(model, targets=["q_proj", "up_proj"])
     for layer in model.modules():
@@ -146,24 +148,24 @@ def test_what_is_uploaded_is_what_belongs(place, pushed):
 
 @pytest.mark.slow
 def test_the_card_loads_what_was_pushed(place, pushed, tmp_path):
-    """Its code, ours and PEFT's, run as it stands: both give the logits of the adapter's own model."""
+    """Its code, ours and PEFT's, run but for the tokenizer's lines: both give the same logits."""
     card = pushed.hub.repos["me/adapter"]["README.md"].decode()
     assert is_ours(card)
     ours, theirs = re.findall(r"```python\n(.*?)```", card, flags=re.S)
     assert ours.count("\n") == 6
-    lines = "\n".join(line for line in (ours + theirs).splitlines() if "tokenizer" not in line)  # the base has none
+    lines = "\n".join(line for line in (ours + theirs).splitlines() if "tokenizer" not in line)
     code = lines.replace("from peft", "first = model\nfrom peft") + CHECK
     with serve(pushed.hub.repos) as (_, env):
         printed = python(code, **env | {"HF_HOME": str(tmp_path), "HF_TOKEN": WRITER})
     error, learned = json.loads(printed.splitlines()[-1])
-    assert error < 0.05 and learned > 0.5  # ours computes in bf16, 2⁻⁸, where the processor has it, over three layers
+    assert error < 1e-4 and learned > 0.5  # fp32, other orders of summing
 
 
 CHECK = """
 import torch
 with torch.no_grad():
     ids = torch.arange(9)[None]
-    ours, theirs = first(ids).float(), model(ids).logits
+    ours, theirs = first.float()(ids), model.float()(ids).logits
     with model.disable_adapter():
         plain = model(ids).logits
 print([((other - theirs).norm() / theirs.norm()).item() for other in (ours, plain)])

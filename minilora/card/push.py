@@ -1,7 +1,7 @@
 """Upload an adapter or a model to the Hugging Face Hub, in one commit: the files that belong to it, and no others.
 
 FILES names them, at the top of the folder only. What lies beside them (checkpoints, optimiser states, logs, pickles,
-tokens, hidden files) stays, whatever its name may match on the Hub's side.
+tokens, hidden files) stays here, and is listed.
 """
 
 import sys
