@@ -23,7 +23,7 @@ from minilora.train import TrainResult
 CARD, HERE = "README.md", "path/to/this/folder"  # HERE: in the code of a card, until push_to_hub knows better
 _MARK = "<!-- minilora card "
 _SHOWN = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern")
-_SHOWN += ("alpha_pattern", "layers_to_transform", "bias", "modules_to_save")  # of adapter_config.json, if set
+_SHOWN += ("alpha_pattern", "layers_to_transform", "bias", "lora_bias", "modules_to_save")  # of adapter_config.json, if set
 
 
 def write_card(
@@ -102,7 +102,8 @@ def _adapter(folder: Path, base_model: str | None) -> tuple[dict[str, Any], dict
     on_hub = base_model is not None or _is_hub_id(source)
     base = source if on_hub else Path(source).name  # no path of the machine it was trained on
     kinds = sorted({kind.removeprefix("gguf-") for kind, *_ in bound.get("layers", {}).values()})
-    trained = sum(tensor.numel() for tensor in read_tensors(folder / WEIGHTS_FILE).values())
+    tensors = read_tensors(folder / WEIGHTS_FILE)  # PEFT puts an adapted embedding's own weight beside the adapter
+    trained = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".base_layer.weight"))
     facts = {name: config[name] for name in _SHOWN if config.get(name) and config[name] != "none"}
     facts |= {"numbers that were trained": trained, "minilora": bound.get("version")}
     facts["the base's weights"] = [kind.replace("nf4/", "4 bits, NF4 in blocks of ") for kind in kinds] or None
