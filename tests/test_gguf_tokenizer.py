@@ -122,7 +122,7 @@ def test_smollm2_from_gguf_gives_the_ids_of_transformers():
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"model": "llama"}, "x.gguf: expected a byte-level BPE tokenizer .*'llama'"),
+        ({"model": "bert"}, "x.gguf: expected a byte-level BPE tokenizer .*'bert'"),
         ({"pre": "mine"}, "x.gguf: unknown pre-tokenizer 'mine'. Expected one of gpt-2, smollm, llama-bpe, qwen2"),
         ({"pre": None}, "unknown pre-tokenizer None"),
         ({"merges": ["h e", "h missing"]}, "the merge .*'missing'.* is not of its tokens"),

@@ -100,6 +100,10 @@ class Tokenizer:
     def pad_token_id(self) -> int | None:
         return self._id("pad_token")
 
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._id("unk_token")
+
     def __len__(self) -> int:
         """Size of the vocabulary, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)

@@ -19,6 +19,7 @@ from minilora.models.config import DecoderConfig
 from minilora.models.gguf_header import Record, read_header
 from minilora.models.rope import Rope, frequencies
 
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # model_type -> GGUF's
 NAMES = {  # GGUF -> Hugging Face, the part after the layer
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -160,11 +161,12 @@ def _check_tokenizer(path: Path, fields: dict[str, Any]) -> None:
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     if not own.get("tokens"):
         raise ValueError(f"{path} holds no tokenizer (tokenizer.ggml.tokens is missing).")
-    kinds = {"tokens": str, "token_type": int, "merges": str, "scores": float}
+    kinds = {"tokens": str, "token_type": int, "merges": str, "scores": int | float}
     lists = {key: own.get(key, []) for key in kinds}
     wrong = [k for k, v in lists.items() if not isinstance(v, list) or not all(isinstance(x, kinds[k]) for x in v)]
     count = len(own["tokens"]) if not wrong else 0
-    wrong += ["token_type"] * (len(own.get("token_type", own["tokens"])) != count and not wrong)
+    for key in ["token_type"] * ("token_type" in own) + ["scores"] * (own.get("model") == "llama"):
+        wrong += [key] * (not wrong and (len(lists[key]) != count or not all(map(math.isfinite, lists[key]))))
     ids = {key: own.get(f"{key}_token_id") for key in ("bos", "eos", "unknown", "padding")}
     wrong += [key for key, i in ids.items() if i is not None and not (type(i) is int and 0 <= i < count)]
     wrong += [key for key in ("model", "pre", "tokenizer.chat_template") if not isinstance(own.get(key, ""), str)]
@@ -174,7 +176,7 @@ def _check_tokenizer(path: Path, fields: dict[str, Any]) -> None:
 
 def _config(path: Path, fields: dict[str, Any], records: dict[str, Record], factors: Tensor | None) -> DecoderConfig:
     arch = fields.get("general.architecture")
-    if arch not in ("llama", "qwen2"):
+    if arch not in ARCHITECTURES.values():
         raise ValueError(
             f"{path}: unknown GGUF architecture {arch!r}; minilora reads llama (Llama, Mistral, SmolLM2) and qwen2. "
             "Other models: load with transformers and call ml.inject(model, ...) on them."

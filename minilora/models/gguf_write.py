@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf import NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
+from minilora.models.gguf import ARCHITECTURES, NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
 from minilora.models.rope import Rope, frequencies
 from minilora.storage import whole
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # model_type -> GGUF's
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _GGUF_NAMES = {hf: own for own, hf in (NAMES | TOP).items()}
-
 
 Source = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # Hugging Face name, shape, and what computes the tensor
 
@@ -127,9 +125,13 @@ def _add_fields(writer: Any, config: DecoderConfig, kind: str) -> None:
 
 
 def _add_tokenizer(writer: Any, config: DecoderConfig, fields: TokenizerFields | None) -> None:
-    """The tokenizer's fields; without one, the ids which the config names."""
-    source, eos = fields or config, (fields or config).eos_token_id
-    ids = {name: getattr(source, f"{name}_token_id", None) for name in ("bos", "unk", "pad")}
+    """The tokenizer's fields; without one, the ids which the config names. ValueError if neither names an EOS."""
+    ids = {name: getattr(fields or config, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
+    eos = config.eos_token_id if ids["eos"] is None else ids["eos"]
+    if fields and eos is None:
+        raise ValueError(
+            "GGUF: neither tokenizer nor config names an EOS: llama.cpp would take some other token for it."
+        )
     ids["eos"] = eos[0] if isinstance(eos, tuple) else eos  # llama.cpp finds the others by their text
     for name, number in ids.items():
         if number is not None:
@@ -139,7 +141,10 @@ def _add_tokenizer(writer: Any, config: DecoderConfig, fields: TokenizerFields |
         writer.add_tokenizer_pre(fields.pre)
         writer.add_token_list(fields.tokens)
         writer.add_token_types(fields.token_types)
-        writer.add_token_merges(fields.merges)
+        if fields.model == "llama":
+            writer.add_token_scores(fields.scores)
+        else:
+            writer.add_token_merges(fields.merges)
         writer.add_add_bos_token(fields.add_bos)
         writer.add_add_eos_token(fields.add_eos)
         writer.add_add_space_prefix(fields.add_space_prefix)
