@@ -3,6 +3,7 @@
 import struct
 
 import gguf
+import numpy as np
 import pytest
 
 from minilora.data import load_tokenizer
@@ -83,6 +84,23 @@ def test_gguf_fields_of_another_kind(tmp_path):
         refused(write(tmp_path / "m.gguf", oracle(num_hidden_layers=1), change=change), message)
 
 
+def test_gguf_tensors_of_no_place(tmp_path):
+    for name, shape, message in [
+        ("abc", (3,), "tensor abc is none of"),
+        ("", (3,), "tensor  is none of"),
+        ("rope_freqs.weight", (0,), "not the scaling of Llama 3.1"),
+        ("rope_freqs.weight", (8, 8), "not the scaling of Llama 3.1"),
+        ("output.weight", (0, 64), "lm_head.weight has shape"),
+        ("blk.00.attn_q.weight", (64, 64), "model.layers.00.self_attn.q_proj.weight, which .* has no place for"),
+    ]:
+
+        def change(writer: gguf.GGUFWriter, name=name, shape=shape) -> None:
+            writer.add_tensor(name, np.ones(shape, np.float32))
+
+        model = oracle(num_hidden_layers=1, tie_word_embeddings=True)
+        refused(write(tmp_path / "m.gguf", model, change=change), message)
+
+
 @pytest.mark.parametrize(
     "key, value, kind",
     [
@@ -90,6 +108,8 @@ def test_gguf_fields_of_another_kind(tmp_path):
         ("tokenizer.ggml.tokens", "x", "STRING"),
         ("tokenizer.ggml.token_type", "x", "STRING"),
         ("tokenizer.ggml.merges", 5, "UINT32"),
+        ("tokenizer.ggml.scores", "x", "STRING"),
+        ("tokenizer.ggml.model", "llama", "STRING"),  # without scores
         ("tokenizer.ggml.bos_token_id", 97, "UINT32"),
         ("tokenizer.ggml.eos_token_id", 2**32 - 1, "UINT32"),
         ("tokenizer.ggml.pre", 1, "UINT32"),

@@ -124,6 +124,11 @@ class SafetensorsCheckpoint:
             path = self.folder / file_name
             if not path.is_file():
                 raise ValueError(f"{path} is missing: the index names it. Download the checkpoint again.")
+            if not _is_own(path):
+                raise ValueError(
+                    f"{path} is a link to {path.resolve()}, outside its folder: do not trust this checkpoint, or put "
+                    "the file itself there."
+                )
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
@@ -183,6 +188,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
     return content
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file lies in its folder; in the Hub's cache, snapshots/REVISION/FILE is a link into blobs beside it."""
+    folder = path.parent.resolve()
+    places = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return path.resolve().parent in places
 
 
 def _hint(folder: Path) -> str:

@@ -220,15 +220,17 @@ def _rope(path: Path, own: dict[str, Any], head_dim: int, factors: Tensor | None
     if factors is None:
         return Rope(theta) if kind == "none" else Rope(theta, kind, own.get("rope.scaling.factor", 0.0))  # 0 raises
     # Llama 3.1 and later store ω / ω' instead of its recipe: recover the recipe, then prove that it gives these values.
-    rope = Rope(theta, "llama3", round(factors.max().item(), 4))
-    expected = frequencies(Rope(theta), head_dim) / frequencies(rope, head_dim)
-    if kind != "none" or factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
-        raise ValueError(f"{path}: {ROPE_FACTORS} is not the scaling of Llama 3.1: not supported.")
-    return rope
+    plain = frequencies(Rope(theta), head_dim)
+    if kind == "none" and factors.shape == plain.shape:
+        rope = Rope(theta, "llama3", round(factors.max().item(), 4))
+        if torch.allclose(factors, plain / frequencies(rope, head_dim), rtol=1e-4):
+            return rope
+    raise ValueError(f"{path}: {ROPE_FACTORS} is not the scaling of Llama 3.1: not supported.")
 
 
 def _hf_name(path: Path, name: str) -> str:
-    *prefix, module, leaf = name.split(".")
+    path_to, _, leaf = name.rpartition(".")
+    *prefix, module = path_to.split(".")
     if not prefix and module in TOP:
         return f"{TOP[module]}.{leaf}"
     if len(prefix) == 2 and prefix[0] == "blk" and module in NAMES:
