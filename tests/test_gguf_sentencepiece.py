@@ -218,3 +218,12 @@ def test_any_merges_agree_or_are_refused():
 
     holds()
     assert 10 < len(refused) < 190
+
+
+def test_of_two_merges_to_one_token_the_score_is_that_of_the_one_which_happens():
+    """a·bc has rank 0 but never happens, because a·b comes before b·c; so c·a comes before ab·c."""
+    made = of_merges([("a", "bc"), ("a", "b"), ("c", "a"), ("b", "c"), ("ab", "c")])
+    fields = to_fields(made, len(made))
+    again = Tokenizer(*build(fields, "x"))
+    assert made.convert_ids_to_tokens(made.encode("abca")) == ["ab", "ca"]
+    assert as_llama_cpp(fields, "abca") == again.encode("abca") == made.encode("abca")
