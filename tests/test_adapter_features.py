@@ -128,10 +128,10 @@ def logits(model: nn.Module) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-@pytest.mark.parametrize(("family", "fields"), TRAINED.values(), ids=TRAINED)
-def test_trained_parts_are_peft_s_both_ways(tmp_path, family, fields):
+def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    family, fields = TRAINED["norms and Conv1D"]  # the families of our decoder: test_matrix.py
     base = hf(family)
     ours = copy.deepcopy(base)
     ml.inject(ours, ml.LoRAConfig(r=4, **fields))
