@@ -64,7 +64,7 @@ def test_transformers_loads_it_with_equal_logits(tmp_path, fields, shard_bytes):
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense base", "4-bit base"])
 def test_merged_model_equals_the_adapted_one(tmp_path, quantised):
-    """fp32: merging only reorders sums of 10 (6e-8 · 10 each). The given model keeps its adapters, computes as before."""
+    """fp32: merging only reorders sums of 10 (6e-8 · 10 each). The given model keeps its adapters and its bits."""
     model = twin(oracle(attention_bias=True))
     if quantised:
         ml.quantize_model(model)
