@@ -21,7 +21,7 @@ from minilora.models.loader import load_model
 from minilora.models.save import save_model
 from minilora.train import TrainConfig, train
 from minilora.train.batches import BatchPlan
-from tiny import oracle, twin
+from tiny import oracle, save, twin
 from toy import Letters, rows
 
 STEPS = 20
@@ -90,6 +90,22 @@ def test_twenty_steps_of_transformers_own_model_with_our_adapter(tmp_path):
     """The same loop and layers around a model that is not ours."""
     model = oracle(vocab_size=len(Letters()))
     compare(oracle(vocab_size=len(Letters())), model, Letters(), rows(40), CONFIG, tmp_path)
+
+
+def test_the_frozen_base_keeps_its_dtype(tmp_path):
+    """PEFT's preparation for k-bit training makes embeddings, head and norms fp32: twice the memory, before a step."""
+    from peft import prepare_model_for_kbit_training
+
+    save(tmp_path, dtype=torch.bfloat16, vocab_size=len(Letters()))
+    model = load_model(tmp_path, quantize="nf4", dtype="bfloat16", device="cpu")
+    inject(model, LoRAConfig(r=4, target_modules="all-linear"))
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    train(model, Letters(), rows(8), TrainConfig(max_steps=1, save_steps=None))
+    after = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in after.values()} == {torch.bfloat16, torch.uint8}
+    assert all(p.dtype == before[name].dtype and torch.equal(p, before[name]) for name, p in after.items())
+    theirs = prepare_model_for_kbit_training(oracle().bfloat16())
+    assert theirs.get_input_embeddings().weight.dtype == torch.float32
 
 
 @pytest.mark.slow
