@@ -1,4 +1,5 @@
-"""Proves that the README's map is the territory: its annotated tree is the disk, its reading order leads to files."""
+"""Proves that the README's map is the territory: its annotated tree is the disk, its reading order leads to files, and
+each of its claims about peers to a test."""
 
 import re
 
@@ -56,3 +57,13 @@ def test_the_readme_numbers_the_reading_order():
     assert len(steps) >= 5 and all(named), "number the files to read, at least five"
     for name in set().union(*named):
         assert any(path == name or path.endswith("/" + name) for path in ALL_FILES), f"{name} is not on the disk"
+
+
+def test_every_claim_about_peers_cites_its_test():
+    section = re.search(r"^## Nothing is silently wrong\n(.*?)^## ", text("README.md"), flags=re.M | re.S)
+    assert section
+    rows = [line.split("|") for line in section[1].splitlines() if line.startswith("| ")][1:]
+    for *_, cited, _ in rows:
+        names = re.findall(r"`(test_\w+\.py)`", cited)
+        assert names and all(f"tests/{name}" in ALL_FILES for name in names), cited
+    assert len(rows) >= 10

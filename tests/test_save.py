@@ -79,13 +79,20 @@ def test_merged_model_equals_the_adapted_one(tmp_path, quantised):
 
 
 def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
-    """The merged head is not the embedding any more; PEFT writes one of the two for both."""
+    """The merged head is not the embedding any more; PEFT's merge changes both."""
+    from peft import LoraConfig, get_peft_model
+
+    tied = oracle(tie_word_embeddings=True)
+    before = tied.get_input_embeddings().weight.clone()
+    peft = get_peft_model(tied, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    assert not torch.equal(peft.merge_and_unload().get_input_embeddings().weight, before)
     model = twin(oracle(tie_word_embeddings=True))
     model.lm_head = ml.LoRALayer(model.lm_head, r=4)
     model.lm_head.adapters["default"].lora_B.data.fill_(0.1)
     save_model(model, tmp_path, merge=True)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     assert (logits(reloaded(tmp_path)) - logits(model)).abs().max() <= 1e-5
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
