@@ -12,6 +12,7 @@ from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_layers
 from minilora.lora import LoRALayer
 from minilora.quant import NF4Linear, quantize_model
+from toy import llama
 
 TOKENS = torch.arange(8)[None]
 
@@ -25,10 +26,14 @@ def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch
         model = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-        )
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+            attention_bias=kind == "biases",
+        )  # fmt: skip
         model = LlamaForCausalLM(config)
     model = model.eval().to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
     if quantize:
         quantize_model(model)
     inject(model, LoRAConfig(target_modules="all-linear"))
@@ -43,7 +48,9 @@ def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch
 # ---- oracle
 
 
-@pytest.mark.parametrize(("kind", "quantize"), [("llama", False), ("gpt2", False), ("llama", True)])
+@pytest.mark.parametrize(
+    ("kind", "quantize"), [("llama", False), ("gpt2", False), ("llama", True), ("biases", False), ("biases", True)]
+)
 def test_the_merged_model_computes_the_same(kind, quantize):
     model = model_with_adapter(kind, quantize)
     expected = model(TOKENS).logits
@@ -67,17 +74,31 @@ def test_rounds_once_to_the_base_dtype():
 # ---- property
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-def test_the_given_model_keeps_every_byte(quantize):
-    model = model_with_adapter(quantize=quantize)
+@pytest.mark.parametrize(("kind", "quantize"), [("biases", False), ("biases", True), ("gpt2", False)])
+def test_the_given_model_keeps_every_byte(kind, quantize):
+    model = model_with_adapter(kind, quantize=quantize)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     modules, logits = dict(model.named_modules()), model(TOKENS).logits
     merged = merge(model)
     for parameter in merged.parameters():
         parameter.data.zero_()  # whatever happens to the copy
+    merged.bfloat16()
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(TOKENS).logits, logits)
+
+
+def test_a_bias_that_trained_beside_4_bits_is_rounded_with_its_weight():
+    model = llama(attention_bias=True).bfloat16()
+    quantize_model(model)
+    inject(model, LoRAConfig(target_modules=["q_proj"], bias="lora_only"))
+    layer = model.model.layers[0].self_attn.q_proj
+    nn.init.normal_(layer.bias)
+    nn.init.normal_(layer.adapters["default"].lora_B, std=0.1)
+    merged = merge(model)
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16} != {layer.bias.dtype}
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.bias, layer.bias.bfloat16())
+    assert torch.isfinite(merged(TOKENS)).all()
 
 
 def test_the_merged_model_is_ordinary():
