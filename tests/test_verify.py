@@ -1,6 +1,9 @@
 """Proves that `verify` tells a checkpoint that bitsandbytes would have written from one it would not: on folders of
 transformers and bitsandbytes, of ours, and on files with one code, scale or table changed."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +11,8 @@ from torch import Tensor
 import tiny
 from minilora.audit.verify import EQUAL, NESTED, compare, verify
 from minilora.cli import main
+from minilora.models.loader import load_model
+from minilora.models.save import save_model
 from minilora.storage import read_tensors, write_tensors
 from minilora_kernels import quantize_nf4
 
@@ -34,10 +39,10 @@ def place(tmp_path_factory):
 
 
 def change(place, tmp_path, kind: str, **entries: Tensor) -> str:
-    """A copy of a checkpoint with entries of NAME replaced; the key of the weight itself is ''."""
+    """A copy of a checkpoint with entries of NAME replaced, or by an empty one removed; the weight's key is ''."""
     state = read_tensors(place / kind / "model.safetensors")
     state |= {NAME + key.replace("_", ".", 1) * bool(key): value for key, value in entries.items()}
-    write_tensors(tmp_path / "model.safetensors", state)
+    write_tensors(tmp_path / "model.safetensors", {key: value for key, value in state.items() if len(value)})
     return str(tmp_path)
 
 
@@ -54,6 +59,15 @@ def test_what_transformers_and_bitsandbytes_wrote_is_right(place, kind):
     assert set(verify(folder).values()) == set(verify(folder, against="bitsandbytes").values()) == {EQUAL}
     from_source = verify(folder, source=base)
     assert len(from_source) == 3 * 7 and set(from_source.values()) <= ({EQUAL, NESTED} if kind == "nested" else {EQUAL})
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_our_own_folder_is_right_by_its_source(tmp_path, stored):
+    """load_model quantises what is stored, whatever it computes in; transformers casts first."""
+    tiny.save(tmp_path / "base", dtype=stored)
+    model = load_model(tmp_path / "base", quantize="nf4", dtype="bfloat16", device="cpu")
+    save_model(model, tmp_path / "four", format="bnb-4bit")
+    assert set(verify(tmp_path / "four", source=tmp_path / "base").values()) == {EQUAL}
 
 
 def test_what_we_quantise_is_what_bitsandbytes_does(place, capsys):
@@ -97,6 +111,8 @@ def test_one_nested_code_is_told_from_two():
         assert compare(ours, type(ours).from_state_dict(state)) == verdict
     assert compare(ours, quantize_nf4(W, double_quant=False)).startswith("different")
     assert compare(ours, quantize_nf4(W, blocksize=128)).startswith("different")
+    assert "float32" in compare(ours, replace(ours, dtype=torch.float32))  # says what differs
+    assert re.fullmatch(r"different: [\d,]+ of 8,192 bytes of codes", compare(ours, quantize_nf4(-W)))
     plain = quantize_nf4(W, double_quant=False)
     assert compare(plain, quantize_nf4(W * 2, double_quant=False)) == "different: scales"
 
@@ -109,11 +125,19 @@ def test_another_table_is_different_and_says_why(place, tmp_path):
     assert "not the standard table" in verify(folder)[NAME]
 
 
+@pytest.mark.parametrize("lost", ["", "_quant_map", "_absmax", "_quant_state.bitsandbytes__nf4"])
+def test_a_weight_that_lost_a_part_is_not_passed_over(place, tmp_path, lost):
+    verdicts = verify(change(place, tmp_path, "plain", **{lost: torch.empty(0)}))
+    assert len(verdicts) == 21 and verdicts[NAME].startswith("different: NF4 state of")
+
+
 def test_nothing_to_compare_raises(place, capsys):
     with pytest.raises(ValueError, match="no weight in 4 bits"):
         verify(place / "base")
     with pytest.raises(ValueError, match="against"):
         verify(place / "plain", against="torchao")
+    with pytest.raises(ValueError, match="two comparisons"):
+        verify(place / "plain", source=place / "base", against="bitsandbytes")
     with pytest.raises(ValueError, match="is it the base"):
         verify(place / "plain", source=place / "nested")
     assert main(["verify", "./nowhere"]) == 1 and "expected a folder with .safetensors" in capsys.readouterr().err

@@ -10,6 +10,7 @@ code, or near zero, where codes are finer than its CPU's table of 65,536 entries
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,19 +20,22 @@ from minilora.audit.inspect import safetensors_headers
 from minilora_kernels import NF4Weight, dequantize_nf4, dynamic_map, quantize_nf4
 
 EQUAL, NESTED = "equal", "±1 nested code"
-_STATE = re.compile(r"(.*)\.quant_state\.bitsandbytes__\w+")
+_PART = re.compile(r"(.*)\.((nested_)?(absmax|quant_map)|quant_state\.\w+)")  # of a weight in 4 bits
 
 
 def verify(checkpoint: str | Path, source: str | Path | None = None, against: str | None = None) -> dict[str, str]:
     """Weight name -> "equal", "±1 nested code" or "different: why".
 
-    checkpoint, source: folders of safetensors files. ValueError if there is nothing to compare or compare with.
+    checkpoint, source: folders of safetensors files; give `source` or `against`, not both. ValueError if there is
+    nothing to compare or compare with.
     """
     if against not in (None, "bitsandbytes"):
         raise ValueError(f"against: expected None or 'bitsandbytes', got {against!r}.")
+    if against and source is not None:
+        raise ValueError("source and against are two comparisons: give one of them at a time.")
     here, verdicts = safetensors_headers(Path(checkpoint)), {}
     base = {} if source is None else safetensors_headers(Path(source))
-    for prefix in [match[1] for name in here if (match := _STATE.fullmatch(name))]:
+    for prefix in dict.fromkeys(match[1] for name in here if (match := _PART.fullmatch(name))):
         state = {name: _read(here, name) for name in here if name == prefix or name.startswith(f"{prefix}.")}
         try:
             weight = NF4Weight.from_state_dict(state, prefix)
@@ -41,8 +45,10 @@ def verify(checkpoint: str | Path, source: str | Path | None = None, against: st
         if source is not None:
             if prefix not in base or base[prefix][2] != tuple(weight.shape):
                 raise ValueError(f"{source}: expected {prefix} of shape {tuple(weight.shape)}: is it the base?")
-            W = _read(base, prefix).to(weight.dtype)
-            verdicts[prefix] = compare(quantize_nf4(W, weight.blocksize, weight.double_quant), weight)
+            W, kind = _read(base, prefix), (weight.blocksize, weight.double_quant)
+            sources = {W.dtype: W, weight.dtype: W.to(weight.dtype)}.values()  # transformers casts first, we do not
+            found = [compare(replace(quantize_nf4(one, *kind), dtype=weight.dtype), weight) for one in sources]
+            verdicts[prefix] = next((verdict for verdict in (EQUAL, NESTED) if verdict in found), found[0])
             continue
         if against:
             same = torch.equal(dequantize_nf4(weight), _dequantized_by_bitsandbytes(weight))
@@ -66,8 +72,10 @@ def compare(ours: NF4Weight, theirs: NF4Weight) -> str:
     mine, other = ours.state_dict(), theirs.state_dict()
     if mine.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in mine.items()):
         return EQUAL
-    if not torch.equal(ours.packed, theirs.packed) or ours.parts()[4:] != theirs.parts()[4:]:
-        return f"different: codes, or the format: {theirs}, expected {ours}"
+    if repr(ours) != repr(theirs):
+        return f"different: {theirs}, expected {ours}"
+    if wrong := int((ours.packed != theirs.packed).sum()):
+        return f"different: {wrong:,} of {len(ours.packed):,} bytes of codes"
     offset, nested, nested_too = ours.offset, ours.nested_absmax, theirs.nested_absmax
     if offset is None or nested is None or nested_too is None or theirs.offset is None:
         return "different: scales"
