@@ -93,7 +93,25 @@ def test_a_model_folder_in_16_and_in_4_bits(tmp_path):
     write_tensors(tmp_path / "four" / "model.safetensors", weight)
     config = {"architectures": ["X"], "quantization_config": {"quant_method": "bitsandbytes"}}
     (tmp_path / "four" / "config.json").write_text(json.dumps(config))
-    assert inspect(tmp_path / "four").facts["quantisation"] == "bitsandbytes, 1 weights in nf4"
+    found = inspect(tmp_path / "four")
+    assert found.facts["quantisation"] == "bitsandbytes, 1 weights in nf4"
+    assert "1 × model.layers.*.mlp.up_proj.weight.quant_state.bitsandbytes__nf4" in str(found)
+    (tmp_path / "four" / "config.json").write_text(json.dumps({"quantization_config": "bitsandbytes"}))
+    assert inspect(tmp_path / "four").facts["quantisation"] == "none, 1 weights in nf4"
+
+
+def test_only_the_files_that_are_the_model_count(tmp_path):
+    """Mistral's folders hold all tensors a second time; a folder saved twice may hold shards of the first time."""
+    tiny.save(tmp_path, {"max_shard_size": "50KB"})
+    expected = inspect(tmp_path)
+    write_tensors(tmp_path / "consolidated.safetensors", {"layers.0.wq": torch.zeros(2)})
+    assert inspect(tmp_path) == expected
+    name, (_, shape) = next(iter(expected.tensors.items()))
+    write_tensors(tmp_path / "model-00001-of-00099.safetensors", {name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match=f"{name} is in both .*00099.safetensors.*remove the stale file"):
+        inspect(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", {"one": torch.zeros(2)})
+    assert [*inspect(tmp_path).tensors] == ["one"]  # as load_model
 
 
 # ---- property

@@ -45,7 +45,8 @@ class Inspection:
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        alike = Counter((re.sub(r"\d+", "*", name), *what) for name, what in self.tensors.items())  # over the layers
+        number = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer
+        alike = Counter((number.sub("*", name), *what) for name, what in self.tensors.items())
         lines = [self.kind, *(f"  {name:<24}{value}" for name, value in self.facts.items())]
         lines += [f"  {n:>4} × {name:<60}{dtype:>5} {shape}" for (name, dtype, shape), n in alike.items()]
         if self.layers:
@@ -78,26 +79,35 @@ def inspect(path: str | Path, other: str | Path | None = None) -> Inspection:
         layers = {layer: _spectrum(sigma) for layer, (_, sigma, _) in _spaces(path).items()}
         return Inspection("adapter", _shown(read_json(path / CONFIG_FILE)) | sizes | _metadata(path), tensors, layers)
     config = read_json(path / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method", "none")
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "none"
     kinds = Counter(name.rpartition("__")[2] for name in tensors if ".quant_state.bitsandbytes__" in name)
     quantised = {"quantisation": ", ".join([method, *(f"{n} weights in {kind}" for kind, n in kinds.items())])}
     return Inspection("model", _shown(config) | quantised | sizes, tensors)
 
 
 def safetensors_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Tensor -> (file, dtype, shape) over every safetensors file of a folder; no tensor is read."""
+    """Tensor -> (file, dtype, shape) of an adapter or a model (as load_model: one file before shards); none is read.
+
+    ValueError for a damaged file and for a tensor in two of them.
+    """
     from safetensors import SafetensorError, safe_open  # here: `import minilora` stays light
 
-    found = {}
-    if not (files := sorted(folder.glob("*.safetensors"))):
+    found: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    patterns = WEIGHTS_FILE, "model.safetensors", "model-*.safetensors", "*.safetensors"
+    files = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
+    if not files:
         raise FileNotFoundError(f"{folder}: expected a folder with .safetensors files (or, to inspect, a .gguf file).")
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_slice(name) for name in file.keys()}
-                found |= {name: (path, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                here = {name: (path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut off ({error}). Download it again.") from error
+        if twice := sorted(found.keys() & here.keys()):
+            raise ValueError(f"tensor {twice[0]} is in both {found[twice[0]][0]} and {path}: remove the stale file.")
+        found |= here
     return found
 
 
