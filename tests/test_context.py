@@ -11,7 +11,7 @@ import torch
 from minilora.generate import Decoding, generate_ids
 from minilora.models.context import Context, inference, shared_prefix
 from prompts import pair, ragged
-from tiny import twin
+from tiny import KINDS, oracle, twin
 
 
 def test_a_selected_context_leaves_the_first_alone():
@@ -31,10 +31,14 @@ def test_a_selected_context_leaves_the_first_alone():
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_branch_reads_its_own_path_only(window):
+WINDOWS = [{}, {"family": "mistral", "sliding_window": 4}, KINDS["qwen3 window between"], KINDS["gemma3"]]
+
+
+@pytest.mark.parametrize("fields", WINDOWS, ids=["none", "in all layers", "in two of three", "gemma3"])
+def test_a_branch_reads_its_own_path_only(fields):
     """Nodes: A, A B, A B C, D. Each costs what it costs alone, with padding and window; then all is gone."""
-    models = [pair("mistral", sliding_window=window)[1], *([] if window else [pair()[0]])]
+    theirs = oracle(**fields)
+    models = [theirs, twin(theirs)]
     sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]).bool()
     paths, nodes, nexts = (
         [[11], [11, 12], [11, 12, 13], [14]],

@@ -15,7 +15,7 @@ Simplified: a batch is padded to its longest row and its cache is one dense tens
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,10 @@ class Context:
         self.native = hasattr(model, "hidden")
         self.vocabulary: int = self.model.config.vocab_size
         self.cache: Any = KVCache() if self.native else None
+        if not self.native and getattr(self.model.config, "sliding_window", None):
+            from transformers import DynamicCache  # its own would drop keys, which `real` and `branch` count on
+
+            self.cache = DynamicCache()
         self.lengths = torch.zeros(1, dtype=torch.long)  # (B,) tokens read, padding aside
         self.positions = torch.zeros(1, 0, dtype=torch.long)  # (B, K) of each key in the cache
         self.real = torch.zeros(1, 0, dtype=torch.bool)  # (B, K) False at padding
@@ -68,7 +72,7 @@ class Context:
         if window := getattr(self.model.config, "sliding_window", None):
             keys = torch.cat([self.positions, positions], dim=1)  # (B, K+N)
             near = mask & (positions[:, :, None] - keys[:, None] < window)
-            mixed = self.native and len({*self.model.config.layer_types}) > 1  # a window in some layers only
+            mixed = len({*(getattr(self.model.config, "layer_types", None) or ())}) > 1  # a window in some layers only
             mask = {"full_attention": mask[:, None], "sliding_attention": near[:, None]} if mixed else near
         mask = mask if isinstance(mask, dict) else mask[:, None]
         read = self._read(tokens.expand(rows, -1), positions, mask)  # (B, N, D or V)
@@ -95,20 +99,19 @@ class Context:
             documents = None  # plain causal, the fast path, as long as there is no padding
             if mask is None and not self.real.all():
                 documents = torch.where(self.real, 0, PAD)[:, -tokens.shape[1] :].to(self.device)  # (B, T)
-            if isinstance(mask, dict):
-                mask = {kind: one.to(self.device) for kind, one in mask.items()}
-            mask = mask.to(self.device) if isinstance(mask, Tensor) else mask
+            mask = None if mask is None else _each(mask, lambda one: one.to(self.device))
             hidden = self.model.hidden(tokens, positions, documents, self.cache, mask)  # (B, T, D)
             return hidden[:, -keep:].contiguous()  # strided, it would cost a copy of the frozen head a row
         if mask is None:
-            mask = self.real.long()  # (B, K+T)
+            mask = self.real.long().to(self.device)  # (B, K+T)
         else:  # what every attention of transformers adds to its scores
-            dtype = self.model.get_input_embeddings().weight.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            zero = self.model.get_input_embeddings().weight.new_zeros(())
+            least = torch.finfo(zero.dtype).min
+            mask = _each(mask, lambda one: zero.masked_fill(~one.to(self.device), least))
         slim = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         out = self.model(
             tokens,
-            attention_mask=mask.to(self.device),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -131,6 +134,10 @@ class Context:
             chosen.cache = copy.deepcopy(self.cache)
             chosen.cache.batch_select_indices(index.to(self.device))
         return chosen
+
+
+def _each(mask: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return {kind: change(one) for kind, one in mask.items()} if isinstance(mask, dict) else change(mask)
 
 
 @contextmanager
