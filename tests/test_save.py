@@ -72,8 +72,26 @@ def test_merged_model_equals_the_adapted_one(tmp_path, quantised):
     before = logits(model)
     save_model(model, tmp_path / "saved", merge=True)
     assert torch.equal(logits(model), before)
-    assert (logits(reloaded(tmp_path / "saved")) - before).abs().max() <= 5e-5
+    assert (logits(reloaded(tmp_path / "saved")) - before).abs().max() <= 5e-5  # logits of 10, some fp32 roundings
     save_model(ml.merge(model), tmp_path / "merged")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["dense base", "4-bit base"])
+def test_parts_that_trained_in_fp32_are_saved_as_they_were(tmp_path, quantised):
+    """A head, an embedding and, beside 4 bits, biases: in the file of a bf16 model they are bf16, as in ml.merge."""
+    model = twin(oracle(attention_bias=True)).bfloat16()
+    if quantised:
+        ml.quantize_model(model)
+    config = {"modules_to_save": ["lm_head", "embed_tokens"], "bias": "lora_only" if quantised else "none"}
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"], **config))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            parameter.data.normal_(std=0.1)
+    save_model(model, tmp_path / "saved", merge=True)
+    save_model(ml.merge(model), tmp_path / "merged")
+    assert {value.dtype for value in load_file(tmp_path / "saved/model.safetensors").values()} == {torch.bfloat16}
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
@@ -95,11 +113,11 @@ def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "bfloat16"])
 def test_dtype_of_the_file(tmp_path, dtype):
     model = twin(oracle())
     save_model(model, tmp_path, dtype=dtype)
-    theirs = reloaded(tmp_path)
+    theirs, dtype = reloaded(tmp_path), getattr(torch, str(dtype).removeprefix("torch."))
     assert theirs.dtype == dtype
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, model.state_dict()[name].to(dtype)), name
@@ -236,7 +254,11 @@ def test_what_a_plain_checkpoint_cannot_hold(tmp_path):
     ml.quantize_model(quantised)
     fails(quantised, tmp_path, "21 layers in 4 bits")
     fails(oracle(), tmp_path, r"got LlamaForCausalLM.*save_pretrained")
-    fails(twin(oracle()), tmp_path, "dtype must be one of", dtype=torch.int8)
+    fails(twin(oracle()), tmp_path, "dtype must be one of float64, .*, got torch.int8", dtype=torch.int8)
+    ml.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter, which transformers would load too"):
+        save_model(twin(oracle()), tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
 
 
 def test_values_that_are_not_finite_or_leave_the_range(tmp_path):

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.adapters.files import CONFIG_FILE
 from minilora.adapters.merge import merged_bias, merged_from, merged_weight
 from minilora.data.gguf_tokenizer import to_fields
+from minilora.inject import lora_configs
 from minilora.layers import active_adapters, unwrapped
 from minilora.lora import LoRALayer
 from minilora.models.config import DecoderConfig
@@ -63,15 +65,15 @@ def save_model(
     tokenizer: Any = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write `model` to `folder`; transformers loads it with equal logits.
+    """Write `model` to `folder`; transformers loads it with equal logits. A folder that holds an adapter is refused.
 
     format: "safetensors", all layers dense; "bnb-4bit", 4-bit layers as bitsandbytes keeps them; or "gguf", one file
         for llama.cpp: `folder` itself if it ends in .gguf, else model.gguf in it.
     merge: fold the active adapters in and, unless "bnb-4bit", make 4-bit layers dense; without it, a model that has
         any is refused.
     requantize: with merge, let "bnb-4bit" round merged layers to 4 bits again, a second copy of them in memory.
-    dtype: of all dense tensors; default each tensor's own, and for a 4-bit layer the dtype it computes in. For "gguf",
-        of the matrices: a dtype or "q8_0", default the embedding's (vectors are always fp32 there).
+    dtype: of all dense tensors; default each tensor's own before it was trained, and for a 4-bit layer the dtype it
+        was made from. For "gguf", of the matrices: a dtype or "q8_0", default the embedding's (vectors are fp32 there).
     tokenizer: saved beside the model (its `save_pretrained` is called), or within the GGUF file.
     shard_bytes: size above which the weights go to several files; GGUF is always one.
     Raises ValueError for what cannot be saved so, and when a value leaves the range of `dtype`.
@@ -87,10 +89,17 @@ def save_model(
     config = _config(model)
     if format == "gguf":
         return _write_gguf(model, config, Path(folder), dtype, tokenizer)
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}.")
-    entries = _all_entries(model, config, dtype, format)
+    by_name = {str(known).removeprefix("torch."): known for known in _DTYPES}
+    if dtype is not None and str(dtype).removeprefix("torch.") not in by_name:
+        raise ValueError(f"dtype must be one of {', '.join(by_name)}, got {dtype}.")
+    dtype = by_name.get(str(dtype).removeprefix("torch."))  # None stays None
     folder = Path(folder)
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds an adapter, which transformers would load too: give another folder.")
+    entries = _all_entries(model, config, dtype, format)
+    if dtype is None:
+        before = _before_training(model)
+        entries = [replace(entry, dtype=before.get(entry.name, entry.dtype)) for entry in entries]
     names = _write_weights(folder, entries, shard_bytes)
     embedding = next(entry for entry in entries if entry.name == "model.embed_tokens.weight")
     dtype_name = str(embedding.dtype).removeprefix("torch.")
@@ -103,6 +112,15 @@ def save_model(
             stale.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _before_training(model: CausalLM) -> dict[str, torch.dtype]:
+    """Of the modules and biases that train with an adapter, as fp32 copies: the dtypes of the originals."""
+    found = {}
+    for path, part in lora_configs(model).parts.originals.items():
+        tensors = {path: part} if isinstance(part, nn.Parameter) else dict(part.named_parameters(path))
+        found |= {name: tensor.dtype for name, tensor in tensors.items()}
+    return found
 
 
 def _write_weights(folder: Path, entries: list[_Entry], shard_bytes: int) -> set[str]:
