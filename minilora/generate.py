@@ -68,7 +68,7 @@ def generate(
     time; answers do not depend on it, rounding aside.
     ValueError: an empty prompt, one too long for the model's context, a number out of its range.
     """
-    single = isinstance(prompt, str) or (bool(prompt) and all(isinstance(message, Mapping) for message in prompt))
+    single = isinstance(prompt, str | Mapping) or (bool(prompt) and all(isinstance(m, Mapping) for m in prompt))
     prompts: list[Any] = [prompt] if single else list(prompt)
     stops = [stop] if isinstance(stop, str | int) else list(stop or [])
     words = [text for text in stops if isinstance(text, str)]
@@ -83,6 +83,9 @@ def generate(
     rule = Decoding(max_new_tokens, temperature, top_p, seed, batch_size, ends, stopped if words else None)
     if empty := [number for number, one in enumerate(prompts) if not one]:
         raise ValueError(f"prompts {empty[:8]} are empty: give a text or at least one message")
+    for number, one in enumerate(prompts):
+        if not isinstance(one, str) and not (isinstance(one, Sequence) and all(isinstance(m, Mapping) for m in one)):
+            raise ValueError(f"prompt {number}: expected a text or a list of messages (dicts), got {one!r:.80}")
     rows = [encode_prompt(one, tokenizer) for one in prompts]
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generate_ids(model, rows, rule)]
     for word in words:

@@ -242,6 +242,9 @@ def test_bad_prompts():
     for prompt in ("", RawText(""), ["hello", ""], [[]]):
         with pytest.raises(ValueError, match="empty"):
             generate(mine, ours("chatml"), prompt)
+    for prompt in (chat("hello")[0], ["hello", chat("hello")[0]], ["hello", ["hello"]], ["hello", 5]):
+        with pytest.raises(ValueError, match=r"prompt [01]: expected a text or a list of messages .dicts., got"):
+            generate(mine, ours("chatml"), prompt)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate_ids(mine, [[1], []], Decoding(1))
     with pytest.raises(ValueError, match="prompt 1 has 300 tokens"):
