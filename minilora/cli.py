@@ -9,6 +9,8 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -68,6 +70,8 @@ def merge(
     model: str, adapter: str, folder: str, target: str | None, data: str | None, force: bool, **loading: Any
 ) -> None:
     """Fold an adapter into its base: measure what that loses, write a folder that transformers loads, read it back."""
+    if Path(folder).resolve() == Path(model).resolve():
+        raise ValueError(f"{folder} is the base itself, which would be lost: give another folder for the result.")
     loaded, tokenizer = _load(model, adapter, **loading)
     dense = dict(loading, quantize=None)
     source = _load(model, adapter, **dense)[0] if target == "original" else None
@@ -75,7 +79,8 @@ def merge(
     report = merge_report(loaded, source)
     if data is not None:
         losses = {"trained": _loss(loaded, tokenizer, data)}
-        losses |= {to: _loss(_merged(loaded, source, to), tokenizer, data) for to in report.total.error}
+        targets = dict.fromkeys([*report.total.error, target])  # one that the report lacks is refused by ml.merge
+        losses |= {to: _loss(_merged(loaded, source, to), tokenizer, data) for to in targets}
         report = replace(report, losses=losses)
         if losses[target] > 1.001 * losses["trained"]:
             print(f"minilora: warning: merging to {target} raises the loss by more than 0.1 %", file=sys.stderr)
@@ -208,18 +213,26 @@ def _add_fields(group: Any, config: type) -> None:
         text = f.metadata["help"].replace("%", "%%")
         group.add_argument(
             f"--{f.name}",
-            type=lambda value, hint=hints[f.name]: parse_value(value, hint),
+            type=partial(_read, hint=hints[f.name]),
             default=argparse.SUPPRESS,
             metavar="VALUE",
             help=f"{text} (default {default})",
         )
 
 
+def _read(text: str, hint: Any) -> Any:
+    try:
+        return parse_value(text, hint)
+    except ValueError:
+        expected = hint.__name__ if isinstance(hint, type) else hint
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+
 def parse_value(text: str, hint: Any) -> Any:
     """`text` as a value of the type `hint`: 8, 1e-4, true, none, q_proj,v_proj, all-linear, {"q_proj": 4}.
 
     Where both a list of names and a text are allowed, commas or a plain name make a list; "all-linear" and anything
-    with a regular expression's characters stay text.
+    with a regular expression's characters stay text. ValueError for what cannot be read so.
     """
     kinds = (
         [get_origin(kind) or kind for kind in (get_args(hint) or (hint,))] if get_origin(hint) is not dict else [dict]
@@ -240,7 +253,7 @@ def parse_value(text: str, hint: Any) -> Any:
             return kind(text)
     if str in kinds:
         return text
-    raise argparse.ArgumentTypeError(f"cannot read {text!r} as {hint}")
+    raise ValueError(f"expected {hint}, got {text!r}.")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,10 @@ def test_merge_refuses_4_bits_that_lose_the_adapter(place, adapter, capsys):
     out, said = capsys.readouterr()
     assert "all layers" in out and re.search(r"cosine -?0\.[01]\d, expected 0\.5", said) and "--force" in said
     assert not (place / "small4").exists()
-    assert main(run) == 1 and "no layer with an adapter is in 4 bits" in capsys.readouterr().err
+    for more in ([], ["--data", str(place / "rows.jsonl")]):
+        assert main([*run, *more]) == 1 and "no layer with an adapter is in 4 bits" in capsys.readouterr().err
+    assert main(["merge", str(place / "model"), adapter, str(place / "x" / ".." / "model")]) == 1
+    assert "is the base itself" in capsys.readouterr().err
 
 
 def test_merge_writes_4_bits_when_forced(place, adapter, capsys):
@@ -227,8 +230,18 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert said.startswith("minilora: ") and message in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("arguments", [["train", "m", "d", "--r", "x"], ["train", "m", "d", "--lora_r", "8"], ["fly"]])
-def test_bad_options_say_so(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "m", "d", "--r", "x"], "--r: expected int, got 'x'"),
+        (["train", "m", "d", "--rank_pattern", "q_proj"], "--rank_pattern: expected dict[str, int], got 'q_proj'"),
+        (["train", "m", "d", "--bf16", "yes"], "--bf16: expected bool | None, got 'yes'"),
+        (["train", "m", "d", "--lora_r", "8"], "--lora_r"),
+        (["fly"], "fly"),
+    ],
+)
+def test_bad_options_say_so(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "error:" in said and message in said
