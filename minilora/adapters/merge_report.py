@@ -82,8 +82,8 @@ def _sums(path: str, layer: LoRALayer, original: nn.Module | None) -> dict[str, 
     found = {}
     for target, M, base in _targets(path, layer, W, original):
         left, error = M - base, M - W - delta
-        products = (delta * delta, error * error, left * left, left * delta, W * W)
-        found[target] = torch.stack([product.sum() for product in products]).cpu()
+        pairs = (delta, delta), (error, error), (left, left), (left, delta), (W, W)
+        found[target] = torch.stack([a.flatten() @ b.flatten() for a, b in pairs]).cpu()
     return found
 
 
