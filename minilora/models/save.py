@@ -1,7 +1,7 @@
 """Save a model as a folder that transformers and vLLM load (config.json and safetensors), or as llama.cpp's GGUF.
 
 With merge=True each layer is made dense as it is written, W' = W + Σ s · B A in fp32, rounded once, so that no second
-model is ever in memory: beyond the model it takes one tensor. A safetensors file is, for that reason, written here:
+model is ever in memory: beyond the model it takes a layer's W and B A. A safetensors file is therefore written here:
 
     u64 length of the header · header, JSON: name -> dtype, shape, [begin, end) in the data · data, tensor by tensor
 
