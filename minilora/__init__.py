@@ -33,6 +33,7 @@ from minilora.inject import eject, inject
 from minilora.lora import LoRALayer
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
+from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
 from minilora.quant import NF4Linear, quantize_model
 from minilora.scoring.evaluate import Scores, evaluate
 from minilora.train import TrainConfig, TrainResult, train
@@ -48,7 +49,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Classify",
+    "DPO",
+    "Distill",
     "Inspection",
+    "KLToBase",
     "LoRAConfig",
     "LoRALayer",
     "LoraConfig",
@@ -56,6 +61,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "ParameterCount",
+    "SFT",
     "Scores",
     "Selftest",
     "TaskType",

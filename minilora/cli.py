@@ -1,7 +1,7 @@
 """`minilora train | generate | evaluate | merge | verify | inspect | push`: thin wrappers over public functions.
 
-Options of `train` are the fields of LoRAConfig and TrainConfig, their help is the fields' own, and values are read by
-the fields' types: nothing about them is written here a second time.
+Options of `train` are the fields of LoRAConfig, TrainConfig and the objectives, their help is the fields' own, and
+values are read by the fields' types: nothing about them is written here a second time.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from minilora.adapters.merge import STORAGES
 from minilora.adapters.merge_report import first_difference, merge_report
 from minilora.audit.inspect import inspect as inspect_path
 from minilora.audit.verify import verify as verify_checkpoint
+from minilora.objectives import OBJECTIVES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,19 +34,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(
-    model: str, dataset: str, adapter: str, quantize: str | None, dtype: str, eval_dataset: str | None, **given: Any
-) -> None:
-    """Fine-tune an adapter on a dataset and save it in PEFT's format."""
-    lora, training = ({f.name: given[f.name] for f in fields(c) if f.name in given} for c in _CONFIGS)
-    lora_config, train_config = ml.LoRAConfig(**lora), ml.TrainConfig(**training)  # checked before anything is loaded
+    model: str, dataset: str, adapter: str | None, quantize: str | None, dtype: str, eval_dataset: str | None,
+    objective: str, **given: Any,
+) -> None:  # fmt: skip
+    """Fine-tune an adapter, or with --method full the model, on a dataset and save it."""
+    lora, training, learned = ({f.name: given.pop(f.name) for f in fields(c) if f.name in given}
+                               for c in (*_CONFIGS, OBJECTIVES[objective]))  # fmt: skip
+    train_config = ml.TrainConfig(**training)  # all is checked before the model is loaded
+    full = train_config.method == "full"
+    if unused := [*given, *(lora if full else ())]:
+        raise ValueError(f"--{unused[0]} does nothing with --objective {objective} --method {train_config.method}.")
+    if missing := [f.name for f in fields(OBJECTIVES[objective]) if f.name not in learned and f.default is MISSING]:
+        raise ValueError(f"--objective {objective} needs --{missing[0]}.")
+    if objective == "classify":
+        lora = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} | lora
+    lora_config, goal = ml.LoRAConfig(**lora), OBJECTIVES[objective](**learned)
+    dtype = "float32" if full and dtype == "auto" else dtype
     loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
-    ml.inject(loaded, lora_config, seed=train_config.seed)
-    print(ml.count_parameters(loaded))
-    result = ml.train(loaded, tokenizer, dataset, train_config, eval_dataset=eval_dataset)
-    ml.save_adapter(loaded, adapter)
-    ml.write_card(adapter, result, dataset=dataset)
+    if isinstance(goal, ml.Classify):
+        goal.add_head(loaded, train_config.seed)
+    if not full:
+        ml.inject(loaded, lora_config, seed=train_config.seed)
+        print(ml.count_parameters(loaded))
+    result = ml.train(loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=eval_dataset)
+    folder = adapter or ("model" if full else "adapter")
+    if full:
+        ml.save_model(loaded, folder, tokenizer=tokenizer)
+    else:
+        ml.save_adapter(loaded, folder)
+    ml.write_card(folder, result, dataset=dataset)
     state = "interrupted" if result.interrupted else "done"
-    print(f"{state} after {result.steps} steps, loss {result.loss}, eval loss {result.eval_loss}; adapter in {adapter}")
+    figures = {"loss": result.loss} | (result.evals[-1] if result.evals else {})
+    shown = ", ".join(f"{name} {value}" for name, value in figures.items() if name != "step")
+    print(f"{state} after {result.steps} steps, {shown}; in {folder}")
 
 
 def generate(
@@ -154,11 +175,16 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     training = command(train, "model", "dataset")
-    training.add_argument("--adapter", default="adapter", help="folder to save it in (default %(default)s)")
+    text = "folder to save what was trained in (default: adapter, or model with --method full)"
+    training.add_argument("--adapter", "--folder", dest="adapter", help=text)
     training.add_argument("--eval_dataset", help="held-out rows, measured while training")
+    training.add_argument("--objective", choices=OBJECTIVES, default="sft", help="what to learn (default %(default)s)")
     group = training.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
     for config in _CONFIGS:
         _add_fields(group, config)
+    for name, kind in OBJECTIVES.items():
+        if fields(kind):
+            _add_fields(training.add_argument_group(f"--objective {name} ({kind.__name__})"), kind)
     answering = command(generate, "model", "prompt")
     answering.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default %(default)s)")
     answering.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -210,13 +236,14 @@ def _add_fields(group: Any, config: type) -> None:
     hints = get_type_hints(config)
     for f in fields(config):
         default = f.default if f.default_factory is MISSING else f.default_factory()
+        default = f"default {default}" if default is not MISSING else "required"
         text = f.metadata["help"].replace("%", "%%")
         group.add_argument(
             f"--{f.name}",
             type=partial(_read, hint=hints[f.name]),
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{text} (default {default})",
+            help=f"{text} ({default})",
         )
 
 
@@ -234,15 +261,16 @@ def parse_value(text: str, hint: Any) -> Any:
     Where both a list of names and a text are allowed, commas or a plain name make a list; "all-linear" and anything
     with a regular expression's characters stay text. ValueError for what cannot be read so.
     """
-    kinds = (
-        [get_origin(kind) or kind for kind in (get_args(hint) or (hint,))] if get_origin(hint) is not dict else [dict]
-    )
+    alone = get_origin(hint) in (dict, list)
+    kinds = [get_origin(kind) or kind for kind in ((hint,) if alone else get_args(hint) or (hint,))]
     if type(None) in kinds and text.lower() == "none":
         return None
     if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if dict in kinds:
         return json.loads(text)
+    if kinds == [list]:
+        return text.split(",")
     if list in kinds and int in kinds:
         numbers = [int(part) for part in text.split(",")]
         return numbers if len(numbers) > 1 else numbers[0]

@@ -15,7 +15,7 @@ from minilora.names import nearest
 
 
 class TaskType(StrEnum):
-    """PEFT's task types; minilora trains CAUSAL_LM and carries the others in the file."""
+    """PEFT's task types; minilora trains CAUSAL_LM and SEQ_CLS, and carries the others in the file."""
 
     CAUSAL_LM = "CAUSAL_LM"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

@@ -75,7 +75,7 @@ def new_adapters(model: nn.Module, config: LoRAConfig, seed: int = 0) -> dict[st
 
 def new_parts(model: nn.Module, config: LoRAConfig, adapters: Iterable[str]) -> dict[str, Part]:
     """Copies of the modules and biases that `config` trains beside the layers named `adapters`. Changes nothing."""
-    wanted, shared = config.modules_to_save or (), config.tie == "shared"
+    wanted, shared = _saved(model, config), config.tie == "shared"
     return lora_configs(model).parts.new(model, wanted, config.bias, set(adapters), shared)
 
 
@@ -152,8 +152,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
     target_modules = _default_targets(model) if config.target_modules is None else config.target_modules
     if target_modules == "all-linear":
-        output = output_layer(model)
+        output, saved = output_layer(model), _saved(model, config)
         chosen = [path for path, layer in candidates.items() if is_linear(layer) and layer is not output]
+        chosen = [path for path in chosen if not any(ends_with(path, entry) for entry in saved)]
     else:
         chosen = _match("target_modules", target_modules, candidates, modules)
     if config.tie == "shared":
@@ -249,6 +250,14 @@ def _in_layers(paths: list[str], config: LoRAConfig) -> list[str]:
         there = sorted(set(number.values()))
         raise ValueError(f"layers_to_transform: no targeted layer has the numbers {missing}; there are {there}.")
     return [path for path in paths if number.get(path) in wanted]
+
+
+def _saved(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """modules_to_save. Of a classifier its head too, as in PEFT, whose files name both kinds of head for either."""
+    names = list(config.modules_to_save or ())
+    heads = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    there = [head for head in heads if any(ends_with(path, head) for path, _ in model.named_modules())]
+    return [name for name in names if name not in heads] + there if there else names
 
 
 def _pattern_matches(key: str, path: str) -> bool:

@@ -95,7 +95,7 @@ def test_resumed_from_an_older_checkpoint_replaces_what_came_after_it(tmp_path):
 
 def test_interrupted_in_an_evaluation_repeats_it(tmp_path, monkeypatch):
     _, result = run(tmp_path / "a", eval_steps=3)
-    real, calls = evaluation.mean_loss, []
+    real, calls = evaluation.means, []
 
     def press(*arguments):
         calls.append(1)
@@ -103,7 +103,7 @@ def test_interrupted_in_an_evaluation_repeats_it(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(evaluation, "mean_loss", press)
+    monkeypatch.setattr(evaluation, "means", press)
     _, stopped = run(tmp_path / "b", eval_steps=3)
     assert stopped.interrupted and stopped.steps == 3 and stopped.eval_losses == []
     _, again = run(tmp_path / "b", resume_from_checkpoint="last", eval_steps=3)

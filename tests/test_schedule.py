@@ -179,6 +179,7 @@ def test_names_and_defaults_are_those_of_training_arguments():
     own = {"max_length", "group_by_length", "warmup_ratio"}  # SFTConfig's; in TrainingArguments of transformers 4
     own |= {"loraplus_lr_ratio", "early_stopping_patience"}  # PEFT's; EarlyStoppingCallback's
     own |= {"eval_metrics", "eval_answers"}  # transformers takes functions
+    own |= {"method"}  # ours alone
     assert {f.name for f in dataclasses.fields(TrainConfig)} - theirs.keys() <= own
     values = TrainConfig().to_dict()
     same = "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size weight_decay seed"

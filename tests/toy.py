@@ -35,7 +35,8 @@ class Letters:
 def llama(seed: int = 0, **fields: Any) -> CausalLM:
     """A random two-layer Llama, logits of a useful size, in eval mode."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = DecoderConfig(VOCABULARY, num_key_value_heads=2, tie_word_embeddings=True, **(sizes | fields))
+    sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = DecoderConfig(VOCABULARY, **(sizes | fields))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CausalLM(config)

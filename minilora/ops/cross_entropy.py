@@ -7,8 +7,8 @@
 
 The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass and each chunk's
 logits are dropped before the next is made; only dloss/dh (N, D) is kept. That holds while W is frozen, as it is in
-LoRA. A head that trains (or is not a plain matrix) goes through `head_cross_entropy`, which recomputes its chunks in
-backward. The loss is a *sum* over tokens: whoever calls divides, once, by the tokens of the whole step.
+LoRA. A head that trains (or is not a plain matrix) goes through `in_chunks`, which recomputes its chunks in backward.
+The loss is a *sum* over tokens: whoever calls divides, once, by the tokens of the whole step.
 """
 
 from collections.abc import Callable
@@ -29,33 +29,62 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """`plain_cross_entropy`, `chunk` rows at a time; the gradient flows into `hidden` only."""
-    if weight.requires_grad:
-        return _checkpointed(hidden, lambda rows: F.linear(rows, weight), labels, chunk or _rows(weight))
-    _check(hidden, labels, chunk)
-    hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # no gradient is asked for: compute none
-    return _FrozenHead.apply(hidden, weight, labels, chunk or _rows(weight))  # pyright: ignore[reportReturnType] untyped
+    """`plain_cross_entropy`, `chunk` rows at a time; the gradient flows into a weight only if that requires grad."""
+    return _losses(hidden, weight, labels, chunk).sum()
 
 
 def head_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None) -> Tensor:
     """The same for any output layer: a frozen `nn.Linear` takes the fast path, everything else is called in chunks."""
-    weight = getattr(head, "weight", None)
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return linear_cross_entropy(hidden, head.weight, labels, chunk)
+    return head_logprobs(hidden, head, labels, chunk).sum().neg()
+
+
+def head_logprobs(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """log p(label) of each row, (N,) in fp32: the terms of which `head_cross_entropy` is minus the sum."""
+    if type(head) is nn.Linear and head.bias is None:
+        return -_losses(hidden, head.weight, labels, chunk)
     _check(hidden, labels, chunk)
-    return _checkpointed(hidden, head, labels, chunk or _rows(weight))
+    return -in_chunks(_row_losses(head), chunk or rows_at_a_time(head), hidden, labels)
+
+
+def in_chunks(function: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Tensor:
+    """`function(*rows)` on `chunk` rows at a time; backward computes again what it held inside.
+
+    function: maps tensors of C rows each to (C, ...); it may use parameters, which get their gradients.
+    """
+    parts = zip(*(tensor.split(chunk) for tensor in rows), strict=True)
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])  # (N, ...)
+
+
+def rows_at_a_time(head: nn.Module) -> int:
+    """How many rows of logits make CHUNK_ELEMENTS; 256 for a head that does not tell its size."""
+    shape = getattr(getattr(head, "weight", None), "shape", None)
+    return max(1, CHUNK_ELEMENTS // shape[0]) if shape is not None else 256
+
+
+def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
+    """-log p(label) of each row (N,), for an output layer that is a plain matrix."""
+    _check(hidden, labels, chunk)
+    chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    if weight.requires_grad:
+        return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), chunk, hidden, labels)
+    hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # no gradient is asked for: compute none
+    return _FrozenHead.apply(hidden, weight, labels, chunk)  # pyright: ignore[reportReturnType] untyped
+
+
+def _row_losses(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda rows, targets: F.cross_entropy(head(rows).float(), targets, reduction="none")
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             rows, targets = hidden[start : start + chunk], labels[start : start + chunk, None]  # (C, D), (C, 1)
             logits = (rows @ weight.T).float()  # (C, V)
             normaliser = logits.logsumexp(-1, keepdim=True)  # (C, 1)
-            loss += (normaliser - logits.gather(1, targets)).sum()
+            loss[start : start + chunk] = (normaliser - logits.gather(1, targets)).squeeze(1)
             if gradient is not None:
                 # dloss/dlogits = softmax(logits) - onehot(y)
                 error = logits.sub_(normaliser).exp_()  # (C, V)
@@ -68,23 +97,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] torch types it as *args
         (gradient,) = ctx.saved_tensors
         # multiplied in fp32: a loss scale of 2^16 is infinite in fp16
-        return (gradient.float() * (grad_loss / LIFT)).to(gradient.dtype), None, None, None
-
-
-def _checkpointed(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, chunk: int) -> Tensor:
-    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(rows).float(), targets, reduction="sum")
-
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        loss = loss + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
-    return loss
-
-
-def _rows(weight: object) -> int:
-    """How many rows of logits make CHUNK_ELEMENTS; 256 for a head that does not tell its size."""
-    shape = getattr(weight, "shape", None)
-    return max(1, CHUNK_ELEMENTS // shape[0]) if shape is not None else 256
+        return (gradient.float() * (grad_loss[:, None] / LIFT)).to(gradient.dtype), None, None, None
 
 
 def _check(hidden: Tensor, labels: Tensor, chunk: int | None) -> None:

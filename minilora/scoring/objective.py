@@ -1,4 +1,4 @@
-"""What is learned from a row. Supervised fine-tuning is here, other objectives are values of the same form.
+"""What is learned from a row. Supervised fine-tuning is here, objectives/ holds other values of the same form.
 
     loss_sum = sum over t with labels[t+1] != -100 of  -log p(labels[t+1] | tokens <= t)
 
@@ -9,18 +9,23 @@ these functions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data import IGNORE, EncodedDataset, Example, collate, encode_dataset
+from minilora.lora import LoRALayer
 from minilora.models.context import inference
 from minilora.ops.cross_entropy import head_cross_entropy
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")  # of a batch, what a model reads
 
 
 class Objective(Protocol):
     """From rows to a loss. All sums are over what `weight` counts (trained tokens, preference pairs, ...)."""
+
+    better: ClassVar[tuple[str, ...]]  # further sums of which more is better: by them the best step may be chosen
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
         """A sequence of examples, each with a `len` in tokens, and a printable `report` of what became of the rows."""
@@ -43,6 +48,8 @@ class Objective(Protocol):
 class SFT:
     """Supervised fine-tuning: cross-entropy on the tokens with a label."""
 
+    better: ClassVar[tuple[str, ...]] = ()
+
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> EncodedDataset:
         return encode_dataset(dataset, tokenizer, max_length)
 
@@ -57,7 +64,22 @@ class SFT:
 
 
 def token_loss(model: Any, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
-    """(summed loss, fp32 scalar; number of trained tokens) of a batch with `input_ids` and `labels`, both (B, T).
+    """(summed loss, fp32 scalar; number of trained tokens) of a batch, as in `labelled`."""
+    found = labelled(model, batch)
+    return head_cross_entropy(found.hidden, found.head, found.targets, chunk), len(found.targets)
+
+
+class Labelled(NamedTuple):
+    """What a model says at the N positions of a batch whose next token has a label; nothing else reaches the head."""
+
+    hidden: Tensor  # (N, D) what goes into the head
+    head: nn.Module  # (N, D) -> logits (N, V)
+    targets: Tensor  # (N,) the next token
+    sample: Tensor  # (N,) the row of the batch
+
+
+def labelled(model: Any, batch: dict[str, Tensor]) -> Labelled:
+    """Run `model` on a batch with `input_ids` and `labels`, both (B, T).
 
     `labels` stand at their own token (not shifted). Optional: `attention_mask`, `position_ids`, `document_ids`.
     A batch on the CPU is moved to the model's device; finding the labelled positions there first costs no GPU sync.
@@ -66,22 +88,24 @@ def token_loss(model: Any, batch: dict[str, Tensor], chunk: int | None = None) -
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()  # (B*T,) position t predicts token t + 1
     positions = (targets != IGNORE).nonzero().squeeze(1)  # (N,)
     targets, rows = targets[positions].to(device), positions.to(device)
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-    if hasattr(model, "hidden"):  # our decoder: the head sees the N labelled positions only, in chunks
-        keys = ("position_ids", "document_ids")  # and needs no mask for padding on the right
-        hidden = model.hidden(inputs["input_ids"], **{key: inputs[key] for key in keys if key in inputs})  # (B, T, D)
-        return head_cross_entropy(hidden.flatten(0, 1)[rows], model.get_output_embeddings(), targets, chunk), len(rows)
-    if "document_ids" in inputs:
+    inputs = {key: value.to(device) for key, value in batch.items() if key in _INPUTS}
+    if hasattr(model, "hidden"):  # our decoder needs no mask for padding on the right
+        inputs.pop("attention_mask", None)
+        hidden, head = model.hidden(**inputs), model.get_output_embeddings()  # (B, T, D)
+        if isinstance(head, LoRALayer) and not head.active:
+            head = head.base_layer  # which it stays, also when its adapters are switched on again
+    elif "document_ids" in inputs:
         raise ValueError(
             f"packed batches need a model that takes document_ids, and {type(model).__name__} does not: "
             "load it with minilora.load_model, or train without packing."
         )
-    logits = model(**inputs).logits.flatten(0, 1)[rows].float()  # (N, V)
-    return F.cross_entropy(logits, targets, reduction="sum"), len(rows)
+    else:
+        hidden, head = model(**inputs).logits, nn.Identity()  # (B, T, V) its own logits
+    return Labelled(hidden.flatten(0, 1)[rows], head, targets, rows // batch["labels"].shape[1])
 
 
 def trained_tokens(batch: dict[str, Tensor]) -> int:
-    """The N of `token_loss`, without running the model."""
+    """The N of `labelled`, without running the model."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
@@ -97,11 +121,22 @@ def mean_loss(
     model: nn.Module, examples: Sequence[Any], batch_size: int, objective: Objective | None = None
 ) -> tuple[float, int]:
     """(loss per trained token, number of trained tokens); one division at the end, so any batch size gives the same."""
-    objective = objective or SFT()
-    total, count = 0.0, 0
+    found, count = means(model, examples, batch_size, objective or SFT())
+    return found["loss"], count
+
+
+def means(
+    model: nn.Module, examples: Sequence[Any], batch_size: int, objective: Objective
+) -> tuple[dict[str, float], int]:
+    """({"loss": its mean, and what else the objective sums up: its mean}, the number that they are means over)."""
+    sums: dict[str, float] = {}
+    count = 0
     order = sorted(examples, key=len, reverse=True)  # little padding, longest first
     with inference(model):
         for start in range(0, len(order), batch_size):
             batch = objective.collate(order[start : start + batch_size])
-            total, count = total + objective.loss(model, batch)[0].item(), count + objective.weight(batch)
-    return total / count, count
+            loss, further = objective.loss(model, batch)
+            for name, value in {"loss": loss, **further}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+            count += objective.weight(batch)
+    return {name: value / count for name, value in sums.items()}, count

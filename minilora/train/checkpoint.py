@@ -2,6 +2,7 @@
 
     output_dir/checkpoint-N/
         adapter_config.json, adapter_model.safetensors   the adapter in PEFT's format, for use (several: a folder each)
+        config.json, model.safetensors                   in their stead the whole model, where that is what trains
         trainer_state.safetensors                        "parameter:<name>", and AdamW's "exp_avg:<name>" ..., in fp32
         trainer_state.json                               step, losses, loss scale, and what the data position rests on
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from minilora.adapters import save_adapter
 from minilora.lora import LoRALayer
+from minilora.models.decoder import CausalLM
+from minilora.models.save import save_model
 from minilora.storage import read_tensors, whole, write_tensors, write_text
 from minilora.train.config import TrainConfig
 
@@ -38,6 +41,7 @@ class Progress:
     tokens: int = 0  # read so far, padding aside
     losses: list[float] = field(default_factory=list)  # one a step
     evals: list[dict[str, float]] = field(default_factory=list)  # "step" and the figures of each evaluation
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # what else the objective measures, one a step
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16's loss scale
 
 
@@ -99,6 +103,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         temporary.mkdir()
         for name in adapters:
             save_adapter(model, temporary if len(adapters) == 1 else temporary / name, name=name)
+        if not adapters and isinstance(model, CausalLM) and all(p.requires_grad for p in model.parameters()):
+            save_model(model, temporary)
         write_tensors(temporary / TENSORS, tensors)
         values = asdict(progress) | {"crc32": _crc32(temporary / TENSORS)}
         write_text(temporary / STATE, json.dumps(values, indent=1))

@@ -29,6 +29,9 @@ class TrainConfig:
     """How to train; every field keeps its TrainingArguments (or SFTConfig) name and meaning."""
 
     output_dir: str | None = option(None, "folder for checkpoints and log.jsonl; None writes nothing")
+    method: str = option(
+        "lora", "lora: what requires grad trains, the adapter; full: every parameter, in fp32", choices=("lora", "full")
+    )
     max_steps: int = option(-1, "optimiser steps, cycling over the data; -1 follows num_train_epochs", low=-1)
     num_train_epochs: float = option(3.0, "passes over the data, where max_steps is -1", above=0)
     per_device_train_batch_size: int = option(8, "samples in one forward pass", low=1)
@@ -74,9 +77,7 @@ class TrainConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name], f.metadata))
+        check_options(self)
         if self.max_steps == 0:
             raise ValueError("max_steps: expected at least 1, or -1 to follow num_train_epochs, got 0.")
         if self.warmup_ratio and self.warmup_steps:
@@ -88,6 +89,14 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_options(config: Any) -> None:
+    """Bring the `option` fields of a frozen dataclass to their types, or raise ValueError for one out of its range."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        if "choices" in f.metadata:
+            object.__setattr__(config, f.name, _checked(f.name, getattr(config, f.name), hints[f.name], f.metadata))
 
 
 def _checked(name: str, value: Any, hint: Any, rules: Any) -> Any:

@@ -1,6 +1,6 @@
 """What is measured on held-out rows while training, and what follows: the best step, and when to stop.
 
-    eval_loss                              the objective's own, on the eval rows; one division, so any batch size agrees
+    eval_loss, eval_accuracy, …            the objective's own, on the eval rows; one division, so any batch size agrees
     eval_exact_match, eval_token_f1, …     of greedy answers to the first `eval_answers` rows, if `eval_metrics` asks
     eval_NAME_loss, eval_NAME_perplexity   of further sets, {"": rows, "general": prose}, as text: what was forgotten
 
@@ -17,7 +17,7 @@ from torch import nn
 from minilora.data import read_dataset
 from minilora.names import unknown
 from minilora.scoring.evaluate import evaluate
-from minilora.scoring.objective import SFT, Objective, mean_loss
+from minilora.scoring.objective import SFT, Objective, means
 from minilora.scoring.scores import json_valid
 from minilora.train.config import TrainConfig
 
@@ -42,6 +42,7 @@ class Evaluation:
             self.sets["eval" if not number else f"eval_{name}"] = kind, kind.encode(rows, tokenizer, config.max_length)
         names = [f"{name}_loss" for name in self.sets] + [f"eval_{name}" for name in self.metrics if self.rows]
         names += [f"{name}_perplexity" for name in self.sets if name != "eval"]
+        names += [f"eval_{name}" for name in objective.better if self.sets]
         chosen = config.load_best_model_at_end or config.early_stopping_patience is not None
         if chosen and config.metric_for_best_model not in names:
             raise unknown("metric_for_best_model (it needs eval_dataset)", config.metric_for_best_model, names)
@@ -59,10 +60,10 @@ class Evaluation:
         """The figures of the model as it is now."""
         found: Figures = {}
         for name, (objective, examples) in self.sets.items():
-            loss, _ = mean_loss(self.model, examples, self.config.per_device_eval_batch_size, objective)
-            found[f"{name}_loss"] = loss
+            figures, _ = means(self.model, examples, self.config.per_device_eval_batch_size, objective)
+            found |= {f"{name}_{key}": value for key, value in figures.items()}
             if name != "eval":
-                found[f"{name}_perplexity"] = math.exp(loss)
+                found[f"{name}_perplexity"] = math.exp(figures["loss"])
         if self.rows:
             size = self.config.per_device_eval_batch_size
             scores = evaluate(

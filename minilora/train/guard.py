@@ -25,6 +25,25 @@ def check_causal(model: Any) -> None:
         )
 
 
+def unfreeze(model: nn.Module) -> None:
+    """Let every parameter train. ValueError, with nothing changed, unless all are the model's own, in fp32.
+
+    fp32 weights that autocast rounds for each product (bf16=True), and not 16-bit weights beside fp32 masters: both
+    take 16 bytes a parameter (4 + gradient 4 + AdamW 8; or 2 + 4 + gradient 2 + AdamW 8), but 16-bit gradients round
+    at every micro-batch, so that the split of a batch would change the result.
+    """
+    if any(isinstance(module, LoRALayer) for module in model.modules()):
+        raise ValueError(
+            'method="full" trains the model\'s own weights, and it has adapters: ml.merge or ml.eject first.'
+        )
+    if low := [name for name, p in model.named_parameters() if p.dtype != torch.float32]:
+        raise ValueError(
+            f'method="full" trains every parameter in fp32, and {low[0]} is {model.get_parameter(low[0]).dtype}: load '
+            'it with dtype="float32" and without quantize; bf16=True then computes in 16 bits.'
+        )
+    model.requires_grad_(True)
+
+
 @contextmanager
 def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """`model.train()`, with gradient checkpointing if asked for; afterwards every module is as it was."""

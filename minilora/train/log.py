@@ -33,7 +33,7 @@ class Log:
         )
 
     def step(self, progress: Progress, tokens: int, seconds: float, learning_rate: float, grad_norm: float) -> None:
-        """A step is done: `loss` in the file is the mean since the line before."""
+        """A step is done: in the file, `loss` and what else is measured are means since the line before."""
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         shown = {"loss": f"{progress.losses[-1]:.4f}", "lr": f"{learning_rate:.1e}", "tok/s": f"{tokens / seconds:.0f}"}
         self.bar.set_postfix(shown, refresh=False)
@@ -41,7 +41,10 @@ class Log:
         if progress.step % self.every == 0:
             self.write(
                 step=progress.step,
-                loss=sum(progress.losses[-self.every :]) / self.every,
+                **{
+                    k: sum(v[-self.every :]) / self.every
+                    for k, v in {"loss": progress.losses, **progress.metrics}.items()
+                },
                 learning_rate=learning_rate,
                 grad_norm=grad_norm if math.isfinite(grad_norm) else None,  # fp16 skipped the step
                 tokens=progress.tokens,

@@ -47,6 +47,7 @@ class TrainResult:
     log: Path | None
     losses: list[float] = field(repr=False)  # one a step
     evals: list[Figures] = field(repr=False)  # "step" and the figures of each evaluation
+    metrics: dict[str, list[float]] = field(repr=False)  # what else the objective measures, one a step
 
     @property
     def eval_losses(self) -> list[tuple[int, float]]:
@@ -65,7 +66,7 @@ def train(
 ) -> TrainResult:
     """Train what requires grad in `model`, in place, on `dataset` (a list of rows, or a path; see minilora.data).
 
-    objective: what is learned from a row; None is supervised fine-tuning.
+    objective: what is learned from a row; None is supervised fine-tuning. Others: minilora/objectives.
     eval_dataset: held-out rows; or a dict of them by name, of which all but the first are measured as text.
 
     Ctrl-C ends the run cleanly: the last whole step is saved, and `interrupted` says so. Raises ValueError where
@@ -74,6 +75,8 @@ def train(
     """
     started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
     guard.check_causal(model)
+    if config.method == "full":
+        guard.unfreeze(model)
     parameters = checkpoint.trainable_parameters(model)
     device = next(iter(parameters.values())).device
     guard.reset_peak_memory(device)
@@ -87,7 +90,7 @@ def train(
     optimizer = new_optimizer(model, parameters, config)
     autocast, scaler = guard.precision_of(model, config, device)
     checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config)
-    progress = checkpoints.resume(plan.identity)
+    progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
     note_tokenizer(model, tokenizer)
     interrupted = False
     with (
@@ -113,7 +116,7 @@ def train(
                 samples = [[examples[i] for i in micro] for micro in plan[progress.step]]
                 torch.manual_seed(seed_of(config.seed, "dropout", step))
                 optimizer.zero_grad()
-                losses = _backward(model, objective, samples, autocast, scaler)  # (micro-batches,)
+                losses, further = _backward(model, objective, samples, autocast, scaler)  # (micro-batches,)
                 scaler.unscale_(optimizer)
                 # g <- g * min(1, max_grad_norm / |g|)
                 norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
@@ -128,6 +131,8 @@ def train(
                     tokens = sum(len(example) for micro in samples for example in micro)
                     progress.step, progress.tokens = step, progress.tokens + tokens
                     progress.losses.append(losses.sum().item())
+                    for name, value in further.items():
+                        progress.metrics.setdefault(name, []).append(value.item())
                     log.step(progress, tokens, time.perf_counter() - begun, rate, norm.item())
         except KeyboardInterrupt:
             interrupted = True
@@ -151,19 +156,23 @@ def train(
         log=log.path,
         losses=progress.losses,
         evals=progress.evals,
+        metrics=progress.metrics,
     )
 
 
 def _backward(
     model: nn.Module, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any
-) -> Tensor:
-    """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L, (M,)."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L (M,), and means."""
     batches = [objective.collate(micro) for micro in samples]
     count = sum(map(objective.weight, batches))  # of the whole step
-    losses = []
+    losses: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     for batch in batches:
         with autocast:
-            loss_sum, _ = objective.loss(model, batch)
+            loss_sum, further = objective.loss(model, batch)
         scaler.scale(loss_sum / count).backward()
         losses.append(loss_sum.detach() / count)
-    return torch.stack(losses)
+        for name, value in further.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    return torch.stack(losses), {name: value / count for name, value in sums.items()}

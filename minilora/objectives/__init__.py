@@ -1,0 +1,15 @@
+"""What else can be learned from a row than its answer: values of the form of `minilora.scoring.objective.Objective`.
+
+    ml.train(model, tokenizer, rows, config, objective=ml.DPO(beta=0.1))
+
+One file each, with its equation. The training loop knows none of them.
+"""
+
+from minilora.objectives.classify import Classify
+from minilora.objectives.distill import Distill, KLToBase
+from minilora.objectives.dpo import DPO
+from minilora.scoring.objective import SFT
+
+OBJECTIVES = {"sft": SFT, "dpo": DPO, "distill": Distill, "kl_to_base": KLToBase, "classify": Classify}
+
+__all__ = ["DPO", "OBJECTIVES", "SFT", "Classify", "Distill", "KLToBase"]
