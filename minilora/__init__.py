@@ -31,6 +31,7 @@ from minilora.data.tokenizer import load_tokenizer
 from minilora.generate import generate
 from minilora.inject import eject, inject
 from minilora.lora import LoRALayer
+from minilora.mixing import mix, split
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
 from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
@@ -84,6 +85,7 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merge_report",
+    "mix",
     "push_to_hub",
     "quantize_model",
     "quantize_nf4",
@@ -91,6 +93,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "selftest",
+    "split",
     "train",
     "use_adapter",
     "verify",

@@ -34,13 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(
-    model: str, dataset: str, adapter: str | None, quantize: str | None, dtype: str, eval_dataset: str | None,
+    model: str, dataset: Any, adapter: str | None, quantize: str | None, dtype: str, eval_dataset: str | None,
     objective: str, **given: Any,
 ) -> None:  # fmt: skip
     """Fine-tune an adapter, or with --method full the model, on a dataset and save it."""
     lora, training, learned = ({f.name: given.pop(f.name) for f in fields(c) if f.name in given}
                                for c in (*_CONFIGS, OBJECTIVES[objective]))  # fmt: skip
     train_config = ml.TrainConfig(**training)  # all is checked before the model is loaded
+    mixed, rows = given.pop("mix"), given.pop("mix_rows")
+    if mixed:
+        parts = [(dataset, 1.0), *((path, float(weight)) for path, weight in mixed)]
+        dataset = ml.mix(parts, rows, train_config.seed)
+    elif rows is not None:
+        raise ValueError("--mix_rows: it counts the rows of a mixture, and there is no --mix.")
     full = train_config.method == "full"
     if unused := [*given, *(lora if full else ())]:
         raise ValueError(f"--{unused[0]} does nothing with --objective {objective} --method {train_config.method}.")
@@ -179,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--adapter", "--folder", dest="adapter", help=text)
     training.add_argument("--eval_dataset", help="held-out rows, measured while training")
     training.add_argument("--objective", choices=OBJECTIVES, default="sft", help="what to learn (default %(default)s)")
+    text = "a further dataset and its weight, that of DATASET being 1; may be repeated"
+    training.add_argument("--mix", nargs=2, action="append", metavar=("PATH", "WEIGHT"), help=text)
+    training.add_argument("--mix_rows", type=int, help="rows of the mixture (default: all that need no repeating)")
     group = training.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
     for config in _CONFIGS:
         _add_fields(group, config)

@@ -12,9 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.data import Example, collate
 from minilora.lora import LoRALayer
-from minilora.scoring.objective import token_loss
 from minilora.train import TrainConfig, loop, train
 from minilora.train.guard import precision_of, uninterrupted
 from toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
@@ -199,6 +197,5 @@ def test_other_errors():
         train(lora(), Letters(), rows(), TrainConfig(max_length=2))
     with pytest.raises(ValueError, match="does not offer it"):
         train(Wrapped(lora()), Letters(), rows(), TrainConfig(gradient_checkpointing=True))
-    batch = collate([Example([1, 2], [-100, 2])], pad_id=0) | {"document_ids": torch.zeros(1, 2, dtype=torch.long)}
-    with pytest.raises(ValueError, match="packed batches need a model that takes document_ids"):
-        token_loss(Wrapped(llama()), batch)
+    with pytest.raises(ValueError, match="Wrapped lets packed documents see each other"):
+        train(Wrapped(lora()), Letters(), rows(), TrainConfig(packing=True))

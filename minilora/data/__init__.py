@@ -1,8 +1,9 @@
 """From a dataset to batches: formats → messages → template → tokens and labels → padded batch."""
 
 from minilora.data.collate import collate
+from minilora.data.dataset import EncodedDataset, encode_dataset
 from minilora.data.formats import SHAPES, Chat, RawText, Text, as_messages, read_dataset
-from minilora.data.labels import IGNORE, EncodedDataset, Example, encode_dataset, encode_row
+from minilora.data.labels import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, end_of_turn, split_prompt
 from minilora.data.report import DataReport
 from minilora.data.template import ALPACA_TEMPLATE

@@ -16,7 +16,7 @@ every row with the keys of all others. Other keys are not used; the report lists
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class RawText(str):
 
 def read_dataset(dataset: Any) -> list[Row]:
     """The rows of a dataset. ValueError: no rows, a row that is no dict, a file that is none of the known kinds."""
+    return list(iterate_dataset(dataset))
+
+
+def iterate_dataset(dataset: Any) -> Iterator[Row]:
+    """The rows one by one. In memory are a few of a .jsonl or .csv, a row group of a .parquet, all of a .json file."""
     if isinstance(dataset, str | Path):
         rows = _read_file(Path(dataset))
     elif isinstance(dataset, Mapping):
@@ -74,43 +79,58 @@ def read_dataset(dataset: Any) -> list[Row]:
             'Pass one split, such as dataset["train"], or a list of dicts.'
         )
     elif isinstance(dataset, Iterable):
-        rows = list(dataset)
+        rows = dataset
     else:
         raise ValueError(f"dataset: expected a list, an iterable or a path, got {type(dataset).__name__}.")
-    if not rows:
-        raise ValueError(f"dataset: {dataset if isinstance(dataset, str | Path) else type(dataset).__name__} is empty.")
+    index = -1
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {index}: expected a dict, got {type(row).__name__}: {str(row)[:60]!r}.")
-    return rows
+        yield row
+    if index < 0:
+        raise ValueError(f"dataset: {dataset if isinstance(dataset, str | Path) else type(dataset).__name__} is empty.")
 
 
-def _read_file(path: Path) -> list[Any]:
+def _read_file(path: Path) -> Iterator[Any]:
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         raise ValueError(
             f"dataset: expected a path to .jsonl, .json, .csv or .parquet, got {str(path)!r}. "
             'A data set of the Hub: `datasets.load_dataset(name, split="train")`, and pass what it returns.'
         )
-    if suffix == ".parquet":
-        try:
-            from pyarrow.parquet import read_table
-        except ModuleNotFoundError as error:
-            raise ValueError(f'{path}: reading parquet needs pyarrow (pip install "minilora[data]").') from error
-        return read_table(path).to_pylist()
+    try:
+        yield from _read_parquet(path) if suffix == ".parquet" else _read_text(path, suffix)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}. Save it as UTF-8.") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{path}: reading parquet needs pyarrow (pip install "minilora[data]").') from error
+    with ParquetFile(path) as file:
+        for group in range(file.num_row_groups):  # asked for all of them, it would read ahead without end
+            for batch in file.iter_batches(256, row_groups=[group]):
+                yield from batch.to_pylist()
+
+
+def _read_text(path: Path, suffix: str) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if suffix == ".csv":
-            rows = list(csv.DictReader(file))
-            for index, row in enumerate(rows):
-                if None in row or None in row.values():  # what DictReader does with cells too many or too few
-                    raise ValueError(f"{path}: row {index} has not as many cells as the header has columns.")
-            return rows
-        if suffix == ".jsonl":
-            return [_json(line, f"{path}, line {n}") for n, line in enumerate(file, 1) if line.strip()]
-        rows = _json(file.read(), str(path))
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}.")
-    return rows
+            try:
+                for index, row in enumerate(csv.DictReader(file)):
+                    if None in row or None in row.values():  # what DictReader does with cells too many or too few
+                        raise ValueError(f"{path}: row {index} has not as many cells as the header has columns.")
+                    yield row
+            except csv.Error as error:
+                raise ValueError(f"{path}: not CSV that Python reads: {error}. .jsonl has no such limits.") from error
+        elif suffix == ".jsonl":
+            yield from (_json(line, f"{path}, line {n}") for n, line in enumerate(file, 1) if line.strip())
+        elif isinstance(rows := _json(file.read(), str(path)), list):
+            yield from rows
+        else:
+            raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}.")
 
 
 def _json(text: str, where: str) -> Any:

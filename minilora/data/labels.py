@@ -14,13 +14,11 @@ in front, and EOS behind.
 """
 
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.data.formats import Chat, Message, Row, Text, as_messages, extra_keys, read_dataset
+from minilora.data.formats import Chat, Message, Row, Text, as_messages
 from minilora.data.prompt import opening_ids, turn_end
-from minilora.data.report import DataReport, numbers
 from minilora.data.template import template_errors
 from minilora.data.tokenizer import AnyTokenizer
 
@@ -37,6 +35,7 @@ class Example:
     truncated: bool = False
     double_bos: bool = False  # a second BOS was removed
     dropped_turns: int = 0  # messages after the last assistant turn, which nothing would train
+    documents: tuple[int, ...] = ()  # of a packed row: the tokens of each document (packing.py)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -45,54 +44,6 @@ class Example:
     def trained_tokens(self) -> int:
         """How many tokens have a label."""
         return sum(label != IGNORE for label in self.labels)
-
-
-@dataclass(frozen=True)
-class EncodedDataset(Sequence[Example]):
-    """The examples that train something, and the report about all rows."""
-
-    examples: list[Example]
-    report: DataReport
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index):
-        return self.examples[index]
-
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.examples)
-
-
-def encode_dataset(dataset: Any, tokenizer: AnyTokenizer, max_length: int | None = None) -> EncodedDataset:
-    """Encode every row of a dataset (anything `read_dataset` takes), longer ones cut at `max_length` tokens.
-
-    ValueError: a bad row (by number), an empty dataset, or one in which no row has a trained token.
-    """
-    rows = read_dataset(dataset)
-    everything = [encode_row(row, tokenizer, max_length, index=index) for index, row in enumerate(rows)]
-    examples = [e for e in everything if e.trained_tokens]
-    if not examples:
-        raise ValueError(
-            f"dataset: none of {len(rows)} rows has a trained token ({numbers(range(len(rows)))}), "
-            f"{sum(e.truncated for e in everything)} of them were cut at max_length {max_length}. "
-            "Raise max_length, or check that the rows have answers."
-        )
-    eos = tokenizer.eos_token_id
-    report = DataReport(
-        rows=len(rows),
-        tokens=sum(len(e.input_ids) for e in examples),
-        trained_tokens=sum(e.trained_tokens for e in examples),
-        longest=max(len(e.input_ids) for e in examples),
-        max_length=max_length,
-        truncated=tuple(e.row for e in everything if e.truncated),
-        untrained=tuple(e.row for e in everything if not e.trained_tokens),
-        eos_missing=tuple(e.row for e in examples if not e.truncated and (eos is None or eos not in e.labels)),
-        double_bos=tuple(e.row for e in everything if e.double_bos),
-        dropped_turns=tuple(e.row for e in everything if e.dropped_turns),
-        unused_keys=tuple(sorted(set().union(*(extra_keys(row, i) for i, row in enumerate(rows))))),
-    )
-    return EncodedDataset(examples, report)
 
 
 def encode_row(row: Row, tokenizer: AnyTokenizer, max_length: int | None = None, *, index: int = 0) -> Example:

@@ -1,7 +1,7 @@
 """What became of a dataset on its way to tokens: what is printed before training starts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class DataReport:
     double_bos: tuple[int, ...]
     dropped_turns: tuple[int, ...]
     unused_keys: tuple[str, ...]
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a mixture: (rows, tokens) of each set
 
     def __str__(self) -> str:
         share = self.trained_tokens / max(self.tokens, 1)
@@ -34,6 +35,7 @@ class DataReport:
             (self.dropped_turns, "end in turns after the last trained answer: those turns dropped"),
         ]
         lines += [f"  {len(rows)} rows {what} ({numbers(rows)})" for rows, what in notes if rows]
+        lines += [f"  {rows} rows, {tokens} tokens from {name}" for name, (rows, tokens) in self.sources.items()]
         if self.unused_keys:
             lines.append(f"  keys not used: {', '.join(self.unused_keys)}")
         return "\n".join(lines)

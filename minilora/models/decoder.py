@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from minilora.models.cache import KVCache
 from minilora.models.config import SLIDING, DecoderConfig
 from minilora.models.rope import rotate, rotation
-from minilora.ops.attention import attention, causal_mask
+from minilora.ops.attention import Documents, attention, causal_mask, document_runs
 
 Mask = Tensor | Mapping[str, Tensor] | None
+LayerMask = Tensor | Documents | None
 
 
 class RMSNorm(nn.Module):
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()  # over each head's channels: keeps q·k small (arXiv 2302.05442, §2)
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: LayerMask, cache: KVCache | None) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -106,7 +107,7 @@ class DecoderLayer(nn.Module):
         if self.gemma:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: LayerMask, cache: KVCache | None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), rope, mask, cache)
         if self.gemma:
             x = x + self.post_attention_layernorm(attended)
@@ -161,7 +162,8 @@ class CausalLM(nn.Module):
         position_ids (B, T): default count on from the cache's length. Only differences matter to RoPE, so padding on
             the left and packed documents need none.
         document_ids (B, T): a token sees itself and earlier tokens of the same id. None: all are one document (id 0),
-            or, with a cache, go on with the document of their row's last token. Padding on the left takes the id -1.
+            or, with a cache, go on with the document of their row's last token. Padding takes the id -1. Without a
+            cache each document of a row is attended to by itself and padding not at all (ops/attention.py).
         cache: holds the earlier tokens; the new ones are appended.
         mask (B or 1, 1, T, S), bool: who may look at whom, given outright (a tree of continuations, for example). If
             only some layers have a window, a mask by the kind of layer: {"full_attention": …, "sliding_attention": …}.
@@ -175,7 +177,9 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         if self.config.family.gemma:
             x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # a rounded root
-        masks, size = self._masks(mask, count, past + count, document_ids, input_ids.device), self.config.head_dim
+        runs = None if document_ids is None or cache is not None or mask is not None else document_runs(document_ids)
+        masks = self._masks(mask, (count, past + count), document_ids, runs, input_ids.device)
+        size = self.config.head_dim
         ropes = {kind: rotation(self.config.rope_of(kind), size, position_ids, x.dtype) for kind in masks}
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True):
@@ -186,20 +190,28 @@ class CausalLM(nn.Module):
         return self.model.norm(x)
 
     def _masks(
-        self, mask: Mask, queries: int, keys: int, document_ids: Tensor | None, device: torch.device
-    ) -> Mapping[str, Tensor | None]:
-        """The mask of each kind of layer; None is plain causal, the fast path."""
+        self,
+        mask: Mask,
+        shape: tuple[int, int],
+        document_ids: Tensor | None,
+        runs: list[tuple[int, bool]] | None,
+        device: torch.device,
+    ) -> Mapping[str, LayerMask]:
+        """The mask (T, S) of each kind of layer; None is plain causal, the fast path, Documents are many of those."""
         if isinstance(mask, Mapping):
             return mask
-        masks = dict.fromkeys(self.config.layer_types, mask)
+        masks: dict[str, LayerMask] = dict.fromkeys(self.config.layer_types, mask)
         if mask is not None and len(masks) > 1:
             raise ValueError(f"some layers have a window: give a mask for each kind of layer, {' and '.join(masks)}.")
         for kind in masks if mask is None else ():
             window = self.config.sliding_window if kind == SLIDING else None
-            if window is not None and window >= keys:
+            if window is not None and window >= shape[1]:
                 window = None  # nothing is that far back yet
-            if window is not None or document_ids is not None:
-                masks[kind] = causal_mask(queries, keys, window=window, document_ids=document_ids, device=device)
+            if runs is not None:
+                wide = {size for size, real in runs if real and window is not None and size > window}
+                masks[kind] = Documents(runs, {n: causal_mask(n, n, window=window, device=device) for n in wide})
+            elif window is not None or document_ids is not None:
+                masks[kind] = causal_mask(*shape, window=window, document_ids=document_ids, device=device)
         return masks
 
     def tie_weights(self) -> None:

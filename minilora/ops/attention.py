@@ -4,14 +4,26 @@ r"""Causal grouped-query attention: the plain form, and the fused form that runs
 
 G = heads / kv_heads consecutive query heads share one key and value head (GQA, arXiv 2305.13245). Queries are the last
 T of the S positions that have keys (S > T with a cache). A query looks at keys that are not after it, of its own
-document, and fewer than `window` positions back.
+document, and fewer than `window` positions back. Documents packed into one row are attended to one by one: a row of n
+equal ones costs an n-th of its T x T scores, and no mask (`Documents`).
 
 Shapes: q (B, heads, T, d), k and v (B, kv_heads, S, d), mask bool (B or 1, 1, T, S), output (B, heads, T, d).
 """
 
+from dataclasses import dataclass
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Packed rows in place of a mask: the B·T tokens as runs of (tokens, whether a document: padding is none)."""
+
+    runs: list[tuple[int, bool]]
+    masks: dict[int, Tensor]  # of the documents longer than the window, by their length
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -24,14 +36,42 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     return weights.to(q.dtype) @ v  # (B, heads, T, d)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None = None, scale: float | None = None
+) -> Tensor:
     """The same through PyTorch's fused kernels, which never store the weights; `mask=None` is plain causal."""
+    if isinstance(mask, Documents):
+        return _by_document(q, k, v, mask, scale)
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and 1 < queries < keys:  # SDPA's is_causal would align the queries with the first keys
         mask = causal_mask(queries, keys, device=q.device)
     is_causal = mask is None and queries > 1  # one query sees every key
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, packed: Documents, scale: float | None) -> Tensor:
+    """One call a document, T queries on T keys; padding costs nothing and gets zeros."""
+    rows, sizes = q.shape[0], [size for size, _ in packed.runs]
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))  # (1, heads, B·T, d)
+    pieces = zip(packed.runs, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)  # split: its backward is a cat
+    found = [
+        attention(qi, ki, vi, packed.masks.get(size), scale) if real else torch.zeros_like(qi)
+        for (size, real), qi, ki, vi in pieces
+    ]
+    return torch.cat(found, dim=2)[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (B, heads, T, d)
+
+
+def document_runs(document_ids: Tensor) -> list[tuple[int, bool]] | None:
+    """The runs of `Documents` in ids (B, T), -1 at padding; None if an id comes back after another one."""
+    runs = []
+    for row in document_ids.tolist():
+        found = [(id, len(list(same))) for id, same in groupby(row)]
+        documents = [id for id, _ in found if id >= 0]
+        if len(set(documents)) < len(documents):
+            return None
+        runs += [(size, id >= 0) for id, size in found]
+    return runs
 
 
 def causal_mask(

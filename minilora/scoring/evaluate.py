@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.data.dataset import encode_dataset
 from minilora.data.formats import Chat, RawText, as_messages, read_dataset
-from minilora.data.labels import IGNORE, Example, encode_dataset, encode_row
+from minilora.data.labels import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.generate import Decoding, check_lengths, end_tokens, generate_ids
 from minilora.models.context import Context, inference, shared_prefix
@@ -80,7 +81,7 @@ def evaluate(
     return Scores(len(rows), tokens, loss, math.exp(loss), len(asked), references=references, **found)
 
 
-def _encode(model: Any, tokenizer: Any, rows: Sequence[Any]) -> list[Example]:
+def _encode(model: Any, tokenizer: Any, rows: Sequence[Any]) -> Sequence[Example]:
     """One example a row; a row that could not be scored whole is an error, because its figures would mislead."""
     room = getattr(model.config, "max_position_embeddings", None)
     encoded = encode_dataset(rows, tokenizer, room)

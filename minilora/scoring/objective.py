@@ -8,7 +8,7 @@ these functions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -46,12 +46,14 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning: cross-entropy on the tokens with a label."""
+    """Supervised fine-tuning: cross-entropy on the tokens with a label. `dataset_cache` is `encode_dataset`'s cache."""
+
+    dataset_cache: str | None = field(default=None, repr=False)  # changes no result
 
     better: ClassVar[tuple[str, ...]] = ()
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> EncodedDataset:
-        return encode_dataset(dataset, tokenizer, max_length)
+        return encode_dataset(dataset, tokenizer, max_length, cache=self.dataset_cache)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         return padded(examples)
@@ -61,6 +63,24 @@ class SFT:
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return token_loss(model, batch)[0], {}
+
+
+def supervised(objective: Objective | None, packing: bool, dataset_cache: str | None) -> Objective:
+    """`objective` (None: SFT) with that cache. ValueError if it cannot do what is asked."""
+    objective = objective or SFT()
+    if dataset_cache is not None and isinstance(objective, SFT):
+        return replace(objective, dataset_cache=dataset_cache)
+    if not isinstance(objective, SFT) and (packing or dataset_cache is not None):
+        raise ValueError(
+            f"packing and dataset_cache belong to supervised fine-tuning; {type(objective).__name__} has samples of "
+            "another form. Leave packing False and dataset_cache None."
+        )
+    return objective
+
+
+def lengths_of(examples: Sequence[Any]) -> list[int]:
+    """Tokens of each example, without reading examples that lie in a file."""
+    return examples.lengths if isinstance(examples, EncodedDataset) else [len(example) for example in examples]
 
 
 def token_loss(model: Any, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
@@ -94,13 +114,10 @@ def labelled(model: Any, batch: dict[str, Tensor]) -> Labelled:
         hidden, head = model.hidden(**inputs), model.get_output_embeddings()  # (B, T, D)
         if isinstance(head, LoRALayer) and not head.active:
             head = head.base_layer  # which it stays, also when its adapters are switched on again
-    elif "document_ids" in inputs:
-        raise ValueError(
-            f"packed batches need a model that takes document_ids, and {type(model).__name__} does not: "
-            "load it with minilora.load_model, or train without packing."
-        )
     else:
-        hidden, head = model(**inputs).logits, nn.Identity()  # (B, T, V) its own logits
+        packed = inputs.pop("document_ids", None) is not None  # models that pass guard.check_packing go by position_ids
+        logits = model(**inputs, **({"use_cache": False} if packed else {})).logits
+        hidden, head = logits, nn.Identity()  # (B, T, V) its own logits
     return Labelled(hidden.flatten(0, 1)[rows], head, targets, rows // batch["labels"].shape[1])
 
 
@@ -131,10 +148,11 @@ def means(
     """({"loss": its mean, and what else the objective sums up: its mean}, the number that they are means over)."""
     sums: dict[str, float] = {}
     count = 0
-    order = sorted(examples, key=len, reverse=True)  # little padding, longest first
+    lengths = lengths_of(examples)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # little padding, longest first
     with inference(model):
         for start in range(0, len(order), batch_size):
-            batch = objective.collate(order[start : start + batch_size])
+            batch = objective.collate([examples[i] for i in order[start : start + batch_size]])
             loss, further = objective.loss(model, batch)
             for name, value in {"loss": loss, **further}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()

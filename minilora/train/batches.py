@@ -20,7 +20,10 @@ WINDOW = 50  # most steps sorted together
 
 
 class BatchPlan:
-    """`len(plan)` steps an epoch; `plan[step]` lists that step's micro-batches of sample indices, for any step >= 0."""
+    """`len(plan)` steps an epoch; `plan[step]` lists that step's micro-batches of sample indices, for any step >= 0.
+
+    With `packing` a sample is a packed row, the same in every epoch.
+    """
 
     def __init__(self, lengths: Sequence[int], config: TrainConfig):
         self.lengths, self.micro, self.seed = list(lengths), config.per_device_train_batch_size, config.seed
@@ -31,6 +34,7 @@ class BatchPlan:
             "tokens": sum(self.lengths),
             "samples_per_step": self.step_size,
             "group_by_length": config.group_by_length,
+            "packing": config.packing and config.max_length,
             "seed": config.seed,
         }
         self._epoch, self._steps = -1, []

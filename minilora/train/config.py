@@ -52,6 +52,8 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "longest gradient, longer ones are scaled down; 0 never clips", low=0)
     neftune_noise_alpha: float = option(0.0, "NEFTune: noise of this strength on embeddings in training", low=0)
     max_length: int = option(1024, "tokens of a sample; what is longer is cut, and reported", low=2)
+    packing: bool = option(False, "several samples in a row of max_length tokens, none of which sees another")
+    dataset_cache: str | None = option(None, "folder where tokenised dataset files are kept for the next run")
     group_by_length: bool = option(True, "put samples of similar length together: less padding")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
     bf16: bool | None = option(None, "compute a fp32 model in bfloat16 (autocast); None follows the model's dtype")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minilora.data.report import numbers
 from minilora.lora import LoRALayer
+from minilora.models.context import inference
 from minilora.train.config import TrainConfig
 
 
@@ -42,6 +43,33 @@ def unfreeze(model: nn.Module) -> None:
             'it with dtype="float32" and without quantize; bf16=True then computes in 16 bits.'
         )
     model.requires_grad_(True)
+
+
+def check_packing(model: Any) -> None:
+    """ValueError unless documents packed into one row get the logits they have alone, through position_ids only.
+
+    Our decoder is told document_ids. Models of transformers are asked: behind a longer document, a short one must
+    differ from what it is alone by little (rounding), measured by how much it differs if it sees the longer one.
+    """
+    if hasattr(model, "hidden"):
+        return
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 25, device=device)[None]  # (1, T)
+    positions = [*range(16), *range(8)]
+    try:
+        with inference(model):
+            alone, joined, packed = (
+                model(tokens, position_ids=torch.tensor([at], device=device), use_cache=False).logits[0, -8:].float()
+                for tokens, at in ((ids[:, 16:], positions[16:]), (ids, range(24)), (ids, positions))
+            )
+    except TypeError:  # takes no position_ids
+        alone = joined = packed = torch.zeros(1)
+    off, seen = (packed - alone).abs().max(), (joined - alone).abs().max()
+    if not off < seen * (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1):
+        raise ValueError(
+            f"packing: {type(model).__name__} lets packed documents see each other (logits move by {off:.2g}; by "
+            f"{seen:.2g} if nothing keeps them apart). Leave packing False, or use a model of minilora.load_model."
+        )
 
 
 @contextmanager

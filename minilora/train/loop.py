@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.binding import note_tokenizer
-from minilora.scoring.objective import SFT, Objective
+from minilora.data.packing import pack
+from minilora.scoring.objective import Objective, lengths_of, supervised
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
@@ -73,7 +74,8 @@ def train(
     training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, a loss
     is not finite. Seeds torch's global generator.
     """
-    started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
+    started, config = time.perf_counter(), config or TrainConfig()
+    objective = supervised(objective, config.packing, config.dataset_cache)
     guard.check_causal(model)
     if config.method == "full":
         guard.unfreeze(model)
@@ -85,7 +87,13 @@ def train(
     evaluation = Evaluation(model, tokenizer, eval_dataset, objective, config)
     print(evaluation, end="\n" * bool(evaluation.sets))
 
-    plan = BatchPlan([len(example) for example in examples], config)
+    lengths = lengths_of(examples)
+    if config.packing:
+        guard.check_packing(model)
+        examples = pack(examples, lengths, config.max_length)
+        lengths = examples.lengths
+        print(f"packing: {examples}")
+    plan = BatchPlan(lengths, config)
     total = total_steps(config, len(plan))
     optimizer = new_optimizer(model, parameters, config)
     autocast, scaler = guard.precision_of(model, config, device)
