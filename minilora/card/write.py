@@ -23,7 +23,7 @@ from minilora.train import TrainResult
 CARD, HERE = "README.md", "path/to/this/folder"  # HERE: in the code of a card, until push_to_hub knows better
 _MARK = "<!-- minilora card "
 _SHOWN = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern")
-_SHOWN += ("alpha_pattern", "layers_to_transform", "bias", "lora_bias", "modules_to_save")  # of adapter_config.json, if set
+_SHOWN += ("alpha_pattern", "layers_to_transform", "bias", "lora_bias", "modules_to_save")  # of its config, if set
 
 
 def write_card(
