@@ -163,7 +163,7 @@ def test_every_example_is_seen_once_an_epoch_when_packed(monkeypatch):
     expected = sorted(e.input_ids for e in encode_dataset(rows(23), Letters(), 30)) * 2
     found = []
     for row in seen:
-        ends = [0, *itertools.accumulate(row.documents)]
+        ends = [0, *itertools.accumulate(size for _, size in row.documents)]
         found += [row.input_ids[a:b] for a, b in itertools.pairwise(ends)]
     assert sorted(found) == sorted(expected)
 

@@ -178,7 +178,7 @@ def test_names_and_defaults_are_those_of_training_arguments():
     theirs = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     own = {"max_length", "group_by_length", "warmup_ratio"}  # SFTConfig's; in TrainingArguments of transformers 4
     own |= {"loraplus_lr_ratio", "early_stopping_patience"}  # PEFT's; EarlyStoppingCallback's
-    own |= {"eval_metrics", "eval_answers"}  # transformers takes functions
+    own |= {"eval_metrics", "eval_answers", "dataset_cache"}  # transformers takes functions; datasets has its own cache
     own |= {"method"}  # ours alone
     assert {f.name for f in dataclasses.fields(TrainConfig)} - theirs.keys() <= own
     values = TrainConfig().to_dict()

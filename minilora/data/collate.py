@@ -42,7 +42,7 @@ def collate(examples: Sequence[Example], pad_id: int, pad_to_multiple_of: int = 
         del batch["attention_mask"]
         batch |= {"position_ids": torch.zeros(shape, dtype=torch.long), "document_ids": torch.full(shape, -1)}
         for row, example in enumerate(examples):
-            sizes = example.documents or (len(example),)
+            sizes = [size for _, size in example.documents] or [len(example)]
             ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))  # (n,)
             batch["document_ids"][row, : len(ids)] = ids
             batch["position_ids"][row] = torch.cat([torch.arange(size) for size in (*sizes, T - len(ids))])

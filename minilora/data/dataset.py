@@ -28,9 +28,6 @@ class EncodedDataset(Sequence[Example]):
     def __getitem__(self, index):
         return self.examples[index]
 
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self.examples)
-
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""

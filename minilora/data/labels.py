@@ -35,7 +35,7 @@ class Example:
     truncated: bool = False
     double_bos: bool = False  # a second BOS was removed
     dropped_turns: int = 0  # messages after the last assistant turn, which nothing would train
-    documents: tuple[int, ...] = ()  # of a packed row: the tokens of each document (packing.py)
+    documents: tuple[tuple[int, int], ...] = ()  # of a packed row: row and tokens of each (packing.py)
 
     def __len__(self) -> int:
         return len(self.input_ids)

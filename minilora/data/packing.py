@@ -73,5 +73,5 @@ def join(documents: Sequence[Example]) -> Example:
         input_ids=[token for document in documents for token in document.input_ids],
         labels=[label for document in documents for label in (IGNORE, *document.labels[1:])],
         row=documents[0].row,
-        documents=tuple(len(document) for document in documents),
+        documents=tuple((document.row, len(document)) for document in documents),
     )

@@ -14,13 +14,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -32,13 +33,6 @@ from minilora.storage import whole
 TOKENS, ROWS, REPORT = "tokens.bin", "rows.bin", "report.json"
 RECORD = np.dtype([("end", "<i8"), ("row", "<i8"), ("dropped_turns", "<i4"), ("truncated", "?"), ("double_bos", "?")])
 DAY = 24 * 3600.0  # seconds after which what nobody wrote to was left by a process that died
-
-
-class Encoded(Protocol):
-    """Examples one by one, then a report about them."""
-
-    def __iter__(self) -> Any: ...
-    def report(self) -> DataReport: ...
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,8 @@ class StoredExamples(Sequence[Example]):
         return np.diff(self.records["end"], prepend=0).tolist()
 
 
-def store(folder: Path, examples: Encoded) -> None:
-    """Write examples, as they come, and their report into an empty folder."""
+def store(folder: Path, examples: Any) -> None:
+    """Write the examples of an `Encoder`, as they come, and its report into an empty folder."""
     end = 0
     with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as rows:
         for example in examples:
@@ -93,7 +87,7 @@ def load(folder: Path, owner: Any = None) -> tuple[StoredExamples, DataReport]:
     return StoredExamples(folder, records, owner), DataReport(**fields)
 
 
-def cached(path: Path, tokenizer: Any, max_length: int | None, cache: Path, examples: Encoded) -> Path:
+def cached(path: Path, tokenizer: Any, max_length: int | None, cache: Path, examples: Any) -> Path:
     """The folder in `cache` of these examples of the file `path`; written now if it is not there."""
     before = path.stat()
     folder = cache / cache_key(path, tokenizer, max_length)
@@ -132,13 +126,7 @@ def cache_key(path: Path, tokenizer: Any, max_length: int | None) -> str:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     parts = [content, path.suffix.lower(), max_length, repr(tokenizer), template, written]
     parts += [getattr(tokenizer, "split_special_tokens", None), date.today() if "strftime_now" in template else None]
-    parts += [_version(name) for name in ("tokenizers", "transformers", "jinja2", "pyarrow")]
+    package = sys.modules[type(tokenizer).__module__.partition(".")[0]]  # minilora or transformers
+    parts += [version("tokenizers"), version("jinja2"), getattr(package, "__version__", None)]
     parts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]  # of other code, another key
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

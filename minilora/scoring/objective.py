@@ -68,9 +68,9 @@ class SFT:
 def supervised(objective: Objective | None, packing: bool, dataset_cache: str | None) -> Objective:
     """`objective` (None: SFT) with that cache. ValueError if it cannot do what is asked."""
     objective = objective or SFT()
-    if dataset_cache is not None and isinstance(objective, SFT):
-        return replace(objective, dataset_cache=dataset_cache)
-    if not isinstance(objective, SFT) and (packing or dataset_cache is not None):
+    if isinstance(objective, SFT):
+        return replace(objective, dataset_cache=dataset_cache) if dataset_cache is not None else objective
+    if packing or dataset_cache is not None:
         raise ValueError(
             f"packing and dataset_cache belong to supervised fine-tuning; {type(objective).__name__} has samples of "
             "another form. Leave packing False and dataset_cache None."

@@ -10,11 +10,12 @@ and perplexities). Everything is derived from the list of figures, so a resumed 
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from torch import nn
 
-from minilora.data import read_dataset
+from minilora.data.formats import iterate_dataset
 from minilora.names import unknown
 from minilora.scoring.evaluate import evaluate
 from minilora.scoring.objective import SFT, Objective, means
@@ -35,7 +36,8 @@ class Evaluation:
         for name in self.metrics:
             if name not in ANSWERS:
                 raise unknown("eval_metrics", name, ANSWERS)
-        self.rows = read_dataset(next(iter(named.values())))[: config.eval_answers] if self.metrics and named else []
+        answered = iterate_dataset(next(iter(named.values()))) if self.metrics and named else ()
+        self.rows = list(islice(answered, config.eval_answers))
         self.sets = {}
         for number, (name, rows) in enumerate(named.items()):
             kind = SFT() if number else objective

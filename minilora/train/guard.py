@@ -136,7 +136,8 @@ def check_finite(step: int, losses: Tensor, norm: Tensor, scale: float, samples:
     """
     for loss, micro in zip(losses, samples, strict=True):
         if not torch.isfinite(loss):
-            rows = numbers(sorted(getattr(example, "row", i) for i, example in enumerate(micro)))
+            packed = [row for example in micro for row, _ in getattr(example, "documents", ())]
+            rows = numbers(sorted(packed or (getattr(example, "row", i) for i, example in enumerate(micro))))
             raise ValueError(
                 f"step {step}: the loss of {rows} is {loss.item()}. Look at them, lower learning_rate, or train in "
                 "bf16 or fp32; at step 1 the weights, or an adapter, already hold NaN."
