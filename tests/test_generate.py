@@ -114,6 +114,10 @@ def test_the_nucleus_is_exact(values, temperature, top_p):
         assert abs(share[token] - expected) <= 1.001 / steps  # a grid of 1 / steps hits an interval to within one step
 
 
+def test_a_nucleus_that_is_full_takes_no_more():
+    assert pick(torch.zeros(3, 4), 1.0, 0.5, [0.0, 0.5, 0.999]) == [0, 1, 1]  # 1/4 + 1/4 is top_p
+
+
 def test_the_nucleus_is_transformers():
     logits = 3 * torch.randn(20, VOCABULARY, generator=torch.Generator().manual_seed(0))
     for top_p in (0.1, 0.5, 0.9, 0.99):

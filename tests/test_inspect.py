@@ -132,14 +132,16 @@ def test_angles_are_the_ones_built_in(tmp_path):
 
 
 def test_a_lower_rank_and_a_zero_update_count_as_what_they_are(tmp_path):
-    A, B = torch.randn(4, 16), torch.randn(12, 4)
-    B[:, 2:] = 0
+    A, B = torch.randn(4, 16), torch.randn(12, 2) @ torch.randn(2, 4)  # of rank 2 but for rounding in fp32
     folder = write_adapter(tmp_path / "a", (A, B), (A, torch.zeros(12, 4)), lora_alpha=4)
     layers = inspect(folder).layers
     assert layers["0"]["rank"] == 2 and layers["0"]["norm"] == pytest.approx((B @ A).norm().item(), rel=1e-5)
     assert layers["1"] == {"norm": 0.0, "rank": 0, "stable rank": 0.0, "effective rank": 0.0}
     angles = inspect(folder, folder).layers
     assert angles["0"]["rows max°"] == pytest.approx(0, abs=1e-4) and math.isnan(angles["1"]["rows max°"])
+    many = write_adapter(tmp_path / "m", *((torch.randn(4, 16), torch.randn(12, 4)) for _ in range(50)))
+    for found in inspect(many, many).layers.values():  # cosines of 1 and an ulp are 0° too
+        assert [*found.values()] == pytest.approx([0] * 4, abs=1e-4)
     equal = write_adapter(tmp_path / "e", (torch.eye(16)[:4], torch.eye(12)[:, :4]))
     assert inspect(equal).layers["0"] == pytest.approx({"norm": 4, "rank": 4, "stable rank": 4, "effective rank": 4})
     assert inspect(equal).facts["metadata note"] == "made by hand"

@@ -59,6 +59,12 @@ def test_what_is_known_of_merging_is_measured_again(size):
     assert total.error["original"] == pytest.approx(onto_original, rel=0.1)
     assert total.error["nf4"] == pytest.approx(nf4, rel=0.1)
     assert total.cosine["nf4"] == pytest.approx(cosine, abs=0.05)
+    onto, W = copy.deepcopy(model), model[0].base_layer.dequantize(torch.float32).double()
+    onto[0].base_layer = original[0]
+    adapter = model[0].adapters["default"]
+    delta = adapter.lora_B.double() @ adapter.lora_A.double()
+    error = (merge(onto)[0].weight.double() - W - delta).norm() / delta.norm()
+    assert total.error["original"] == pytest.approx(error.item(), rel=1e-9)
     # an error at right angles to ΔW: cos = 1 / sqrt(1 + error²)
     assert total.cosine["bfloat16"] == pytest.approx((1 + total.error["bfloat16"] ** 2) ** -0.5, abs=0.01)
     assert total.error["float32"] < 1e-4 and total.cosine["float32"] > 0.9999
