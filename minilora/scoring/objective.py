@@ -8,7 +8,7 @@ these functions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -46,14 +46,13 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning: cross-entropy on the tokens with a label. `dataset_cache` is `encode_dataset`'s cache."""
-
-    dataset_cache: str | None = field(default=None, repr=False)  # changes no result
+    """Supervised fine-tuning: cross-entropy on the tokens with a label."""
 
     better: ClassVar[tuple[str, ...]] = ()
 
-    def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> EncodedDataset:
-        return encode_dataset(dataset, tokenizer, max_length, cache=self.dataset_cache)
+    def encode(self, dataset: Any, tokenizer: Any, max_length: int | None, cache: str | None = None) -> EncodedDataset:
+        """`cache`: a folder in which tokenised dataset files are kept, as in `encode_dataset`."""
+        return encode_dataset(dataset, tokenizer, max_length, cache=cache)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         return padded(examples)
@@ -65,17 +64,13 @@ class SFT:
         return token_loss(model, batch)[0], {}
 
 
-def supervised(objective: Objective | None, packing: bool, dataset_cache: str | None) -> Objective:
-    """`objective` (None: SFT) with that cache. ValueError if it cannot do what is asked."""
-    objective = objective or SFT()
-    if isinstance(objective, SFT):
-        return replace(objective, dataset_cache=dataset_cache) if dataset_cache is not None else objective
-    if packing or dataset_cache is not None:
+def check_supervised(objective: Objective, asked: dict[str, Any]) -> None:
+    """ValueError if something is asked for (by name) that only supervised fine-tuning and its kin can do."""
+    if any(asked.values()) and not isinstance(objective, SFT):
         raise ValueError(
-            f"packing and dataset_cache belong to supervised fine-tuning; {type(objective).__name__} has samples of "
+            f"{' and '.join(asked)} belong to supervised fine-tuning; {type(objective).__name__} has samples of "
             "another form. Leave packing False and dataset_cache None."
         )
-    return objective
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minilora.adapters.binding import note_tokenizer
 from minilora.data.packing import pack
-from minilora.scoring.objective import Objective, lengths_of, supervised
+from minilora.scoring.objective import SFT, Objective, check_supervised, lengths_of
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
@@ -74,15 +74,16 @@ def train(
     training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, a loss
     is not finite. Seeds torch's global generator.
     """
-    started, config = time.perf_counter(), config or TrainConfig()
-    objective = supervised(objective, config.packing, config.dataset_cache)
+    started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
+    check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
     guard.check_causal(model)
     if config.method == "full":
         guard.unfreeze(model)
     parameters = checkpoint.trainable_parameters(model)
     device = next(iter(parameters.values())).device
     guard.reset_peak_memory(device)
-    examples = objective.encode(dataset, tokenizer, config.max_length)
+    kept = {} if config.dataset_cache is None else {"cache": config.dataset_cache}
+    examples = objective.encode(dataset, tokenizer, config.max_length, **kept)
     print(f"train: {examples.report}")
     evaluation = Evaluation(model, tokenizer, eval_dataset, objective, config)
     print(evaluation, end="\n" * bool(evaluation.sets))
