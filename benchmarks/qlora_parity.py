@@ -20,7 +20,7 @@ import minilora as ml
 from minilora.data import encode_dataset
 from minilora.scoring.objective import mean_loss, padded, trained_tokens
 from minilora.train.batches import BatchPlan
-from minilora.train.schedule import learning_rate
+from minilora.train.optim.schedule import learning_rate
 
 
 def main() -> None:

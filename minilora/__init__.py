@@ -8,7 +8,6 @@ are imported by the functions that need them. The imports below stand here and n
 
 from minilora import samples
 from minilora.adapters import (
-    MergeReport,
     adapter_state_dict,
     base_state_dict,
     delete_adapter,
@@ -16,11 +15,11 @@ from minilora.adapters import (
     list_adapters,
     load_adapter,
     merge,
-    merge_report,
     save_adapter,
     use_adapter,
 )
 from minilora.audit.inspect import Inspection, inspect
+from minilora.audit.merge_report import MergeReport, merge_report
 from minilora.audit.selftest import Selftest, selftest
 from minilora.audit.verify import verify
 from minilora.card.push import push_to_hub

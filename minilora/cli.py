@@ -17,8 +17,8 @@ import torch
 
 import minilora as ml
 from minilora.adapters.merge import STORAGES
-from minilora.adapters.merge_report import first_difference, merge_report
 from minilora.audit.inspect import inspect as inspect_path
+from minilora.audit.merge_report import first_difference, merge_report
 from minilora.audit.verify import verify as verify_checkpoint
 from minilora.objectives import OBJECTIVES
 

@@ -3,11 +3,13 @@
 A crash at any moment leaves the old file or the new one. Nothing here reads or writes pickle.
 """
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -62,6 +64,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}). Copy or download it again.") from error
+
+
+def gguf_room(part: str) -> Any:
+    """The module `part` of minilora.gguf, which the core does not know until a .gguf file is met."""
+    return importlib.import_module(f"minilora.gguf.{part}")
 
 
 def _remove(path: Path) -> None:

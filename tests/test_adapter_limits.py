@@ -109,7 +109,7 @@ def test_a_bias_of_one_adapter_is_no_bias_of_the_base_to_another():
 
 def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
     from minilora.train.config import TrainConfig
-    from minilora.train.optimizer import new_optimizer
+    from minilora.train.optim.groups import new_optimizer
 
     model = build("images")
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["flat", "words"], lora_bias=False))

@@ -12,7 +12,7 @@ import torch
 
 import minilora as ml
 from chats import ours
-from minilora.adapters.merge_report import merge_report
+from minilora.audit.merge_report import merge_report
 from minilora.cli import main, parse_value
 from tiny import save
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import minilora as ml
-from minilora.models.gguf import GGUFCheckpoint, read_tokenizer_fields, unpermute
+from minilora.gguf.read import GGUFCheckpoint, read_tokenizer_fields, unpermute
 from minilora.models.rope import Rope, frequencies
 from tiny import LLAMA3, oracle, tokens
 

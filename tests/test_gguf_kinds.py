@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import minilora as ml
-from minilora.models.gguf import GGUFCheckpoint, unpermute
+from minilora.gguf.read import GGUFCheckpoint, unpermute
 from test_gguf import gguf_name, write
 from tiny import SIZES, oracle, tokens
 

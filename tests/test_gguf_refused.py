@@ -7,8 +7,8 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minilora.data import Tokenizer
-from minilora.data.gguf_tokenizer import BYTES, build
-from minilora.models.gguf import TokenizerFields, read_tokenizer_fields
+from minilora.gguf.read import TokenizerFields, read_tokenizer_fields
+from minilora.gguf.tokenizer import BYTES, build
 from minilora.models.save import save_model
 from test_gguf_sentencepiece import of_merges, trained
 from tiny import oracle, twin

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from chats import CHATML
 from minilora.data import Tokenizer, load_tokenizer
-from minilora.data.gguf_tokenizer import BYTES, WORDS, _cut_words, _escape_spaces, build, to_fields
-from minilora.models.gguf import TokenizerFields, read_tokenizer_fields
+from minilora.gguf.read import TokenizerFields, read_tokenizer_fields
+from minilora.gguf.tokenizer import BYTES, WORDS, _cut_words, _escape_spaces, build, to_fields
 from minilora.models.save import save_model
 from tiny import oracle, twin
 

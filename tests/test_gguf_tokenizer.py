@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from chats import CHATML, MERGES, backend, chat
 from minilora.data import Tokenizer, load_tokenizer
-from minilora.data.gguf_tokenizer import WORDS, build
-from minilora.models.gguf import TokenizerFields
+from minilora.gguf.read import TokenizerFields
+from minilora.gguf.tokenizer import WORDS, build
 from minilora.samples import smollm2
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import minilora as ml
 from minilora.data import load_tokenizer
-from minilora.models.gguf_header import read_header
+from minilora.gguf.header import read_header
 from minilora.models.save import save_model
 from test_gguf import write
 from tiny import oracle, twin

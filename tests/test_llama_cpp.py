@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import minilora as ml
 from minilora.data import load_tokenizer
-from minilora.data.gguf_tokenizer import WORDS
+from minilora.gguf.tokenizer import WORDS
 from minilora.models.save import save_model
 from test_gguf_sentencepiece import FORMS, file_of, texts
 from tiny import LLAMA3, oracle, tokens, twin

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import minilora as ml
 from minilora.adapters.files import WEIGHTS_FILE
+from minilora.gguf.write import ARCHITECTURES
 from minilora.models.config import FAMILIES
-from minilora.models.gguf_write import ARCHITECTURES
 from tiny import oracle, tokens, twin
 
 TIED, BIASED = {"tie_word_embeddings": True}, {"attention_bias": True}

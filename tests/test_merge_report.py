@@ -12,7 +12,7 @@ from torch import nn
 import tiny
 from minilora.adapters import disabled_adapters
 from minilora.adapters.merge import merge
-from minilora.adapters.merge_report import SHOWN, first_difference, merge_report
+from minilora.audit.merge_report import SHOWN, first_difference, merge_report
 from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_layers
 from minilora.quant import NF4Linear, quantize_model

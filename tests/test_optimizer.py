@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.train import TrainConfig, train
-from minilora.train.adam8bit import AdamW8bit, dequantize_moment, quantize_moment
-from minilora.train.noise import noisy_embeddings
-from minilora.train.optimizer import new_optimizer
+from minilora.train.optim.adam8bit import AdamW8bit, dequantize_moment, quantize_moment
+from minilora.train.optim.groups import new_optimizer
+from minilora.train.optim.noise import noisy_embeddings
 from minilora_kernels import dynamic_map
 from minilora_kernels.codebook import midpoints
 from toy import FAST, Letters, adapters, llama, lora, rows

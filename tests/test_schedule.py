@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from minilora.train import TrainConfig
 from minilora.train.batches import BatchPlan, seed_of
-from minilora.train.schedule import learning_rate, total_steps
+from minilora.train.optim.schedule import learning_rate, total_steps
 
 # ---- learning rate
 

@@ -18,7 +18,7 @@ from minilora.lora import LoRALayer
 from minilora.scoring.objective import SFT, mean_loss, padded, token_loss, trained_tokens
 from minilora.train import TrainConfig, loop, train
 from minilora.train.batches import BatchPlan
-from minilora.train.schedule import learning_rate
+from minilora.train.optim.schedule import learning_rate
 from toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
 
 # ---- oracle

@@ -2,11 +2,9 @@
 
 from minilora.adapters.files import adapter_state_dict, base_state_dict, load_adapter, save_adapter
 from minilora.adapters.merge import merge, merged_weight
-from minilora.adapters.merge_report import MergeReport, merge_report
 from minilora.adapters.switch import delete_adapter, disabled_adapters, list_adapters, use_adapter
 
 __all__ = [
-    "MergeReport",
     "adapter_state_dict",
     "base_state_dict",
     "delete_adapter",
@@ -14,7 +12,6 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "merge",
-    "merge_report",
     "merged_weight",
     "save_adapter",
     "use_adapter",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from minilora.models.gguf_header import read_header
+from minilora.gguf.header import read_header
 from minilora.storage import read_tensors
 
 Spaces = tuple[Tensor, Tensor, Tensor]  # Q_B U (out, k), σ (k,), Q_A V (in, k); k is the rank

@@ -26,9 +26,9 @@ from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
 from minilora.train.evaluation import Evaluation, Figures
 from minilora.train.log import Log
-from minilora.train.noise import noisy_embeddings
-from minilora.train.optimizer import new_optimizer
-from minilora.train.schedule import learning_rate, total_steps
+from minilora.train.optim.groups import new_optimizer
+from minilora.train.optim.noise import noisy_embeddings
+from minilora.train.optim.schedule import learning_rate, total_steps
 
 
 @dataclass

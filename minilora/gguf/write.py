@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.gguf.read import ARCHITECTURES, NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf import ARCHITECTURES, NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
 from minilora.models.rope import Rope, frequencies
 from minilora.storage import whole
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.gguf.header import Record, read_header
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf_header import Record, read_header
 from minilora.models.rope import Rope, frequencies
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # model_type -> GGUF's

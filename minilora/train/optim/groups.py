@@ -13,8 +13,8 @@ from torch import nn
 
 from minilora.layers import EmbeddingAdapter
 from minilora.lora import LoRALayer
-from minilora.train.adam8bit import AdamW8bit
 from minilora.train.config import TrainConfig
+from minilora.train.optim.adam8bit import AdamW8bit
 
 
 def new_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
