@@ -10,10 +10,11 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
-from minilora.names import nearest
+from minilora.names import nearest, unknown
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
+TRACKERS = ("wandb", "tensorboard", "trackio")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
@@ -59,6 +60,7 @@ class TrainConfig:
     bf16: bool | None = option(None, "compute a fp32 model in bfloat16 (autocast); None follows the model's dtype")
     fp16: bool | None = option(None, "the same in float16, with loss scaling; None follows the model's dtype")
     logging_steps: int = option(10, "steps between two lines of the log", low=1)
+    report_to: str | None = option(None, "further logs, with commas: wandb, tensorboard, trackio")
     eval_steps: int | None = option(None, "steps between two evaluations; None evaluates at the end only", low=1)
     eval_metrics: str | None = option(None, "of greedy answers, with commas: exact_match, token_f1, json_valid")
     eval_answers: int = option(64, "eval rows that are answered for eval_metrics: the first so many", low=1)
@@ -88,6 +90,16 @@ class TrainConfig:
             raise ValueError("bf16 and fp16 are both True: choose one, or neither to follow the model's dtype.")
         if self.output_dir is None and self.resume_from_checkpoint == "last":
             raise ValueError('resume_from_checkpoint="last" looks into output_dir, which is None: set output_dir.')
+
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown("report_to", name, TRACKERS)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`; transformers' "none" is none."""
+        names = [name.strip() for name in (self.report_to or "").split(",")]
+        return [name for name in names if name not in ("", "none")]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -24,6 +24,7 @@ from minilora.scoring.objective import SFT, Objective, check_supervised, lengths
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
+from minilora.train.curves import plot_runs
 from minilora.train.evaluation import Evaluation, Figures
 from minilora.train.log import Log
 from minilora.train.optim.groups import new_optimizer
@@ -54,6 +55,12 @@ class TrainResult:
     def eval_losses(self) -> list[tuple[int, float]]:
         """(step, eval_loss) of each evaluation."""
         return [(int(figures["step"]), figures["eval_loss"]) for figures in self.evals]
+
+    def plot(self, file: str | Path | None = None) -> Any:
+        """A matplotlib Figure of the run's log, saved to `file` if given; ValueError for a run without output_dir."""
+        if self.log is None:
+            raise ValueError("plot: a run without output_dir keeps no log to draw: give TrainConfig(output_dir=...).")
+        return plot_runs([self.log], file)
 
 
 def train(
@@ -142,7 +149,8 @@ def train(
                     progress.losses.append(losses.sum().item())
                     for name, value in further.items():
                         progress.metrics.setdefault(name, []).append(value.item())
-                    log.step(progress, tokens, time.perf_counter() - begun, rate, norm.item())
+                    seconds, memory = time.perf_counter() - begun, guard.peak_memory(device)
+                    log.step(progress, tokens, seconds, learning_rate=rate, grad_norm=norm.item(), peak_memory=memory)
         except KeyboardInterrupt:
             interrupted = True
         best = evaluation.best(progress.evals)
