@@ -49,7 +49,7 @@ KINDS: dict[str, dict[str, Any]] = {  # fields of `oracle`; four heads on two ke
 }
 
 SOME = {"target_modules": ["q_proj", "up_proj"]}
-NO_BIAS, SHARED = "there is no bias to train", "shares its weight"
+NO_BIAS, SHARED, NO_TIE = "there is no bias to train", "shares its weight", "nothing that trains shares its weight"
 # Name -> fields of LoRAConfig, and of what families' traits (see `traits`) refuse them, with the error.
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "defaults": ({}, {}),
@@ -64,6 +64,11 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "save-norms": (SOME | {"modules_to_save": ["input_layernorm", "model.norm"]}, {}),
     "save-head": (SOME | {"modules_to_save": ["lm_head"]}, {"tied": SHARED}),
     "save-both": (SOME | {"modules_to_save": ["lm_head", "embed_tokens"]}, {"tied": SHARED}),
+    "lora-bias": (SOME | {"lora_bias": True}, {}),
+    "target-head": ({"target_modules": ["q_proj", "lm_head"]}, {"tied": SHARED}),
+    "target-embedding": ({"target_modules": ["embed_tokens", "up_proj"]}, {"tied": SHARED}),
+    "tie-shared": ({"target_modules": ["embed_tokens", "up_proj"], "tie": "shared"}, {"untied": NO_TIE}),
+    "tie-untie": ({"target_modules": ["lm_head", "up_proj"], "tie": "untie"}, {"untied": NO_TIE}),
     "bias-all": (SOME | {"bias": "all"}, {"no bias": NO_BIAS}),
     "bias-lora-only": (SOME | {"bias": "lora_only"}, {"no bias": NO_BIAS}),
     "gaussian": (SOME | {"init_lora_weights": "gaussian"}, {}),
@@ -87,7 +92,7 @@ def traits(kind: str) -> set[str]:
     """What a family is like that makes it refuse a feature."""
     given = KINDS[kind]
     biased = given.get("attention_bias") or given.get("family") == "qwen2"
-    return ({"tied"} if given.get("tie_word_embeddings") else set()) | (set() if biased else {"no bias"})
+    return {"tied" if given.get("tie_word_embeddings") else "untied"} | (set() if biased else {"no bias"})
 
 
 @cache
@@ -168,7 +173,9 @@ def exact(model: nn.Module) -> nn.Module:
 def saved(model: nn.Module, path: Path, format: str) -> bool:
     """Write `model` merged; False, after checking the error, if its family has no place in the format."""
     config, message = model.config, None
-    if format == "gguf" and config.model_type not in ARCHITECTURES:
+    if config.model_type != "llama" and any("lora_B.bias" in key for key in ml.adapter_state_dict(model)):
+        message = "has a bias .lora_bias., for which the config of a"
+    elif format == "gguf" and config.model_type not in ARCHITECTURES:
         message = "model_type of a GGUF file must be one of"
     elif format == "gguf" and config.sliding_window:
         message = "would ignore sliding_window"
@@ -191,7 +198,9 @@ def test_peft(kind, feature, tmp_path):
         return
     ml.save_adapter(ours, tmp_path / "ours")
     close(PeftModel.from_pretrained(copy.deepcopy(base(kind)), str(tmp_path / "ours")).eval(), ours)
-    made = get_peft_model(copy.deepcopy(base(kind)), LoraConfig(task_type="CAUSAL_LM", **FEATURES[feature][0]))
+    given = dict(FEATURES[feature][0])
+    given["ensure_weight_tying"] = given.pop("tie", None) == "shared"  # PEFT's word for it; untied it has none
+    made = get_peft_model(copy.deepcopy(base(kind)), LoraConfig(task_type="CAUSAL_LM", **given))
     move(made).eval().save_pretrained(str(tmp_path / "theirs"))
     again = twin(base(kind))
     ml.load_adapter(again, tmp_path / "theirs")
