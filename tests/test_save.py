@@ -109,6 +109,8 @@ def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
     model.lm_head.adapters["default"].lora_B.data.fill_(0.1)
     save_model(model, tmp_path, merge=True)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    save_model(ml.merge(model), tmp_path / "merged")  # whose head is a plain layer of its own
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert (logits(reloaded(tmp_path)) - logits(model)).abs().max() <= 1e-5
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], before)
 
