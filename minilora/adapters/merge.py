@@ -33,7 +33,7 @@ def merged_weight(layer: nn.Module) -> Tensor:
         return layer.get_parameter("weight").detach().float()
     W = merged_weight(layer.base_layer)
     for delta in deltas(layer, torch.float32):
-        W = delta.add_(W)  # in the memory of delta, which is this loop's own
+        W = delta.contiguous().add_(W)  # in delta's memory, which nobody else holds
     return W
 
 
