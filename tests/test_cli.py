@@ -41,7 +41,9 @@ def place(tmp_path_factory):
 def test_the_commands_do_what_the_functions_do(place, capsys):
     source, rows, adapter = str(place / "model"), str(place / "rows.jsonl"), str(place / "adapter")
     run = ["train", source, rows, "--adapter", adapter, "--dtype", "float32", "--quantize", "nf4", "--r", "4"]
+    run += ["--eval_dataset", rows]
     assert main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
+    assert re.search(r"eval_loss \d", capsys.readouterr().out)
 
     card = (place / "adapter" / "README.md").read_text()
     assert f"| rows | {len(ROWS)} |" in card and "| training steps | 3 |" in card and str(place) not in card

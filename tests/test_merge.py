@@ -102,6 +102,7 @@ def test_a_bias_that_trained_beside_4_bits_is_rounded_with_its_weight():
 def test_the_merged_model_is_ordinary():
     model = model_with_adapter()
     merged = merge(model)
+    assert all(p.is_contiguous() for p in [*merged.parameters(), *merge(model_with_adapter("gpt2")).parameters()])
     assert not lora_configs(merged) and not any(module.training for module in merged.modules())
     assert not any(module.training for module in merge(model_with_adapter(quantize=True)).modules())
     plain = type(model)(model.config)
