@@ -142,6 +142,12 @@ def test_the_reference_is_the_base_without_gradient_or_dropout():
     expected = 0.1 * (ratios[0] - ratios[1]).sum()
     assert objective.loss(model, batch)[1]["margin"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert adapters(model).keys() == adapters(lora()).keys()  # what trains trains still
+    modes = []
+    model.train().model.norm.register_forward_hook(
+        lambda norm, *_: modes.append((norm.training, torch.is_grad_enabled()))
+    )
+    objective.loss(model, batch)
+    assert modes == [(False, False), (True, True)]
 
 
 def test_prompts_are_masked_as_in_supervised_training():
