@@ -35,6 +35,7 @@ def check_splits(model: Any, objective: Objective, rows: list) -> None:
         numbers = {"loss": losses.sum().item(), **{name: value.item() for name, value in further.items()}}
         found.append((numbers, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (numbers, whole), *others = found
+    assert means(model, examples, 4, objective)[0] == pytest.approx(numbers, rel=1e-5)  # what evaluating would say
     total = math.sqrt(sum(g.norm().item() ** 2 for g in whole.values()))
     assert total > 0
     for other, gradients in others:
