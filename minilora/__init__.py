@@ -36,6 +36,7 @@ from minilora.models.save import save_model
 from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
 from minilora.quant import NF4Linear, quantize_model
 from minilora.scoring.evaluate import Scores, evaluate
+from minilora.scoring.execute import pass_at_1
 from minilora.train import TrainConfig, TrainResult, train
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -85,6 +86,7 @@ __all__ = [
     "merge",
     "merge_report",
     "mix",
+    "pass_at_1",
     "push_to_hub",
     "quantize_model",
     "quantize_nf4",
