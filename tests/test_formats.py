@@ -145,12 +145,14 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
         ("a.csv", "text\na,b\n", "row 0 has not as many cells"),
         ("a.jsonl", "", "is empty"),
         ("a.csv", "text\n", "is empty"),
+        ("a.csv", "text\n" + "a" * 200_000, r"a.csv: not CSV that Python reads: field larger .*\.jsonl has no such"),
+        ("a.jsonl", "\N{LATIN SMALL LETTER E WITH ACUTE}", "a.jsonl: not UTF-8 text: .* Save it as UTF-8"),
         ("a.jsonl", "3\n", "row 0: expected a dict, got int"),
         ("a.txt", "a", "expected a path to .jsonl, .json, .csv or .parquet, got .*a.txt"),
     ],
 )
 def test_bad_files_raise(tmp_path, name, text, problem):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=problem):
         read_dataset(tmp_path / name)
 
@@ -200,6 +202,9 @@ def test_a_missing_file_raises(tmp_path):
         ({"instruction": 3, "output": "a"}, "'instruction' must be a text, got int"),
         ({"instruction": "u", "output": ["a"]}, "'output' must be a text, got list"),
         ({"text": 3}, "'text' must be a text, got int"),
+        ({"text": "ab\ud83d"}, "'text': half a surrogate pair at character 2"),
+        ({"prompt": "a", "completion": "\ud83d"}, "'completion': half a surrogate pair at character 0"),
+        ({"messages": [USER, ANSWER | {"content": "\udcff"}]}, r"messages\[1\]: half a surrogate pair"),
         ({"conversations": [USER], "system": 3}, "'system' must be a text, got int"),
     ],
 )

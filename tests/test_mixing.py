@@ -121,6 +121,8 @@ def test_no_group_is_on_both_sides(rows):
 def test_the_share_is_about_what_was_asked():
     train, test = ml.split(letters("a", 10_000), test=0.1)
     assert abs(len(test) - 1000) < 120 and len(train) + len(test) == 10_000  # four standard deviations
+    sides = ml.split(letters("a", 20) * 5, test=0.5)
+    assert not [row for row in sides[0] if row in sides[1]]  # equal rows lie on one side
     assert ml.split(letters("a", 50), test=0.3, seed=1) != ml.split(letters("a", 50), test=0.3, seed=2)
     assert ml.split([{"b": 1, "a": n} for n in range(50)]) == ml.split([{"a": n, "b": 1} for n in range(50)])
 
@@ -135,7 +137,7 @@ def test_paths_and_the_command_line(tmp_path, monkeypatch):
     expected = ml.mix({paths[0]: 1, paths[1]: 0.25}, rows=20, seed=7)
     assert sources(expected) == {"a": 16, "b": 4} and {row.source for row in expected} == set(paths)
     seen = []
-    for name in ("load_model", "load_tokenizer", "inject", "count_parameters", "save_adapter"):
+    for name in ("load_model", "load_tokenizer", "inject", "count_parameters", "save_adapter", "write_card"):
         monkeypatch.setattr(ml, name, lambda *_, **__: None)
     monkeypatch.setattr(ml, "train", lambda model, tokenizer, dataset, *_, **__: seen.append(dataset) or result())
     run = ["train", "model", paths[0], "--mix", paths[1], "0.25", "--mix_rows", "20", "--seed", "7"]
@@ -144,7 +146,7 @@ def test_paths_and_the_command_line(tmp_path, monkeypatch):
 
 
 def result() -> SimpleNamespace:
-    return SimpleNamespace(interrupted=False, steps=1, loss=1.0, eval_loss=None)
+    return SimpleNamespace(interrupted=False, steps=1, loss=1.0, eval_loss=None, evals=[])
 
 
 # ---- errors

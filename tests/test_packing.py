@@ -168,6 +168,14 @@ def test_every_example_is_seen_once_an_epoch_when_packed(monkeypatch):
     assert sorted(found) == sorted(expected)
 
 
+def test_a_loss_that_is_not_finite_names_the_rows_of_its_packed_row():
+    model = lora()
+    model.model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
+    with pytest.raises(ValueError, match=r"step 1: the loss of rows 0, 1, 2, 3, 4, 5, 6, 7, … is nan"):
+        config = TrainConfig(packing=True, max_length=40, per_device_train_batch_size=9, **FAST)
+        train(model, Letters(), rows(), config)
+
+
 def test_a_run_resumes_only_with_the_packing_it_was_started_with(tmp_path):
     config = {"output_dir": tmp_path, "max_length": 40, **FAST}
     whole = train(lora(), Letters(), rows(), TrainConfig(packing=True, **config | {"output_dir": None, "max_steps": 8}))

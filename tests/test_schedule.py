@@ -176,7 +176,7 @@ def test_names_and_defaults_are_those_of_training_arguments():
     from transformers import TrainingArguments
 
     theirs = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    own = {"max_length", "group_by_length", "warmup_ratio"}  # SFTConfig's; in TrainingArguments of transformers 4
+    own = {"max_length", "packing", "group_by_length", "warmup_ratio"}  # SFTConfig's; two also transformers 4's
     own |= {"loraplus_lr_ratio", "early_stopping_patience"}  # PEFT's; EarlyStoppingCallback's
     own |= {"eval_metrics", "eval_answers", "dataset_cache"}  # transformers takes functions; datasets has its own cache
     own |= {"method"}  # ours alone

@@ -195,7 +195,7 @@ def _prompt_completion(row: Row, index: int) -> Chat | Text:
     if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         if row.get("tools") is not None:
             raise ValueError(f"row {index}: tools need a chat, but prompt and completion are plain texts.")
-        return Text(row["completion"], prompt=row["prompt"])
+        return Text(_text(row, "completion", index), prompt=_text(row, "prompt", index))
     if isinstance(row["prompt"], str) or isinstance(row["completion"], str):
         kinds = f"{type(row['prompt']).__name__} and {type(row['completion']).__name__}"
         raise ValueError(f"row {index}: prompt and completion must both be texts or both be messages, got {kinds}.")
@@ -206,7 +206,17 @@ def _prompt_completion(row: Row, index: int) -> Chat | Text:
 def _text(row: Row, key: str, index: int) -> str:
     if not isinstance(row[key], str):
         raise ValueError(f"row {index}: {key!r} must be a text, got {type(row[key]).__name__}.")
-    return row[key]
+    return _whole(row[key], f"row {index}, {key!r}")
+
+
+def _whole(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write it, and no tokenizer reads it
+        raise ValueError(
+            f"{where}: half a surrogate pair at character {error.start}: its text was cut there."
+        ) from error
+    return text
 
 
 def _messages(messages: Any, index: int, key: str) -> list[Message]:
@@ -230,6 +240,7 @@ def _message(message: Any, where: str, key: str) -> Message:
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         hint = " Join its text parts into one text." if isinstance(content, list) else ""
         raise ValueError(f"{where}: content must be a text, got {type(content).__name__}.{hint}")
+    _whole(content or "", where)
     if message.get("weight", 1) not in (0, 1):
         raise ValueError(f"{where}: weight must be 0 (not trained) or 1, got {message['weight']!r}.")
     return message
