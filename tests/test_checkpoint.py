@@ -200,7 +200,9 @@ def start(folder: Path, save: int | None) -> subprocess.Popen:
     deadline = time.monotonic() + 120
     log = folder / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") > 6 and (not save or checkpoint.checkpoint_steps(folder))):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it made no steps: {process.communicate()}")
         time.sleep(0.02)
     return process
 
