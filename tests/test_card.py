@@ -34,7 +34,7 @@ def read(folder) -> tuple[dict, dict[str, str], str]:
 def result(**fields):
     nothing = dict.fromkeys(("tokens_per_second", "seconds", "peak_memory_bytes", "checkpoint", "best_step", "log"))
     known = {"steps": 30, "loss": 1.5, "eval_loss": None, "tokens": 12345, "interrupted": False, "losses": []}
-    return ml.TrainResult(**nothing | known | {"evals": []} | fields)
+    return ml.TrainResult(**nothing | known | {"evals": [], "metrics": {}} | fields)
 
 
 # ---- oracle

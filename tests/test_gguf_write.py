@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minilora as ml
 from chats import CHATML, backend
 from minilora.data import Tokenizer, load_tokenizer
+from minilora.gguf import write as gguf_write
 from minilora.gguf.read import GGUFCheckpoint, read_tokenizer_fields, unpermute
 from minilora.gguf.tokenizer import WORDS, _cut_words, to_fields
 from minilora.gguf.write import permute
-from minilora.models import gguf_write
 from minilora.models.save import save_model
 from tiny import LLAMA3, oracle, tokens, twin
 
