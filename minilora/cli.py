@@ -21,6 +21,7 @@ from minilora.audit.inspect import inspect as inspect_path
 from minilora.audit.merge_report import first_difference, merge_report
 from minilora.audit.verify import verify as verify_checkpoint
 from minilora.objectives import OBJECTIVES
+from minilora.train.parallel import Parallel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +57,9 @@ def train(
         lora = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} | lora
     lora_config, goal = ml.LoRAConfig(**lora), OBJECTIVES[objective](**learned)
     dtype = "float32" if full and dtype == "auto" else dtype
-    loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
+    ranks = Parallel(torch.device("cpu"), train_config.fsdp)
+    device = "cpu" if ranks.fsdp else None  # shards alone go to GPUs
+    loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype, device=device), ml.load_tokenizer(model)
     if isinstance(goal, ml.Classify):
         goal.add_head(loaded, train_config.seed)
     if not full:
@@ -64,11 +67,9 @@ def train(
         print(ml.count_parameters(loaded))
     result = ml.train(loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=eval_dataset)
     folder = adapter or ("model" if full else "adapter")
-    if full:
-        ml.save_model(loaded, folder, tokenizer=tokenizer)
-    else:
-        ml.save_adapter(loaded, folder)
-    ml.write_card(folder, result, dataset=dataset)
+    if ranks.is_main:
+        ml.save_model(loaded, folder, tokenizer=tokenizer) if full else ml.save_adapter(loaded, folder)
+        ml.write_card(folder, result, dataset=dataset)
     state = "interrupted" if result.interrupted else "done"
     figures = {"loss": result.loss} | (result.evals[-1] if result.evals else {})
     shown = ", ".join(f"{name} {value}" for name, value in figures.items() if name != "step")
@@ -291,7 +292,3 @@ def parse_value(text: str, hint: Any) -> Any:
     if str in kinds:
         return text
     raise ValueError(f"expected {hint}, got {text!r}.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

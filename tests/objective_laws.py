@@ -12,7 +12,7 @@ import torch
 from minilora.lora import LoRALayer
 from minilora.scoring.objective import Objective, means
 from minilora.train import TrainConfig, loop, train
-from toy import FAST, Letters, adapters
+from toy import FAST, Letters, adapters, alone
 
 
 def stirred(model: Any) -> Any:
@@ -31,7 +31,9 @@ def check_splits(model: Any, objective: Objective, rows: list) -> None:
         samples = [examples[i : i + size] for i in range(0, len(examples), size)]
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses, further = loop._backward(model, objective, samples, torch.autocast("cpu", enabled=False), scaler)
+        losses, further = loop._backward(
+            alone(model, objective), objective, samples, torch.autocast("cpu", enabled=False), scaler
+        )
         numbers = {"loss": losses.sum().item(), **{name: value.item() for name, value in further.items()}}
         found.append((numbers, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (numbers, whole), *others = found

@@ -48,7 +48,7 @@ FUNCTION_LINES_P90 = 40
 PARAMETERS = 8
 # The door's two widest functions; both keyword-only past the model they are about.
 PARAMETERS_OF = {"minilora/models/loader.py:load_model": 9, "minilora/generate.py:generate": 9}
-FOLDER_FILES = 12  # "about ten", __init__.py not counted
+FOLDER_FILES = 12  # "about ten", __init__.py and __main__.py not counted
 
 
 # ---- floors
@@ -144,7 +144,7 @@ def test_signatures_are_narrow(path: str):
 
 def test_folders_are_small():
     for folder in {(ROOT / path).parent for path in LIBRARY_FILES}:
-        files = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
+        files = [file.name for file in folder.glob("*.py") if file.name not in ("__init__.py", "__main__.py")]
         assert len(files) <= FOLDER_FILES, f"{folder.name}/ holds {len(files)} files"
 
 

@@ -19,7 +19,7 @@ from minilora.scoring.objective import SFT, mean_loss, padded, token_loss, train
 from minilora.train import TrainConfig, loop, train
 from minilora.train.batches import BatchPlan
 from minilora.train.optim.schedule import learning_rate
-from toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
+from toy import FAST, Letters, Wrapped, adapters, alone, llama, lora, relative, rows
 
 # ---- oracle
 
@@ -79,7 +79,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(kind):
         samples = [examples[i : i + size] for i in range(0, 12, size)]
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses, _ = loop._backward(model, SFT(), samples, torch.autocast("cpu", enabled=False), scaler)
+        losses, _ = loop._backward(alone(model), SFT(), samples, torch.autocast("cpu", enabled=False), scaler)
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((losses.sum().item(), gradients))
     for loss, gradients in found[1:]:

@@ -11,6 +11,8 @@ from minilora.config import LoRAConfig
 from minilora.inject import inject
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
+from minilora.scoring.objective import SFT
+from minilora.train.parallel import Parallel
 
 VOCABULARY = 128 + 3
 FAST = {"learning_rate": 1e-2, "max_steps": 5, "save_steps": None}  # fields of a TrainConfig
@@ -51,6 +53,13 @@ def lora(model: Any = None, dropout: float = 0.0, targets: Any = "all-linear") -
     model = llama() if model is None else model
     inject(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets))
     return model
+
+
+def alone(model: Any, objective: Any = None) -> Parallel:
+    """What the loop runs in one process."""
+    parallel = Parallel(next(model.parameters()).device)
+    parallel.wrap(model, objective or SFT(), torch.optim.SGD(model.parameters()))
+    return parallel
 
 
 def rows(count: int = 24, seed: int = 0) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """Which samples make which step: a function of (seed, epoch) and of nothing else.
 
-An epoch is a seeded permutation, cut into *steps* of batch size x accumulation samples; a step is cut into
+An epoch is a seeded permutation, cut into *steps* of batch size x accumulation x processes samples; a step is cut into
 micro-batches. Because steps are cut first, 8 x 1, 4 x 2 and 1 x 8 train on the same samples step by step. Every sample
 occurs once an epoch; the last step may be smaller.
 
@@ -25,9 +25,9 @@ class BatchPlan:
     With `packing` a sample is a packed row, the same in every epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], config: TrainConfig):
+    def __init__(self, lengths: Sequence[int], config: TrainConfig, world: int = 1):
         self.lengths, self.micro, self.seed = list(lengths), config.per_device_train_batch_size, config.seed
-        self.step_size = self.micro * config.gradient_accumulation_steps
+        self.step_size = self.micro * config.gradient_accumulation_steps * world
         self.group_by_length = config.group_by_length
         self.identity = {  # what a step number refers to, so that no run resumes at another place in the data
             "samples": len(self.lengths),

@@ -28,6 +28,7 @@ from minilora.models.decoder import CausalLM
 from minilora.models.save import save_model
 from minilora.storage import read_tensors, whole, write_tensors, write_text
 from minilora.train.config import TrainConfig
+from minilora.train.parallel import Parallel
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.safetensors"
 
@@ -49,7 +50,8 @@ class Checkpoints:
     """The checkpoints of one run in config.output_dir; without one, nothing is written."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 config: TrainConfig):  # fmt: skip
+                 config: TrainConfig, parallel: Parallel):  # fmt: skip
+        self.parallel = parallel
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.folder = Path(config.output_dir) if config.output_dir is not None else None
         self.newest: Path | None = None
@@ -77,10 +79,12 @@ class Checkpoints:
         if self.folder is None or progress.step == 0 or self.newest == self._of(progress.step):
             return
         progress.scaler = self.scaler.state_dict()
-        save_checkpoint(self._of(progress.step), self.model, self.optimizer, progress)
         self.newest = self._of(progress.step)
         kept = {int(best["step"])} if best is not None and self.config.load_best_model_at_end else set()
-        delete_old_checkpoints(self.folder, self.config.save_total_limit, kept)
+        with self.parallel.whole(self.optimizer):
+            if self.parallel.is_main:
+                save_checkpoint(self.newest, self.model, self.optimizer, progress)
+                delete_old_checkpoints(self.folder, self.config.save_total_limit, kept)
 
     def restore(self, step: int) -> None:
         """Put that step's weights, and its moments, back."""

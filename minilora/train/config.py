@@ -57,6 +57,7 @@ class TrainConfig:
     dataset_cache: str | None = option(None, "folder where tokenised dataset files are kept for the next run")
     group_by_length: bool = option(True, "put samples of similar length together: less padding")
     gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
+    fsdp: bool = option(False, "processes hold the model in shards (FSDP2), not a copy each; one process: no effect")
     bf16: bool | None = option(None, "compute a fp32 model in bfloat16 (autocast); None follows the model's dtype")
     fp16: bool | None = option(None, "the same in float16, with loss scaling; None follows the model's dtype")
     logging_steps: int = option(10, "steps between two lines of the log", low=1)

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from torch import nn
-
 from minilora.data.formats import iterate_dataset
 from minilora.names import unknown
 from minilora.scoring.evaluate import evaluate
 from minilora.scoring.objective import SFT, Objective, means
 from minilora.scoring.scores import json_valid
 from minilora.train.config import TrainConfig
+from minilora.train.parallel import Parallel
 
 ANSWERS = ("exact_match", "token_f1", "json_valid")
 Figures = dict[str, float]  # one evaluation: "step" and what was measured
@@ -29,8 +28,8 @@ Figures = dict[str, float]  # one evaluation: "step" and what was measured
 class Evaluation:
     """The held-out sets of a run, encoded. `dataset`: rows, or a dict of them by name, the first with the objective."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, dataset: Any, objective: Objective, config: TrainConfig):
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+    def __init__(self, parallel: Parallel, tokenizer: Any, dataset: Any, objective: Objective, config: TrainConfig):
+        self.parallel, self.tokenizer, self.config = parallel, tokenizer, config
         named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset} if dataset is not None else {}
         self.metrics = [name.strip() for name in (config.eval_metrics or "").split(",") if name.strip()]
         for name in self.metrics:
@@ -59,20 +58,25 @@ class Evaluation:
         return bool(self.sets) and due and all(step != figures["step"] for figures in evals)
 
     def measure(self) -> Figures:
-        """The figures of the model as it is now."""
+        """The figures of the model as it is now, the same on every rank."""
         found: Figures = {}
+        size, share, model = self.config.per_device_eval_batch_size, self.parallel.mean, self.parallel.model
         for name, (objective, examples) in self.sets.items():
-            figures, _ = means(self.model, examples, self.config.per_device_eval_batch_size, objective)
+            figures = share(lambda part, kind=objective: means(model, part, size, kind), examples)
             found |= {f"{name}_{key}": value for key, value in figures.items()}
             if name != "eval":
                 found[f"{name}_perplexity"] = math.exp(figures["loss"])
         if self.rows:
-            size = self.config.per_device_eval_batch_size
-            scores = evaluate(
-                self.model, self.tokenizer, self.rows, batch_size=size, metrics={"json_valid": json_valid}
-            )
-            found |= {f"eval_{name}": scores.as_dict()[name] for name in self.metrics}
+            found |= share(self._answers, self.rows, in_step=False)
         return found
+
+    def _answers(self, rows: list[Any]) -> tuple[Figures, int]:
+        """The figures of greedy answers, and how many answers there are."""
+        size = self.config.per_device_eval_batch_size
+        scores = evaluate(
+            self.parallel.model, self.tokenizer, rows, batch_size=size, metrics={"json_valid": json_valid}
+        )
+        return {f"eval_{name}": scores.as_dict()[name] for name in self.metrics}, scores.answers
 
     def best(self, evals: list[Figures]) -> Figures | None:
         """The evaluation with the best figure, the earliest of equal ones; None before the first."""
@@ -85,3 +89,7 @@ class Evaluation:
         """Whether `early_stopping_patience` evaluations in a row were not better than the best before them."""
         patience, best = self.config.early_stopping_patience, self.best(evals)
         return patience is not None and best is not None and len(evals) - 1 - evals.index(best) >= patience
+
+
+def _named(loss: tuple[float, int]) -> tuple[Figures, int]:
+    return {"loss": loss[0]}, loss[1]

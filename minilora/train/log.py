@@ -19,20 +19,19 @@ from minilora.train.trackers import trackers
 class Log:
     """Also the clock: `tokens_per_second` of this session's steps, without evaluation and saving."""
 
-    def __init__(self, progress: Progress, total: int, config: TrainConfig):
+    def __init__(self, progress: Progress, total: int, config: TrainConfig, is_main: bool = True):
         from tqdm import tqdm
 
-        self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir else None
+        self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir and is_main else None
         self.every, self.tokens, self.seconds, self.file = config.logging_steps, 0, 0.0, None
-        self.trackers = trackers(config, progress.step)
+        self.trackers = trackers(config, progress.step) if is_main else []
         if self.path is not None:
             write_text(self.path, "".join(_lines_until(self.path, progress.step)))
             self.file = self.path.open("a", buffering=1, encoding="utf-8")  # line by line: a crash loses none
             if progress.step == 0:
                 self.write(config=config.to_dict(), total_steps=total, data=progress.data)
-        self.bar = tqdm(
-            initial=progress.step, total=total, unit="step", disable=config.disable_tqdm, dynamic_ncols=True
-        )
+        off = config.disable_tqdm if is_main else True
+        self.bar = tqdm(initial=progress.step, total=total, unit="step", disable=off, dynamic_ncols=True)
 
     def step(self, progress: Progress, tokens: int, seconds: float, **figures: float) -> None:
         """A step is done: in the file, `loss` and what else the objective measures are means since the line before.

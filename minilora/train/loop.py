@@ -6,7 +6,7 @@ A step is `gradient_accumulation_steps` micro-batches. Its tokens are counted be
 micro-batch's summed loss is divided by that one number, so the gradient is the same however the step is split.
 What requires grad trains: the adapters, fp32 masters that are cast to the base's dtype in forward. The order of the
 data and the dropout of a step are functions of (seed, step), so a resumed run equals one that never stopped.
-Simplified: one process, one device.
+In a process group of torch.distributed each rank takes its share of the micro-batches (parallel.py).
 """
 
 import time
@@ -30,6 +30,7 @@ from minilora.train.log import Log
 from minilora.train.optim.groups import new_optimizer
 from minilora.train.optim.noise import noisy_embeddings
 from minilora.train.optim.schedule import learning_rate, total_steps
+from minilora.train.parallel import Parallel, full, main_speaks
 
 
 @dataclass
@@ -63,6 +64,7 @@ class TrainResult:
         return plot_runs([self.log], file)
 
 
+@main_speaks()
 def train(
     model: nn.Module,
     tokenizer: Any,
@@ -87,12 +89,14 @@ def train(
     if config.method == "full":
         guard.unfreeze(model)
     parameters = checkpoint.trainable_parameters(model)
-    device = next(iter(parameters.values())).device
+    parallel = Parallel(next(iter(parameters.values())).device, config.fsdp)
+    device = parallel.device
     guard.reset_peak_memory(device)
     kept = {} if config.dataset_cache is None else {"cache": config.dataset_cache}
-    examples = objective.encode(dataset, tokenizer, config.max_length, **kept)
+    with parallel.main_first(bool(kept)):
+        examples = objective.encode(dataset, tokenizer, config.max_length, **kept)
     print(f"train: {examples.report}")
-    evaluation = Evaluation(model, tokenizer, eval_dataset, objective, config)
+    evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
     print(evaluation, end="\n" * bool(evaluation.sets))
 
     lengths = lengths_of(examples)
@@ -101,18 +105,22 @@ def train(
         examples = pack(examples, lengths, config.max_length)
         lengths = examples.lengths
         print(f"packing: {examples}")
-    plan = BatchPlan(lengths, config)
+    plan = BatchPlan(lengths, config, parallel.world)
     total = total_steps(config, len(plan))
     optimizer = new_optimizer(model, parameters, config)
     autocast, scaler = guard.precision_of(model, config, device)
-    checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config)
+    checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config, parallel)
     progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
     note_tokenizer(model, tokenizer)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    parallel.agree(data=plan.identity, step=progress.step, evaluation=str(evaluation), config=config, model=shapes)
+    parallel.wrap(model, objective, optimizer)
     interrupted = False
     with (
-        Log(progress, total, config) as log,
-        guard.training_mode(model, config.gradient_checkpointing),
-        noisy_embeddings(model, config.neftune_noise_alpha),
+        Log(progress, total, config, parallel.is_main) as log,
+        guard.training_mode(parallel.model, config.gradient_checkpointing),
+        noisy_embeddings(parallel.model, config.neftune_noise_alpha),
+        parallel.interruptible(),
     ):
         try:
             while True:
@@ -130,15 +138,16 @@ def train(
                 begun, step = time.perf_counter(), progress.step + 1
                 rate = learning_rate(config, progress.step, total)
                 samples = [[examples[i] for i in micro] for micro in plan[progress.step]]
-                torch.manual_seed(seed_of(config.seed, "dropout", step))
                 optimizer.zero_grad()
-                losses, further = _backward(model, objective, samples, autocast, scaler)  # (micro-batches,)
+                seed = config.seed, "dropout", step
+                losses, further = _backward(parallel, objective, samples, autocast, scaler, seed)  # (micro-batches,)
                 scaler.unscale_(optimizer)
                 # g <- g * min(1, max_grad_norm / |g|)
-                norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
+                longest = config.max_grad_norm or float("inf")
+                norm = full(nn.utils.clip_grad_norm_(parallel.parameters.values(), longest))
                 guard.check_finite(step, losses, norm, scaler.get_scale(), samples)
                 if step == 1:
-                    guard.check_gradients(model, parameters)
+                    guard.check_gradients(parallel.model, parallel.parameters)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_ratio"]
                 with guard.uninterrupted():  # weights, moments and the count move together or not at all
@@ -155,7 +164,8 @@ def train(
             interrupted = True
         best = evaluation.best(progress.evals)
         with guard.uninterrupted():
-            checkpoints.save(progress, best)
+            with parallel.whole(optimizer, for_good=True):
+                checkpoints.save(progress, best)
             log.write(steps=progress.step, tokens=progress.tokens, seconds=log.seconds, interrupted=interrupted)
             if config.load_best_model_at_end and best is not None and not interrupted:
                 checkpoints.restore(int(best["step"]))
@@ -178,18 +188,24 @@ def train(
 
 
 def _backward(
-    model: nn.Module, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+    parallel: Parallel, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any,
+    seed: tuple[Any, ...] = (),
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L (M,), and means."""
-    batches = [objective.collate(micro) for micro in samples]
-    count = sum(map(objective.weight, batches))  # of the whole step
-    losses: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-    for batch in batches:
-        with autocast:
-            loss_sum, further = objective.loss(model, batch)
-        scaler.scale(loss_sum / count).backward()
-        losses.append(loss_sum.detach() / count)
+    share = parallel.share(len(samples))
+    batches = [objective.collate(samples[number]) for number, _ in share]
+    own = sum(weight * objective.weight(batch) for (_, weight), batch in zip(share, batches, strict=True))
+    count, stop = parallel.sum(torch.tensor([own, parallel.pressed], dtype=torch.float64)).tolist()  # of the whole step
+    if stop:
+        raise KeyboardInterrupt
+    losses, sums = torch.zeros(len(samples), device=parallel.device), {}
+    for (number, weight), batch in zip(share, batches, strict=True):
+        torch.manual_seed(seed_of(*seed, number))
+        with parallel.gradients(last=batch is batches[-1]):
+            with autocast:
+                loss_sum, further = parallel.loss(batch)
+            scaler.scale(loss_sum * (weight * parallel.world / count)).backward()
+        losses[number] += loss_sum.detach() * (weight / count)
         for name, value in further.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value
-    return torch.stack(losses), {name: value / count for name, value in sums.items()}
+            sums[name] = sums.get(name, 0.0) + value.detach() * weight
+    return parallel.sum(losses), {name: parallel.sum(value) / count for name, value in sums.items()}

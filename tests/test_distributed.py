@@ -1,0 +1,195 @@
+"""Proves that a run in two processes is the run of one: losses, adapters, evaluations, files, and how it ends.
+
+Two ranks on the CPU (gloo) run ranks.py once; what they leave is compared with one process, for LoRA, QLoRA, DPO and
+every parameter, by DDP and FSDP2. fp32 sums in another order differ by some 2^-24 a sum; after six steps of Adam losses
+agree to 1e-6. Adapters get ten times that: Adam divides a gradient by its own size, so the rounding of small ones
+weighs as much.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from chats import ours
+from minilora.cli import main
+from minilora.scoring.objective import SFT
+from minilora.storage import read_tensors
+from minilora.train import train
+from minilora.train.parallel import Parallel, traffic
+from ranks import KINDS, config, model, outcome, run
+from source import ROOT
+from tiny import save
+from toy import Letters, relative, rows
+
+ENGINES = ("ddp", "fsdp")
+RUNS = [f"{kind} {engine}" for kind in KINDS for engine in ENGINES]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Two processes of one script or module."""
+    roots = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        *map(str, arguments),
+    ]
+    env = os.environ | {"PYTHONPATH": roots, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict[str, Any]:
+    """The runs of one process; that of "nf4" has checkpoints."""
+    folder = tmp_path_factory.mktemp("runs")
+    fields = {"nf4": {"output_dir": folder / "one", "save_steps": 3}}
+    return {kind: outcome(*run(kind, 1, **fields.get(kind, {}))) for kind in KINDS} | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def two(one) -> dict[str, Any]:
+    """The runs of two."""
+    done = torchrun(ROOT / "tests" / "ranks.py", one["folder"])
+    assert done.returncode == 0, done.stderr
+    return torch.load(one["folder"] / "found.pt", weights_only=False) | {"said": done.stdout}
+
+
+def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert relative(found["adapters"], expected["adapters"]) < 1e-5
+    for name, values in expected["metrics"].items():  # differences of sums of some ten nats
+        assert found["metrics"][name] == pytest.approx(values, rel=1e-6, abs=1e-5)
+    assert len(found["evals"]) == len(expected["evals"]) > 0
+    for figures, others in zip(found["evals"], expected["evals"], strict=True):
+        assert figures == pytest.approx(others, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_train_as_one_process_does(one, two, name):
+    agree(two[name], one[name.split()[0]])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_of_one_process_is_resumed_by_two(one, two, engine):
+    agree(two[f"nf4 {engine} resumed"], one["nf4"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_of_two_is_resumed_by_one_process(one, two, engine):
+    agree(
+        outcome(*run("nf4", 1, resume_from_checkpoint=str(one["folder"] / f"nf4-{engine}" / "checkpoint-3"))),
+        one["nf4"],
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_rank_writes_and_the_files_are_those_of_one_process(one, two, engine):
+    ours, theirs = one["folder"] / f"nf4-{engine}", one["folder"] / "one"
+    names = [sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) for folder in (ours, theirs)]
+    assert names[0] == names[1] and not [name for name in names[0] if name.endswith(".tmp")]
+    assert [fact["saved"] for fact in two["facts"]] == [["checkpoint-3", "checkpoint-6"] * 2, []]
+    for name in ("adapter_model.safetensors", "trainer_state.safetensors"):
+        assert relative(*(read_tensors(folder / "checkpoint-6" / name) for folder in (ours, theirs))) < 1e-4
+    configs = [(folder / "checkpoint-6" / "adapter_config.json").read_text() for folder in (ours, theirs)]
+    assert configs[0] == configs[1]
+    steps = [json.loads(line).get("step") for line in (ours / "log.jsonl").read_text().splitlines()]
+    assert steps == [None, 3, 6, None]
+
+
+def test_packed_bytes_lie_in_shards_and_come_together_as_they_were(two):
+    for fact in two["facts"]:
+        assert len(fact["shards"]) == 2 * 7 * 4  # layers, linears in each, tensors of a 4-bit weight
+        assert all(all(checks) for checks in fact["shards"].values())
+
+
+def test_what_is_wrong_on_one_rank_is_said_on_all(two):
+    first, second = two["facts"]
+    assert first["not finite"] == second["not finite"] and "step 1: the loss of row" in first["not finite"]
+    assert all("different data, config. Give" in fact["other seed"] for fact in two["facts"])
+    assert all("8-bit moments" in fact["8 bits in shards"] for fact in two["facts"])
+
+
+def test_an_interrupt_of_one_rank_ends_all_after_the_same_step(two):
+    assert [fact["interrupted"] for fact in two["facts"]] == [(True, 3)] * 2
+
+
+def test_the_loss_scale_of_fp16_is_one_for_all_shards(two):
+    assert two["fp16"]["losses"] == pytest.approx(two["fp16 ddp"]["losses"], rel=1e-3)  # of 11 bits
+
+
+def test_rank_0_alone_speaks(two):
+    assert two["said"].count("parallel: 2 processes, DDP") == 8  # of ranks.py's runs
+
+
+def test_a_killed_rank_ends_the_job_and_says_so(tmp_path):
+    begun = time.monotonic()
+    done = torchrun(ROOT / "tests" / "ranks.py", tmp_path, "kill")
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and "rank      : 1" in done.stderr
+    assert time.monotonic() - begun < 120  # far below any collective's timeout
+
+
+def test_the_bytes_that_travel():
+    m = model("nf4")
+    trained = sum(p.nbytes for p in m.parameters() if p.requires_grad)
+    stored, layers = (sum(p.nbytes for p in part.parameters()) for part in (m, m.model.layers))
+    assert traffic(m, 1) == traffic(m, 1, fsdp=True) == 0
+    assert traffic(m, 4) == 2 * trained * 3 // 4
+    assert traffic(m, 4, fsdp=True) == (stored + layers + trained) * 3 // 4
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_a_step_is_shared_out_once_and_in_equal_numbers(count):
+    shares = []
+    for rank in range(3):
+        parallel = Parallel(torch.device("cpu"))
+        parallel.rank, parallel.world = rank, 3
+        shares.append(parallel.share(count))
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(number for share in shares for number, weight in share if weight) == [*range(count)]
+
+
+def test_every_micro_batch_has_a_seed_of_its_own():
+    seeds = []
+
+    class Noting(SFT):
+        def loss(self, model, batch):
+            seeds.append(torch.initial_seed())
+            return super().loss(model, batch)
+
+    train(model("lora"), Letters(), rows(16), config(1, max_steps=2, eval_steps=None), objective=Noting())
+    assert len(set(seeds)) == len(seeds) == 2 * 4
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun(tmp_path):
+    """Two processes and one write the same adapter, up to rounding; only one of the two writes and speaks."""
+    chat = ours("chatml")
+    save(tmp_path / "model", vocab_size=len(chat), tie_word_embeddings=True)
+    chat.save_pretrained(tmp_path / "model")
+    sums = [{"prompt": f"{a} plus {b}", "completion": str(a + b)} for a in range(3) for b in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    given = [
+        str(tmp_path / "model"),
+        str(tmp_path / "rows.jsonl"),
+        "--dtype=float32",
+        "--quantize=nf4",
+        "--max_steps=4",
+    ]
+    done = torchrun("-m", "minilora", "train", *given, f"--adapter={tmp_path / 'two'}", "--fsdp=true",
+                    "--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done after 4 steps") == done.stdout.count("parallel: 2 processes, FSDP2") == 1
+    assert main(["train", *given, f"--adapter={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0
+    found, expected = (read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    assert relative(found, expected) < 1e-5
+    assert torchrun("-m", "minilora", "inspect", tmp_path / "one").returncode != 0
+    failed = torchrun("-m", "minilora", "train", *given, "--fsdp=true", "--optim=adamw_8bit")
+    assert failed.returncode != 0 and "minilora: fsdp: blocks of 8-bit" in failed.stderr
