@@ -87,6 +87,7 @@ def attach(model: nn.Module, adapters: dict[str, Adapter], config: LoRAConfig, n
     """
     if any(name in layer.adapters for layer in lora_layers(model).values()):
         raise ValueError(f"adapter {name!r} exists already. Choose another name, or delete_adapter(model, {name!r}).")
+    LoRALayer(nn.Identity(), r=None).add_adapter(name, nn.Identity())  # a name that none can have raises here
     if not lora_configs(model):
         trainable = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
         model.__dict__["_trainable_before_lora"] = trainable
@@ -114,9 +115,9 @@ def eject(model: nn.Module) -> list[str]:
     layers = lora_layers(model, remove_duplicate=False)
     for path, layer in layers.items():
         model.set_submodule(path, layer.base_layer)
-    trainable = set(model.__dict__.pop("_trainable_before_lora", []))
-    for path, parameter in model.named_parameters():
-        parameter.requires_grad_(path in trainable)
+    if (trainable := model.__dict__.pop("_trainable_before_lora", None)) is not None:  # else nothing was frozen
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(path in trainable)
     model.__dict__.pop("_lora_configs", None)
     return list(layers)
 
@@ -145,7 +146,8 @@ def lora_configs(model: nn.Module) -> Injected:
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """The layers that `config` targets, by name: what inject would adapt. Changes nothing."""
     if isinstance(model, LoRALayer) or not dict(model.named_children()):
-        raise ValueError(f"model: expected a module with layers inside, got {type(model).__name__}: use LoRALayer(it).")
+        remedy = "use LoRALayer(it)." if is_linear(model) else "put it into one."
+        raise ValueError(f"model: expected a module with layers inside, got {type(model).__name__}: {remedy}")
     candidates = adaptable_layers(model)
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no layers to adapt.")

@@ -102,7 +102,7 @@ class LoRALayer(nn.Module):
 
     def add_adapter(self, name: str, adapter: nn.Module) -> None:
         """Add an inactive adapter, on the base's device. A name that exists, is empty or has a dot raises."""
-        if name in self.adapters or not name or "." in name:
+        if not name or "." in name or hasattr(self.adapters, name):  # a ModuleDict's methods are taken as well
             raise ValueError(f"adapter name: expected a new name without dots, got {name!r} beside {[*self.adapters]}.")
         device = next((p.device for p in self.base_layer.parameters()), None)
         self.adapters[name] = adapter.to(device).train(self.training).requires_grad_(False)
@@ -137,4 +137,4 @@ def linear_features(base: nn.Module) -> tuple[int, int]:
     for i, o in (("in_features", "out_features"), ("nx", "nf")):  # nx, nf: transformers' Conv1D
         if isinstance(getattr(base, i, None), int) and isinstance(getattr(base, o, None), int):
             return getattr(base, i), getattr(base, o)
-    raise ValueError(f"base: expected a linear layer (nn.Linear, NF4Linear, Conv1D), got {type(base).__name__}.")
+    raise ValueError(f"base: expected a linear layer (Linear, NF4Linear, Conv1D), got {type(base).__name__}: inject it.")

@@ -31,20 +31,6 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return None if get is None else get()
 
 
-def tied_modules(model: nn.Module) -> dict[str, list[str]]:
-    """Modules that hold a parameter which another module holds too: their path → the other parameters' names."""
-    holders: dict[int, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append((path, f"{path}.{name}"))
-    tied = {}
-    for group in holders.values():
-        for path, own in group:
-            if others := [name for _, name in group if name != own]:
-                tied[path] = others
-    return tied
-
-
 class TrainedParts:
     """What trains with an adapter beside A and B: whole modules and biases, which take the places of the originals.
 

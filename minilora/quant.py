@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.modules import ends_with, output_layer, tied_modules
+from minilora.modules import TrainedParts, ends_with, output_layer
 from minilora.names import unknown
 from minilora_kernels import NF4Weight, dequantize_nf4, prepare, quantize_nf4
 
@@ -215,11 +215,13 @@ def quantize_model(
     for entry in skip or ():
         if not any(ends_with(path, entry) for path in linears):
             raise unknown("skip", entry, linears)
-    output, tied = output_layer(model), tied_modules(model)
+    output, tied = output_layer(model), TrainedParts().tied(model)
     names = [
         path
         for path, layer in linears.items()
-        if layer is not output and path not in tied and not any(ends_with(path, entry) for entry in skip or ())
+        if layer is not output
+        and path.removesuffix(".base_layer") not in tied
+        and not any(ends_with(path, entry) for entry in skip or ())
     ]
     if not names:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise (an output layer stays dense).")

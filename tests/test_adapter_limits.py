@@ -2,6 +2,7 @@
 and that what an adapter of another kind cannot get right is refused, with the model untouched."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import minilora as ml
 from kinds import Images, build, close, output, shake
-from minilora.adapters.files import WEIGHTS_FILE
+from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.inject import lora_layers
 from tiny import oracle, twin
 
@@ -133,6 +134,11 @@ def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
     close(output(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()), output(model))
     with pytest.raises(ValueError, match="2 groups cannot hold its adapter"):
         ml.merge(model)
+    layer = model.long.adapters["default"]
+    impulses = torch.eye(6 * 5).view(30, 6, 5)  # at each place of a kernel: the columns of the update
+    A, B = (p.detach() for p in (layer.lora_A, layer.lora_B))
+    columns = torch.nn.functional.conv1d(torch.nn.functional.conv1d(impulses, A), layer.scaling * B, groups=2)
+    assert abs(ml.inspect(tmp_path).layers["long"]["norm"] - columns.norm()) < 1e-5 * columns.norm()
 
 
 def test_another_base_beside_the_adapter_is_refused(tmp_path):
@@ -176,3 +182,26 @@ def test_an_untrained_embedding_or_bias_is_told_by_what_starts_at_zero(tmp_path)
 def test_a_bias_with_another_start_is_refused():
     with pytest.raises(ValueError, match="lora_bias: PEFT has it with init_lora_weights=True only"):
         ml.LoRAConfig(lora_bias=True, init_lora_weights="gaussian")
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "train"])
+def test_a_name_that_cannot_be_changes_nothing(name):
+    """The last one is a method of the nn.ModuleDict that holds the adapters."""
+    model = build("llama")
+    with pytest.raises(ValueError, match=f"adapter name: expected a new name without dots, got '{name}'"):
+        ml.inject(model, name=name)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_ejecting_from_a_model_without_adapters_freezes_nothing():
+    model = build("llama")
+    assert ml.eject(model) == [] and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_file_tells_conv1d_of_its_own_layers_only(tmp_path):
+    """PEFT's `fan_in_fan_out`."""
+    model = nn.ModuleDict({"gpt2": build("gpt2"), "linear": nn.Linear(4, 4)})
+    for name, turned in (("c_attn", True), ("linear", False)):
+        ml.inject(model, ml.LoRAConfig(r=2, target_modules=[name]), name=name)
+        ml.save_adapter(model, tmp_path, name)
+        assert json.loads((tmp_path / CONFIG_FILE).read_text())["fan_in_fan_out"] is turned

@@ -277,12 +277,16 @@ def test_other_misuse_raises(llama, gpt2):
         inject(model)
     with pytest.raises(ValueError, match="adapter: 'deflaut' matches nothing. Nearest: 'default'"):
         use_adapter(model, "deflaut")
+    with pytest.raises(ValueError, match="one is named twice"):
+        use_adapter(model, ["default", "default"])
     with pytest.raises(ValueError, match="shares its weight with 'transformer.wte'"):
         inject(copy.deepcopy(gpt2), LoRAConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="no default for model type None"):
         inject(nn.Sequential(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match=r"use LoRALayer\(it\)"):
         inject(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="got Embedding: put it into one"):
+        inject(nn.Embedding(4, 4))
     with pytest.raises(ValueError, match="no layers to adapt"):
         inject(nn.Sequential(nn.ReLU()), LoRAConfig(target_modules="all-linear"))
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})

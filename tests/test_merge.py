@@ -1,10 +1,13 @@
 """Proves that a merged model computes what the adapted one does, is an ordinary dense model, and that the model it was
 made from keeps every byte."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
+from kinds import build, output
 from minilora.adapters import merge, use_adapter
 from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_configs, lora_layers
@@ -86,6 +89,32 @@ def test_the_given_model_keeps_every_byte(kind, quantize):
     assert torch.equal(model(TOKENS).logits, logits)
 
 
+def test_a_merged_layer_shares_no_buffer_or_hook_with_the_given_one():
+    """Gemma's embedding has a buffer that no state dict holds."""
+    model = build("gemma")
+    inject(model, LoRAConfig(r=2, target_modules=["embed_tokens"]))
+    words, expected = model.model.embed_tokens.base_layer, output(model)
+    merged = merge(model)
+    merged.model.embed_tokens.register_forward_hook(lambda module, ids, found: found + 1)
+    assert (output(merged) - expected).abs().max() > 0.1
+    merged.bfloat16()
+    assert words.embed_scale.dtype == torch.float32 and torch.equal(output(model), expected)
+
+
+def test_a_new_bias_of_a_transformers_model_is_announced():
+    """Its config has no word for it: from_pretrained would leave it out of what save_pretrained wrote."""
+    model = build("llama")
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    with pytest.warns(UserWarning, match="3 layers have a bias now .* first model.layers.0.self_attn.q_proj"):
+        merge(model)
+    for kind, bias in (("gpt2", True), ("llama", False)):
+        model = build(kind)
+        inject(model, LoRAConfig(r=2, target_modules=["c_attn" if bias else "q_proj"], lora_bias=bias))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merge(model)
+
+
 def test_a_bias_that_trained_beside_4_bits_is_rounded_with_its_weight():
     model = llama(attention_bias=True).bfloat16()
     quantize_model(model)
@@ -119,3 +148,6 @@ def test_nothing_to_merge_raises():
     use_adapter(model, [])
     with pytest.raises(ValueError, match="no active adapter"):
         merge(model)
+    use_adapter(model, "default")
+    with pytest.raises(ValueError, match="storage: expected None or one of float32, .*, got 'int8'"):
+        merge(model, "int8")

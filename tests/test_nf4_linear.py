@@ -213,6 +213,12 @@ def test_quantize_model_takes_every_linear_but_the_output(tiny_llama_config):
     assert injected(torch.arange(8)[None]).logits.equal(model(torch.arange(8)[None]).logits)
 
 
+def test_a_layer_under_two_names_stays_dense_under_both():
+    layer = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(64, 64)})
+    assert quantize_model(model) == ["c"] and model["a"] is model["b"] is layer
+
+
 def test_tied_heads_stay_dense():
     model = nn.ModuleDict({"embed": nn.Embedding(8, 64), "body": nn.Linear(64, 64), "head": nn.Linear(64, 8)})
     model["head"].weight = model["embed"].weight

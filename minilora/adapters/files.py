@@ -69,9 +69,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     if config.target_modules is None or config.target_modules == "all-linear":
         values["target_modules"] = _spell_out(model, name)
     values["base_model_name_or_path"] = config.base_model_name_or_path or _source(model)
-    values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in lora_layers(model).values())
     folder = Path(folder)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
+    values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     known = lora_configs(model)
     hashes = known.tokenizers.get(name) if tokenizer is None else hash_tokenizer(tokenizer)
     write_bound(folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), known.seeds.get(name), hashes))

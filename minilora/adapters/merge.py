@@ -7,6 +7,7 @@ so.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -66,8 +67,9 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     storage: of the layers with an active adapter or in 4 bits: "float32", "bfloat16" or "float16"; None takes the
         dtype of the weight each was made from. "nf4" quantises layers of a 4-bit base again, which costs most of a
         small adapter: measure it first (merge_report).
-    Raises ValueError if no adapter is active, for "nf4" without a 4-bit layer under one, and for a convolution with
-    groups.
+    A bias that a transformers model did not have is announced, as its config has no word for it.
+    Raises ValueError if no adapter is active, for an unknown storage, for "nf4" without a 4-bit layer under one, and
+    for a convolution with groups.
     """
     layers = lora_layers(model).values()
     at_work = [layer for layer in layers if layer.active]
@@ -97,6 +99,13 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     for key in ("_lora_configs", "_trainable_before_lora"):
         merged.__dict__.pop(key, None)
     _declare_untied(merged)
+    added = [path for path, m in lora_layers(model).items() if merged_bias(m) is not None and m.base_layer.bias is None]
+    if added and hasattr(merged, "save_pretrained"):
+        warnings.warn(
+            f"{len(added)} layers have a bias now (lora_bias), first {added[0]}: what save_pretrained writes of it is "
+            "left out by from_pretrained. Keep the adapter unmerged (save_adapter) to use it elsewhere.",
+            stacklevel=2,
+        )
     return merged
 
 
@@ -134,8 +143,7 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         plain: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     else:
         own = base.get_parameter("weight").dtype
-        plain = copy.copy(base)
-        plain._parameters = dict(base._parameters)
+        plain = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # all but what is replaced below
     weight = merged_weight(layer).to(dtype or own)
     plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     if bias is not None:

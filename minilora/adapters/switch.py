@@ -17,10 +17,13 @@ def list_adapters(model: nn.Module) -> list[str]:
 
 
 def use_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
-    """Make one adapter, or several that add up, the active ones; only they are trainable. An unknown name raises."""
+    """Make one adapter, or several that add up, the active ones; only they are trainable. An unknown name and one
+    that is given twice raise."""
     names = [name] if isinstance(name, str) else list(name)
     for wanted in names:
         check_adapter(model, wanted)
+    if len(set(names)) < len(names):
+        raise ValueError(f"adapters {names}: one is named twice and would count twice. Name each once.")
     lora_configs(model).parts.place(model, names)
     for layer in lora_layers(model).values():
         layer.use([wanted for wanted in names if wanted in layer.adapters])

@@ -148,6 +148,8 @@ def _spaces(folder: Path) -> dict[str, Spaces]:
         if not (match := re.fullmatch(r"(.*)\.lora_(embedding_)?B(\.weight)?", key)):
             continue
         down = tensors.get(f"{match[1]}.lora_{match[2] or ''}A{match[3] or ''}")
+        if down is not None and up.dim() > 2 and down.shape[0] % up.shape[1] == 0:
+            up = torch.block_diag(*up.flatten(1).chunk(down.shape[0] // up.shape[1]))  # (out, r): each group's own rows
         if down is None or down.shape[0] != up.shape[1]:
             raise ValueError(f"{folder}: {key} {tuple(up.shape)} has no A that fits it. Copy the adapter again.")
         layer, r = match[1].removeprefix(PREFIX), down.shape[0]
