@@ -137,4 +137,4 @@ def linear_features(base: nn.Module) -> tuple[int, int]:
     for i, o in (("in_features", "out_features"), ("nx", "nf")):  # nx, nf: transformers' Conv1D
         if isinstance(getattr(base, i, None), int) and isinstance(getattr(base, o, None), int):
             return getattr(base, i), getattr(base, o)
-    raise ValueError(f"base: expected a linear layer (Linear, NF4Linear, Conv1D), got {type(base).__name__}: inject it.")
+    raise ValueError(f"expected a linear base (Linear, NF4Linear, Conv1D), got {type(base).__name__}: use inject.")

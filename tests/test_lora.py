@@ -215,7 +215,7 @@ def test_bad_arguments_raise(kwargs, message):
 
 
 def test_misuse_raises():
-    with pytest.raises(ValueError, match=r"expected a linear layer .*, got Embedding: inject it\."):
+    with pytest.raises(ValueError, match=r"expected a linear base .*, got Embedding: use inject\."):
         LoRALayer(nn.Embedding(4, 4))
     layer = LoRALayer(nn.Linear(48, 32))
     with pytest.raises(ValueError, match="new name"):
