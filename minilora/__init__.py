@@ -37,7 +37,9 @@ from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
 from minilora.quant import NF4Linear, quantize_model
 from minilora.scoring.evaluate import Scores, evaluate
 from minilora.scoring.execute import pass_at_1
+from minilora.sweep import sweep
 from minilora.train import TrainConfig, TrainResult, train
+from minilora.train.curves import plot_runs
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 
 __version__ = "0.1.0"
@@ -87,6 +89,7 @@ __all__ = [
     "merge_report",
     "mix",
     "pass_at_1",
+    "plot_runs",
     "push_to_hub",
     "quantize_model",
     "quantize_nf4",
@@ -95,6 +98,7 @@ __all__ = [
     "save_model",
     "selftest",
     "split",
+    "sweep",
     "train",
     "use_adapter",
     "verify",

@@ -13,7 +13,8 @@ import torch
 import minilora as ml
 from chats import ours
 from minilora.audit.merge_report import merge_report
-from minilora.cli import main, parse_value
+from minilora.cli import main
+from minilora.cli.values import parse_value
 from tiny import save
 
 ROWS = [

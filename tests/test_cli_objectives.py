@@ -10,7 +10,8 @@ import torch
 
 import minilora as ml
 from chats import ours
-from minilora.cli import main, parse_value
+from minilora.cli import main
+from minilora.cli.values import parse_value
 from minilora.objectives import OBJECTIVES
 from tiny import save
 

@@ -21,7 +21,11 @@ HEAVY = (
     *("gguf", "matplotlib", "pyarrow", "peft", "bitsandbytes", "hypothesis", "pytest"),
 )
 IMPORT_SECONDS = 0.15
-COMMANDS = {"plan": "plan_memory", "push": "push_to_hub"}  # the public function where the command is not named after it
+COMMANDS = {
+    "plan": "plan_memory",
+    "plot": "plot_runs",
+    "push": "push_to_hub",
+}  # the public function where the command is not named after it
 
 
 def python(code: str) -> str:
@@ -104,8 +108,11 @@ def test_import_loads_torch_and_numpy_only():
     assert {"minilora"} <= roots
 
 
-def test_import_is_quick():
-    """Processor seconds beside torch's: a busy machine stretches the wall clock. The least of three is the cost."""
+def test_import_is_quick(tmp_path, monkeypatch):
+    """Processor seconds beside torch's: a busy machine stretches the wall clock. The least of four is the cost, as
+    the first compiles the modules, which an installed package finds compiled."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     code = "import time, torch; t = time.process_time(); import minilora; print(time.process_time() - t)"
-    seconds = sorted(float(python(code)) for _ in range(3))
+    seconds = sorted(float(python(code)) for _ in range(4))
     assert seconds[0] <= IMPORT_SECONDS, f"import minilora costs {seconds} s"

@@ -63,10 +63,10 @@ class Selftest:
         return "\n".join(lines)
 
 
-def selftest(model: nn.Module, tokenizer: Any, *, rows: Sequence[dict[str, Any]] | None = None) -> Selftest:
+def selftest(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Selftest:
     """Measure a causal language model without adapters; afterwards it is as it was.
 
-    rows: at least four, of different lengths, in any shape that `train` takes; None takes a few short texts.
+    rows: at least four of different lengths, anything that `train` takes; None takes a few short texts.
     ValueError for a model that has adapters.
     """
     if lora_layers(model):

@@ -59,7 +59,7 @@ def sweep(
         place = folder / f"trial-{trial.number}"
         options = [f"--{name}={value}" for name, value in drawn.items()]
         places = ["--output_dir", str(place), "--adapter", str(place / "adapter"), "--disable_tqdm", "true"]
-        done = subprocess.run([sys.executable, "-m", "minilora.cli", "train", *arguments, *options, *places],
+        done = subprocess.run([sys.executable, "-m", "minilora", "train", *arguments, *options, *places],
                               capture_output=True, text=True)  # fmt: skip
         (place if place.is_dir() else folder).joinpath(f"trial-{trial.number}.txt").write_text(
             done.stdout + done.stderr
