@@ -182,6 +182,7 @@ def test_the_command_line_under_torchrun(tmp_path):
         "--dtype=float32",
         "--quantize=nf4",
         "--max_steps=4",
+        f"--dataset_cache={tmp_path / 'cache'}",  # which one of them writes and all read
     ]
     done = torchrun("-m", "minilora", "train", *given, f"--adapter={tmp_path / 'two'}", "--fsdp=true",
                     "--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}")  # fmt: skip
