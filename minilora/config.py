@@ -6,12 +6,19 @@ silently ignored: PEFT warns about an unknown key and goes on.
 """
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from minilora.names import nearest
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
+_WORDS |= {list[str]: "a list of names", list[int]: "a list of whole numbers"}
+_WORDS |= {dict[str, int]: "a dict of whole numbers", dict[str, float]: "a dict of finite numbers"}
 
 
 class TaskType(StrEnum):
@@ -25,9 +32,13 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-def _option(default: Any, help: str) -> Any:
-    default = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**default, metadata={"help": help})
+def option(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
+           below: float = math.inf, choices: tuple = ()) -> Any:  # fmt: skip
+    """A field whose value v obeys low <= v <= high, above < v < below (in a dict each value), and v in choices if
+    there are any."""
+    bounds = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
+    start: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**start, metadata={"help": help} | bounds)
 
 
 @dataclass(frozen=True)
@@ -37,61 +48,68 @@ class LoRAConfig:
     Raises ValueError for a value outside its range or one that is not supported; TypeError for an unknown field.
     """
 
-    r: int = _option(8, "rank of the correction B A")
-    lora_alpha: float = _option(8, "its strength: B A is scaled by lora_alpha / r")
-    lora_dropout: float = _option(0.0, "probability with which an adapter's input (but ids) is dropped in training")
-    target_modules: list[str] | str | None = _option(
+    r: int = option(8, "rank of the correction B A", low=1)
+    lora_alpha: float = option(8, "its strength: B A is scaled by lora_alpha / r")
+    lora_dropout: float = option(
+        0.0, "probability of dropping an adapter's input (but ids) in training", low=0, below=1
+    )
+    target_modules: list[str] | str | None = option(
         None,
         'names or ends of names ("q_proj"), a regular expression for whole names, "all-linear" (every linear layer '
         "but the output layer), or None: q_proj and v_proj in a Llama, c_attn in GPT-2",
     )
-    exclude_modules: list[str] | str | None = _option(None, "what to leave out again: names, or a regular expression")
-    use_rslora: bool = _option(False, "scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
-    rank_pattern: dict[str, int] = _option({}, "{end of a name or regular expression: r}; the first that fits wins")
-    alpha_pattern: dict[str, float] = _option({}, "the same for lora_alpha")
-    layers_to_transform: list[int] | int | None = _option(None, "only layers of these numbers")
-    layers_pattern: list[str] | str | None = _option(None, "the name that the layer number follows (layers, h)")
-    init_lora_weights: bool | str = _option(True, 'True: A uniform, B zero; "gaussian": A normal, deviation 1/r')
-    lora_bias: bool = _option(False, "a bias trains with each B: W x + s (B A x + b)")
-    bias: str = _option("none", 'biases that train too: "none", "all", or "lora_only", those of the adapted layers')
-    modules_to_save: list[str] | None = _option(None, "modules that train and are saved whole: names or ends of names")
-    tie: str | None = _option(
+    exclude_modules: list[str] | str | None = option(None, "what to leave out again: names, or a regular expression")
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)")
+    rank_pattern: dict[str, int] = option({}, "{end of a name or regular expression: r}, the first that fits", low=1)
+    alpha_pattern: dict[str, float] = option({}, "the same for lora_alpha")
+    layers_to_transform: list[int] | int | None = option(None, "only layers of these numbers")
+    layers_pattern: list[str] | str | None = option(None, "the name that the layer number follows (layers, h)")
+    init_lora_weights: bool | str = option(
+        True, 'True: A uniform, B zero; "gaussian": A normal, deviation 1/r', choices=(True, "gaussian")
+    )
+    lora_bias: bool = option(False, "a bias trains with each B: W x + s (B A x + b)")
+    bias: str = option(
+        "none",
+        'biases that train too: "none", "all", or "lora_only", those of the adapted layers',
+        choices=("none", "all", "lora_only"),
+    )
+    modules_to_save: list[str] | None = option(None, "modules that train and are saved whole: names or ends of names")
+    tie: str | None = option(
         None,
         "for what shares its weight, as an embedding and the output layer may: "
         '"shared", one update for all that share it, or "untie", for the named one alone',
+        choices=("shared", "untie"),
     )
-    task_type: str | None = _option(TaskType.CAUSAL_LM.value, "carried into the file")
-    base_model_name_or_path: str | None = _option(None, "carried into the file; None takes the model's")
-    revision: str | None = _option(None, "carried into the file")
-    inference_mode: bool = _option(False, "carried by PEFT's files; changes nothing")
+    task_type: str | None = option(TaskType.CAUSAL_LM.value, "carried into the file", choices=tuple(TaskType))
+    base_model_name_or_path: str | None = option(None, "carried into the file; None takes the model's")
+    revision: str | None = option(None, "carried into the file")
+    inference_mode: bool = option(False, "carried by PEFT's files; changes nothing")
 
     def __post_init__(self):
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), (set, tuple, frozenset)):
                 object.__setattr__(self, name, sorted(getattr(self, name)))
-        for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
-                raise ValueError(f"r: expected a whole number of at least 1, got {r!r}.")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
-                raise ValueError(f"lora_alpha: expected a finite number that is not 0, got {alpha!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}.")
-        if self.init_lora_weights not in (True, "gaussian"):
-            raise ValueError(f'init_lora_weights: expected True or "gaussian", got {self.init_lora_weights!r}.')
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f'bias: expected "none", "all" or "lora_only", got {self.bias!r}.')
-        if self.tie not in (None, "shared", "untie"):
-            raise ValueError(f'tie: expected None, "shared" or "untie", got {self.tie!r}.')
+        object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
+        check_options(self)
+        if not all((self.lora_alpha, *self.alpha_pattern.values())):
+            raise ValueError("lora_alpha: expected a number that is not 0, at which an adapter does nothing.")
         if self.lora_bias and self.init_lora_weights is not True:
             raise ValueError(
                 f"lora_bias: PEFT has it with init_lora_weights=True only, got {self.init_lora_weights!r}."
             )
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save: expected a list of names, got the string {self.modules_to_save!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform and would do nothing.")
-        object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
+        numbered = self.layers_pattern if isinstance(self.layers_pattern, list) else [self.layers_pattern]
+        for text in (self.target_modules, self.exclude_modules, *self.rank_pattern, *self.alpha_pattern, *numbered):
+            try:
+                re.compile(text if isinstance(text, str) else "")
+            except re.error as error:
+                raise ValueError(f"{text!r} is no regular expression: {error}. Any text is .*, not *.") from error
+
+    def strength(self, path: str) -> tuple[int, float]:
+        """r and lora_alpha of the layer `path`, by the first pattern that fits it."""
+        r = next((r for key, r in self.rank_pattern.items() if fits_pattern(key, path)), self.r)
+        return r, next((a for key, a in self.alpha_pattern.items() if fits_pattern(key, path)), self.lora_alpha)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoRAConfig":
@@ -138,3 +156,52 @@ _PEFT_DEFAULTS = {
 
 def _is_neutral(name: str, value: Any) -> bool:
     return name in ("peft_version", "auto_mapping") or not value or _PEFT_DEFAULTS.get(name) == value
+
+
+def fits_pattern(key: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern is for the layer `path`: PEFT's rule."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def check_options(config: Any) -> None:
+    """Bring the `option` fields of a frozen dataclass to their types, or raise ValueError for one out of its range."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        if "choices" in f.metadata:
+            object.__setattr__(config, f.name, _checked(f.name, getattr(config, f.name), hints[f.name], f.metadata))
+
+
+def _checked(name: str, value: Any, hint: Any, rules: Any) -> Any:
+    """The value in its field's type (int → float, path → str), or a ValueError."""
+    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if str in allowed and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    kinds = [kind for kind in allowed if kind is not type(None)]
+    if not any(_is(value, kind) for kind in kinds):
+        names = " or ".join(_WORDS[kind] for kind in kinds)
+        raise ValueError(f"{name}: expected {names}, got {value!r}. It is: {rules['help']}.")
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, rules['choices']))}, got {value!r}.")
+    for number in value.values() if isinstance(value, dict) else [value]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if not (rules["low"] <= number <= rules["high"] and rules["above"] < number < rules["below"]):
+            signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+            limits = " and ".join(f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key]))
+            raise ValueError(f"{name}: expected {limits}, got {number!r}. It is: {rules['help']}.")
+    return value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the type `kind`, and so is what it holds; a whole number in a dict may stand for any."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(item, *get_args(kind)) for item in value)
+    if get_origin(kind) is dict:
+        of, to = get_args(kind)
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_is(key, of) and (_is(item, to) or (to is float and _is(item, int))) for key, item in pairs)
+    return type(value) is kind and (kind is not float or math.isfinite(value))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.config import LoRAConfig
+from minilora.config import LoRAConfig, fits_pattern
 from minilora.layers import Adapter, EmbeddingAdapter, is_adaptable, is_linear, new_adapter, unwrapped
 from minilora.lora import LoRALayer
 from minilora.modules import Part, TrainedParts, ends_with, output_layer, within
@@ -168,7 +168,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     chosen = _in_layers(chosen, config)
     for kind in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, kind):
-            if not any(_pattern_matches(key, path) for path in chosen):
+            if not any(fits_pattern(key, path) for path in chosen):
                 raise unknown(kind, key, chosen)
     if not chosen:
         raise ValueError("no layer is left to adapt after exclude_modules and layers_to_transform.")
@@ -236,18 +236,18 @@ def _match(kind: str, wanted: Sequence[str] | str, candidates: dict, modules: di
 
 def _in_layers(paths: list[str], config: LoRAConfig) -> list[str]:
     """Those of `paths` whose layer number is in layers_to_transform; every number must be found."""
-    if config.layers_to_transform is None:
+    if config.layers_to_transform in (None, []):
         return paths
     if isinstance(config.target_modules, str):
         raise ValueError("layers_to_transform needs target_modules as a list of names; put the numbers in the regex.")
     wanted = [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
-    patterns = (
-        [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or [r"[^.]*"]
-    )
+    patterns = config.layers_pattern or r"[^.]*"
     number: dict[str, int] = {}  # the first number that follows a name: model.layers.3.mlp.up_proj → 3
-    for path in paths:
-        matches = [re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path) for pattern in patterns]
-        number.update((path, int(match[1])) for match in matches if match)
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:  # and the first pattern, as in PEFT
+        matches = {path: re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path) for path in paths}
+        if not any(matches.values()) and config.layers_pattern:
+            raise unknown("layers_pattern", pattern, paths)
+        number = {path: int(match[1]) for path, match in matches.items() if match} | number
     if missing := sorted(set(wanted) - set(number.values())):
         there = sorted(set(number.values()))
         raise ValueError(f"layers_to_transform: no targeted layer has the numbers {missing}; there are {there}.")
@@ -262,13 +262,8 @@ def _saved(model: nn.Module, config: LoRAConfig) -> list[str]:
     return [name for name in names if name not in heads] + there if there else names
 
 
-def _pattern_matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
 def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> Adapter:
-    r = next((r for key, r in config.rank_pattern.items() if _pattern_matches(key, path)), config.r)
-    alpha = next((a for key, a in config.alpha_pattern.items() if _pattern_matches(key, path)), config.lora_alpha)
+    r, alpha = config.strength(path)
     layer_seed = int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "little") >> 1
     options = (alpha, config.lora_dropout, config.use_rslora, config.lora_bias)
     try:

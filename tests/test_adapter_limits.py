@@ -205,3 +205,34 @@ def test_a_file_tells_conv1d_of_its_own_layers_only(tmp_path):
         ml.inject(model, ml.LoRAConfig(r=2, target_modules=[name]), name=name)
         ml.save_adapter(model, tmp_path, name)
         assert json.loads((tmp_path / CONFIG_FILE).read_text())["fan_in_fan_out"] is turned
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r: expected >= 1, got 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: expected >= 1, got 0"),
+        ({"rank_pattern": {"q_proj": 2.0}}, "rank_pattern: expected a dict of whole numbers"),
+        ({"alpha_pattern": [1]}, "alpha_pattern: expected a dict of finite numbers"),
+        ({"alpha_pattern": {"q_proj": 0}}, "not 0"),
+        ({"use_rslora": "false"}, "use_rslora: expected True or False"),
+        ({"layers_to_transform": 1.5}, "expected a list of whole numbers or a whole number"),
+        ({"task_type": "SEQ_CLSS"}, "task_type: expected one of CAUSAL_LM, "),
+        ({"target_modules": [7]}, "target_modules: expected a list of names or a string"),
+        ({"target_modules": "*_proj"}, r"'\*_proj' is no regular expression: nothing to repeat"),
+        ({"rank_pattern": {"q_proj(": 2}}, "is no regular expression"),
+        ({"layers_pattern": ["h["], "layers_to_transform": 1}, "is no regular expression"),
+        ({"r": 2.5}, "whole number"),
+        ({"lora_alpha": 0}, "not 0"),
+        ({"lora_dropout": 1}, "lora_dropout: expected >= 0 and < 1"),
+        ({"bias": "some"}, "expected one of none, all, lora_only"),
+        ({"modules_to_save": "lm_head"}, "expected a list of names"),
+        ({"init_lora_weights": "pissa"}, "expected one of True, gaussian"),
+        ({"layers_pattern": "layers"}, "would do nothing"),
+    ],
+)
+def test_a_config_is_checked_when_it_is_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ml.LoRAConfig(**fields)
+    with pytest.raises(TypeError, match="lora_r"):
+        ml.LoRAConfig(lora_r=8)  # pyright: ignore[reportCallIssue] the misspelling is the test

@@ -222,7 +222,7 @@ def test_every_field_is_an_option_with_its_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nowhere", "rows.jsonl", "--r", "0"], "r: expected a whole number of at least 1"),
+        (["train", "nowhere", "rows.jsonl", "--r", "0"], "r: expected >= 1, got 0"),
         (["train", "nowhere", "rows.jsonl", "--learning_rate", "-1"], "learning_rate"),
         (["generate", "./nowhere", "hello"], "nowhere"),
     ],

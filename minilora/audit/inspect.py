@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from minilora.adapters.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.config import LoRAConfig
 from minilora.gguf.header import read_header
+from minilora.lora import scaling
 from minilora.storage import read_tensors
 
 Spaces = tuple[Tensor, Tensor, Tensor]  # Q_B U (out, k), σ (k,), Q_A V (in, k); k is the rank
@@ -142,7 +144,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _spaces(folder: Path) -> dict[str, Spaces]:
     """Layer -> the two bases and σ of its update; convolutions as matrices, embeddings as PEFT multiplies them."""
-    config, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
+    read, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
+    told = ("lora_alpha", "alpha_pattern", "use_rslora")  # more than these may be what load_adapter refuses
+    config = LoRAConfig.from_dict({name: read[name] for name in told if name in read})
     found = {}
     for key, up in tensors.items():
         if not (match := re.fullmatch(r"(.*)\.lora_(embedding_)?B(\.weight)?", key)):
@@ -153,11 +157,9 @@ def _spaces(folder: Path) -> dict[str, Spaces]:
         if down is None or down.shape[0] != up.shape[1]:
             raise ValueError(f"{folder}: {key} {tuple(up.shape)} has no A that fits it. Copy the adapter again.")
         layer, r = match[1].removeprefix(PREFIX), down.shape[0]
-        patterns = (config.get("alpha_pattern") or {}).items()  # PEFT's rule: the first that fits
-        alpha = next((a for p, a in patterns if re.match(rf"(.*\.)?({p})$", layer)), config.get("lora_alpha", 8))
         Q_B, R_B = torch.linalg.qr(up.double().flatten(1))  # (out, r), (r, r)
         Q_A, R_A = torch.linalg.qr(down.double().flatten(1).T)  # (in, r), (r, r)
-        s = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        s = scaling(r, r, config.strength(layer)[1], 0, config.use_rslora)
         U, sigma, Vh = torch.linalg.svd(s * R_B @ R_A.T)
         k = int((sigma > sigma[0] * max(up.shape[0], down[0].numel()) * torch.finfo(torch.float32).eps).sum())
         found[layer] = Q_B @ U[:, :k], sigma[:k], Q_A @ Vh[:k].T

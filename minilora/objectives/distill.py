@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.adapters import disabled_adapters, list_adapters
+from minilora.config import check_options, option
 from minilora.models.context import inference
 from minilora.models.loader import load_model
 from minilora.ops.cross_entropy import in_chunks, rows_at_a_time
 from minilora.scoring.objective import SFT, Labelled, labelled
-from minilora.train.config import check_options, option
 
 
 @dataclass(frozen=True)

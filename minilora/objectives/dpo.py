@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.adapters import disabled_adapters, list_adapters
+from minilora.config import check_options, option
 from minilora.data import Example, encode_dataset, read_dataset
 from minilora.data.formats import shape_of
 from minilora.models.context import inference
 from minilora.objectives.encoded import Encoded
 from minilora.ops.cross_entropy import head_logprobs
 from minilora.scoring.objective import labelled, padded
-from minilora.train.config import check_options, option
 
 
 @dataclass(frozen=True)

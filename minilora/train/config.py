@@ -5,24 +5,15 @@ the nearest known ones, a value of the wrong type or outside its range ValueErro
 learning rate's default differs from TrainingArguments' 5e-5, which is meant for full fine-tuning: adapters take more.
 """
 
-import math
-import os
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
+from minilora.config import check_options, option
 from minilora.names import nearest, unknown
 
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-
-
-def option(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
-           below: float = math.inf, choices: tuple = ()) -> Any:  # fmt: skip
-    """A field whose value v obeys low <= v <= high, above < v < below and, if given, v in choices."""
-    bounds = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": help} | bounds)
 
 
 @dataclass(frozen=True)
@@ -104,34 +95,3 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def check_options(config: Any) -> None:
-    """Bring the `option` fields of a frozen dataclass to their types, or raise ValueError for one out of its range."""
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        if "choices" in f.metadata:
-            object.__setattr__(config, f.name, _checked(f.name, getattr(config, f.name), hints[f.name], f.metadata))
-
-
-def _checked(name: str, value: Any, hint: Any, rules: Any) -> Any:
-    """The value in its field's type (int → float, path → str), or a ValueError."""
-    allowed = get_args(hint) or (hint,)
-    if value is None and type(None) in allowed:
-        return None
-    if str in allowed and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if float in allowed and type(value) is int:
-        value = float(value)
-    kinds = [kind for kind in allowed if kind is not type(None)]
-    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
-        names = " or ".join(_WORDS[kind] for kind in kinds)
-        raise ValueError(f"{name}: expected {names}, got {value!r}. It is: {rules['help']}.")
-    if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}.")
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not (rules["low"] <= value <= rules["high"] and rules["above"] < value < rules["below"]):
-            signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
-            limits = " and ".join(f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key]))
-            raise ValueError(f"{name}: expected {limits}, got {value!r}. It is: {rules['help']}.")
-    return value
