@@ -98,6 +98,7 @@ def train(
     print(f"train: {examples.report}")
     evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
     print(evaluation, end="\n" * bool(evaluation.sets))
+    guard.check_vocabulary(model, tokenizer, {"train": (objective, examples), **evaluation.sets})
 
     lengths = lengths_of(examples)
     if config.packing:
