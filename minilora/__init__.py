@@ -34,6 +34,7 @@ from minilora.mixing import mix, split
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
 from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
+from minilora.preview.show import Preview, preview
 from minilora.quant import NF4Linear, quantize_model
 from minilora.scoring.evaluate import Scores, evaluate
 from minilora.scoring.execute import pass_at_1
@@ -64,6 +65,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "ParameterCount",
+    "Preview",
     "SFT",
     "Scores",
     "Selftest",
@@ -90,6 +92,7 @@ __all__ = [
     "mix",
     "pass_at_1",
     "plot_runs",
+    "preview",
     "push_to_hub",
     "quantize_model",
     "quantize_nf4",

@@ -15,6 +15,7 @@ from minilora.adapters.merge import STORAGES
 from minilora.cli import jobs
 from minilora.cli.values import CONFIGS, add_fields, from_toml
 from minilora.objectives import OBJECTIVES
+from minilora.preview import command as preview
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     pushing.add_argument("--private", action="store_true", default=None, help="only you and your organisation see it")
     pushing.add_argument("--revision", help="a branch that is there (default: main, created with the repository)")
     pushing.add_argument("--message", dest="commit_message", help="of the commit")
+    preview.add_options(command(preview.preview, "dataset"))
     testing = command(jobs.selftest, "model")
     testing.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
     testing.add_argument("--data", help="rows to measure with (default: a few short texts)")

@@ -1,0 +1,37 @@
+"""`minilora preview`, and what `minilora train` says about it."""
+
+import shlex
+from argparse import ArgumentParser
+from typing import Any
+
+from minilora.data.tokenizer import load_tokenizer
+from minilora.preview import show
+from minilora.scoring.objective import SFT
+from minilora.train.config import TrainConfig
+
+
+def preview(dataset: str, model: str, rows: str, max_length: int, packing: str, whole: bool) -> None:
+    """Show rows as training will see them, token by token, and the report about all; only the tokenizer is loaded."""
+    chosen = [int(number) for number in rows.split(",") if number] if "," in rows else int(rows)
+    tokenizer = load_tokenizer(model)
+    found = show.preview(dataset, tokenizer, rows=chosen, max_length=max_length, packing=packing == "true")
+    print(found.text(show.on_terminal(), None if whole else show.EDGE))
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of `minilora preview`, named as those of `minilora train`."""
+    defaults = TrainConfig()
+    parser.add_argument("--model", required=True, help="Hub id, folder or .gguf file, for its tokenizer")
+    parser.add_argument("--rows", default="3", help="how many, or their numbers, with commas: 17,204 (default 3)")
+    parser.add_argument("--max_length", type=int, default=defaults.max_length, help="as in train (default %(default)s)")
+    parser.add_argument("--packing", choices=["true", "false"], default="false", help="as in train (default false)")
+    parser.add_argument("--whole", action="store_true", help="every token, also within long runs")
+
+
+def how_to(dataset: Any, model: str, config: TrainConfig, objective: Any) -> str:
+    """The command that shows what a run learns; "" if there is none: a mixture, or rows of another kind."""
+    if not isinstance(dataset, str) or not isinstance(objective, SFT):
+        return ""
+    packing = ["--packing", "true"] if config.packing else []
+    command = ["minilora", "preview", dataset, "--model", model, "--max_length", str(config.max_length), *packing]
+    return f"token by token: {shlex.join(command)}\n"
