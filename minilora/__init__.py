@@ -18,6 +18,7 @@ from minilora.adapters import (
     save_adapter,
     use_adapter,
 )
+from minilora.audit.execute import pass_at_1
 from minilora.audit.inspect import Inspection, inspect
 from minilora.audit.merge_report import MergeReport, merge_report
 from minilora.audit.selftest import Selftest, selftest
@@ -36,11 +37,10 @@ from minilora.models.save import save_model
 from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
 from minilora.preview.show import Preview, preview
 from minilora.quant import NF4Linear, quantize_model
+from minilora.runs.curves import plot_runs
+from minilora.runs.sweep import sweep
 from minilora.scoring.evaluate import Scores, evaluate
-from minilora.scoring.execute import pass_at_1
-from minilora.sweep import sweep
 from minilora.train import TrainConfig, TrainResult, train
-from minilora.train.curves import plot_runs
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 
 __version__ = "0.1.0"

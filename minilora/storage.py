@@ -66,9 +66,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a whole safetensors file ({error}). Copy or download it again.") from error
 
 
-def gguf_room(part: str) -> Any:
-    """The module `part` of minilora.gguf, which the core does not know until a .gguf file is met."""
-    return importlib.import_module(f"minilora.gguf.{part}")
+def open_leaf(module: str) -> Any:
+    """A module that the core does not know until it is asked for, such as "gguf.read": a leaf (CONTRIBUTING.md)."""
+    return importlib.import_module(f"minilora.{module}")
 
 
 def _remove(path: Path) -> None:

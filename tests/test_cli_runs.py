@@ -8,8 +8,8 @@ import torch
 
 from chats import ours
 from minilora.cli import main
-from minilora.sweep import sweep
-from minilora.train.curves import read_log
+from minilora.runs.curves import read_log
+from minilora.runs.sweep import sweep
 from test_cli import ROWS
 from tiny import save
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from minilora.scoring import execute
-from minilora.scoring.execute import pass_at_1
+from minilora.audit import execute
+from minilora.audit.execute import pass_at_1
 
 TESTS = "assert add(2, 3) == 5\nassert add('a', 'b') == 'ab'"
 RIGHT = "def add(a, b):\n    return a + b"

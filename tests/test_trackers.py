@@ -10,9 +10,9 @@ import sys
 import matplotlib.image
 import pytest
 
+from minilora.runs.curves import plot_runs, read_log
+from minilora.runs.trackers import trackers
 from minilora.train import TrainConfig, train
-from minilora.train.curves import plot_runs, read_log
-from minilora.train.trackers import trackers
 from toy import FAST, Letters, lora, rows
 
 FIELDS = FAST | {"max_steps": 6, "logging_steps": 2, "eval_steps": 3, "save_steps": 1}

@@ -18,9 +18,9 @@ from minilora.audit.verify import verify as verify_checkpoint
 from minilora.cli.values import CONFIGS
 from minilora.objectives import OBJECTIVES
 from minilora.preview.command import how_to
-from minilora.sweep import sweep as search_options
-from minilora.sweep import table
-from minilora.train.curves import plot_runs
+from minilora.runs.curves import plot_runs
+from minilora.runs.sweep import sweep as search_options
+from minilora.runs.sweep import table
 from minilora.train.parallel import Parallel
 
 

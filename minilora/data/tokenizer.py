@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minilora.data.template import render
-from minilora.storage import gguf_room, write_text
+from minilora.storage import open_leaf, write_text
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -187,7 +187,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, token: st
 
     path = resolve(source, revision=revision, token=token, local_files_only=local_files_only, weights=False)
     if path.suffix == ".gguf":
-        return Tokenizer(*gguf_room("tokenizer").from_gguf(path))
+        return Tokenizer(*open_leaf("gguf.tokenizer").from_gguf(path))
     return _from_folder(path)
 
 

@@ -18,7 +18,7 @@ from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
 from minilora.models.hub import resolve
 from minilora.quant import NF4Linear
-from minilora.storage import gguf_room
+from minilora.storage import open_leaf
 from minilora_kernels import NF4Weight, quantize_nf4
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -51,7 +51,7 @@ def load_model(
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
     place = resolve(source, revision, token, local_files_only)
     checkpoint: Checkpoint = (
-        gguf_room("read").GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
+        open_leaf("gguf.read").GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
     )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = pick_dtype(dtype, device)

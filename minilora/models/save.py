@@ -29,7 +29,7 @@ from minilora.lora import LoRALayer
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.quant import NF4Linear
-from minilora.storage import gguf_room, whole, write_text
+from minilora.storage import open_leaf, whole, write_text
 from minilora_kernels import quantize_nf4
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -269,9 +269,9 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
 def _write_gguf(model: CausalLM, config: DecoderConfig, path: Path, dtype: Any, tokenizer: Any) -> None:
     dtype = dtype or model.model.embed_tokens.weight.dtype
     sources = [(entry.name, entry.shape, entry.make) for entry in _all_entries(model, config, None, "gguf")]
-    fields = None if tokenizer is None else gguf_room("tokenizer").to_fields(tokenizer, config.vocab_size)
+    fields = None if tokenizer is None else open_leaf("gguf.tokenizer").to_fields(tokenizer, config.vocab_size)
     path = path if path.suffix == ".gguf" else path / "model.gguf"
-    gguf_room("write").write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
+    open_leaf("gguf.write").write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
 
 
 @torch.no_grad()

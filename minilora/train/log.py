@@ -10,10 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minilora.storage import write_text
+from minilora.storage import open_leaf, write_text
 from minilora.train.checkpoint import Progress
 from minilora.train.config import TrainConfig
-from minilora.train.trackers import trackers
 
 
 class Log:
@@ -24,7 +23,9 @@ class Log:
 
         self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir and is_main else None
         self.every, self.tokens, self.seconds, self.file = config.logging_steps, 0, 0.0, None
-        self.trackers = trackers(config, progress.step) if is_main else []
+        self.trackers: list[Any] = []
+        if is_main and config.trackers:
+            self.trackers = open_leaf("runs.trackers").trackers(config, progress.step)
         if self.path is not None:
             write_text(self.path, "".join(_lines_until(self.path, progress.step)))
             self.file = self.path.open("a", buffering=1, encoding="utf-8")  # line by line: a crash loses none

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from minilora.adapters.binding import note_tokenizer
 from minilora.data.packing import pack
 from minilora.scoring.objective import SFT, Objective, check_supervised, lengths_of
+from minilora.storage import open_leaf
 from minilora.train import checkpoint, guard
 from minilora.train.batches import BatchPlan, seed_of
 from minilora.train.config import TrainConfig
-from minilora.train.curves import plot_runs
 from minilora.train.evaluation import Evaluation, Figures
 from minilora.train.log import Log
 from minilora.train.optim.groups import new_optimizer
@@ -61,7 +61,7 @@ class TrainResult:
         """A matplotlib Figure of the run's log, saved to `file` if given; ValueError for a run without output_dir."""
         if self.log is None:
             raise ValueError("plot: a run without output_dir keeps no log to draw: give TrainConfig(output_dir=...).")
-        return plot_runs([self.log], file)
+        return open_leaf("runs.curves").plot_runs([self.log], file)
 
 
 @main_speaks()
