@@ -121,6 +121,8 @@ class LoRAConfig:
         values = dict(values)
         if values.pop("ensure_weight_tying", False):
             values["tie"] = "shared"  # without it PEFT adapts what is named and nothing else, as None does for a file
+        if values.get("init_lora_weights") in (False, "orthogonal"):
+            del values["init_lora_weights"]  # how A and B began, and no more: the base is as it was
         if (peft_type := values.pop("peft_type", "LORA")) != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', got {peft_type!r}: minilora reads LoRA adapters only.")
         known = {f.name for f in fields(cls)}

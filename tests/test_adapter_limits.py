@@ -141,6 +141,19 @@ def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
     assert abs(ml.inspect(tmp_path).layers["long"]["norm"] - columns.norm()) < 1e-5 * columns.norm()
 
 
+@pytest.mark.parametrize("start", [False, "orthogonal"])
+def test_how_a_file_s_adapter_began_is_its_own_affair(tmp_path, start):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    theirs = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
+    shake(theirs).save_pretrained(str(tmp_path))
+    ml.load_adapter(model := build("llama"), tmp_path)
+    close(output(model), output(theirs))
+    with pytest.raises(ValueError, match="init_lora_weights: expected one of True, gaussian, got"):
+        ml.LoRAConfig(init_lora_weights=start)
+
+
 def test_another_base_beside_the_adapter_is_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
 
