@@ -181,7 +181,8 @@ def test_a_failure_while_saving_leaves_the_checkpoints_before_it(tmp_path, monke
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[:0] = {path!r}
 from toy import Letters, lora, rows
 from minilora.train import TrainConfig, train

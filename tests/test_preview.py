@@ -147,7 +147,8 @@ def test_the_command_shows_what_the_function_shows_and_train_names_it(tmp_path, 
         main(["train", "model", "my rows.jsonl", "--max_steps", "1", "--packing", "true", "--max_length", "150"]) == 0
     )
     command = "minilora preview 'my rows.jsonl' --model model --max_length 150 --packing true"
-    assert f"token by token: {command}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"token by token: {command}\n" in said and "tokenizer: chat template 01f75116261e6b72\n" in said
     arguments = ["preview", "my rows.jsonl", "--model", "model"]
     assert main([*arguments, "--max_length", "150", "--packing", "true", "--rows", "2,", "--whole"]) == 0
     expected = ml.preview(ROWS, ours("chatml"), rows=[2], max_length=150, packing=True)

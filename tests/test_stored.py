@@ -248,7 +248,7 @@ def test_errors(tmp_path, monkeypatch):
     bad = write(tmp_path / "bad.jsonl", [*ROWS, {"question": "?"}])
     with pytest.raises(ValueError, match="row 11: keys .'question'. are no known shape"):
         encode_dataset(bad, tokenizer, cache=cache)
-    with pytest.raises(ValueError, match="none of 11 rows has a trained token"):
+    with pytest.raises(ValueError, match="none of 11 rows has an answer to learn"):
         encode_dataset(path, tokenizer, 5, cache=cache)
     with pytest.raises(FileNotFoundError):
         encode_dataset(tmp_path / "none.jsonl", tokenizer, cache=cache)

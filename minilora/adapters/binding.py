@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data.template import hash_template
 from minilora.inject import lora_configs, lora_layers
 from minilora.lora import LoRALayer
 from minilora.quant import NF4Linear, digest, hash_rows
@@ -98,7 +97,8 @@ def binding(
 
 def hash_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Hashes of the chat template and, if the tokenizer can list them, of what its ids stand for."""
-    hashes = {"chat_template": hash_template(getattr(tokenizer, "chat_template", None))}
+    template = getattr(tokenizer, "chat_template", None)  # a text, several by name, or None
+    hashes = {"chat_template": digest(json.dumps(template, sort_keys=True).encode())}
     if (spell := getattr(tokenizer, "convert_ids_to_tokens", None)) is not None:
         tokens = enumerate(spell(list(range(len(tokenizer)))))
         used = [token for i, token in tokens if token not in (None, f"[PAD{i}]")]  # GGUF's name for an id without token

@@ -17,7 +17,7 @@ from minilora.audit.selftest import selftest as measure
 from minilora.audit.verify import verify as verify_checkpoint
 from minilora.cli.values import CONFIGS
 from minilora.objectives import OBJECTIVES
-from minilora.preview.command import how_to
+from minilora.preview.command import before_training
 from minilora.runs.curves import plot_runs
 from minilora.runs.sweep import sweep as search_options
 from minilora.runs.sweep import table
@@ -55,7 +55,7 @@ def train(
     if not full:
         ml.inject(loaded, lora_config, seed=train_config.seed)
         print(ml.count_parameters(loaded))
-    print(how_to(dataset, model, train_config, goal), end="")
+    print(before_training(dataset, model, tokenizer, train_config, goal), end="")
     result = ml.train(loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=eval_dataset)
     folder = adapter or ("model" if full else "adapter")
     if ranks.is_main:

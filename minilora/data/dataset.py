@@ -1,21 +1,18 @@
 """A dataset → its examples and the report about its rows: in memory, or row by row into files (stored.py)."""
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilora.data.formats import Chat, Row, as_messages, extra_keys, iterate_dataset
-from minilora.data.labels import IGNORE, Example, encode_row
-from minilora.data.prompt import is_special
-from minilora.data.report import DataReport, numbers, remarks
+from minilora.data.labels import Example, encode_row
+from minilora.data.report import DataReport, numbers
 from minilora.data.stored import StoredExamples, cached, load, store
 from minilora.data.tokenizer import AnyTokenizer
 
 STREAM = 64 * 2**20  # bytes: the tokens of a larger file are kept in a temporary file, not in memory
-KINDS = tuple(f.name for f in fields(DataReport) if f.type == tuple[int, ...] and f.default is MISSING)  # row numbers
 
 
 @dataclass(frozen=True)
@@ -72,63 +69,47 @@ class Encoder:
         self.rows = self.tokens = self.trained_tokens = self.longest = 0
         self.keys: set[str] = set()
         self.sources: dict[str, tuple[int, int]] = {}
-        self.noted: dict[str, list[int]] = {kind: [] for kind in KINDS}
-        self.seen: set[int] = set()  # hashes of rows
-        self.lengths, self.endings = Counter[int](), Counter[int]()  # by log2, rounded up; by the last trained token
-        self.chats = False
+        kinds = ("truncated", "untrained", "eos_missing", "double_bos", "dropped_turns", "empty")
+        self.noted: dict[str, list[int]] = {kind: [] for kind in kinds}
 
     def __iter__(self) -> Iterator[Example]:
         for index, row in enumerate(iterate_dataset(self.dataset)):
             example = encode_row(row, self.tokenizer, self.max_length, index=index)
-            self._note(row, example)
+            self.note(row, example)
             if example.trained_tokens:
                 yield example
 
-    def _note(self, row: Row, example: Example) -> None:
+    def note(self, row: Row, example: Example) -> None:
         eos, trained = self.tokenizer.eos_token_id, example.trained_tokens
         self.rows += 1
         self.keys |= extra_keys(row, example.row)
         if trained:
             self.tokens, self.trained_tokens = self.tokens + len(example), self.trained_tokens + trained
             self.longest = max(self.longest, len(example))
-            self.lengths[(len(example) - 1).bit_length()] += 1
-            if not example.truncated:
-                self.endings[next(label for label in reversed(example.labels) if label != IGNORE)] += 1
             if (source := getattr(row, "source", None)) is not None:  # a row of minilora.mix
                 rows, tokens = self.sources.get(source, (0, 0))
                 self.sources[source] = rows + 1, tokens + len(example)
-        sample, content = as_messages(row, example.row), hash((*example.input_ids, *example.labels))
-        chat = isinstance(sample, Chat)
-        turns = [sample.messages[turn] for turn in sample.trained_turns()] if chat else [{"content": sample.completion}]
-        answers = sum(message["role"] == "assistant" for message in sample.messages) if chat else 1
-        self.chats |= chat
+        it = as_messages(row, example.row)
+        answers = [it.messages[i] for i in it.trained_turns()] if isinstance(it, Chat) else [{"content": it.completion}]
         found = {
             "truncated": example.truncated,
             "untrained": not trained,
             "eos_missing": trained and not example.truncated and (eos is None or eos not in example.labels),
             "double_bos": example.double_bos,
             "dropped_turns": example.dropped_turns,
-            "skipped_turns": len(turns) < answers,
-            "empty": any(not ((turn.get("content") or "").strip() or turn.get("tool_calls")) for turn in turns),
-            "repeated": content in self.seen,
+            "empty": any(not ((m.get("content") or "").strip() or m.get("tool_calls")) for m in answers),
         }
-        self.seen.add(content)
         for kind in (kind for kind, yes in found.items() if yes):
             self.noted[kind].append(example.row)
 
     def report(self) -> DataReport:
         """About all rows. ValueError if none of them trains anything, or each has an empty answer."""
-        if not self.trained_tokens:
+        if not self.trained_tokens or len(self.noted["empty"]) == self.rows:
             raise ValueError(
-                f"dataset: none of {self.rows} rows has a trained token ({numbers(range(self.rows))}), "
-                f"{len(self.noted['truncated'])} of them were cut at max_length {self.max_length}. "
-                "Raise max_length, or check that the rows have answers."
+                f"dataset: none of {self.rows} rows has an answer to learn ({numbers(range(self.rows))}): "
+                f"{len(self.noted['empty'])} have an empty one, {len(self.noted['truncated'])} are cut at max_length "
+                f"{self.max_length}. Raise max_length, or check that the rows have answers."
             )
-        if len(self.noted["empty"]) == self.rows:
-            raise ValueError(f"dataset: each of {self.rows} rows has an empty answer. Check where the answers are.")
-        endings = {self._ending(token): 0 for token in self.endings}
-        for token, count in self.endings.most_common():
-            endings[self._ending(token)] += count
         return DataReport(
             rows=self.rows,
             tokens=self.tokens,
@@ -137,13 +118,5 @@ class Encoder:
             max_length=self.max_length,
             unused_keys=tuple(sorted(self.keys)),
             sources=self.sources,
-            histogram=tuple(self.lengths[k] for k in range(max(self.lengths) + 1)),
-            endings=endings,
-            remarks=tuple(remarks(self.tokenizer, self.chats)),
             **{kind: tuple(rows) for kind, rows in self.noted.items()},
         )
-
-    def _ending(self, token: int) -> str:
-        if token == self.tokenizer.eos_token_id:
-            return f"{self.tokenizer.decode([token])!r} (EOS)"
-        return repr(self.tokenizer.decode([token])) if is_special(self.tokenizer, token) else "no end token"

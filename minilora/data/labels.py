@@ -6,8 +6,7 @@ r"""Conversations → token ids and labels: only what the assistant says is lear
 Where an assistant turn begins and ends is found for any template by rendering prefixes of the conversation: it begins
 after render(messages before it, with generation prompt), and ends with render(messages up to it). That is right only
 if both are prefixes of the whole, as text and as tokens; so both are checked, and a template that rewrites earlier
-turns, or a border that two tokens merge over, is an error that names the turn. So is a template that leaves out what
-a row holds beside its texts: reasoning, tool calls, tools.
+turns, or a border that two tokens merge over, is an error that names the turn.
 
 Labels stand at their own token, not shifted. The turn's end token is trained, whitespace behind it is not. The first
 token has no label, as nothing predicts it. BOS is the template's affair; plain texts get what tokenizer.json puts
@@ -15,7 +14,6 @@ in front, and EOS behind.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,6 @@ from minilora.data.template import template_errors
 from minilora.data.tokenizer import AnyTokenizer
 
 IGNORE = -100  # the label of a token that is read but not learned
-_MENDED = "Set a tokenizer.chat_template that writes it, write it into the messages, or take it out of the rows."
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,8 @@ def _encode_chat(chat: Chat, tokenizer: AnyTokenizer, index: int) -> tuple[list[
     """Token ids, the [start, end) that are trained, and how many messages after the last trained turn were dropped."""
     turns = chat.trained_turns()
     if not turns:
-        roles = [message["role"] for message in chat.messages]
-        hint = " Every answer has weight 0 or belongs to the prompt." if "assistant" in roles else ""
-        raise ValueError(f"row {index}: no assistant turn to train on among the roles {roles}.{hint}")
+        found = [(message["role"], message.get("weight", 1)) for message in chat.messages]
+        raise ValueError(f"row {index}: no assistant turn to train on outside the prompt: (role, weight) {found}.")
     messages = chat.messages[: turns[-1] + 1]
     text = _render(tokenizer, chat, messages, index)
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -96,25 +92,21 @@ def _encode_chat(chat: Chat, tokenizer: AnyTokenizer, index: int) -> tuple[list[
             end = _prefix(tokenizer, upto, text, ids, f"{where}: the conversation up to this answer")
         spans.append((start, turn_end(tokenizer, ids, start, end)))
         _check_kept(messages[turn], text[len(before) :], where)
-    if lost := [name for name in _names(chat.tools) if name not in text]:
-        raise ValueError(f"row {index}: the chat template leaves out the tool {lost[0]!r} of its `tools`. {_MENDED}")
+    _check_kept({"tools": chat.tools}, text, f"row {index}")
     return ids, spans, len(chat.messages) - len(messages)
 
 
-def _check_kept(message: Message, rest: str, where: str) -> None:
-    """ValueError if the rendered answer, at the beginning of `rest`, lacks the message's reasoning or a tool call."""
-    content = message.get("content") or ""
-    thoughts = message.get("reasoning_content") or "", content.rpartition("</think>")[0].strip().removeprefix("<think>")
-    lost = {"reasoning": [thought for thought in map(str.strip, thoughts) if thought not in rest]}
-    lost["tool call"] = [name for name in _names(message.get("tool_calls")) if name not in rest]
-    for what, (first, *_) in ((what, parts) for what, parts in lost.items() if parts):
-        raise ValueError(f"{where}: the chat template leaves out the {what} {first[:40]!r} of this answer. {_MENDED}")
-
-
-def _names(functions: list[Any] | None) -> list[str]:
-    """Names of tools or tool calls: {"name": …}, or {"function": {"name": …}}."""
-    found = (entry.get("function", entry) if isinstance(entry, Mapping) else None for entry in functions or ())
-    return [entry["name"] for entry in found if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)]
+def _check_kept(source: Message, rendered: str, where: str) -> None:
+    """ValueError if the rendered text lacks the reasoning, a tool call or a tool of what it was rendered from."""
+    content = source.get("content") or ""
+    parts = [source.get("reasoning_content") or "", content.rpartition("</think>")[0].strip().removeprefix("<think>")]
+    entries = [entry for key in ("tool_calls", "tools") for entry in source.get(key) or () if isinstance(entry, dict)]
+    parts += [str(entry.get("function", entry).get("name", "")) for entry in entries]
+    if lost := [part.strip() for part in parts if part.strip() not in rendered]:
+        raise ValueError(
+            f"{where}: the chat template leaves out {lost[0][:40]!r}, of its reasoning, tool calls or tools. Set a "
+            "tokenizer.chat_template that writes it, write it into the messages, or take it out of the rows."
+        )
 
 
 def _render(tokenizer: AnyTokenizer, chat: Chat, messages: list[Message], index: int, **options: Any) -> str:

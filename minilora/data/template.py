@@ -18,8 +18,6 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from minilora.quant import digest
-
 # Formats a conversation for a checkpoint without a template of its own: `tokenizer.chat_template = ALPACA_TEMPLATE`.
 # It needs no special token but EOS, and an answer begins behind a newline, which merges with no letter or digit.
 ALPACA_TEMPLATE = r"""
@@ -42,11 +40,6 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     except template_errors() as error:
         roles = [m.get("role") for m in messages]
         raise ValueError(f"the chat template cannot render a conversation of roles {roles}: {error}") from error
-
-
-def hash_template(template: Any) -> str:
-    """A hash of a tokenizer's `chat_template`: a text, several by name, or None."""
-    return digest(json.dumps(template, sort_keys=True).encode())
 
 
 def template_errors() -> tuple[type[Exception], ...]:

@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from typing import Any
 
 from minilora.data.tokenizer import load_tokenizer
-from minilora.preview import show
+from minilora.preview import facts, show
 from minilora.scoring.objective import SFT
 from minilora.train.config import TrainConfig
 
@@ -28,10 +28,14 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--whole", action="store_true", help="every token, also within long runs")
 
 
-def how_to(dataset: Any, model: str, config: TrainConfig, objective: Any) -> str:
-    """The command that shows what a run learns; "" if there is none: a mixture, or rows of another kind."""
+def before_training(dataset: Any, model: str, tokenizer: Any, config: TrainConfig, objective: Any) -> str:
+    """What to know about the tokenizer, and the command that shows what a run learns.
+
+    Nothing for a mixture, which is in no file, and for rows of another kind than SFT's.
+    """
     if not isinstance(dataset, str) or not isinstance(objective, SFT):
         return ""
+    known = "".join(f"tokenizer: {remark}\n" for remark in facts.remarks(tokenizer, chats=True))
     packing = ["--packing", "true"] if config.packing else []
     command = ["minilora", "preview", dataset, "--model", model, "--max_length", str(config.max_length), *packing]
-    return f"token by token: {shlex.join(command)}\n"
+    return f"{known}token by token: {shlex.join(command)}\n"

@@ -22,9 +22,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from minilora.data import IGNORE, AnyTokenizer, DataReport, Example, encode_row
-from minilora.data.dataset import Encoder
 from minilora.data.formats import iterate_dataset
 from minilora.data.packing import pack
+from minilora.preview.facts import Facts
 
 EDGE = 6  # tokens shown at each end of a run of tokens that are all trained, or all not
 WIDTH = 160  # characters of a run
@@ -65,16 +65,17 @@ class Document:
 class Preview:
     """Some rows, and the report about all: `print` it, or let a notebook show it.
 
-    report: a DataReport, or the message of the ValueError that training would raise.
+    report: a DataReport, or the message of the ValueError that training would raise. facts: what else was seen.
     """
 
     report: DataReport | str
+    facts: str
     documents: list[Document]
-    packing: str  # how full the packed rows are
+    packing: str = ""  # how full the packed rows are
 
     def text(self, colour: bool = False, edge: int | None = EDGE) -> str:
         """As text; of a long run `edge` tokens at each end, None for all. What is trained shows without colour too."""
-        lines = [str(self.report), *([f"packing: {self.packing}"] if self.packing else [])]
+        lines = [self._head()]
         for document in self.documents:
             lines += ["", str(document)]
             shown = [(trained, f"  {_word(trained):<12} {_short(text)}") for trained, text in document.runs]
@@ -82,14 +83,16 @@ class Preview:
             lines += [f"\x1b[1;32m{line}\x1b[0m" if colour and trained else line for trained, line in shown]
         return "\n".join(lines)
 
+    def _head(self) -> str:
+        return f"{self.report}\n{self.facts}" + (f"\npacking: {self.packing}" if self.packing else "")
+
     def __str__(self) -> str:
         return self.text(colour=on_terminal())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = str(self.report) + (f"\npacking: {self.packing}" if self.packing else "")
-        parts = [f"<style>{STYLE}</style><pre>{html.escape(head)}</pre>"]
+        parts = [f"<style>{STYLE}</style><pre>{html.escape(self._head())}</pre>"]
         parts += [
             '<p>Below a token: its id, its position. <span class="trained">Bold and underlined</span>: trained.</p>'
         ]
@@ -117,7 +120,7 @@ def preview(
     if packing and max_length is None:
         raise ValueError("packing: it fills rows of max_length tokens, and there is none. Give it as in TrainConfig.")
     dataset = list(dataset) if isinstance(dataset, Iterator) else dataset  # it is read twice
-    encoder = Encoder(dataset, tokenizer, max_length)
+    encoder = Facts(dataset, tokenizer, max_length)
     kept = list(deque(encoder, maxlen=None if packing else 0))
     try:
         report = encoder.report()
@@ -131,11 +134,12 @@ def preview(
         held = [{kept[i].row for i in bin} for bin in filled.bins]
         chosen = wanted if isinstance(rows, int) else [i for i, found in enumerate(held) if found & set(wanted)]
         shown = [document for i in chosen if i < len(filled) for document in _documents(filled[i], tokenizer, i)]
-        return Preview(report, shown, str(filled))
+        return Preview(report, str(encoder), shown, str(filled))
     last = max(wanted, default=-1)
     picked = ((i, row) for i, row in zip(range(last + 1), iterate_dataset(dataset), strict=False) if i in wanted)
     examples = (encode_row(row, tokenizer, max_length, index=i) for i, row in picked)
-    return Preview(report, [document for example in examples for document in _documents(example, tokenizer)], "")
+    shown = [document for example in examples for document in _documents(example, tokenizer)]
+    return Preview(report, str(encoder), shown)
 
 
 def _documents(example: Example, tokenizer: AnyTokenizer, packed: int | None = None) -> Iterator[Document]:

@@ -27,20 +27,15 @@ def check_causal(model: Any) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, sets: Mapping[str, tuple[Any, Any]]) -> None:
-    """ValueError if a token of `sets`, {name: (objective, examples)}, has no row in the model's embedding.
-
-    Only looked for where the tokenizer is the larger one: tokens that it has and no row uses do no harm.
-    """
+    """ValueError if a token of `sets`, {name: (objective, examples)}, has no row in the model's embedding."""
     table: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    if table is None or len(tokenizer) <= (size := getattr(table, "base_layer", table).weight.shape[0]):
-        return
-    for name, (objective, examples) in sets.items():
-        for index, example in enumerate(examples):
+    size = len(tokenizer) if table is None else getattr(table, "base_layer", table).weight.shape[0]
+    for name, (objective, examples) in sets.items() if len(tokenizer) > size else ():
+        for example in examples:
             if (largest := int(objective.collate([example])["input_ids"].max())) >= size:
                 raise ValueError(
-                    f"{name}, row {getattr(example, 'row', index)}: token {tokenizer.decode([largest])!r} has id "
-                    f"{largest}, and the model's embedding {size} rows; the tokenizer has {len(tokenizer)} tokens. Use "
-                    "the tokenizer that came with the model, or take the tokens added to it out of the rows."
+                    f"{name}, row {getattr(example, 'row', '?')}: {tokenizer.decode([largest])!r} has id {largest}, "
+                    f"the model's embedding {size} rows. Use its own tokenizer, or rows without the tokens added to it."
                 )
 
 
