@@ -20,6 +20,7 @@ from minilora.data.packing import pack
 from tiny import save
 
 ROWS = [{"messages": chat("hello was", "as hello", "é中", "d" * n)} for n in range(1, 6)]
+UNLIKE = [{"messages": chat("h" * (7 * n % 10), "as" * n, "é中", "d" * (5 - n))} for n in range(1, 6)]
 
 
 # ---- oracle: the batch
@@ -28,11 +29,11 @@ ROWS = [{"messages": chat("hello was", "as hello", "é中", "d" * n)} for n in r
 @pytest.mark.parametrize("packing", [False, True])
 def test_what_is_shown_is_the_batch(packing):
     tokenizer = ours("llama3")
-    examples = list(encode_dataset(ROWS, tokenizer, 200))
+    examples = list(encode_dataset(UNLIKE, tokenizer, 200))
     if packing:
         examples = list(pack(examples, [len(example) for example in examples], 200))
     batch = collate(examples, pad_id=0)
-    shown = ml.preview(ROWS, tokenizer, rows=99, max_length=200, packing=packing)
+    shown = ml.preview(UNLIKE, tokenizer, rows=99, max_length=200, packing=packing)
     assert len({d.packed and d.packed[0] for d in shown.documents}) == (len(examples) if packing else 1)
     for number, example in enumerate(examples):
         mine = [d for d in shown.documents if (d.packed[0] if d.packed else d.row) == number]
@@ -48,7 +49,7 @@ def test_what_is_shown_is_the_batch(packing):
                 a == b for a, b in zip(ids, ids[1:], strict=False)
             ]
             assert [(d.row, len(d.tokens)) for d in mine] == list(example.documents)
-    assert shown.report == encode_dataset(ROWS, tokenizer, 200).report
+    assert shown.report == encode_dataset(UNLIKE, tokenizer, 200).report
 
 
 # ---- property: the texts spell the row
@@ -66,6 +67,7 @@ def test_texts_spell_the_row_and_nothing_gets_out(content):
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", shown.text() + shown._repr_html_())
     page = Page()
     page.feed(shown._repr_html_())
+    assert "&lt;|im_start|&gt;" in shown._repr_html_() and "<|im_start|>" not in shown._repr_html_()
     assert page.tags <= {"div", "style", "pre", "p", "span", "small", "br"}
     assert page.attributes <= {("class", "minilora-preview"), ("class", "trained")}
 
@@ -132,7 +134,7 @@ def test_rows_that_training_leaves_out_are_shown_by_number():
     stopped = ml.preview(rows[5:], ours("chatml"), max_length=60)
     assert "training would stop here: dataset: none of 1 rows" in str(stopped) and stopped.documents[0].row == 0
     packed = ml.preview(rows, ours("chatml"), rows=[3], max_length=130, packing=True)
-    assert 3 in {document.row for document in packed.documents} and "packing: 6 examples in 4 rows" in str(packed)
+    assert [document.row for document in packed.documents] == [4, 3] and "packing: 6 examples in 4 rows" in str(packed)
 
 
 # ---- the command line, and what raises

@@ -100,7 +100,11 @@ NOTES = {
     "completions truncated away [trl#1053]": (
         ours("chatml"),
         rows(chat("a", "b"), chat("a" * 90, "b"), chat("a", "b" * 90)),
-        ["2 rows cut at max_length 64: their end is not learned (rows 1, 2)", "1 rows left out", "(rows 1)"],
+        [
+            "2 rows cut at max_length 64: their end is not learned (rows 1, 2)",
+            "1 rows left out",
+            "in: '<|im_end|>' (EOS) 1\n",
+        ],
     ),
     "two BOS tokens [sglang#888, unsloth#10312]": (
         ours("llama3"),
@@ -156,6 +160,7 @@ def test_a_sound_set_is_told_by_three_lines():
     assert first == "2 rows, 70 tokens, 10 of them trained (14%), longest 48"
     assert rest[:-1] == ["  tokens a row: 1 up to 32, 1 up to 64", "  answers end in: '<|im_end|>' (EOS) 2"]
     assert rest[-1].startswith("  chat template ") and len(rest) == 3
+    assert "generation prompt" not in str(ml.preview(rows(chat("a", "b")), ours("mistral")))  # has none, and no header
     assert encode_dataset(rows(chat("a", "<think>\nhm\n</think>\n\nb")), templated(QWEN3))
     writes = CHATML.replace("message['content']", "message['content'] + message['tool_calls'] | default('') | string")
     assert encode_dataset(rows([*chat("a"), CALL]), templated(writes)).report.empty == ()
