@@ -37,6 +37,17 @@ def test_what_depends_on_the_batch_is_found():
     assert failed(model) == {"split", "eval"}
 
 
+def test_packed_documents_that_see_each_other_are_found(monkeypatch):
+    model = llama()
+    real = model.hidden
+
+    def forgetful(input_ids, position_ids=None, document_ids=None, cache=None):
+        return real(input_ids, position_ids, None, cache)
+
+    monkeypatch.setattr(model, "hidden", forgetful)
+    assert failed(model) == {"packed"}
+
+
 def test_a_base_that_forward_changes_is_found():
     model = llama()
 

@@ -2,6 +2,7 @@
 
     split        the gradient of a step, however the step is cut into micro-batches      ‖g − g₁‖ / ‖g₁‖
     eval         the eval loss, whatever the eval batch size                             |L − L₁| / L₁
+    packed       logits of documents in one row against each alone, ‖Δ‖ / ‖logits‖      (models of load_model)
     off          with the adapter off, the base's logits                                 bit for bit
     frozen       hash of everything that does not train, after training                  bit for bit
     moved        every matrix B after training                                           none is zero
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from minilora.adapters import disabled_adapters, merge
 from minilora.config import LoRAConfig
+from minilora.data.packing import join
 from minilora.inject import eject, inject, lora_layers
 from minilora.models.context import inference
 from minilora.scoring.objective import SFT, mean_loss
@@ -71,7 +73,7 @@ def selftest(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Selftest:
     """
     if lora_layers(model):
         raise ValueError("selftest: expected a model without adapters: ml.eject(model) first, or load it anew.")
-    examples = SFT().encode(ROWS if rows is None else rows, tokenizer, None).examples
+    examples = list(SFT().encode(ROWS if rows is None else rows, tokenizer, None))
     low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize == 2}
     eps = max((torch.finfo(dtype).eps for dtype in low), default=0.0)  # of the dtype that it computes in
     before, base = _hash(model), _logits(model, examples)
@@ -85,6 +87,7 @@ def selftest(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Selftest:
         losses = [mean_loss(model, examples, size)[0] for size in (1, 2, len(examples))]
         still = [path for path, layer in lora_layers(model).items() if not _ups(layer).any()]
         logits, merged = _logits(model, examples), _logits(merge(model), examples)
+        packed = ((_packed(model, examples) - logits).norm() / logits.norm()).item()
         off += _off(model, examples, base)
     finally:
         eject(model)
@@ -95,6 +98,7 @@ def selftest(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Selftest:
         (
             Check("split", split, 8 * eps or 1e-5, "the gradient does not depend on micro-batches"),
             Check("eval", spread, 4 * eps or 1e-6, "the eval loss does not depend on its batch size"),
+            Check("packed", packed, 8 * eps or 1e-5, "packed documents do not see each other"),
             Check("off", off, 0, "without the adapter: the base's bits"),
             Check("frozen", float(_hash(model) != before), 0, "nothing else was changed by training"),
             Check("moved", len(still), 0, f"every B was trained{': not ' + ', '.join(still[:3]) if still else ''}"),
@@ -125,6 +129,17 @@ def _logits(model: Any, examples: Sequence[Any]) -> Tensor:
             out = model(torch.tensor([example.input_ids], device=device))
             found.append(getattr(out, "logits", out)[0].double().cpu())
     return torch.cat(found)
+
+
+@torch.no_grad()
+def _packed(model: Any, examples: Sequence[Any]) -> Tensor:
+    """The logits of `_logits` from one packed row; a model of another kind is read as it is, alone."""
+    if not hasattr(model, "hidden"):
+        return _logits(model, examples)
+    batch = SFT().collate([join(examples)])
+    inputs = (batch[key].to(next(model.parameters()).device) for key in ("input_ids", "position_ids", "document_ids"))
+    with inference(model):
+        return model(*inputs)[0, : sum(map(len, examples))].double().cpu()
 
 
 def _off(model: nn.Module, examples: Sequence[Any], base: Tensor) -> float:
