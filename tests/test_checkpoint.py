@@ -235,6 +235,26 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("damage", ["bit", "cut", "state", "missing"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(whole, tmp_path, capsys, damage):
+    for step in (3, 4):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    newest = tmp_path / "checkpoint-4"
+    tensors = newest / "trainer_state.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    if damage == "missing":
+        tensors.unlink()
+    elif damage == "state":
+        (newest / "trainer_state.json").write_text('{"step": 4')
+    else:
+        tensors.write_bytes(content if damage == "bit" else content[:-100])
+    resumed, result = run(tmp_path, resume_from_checkpoint="last", eval_steps=2)
+    out = capsys.readouterr().out
+    assert "checkpoint-4" in out and ("is damaged" in out or "is no checkpoint" in out)
+    assert same(resumed, whole[1]) and result.losses == whole[2].losses
+
+
 # ---- errors
 
 

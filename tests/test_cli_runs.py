@@ -56,6 +56,13 @@ def test_a_run_from_a_file_is_the_run_of_its_options(place):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (place / "a" / name).read_bytes() == (place / "b" / name).read_bytes()
     assert read_log(place / "out-a")[0]["config"]["learning_rate"] == 1e-4
+    prose = place / "prose.jsonl"
+    prose.write_text('{"text": "what was forgotten"}\n')
+    assert (
+        main([*file, "--adapter", f"{place}/c", "--output_dir", f"{place}/out-c", "--general_dataset", f"{prose}"]) == 0
+    )
+    assert [line["eval_general_perplexity"] > 1 for line in read_log(place / "out-c") if "eval_loss" in line] == [True]
+    assert main([*given[:3], "--general_dataset", f"{prose}"]) == 1
     assert main(["plot", f"{place}/out-a", f"{place}/out-b", "--file", f"{place}/runs.svg"]) == 0
     assert (place / "runs.svg").read_text().startswith("<?xml")
 

@@ -60,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "folder to save what was trained in (default: adapter, or model with --method full)"
     training.add_argument("--adapter", "--folder", dest="adapter", help=text)
     training.add_argument("--eval_dataset", help="held-out rows, measured while training")
+    text = "text of another kind, such as prose: its perplexity, measured with eval_dataset, is what was forgotten"
+    training.add_argument("--general_dataset", help=text)
     training.add_argument("--objective", choices=OBJECTIVES, default="sft", help="what to learn (default %(default)s)")
     text = "a further dataset and its weight, that of DATASET being 1; may be repeated"
     training.add_argument("--mix", nargs=2, action="append", metavar=("PATH", "WEIGHT"), help=text)

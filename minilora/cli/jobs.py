@@ -38,6 +38,11 @@ def train(
         dataset = ml.mix(parts, rows, train_config.seed)
     elif rows is not None:
         raise ValueError("--mix_rows: it counts the rows of a mixture, and there is no --mix.")
+    general, held_out = given.pop("general_dataset"), eval_dataset
+    if general is not None:
+        if eval_dataset is None:
+            raise ValueError("--general_dataset is measured beside --eval_dataset, which is missing.")
+        held_out = {"": eval_dataset, "general": general}
     full = train_config.method == "full"
     if unused := [*given, *(lora if full else ())]:
         raise ValueError(f"--{unused[0]} does nothing with --objective {objective} --method {train_config.method}.")
@@ -56,7 +61,7 @@ def train(
         ml.inject(loaded, lora_config, seed=train_config.seed)
         print(ml.count_parameters(loaded))
     print(before_training(dataset, model, tokenizer, train_config, goal), end="")
-    result = ml.train(loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=eval_dataset)
+    result = ml.train(loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=held_out)
     folder = adapter or ("model" if full else "adapter")
     if ranks.is_main:
         ml.save_model(loaded, folder, tokenizer=tokenizer) if full else ml.save_adapter(loaded, folder)
