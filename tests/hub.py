@@ -103,7 +103,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             f["path"]: base64.b64decode(f["content"]) if "content" in f else self.blobs[f["oid"]] for f in files
         }
         self.repos[repo] |= contents
-        self.commits.append({"repo": repo, "revision": revision, "summary": header["summary"], "paths": [*contents]})
+        paths = [f["path"] for f in files]  # with what is sent twice
+        self.commits.append({"repo": repo, "revision": revision, "summary": header["summary"], "paths": paths})
         url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
         return self.send({"commitUrl": url, "commitOid": COMMIT})
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
+from kinds import shake
 from minilora.adapters import adapter_state_dict, base_state_dict
 from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from minilora.inject import lora_layers
@@ -23,15 +24,6 @@ TOKENS = tokens(2, 9)
 
 def same(found: dict, expected: dict) -> bool:
     return list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-def shake(model: nn.Module, seed: int = 0) -> nn.Module:
-    """`model` with everything that trains moved, as if it had been trained."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.fixture(scope="module")

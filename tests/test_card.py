@@ -4,11 +4,13 @@ import math
 import re
 
 import pytest
+import torch
 import yaml
 
 import minilora as ml
 import toy
 from minilora.card.write import HERE, addressed, is_ours
+from minilora.storage import read_tensors, write_tensors
 from tiny import save
 
 
@@ -84,6 +86,15 @@ def test_an_adapters_card_says_what_its_files_and_figures_hold(folder, tmp_path)
     assert 'ml.load_model("tiny/llama", quantize="nf4", blocksize=32)' in text
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         compile(code, "card", "exec")
+
+
+def test_a_base_s_own_weight_beside_its_adapter_has_not_trained(folder):
+    """As PEFT writes it for an adapted embedding or output layer."""
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    base = {"base_model.model.lm_head.base_layer.weight": torch.zeros(97, 64)}
+    write_tensors(folder / "adapter_model.safetensors", tensors | base)
+    trained = sum(tensor.numel() for tensor in tensors.values())
+    assert read(ml.write_card(folder).parent)[1]["numbers that were trained"] == f"{trained:,}"
 
 
 def test_a_models_card(tmp_path):
