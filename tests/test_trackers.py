@@ -61,11 +61,13 @@ def test_tensorboard_has_the_log_also_after_a_resume(tmp_path):
 
 
 def test_wandb_offline_has_the_log(tmp_path, monkeypatch):
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(tmp_path, report_to="wandb")
+    wandb.teardown()  # its service has written all when it is gone
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     found = {}
     for data in leveldb_records(file.read_bytes()):
