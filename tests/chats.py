@@ -5,9 +5,14 @@ has what makes its family difficult: ChatML a newline behind its end token, Llam
 a second time and a trim, Mistral no generation prompt and a strict order of roles, Qwen3 a history that it rewrites.
 """
 
+import json
 from functools import cache
+from pathlib import Path
+
+import torch
 
 from minilora.data import Tokenizer
+from tiny import save
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -128,3 +133,14 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """User and assistant in turn."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def furnish(folder: Path, **datasets: list[dict]) -> Path:
+    """A folder with a tiny model and its chat tokenizer in `model`, and each dataset as NAME.jsonl."""
+    chat = ours("chatml")
+    torch.manual_seed(0)
+    save(folder / "model", vocab_size=len(chat), tie_word_embeddings=True)
+    chat.save_pretrained(folder / "model")
+    for name, rows in datasets.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

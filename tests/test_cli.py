@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import minilora as ml
-from chats import ours
+from chats import furnish
 from minilora.audit.merge_report import merge_report
 from minilora.cli import main
 from minilora.cli.values import parse_value
-from tiny import save
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"{a} plus {b}"}, {"role": "assistant", "content": str(a + b)}]}
@@ -27,13 +26,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, its tokenizer and rows."""
-    folder = tmp_path_factory.mktemp("place")
-    chat = ours("chatml")
-    torch.manual_seed(0)
-    save(folder / "model", vocab_size=len(chat), tie_word_embeddings=True)
-    chat.save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
+    return furnish(tmp_path_factory.mktemp("place"), rows=ROWS)
 
 
 # ---- oracle

@@ -1,7 +1,6 @@
 """Proves that `minilora train --objective` and `--method full` are the functions: what they save is what the same calls
 give, every field of an objective is an option with its help, and an option that would do nothing is refused."""
 
-import json
 import re
 from dataclasses import fields
 
@@ -9,11 +8,10 @@ import pytest
 import torch
 
 import minilora as ml
-from chats import ours
+from chats import furnish
 from minilora.cli import main
 from minilora.cli.values import parse_value
 from minilora.objectives import OBJECTIVES
-from tiny import save
 
 PAIRS = [{"prompt": f"{a} plus {b} is ", "chosen": str(a + b), "rejected": "none"} for a in range(3) for b in range(3)]
 TEXTS = [
@@ -24,14 +22,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, its tokenizer and rows."""
-    folder = tmp_path_factory.mktemp("place")
-    chat = ours("chatml")
-    torch.manual_seed(0)
-    save(folder / "model", vocab_size=len(chat), tie_word_embeddings=True)
-    chat.save_pretrained(folder / "model")
-    for name, rows in (("pairs", PAIRS), ("texts", TEXTS)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return furnish(tmp_path_factory.mktemp("place"), pairs=PAIRS, texts=TEXTS)
 
 
 # ---- oracle

@@ -1,17 +1,14 @@
 """Runs from a file, drawn, searched and self-tested on the command line are what the options and functions give."""
 
-import json
 import re
 
 import pytest
-import torch
 
-from chats import ours
+from chats import furnish
 from minilora.cli import main
 from minilora.runs.curves import read_log
 from minilora.runs.sweep import sweep
 from test_cli import ROWS
-from tiny import save
 
 TOML = """
 model = "{place}/model"
@@ -33,12 +30,7 @@ learning_rate = 1e-3
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, its tokenizer, rows and a TOML file of a run."""
-    folder = tmp_path_factory.mktemp("place")
-    chat = ours("chatml")
-    torch.manual_seed(0)
-    save(folder / "model", vocab_size=len(chat), tie_word_embeddings=True)
-    chat.save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    folder = furnish(tmp_path_factory.mktemp("place"), rows=ROWS)
     (folder / "run.toml").write_text(TOML.format(place=folder))
     return folder
 
