@@ -9,6 +9,7 @@ from torch import nn
 
 import minilora as ml
 from kinds import build, close, output, shake
+from minilora.adapters.binding import fingerprint, same_base
 from minilora.adapters.files import CONFIG_FILE
 from minilora.config import LoRAConfig
 from minilora.inject import lora_configs
@@ -30,7 +31,34 @@ def test_a_frequent_token_s_gradient_is_scaled_as_in_the_base():
     torch.testing.assert_close(grad[:, 1], grad[:, 2])  # three times a third
 
 
+@pytest.mark.parametrize("numbers", [[1], [], 0])
+@pytest.mark.parametrize("pattern", [None, "experts", ["layers", "experts"], ["experts", "layers"]])
+def test_layers_are_numbered_as_peft_numbers_them(numbers, pattern):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def model() -> nn.Module:
+        experts = [nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2)) for _ in range(2)]
+        layers = nn.ModuleList(nn.ModuleDict({"experts": e}) for e in experts)
+        return nn.ModuleDict({"body": nn.ModuleDict({"layers": layers})})
+
+    fields: dict = {"r": 2, "target_modules": ["q"], "layers_to_transform": numbers, "layers_pattern": pattern}
+    theirs = inject_adapter_in_model(LoraConfig(**fields), model())
+    assert ml.inject(model(), LoRAConfig(**fields)) == [n for n, m in theirs.named_modules() if hasattr(m, "lora_A")]
+
+
 # ---- property
+
+
+def test_roundings_of_one_weight_to_two_dtypes_may_be_one_base():
+    then, now = (fingerprint(nn.Linear(64, 64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16))
+    assert same_base(then, now) is None and same_base(then, then) is True
+    assert same_base(then, fingerprint(nn.Linear(64, 64, dtype=torch.bfloat16))) is False
+
+
+def test_a_4_bit_layer_s_bias_counts_as_a_parameter():
+    model = nn.Sequential(nn.Linear(64, 32))
+    ml.quantize_model(model)
+    assert ml.count_parameters(model).total == 64 * 32 + 32
 
 
 def test_a_convolution_has_room_for_the_smaller_of_its_sides():
