@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from minilora.cli import main
-from minilora.train.parallel import main_speaks
+from minilora.train.process import main_speaks
 
 
 def run() -> int:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from minilora import DPO, quantize_model
+from minilora.engines.parallel import Parallel
 from minilora.scoring.objective import SFT
 from minilora.train import TrainConfig, TrainResult, checkpoint, train
-from minilora.train.parallel import Parallel, full
+from minilora.train.process import full
 from toy import FAST, Letters, adapters, llama, lora, rows
 
 # In steps of 8 samples, micro-batches of 2: an epoch's last step has one sample, so that one of two ranks is left

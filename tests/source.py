@@ -11,12 +11,15 @@ STORIES = ("examples", "notebooks", "benchmarks")
 
 # Which room stands on which floor; the longest dotted prefix decides. A new room needs a word here, on purpose.
 ROOMS = {
-    3: "train generate scoring samples audit card cli __main__ memory objectives preview runs serve trace variants",
+    3: "train generate scoring samples audit card cli __main__ memory objectives preview runs serve trace variants"
+    " engines",
     2: "inject adapters models gguf data mixing count",
     1: "lora layers quant ops modules names config storage",
 }
 # Rooms that the rest of the library never imports: without them it reads, trains and saves all the same.
-LEAVES = set("gguf samples mixing audit card cli __main__ memory objectives preview runs serve trace variants".split())
+LEAVES = {
+    *"gguf samples mixing audit card cli __main__ memory objectives preview runs serve trace variants engines".split()
+}
 FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms.split()}
 FLOORS["minilora_kernels"] = 0
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.engines.adam8bit import AdamW8bit, dequantize_moment, quantize_moment
 from minilora.train import TrainConfig, train
-from minilora.train.optim.adam8bit import AdamW8bit, dequantize_moment, quantize_moment
 from minilora.train.optim.groups import new_optimizer
 from minilora.train.optim.noise import noisy_embeddings
 from minilora_kernels import dynamic_map

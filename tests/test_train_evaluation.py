@@ -15,7 +15,7 @@ from minilora.scoring.evaluate import evaluate
 from minilora.scoring.objective import mean_loss
 from minilora.train import TrainConfig, train
 from minilora.train.evaluation import Evaluation
-from minilora.train.parallel import Parallel
+from minilora.train.process import Process
 from toy import FAST, Letters, adapters, lora, rows
 
 TEXT = [{"text": f"{word} {word[::-1]}"} for word in ("alpha", "beta", "gamma", "delta")]
@@ -29,7 +29,7 @@ def run(model=None, eval_dataset=None, **fields):
 
 def decide(losses, **fields):
     """(best step, whether to stop) after evaluations at steps 1, 2, … with these eval losses."""
-    chosen = Evaluation(Parallel(torch.device("cpu")), Letters(), rows(2), *_sft(), TrainConfig(**fields))
+    chosen = Evaluation(Process(torch.device("cpu")), Letters(), rows(2), *_sft(), TrainConfig(**fields))
     evals = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses, 1)]
     best = chosen.best(evals)
     return best and best["step"], chosen.exhausted(evals)
@@ -101,7 +101,7 @@ def test_more_is_better_of_answers_and_less_of_losses():
     ]
     for metric, step in (("eval_loss", 1), ("eval_exact_match", 2)):
         config = TrainConfig(metric_for_best_model=metric, eval_metrics="exact_match", load_best_model_at_end=True)
-        best = Evaluation(Parallel(torch.device("cpu")), Letters(), rows(2), *_sft(), config).best(evals)
+        best = Evaluation(Process(torch.device("cpu")), Letters(), rows(2), *_sft(), config).best(evals)
         assert best is not None and best["step"] == step
 
 

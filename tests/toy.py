@@ -12,7 +12,7 @@ from minilora.inject import inject
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.scoring.objective import SFT
-from minilora.train.parallel import Parallel
+from minilora.train.process import Process, process_on
 
 VOCABULARY = 128 + 3
 FAST = {"learning_rate": 1e-2, "max_steps": 5, "save_steps": None}  # fields of a TrainConfig
@@ -55,11 +55,11 @@ def lora(model: Any = None, dropout: float = 0.0, targets: Any = "all-linear") -
     return model
 
 
-def alone(model: Any, objective: Any = None) -> Parallel:
+def alone(model: Any, objective: Any = None) -> Process:
     """What the loop runs in one process."""
-    parallel = Parallel(next(model.parameters()).device)
-    parallel.wrap(model, objective or SFT(), torch.optim.SGD(model.parameters()))
-    return parallel
+    process = process_on(next(model.parameters()).device)
+    process.wrap(model, objective or SFT(), torch.optim.SGD(model.parameters()))
+    return process
 
 
 def rows(count: int = 24, seed: int = 0) -> list[dict[str, str]]:

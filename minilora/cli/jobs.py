@@ -21,7 +21,7 @@ from minilora.preview.command import before_training
 from minilora.runs.curves import plot_runs
 from minilora.runs.sweep import sweep as search_options
 from minilora.runs.sweep import table
-from minilora.train.parallel import Parallel
+from minilora.train.process import process_on
 
 
 def train(
@@ -52,7 +52,7 @@ def train(
         lora = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} | lora
     lora_config, goal = ml.LoRAConfig(**lora), OBJECTIVES[objective](**learned)
     dtype = "float32" if full and dtype == "auto" else dtype
-    ranks = Parallel(torch.device("cpu"), train_config.fsdp)
+    ranks = process_on(torch.device("cpu"), train_config.fsdp)
     device = "cpu" if ranks.fsdp else None  # shards alone go to GPUs
     loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype, device=device), ml.load_tokenizer(model)
     if isinstance(goal, ml.Classify):

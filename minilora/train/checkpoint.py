@@ -28,7 +28,7 @@ from minilora.models.decoder import CausalLM
 from minilora.models.save import save_model
 from minilora.storage import read_tensors, whole, write_tensors, write_text
 from minilora.train.config import TrainConfig
-from minilora.train.parallel import Parallel
+from minilora.train.process import Process
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.safetensors"
 
@@ -50,7 +50,7 @@ class Checkpoints:
     """The checkpoints of one run in config.output_dir; without one, nothing is written."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 config: TrainConfig, parallel: Parallel):  # fmt: skip
+                 config: TrainConfig, parallel: Process):  # fmt: skip
         self.parallel = parallel
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.folder = Path(config.output_dir) if config.output_dir is not None else None

@@ -19,7 +19,7 @@ from minilora.scoring.evaluate import evaluate
 from minilora.scoring.objective import SFT, Objective, means
 from minilora.scoring.scores import json_valid
 from minilora.train.config import TrainConfig
-from minilora.train.parallel import Parallel
+from minilora.train.process import Process
 
 ANSWERS = ("exact_match", "token_f1", "json_valid")
 Figures = dict[str, float]  # one evaluation: "step" and what was measured
@@ -28,7 +28,7 @@ Figures = dict[str, float]  # one evaluation: "step" and what was measured
 class Evaluation:
     """The held-out sets of a run, encoded. `dataset`: rows, or a dict of them by name, the first with the objective."""
 
-    def __init__(self, parallel: Parallel, tokenizer: Any, dataset: Any, objective: Objective, config: TrainConfig):
+    def __init__(self, parallel: Process, tokenizer: Any, dataset: Any, objective: Objective, config: TrainConfig):
         self.parallel, self.tokenizer, self.config = parallel, tokenizer, config
         named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset} if dataset is not None else {}
         self.metrics = [name.strip() for name in (config.eval_metrics or "").split(",") if name.strip()]

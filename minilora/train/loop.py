@@ -6,7 +6,7 @@ A step is `gradient_accumulation_steps` micro-batches. Its tokens are counted be
 micro-batch's summed loss is divided by that one number, so the gradient is the same however the step is split.
 What requires grad trains: the adapters, fp32 masters that are cast to the base's dtype in forward. The order of the
 data and the dropout of a step are functions of (seed, step), so a resumed run equals one that never stopped.
-In a process group of torch.distributed each rank takes its share of the micro-batches (parallel.py).
+In a process group of torch.distributed each rank takes its share of the micro-batches (engines/parallel.py).
 """
 
 import time
@@ -30,7 +30,7 @@ from minilora.train.log import Log
 from minilora.train.optim.groups import new_optimizer
 from minilora.train.optim.noise import noisy_embeddings
 from minilora.train.optim.schedule import learning_rate, total_steps
-from minilora.train.parallel import Parallel, full, main_speaks
+from minilora.train.process import Process, full, main_speaks, process_on
 
 
 @dataclass
@@ -89,7 +89,7 @@ def train(
     if config.method == "full":
         guard.unfreeze(model)
     parameters = checkpoint.trainable_parameters(model)
-    parallel = Parallel(next(iter(parameters.values())).device, config.fsdp)
+    parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
     device = parallel.device
     guard.reset_peak_memory(device)
     kept = {} if config.dataset_cache is None else {"cache": config.dataset_cache}
@@ -189,7 +189,7 @@ def train(
 
 
 def _backward(
-    parallel: Parallel, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any,
+    parallel: Process, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any,
     seed: tuple[Any, ...] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L (M,), and means."""

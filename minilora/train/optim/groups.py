@@ -13,8 +13,8 @@ from torch import nn
 
 from minilora.layers import EmbeddingAdapter
 from minilora.lora import LoRALayer
+from minilora.storage import open_leaf
 from minilora.train.config import TrainConfig
-from minilora.train.optim.adam8bit import AdamW8bit
 
 
 def new_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -36,4 +36,4 @@ def new_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], config:
         print(
             f'optim: {config.optim!r} keeps its moments in host memory, where they are anyway on a CPU: "adamw_8bit".'
         )
-    return AdamW8bit(groups, paged=paged, **given)
+    return open_leaf("engines.adam8bit").AdamW8bit(groups, paged=paged, **given)

@@ -11,55 +11,50 @@ FSDP2  every rank holds 1/world of each tensor. A layer's tensors, 4-bit codes a
        together while it runs and are dropped again. The model that was given waits where it fits, in host memory, and
        gets the trained values back for each checkpoint and at the end: files and what comes after know no shards.
 
-In one process everything here is trivial and no process group is touched.
+The loop knows train/process.py, the answers of one process; these are the answers of one among several.
 """
 
 import copy
 import hashlib
 import inspect
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minilora.train.optim.adam8bit import AdamW8bit
+from minilora.engines.adam8bit import AdamW8bit
+from minilora.train.process import Loss, Process, full
 
 
-class Parallel:
-    """The processes of a run: this one's `rank` of `world`. `device`: where the model's trained parameters are."""
+class Parallel(Process):
+    """One of the processes of a process group, as `Process` has it."""
 
     def __init__(self, device: torch.device, fsdp: bool = False):
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
-        self.fsdp, self.is_main, self.pressed = fsdp and self.world > 1, self.rank == 0, False
+        self.rank, self.world, self.fsdp = dist.get_rank(), dist.get_world_size(), fsdp
+        self.is_main = self.rank == 0
         on_gpu = self.fsdp and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device
         self.shards: list[tuple[nn.Parameter, Any]] = []  # (trained parameter of the given model, its shards)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Added up over the ranks."""
-        if self.world == 1:
-            return values
         summed = values.to(self.device)
         dist.all_reduce(summed)
         return summed.to(values.device)
 
     @contextmanager
     def main_first(self, wanted: bool) -> Iterator[None]:
-        """Where it is wanted, rank 0 is through before the others begin: they find the files that it wrote."""
-        if wanted and self.world > 1 and not self.is_main:
+        if wanted and not self.is_main:
             dist.barrier()
         yield
-        if wanted and self.world > 1 and self.is_main:
+        if wanted and self.is_main:
             dist.barrier()
 
     def agree(self, **what: object) -> None:
-        """ValueError that names what ranks were given differently: each takes its share of the same run by itself."""
         codes = [int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6]) for value in what.values()]
         table = torch.tensor([codes if rank == self.rank else [0] * len(codes) for rank in range(self.world)])
         same = (self.sum(table) == table[self.rank]).all(0).tolist()
@@ -70,19 +65,17 @@ class Parallel:
             )
 
     def share(self, count: int) -> list[tuple[int, int]]:
-        """(number, weight 1 or 0) of the micro-batches that this rank runs, of `count`; equally many on every rank."""
+        """Equally many on every rank."""
         numbers = range(self.rank, -(-count // self.world) * self.world, self.world)
         return [(number, 1) if number < count else (0, 0) for number in numbers]
 
     def mean(self, measure: Callable[[list[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
              in_step: bool = True) -> dict[str, float]:  # fmt: skip
-        """What `measure` gives for all items, each figure a mean over the number beside it; items are shared out.
+        """Items are shared out.
 
         Every rank takes as many, of all lengths; what is left over, all of them measure and one counts. The same with
         all items where the number of passes depends on the item (not in_step) and each pass needs all ranks (FSDP2).
         """
-        if self.world == 1:
-            return measure(list(items))[0]
         self.ready()
         even = len(items) - len(items) % self.world if in_step or not self.fsdp else 0
         order = sorted(range(len(items)), key=lambda i: len(items[i]))
@@ -95,19 +88,16 @@ class Parallel:
         return {name: value / total for name, value in zip(found, sums, strict=True)}
 
     def wrap(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
-        """From here on `loss(batch)` runs `model`, its trained `parameters` are those the optimizer steps."""
-        self.loss: Any = self._sharded(model, objective, optimizer) if self.fsdp else _Loss(model, objective)
-        self.model: nn.Module = self.loss.model
-        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.loss: Any = self._sharded(model, objective, optimizer) if self.fsdp else Loss(model, objective)
+        self._runs(self.loss.model)
         self.ready()
-        if self.world > 1 and not self.fsdp:
+        if not self.fsdp:
             engine: Any = nn.parallel.DistributedDataParallel
             new = "forward_sync_buffers" in inspect.signature(engine).parameters  # its name from torch 2.13 on
             self.loss = engine(self.loss, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-        if self.world > 1:
-            kind = "FSDP2, the model in shards" if self.fsdp else "DDP, the model in each"
-            sent = f"{traffic(model, self.world, self.fsdp):,} bytes {'a micro-batch' if self.fsdp else 'a step'}"
-            print(f"parallel: {self.world} processes, {kind}; each of them sends {sent}")
+        kind = "FSDP2, the model in shards" if self.fsdp else "DDP, the model in each"
+        sent = f"{traffic(model, self.world, self.fsdp):,} bytes {'a micro-batch' if self.fsdp else 'a step'}"
+        print(f"parallel: {self.world} processes, {kind}; each of them sends {sent}")
 
     def ready(self) -> None:
         """Gather what FSDP2 keeps outside the layers, so that `model` runs without `loss`; tells layers their root."""
@@ -115,10 +105,10 @@ class Parallel:
             self.loss(None)
 
     def gradients(self, last: bool) -> AbstractContextManager:
-        """Around a micro-batch: DDP sums over ranks in the last one; FSDP2 in each, keeping no whole gradient."""
-        return nullcontext() if last or self.world == 1 or self.fsdp else self.loss.no_sync()
+        """DDP sums over ranks in the last one; FSDP2 in each, keeping no whole gradient."""
+        return nullcontext() if last or self.fsdp else self.loss.no_sync()
 
-    def _sharded(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> "_Loss":
+    def _sharded(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> Loss:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import distribute_tensor
@@ -128,7 +118,7 @@ class Parallel:
         mesh, memo = init_device_mesh(self.device.type, (self.world,)), {id(objective): objective}
         for p in model.parameters():  # parameters of the copy's own, on the same bytes until they are sharded
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
-        loss = copy.deepcopy(_Loss(model, objective), memo)
+        loss = copy.deepcopy(Loss(model, objective), memo)
         for layer in _layers(loss):
             fully_shard(layer, mesh=mesh)
         fully_shard(loss, mesh=mesh)
@@ -147,7 +137,6 @@ class Parallel:
 
     @contextmanager
     def whole(self, optimizer: torch.optim.Optimizer, for_good: bool = False) -> Iterator[None]:
-        """Inside, the given model and the optimizer hold whole tensors, as in one process. All ranks enter together."""
         states = {p: optimizer.state[p] for _, p in self.shards}
         wholes = {}
         with torch.no_grad():
@@ -160,13 +149,12 @@ class Parallel:
             _refer(optimizer, dict(self.shards), states)
         elif self.shards:
             self.given.to(self.home)
-        if self.world > 1:
-            dist.barrier()  # what one rank writes inside is there for all
+        dist.barrier()  # what one rank writes inside is there for all
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, Ctrl-C is only noted, in `pressed`: a step ends all ranks if it was pressed on any."""
-        if self.world == 1 or threading.current_thread() is not threading.main_thread():
+        """Ctrl-C is only noted, in `pressed`: a step ends all ranks if it was pressed on any."""
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "pressed", True))
@@ -174,22 +162,6 @@ class Parallel:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-class _Loss(nn.Module):
-    """The objective as a module: what DDP and FSDP2 wrap, as our decoder is called through `hidden`, not `forward`."""
-
-    def __init__(self, model: nn.Module, objective: Any):
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, batch: Any) -> Any:
-        return None if batch is None else self.objective.loss(self.model, batch)
-
-
-def full(tensor: Any) -> Tensor:
-    """All of a sharded tensor, for which every rank has to ask; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def traffic(model: nn.Module, world: int, fsdp: bool = False) -> int:
@@ -207,17 +179,6 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     """The model's longest part: what FSDP2 gathers one at a time."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()))
-
-
-@contextmanager
-def main_speaks() -> Iterator[None]:
-    """Inside, what is printed is seen from rank 0 only. Also a decorator."""
-    with redirect_stdout(sys.stdout if not _grouped() or dist.get_rank() == 0 else None):
-        yield
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _refer(optimizer: torch.optim.Optimizer, places: dict[Any, Any], states: dict[Any, Any]) -> None:
