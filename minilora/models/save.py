@@ -5,8 +5,8 @@ model is ever in memory: beyond the model it takes a layer's W and B A. A safete
 
     u64 length of the header · header, JSON: name -> dtype, shape, [begin, end) in the data · data, tensor by tensor
 
-In the format "bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. Files replace what the folder held
-one by one, each whole or not at all; weight files of an earlier save are removed. gguf_write.py writes GGUF.
+In the format "bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. Weight files appear when all are
+written; those of an earlier save are removed. gguf/write.py writes GGUF.
 """
 
 import json
@@ -29,7 +29,7 @@ from minilora.lora import LoRALayer
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.quant import NF4Linear
-from minilora.storage import open_leaf, whole, write_text
+from minilora.storage import open_leaf, together, whole, write_text
 from minilora_kernels import quantize_nf4
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -124,8 +124,9 @@ def _before_training(model: CausalLM) -> dict[str, torch.dtype]:
 def _write_weights(folder: Path, entries: list[_Entry], shard_bytes: int) -> set[str]:
     """The weight files and, for several, their index; returns their names."""
     shards = _shards(entries, shard_bytes)
-    for file, shard in shards.items():
-        _write(folder / file, shard)
+    with together(folder, folder / _INDEX) as temporary:
+        for file, shard in shards.items():
+            _write(temporary / file, shard)
     if len(shards) == 1:
         return set(shards)
     places = {entry.name: file for file, shard in shards.items() for entry in shard}
@@ -289,6 +290,6 @@ def _write(path: Path, entries: list[_Entry]) -> None:
         for entry in entries:
             tensor = entry.make().to(entry.dtype)
             if not torch.stack(tensor.aminmax()).isfinite().all():
-                raise ValueError(f"{entry.name} holds NaN or infinity in {entry.dtype}: nothing was written to {path}.")
+                raise ValueError(f"{entry.name} holds NaN or infinity in {entry.dtype}: nothing was written.")
             file.write(tensor.contiguous().flatten().cpu().view(torch.uint8).numpy().data)
             del tensor  # before the next one is made

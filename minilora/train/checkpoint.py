@@ -11,6 +11,7 @@ folder appears whole or not at all (storage.py), so a crash at any moment leaves
 """
 
 import json
+import os
 import re
 import shutil
 import zlib
@@ -80,7 +81,8 @@ class Checkpoints:
             return
         progress.scaler = self.scaler.state_dict()
         self.newest = self._of(progress.step)
-        kept = {int(best["step"])} if best is not None and self.config.load_best_model_at_end else set()
+        kept = {progress.step}  # others may have later steps: those of a run that was resumed from before them
+        kept |= {int(best["step"])} if best is not None and self.config.load_best_model_at_end else set()
         with self.parallel.whole(self.optimizer):
             if self.parallel.is_main:
                 save_checkpoint(self.newest, self.model, self.optimizer, progress)
@@ -198,8 +200,9 @@ def delete_old_checkpoints(output_dir: Path, keep: int | None, kept: Container[i
     for stale in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(stale)
     for step in checkpoint_steps(output_dir)[: -keep if keep else 0]:
-        if step not in kept:
-            shutil.rmtree(output_dir / f"checkpoint-{step}")
+        if step not in kept:  # gone at once, and then bit by bit
+            os.replace(output_dir / f"checkpoint-{step}", gone := output_dir / f".checkpoint-{step}.tmp")
+            shutil.rmtree(gone)
 
 
 def _crc32(path: Path) -> int:

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minilora.storage import open_leaf, write_text
+from minilora.storage import naming, open_leaf, write_text
 from minilora.train.checkpoint import Progress
 from minilora.train.config import TrainConfig
 
@@ -61,7 +61,8 @@ class Log:
     def write(self, **record: Any) -> None:
         """One line; the numbers of a step go to the trackers too."""
         if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
+            with naming(Path(self.file.name)):
+                self.file.write(json.dumps(record) + "\n")
         if "step" in record:
             figures = {name: value for name, value in record.items() if name != "step"}
             for tracker in self.trackers:
@@ -75,7 +76,8 @@ class Log:
         for tracker in self.trackers:
             tracker.close()
         if self.file is not None:
-            self.file.close()
+            with naming(Path(self.file.name)):
+                self.file.close()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
