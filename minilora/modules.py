@@ -43,6 +43,7 @@ class TrainedParts:
         self.originals: dict[str, Part] = {}
         self.trained: dict[str, dict[str, Part]] = {}  # adapter → name of the part → its copy
         self.active: tuple[str, ...] = ()
+        self.in_shards = False  # FSDP2 puts tensors of its own in the places of biases
 
     def of(self, names: Iterable[str]) -> dict[str, Part]:
         """The copies of these adapters by name; ValueError if two of them train one part, as copies do not add up."""
@@ -56,6 +57,11 @@ class TrainedParts:
     def place(self, model: nn.Module, names: Iterable[str]) -> None:
         """Put the copies of these adapters in place, trainable, and the originals everywhere else, frozen."""
         names = tuple(names)
+        if self.in_shards and any(isinstance(part, nn.Parameter) for part in self.originals.values()):
+            raise ValueError(
+                "biases that train cannot be switched off while the model is in shards, as DPO and KLToBase do to "
+                'compare with the base: leave fsdp False, or inject with bias="none".'
+            )
         wanted = self.of(names)
         for path, original in self.originals.items():
             holder, leaf = part_holder(model, path)

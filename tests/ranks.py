@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from minilora import DPO, quantize_model
+from minilora import DPO, KLToBase, LoRAConfig, inject, quantize_model
 from minilora.engines.parallel import Parallel
 from minilora.scoring.objective import SFT
 from minilora.train import TrainConfig, TrainResult, checkpoint, train
@@ -20,15 +20,19 @@ from toy import FAST, Letters, adapters, llama, lora, rows
 
 # In steps of 8 samples, micro-batches of 2: an epoch's last step has one sample, so that one of two ranks is left
 # without any, or five in three micro-batches.
-SAMPLES = {"lora": 17, "nf4": 21, "dpo": 21, "full": 17}
+SAMPLES = {"lora": 17, "nf4": 21, "dpo": 21, "full": 17, "biases": 17, "norms": 17}
 KINDS = tuple(SAMPLES)
 
 
 def model(kind: str) -> Any:
     """A toy with an adapter (dropout too: it must not depend on who draws it), its base in fp32 or 4 bits; or bare."""
-    base = llama()
+    base = llama(attention_bias=kind == "biases")
     if kind in ("nf4", "dpo"):
         quantize_model(base)
+    if kind in ("biases", "norms"):
+        norms = {"modules_to_save": ["norm", "input_layernorm"]}
+        inject(base, LoRAConfig(r=4, target_modules="all-linear", **({"bias": "all"} if kind == "biases" else norms)))
+        return base
     return base if kind == "full" else lora(base, dropout=0.1)
 
 
@@ -43,6 +47,10 @@ def run(kind: str, world: int, **fields: Any) -> tuple[nn.Module, TrainResult]:
     m, data, held_out, objective = model(kind), rows(SAMPLES[kind]), rows(5, seed=1), None
     if kind == "full":
         fields |= {"method": "full", "learning_rate": 1e-3}
+    if kind == "biases":  # see test_distributed.py
+        fields |= {"adam_epsilon": 1e-3}
+    if kind == "norms":  # which are switched off with the adapter
+        objective = KLToBase(0.5)
     if kind == "dpo":  # its loss reads the model twice, once without adapters, and has further sums
         fields, objective = fields | {"eval_metrics": None}, DPO()
         data, held_out = ([_preference(row) for row in part] for part in (data, held_out))
@@ -119,6 +127,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "not finite": refusal(objective=Broken()),
         "other seed": refusal(seed=rank),
         "8 bits in shards": refusal(optim="adamw_8bit", fsdp=True),
+        "biases in shards": refusal("biases", KLToBase(), fsdp=True),
         "interrupted": (interrupted.interrupted, interrupted.steps),
     }
 

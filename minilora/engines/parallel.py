@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minilora.engines.adam8bit import AdamW8bit
+from minilora.inject import lora_configs
 from minilora.train.process import Loss, Process, full
 
 
@@ -69,7 +70,7 @@ class Parallel(Process):
         numbers = range(self.rank, -(-count // self.world) * self.world, self.world)
         return [(number, 1) if number < count else (0, 0) for number in numbers]
 
-    def mean(self, measure: Callable[[list[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
+    def mean(self, measure: Callable[[Sequence[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
              in_step: bool = True) -> dict[str, float]:  # fmt: skip
         """Items are shared out.
 
@@ -119,6 +120,7 @@ class Parallel(Process):
         for p in model.parameters():  # parameters of the copy's own, on the same bytes until they are sharded
             memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
         loss = copy.deepcopy(Loss(model, objective), memo)
+        lora_configs(loss.model).parts.in_shards = True
         for layer in _layers(loss):
             fully_shard(layer, mesh=mesh)
         fully_shard(loss, mesh=mesh)
