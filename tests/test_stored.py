@@ -86,14 +86,15 @@ def small(tokenizer):
 
 def test_training_from_a_cache_is_training_from_memory(tmp_path):
     path, tokenizer, found = write(tmp_path / "rows.jsonl"), ours("chatml"), []
+    held_out = write(tmp_path / "held_out.jsonl", ROWS[:4])
     fields = {"max_length": LENGTH, "packing": True, "per_device_train_batch_size": 2, **FAST}
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):  # in memory; written; found
         torch.manual_seed(0)
         config = TrainConfig(dataset_cache=cache, **fields)
-        found.append(train(small(tokenizer), tokenizer, path, config, eval_dataset=path))
+        found.append(train(small(tokenizer), tokenizer, path, config, eval_dataset=held_out))
     for result in found[1:]:
         assert result.losses == found[0].losses and result.eval_losses == found[0].eval_losses
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_the_evaluation_of_stored_examples_reads_a_batch_at_a_time(tmp_path, monkeypatch):
@@ -250,7 +251,7 @@ def test_errors(tmp_path, monkeypatch):
         encode_dataset(bad, tokenizer, cache=cache)
     with pytest.raises(ValueError, match="none of 11 rows has an answer to learn"):
         encode_dataset(path, tokenizer, 5, cache=cache)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="none.jsonl is no file"):
         encode_dataset(tmp_path / "none.jsonl", tokenizer, cache=cache)
     assert list(cache.iterdir()) == []
     real = stored.store

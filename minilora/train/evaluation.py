@@ -9,8 +9,9 @@ and perplexities). Everything is derived from the list of figures, so a resumed 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from minilora.data.formats import iterate_dataset
@@ -39,8 +40,10 @@ class Evaluation:
         self.rows = list(islice(answered, config.eval_answers))
         self.sets = {}
         for number, (name, rows) in enumerate(named.items()):
-            kind = SFT() if number else objective
-            self.sets["eval" if not number else f"eval_{name}"] = kind, kind.encode(rows, tokenizer, config.max_length)
+            kind: Any = SFT() if number else objective
+            kept = {"cache": config.dataset_cache} if config.dataset_cache and isinstance(rows, str | Path) else {}
+            examples = kind.encode(rows, tokenizer, config.max_length, **kept)
+            self.sets["eval" if not number else f"eval_{name}"] = kind, examples
         names = [f"{name}_loss" for name in self.sets] + [f"eval_{name}" for name in self.metrics if self.rows]
         names += [f"{name}_perplexity" for name in self.sets if name != "eval"]
         names += [f"eval_{name}" for name in objective.better if self.sets]
@@ -70,7 +73,7 @@ class Evaluation:
             found |= share(self._answers, self.rows, in_step=False)
         return found
 
-    def _answers(self, rows: list[Any]) -> tuple[Figures, int]:
+    def _answers(self, rows: Sequence[Any]) -> tuple[Figures, int]:
         """The figures of greedy answers, and how many answers there are."""
         size = self.config.per_device_eval_batch_size
         scores = evaluate(

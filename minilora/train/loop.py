@@ -81,7 +81,8 @@ def train(
 
     Ctrl-C ends the run cleanly: the last whole step is saved, and `interrupted` says so. Raises ValueError where
     training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, a loss
-    is not finite. Seeds torch's global generator.
+    is not finite. OSError where a checkpoint or the log cannot be written (a full disk): the run ends, what was saved
+    before stays whole. Seeds torch's global generator.
     """
     started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
     check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
@@ -95,8 +96,8 @@ def train(
     kept = {} if config.dataset_cache is None else {"cache": config.dataset_cache}
     with parallel.main_first(bool(kept)):
         examples = objective.encode(dataset, tokenizer, config.max_length, **kept)
+        evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
     print(f"train: {examples.report}")
-    evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
     print(evaluation, end="\n" * bool(evaluation.sets))
     guard.check_vocabulary(model, tokenizer, {"train": (objective, examples), **evaluation.sets})
 

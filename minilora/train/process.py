@@ -41,13 +41,13 @@ class Process:
         """(number, weight 1 or 0) of the micro-batches that this process runs, of `count`."""
         return [(number, 1) for number in range(count)]
 
-    def mean(self, measure: Callable[[list[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
+    def mean(self, measure: Callable[[Sequence[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
              in_step: bool = True) -> dict[str, float]:  # fmt: skip
         """What `measure` gives for all items, each figure a mean over the number beside it.
 
         in_step: whether the number of passes of the model is the same for every item.
         """
-        return measure(list(items))[0]
+        return measure(items)[0]
 
     def wrap(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
         """From here on `loss(batch)` runs `model`, its trained `parameters` are those the optimizer steps."""
