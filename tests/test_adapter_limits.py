@@ -165,7 +165,7 @@ def test_another_base_beside_the_adapter_is_refused(tmp_path):
     tensors[key][5, 7] += 0.5
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     model = build("llama")
-    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight\[5, 7\] is .*, the model's .*check_base=False"):
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight\[5, 7\] is .*, the model's .*--no_check_base"):
         ml.load_adapter(model, tmp_path)
     assert not lora_layers(model)
     ml.load_adapter(model, tmp_path, check_base=False)

@@ -37,7 +37,7 @@ def test_the_commands_do_what_the_functions_do(place, capsys):
     run = ["train", source, rows, "--adapter", adapter, "--dtype", "float32", "--quantize", "nf4", "--r", "4"]
     run += ["--eval_dataset", rows]
     assert main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
-    assert re.search(r"eval_loss \d", capsys.readouterr().out)
+    assert re.search(r"\ndone after 3 steps, loss \d\.\d{1,3}, eval_loss \d\.\d{1,3}; in ", capsys.readouterr().out)
 
     card = (place / "adapter" / "README.md").read_text()
     assert f"| rows | {len(ROWS)} |" in card and "| training steps | 3 |" in card and str(place) not in card
@@ -218,6 +218,17 @@ def test_every_field_is_an_option_with_its_help(capsys):
         (["train", "nowhere", "rows.jsonl", "--r", "0"], "r: expected >= 1, got 0"),
         (["train", "nowhere", "rows.jsonl", "--learning_rate", "-1"], "learning_rate"),
         (["generate", "./nowhere", "hello"], "nowhere"),
+        (
+            ["generate", "./nowhere", "hello", "--adapter", "no-adapter"],
+            "no-adapter: no such folder. Expected one with",
+        ),
+        (["evaluate", "./nowhere", "rows.jsonl", "--adapter", "no-adapter"], "no-adapter: no such folder"),
+        (["merge", "./nowhere", "no-adapter", "out"], "no-adapter: no such folder"),
+        (
+            ["train", "./nowhere", "rows.jsonl"],
+            "dataset: rows.jsonl is no file. Expected one of rows; paths begin at /",
+        ),
+        (["train", "./nowhere", __file__], "expected a path to .jsonl, .json, .csv or .parquet"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):

@@ -128,6 +128,7 @@ def test_files_hold_the_rows_of_the_list(tmp_path, write):
 
 def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    (tmp_path / "rows.parquet").touch()
     with pytest.raises(ValueError, match=r"needs pyarrow \(pip install \"minilora\[data\]\"\)"):
         read_dataset(tmp_path / "rows.parquet")
 
@@ -174,7 +175,7 @@ def test_bad_datasets_raise(dataset, problem):
 
 
 def test_a_missing_file_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl is no file. Expected one of rows; paths begin at /"):
         read_dataset(tmp_path / "nowhere.jsonl")
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.binding import binding, check_binding, hash_tokenizer, read_binding, write_bound
+from minilora.adapters.binding import FORCE, binding, check_binding, hash_tokenizer, read_binding, write_bound
 from minilora.adapters.switch import check_adapter, disabled_adapters, list_adapters, use_adapter
 from minilora.config import LoRAConfig
 from minilora.inject import adaptable_layers, attach, lora_configs, lora_layers, new_adapters, new_parts
@@ -97,8 +97,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     base or with another tokenizer (binding.py; files without fingerprints, such as PEFT's, are not compared).
     OSError if the Hub does not give it.
     """
-    folder = _find(folder, revision, token)
-    config = LoRAConfig.from_dict(_read_json(folder / CONFIG_FILE))
+    folder, config = find_adapter(folder, revision, token)
     tensors = read_tensors(folder / WEIGHTS_FILE)
     adapters = new_adapters(model, config)
     parts = new_parts(model, config, adapters)
@@ -128,6 +127,20 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     lora_configs(model).seeds[name] = bound.get("seed")
     lora_configs(model).tokenizers[name] = bound.get("tokenizer")
     return list(adapters)
+
+
+def find_adapter(folder: str | Path, revision: str | None = None, token: str | None = None) -> tuple[Path, LoRAConfig]:
+    """A folder here, or a repository's adapter files in the local cache; and its config. Raises as load_adapter."""
+    place = Path(folder)
+    if not place.is_dir():
+        if "/" not in str(folder) or not HUB_ID.fullmatch(str(folder)):
+            raise FileNotFoundError(f"{folder}: no such folder. Expected one with {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        place = download(str(folder), [CONFIG_FILE, WEIGHTS_FILE], revision, token)
+    values = _read_json(place / CONFIG_FILE)
+    try:
+        return place, LoRAConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{place / CONFIG_FILE}: {error}") from error
 
 
 def _adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
@@ -162,7 +175,7 @@ def _without_base(
             found = rest.pop(key := f"{PREFIX}{path}.base_layer.{leaf}", None)
             if found is None or not check:
                 continue
-            remedy = f"Load the base that it was trained on, or pass check_base=False to use {path}'s own."
+            remedy = f"Load the base that it was trained on, or {FORCE}: {path}'s own is then used."
             if found.shape != own.shape or not found.is_floating_point():
                 raise ValueError(f"{folder}: {key} is {tuple(found.shape)}, the model's {tuple(own.shape)}. {remedy}")
             coarse = max(found.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -228,15 +241,6 @@ def _source(model: nn.Module) -> str | None:
     return (
         getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     )
-
-
-def _find(folder: str | Path, revision: str | None, token: str | None) -> Path:
-    """A local folder, or a Hub repository's adapter files in the local cache."""
-    if Path(folder).is_dir():
-        return Path(folder)
-    if "/" not in str(folder) or not HUB_ID.fullmatch(str(folder)):
-        raise FileNotFoundError(f"{folder}: no such folder. Expected one with {CONFIG_FILE} and {WEIGHTS_FILE}.")
-    return download(str(folder), [CONFIG_FILE, WEIGHTS_FILE], revision, token)
 
 
 def _read_json(path: Path) -> dict:

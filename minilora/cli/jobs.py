@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 import minilora as ml
+from minilora.adapters.files import find_adapter
 from minilora.adapters.merge import STORAGES
 from minilora.audit.inspect import inspect as inspect_path
 from minilora.audit.merge_report import first_difference, merge_report
 from minilora.audit.selftest import selftest as measure
 from minilora.audit.verify import verify as verify_checkpoint
 from minilora.cli.values import CONFIGS
+from minilora.data.formats import check_file
 from minilora.objectives import OBJECTIVES
 from minilora.preview.command import before_training
 from minilora.runs.curves import plot_runs
@@ -51,6 +53,9 @@ def train(
     if objective == "classify":
         lora = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} | lora
     lora_config, goal = ml.LoRAConfig(**lora), OBJECTIVES[objective](**learned)
+    for path in (dataset, eval_dataset, general):
+        if isinstance(path, str):
+            check_file(path)
     dtype = "float32" if full and dtype == "auto" else dtype
     ranks = process_on(torch.device("cpu"), train_config.fsdp)
     device = "cpu" if ranks.fsdp else None  # shards alone go to GPUs
@@ -68,8 +73,8 @@ def train(
         ml.write_card(folder, result, dataset=dataset)
     state = "interrupted" if result.interrupted else "done"
     figures = {"loss": result.loss} | (result.evals[-1] if result.evals else {})
-    shown = ", ".join(f"{name} {value}" for name, value in figures.items() if name != "step")
-    print(f"{state} after {result.steps} steps, {shown}; in {folder}")
+    shown = [f", {name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
+    print(f"{state} after {result.steps} steps{''.join(shown)}; in {folder}")
 
 
 def generate(
@@ -176,7 +181,8 @@ def sweep(model: str, options: Sequence[str], search: Sequence[str], folder: str
 
 
 def _load(model: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool) -> tuple[Any, Any]:
+    found = None if adapter is None else find_adapter(adapter)[0]  # before the base, which takes its time
     loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
-    if adapter is not None:
-        ml.load_adapter(loaded, adapter, tokenizer=tokenizer, check_base=check_base)
+    if found is not None:
+        ml.load_adapter(loaded, found, tokenizer=tokenizer, check_base=check_base)
     return loaded, tokenizer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.data.formats import Chat, Row, as_messages, extra_keys, iterate_dataset
+from minilora.data.formats import Chat, Row, as_messages, check_file, extra_keys, iterate_dataset
 from minilora.data.labels import Example, encode_row
 from minilora.data.report import DataReport, numbers
 from minilora.data.stored import StoredExamples, cached, load, store
@@ -50,10 +50,12 @@ def encode_dataset(
             f"dataset_cache: it keeps dataset files, and this dataset is a {type(dataset).__name__}. "
             "Pass a path, or leave dataset_cache None."
         )
+    if path is not None:
+        check_file(path)
     encoder = Encoder(dataset, tokenizer, max_length)
     if path is not None and cache is not None:
         return EncodedDataset(*load(cached(path, tokenizer, max_length, Path(cache), encoder)))
-    if path is not None and path.is_file() and path.stat().st_size > STREAM:
+    if path is not None and path.stat().st_size > STREAM:
         folder = tempfile.TemporaryDirectory(prefix="minilora-")
         store(Path(folder.name), encoder)
         return EncodedDataset(*load(Path(folder.name), folder))

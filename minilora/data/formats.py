@@ -91,13 +91,21 @@ def iterate_dataset(dataset: Any) -> Iterator[Row]:
         raise ValueError(f"dataset: {dataset if isinstance(dataset, str | Path) else type(dataset).__name__} is empty.")
 
 
-def _read_file(path: Path) -> Iterator[Any]:
-    suffix = path.suffix.lower()
+def check_file(path: str | Path) -> str:
+    """The ending of a dataset file. ValueError for one that is not known, FileNotFoundError if there is no file."""
+    suffix = Path(path).suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         raise ValueError(
             f"dataset: expected a path to .jsonl, .json, .csv or .parquet, got {str(path)!r}. "
             'A data set of the Hub: `datasets.load_dataset(name, split="train")`, and pass what it returns.'
         )
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"dataset: {path} is no file. Expected one of rows; paths begin at {Path.cwd()}.")
+    return suffix
+
+
+def _read_file(path: Path) -> Iterator[Any]:
+    suffix = check_file(path)
     try:
         yield from _read_parquet(path) if suffix == ".parquet" else _read_text(path, suffix)
     except UnicodeDecodeError as error:

@@ -49,6 +49,11 @@ def load_model(
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
+    if quantize is None and (blocksize, double_quant) != (64, True):
+        raise ValueError(
+            f"blocksize={blocksize}, double_quant={double_quant}: they do nothing without quantize='nf4': add that, or "
+            "leave them out."
+        )
     place = resolve(source, revision, token, local_files_only)
     checkpoint: Checkpoint = (
         open_leaf("gguf.read").GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
