@@ -4,7 +4,7 @@ One table of families, one of features; each pair is a cell of every format. Ora
 ways, file bytes too), transformers on merged weights, bitsandbytes in 4 bits, our own reader on GGUF (transformers' is
 in test_gguf_write.py). A pair that is refused is a cell that wants the error. Property: the tables leave no family and
 no field of LoRAConfig out. Widths are multiples of 64: bitsandbytes' CPU code misreads the scales of others.
-Logits are 5 to 11 in size: 5e-5 is fp32 sums in another order through two layers (6e-8 · 10 each; 1.2e-5 measured).
+Logits are 5 to 11 in size: 5e-5 is fp32 sums in another order through two layers (6e-8 · 10 each).
 """
 
 import copy

@@ -9,8 +9,8 @@ Eager torch pays per pass over memory, so work goes in chunks that stay in cache
                  the first term is read, with the packing of two codes, from a table of all pairs
 
 `bin` is monotone under rounding, so comparing with one threshold gives exactly the count of all 15; the comparison is
-the sign bit of t - x, which is exact, and 5 times faster than torch's fp32 -> bool. A 1-D `index_select` on one wide
-element is 4-6 times faster than the same gather by rows. What is left over after the last whole block runs in the
+the sign bit of t - x, which is exact, and faster than torch's fp32 -> bool. A 1-D `index_select` on one wide element
+is faster than the same gather by rows. What is left over after the last whole block runs in the
 reference. Buffers live for one call; nothing is shared between threads but read-only tables.
 """
 

@@ -1,9 +1,8 @@
 """Merging: fold the active adapters into the weight, W' = W + Σ s · B A, and b' = b + Σ s · b_A, in a new model.
 
 Summed in fp32 and rounded once, to the dtype of the base; a 4-bit base comes out dense. There is no unmerge: rounding
-loses what it would need (in bf16, PEFT's merge and unmerge change 45 % of the base's weights). Layers that share a
-weight still share it if they share its adapters too (tie="shared"); else they are no longer tied, and the config says
-so.
+loses what it would need (in bf16, PEFT's merge and unmerge change weights of the base). Layers that share a weight
+still share it if they share its adapters too (tie="shared"); else they are no longer tied, and the config says so.
 """
 
 import copy

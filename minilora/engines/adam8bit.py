@@ -91,7 +91,7 @@ def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """fp32 (n,) -> codes uint8 (K, 256), scales fp32 (K,), K = ceil(n/256). A block of zeros has scale 0.
 
     The upper 16 bits of an fp32 value name a bin that holds one threshold at most, so that two look-ups and one
-    comparison give what a binary search over the 255 thresholds gives, four times faster.
+    comparison give what a binary search over the 255 thresholds gives, in less time.
     """
     blocks = F.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)  # (K, 256)
     scales = blocks.abs().amax(dim=1)  # (K,)
