@@ -222,7 +222,8 @@ def test_every_field_is_an_option_with_its_help(capsys):
             ["generate", "./nowhere", "hello", "--adapter", "no-adapter"],
             "no-adapter: no such folder. Expected one with",
         ),
-        (["evaluate", "./nowhere", "rows.jsonl", "--adapter", "no-adapter"], "no-adapter: no such folder"),
+        (["evaluate", "./nowhere", "rows.jsonl"], "dataset: rows.jsonl is no file"),
+        (["merge", "./nowhere", "no-adapter", "out", "--data", "rows.jsonl"], "dataset: rows.jsonl is no file"),
         (["merge", "./nowhere", "no-adapter", "out"], "no-adapter: no such folder"),
         (
             ["train", "./nowhere", "rows.jsonl"],

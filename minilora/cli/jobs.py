@@ -89,6 +89,7 @@ def evaluate(
     model: str, dataset: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool, **scoring: Any
 ) -> None:
     """Score a model on held-out rows: loss, perplexity, exact match, token F1, the likeliest of given labels."""
+    check_file(dataset)
     loaded, tokenizer = _load(model, adapter, quantize, dtype, check_base)
     scores = ml.evaluate(loaded, tokenizer, dataset, **scoring)
     print(scores)
@@ -101,6 +102,8 @@ def merge(
     """Fold an adapter into its base: measure what that loses, write a folder that transformers loads, read it back."""
     if Path(folder).resolve() == Path(model).resolve():
         raise ValueError(f"{folder} is the base itself, which would be lost: give another folder for the result.")
+    if data is not None:
+        check_file(data)
     loaded, tokenizer = _load(model, adapter, **loading)
     dense = dict(loading, quantize=None)
     source = _load(model, adapter, **dense)[0] if target == "original" else None

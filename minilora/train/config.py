@@ -47,7 +47,7 @@ class TrainConfig:
     packing: bool = option(False, "several samples in a row of max_length tokens, none of which sees another")
     dataset_cache: str | None = option(None, "folder where tokenised dataset files are kept for the next run")
     group_by_length: bool = option(True, "put samples of similar length together: less padding")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, a third slower")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
     fsdp: bool = option(False, "processes hold the model in shards (FSDP2), not a copy each; one process: no effect")
     bf16: bool | None = option(None, "compute a fp32 model in bfloat16 (autocast); None follows the model's dtype")
     fp16: bool | None = option(None, "the same in float16, with loss scaling; None follows the model's dtype")
