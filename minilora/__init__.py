@@ -31,6 +31,7 @@ from minilora.data.tokenizer import load_tokenizer
 from minilora.generate import generate
 from minilora.inject import eject, inject
 from minilora.lora import LoRALayer
+from minilora.memory.plan import MemoryPlan, plan_memory
 from minilora.mixing import mix, split
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
@@ -61,6 +62,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALayer",
     "LoraConfig",
+    "MemoryPlan",
     "MergeReport",
     "NF4Linear",
     "NF4Weight",
@@ -91,6 +93,7 @@ __all__ = [
     "merge_report",
     "mix",
     "pass_at_1",
+    "plan_memory",
     "plot_runs",
     "preview",
     "push_to_hub",

@@ -14,6 +14,7 @@ from typing import Any
 from minilora.adapters.merge import STORAGES
 from minilora.cli import jobs
 from minilora.cli.values import CONFIGS, add_fields, from_toml
+from minilora.memory import command as memory
 from minilora.objectives import OBJECTIVES
 from minilora.preview import command as preview
 
@@ -33,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.pop("run")(**options) or 0
     except (ValueError, TypeError, OSError) as error:
         print(f"minilora: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not (notes := getattr(error, "__notes__", None)):  # no remedy is known
+            raise
+        print(f"minilora: {error}", *notes, sep="\n", file=sys.stderr)
         return 1
 
 
@@ -105,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     pushing.add_argument("--revision", help="a branch that is there (default: main, created with the repository)")
     pushing.add_argument("--message", dest="commit_message", help="of the commit")
     preview.add_options(command(preview.preview, "dataset"))
+    memory.add_options(command(memory.plan, "model"))
     testing = command(jobs.selftest, "model")
     testing.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
     testing.add_argument("--data", help="rows to measure with (default: a few short texts)")

@@ -47,10 +47,10 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def add_fields(group: Any, config: type) -> None:
-    """One option for each field, without a default: what is not given is not passed on."""
+def add_fields(group: Any, config: type, names: Collection[str] | None = None) -> None:
+    """One option for each field (of `names`), without a default: what is not given is not passed on."""
     hints = get_type_hints(config)
-    for f in fields(config):
+    for f in (f for f in fields(config) if names is None or f.name in names):
         default = f.default if f.default_factory is MISSING else f.default_factory()
         default = f"default {default}" if default is not MISSING else "required"
         text = f.metadata["help"].replace("%", "%%")

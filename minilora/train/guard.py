@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minilora.data.report import numbers
 from minilora.lora import LoRALayer
 from minilora.models.context import inference
+from minilora.storage import open_leaf
 from minilora.train.config import TrainConfig
 
 
@@ -176,6 +177,18 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
             f"step 1: {len(dead)} of the trained parts got no gradient: {names}. The forward pass does not use them "
             "or cuts them off (detach, no_grad): target other modules."
         )
+
+
+@contextmanager
+def memory_explained(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Where memory runs out inside, the error carries a note: what was planned, what there was, what would fit."""
+    before = peak_memory(next(model.parameters()).device)
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error.add_note(open_leaf("memory.shortage").explain(model, config, before))
+        raise
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -120,6 +120,7 @@ def train(
     interrupted = False
     with (
         Log(progress, total, config, parallel.is_main) as log,
+        guard.memory_explained(model, config),
         guard.training_mode(parallel.model, config.gradient_checkpointing),
         noisy_embeddings(parallel.model, config.neftune_noise_alpha),
         parallel.interruptible(),

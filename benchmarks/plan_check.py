@@ -1,0 +1,137 @@
+"""What was planned against what was measured: peak memory by method. python benchmarks/plan_check.py
+
+SmolLM2-135M-Instruct, full rows, two steps, each run in a process of its own. On a CPU the anonymous memory of the
+process (RssAnon) is sampled every 2 ms, less what it is after a run on one short row: Python, torch and what they load
+on the way. glibc's allocator is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), so that tensors are what is
+measured; `--malloc default` leaves it as it is, which holds back much. On a GPU it is what torch allocated at the most.
+The last line is one JSON document.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import minilora as ml
+
+RUNS = {  # method, gradient checkpointing
+    "qlora": ("qlora", False),
+    "qlora, checkpointing": ("qlora", True),
+    "lora": ("lora", False),
+    "lora, checkpointing": ("lora", True),
+    "full": ("full", False),
+    "full, checkpointing": ("full", True),
+}
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+LORA = ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--optim", default="adamw_torch")
+    parser.add_argument("--malloc", choices=["exact", "default"], default="exact")
+    parser.add_argument("--run", choices=RUNS, help="this one only, in this process")
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(run(options.run, options)))
+        return
+    figures = {name: fresh(name, options) for name in RUNS}
+    print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  fullest in")
+    for name, f in figures.items():
+        sizes = f"{f['planned'] / 1e9:>10.3f}{f['measured'] / 1e9:>10.3f}"
+        print(f"{name:<22}{sizes}{f['measured'] / f['planned']:>8.3f}  {f['moment']}")
+    print(f"{options.batch} x {options.max_length} tokens, {options.optim}; malloc {options.malloc}")
+    print(json.dumps(vars(options) | {"torch": torch.__version__, "runs": figures}))
+
+
+def fresh(name: str, options: argparse.Namespace) -> dict:
+    """`run` in a new process."""
+    given = [f"--{option}={getattr(options, option)}" for option in ("batch", "max_length", "optim")]
+    command = [sys.executable, __file__, "--run", name, *given]
+    env = os.environ | (EXACT if options.malloc == "exact" else {})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{name}: ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(name: str, options: argparse.Namespace) -> dict:
+    """Train in this process; bytes planned and measured, of the weights and in all."""
+    method, checkpointing = RUNS[name]
+    full, source = method == "full", ml.samples.smollm2()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = ml.TrainConfig(
+        method="full" if full else "lora",
+        bf16=True if full else None,
+        max_steps=2,
+        per_device_train_batch_size=options.batch,
+        max_length=options.max_length,
+        gradient_checkpointing=checkpointing,
+        optim=options.optim,
+    )
+    loading = {"quantize": "nf4" if method == "qlora" else None, "dtype": "float32" if full else "bfloat16"}
+    plan = ml.plan_memory(source, None if full else LORA, config, **loading)
+    tokenizer = ml.load_tokenizer(source)
+    ids = tokenizer.encode("\n".join(row["text"] for row in ml.samples.prose()) * 8)
+    size = options.max_length
+    rows = [{"text": tokenizer.decode(ids[i * size : (i + 2) * size])} for i in range(2 * options.batch)]
+
+    def train(rows: list, config: ml.TrainConfig) -> None:
+        model = ml.load_model(source, device=device, **loading)
+        if not full:
+            ml.inject(model, LORA)
+        ml.train(model, tokenizer, rows, config)
+
+    train(rows[:1], replace(config, max_length=16, max_steps=1))
+    gc.collect()
+    with Peak(device) as peak:
+        train(rows, config)
+    return {"planned": plan.total, "measured": peak.most, "moment": plan.moment, "device": device.type}
+
+
+class Peak:
+    """The most memory held while it is open, above what was held before: `most` bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.most, self._open = device, 0, True
+
+    def _held(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    def _sample(self) -> None:
+        while self._open:
+            self.most = max(self.most, self._held() - self._before)
+            time.sleep(0.002)
+
+    def __enter__(self) -> "Peak":
+        self._before = self._held()
+        self._thread = threading.Thread(target=self._sample)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        if self.device.type == "cuda":
+            self.most = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self._thread.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How much memory a run takes, from config.json alone; what fits a card."""
