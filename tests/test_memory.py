@@ -4,16 +4,15 @@ The oracle of the static parts is a loaded model and a real optimiser; that of t
 tensors, every layer of it, under a meter that only counts. benchmarks/plan_check.py holds it against the process.
 """
 
-import gc
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 import minilora as ml
 from minilora.inject import lora_configs
@@ -22,7 +21,7 @@ from minilora.quant import NF4Linear
 from minilora.scoring.objective import SFT
 from minilora.train.guard import training_mode
 from minilora.train.optim.groups import new_optimizer
-from tiny import KINDS, save, tokens
+from tiny import KINDS, python, save, tokens
 
 ALL = ml.LoRAConfig(r=4, target_modules="all-linear")
 QV = ml.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"])
@@ -123,8 +122,11 @@ def really(model: torch.nn.Module, config: ml.TrainConfig, autocast: bool) -> in
     optimizer = new_optimizer(model, trained, config)
     with Counter() as meter, training_mode(model, config.gradient_checkpointing):
         meter.count(list(model.parameters()))  # which are there already
+        weights = meter.live
         for _ in range(2):
             optimizer.zero_grad()
+            states = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+            buffers = meter.live - weights - states  # kept from the first step
             meter.stretch(0)
             for _ in range(config.gradient_accumulation_steps):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -133,7 +135,7 @@ def really(model: torch.nn.Module, config: ml.TrainConfig, autocast: bool) -> in
                 del loss
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
             optimizer.step()
-            most = meter.stretch(0).rise
+            most = buffers + meter.stretch(0).rise
     return most
 
 
@@ -153,17 +155,29 @@ def test_a_step_is_what_really_runs(kind: str, name: str, checkpointing: bool, t
         bits = {"quantize": "nf4"} if lora else {}
         plan = ml.plan_memory(tmp_path, lora, config, dtype="float32", **bits)
         step = plan.gradients + plan.activations + plan.workspace + plan.logits
-        measured = really(loaded(tmp_path, lora, **bits), config, autocast=not lora)
-        # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head sees
-        assert abs(step - measured) <= 0.025 * measured, (plan, measured)
+        with ThreadPoolExecutor(1) as thread:  # buffers that are kept a thread begin anew
+            measured = thread.submit(really, loaded(tmp_path, lora, **bits), config, not lora).result()
+        # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head sees; and small
+        # tables that are kept count here when first seen. One more (B, T, D) a layer would be 6 %
+        assert abs(step - measured) <= 0.04 * measured, (plan, measured)
 
 
-def test_nothing_of_a_plan_stays(tmp_path: Path):
-    """No tensor without values is left where a later, real step would find it, in a kept buffer for example."""
-    save(tmp_path)
-    ml.plan_memory(tmp_path, ALL, SMALL, quantize="nf4", dtype="float32")
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is FakeTensor]
+def test_nothing_of_a_plan_stays():
+    """No tensor without values is left where a real step would find it: in a kept buffer or table, for example."""
+    code = """
+import gc
+import minilora as ml
+from torch._subclasses.fake_tensor import FakeTensor
+shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+shape |= {"num_attention_heads": 4}
+lora = ml.LoRAConfig(r=64, target_modules="all-linear")
+config = ml.TrainConfig(optim="adamw_8bit", max_length=64)
+ml.plan_memory(shape, lora, config, quantize="nf4", dtype="float32")
+ml.plan_memory(shape, config=ml.TrainConfig(method="full", bf16=True, optim="adamw_8bit", gradient_checkpointing=True))
+gc.collect()
+print([thing for thing in gc.get_objects() if type(thing) is FakeTensor])
+"""
+    assert python(code) == "[]\n"
 
 
 def test_a_large_model_takes_seconds_and_no_memory():

@@ -184,6 +184,7 @@ def _plan(
         most = max(most, (kept + gradients + stretch.rise, name, kept, gradients, stretch.rise), key=lambda m: m[0])
         gradients += stretch.gradients
         kept += stretch.change - stretch.gradients
+    buffers = kept  # what is left at the end is kept for the next step
     _, moment, kept, gradients, rise = most
     logits = moment in ("logits", "head")
     paged = config.optim.startswith("paged")  # in host memory
@@ -191,8 +192,8 @@ def _plan(
         **stored(model),
         optimizer=0 if paged else state,
         gradients=gradients,
-        activations=kept,
-        workspace=0 if logits else rise,
+        activations=kept - buffers,
+        workspace=buffers if logits else buffers + rise,
         logits=rise if logits else 0,
         moment=moment,
         trainable=sum(p.numel() for p in trained),

@@ -9,6 +9,7 @@ stands there: a model of 80 layers takes the time of three. It is the CPU's code
 
 import copy
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -68,10 +69,10 @@ def step(model: CausalLM, config: TrainConfig) -> tuple[list[tuple[str, Stretch]
     A batch of per_device_train_batch_size rows of max_length tokens, each of which is learned.
     """
     alike = _alike(model)
-    sample = _sample(model, sorted(set(alike)))
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        _without_values(sample)
-        found, state = _run(sample, sorted(set(alike)), config, meter)
+    config = replace(config, optim=config.optim.removeprefix("paged_"))  # the same state, in host memory
+    _make_tables(config)
+    with ThreadPoolExecutor(1) as thread:  # buffers that code keeps, one a thread, have no values here, and end with it
+        found, state = thread.submit(_walk, model, sorted(set(alike)), config).result()
     layers = list(enumerate(alike))
     casts = found["casts", -1]  # autocast's 16-bit copies of weights, of every layer, go at its end
     further = sum((alike.count(kind) - 1) * size for kind, size in casts.freed.items() if kind >= 0)
@@ -82,6 +83,20 @@ def step(model: CausalLM, config: TrainConfig) -> tuple[list[tuple[str, Stretch]
     order += [(name, name, -1) for name in ("embedding, backward", "optimiser")]
     total = state[-1] + sum(state[kind] for kind in alike)
     return [(name, found[key, kind]) for name, key, kind in order if (key, kind) in found], total
+
+
+def _make_tables(config: TrainConfig) -> None:
+    """What an optimiser looks up and keeps, made by a step with values."""
+    p = nn.Parameter(torch.zeros(4096, device="cpu"))
+    p.grad = torch.zeros_like(p)
+    new_optimizer(nn.Module(), {"p": p}, config).step()
+
+
+def _walk(model: CausalLM, kinds: list[int], config: TrainConfig) -> tuple[dict, Counter[int]]:
+    sample = _sample(model, kinds)
+    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+        _without_values(sample)
+        return _run(sample, kinds, config, meter)
 
 
 def _alike(model: CausalLM) -> list[int]:
@@ -159,7 +174,7 @@ def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -
     """The stretches of a step of this small model, and the bytes of the optimiser's state by sort of layer."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     autocast, _ = guard.precision_of(model, config, torch.device("cpu"))
-    optimizer = new_optimizer(model, parameters, replace(config, optim=config.optim.removeprefix("paged_")))
+    optimizer = new_optimizer(model, parameters, config)
     width = -(-config.max_length // 8) * 8  # as in scoring/objective.py, padded
     batch = {
         name: torch.zeros(config.per_device_train_batch_size, width, dtype=torch.long)
