@@ -199,7 +199,7 @@ def test_what_is_no_shortage_or_cannot_be_planned():
 
 
 def test_a_real_shortage_names_a_remedy():
-    """A process that may not grow: the allocator fails in forward, and shorter rows would have fitted."""
+    """A process that may not grow: the allocator fails in forward, and what the note says then trains."""
     code = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -210,14 +210,19 @@ rows = [{"text": "abcdefgh" * 256}] * 8
 ml.train(model, Letters(), rows[:1], ml.TrainConfig(max_steps=1, max_length=16))
 ml.plan_memory(model, config=ml.TrainConfig(max_length=16))  # imports what it needs
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2**27, size + 2**27))
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))
 try:
     ml.train(model, Letters(), rows, ml.TrainConfig(max_steps=1, max_length=2048))
 except RuntimeError as error:
-    print(error.__notes__[0])
+    print(note := error.__notes__[0])
+    fields = dict(word.split("=") for word in note.split("GB: ")[-1].split(", "))
+fields = {name: int(value) for name, value in fields.items()}
+result = ml.train(model, Letters(), rows, ml.TrainConfig(max_steps=1, max_length=2048, **fields))
+print("steps:", result.steps)
 """
     note = python(code, ROOT / "tests")
-    assert re.search(r"smallest change that fits [\d.]+ GB: max_length=\d+$", note.strip()), note
+    assert re.search(r"smallest change that fits [\d.]+ GB: per_device_train_batch_size=\d", note), note
+    assert note.endswith("steps: 1\n")
 
 
 def test_the_command_line_prints_the_note(monkeypatch, capsys):

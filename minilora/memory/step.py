@@ -192,6 +192,7 @@ def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -
             recorder.forward = False
             recorder.begin("head")
             loss.backward()
+            del loss
             recorder.begin("between")
         optimizer.step()  # makes its state, which the measured one then has
         recorder.begin("optimiser")
