@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kinds import build, output
-from minilora.adapters import merge, use_adapter
+from minilora.adapters import dequantized, merge, use_adapter
 from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_configs, lora_layers
 from minilora.lora import LoRALayer
@@ -138,6 +138,25 @@ def test_the_merged_model_is_ordinary():
     plain.load_state_dict(merged.state_dict())
     assert torch.equal(plain.eval()(TOKENS).logits, merged(TOKENS).logits)
     assert inject(merged)  # and can be adapted again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dequantized_model_says_the_same_bit_for_bit(dtype):
+    model = llama().to(dtype)
+    quantize_model(model)
+    inject(model, LoRAConfig(target_modules=["q_proj", "down_proj"]))
+    four_bit = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+    with torch.no_grad():
+        expected = [model(TOKENS), model(TOKENS[:, :1])]  # one token takes another path
+        with dequantized(model):
+            assert not any(isinstance(module, NF4Linear) for module in model.modules())
+            assert all(torch.equal(a, b) for a, b in zip(expected, [model(TOKENS), model(TOKENS[:, :1])], strict=True))
+            model.train()
+    for path, layer in four_bit.items():
+        assert model.get_submodule(path) is layer and layer.training
+    with pytest.raises(ZeroDivisionError), dequantized(model):
+        1 / 0  # noqa: B018
+    assert all(model.get_submodule(path) is layer for path, layer in four_bit.items())
 
 
 # ---- error

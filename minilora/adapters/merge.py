@@ -8,6 +8,7 @@ still share it if they share its adapters too (tie="shared"); else they are no l
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -148,6 +149,23 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if bias is not None:
         plain.register_parameter("bias", nn.Parameter(bias.to(weight.dtype, copy=True), requires_grad=False))
     return plain.train(layer.training)
+
+
+@contextmanager
+def dequantized(model: nn.Module) -> Iterator[None]:
+    """Inside, every NF4Linear of `model` is dense, with the same bits: made once instead of in each forward pass.
+
+    For text on a CPU, where each token would make them again. It takes the 16 bits a weight that NF4 saves, meanwhile;
+    afterwards the 4-bit layers are back in place.
+    """
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    try:
+        for path, layer in layers.items():
+            model.set_submodule(path, dense(layer))
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer.train(model.get_submodule(path).training))
 
 
 def _quantized(layer: LoRALayer) -> nn.Module:

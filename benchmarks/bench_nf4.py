@@ -1,6 +1,6 @@
 """NF4 on the CPU against bitsandbytes: the same bits first, then the time, alternating in one run.
 
-    python benchmarks/nf4_cpu.py [--threads 2] [--rounds 21] [--dtype bfloat16]
+    python benchmarks/bench_nf4.py [--threads 2] [--rounds 21] [--dtype bfloat16]
 
 "new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which bitsandbytes' public
 function cannot on a CPU. The last contender is bitsandbytes' C function, called past its public one. The ceiling is
@@ -124,7 +124,7 @@ def main() -> None:
                 figures |= {"ratio": ratio, "ratio_of_min": ratio_of_min}
                 row = {"job": job, "shape": shape, "contender": name}
                 rows.append(row | {key: round(value, 4) for key, value in figures.items()})
-    print(json.dumps({"benchmark": "nf4_cpu", **card, "rows": rows}))
+    print(json.dumps({"benchmark": "bench_nf4", **card, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Tokens a second of greedy decoding, one row at a time, here and in transformers (+ bitsandbytes).
+
+    python benchmarks/bench_generate.py [--rounds 5] [--prompt 64] [--new 64]
+
+SmolLM2-135M, a prompt of real tokens, `--new` tokens after it, prompt included in the time; the contenders take turns:
+
+    bf16    both in bf16
+    nf4     both in 4 bits with double quantisation; without a kernel that multiplies in 4 bits (a CPU has none here)
+            each token makes every weight dense again, and bitsandbytes' C code, fused, is the faster one
+    dense   ours in 4 bits, within `ml.dequantized`: made dense once, 16 bits a weight in memory meanwhile
+
+Checked first: the contenders of a kind begin with the same tokens. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from side_by_side import Contender, checkpoint, machine, missing_peers, report, serve, take_turns
+from steps import four_bit
+
+SAME = 4  # tokens that the contenders have in common at least; later ones may differ where two are nearly as likely
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--short", action="store_true", help="a random model of two layers, two short rounds")
+    parser.add_argument("--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help="be this contender")
+    options = parser.parse_args()
+    if options.side:
+        side, kind, folder = options.side
+        prompt = json.loads((Path(folder) / "prompt.json").read_text())
+        return (ours if side == "minilora" else theirs)(kind, Path(folder) / "base", prompt, options.new)
+    if options.short:
+        options.rounds, options.prompt, options.new = 2, 8, 8
+    found: dict[str, Any] = {"benchmark": "bench_generate", **machine(), "new": options.new, "prompt": options.prompt}
+    peers = not (why := missing_peers("transformers", "bitsandbytes", "accelerate"))
+    if not peers:
+        print(f"minilora alone: {why}")
+    with tempfile.TemporaryDirectory() as name:
+        rows = checkpoint(Path(name) / "base", options.short, 1, options.prompt)
+        (Path(name) / "prompt.json").write_text(json.dumps(rows[0]))
+        for kind, sides in {"bf16": ("minilora", "transformers"), "nf4": ("minilora", "transformers")}.items():
+            found[kind] = compare(kind, sides if peers else sides[:1], Path(name), options)
+    print(json.dumps(found))
+
+
+def compare(kind: str, sides: tuple[str, ...], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a kind's contenders in turns; "minilora, dense" goes beside the others in 4 bits."""
+    command = [__file__, "--new", options.new, "--side"]
+    contenders = {side: Contender(side, [*command, side, kind, folder]) for side in sides}
+    if kind == "nf4":
+        contenders["minilora, dense"] = Contender("minilora", [*command, "minilora", "dense", folder])
+    found = take_turns(contenders, options.rounds)
+    for contender in contenders.values():
+        contender.close()
+    answers = {side: one[0]["tokens"] for side, one in found.items()}
+    shared = next((i for i, some in enumerate(zip(*answers.values(), strict=True)) if len({*some}) > 1), options.new)
+    print(f"\n{kind}: the first {shared} of {options.new} tokens are the same")
+    if shared < min(SAME, options.new):
+        raise SystemExit(f"{kind}: the contenders say different things: {answers}")
+    rows = report(f"{kind}: seconds for {options.new} tokens", found, "seconds", "minilora")
+    for side, row in rows.items():
+        row["tokens_per_second"] = round(options.new / row["seconds"]["median"], 1)
+        print(f"{side:22}{row['tokens_per_second']:10.1f} tokens/s")
+    return rows
+
+
+def ours(kind: str, folder: Path, prompt: list[int], new: int) -> None:
+    """Greedy decoding here, without an end token."""
+    import minilora as ml
+    from minilora.generate import Decoding, generate_ids
+
+    model = ml.load_model(folder, quantize=None if kind == "bf16" else "nf4", dtype="bfloat16")
+    with ml.dequantized(model) if kind == "dense" else nullcontext():
+        serve(lambda: timed(lambda: generate_ids(model, [prompt], Decoding(new))[0]))
+
+
+def theirs(kind: str, folder: Path, prompt: list[int], new: int) -> None:
+    """transformers' generate, likewise."""
+    from transformers import AutoModelForCausalLM
+
+    quantized = {"quantization_config": four_bit()} if kind == "nf4" else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **quantized)
+    ids = torch.tensor([prompt])
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    given |= {"max_new_tokens": new, "min_new_tokens": new}
+    serve(lambda: timed(lambda: model.generate(ids, **given)[0, len(prompt) :].tolist()))
+
+
+def timed(call: Any) -> dict[str, Any]:
+    """Seconds of one call, and its tokens."""
+    begun = time.perf_counter()
+    tokens = call()
+    return {"seconds": time.perf_counter() - begun, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""A training step here and in peft + transformers + bitsandbytes, side by side on one machine.
+
+    python benchmarks/peers.py [--only qlora,qlora-checkpointing,lora,full,load] [--rounds 5]
+
+SmolLM2-135M, 4 rows of 512 real tokens without padding, all of them learned; AdamW (fused) at 1e-4, gradients clipped
+to 1. Every contender starts from one folder and one adapter file (r = 16 on all linear layers, alpha 16):
+
+    qlora       NF4, double quantisation, blocks of 64, the rest in bf16
+    lora        the base in bf16
+    full        every parameter in fp32, computed in bf16 by autocast: ml.train(method="full"), Trainer(bf16=True)
+    load        to 4 bits, and from the process's start to the first forward pass (bench_load.py)
+
+    minilora    load_model, load_adapter, and what train/loop.py does in a step; adapters in fp32, cast once a forward
+    peers       from_pretrained, PeftModel, model(input_ids, labels=...); adapters in bf16, which is faster than PEFT's
+                default of fp32; sdpa attention; no k-bit preparation, whose fp32 head costs them time and memory
+    peers, bf16 the same with weights in bf16, which this library does not train: updates below a rounding are lost
+    peers, best the same as peers with eager attention, and a malloc that keeps what it has been given (BEST)
+    limit       what a step cannot do without (limit.py): "/ minilora" of it is the inverse of time over the limit
+
+-checkpointing: with gradient checkpointing on both sides (use_reentrant=False). Checked: the losses of the first and
+of the last step agree. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bench_load
+from side_by_side import Contender, check_close, checkpoint, machine, missing_peers, report, serve, spread, take_turns
+from steps import Batches, four_bit, in_bf16, own_step, peer_step
+
+BEST = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+JOBS = {
+    "qlora": ("minilora", "peers", "peers, best", "limit"),
+    "qlora-checkpointing": ("minilora", "peers"),
+    "lora": ("minilora", "peers", "peers, best"),
+    "full": ("minilora", "peers", "peers, bf16"),
+}
+WARM_UP = 2
+TOLERANCE = 0.02  # of the loss: bf16 rounds at other places, and a nested scale may be one code apart
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join([*JOBS, "load"]), help="jobs, with commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--short", action="store_true", help="a random model of two layers, two short rounds")
+    parser.add_argument("--side", nargs=3, metavar=("SIDE", "JOB", "FOLDER"), help="be this contender")
+    options = parser.parse_args()
+    if options.side:
+        side, job, folder = options.side
+        return contend(side, job, Path(folder))
+    if why := missing_peers():
+        raise SystemExit(f"peers.py compares with packages that are {why}")
+    jobs = options.only.split(",")
+    if unknown := {*jobs} - {*JOBS, "load"}:
+        parser.error(f"--only: unknown {sorted(unknown)}; there are {', '.join([*JOBS, 'load'])}")
+    if options.short:
+        options.rounds, options.batch, options.length = 2, 2, 64
+    found: dict[str, Any] = {"benchmark": "peers", **machine()}
+    found |= {"rounds": options.rounds, "batch": options.batch, "length": options.length}
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), options)
+        for job in jobs:
+            if job == "load":
+                found[job] = bench_load.compare(Path(name) / "base", options.rounds)
+            else:
+                found[job] = compare(job, Path(name), options.rounds, options.batch * options.length)
+    print(json.dumps(found))
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> None:
+    """base/, adapter/ and batches.json, which every contender reads."""
+    import minilora as ml
+
+    rows = checkpoint(folder / "base", options.short, 3 * options.batch, options.length)
+    batches = [rows[i : i + options.batch] for i in range(0, len(rows), options.batch)]
+    (folder / "batches.json").write_text(json.dumps(batches))
+    model = ml.load_model(folder / "base", dtype="bfloat16")
+    ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    ml.save_adapter(model, folder / "adapter")
+    print(ml.count_parameters(model))
+
+
+def compare(job: str, folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
+    """Run one job's contenders in turns; its figures."""
+    sides = {
+        side: Contender(side, [__file__, "--side", side, job, folder], BEST if side == "peers, best" else None)
+        for side in JOBS[job]
+    }
+    found = take_turns(sides, rounds, WARM_UP)
+    for contender in sides.values():
+        contender.close()
+    trained = {side: answers for side, answers in found.items() if side != "limit"}
+    for loss in ("first_loss", "loss"):
+        check_close(f"{job}, {loss}", {side: answers[-1][loss] for side, answers in trained.items()}, TOLERANCE)
+    rows = report(f"{job}: seconds a step", found, "seconds", "minilora")
+    own = rows["minilora"]
+    for side, row in rows.items():
+        if side in trained:
+            row["tokens_per_second"] = round(tokens / row["seconds"]["median"], 1)
+            row["memory_ratio"] = round(own["resident_mb"] / row["resident_mb"], 3)
+            row["anonymous_ratio"] = round(own["anonymous_mb"] / row["anonymous_mb"], 3)
+            print(f"{side:22}{row['tokens_per_second']:8,.0f} tokens/s; minilora's memory is", end=" ")
+            print(f"{row['memory_ratio']:.2f} of this (RSS), {row['anonymous_ratio']:.2f} (anonymous)")
+    if "limit" in found:
+        names = found["limit"][0].keys() - {"seconds", "resident", "anonymous"}
+        parts = {part: spread([answer[part] for answer in found["limit"]])["median"] for part in sorted(names)}
+        pairs = zip(found["minilora"], found["limit"], strict=True)
+        rows["limit"] |= {"parts": parts, "over": spread([mine["seconds"] / least["seconds"] for mine, least in pairs])}
+        over = rows["limit"]["over"]
+        print(f"time over the limit: {over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}); parts of it, seconds:")
+        print(", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
+    return rows
+
+
+# ---- the contenders
+
+
+def contend(side: str, job: str, folder: Path) -> None:
+    """Be one contender, until the judge closes the pipe."""
+    batches = json.loads((folder / "batches.json").read_text())
+    if side == "limit":
+        from limit import Limit
+        from minilora.models.checkpoint import SafetensorsCheckpoint
+
+        config = SafetensorsCheckpoint(folder / "base").config
+        return serve(Limit(config, len(batches[0]), len(batches[0][0])).seconds)
+    if side == "minilora":
+        ours(job, folder, batches)
+    else:
+        peers(job, folder, batches, side)
+
+
+def ours(job: str, folder: Path, batches: Batches) -> None:
+    """The library as a user drives it."""
+    import minilora as ml
+    from minilora.train import guard
+
+    dtype = "float32" if job == "full" else "bfloat16"
+    model = ml.load_model(folder / "base", quantize="nf4" if job.startswith("qlora") else None, dtype=dtype)
+    if job == "full":
+        model.requires_grad_(True)
+    else:
+        ml.load_adapter(model, folder / "adapter", allow_untrained=True)
+    with guard.training_mode(model, "checkpointing" in job):
+        serve(own_step(model, batches, autocast(model)))
+
+
+def peers(job: str, folder: Path, batches: Batches, side: str) -> None:
+    """peft + transformers + bitsandbytes, by their own calls."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder / "base",
+        dtype=torch.float32 if job == "full" and side != "peers, bf16" else torch.bfloat16,
+        attn_implementation="eager" if side == "peers, best" else "sdpa",
+        **({"quantization_config": four_bit()} if job.startswith("qlora") else {}),
+    )
+    if job != "full":
+        from peft import PeftModel
+
+        model = in_bf16(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
+    if "checkpointing" in job:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    serve(peer_step(model, batches, autocast(model)))
+
+
+def autocast(model: Any) -> AbstractContextManager | None:
+    """bf16 where the base is in fp32."""
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else None
+
+
+if __name__ == "__main__":
+    main()
