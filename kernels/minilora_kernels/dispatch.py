@@ -256,10 +256,14 @@ def _out_fake(packed, scales, nested_absmax, offset, blocksize, out) -> None:
     return None
 
 
-def _register(name: str, function: Callable, fake: Callable, schema: str, mutates_args: tuple[str, ...] = ()) -> None:
-    """Schemas are written out, not inferred: which annotations inference accepts changes between torch releases."""
-    op = torch.library.custom_op(f"minilora::{name}", function, mutates_args=mutates_args, schema=schema)
-    op.register_fake(fake)
+_LIBRARY = torch.library.Library("minilora", "FRAGMENT")
+
+
+def _register(name: str, function: Callable, fake: Callable, schema: str) -> None:
+    """What torch.library.custom_op does, but its first call imports torch's compiler: most of a model's start-up."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minilora::{name}", fake, lib=_LIBRARY)
 
 
 _TO_NEW = f"({_PARTS}, SymInt[] shape, int blocksize, ScalarType dtype) -> Tensor"
@@ -269,6 +273,4 @@ _register("double_quantize_nf4", _double_quantize, _double_quantize_fake, "(Tens
 _register("gemv_nf4", _gemv, _gemv_fake, _GEMV)
 _register("dequantize_nf4", _dequantize, _dequantize_fake, _TO_NEW)
 _register("dequantize_nf4_backward", _dequantize, _dequantize_fake, _TO_NEW)
-_register(
-    "dequantize_nf4_out", _dequantize_out, _out_fake, f"({_PARTS}, int blocksize, Tensor(a!) out) -> ()", ("out",)
-)
+_register("dequantize_nf4_out", _dequantize_out, _out_fake, f"({_PARTS}, int blocksize, Tensor(a!) out) -> ()")

@@ -121,7 +121,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # filled by _initialise
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.family.gemma)
 
@@ -228,6 +229,8 @@ class CausalLM(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """Small random weights, N(0, 0.02²), as transformers starts an untrained model."""
+    if getattr(getattr(module, "weight", None), "is_meta", False):
+        return  # nothing to fill, and asking PyTorch to would make it import a second of sympy
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
