@@ -4,11 +4,12 @@ Eager torch pays per pass over memory, so work goes in chunks that stay in cache
 
     dequantise   a byte is two codes: their fp32 levels are one entry of a table of 256, gathered as a single fp64
                  (8 bytes in one piece, never a number); one multiplication by absmax rounds into the result
-    quantise     [-1, 1] is cut into 32 bins, narrower than any gap between thresholds, so a bin holds one at most:
+    quantise     [-1, 1] is cut into 33 bins, narrower than any gap between thresholds, so a bin holds one at most:
                  code = (thresholds in lower bins) + (x > the bin's own threshold)
                  the first term is read, with the packing of two codes, from a table of all pairs
+    scales       likewise, the first 16 bits of an fp32 value being its bin
 
-`bin` is monotone under rounding, so comparing with one threshold gives exactly the count of all 15; the comparison is
+`bin` is monotone under rounding, so comparing with one threshold gives exactly the count of all; the comparison is
 the sign bit of t - x, which is exact, and faster than torch's fp32 -> bool. A 1-D `index_select` on one wide element
 is faster than the same gather by rows. What is left over after the last whole block runs in the
 reference. Buffers live for one call; nothing is shared between threads but read-only tables.
@@ -27,7 +28,7 @@ from .codebook import dynamic_map, nf4_codebook, nf4_thresholds
 from .reference import NESTED_BLOCKSIZE, TINY
 
 CHUNK = 1 << 18  # values at a time: 1 MiB of fp32; any multiple of 4096, the largest block
-BINS = 32  # power of two, so that scaling by it is exact; 1/16 wide, thresholds are 0.0796 apart or more
+BINS = 32  # steps of the bins, 1/16 wide; thresholds are 0.0796 apart or more, and 0.004 from a bin's edge
 HUGE = 32 << 20  # bytes from which glibc never keeps freed memory: each new result would fault in page by page
 
 
@@ -37,13 +38,17 @@ def quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     n, whole = x_N.numel(), x_N.numel() // blocksize * blocksize
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
     absmax_K = torch.empty(-(-n // blocksize), dtype=torch.float32, device="cpu")
+    scratch = torch.empty(3, min(CHUNK, whole), dtype=torch.float32, device="cpu")
     for start in range(0, whole, CHUNK):
         stop = min(start + CHUNK, whole)
-        x_KB = x_N[start:stop].float().view(-1, blocksize)  # (K', B)
-        scale_K = torch.amax(x_KB.abs(), dim=1, out=absmax_K[start // blocksize : stop // blocksize])
+        values, *others = scratch[:, : stop - start]  # (N',) each
+        x_KB = values.copy_(x_N[start:stop]).view(-1, blocksize)  # (K', B)
+        magnitudes = torch.abs(x_KB, out=others[0].view(-1, blocksize))
+        scale_K = torch.amax(magnitudes, dim=1, out=absmax_K[start // blocksize : stop // blocksize])
         if not torch.isfinite(scale_K).all():
             reference.raise_not_finite(x)
-        _pack_chunk(x_KB * torch.where(scale_K < TINY, 0.0, 1 / scale_K)[:, None], packed[start // 2 : stop // 2])
+        x_KB.mul_(torch.where(scale_K < TINY, 0.0, 1 / scale_K)[:, None])
+        _pack_chunk(values, *others, packed[start // 2 : stop // 2])
     if whole < n:
         if not torch.isfinite(x_N[whole:].float()).all():
             reference.raise_not_finite(x)
@@ -65,6 +70,16 @@ def dequantize(packed: Tensor, absmax_K: Tensor, blocksize: int, out: Tensor) ->
         torch.mul(levels_N2.view(torch.float32).view(-1, blocksize), scale_K, out=out_N[start:stop].view(-1, blocksize))
     if whole < n:
         reference.dequantize(packed[whole // 2 :], absmax_K[-1:], blocksize, out_N[whole:])
+
+
+def double_quantize(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.double_quantize: absmax fp32 (K,) -> codes uint8 (K,), nested absmax (ceil(K/256),), offset (1,)."""
+    offset, (threshold_of_bin, below_of_bin) = reference.stable_mean(absmax_K), _nested_bin_tables()
+    x_KB, nested_absmax = reference.scaled_blocks(absmax_K - offset, NESTED_BLOCKSIZE)
+    bins = x_KB.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF).view(-1)  # of all K, and of padding
+    above = x_KB.view(-1) > torch.index_select(threshold_of_bin, 0, bins)
+    codes = torch.index_select(below_of_bin, 0, bins).add_(above)
+    return codes[: absmax_K.numel()].clone(), nested_absmax, offset
 
 
 def double_dequantize(codes_K: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
@@ -90,19 +105,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
 
 
-def _pack_chunk(x_KB: Tensor, packed: Tensor) -> None:
-    """Scaled values, fp32 (K', B) in [-1, 1] give or take an ulp -> bytes (K' B / 2,)."""
+def _pack_chunk(x_N: Tensor, bins_N: Tensor, differences_N: Tensor, packed: Tensor) -> None:
+    """Scaled values, fp32 (N',) in [-1, 1] give or take an ulp -> bytes (N' / 2,); two more fp32 (N',) as scratch."""
     threshold_of_bin, byte_of_pair = _bin_tables()
-    x_N = x_KB.view(-1)
-    bins_N = _bin(x_N)
-    below_N = torch.index_select(threshold_of_bin, 0, bins_N).sub_(x_N).view(torch.int32).bitwise_right_shift_(31)
-    half_bins_N = torch.sub(bins_N, below_N, alpha=64).to(torch.int8)  # bin + 64 (x > t); below_N is -1 where x > t
+    bins_N = _bin(x_N, bins_N)
+    torch.index_select(threshold_of_bin, 0, bins_N, out=differences_N).sub_(x_N)  # t - x
+    above_N = differences_N.view(torch.int32).bitwise_right_shift_(31)  # -1 where x > t, else 0
+    half_bins_N = bins_N.sub_(above_N, alpha=64).to(torch.int8)  # bin + 64 (x > t)
     torch.index_select(byte_of_pair, 0, half_bins_N.view(torch.int16).int(), out=packed)
 
 
-def _bin(x_N: Tensor) -> Tensor:
-    """floor((x + 1) * 16), int32 0..32, in one multiplication that is exact and one addition that is monotone."""
-    return x_N.mul(BINS / 2).add_(BINS / 2).int()
+def _bin(x_N: Tensor, out: Tensor | None = None) -> Tensor:
+    """round(16 x) + 16, int32 0..32, in `out`: near 2^23 fp32 has no fractions, and its last bits are the integer."""
+    shift = torch.tensor(2.0**23 + BINS / 2, device="cpu")
+    return torch.add(shift, x_N, alpha=BINS / 2, out=out).view(torch.int32).bitwise_and_(63)
 
 
 @lru_cache(maxsize=1)
@@ -117,6 +133,17 @@ def _bin_tables() -> tuple[Tensor, Tensor]:
     pair = torch.stack([first, second], dim=1).view(torch.int16).view(-1).long()
     byte_of_pair[pair] = (codes[first.long()] << 4 | codes[second.long()]).to(torch.uint8)
     return threshold_of_bin, byte_of_pair
+
+
+@lru_cache(maxsize=1)
+def _nested_bin_tables() -> tuple[Tensor, Tensor]:
+    """Per first 16 bits of an fp32 value: the threshold among such values or +inf, fp32; those below, uint8 (65536,)."""
+    thresholds = reference.midpoints(dynamic_map())  # (255,)
+    first = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
+    ends = torch.stack([first, first | 0xFFFF]).view(torch.float32)  # of each bin, the larger first if negative
+    below, through = torch.bucketize(ends, thresholds).sort(dim=0).values
+    threshold_of_bin = torch.cat([thresholds, thresholds.new_tensor([torch.inf])])[below]
+    return threshold_of_bin.masked_fill(below == through, torch.inf), below.to(torch.uint8)
 
 
 @lru_cache(maxsize=1)

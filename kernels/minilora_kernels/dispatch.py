@@ -133,8 +133,9 @@ def _quantize_fake(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 def _double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """To 8-bit codes, second-level absmax and offset."""
-    if path_for(absmax.device) != "triton":
-        return reference.double_quantize(absmax)
+    path = path_for(absmax.device)
+    if path != "triton":
+        return (cpu if path == "cpu" else reference).double_quantize(absmax)
     from . import nf4_quantize
 
     return nf4_quantize.double_quantize(absmax)

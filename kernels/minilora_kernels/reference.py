@@ -97,10 +97,16 @@ def stable_mean(x: Tensor) -> Tensor:
 
 
 def _quantize_blocks(x_N: Tensor, thresholds: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """fp32 (n,) -> codes uint8 (K, B), absmax fp32 (K,); the last block is filled up with zeros."""
+    """fp32 (n,) -> codes uint8 (K, B), absmax fp32 (K,)."""
+    x_KB, absmax_K = scaled_blocks(x_N, blocksize)
+    codes_KB = torch.bucketize(x_KB, thresholds.to(x_N.device), out_int32=True)
+    return codes_KB.to(torch.uint8), absmax_K
+
+
+def scaled_blocks(x_N: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """fp32 (n,) -> x / absmax (K, B) and absmax (K,); the last block is filled up with zeros."""
     x_KB = F.pad(x_N, (0, -x_N.numel() % blocksize)).view(-1, blocksize)  # (K, B)
     absmax_K = x_KB.abs().amax(dim=1)
     inverse_K = torch.where(absmax_K < TINY, 0.0, 1 / absmax_K)
     # no clamp to [-1, 1]: rounding can pass 1 by one ulp only, and every threshold is further in
-    codes_KB = torch.bucketize(x_KB * inverse_K[:, None], thresholds.to(x_N.device), out_int32=True)
-    return codes_KB.to(torch.uint8), absmax_K
+    return x_KB * inverse_K[:, None], absmax_K
