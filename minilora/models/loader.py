@@ -74,10 +74,16 @@ def load_model(
             _check(tensor.absmax.to(dtype), checkpoint.where(name), f"{name} in {dtype}")
             model.set_submodule(path, NF4Linear(tensor.to(device), module.bias))
             continue
-        _check(tensor, checkpoint.where(name), name)
         is_linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
-        if quantize and not checkpoint.four_bit and is_linear:
-            weight = replace(quantize_nf4(tensor.to(device), blocksize, double_quant), dtype=dtype)
+        four_bit = quantize is not None and not checkpoint.four_bit and is_linear
+        _check(tensor, checkpoint.where(name), name, finite=not four_bit)
+        if four_bit:
+            try:
+                weight = quantize_nf4(tensor.to(device), blocksize, double_quant)
+            except ValueError:  # it looks at every value anyway, and names the first at fault
+                _check(tensor, checkpoint.where(name), name)
+                raise
+            weight = replace(weight, dtype=dtype)
             model.set_submodule(path, NF4Linear(weight, module.bias, tensor))
         else:
             tensor = tensor.to(device, dtype, copy=True)  # a copy: what was read may be mapped from the file
@@ -143,10 +149,10 @@ def _match(model: CausalLM, checkpoint: Checkpoint) -> list[str]:
     return sorted(expected)
 
 
-def _check(tensor: Tensor, where: str, name: str) -> None:
+def _check(tensor: Tensor, where: str, name: str, finite: bool = True) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(f"{where}: {name} is {tensor.dtype}, expected a 16- or 32-bit floating-point tensor.")
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN passes through min and max
+    if finite and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN passes through min and max
         raise ValueError(f"{where}: {name} holds NaN or infinity. Download it again, or load with dtype='float32'.")
 
 
