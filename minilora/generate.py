@@ -11,11 +11,14 @@ not on its neighbours. Simplified against transformers' generate: no beams, pena
 
 import random
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data.prompt import encode_prompt, end_of_turn
@@ -109,7 +112,7 @@ def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding)
     draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
-    with inference(model):
+    with inference(model), matrix_vector(model):
         prefix, size = shared_prefix(model, prompts)
         for start in range(0, len(order), rule.batch_size):
             batch = order[start : start + rule.batch_size]
@@ -117,6 +120,33 @@ def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding)
             logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
             _answer(context, logits, rule, [answers[i] for i in batch], [draws[i] for i in batch])
     return answers
+
+
+@contextmanager
+def matrix_vector(model: nn.Module) -> Iterator[None]:
+    """Inside, a dense bf16 layer on a CPU takes a single token through `torch.mv`, which is twice as fast there as the
+    matrix product with one row that F.linear is. Sums are in fp32 and rounded once in both."""
+    layers: list[Any] = [
+        m
+        for m in model.modules()
+        if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.is_cpu and "forward" not in vars(m)
+    ]
+    for layer in layers:
+        layer.forward = partial(_one_token, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _one_token(layer: nn.Linear, x: Tensor) -> Tensor:
+    """x (…, in) -> (…, out), as nn.Linear."""
+    if x.numel() != layer.in_features:
+        return F.linear(x, layer.weight, layer.bias)
+    token = x.reshape(-1)  # (in,)
+    y = torch.mv(layer.weight, token) if layer.bias is None else torch.addmv(layer.bias, layer.weight, token)  # (out,)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _answer(

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TopPLogitsWarper
 
 from chats import chat, ours, theirs
 from minilora.data import RawText, Tokenizer, encode_prompt
-from minilora.generate import Decoding, end_tokens, generate, generate_ids, pick
+from minilora.generate import Decoding, end_tokens, generate, generate_ids, matrix_vector, pick
 from minilora.models.context import Context
 from prompts import EOS, VOCABULARY, pair, ragged
 
@@ -159,6 +159,26 @@ def test_a_sampled_row_does_not_see_its_neighbours():
     assert len({tuple(answer) for answer in same}) == 6  # rows draw independently
     cold = generate_ids(mine, prompts, Decoding(12, temperature=1e-300, seed=0))
     assert cold == generate_ids(mine, prompts, Decoding(12))
+
+
+def test_one_token_through_a_dense_layer_is_a_vector_product():
+    """Its fp32 sum of 576 products is rounded once to bf16, to within 2^-8 of it."""
+    for bias in (True, False):
+        layer = torch.nn.Linear(576, 96, bias=bias, dtype=torch.bfloat16)
+        x = torch.randn(1, 1, 576).bfloat16()
+        with torch.no_grad():
+            before = layer(x), layer(x.expand(1, 2, -1))
+            with matrix_vector(layer):
+                inside = layer(x), layer(x.expand(1, 2, -1))
+                assert torch.equal(inside[1], before[1])  # two tokens are a matrix
+                with matrix_vector(layer):  # a layer that has been given a forward of its own keeps it
+                    assert torch.equal(layer(x), inside[0])
+            exact = layer.double()(x.double())
+            size = torch.nn.functional.linear(
+                x.double().abs(), layer.weight.abs(), layer.bias if layer.bias is None else layer.bias.abs()
+            )
+        assert "forward" not in vars(layer) and inside[0].shape == exact.shape
+        assert ((inside[0].double() - exact).abs() <= 2**-8 * exact.abs() + 576 * 2**-24 * size).all()
 
 
 # ---- text in, text out, and what ends it

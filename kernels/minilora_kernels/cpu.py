@@ -137,7 +137,7 @@ def _bin_tables() -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def _nested_bin_tables() -> tuple[Tensor, Tensor]:
-    """Per first 16 bits of an fp32 value: the threshold among such values or +inf, fp32; those below, uint8 (65536,)."""
+    """Per first 16 bits of an fp32 value: their threshold or +inf, fp32; how many lie below, uint8 (65536,)."""
     thresholds = reference.midpoints(dynamic_map())  # (255,)
     first = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([first, first | 0xFFFF]).view(torch.float32)  # of each bin, the larger first if negative

@@ -152,7 +152,9 @@ def _match(model: CausalLM, checkpoint: Checkpoint) -> list[str]:
 def _check(tensor: Tensor, where: str, name: str, finite: bool = True) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise ValueError(f"{where}: {name} is {tensor.dtype}, expected a 16- or 32-bit floating-point tensor.")
-    if finite and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN passes through min and max
+    if (
+        finite and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
+    ):  # NaN passes through min and max
         raise ValueError(f"{where}: {name} holds NaN or infinity. Download it again, or load with dtype='float32'.")
 
 
