@@ -114,7 +114,7 @@ class NF4Linear(nn.Module):
     def _store(self, weight: NF4Weight) -> None:
         for part in _PARTS:
             data = getattr(weight, part)
-            if data is not None and part == "packed":
+            if data is not None and part == "packed" and len(data) % 16:
                 data = F.pad(data, (0, -len(data) % 16))
             self.register_parameter(part, None if data is None else nn.Parameter(data, requires_grad=False))
         prepare(weight.device)

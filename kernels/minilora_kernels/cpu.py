@@ -41,14 +41,14 @@ def quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     scratch = torch.empty(3, min(CHUNK, whole), dtype=torch.float32, device="cpu")
     for start in range(0, whole, CHUNK):
         stop = min(start + CHUNK, whole)
-        values, *others = scratch[:, : stop - start]  # (N',) each
+        values, second, third = scratch[:, : stop - start].unbind()  # (N',) each
         x_KB = values.copy_(x_N[start:stop]).view(-1, blocksize)  # (K', B)
-        magnitudes = torch.abs(x_KB, out=others[0].view(-1, blocksize))
+        magnitudes = torch.abs(x_KB, out=second.view(-1, blocksize))
         scale_K = torch.amax(magnitudes, dim=1, out=absmax_K[start // blocksize : stop // blocksize])
         if not torch.isfinite(scale_K).all():
             reference.raise_not_finite(x)
         x_KB.mul_(torch.where(scale_K < TINY, 0.0, 1 / scale_K)[:, None])
-        _pack_chunk(values, *others, packed[start // 2 : stop // 2])
+        _pack_chunk(values, second, third, packed[start // 2 : stop // 2])
     if whole < n:
         if not torch.isfinite(x_N[whole:].float()).all():
             reference.raise_not_finite(x)

@@ -1,7 +1,8 @@
 """A folder with config.json and safetensors files, seen tensor by tensor.
 
 Names, shapes and places come from the headers; no tensor is read before it is asked for. Each read opens the file anew,
-because safetensors maps the whole file into memory and pages once touched would stay until it is closed.
+because safetensors maps the whole file into memory and pages once touched would stay until it is closed. What comes
+next in the file is read by the kernel meanwhile.
 
 A weight that bitsandbytes keeps in 4 bits is up to six tensors (minilora_kernels/weight.py lists them). Here it is one,
 of its logical shape, read as an NF4Weight; its parts may lie in several shards, and its bytes under another dtype
@@ -9,6 +10,7 @@ of its logical shape, read as an NF4Weight; its parts may lie in several shards,
 """
 
 import json
+import os
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from minilora.models.config import DecoderConfig
 from minilora_kernels import NF4Weight
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_AHEAD = 2**28  # bytes after a tensor that are asked for with it
 _LARGEST_JSON = 2**26  # bytes; the index of a model of 1 T parameters has about 2**24
 _STATE = ".quant_state.bitsandbytes__"  # then "nf4": the JSON that says a 4-bit weight's shape, dtype and block size
 
@@ -53,6 +56,7 @@ class SafetensorsCheckpoint:
         self._parts: dict[str, list[str]] = {}  # 4-bit weight -> the tensors it is made of
         self.four_bit: Set[str] = self._parts.keys()
         self._files: dict[str, str] = {}  # tensor -> file name
+        self._spans: dict[str, tuple[int, int]] = {}  # tensor -> where it begins in its file, and ends
         self.shapes: dict[str, tuple[int, ...]] = {}
         if (folder / _SINGLE).is_file():
             self._read_headers({_SINGLE})
@@ -85,8 +89,10 @@ class SafetensorsCheckpoint:
         found = {}
         try:
             for file_name in {self._files[name] for name in names}:
+                own = [name for name in names if self._files[name] == file_name]
+                _read_ahead(self.folder / file_name, *self._spans[own[0]])
                 with safe_open(self.folder / file_name, framework="pt") as file:
-                    found |= {name: file.get_tensor(name) for name in names if self._files[name] == file_name}
+                    found |= {name: file.get_tensor(name) for name in own}
         except SafetensorError as error:  # a dtype that torch has not
             raise ValueError(f"{self.where(names[0])}: {names[0]} cannot be read ({error}).") from error
         return found
@@ -138,6 +144,11 @@ class SafetensorsCheckpoint:
                         self.shapes[name] = tuple(file.get_slice(name).get_shape())
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged or cut off ({error}). Download it again.") from error
+            with path.open("rb") as raw:  # a file that safetensors has found to be sound
+                size = int.from_bytes(raw.read(8), "little")
+                for name, entry in json.loads(raw.read(size)).items():
+                    begin, end = entry.get("data_offsets", (0, 0))  # of __metadata__ there are none
+                    self._spans[name] = 8 + size + begin, 8 + size + end
 
     def _read_index(self) -> None:
         path = self.folder / _INDEX
@@ -154,6 +165,13 @@ class SafetensorsCheckpoint:
                     f"tensor {name} is in {self._files.get(name)}, but {path} says {places.get(name)}. "
                     "Download the checkpoint again."
                 )
+
+
+def _read_ahead(path: Path, begin: int, end: int) -> None:
+    """Have the kernel read a tensor and what follows while what came before is worked on; only Linux can be told."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), begin, end - begin + _AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _dense_modules(path: Path, quantization: Any) -> list[str]:
