@@ -14,6 +14,7 @@ Unlike bitsandbytes' Linear4bit, nothing is repacked by eval() or by a forward; 
 What was quantised here is remembered by a hash, so that the 4-bit layer and its 16-bit source are known as one base.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -185,7 +186,7 @@ class NF4Linear(nn.Module):
             error_msgs.append(f"{prefix}weight (shape, blocksize, double_quant): expected {expected}, got {found}.")
             return
         assign = local_metadata.get("assign_to_params_buffers", False)
-        self._store(weight if assign else weight.to(self.packed.device))
+        self._store(weight if assign else copy.deepcopy(weight).to(self.packed.device))
         self.dtype = weight.dtype
         if bias is not None and self.bias is not None:
             bias = bias if assign else bias.to(self.bias)
