@@ -19,6 +19,7 @@ from minilora.layers import Adapter, EmbeddingAdapter, is_adaptable, is_linear, 
 from minilora.lora import LoRALayer
 from minilora.modules import Part, TrainedParts, ends_with, output_layer, within
 from minilora.names import unknown
+from minilora.ops.lora_linear import lora_linear
 
 # What PEFT adapts when target_modules is None, by the model's type.
 _Q_AND_V = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt")
@@ -278,6 +279,7 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
 
 def _without_adapters(base: nn.Module) -> LoRALayer:
     layer = LoRALayer(base, r=None)
+    layer.fused = lora_linear
     layer.register_load_state_dict_pre_hook(_take_bare_state)
     return layer
 

@@ -95,6 +95,7 @@ class LoRALayer(nn.Module):
         self.base_layer = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.fused = None  # of ops/lora_linear.py, where inject put it
         self.training = base.training  # a layer put into an evaluating model evaluates: no dropout
         if adapter is not None:
             self.add_adapter(name, adapter)
@@ -115,6 +116,8 @@ class LoRALayer(nn.Module):
             adapter.requires_grad_(name in names)
 
     def forward(self, x: Tensor) -> Tensor:  # x (…, in) → h (…, out)
+        if self.fused is not None:
+            return self.fused(self, x)  # the same in one step
         h = self.base_layer(x)  # W x
         for name in self.active:
             h = self.adapters[name](x, h, self.base_layer)  # + s · B A x

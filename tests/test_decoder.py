@@ -58,10 +58,11 @@ def test_gradients_equal_transformers(fields):
     for logits in (reference(ids).logits, ours(ids)):
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     expected = dict(reference.named_parameters())
+    nothing = 1e-6 * max(p.grad.norm() for p in expected.values())  # window 1: no weight of attention depends on q
     for name, parameter in ours.named_parameters():
         wanted = expected[name].grad
         assert wanted.abs().max() > 0, name
-        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
+        assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm() + nothing, name
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3,
 
     x = embed(tokens)
     for each layer:
-        x = x + attention(norm(x))        q, k rotated by position (rope.py); heads share keys (ops/attention.py)
+        x = x + attention(norm(x))        q, k rotated by position (ops/rotate.py); heads share keys (ops/attention.py)
         x = x + mlp(norm(x))              SwiGLU (arXiv 2002.05202, eq. 6)
     logits = lm_head(norm(x))
 
@@ -18,20 +18,22 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minilora.models.cache import KVCache
 from minilora.models.config import SLIDING, DecoderConfig
-from minilora.models.rope import rotate, rotation
+from minilora.models.rope import rotation
 from minilora.ops.attention import Documents, attention, causal_mask, document_runs
+from minilora.ops.norm import rms_norm
+from minilora.ops.rotate import rotate
+from minilora.ops.swiglu import gated
 
 Mask = Tensor | Mapping[str, Tensor] | None
 LayerMask = Tensor | Documents | None
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / √(mean(x²) + ε), in fp32 (arXiv 1910.07467, eq. 4). Gemma stores w - 1, so that decay pulls to 1."""
+    """y = w · x / √(mean(x²) + ε), in fp32 (ops/norm.py). Gemma stores w - 1."""
 
     def __init__(self, size: int, eps: float, gemma: bool = False) -> None:
         super().__init__()
@@ -39,11 +41,7 @@ class RMSNorm(nn.Module):
         self.eps, self.gemma = eps, gemma
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        if self.gemma:
-            return ((1 + self.weight.float()) * h).to(x.dtype)
-        return self.weight * h.to(x.dtype)  # rounded before the product, as transformers does
+        return rms_norm(x, self.weight, self.eps, self.gemma)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -85,10 +83,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
-        self.activation = partial(F.gelu, approximate="tanh") if config.family.gemma else F.silu
+        self.gelu = config.family.gemma
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.gelu))
 
 
 class DecoderLayer(nn.Module):

@@ -92,9 +92,3 @@ def rotation(rope: Rope, head_dim: int, position_ids: Tensor, dtype: torch.dtype
     angles = position_ids[:, None, :, None].float() * omega  # (B, 1, T, d/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the two halves x1, x2 of each head; x (B, heads, T, d)."""
-    x1, x2 = x.chunk(2, dim=-1)  # (B, heads, T, d/2) each
-    return x * cos + torch.cat((-x2, x1), dim=-1) * sin

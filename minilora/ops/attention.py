@@ -5,17 +5,24 @@ r"""Causal grouped-query attention: the plain form, and the fused form that runs
 G = heads / kv_heads consecutive query heads share one key and value head (GQA, arXiv 2305.13245). Queries are the last
 T of the S positions that have keys (S > T with a cache). A query looks at keys that are not after it, of its own
 document, and fewer than `window` positions back. Documents packed into one row are attended to one by one: a row of n
-equal ones costs an n-th of its T x T scores, and no mask (`Documents`).
+equal ones costs an n-th of its T x T scores, and no mask (`Documents`). PyTorch's backward on a CPU is slow; ours goes
+over blocks of queries, each against the keys up to its end.
 
 Shapes: q (B, heads, T, d), k and v (B, kv_heads, S, d), mask bool (B or 1, 1, T, S), output (B, heads, T, d).
 """
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minilora.ops import fast, plain_now
+
+BLOCK = 128  # queries at a time in backward; the weights of one block lie in the cache
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,65 @@ def attention(
     """The same through PyTorch's fused kernels, which never store the weights; `mask=None` is plain causal."""
     if isinstance(mask, Documents):
         return _by_document(q, k, v, mask, scale)
+    if plain_now():
+        return plain_attention(q, k, v, mask, scale)
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and 1 < queries < keys:  # SDPA's is_causal would align the queries with the first keys
         mask = causal_mask(queries, keys, device=q.device)
+    if mask is None and queries == keys and q.is_cpu and fast() and torch.is_grad_enabled():
+        return _Causal.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore[reportReturnType] untyped
     is_causal = mask is None and queries > 1  # one query sees every key
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+class _Causal(torch.autograd.Function):
+    """T queries on the same T keys. Keeps q, k and v, and computes the weights P again, BLOCK queries at a time:
+
+    dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P · (dP - rowsum(P · dP)),   dQ = s · dS K,   dK = s · dSᵀ Q
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        T, G, sums = q.shape[2], q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        # one matrix per row and key head: its G query heads side by side, (N, T·G, d) with N = B · kv_heads
+        k_NTd, v_NTd = (x.flatten(0, 1) for x in (k, v))  # (N, T, d)
+        q_NRd, g_NRd = (_by_key_head(x, G) for x in (q * ctx.scale, grads[0]))
+        dq_NRd, (dk, dv) = torch.empty_like(q_NRd), (torch.zeros_like(x, dtype=sums) for x in (k_NTd, v_NTd))
+        for start in range(0, T, BLOCK):
+            stop = min(start + BLOCK, T)
+            rows, keys, values = slice(start * G, stop * G), k_NTd[:, :stop], v_NTd[:, :stop]
+            queries, g = q_NRd[:, rows], g_NRd[:, rows]
+            S = queries @ keys.transpose(1, 2)  # (N, R, stop)
+            S[:, :, start:].masked_fill_(_later(stop - start, G, S.device), float("-inf"))
+            P = S.softmax(-1)
+            dv[:, :stop] += P.transpose(1, 2) @ g
+            dP = g @ values.transpose(1, 2)
+            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)  # P · (dP - rowsum(P · dP))
+            dq_NRd[:, rows] = dS @ keys
+            dk[:, :stop] += dS.transpose(1, 2) @ queries
+        dq = dq_NRd.view(*k.shape[:3], G, -1).transpose(2, 3).reshape(q.shape).mul_(ctx.scale)
+        return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape), None
+
+
+def _by_key_head(x: Tensor, G: int) -> Tensor:
+    """(B, kv_heads · G, T, d) -> (B · kv_heads, T · G, d)."""
+    B, heads, T, d = x.shape
+    return x.unflatten(1, (heads // G, G)).transpose(2, 3).reshape(B * heads // G, T * G, d)
+
+
+def _later(size: int, G: int, device: torch.device) -> Tensor:
+    """Keys after a query: bool (size · G, size)."""
+    return ~causal_mask(size, size, device=device)[0, 0].repeat_interleave(G, 0)
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, packed: Documents, scale: float | None) -> Tensor:
