@@ -66,8 +66,8 @@ def dequantize(packed: Tensor, absmax_K: Tensor, blocksize: int, out: Tensor) ->
         bytes_N2 = packed[start // 2 : stop // 2].int()
         levels_N2 = torch.index_select(levels_of_byte, 0, bytes_N2, out=levels[: (stop - start) // 2])
         scale_K = absmax_K[start // blocksize : stop // blocksize, None]  # (K', 1)
-        # x' = level[code] * absmax in fp32, rounded once as it is stored
-        torch.mul(levels_N2.view(torch.float32).view(-1, blocksize), scale_K, out=out_N[start:stop].view(-1, blocksize))
+        # x' = level[code] * absmax in fp32, rounded once as it is stored; mul(out=) would cast value by value
+        out_N[start:stop].view(-1, blocksize).copy_(levels_N2.view(torch.float32).view(-1, blocksize).mul_(scale_K))
     if whole < n:
         reference.dequantize(packed[whole // 2 :], absmax_K[-1:], blocksize, out_N[whole:])
 

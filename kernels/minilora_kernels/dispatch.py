@@ -1,13 +1,13 @@
 """Which code runs, chosen by the device, and the custom ops that torch.compile sees.
 
     device              path        why
-    cpu                 cpu         cpu.py, bit-equal to the reference
+    cpu                 cpu         cpu.py, bit-equal to the reference; native.py dequantises, once it is compiled
     cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference
     other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
       not installed
     meta                none        shapes only
 
-MINILORA_NF4=reference forces the specification everywhere; MINILORA_NF4=cpu and =triton insist on theirs, the latter
+MINILORA_NF4=reference forces the specification everywhere; =cpu (without C) and =triton insist on theirs, the latter
 also on CPU tensors if TRITON_INTERPRET=1 makes Triton run there, slowly, in numpy.
 
 The ops are opaque to the compiler and take plain tensors (a triton_op would be traced into, and could not carry
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, native, reference
 from .weight import NF4Weight, check_format
 
 ENVIRONMENT = "MINILORA_NF4"
@@ -161,6 +161,9 @@ def _dequantize_out(
         packed, scales, nested_absmax, offset, _ = _for_a_kernel(packed, scales, nested_absmax, offset, out)
         nf4_dequantize.dequantize(packed, scales, nested_absmax, offset, blocksize, out)
         return
+    if path == "cpu" and ENVIRONMENT not in os.environ:
+        if native.dequantize(*_contiguous(packed, scales, nested_absmax, offset), blocksize, out):
+            return
     plain = cpu if path == "cpu" else reference
     if nested_absmax is not None and offset is not None:
         scales = plain.double_dequantize(scales, nested_absmax, offset)
@@ -185,9 +188,13 @@ def _check_parts(packed, scales, nested_absmax, offset, shape: Sequence[int], bl
             )
 
 
+def _contiguous(*parts: Tensor | None) -> list[Any]:
+    return [None if part is None else part.contiguous() for part in parts]
+
+
 def _for_a_kernel(packed: Tensor, *others: Tensor | None) -> list[Any]:
     """All contiguous. Raises ValueError unless they lie on one device and aligned: a kernel would fault, or worse."""
-    parts = [None if part is None else part.contiguous() for part in (packed, *others)]
+    parts = _contiguous(packed, *others)
     found = [part for part in parts if part is not None]
     if len({part.device for part in found}) > 1:
         raise ValueError(f"NF4: expected all tensors on one device, got {[str(t.device) for t in found]}; move them")

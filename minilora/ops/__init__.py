@@ -33,7 +33,7 @@ def plain_now() -> bool:
     return not _fast
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices over the rows of a matrix: on a CPU so many at a time as stay in its cache, elsewhere all of them."""
-    size = max(1, 2**17 // width) if device.type == "cpu" else max(1, rows)  # 0.5 MB in fp32
+def row_blocks(rows: int, width: int, device: torch.device, elements: int = 2**17) -> Iterator[slice]:
+    """Slices over the rows of a matrix: on a CPU as many at a time as stay in its cache, elsewhere all of them."""
+    size = max(1, elements // width) if device.type == "cpu" else max(1, rows)  # 0.5 MB in fp32
     return (slice(start, start + size) for start in range(0, rows, size))

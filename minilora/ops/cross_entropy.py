@@ -5,21 +5,26 @@
     dloss/dlogits = softmax(logits) - onehot(y)
     dloss/dh      = (softmax(logits) - onehot(y)) W
 
-The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass and each chunk's
-logits are dropped before the next is made; only dloss/dh (N, D) is kept. That holds while W is frozen, as it is in
-LoRA. A head that trains (or is not a plain matrix) goes through `in_chunks`, which recomputes its chunks in backward.
+The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass, and each chunk's
+logits are overwritten by the next; only dloss/dh (N, D) is kept. Within a chunk fp32 is needed for a few rows at a
+time, which stay in a CPU's cache. That holds while W is frozen, as it is in LoRA. A head that trains (or is not a plain
+matrix) goes through `in_chunks`, which recomputes its chunks in backward.
 The loss is a *sum* over tokens: whoever calls divides, once, by the tokens of the whole step.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MB in fp32, whatever the vocabulary
-LIFT = 2.0**10  # an exact factor that keeps small gradients in fp16 away from underflow
+from minilora.ops import row_blocks
+
+CHUNK_BYTES = 2**26  # of logits held at a time, whatever the vocabulary
+LIFT = {torch.float16: 2.0**10}  # an exact factor that keeps small gradients away from underflow
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -56,15 +61,15 @@ def in_chunks(function: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Ten
 
 
 def rows_at_a_time(head: nn.Module) -> int:
-    """How many rows of logits make CHUNK_ELEMENTS; 256 for a head that does not tell its size."""
+    """How many rows of logits, in fp32, make CHUNK_BYTES; 256 for a head that does not tell its size."""
     shape = getattr(getattr(head, "weight", None), "shape", None)
-    return max(1, CHUNK_ELEMENTS // shape[0]) if shape is not None else 256
+    return max(1, CHUNK_BYTES // 4 // shape[0]) if shape is not None else 256
 
 
 def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
     """-log p(label) of each row (N,), for an output layer that is a plain matrix."""
     _check(hidden, labels, chunk)
-    chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    chunk = chunk or max(1, CHUNK_BYTES // weight.dtype.itemsize // weight.shape[0])
     if weight.requires_grad:
         return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), chunk, hidden, labels)
     hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # no gradient is asked for: compute none
@@ -77,27 +82,43 @@ def _row_losses(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, len(hidden), chunk):
-            rows, targets = hidden[start : start + chunk], labels[start : start + chunk, None]  # (C, D), (C, 1)
-            logits = (rows @ weight.T).float()  # (C, V)
-            normaliser = logits.logsumexp(-1, keepdim=True)  # (C, 1)
-            loss[start : start + chunk] = (normaliser - logits.gather(1, targets)).squeeze(1)
+            part = slice(start, start + chunk)
+            logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])])  # (C, V)
+            _rows(logits, labels[part], loss[part], gradient is not None)
             if gradient is not None:
-                # dloss/dlogits = softmax(logits) - onehot(y)
-                error = logits.sub_(normaliser).exp_()  # (C, V)
-                error.scatter_add_(1, targets, error.new_full(targets.shape, -1.0))
-                gradient[start : start + chunk] = error.mul_(LIFT).to(weight.dtype) @ weight  # (C, D)
+                torch.mm(logits, weight, out=gradient[part])  # (C, D)
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride] torch types it as *args
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # multiplied in fp32: a loss scale of 2^16 is infinite in fp16
-        return (gradient.float() * (grad_loss[:, None] / LIFT)).to(gradient.dtype), None, None, None
+        return (
+            (gradient.float() * (grads[0][:, None] / LIFT.get(gradient.dtype, 1))).to(gradient.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
+    """Write -log p(label) (C,) and, if `wanted`, lift · (softmax(logits) - onehot(y)) in place of the logits (C, V)."""
+    for rows in row_blocks(*logits.shape, logits.device, 2**21):
+        targets = labels[rows, None]  # (R, 1)
+        log_p = logits[rows].log_softmax(-1, dtype=torch.float32)  # (R, V)
+        log_p_y = log_p.gather(1, targets)
+        loss[rows] = -log_p_y.squeeze(1)
+        if wanted:
+            # dloss/dlogits = softmax(logits) - onehot(y)
+            error = log_p.exp_().scatter_(1, targets, log_p_y.expm1())  # p - 1 without cancellation
+            logits[rows] = error.mul_(LIFT[logits.dtype]) if logits.dtype in LIFT else error
 
 
 def _check(hidden: Tensor, labels: Tensor, chunk: int | None) -> None:
