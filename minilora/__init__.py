@@ -37,6 +37,7 @@ from minilora.mixing import mix, split
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
 from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
+from minilora.ops import plain_ops
 from minilora.preview.show import Preview, preview
 from minilora.quant import NF4Linear, quantize_model
 from minilora.runs.curves import plot_runs
@@ -95,6 +96,7 @@ __all__ = [
     "merge_report",
     "mix",
     "pass_at_1",
+    "plain_ops",
     "plan_memory",
     "plot_runs",
     "preview",

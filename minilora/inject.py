@@ -279,7 +279,7 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
 
 def _without_adapters(base: nn.Module) -> LoRALayer:
     layer = LoRALayer(base, r=None)
-    layer.fused = lora_linear
+    layer.fused = lora_linear  # pyright: ignore[reportAttributeAccessIssue] lora.py stands alone and knows no type of it
     layer.register_load_state_dict_pre_hook(_take_bare_state)
     return layer
 

@@ -2,9 +2,8 @@
 
     h = W x + s · B A x                       LoRA §4.1, eq. 3 (arXiv:2106.09685)
 
-W was pretrained and never changes. A brings x down to r numbers, B brings them back up, and only A and B
-are trained: r · (in + out) numbers instead of in · out. B starts at zero, so that at step 0 the layer is
-exactly the layer it replaced; A starts random, or the gradient of B would be zero as well.
+W never changes. A brings x down to r numbers, B brings them back up, and only A and B train: r · (in + out) numbers in
+place of in · out. B starts at zero, so at step 0 nothing has changed; A is random, or B's gradient would be zero too.
 
     symbol  here               shape      meaning
     x       x                  (…, in)    input
@@ -14,8 +13,6 @@ exactly the layer it replaced; A starts random, or the gradient of B would be ze
     r, α    r, lora_alpha      ()         rank of the correction, and its strength
     s       scaling            ()         α/r, or α/√r when rank-stabilised (arXiv:2312.03732)
     b       lora_bias          (out,)     on request: h = W x + s · (B A x + b), fp32, zero
-
-Several adapters live on one layer by name and add up; with none active the output is the base's own, bit for bit.
 """
 
 import math
@@ -26,8 +23,7 @@ from torch import Tensor, nn
 
 
 class LoRAAdapter(nn.Module):
-    """s · B A x, called as ``adapter(x, y, base)``: the layer's input x (…, in), its output so far y (…, out) and its
-    base → the corrected y. Variants are other small classes with these methods."""
+    """s · B A x, called with a layer's input, its output so far and its base. Variants have the same methods."""
 
     def __init__(self, in_features: int, out_features: int, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0,
                  use_rslora: bool = False, lora_bias: bool = False, *, seed: int = 0):  # fmt: skip
@@ -43,8 +39,9 @@ class LoRAAdapter(nn.Module):
     def reset_parameters(self, seed: int) -> None:  # from `seed` alone: no global random state is read or moved
         bound = 1 / math.sqrt(self.lora_A[0].numel())  # what nn.Linear does: kaiming_uniform with a = √5
         generator = torch.Generator("cpu").manual_seed(seed)  # drawn on the CPU: the same numbers on every device
-        A = torch.empty(self.lora_A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-        self.lora_A.data.copy_(A)
+        self.lora_A.data.copy_(
+            torch.empty(self.lora_A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        )
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """y + s · (B A dropout(x) + b), computed in x.dtype; x (…, in), y (…, out)."""
@@ -80,7 +77,7 @@ def scaling(r: int, most: int, lora_alpha: float, lora_dropout: float, use_rslor
 
 
 class LoRALayer(nn.Module):
-    """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones.
+    """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones; with none h is W x exactly.
 
     base: nn.Linear, NF4Linear, or transformers' Conv1D (its weight is stored transposed). With r=None there is no
         adapter yet, and it may be of any kind that layers.py has adapters for. All else is the first adapter's.
@@ -90,16 +87,16 @@ class LoRALayer(nn.Module):
     def __init__(self, base: nn.Module, r: int | None = 8, lora_alpha: float = 8, lora_dropout: float = 0.0,
                  use_rslora: bool = False, *, name: str = "default", seed: int = 0):  # fmt: skip
         super().__init__()
-        options = (lora_alpha, lora_dropout, use_rslora)  # checked before anything is changed
-        adapter = None if r is None else LoRAAdapter(*linear_features(base), r, *options, seed=seed)
-        self.base_layer = base.requires_grad_(False)
+        self.base_layer = base
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self.fused = None  # of ops/lora_linear.py, where inject put it
+        self.fused = None  # `forward` in one step, where inject has put it: ops/lora_linear.py
         self.training = base.training  # a layer put into an evaluating model evaluates: no dropout
-        if adapter is not None:
+        if r is not None:
+            adapter = LoRAAdapter(*linear_features(base), r, lora_alpha, lora_dropout, use_rslora, seed=seed)
             self.add_adapter(name, adapter)
             self.use([name])
+        base.requires_grad_(False)  # after all that may raise
 
     def add_adapter(self, name: str, adapter: nn.Module) -> None:
         """Add an inactive adapter, on the base's device. A name that exists, is empty or has a dot raises."""
@@ -117,7 +114,7 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # x (…, in) → h (…, out)
         if self.fused is not None:
-            return self.fused(self, x)  # the same in one step
+            return self.fused(self, x)
         h = self.base_layer(x)  # W x
         for name in self.active:
             h = self.adapters[name](x, h, self.base_layer)  # + s · B A x

@@ -20,6 +20,8 @@ ROOMS = {
 LEAVES = {
     *"gguf samples mixing audit card cli __main__ memory objectives preview runs serve trace variants engines".split()
 }
+# The fast ops: each has its plain form on top, so one knows the library without them.
+FAST = "minilora.ops"
 FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms.split()}
 FLOORS["minilora_kernels"] = 0
 

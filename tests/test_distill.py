@@ -121,7 +121,7 @@ def test_logits_exist_for_a_chunk_at_a_time_and_chunks_change_nothing(monkeypatc
     seen = []
     for head in (model.lm_head, objective.teacher.lm_head):
         head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 131 * 4)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 131 * 4)
     chunked, _ = objective.loss(model, batch)
     chunked.backward()
     assert max(seen) == 4 and chunked.item() == pytest.approx(whole.item(), rel=1e-6)

@@ -162,7 +162,8 @@ def _dequantize_out(
         nf4_dequantize.dequantize(packed, scales, nested_absmax, offset, blocksize, out)
         return
     if path == "cpu" and ENVIRONMENT not in os.environ:
-        if native.dequantize(*_contiguous(packed, scales, nested_absmax, offset), blocksize, out):
+        packed, scales, nested_absmax, offset = _contiguous(packed, scales, nested_absmax, offset)
+        if native.dequantize(packed, scales, nested_absmax, offset, blocksize, out):
             return
     plain = cpu if path == "cpu" else reference
     if nested_absmax is not None and offset is not None:

@@ -76,7 +76,7 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         q, k, v = ctx.saved_tensors
         T, G, sums = q.shape[2], q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
         # one matrix per row and key head: its G query heads side by side, (N, T·G, d) with N = B · kv_heads

@@ -97,7 +97,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         (gradient,) = ctx.saved_tensors
         # multiplied in fp32: a loss scale of 2^16 is infinite in fp16
         return (
@@ -110,7 +110,7 @@ class _FrozenHead(torch.autograd.Function):
 
 def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
     """Write -log p(label) (C,) and, if `wanted`, lift · (softmax(logits) - onehot(y)) in place of the logits (C, V)."""
-    for rows in row_blocks(*logits.shape, logits.device, 2**21):
+    for rows in row_blocks(len(logits), logits.shape[1], logits.device, 2**21):
         targets = labels[rows, None]  # (R, 1)
         log_p = logits[rows].log_softmax(-1, dtype=torch.float32)  # (R, V)
         log_p_y = log_p.gather(1, targets)

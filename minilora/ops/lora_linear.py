@@ -98,7 +98,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         x_NI, z, A, B, *codes = ctx.saved_tensors
         g = grads[0].reshape(len(x_NI), len(B))  # (N, out)
         q = (g @ B.to(g.dtype)).mul_(ctx.s)  # (N, r)

@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
         x_ND, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
         y_ND, r_N1 = y.view(x_ND.shape), torch.empty(len(x_ND), 1, dtype=_wide(x), device=x.device)
-        for rows in row_blocks(*x_ND.shape, x.device):
+        for rows in row_blocks(len(x_ND), x.shape[-1], x.device):
             h = x_ND[rows].to(_wide(x))
             r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
             r_N1[rows], h = r, h * r
@@ -52,13 +52,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         x, weight, r_N1 = ctx.saved_tensors
         x_ND, g_ND = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
         w = weight.to(_wide(x)) + ctx.gemma  # (D,)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dx_ND, dw = dx.view(x_ND.shape), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
-        for rows in row_blocks(*x_ND.shape, x.device):
+        for rows in row_blocks(len(x_ND), x.shape[-1], x.device):
             g, r = g_ND[rows].to(w.dtype, copy=True), r_N1[rows]
             h = x_ND[rows] * r  # in fp32, for r is
             if dw is not None:

@@ -23,7 +23,9 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same; no gradient reaches cos and sin."""
-    return _Rotate.apply(x, cos, sin) if fast() else plain_rotate(x, cos, sin)  # pyright: ignore[reportReturnType]
+    if fast():
+        return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType] untyped
+    return plain_rotate(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -34,7 +36,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         cos, sin = ctx.saved_tensors
         return _turn(grads[0], cos, -sin), None, None
 

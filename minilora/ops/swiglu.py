@@ -40,7 +40,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         (g,), (gate, up) = grads, ctx.saved_tensors
         du = _activation(gate, ctx.gelu).mul_(g)
         if ctx.gelu:
