@@ -77,7 +77,7 @@ def scaling(r: int, most: int, lora_alpha: float, lora_dropout: float, use_rslor
 
 
 class LoRALayer(nn.Module):
-    """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones; with none h is W x exactly.
+    """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones; with none h is W x.
 
     base: nn.Linear, NF4Linear, or transformers' Conv1D (its weight is stored transposed). With r=None there is no
         adapter yet, and it may be of any kind that layers.py has adapters for. All else is the first adapter's.
