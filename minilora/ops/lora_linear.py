@@ -4,8 +4,9 @@
     q = s · Bᵀ dy            dx = Wᵀ dy + Aᵀ q,    dA = q xᵀ,    dB = s · dy zᵀ
 
 Written apart (lora.py), the two terms are two tensors that are added in forward, and two gradients of x that are added
-in backward. Here the second product is added into the first one's result as it is computed. Kept for backward: x and z
-(r numbers a token). A dense W of a 4-bit layer lies in a buffer that all layers share, for as long as it is used.
+in backward. Here the second product is added into the first one's result as it is computed. Kept for backward: z
+(r numbers a token), and x or what x is made of. A dense W of a 4-bit layer lies in a buffer that all layers share, for
+as long as it is used.
 """
 
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.lora import LoRAAdapter, LoRALayer
-from minilora.ops import fast
+from minilora.ops import Recipe, fast, recipe_of
 from minilora.quant import NF4Linear
 
 
@@ -44,7 +45,7 @@ def lora_linear(layer: LoRALayer, x: Tensor) -> Tensor:
     ):
         return plain_lora_linear(layer, x)
     bias = None if base.bias is None else base.bias.to(x.dtype)  # pyright: ignore[reportCallIssue] a parameter
-    inputs = x, adapter.lora_A, adapter.lora_B, bias, adapter.scaling
+    inputs = x, adapter.lora_A, adapter.lora_B, bias, adapter.scaling, recipe_of(x)
     return _LoRALinear.apply(*inputs, *parts)  # pyright: ignore[reportReturnType] untyped
 
 
@@ -86,29 +87,36 @@ def dense(parts: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float, *parts: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float,
+        again: tuple[Recipe | None, list[Tensor]], *parts: Any,
+    ) -> Tensor:  # fmt: skip
         x_NI = x.reshape(-1, x.shape[-1])
         z = x_NI @ A.to(x.dtype).T  # (N, r)
         y = F.linear(x_NI, dense(parts, x.dtype), bias)  # (N, out)
         y.addmm_(z, B.to(x.dtype).T, alpha=s)
         ctx.s, ctx.shape = s, x.shape
+        ctx.recipe, kept = again  # of x
         ctx.layout = [part for part in parts if not isinstance(part, Tensor | None)]
-        ctx.save_for_backward(x_NI, z, A, B, *parts[: len(parts) - len(ctx.layout)])
+        ctx.codes = len(parts) - len(ctx.layout)
+        ctx.save_for_backward(z, A, B, *parts[: ctx.codes], *kept)
         return y.view(*x.shape[:-1], len(B))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
-        x_NI, z, A, B, *codes = ctx.saved_tensors
-        g = grads[0].reshape(len(x_NI), len(B))  # (N, out)
+        z, A, B, *tensors = ctx.saved_tensors
+        codes, kept = tensors[: ctx.codes], tensors[ctx.codes :]
+        g = grads[0].reshape(len(z), len(B))  # (N, out)
         q = (g @ B.to(g.dtype)).mul_(ctx.s)  # (N, r)
         dx = db = None
         if ctx.needs_input_grad[0]:
             # dx = Wᵀ dy + Aᵀ q
             dx = g @ dense((*codes, *ctx.layout), g.dtype)  # (N, in)
             dx = dx.addmm_(q, A.to(g.dtype)).view(ctx.shape)
-        dA = q.T @ x_NI  # (r, in)
+        x = kept[0] if ctx.recipe is None else ctx.recipe.read(*kept)
+        dA = q.T @ x.reshape(len(z), A.shape[1])  # (r, in)
         dB = (g.T @ z).mul_(ctx.s)  # (out, r)
         if ctx.needs_input_grad[3]:
             db = g.sum(0)
-        return dx, dA.to(A.dtype), dB.to(B.dtype), db, *[None] * (len(codes) + len(ctx.layout) + 1)
+        return dx, dA.to(A.dtype), dB.to(B.dtype), db, *[None] * (len(codes) + len(ctx.layout) + 2)

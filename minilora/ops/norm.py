@@ -7,13 +7,14 @@ All in fp32 between x and y. Autograd keeps h twice in fp32, eight bytes a value
 on a cacheful at a time. Gemma stores w - 1, so that weight decay pulls to 1, and rounds once; Llama rounds h first.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import fast, row_blocks
+from minilora.ops import Recipe, attach, fast, row_blocks
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
@@ -28,8 +29,17 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
     """The same; x and weight of two dtypes take the plain form."""
     if fast() and x.dtype == weight.dtype:
-        return _RMSNorm.apply(x, weight, eps, gemma)  # pyright: ignore[reportReturnType] untyped
+        y, r = cast(tuple[Tensor, Tensor], _RMSNorm.apply(x, weight, eps, gemma))
+        return attach(y, Recipe(partial(_again, gemma)), x, r, weight)
     return plain_rms_norm(x, weight, eps, gemma)
+
+
+def _again(gemma: bool, x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+    return _weighted(x * r, weight, gemma, x.dtype)  # in fp32, for r is
+
+
+def _weighted(h: Tensor, weight: Tensor, gemma: bool, dtype: torch.dtype) -> Tensor:
+    return ((1 + weight.to(h.dtype)) * h).to(dtype) if gemma else weight * h.to(dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -38,23 +48,24 @@ def _wide(x: Tensor) -> torch.dtype:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
-        x_ND, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        y_ND, r_N1 = y.view(x_ND.shape), torch.empty(len(x_ND), 1, dtype=_wide(x), device=x.device)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        r = torch.empty(*x.shape[:-1], 1, dtype=_wide(x), device=x.device)
+        x_ND, y_ND, r_N1 = (t.reshape(-1, t.shape[-1]) for t in (x, y, r))
         for rows in row_blocks(len(x_ND), x.shape[-1], x.device):
-            h = x_ND[rows].to(_wide(x))
-            r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-            r_N1[rows], h = r, h * r
-            y_ND[rows] = (1 + weight.to(h.dtype)) * h if gemma else weight * h.to(x.dtype)
-        ctx.save_for_backward(x, weight, r_N1)
+            h = x_ND[rows].to(r.dtype)
+            r_N1[rows] = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+            y_ND[rows] = _weighted(h * r_N1[rows], weight, gemma, x.dtype)
+        ctx.save_for_backward(x, weight, r)
         ctx.gemma = gemma
-        return y
+        ctx.mark_non_differentiable(r)
+        return y, r
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
-        x, weight, r_N1 = ctx.saved_tensors
-        x_ND, g_ND = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        x, weight, r_all = ctx.saved_tensors
+        x_ND, g_ND, r_N1 = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0], r_all))
         w = weight.to(_wide(x)) + ctx.gemma  # (D,)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dx_ND, dw = dx.view(x_ND.shape), torch.zeros_like(w) if ctx.needs_input_grad[1] else None

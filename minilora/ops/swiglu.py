@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import fast
+from minilora.ops import Recipe, attach, fast
 
 
 def plain_gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
@@ -22,27 +22,48 @@ def plain_gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
     """The same."""
-    if fast():
-        return _Gated.apply(gate, up, gelu)  # pyright: ignore[reportReturnType] untyped
-    return plain_gated(gate, up, gelu)
+    if not fast():
+        return plain_gated(gate, up, gelu)
+    recipe = _GatedRecipe(gelu)
+    y: Any = _Gated.apply(gate, up, recipe)
+    return attach(y, recipe, gate, up)
 
 
 def _activation(x: Tensor, gelu: bool) -> Tensor:
     return F.gelu(x, approximate="tanh") if gelu else F.silu(x)
 
 
+class _GatedRecipe(Recipe):
+    """y again for the layer behind, whose backward comes first; f(g) then is there for backward of the gate as well."""
+
+    def __init__(self, gelu: bool) -> None:
+        super().__init__(self.both)
+        self.gelu = gelu
+        self.active: Tensor | None = None
+
+    def both(self, gate: Tensor, up: Tensor) -> Tensor:
+        self.active = _activation(gate, self.gelu)
+        return self.active * up
+
+    def take(self, gate: Tensor) -> Tensor:
+        """f(gate), to be written over."""
+        active = _activation(gate, self.gelu) if self.active is None else self.active
+        self.active = None
+        return active
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, recipe: _GatedRecipe) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.gelu = gelu
-        return _activation(gate, gelu).mul_(up)
+        ctx.recipe = recipe
+        return _activation(gate, recipe.gelu).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
-        (g,), (gate, up) = grads, ctx.saved_tensors
-        du = _activation(gate, ctx.gelu).mul_(g)
-        if ctx.gelu:
-            return torch.ops.aten.gelu_backward(g * up, gate, approximate="tanh"), du, None
-        return torch.ops.aten.silu_backward(g * up, gate), du, None
+        (dy,), (gate, up) = grads, ctx.saved_tensors
+        du = ctx.recipe.take(gate).mul_(dy)
+        if ctx.recipe.gelu:
+            return torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh"), du, None
+        return torch.ops.aten.silu_backward(dy * up, gate), du, None
