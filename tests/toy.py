@@ -90,3 +90,22 @@ class Wrapped(nn.Module):
     def forward(self, **inputs):
         self.seen |= inputs.keys()
         return SimpleNamespace(logits=self.inner(inputs["input_ids"]))
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal values that want a gradient."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def kept(function) -> int:
+    """Bytes that a forward pass keeps for backward, each storage once."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(sizes.values())
