@@ -50,6 +50,20 @@ def test_backward_in_blocks(kv_heads, length, dtype):
         assert (found - exact).norm() <= max(least, 1.5 * (plain - exact).norm())
 
 
+def test_under_autocast():
+    """q and k in fp32 and v in bf16, as rotation leaves them: computed in bf16, and each gradient in its own dtype."""
+    q, k, v = heads(2, 150, 150)
+    v = v.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v)
+    out.float().square().sum().backward()
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    plain_attention(*exact).square().sum().backward()
+    assert out.dtype == torch.bfloat16 and q.grad.dtype == torch.float32 and v.grad.dtype == torch.bfloat16
+    for found, wanted in zip((q, k, v), exact, strict=True):
+        assert (found.grad - wanted.grad).norm() <= 2e-2 * wanted.grad.norm()  # five roundings to bf16, 2^-9 each
+
+
 def test_plain_attention_passes_a_gradient_check():
     inputs = [x.detach().double().requires_grad_() for x in heads(1, 3, 4)]
     assert torch.autograd.gradcheck(plain_attention, inputs)

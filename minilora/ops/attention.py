@@ -55,6 +55,8 @@ def attention(
     if mask is None and 1 < queries < keys:  # SDPA's is_causal would align the queries with the first keys
         mask = causal_mask(queries, keys, device=q.device)
     if mask is None and queries == keys and q.is_cpu and fast() and torch.is_grad_enabled():
+        if torch.is_autocast_enabled("cpu"):  # which reaches into no function of ours
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         return _Causal.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore[reportReturnType] untyped
     is_causal = mask is None and queries > 1  # one query sees every key
     grouped = q.shape[1] != k.shape[1]
