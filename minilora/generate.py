@@ -124,7 +124,7 @@ def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding)
 
 @contextmanager
 def matrix_vector(model: nn.Module) -> Iterator[None]:
-    """Inside, a dense bf16 layer on a CPU takes a single token through `torch.mv`, which is twice as fast there as the
+    """Inside, a dense bf16 layer on a CPU takes a single token through `torch.mv`, which is faster there than the
     matrix product with one row that F.linear is. Sums are in fp32 and rounded once in both."""
     layers: list[Any] = [
         m

@@ -292,3 +292,9 @@ def test_a_checkpoint_quantised_by_another_method_is_refused(tmp_path):
     save(tmp_path)
     edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"}))
     fails(tmp_path, "already quantised .*'awq'.*Give the 16-bit checkpoint")
+
+
+def test_loading_imports_no_compiler(tmp_path):
+    save(tmp_path)
+    run = "import sys, torch, minilora as ml; ml.load_model(sys.argv[1], quantize='nf4')(torch.ones(1, 4).long()); "
+    assert python(run + "print({'sympy', 'torch._dynamo'} & {*sys.modules})", tmp_path).strip() == "set()"

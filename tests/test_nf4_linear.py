@@ -45,6 +45,7 @@ def test_state_dict_goes_both_ways_with_bitsandbytes(double_quant):
     written = ours.state_dict()
     assert set(written) == set(state)
     assert all(torch.equal(written[key], state[key]) and written[key].dtype == state[key].dtype for key in state)
+    assert {t.data_ptr() for t in state.values()}.isdisjoint(p.data_ptr() for p in ours.parameters())  # a copy
     x = torch.randn(5, 128)
     torch.testing.assert_close(ours(x), nn.functional.linear(x, dense.float(), theirs.bias.float()), rtol=0, atol=1e-2)
 

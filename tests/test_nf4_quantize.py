@@ -117,6 +117,7 @@ def test_double_quantisation_follows_its_rule(blocks):
     assert offset.item() == expected[2] and nested.tolist() == expected[1].tolist()
     assert codes.tolist() == expected[0].tolist()
     decoded = dynamic_map()[codes.int()] * nested.repeat_interleave(256)[:blocks] + offset
+    assert all(map(torch.equal, cpu.double_quantize(absmax), (codes, nested, offset)))
     assert torch.equal(reference.double_dequantize(codes, nested, offset), decoded)
     assert torch.equal(cpu.double_dequantize(codes, nested, offset), decoded)
 

@@ -74,12 +74,9 @@ def dequantize(packed: Tensor, absmax_K: Tensor, blocksize: int, out: Tensor) ->
 
 def double_quantize(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.double_quantize: absmax fp32 (K,) -> codes uint8 (K,), nested absmax (ceil(K/256),), offset (1,)."""
-    offset, (threshold_of_bin, below_of_bin) = reference.stable_mean(absmax_K), _nested_bin_tables()
+    offset = reference.stable_mean(absmax_K)
     x_KB, nested_absmax = reference.scaled_blocks(absmax_K - offset, NESTED_BLOCKSIZE)
-    bins = x_KB.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF).view(-1)  # of all K, and of padding
-    above = x_KB.view(-1) > torch.index_select(threshold_of_bin, 0, bins)
-    codes = torch.index_select(below_of_bin, 0, bins).add_(above)
-    return codes[: absmax_K.numel()].clone(), nested_absmax, offset
+    return _nested_codes(x_KB.view(-1)[: absmax_K.numel()]), nested_absmax, offset
 
 
 def double_dequantize(codes_K: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
@@ -103,6 +100,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     except OSError:  # a kernel built without transparent huge pages
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
+
+
+def _nested_codes(x_K: Tensor) -> Tensor:
+    """Scaled values, fp32 (K,) in [-1, 1] -> uint8 (K,): how many midpoints of the dynamic map are below."""
+    threshold_of_bin, below_of_bin = _nested_bin_tables()
+    bins_K = x_K.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
+    above_K = x_K > torch.index_select(threshold_of_bin, 0, bins_K)
+    return torch.index_select(below_of_bin, 0, bins_K).add_(above_K)
 
 
 def _pack_chunk(x_N: Tensor, bins_N: Tensor, differences_N: Tensor, packed: Tensor) -> None:

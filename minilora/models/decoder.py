@@ -228,7 +228,7 @@ class CausalLM(nn.Module):
 def _initialise(module: nn.Module) -> None:
     """Small random weights, N(0, 0.02²), as transformers starts an untrained model."""
     if getattr(getattr(module, "weight", None), "is_meta", False):
-        return  # nothing to fill, and asking PyTorch to would make it import a second of sympy
+        return  # nothing to fill, and asking PyTorch to would make it import sympy
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
