@@ -146,9 +146,10 @@ class SafetensorsCheckpoint:
                 raise ValueError(f"{path} is damaged or cut off ({error}). Download it again.") from error
             with path.open("rb") as raw:  # a file that safetensors has found to be sound
                 size = int.from_bytes(raw.read(8), "little")
-                for name, entry in json.loads(raw.read(size)).items():
-                    begin, end = entry.get("data_offsets", (0, 0))  # of __metadata__ there are none
-                    self._spans[name] = 8 + size + begin, 8 + size + end
+                header = json.loads(raw.read(size))
+            for name in header.keys() - {"__metadata__"}:
+                begin, end = header[name]["data_offsets"]
+                self._spans[name] = 8 + size + begin, 8 + size + end
 
     def _read_index(self) -> None:
         path = self.folder / _INDEX
