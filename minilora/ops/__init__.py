@@ -1,8 +1,8 @@
 """The steps inside a model, each in one file: its plain form on top, and the fast form that runs.
 
 A fast form computes the same with fewer passes over memory, and keeps less for backward: not what can be made again
-from what others keep (`Recipe`). `plain_ops` switches all of them off, to read, step through and compare the model as it
-is written.
+from what others keep (`Recipe`). `plain_ops` switches all of them off, to read, step through and compare the model as
+it is written.
 """
 
 from collections.abc import Callable, Iterator
