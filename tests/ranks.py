@@ -163,4 +163,5 @@ if __name__ == "__main__":
         train(model("lora"), Letters(), rows(17), config(2), objective=Killed())
     else:
         main(Path(sys.argv[1]))
+        dist.barrier()  # nobody leaves while the other still writes
     dist.destroy_process_group()
