@@ -173,6 +173,17 @@ def test_nothing_is_kept_that_can_be_made_again():
     assert kept(lambda: norm_and_layers(x, w, made)) == 4 * (x.numel() + 200 + 3 * 200 * 4 + frozen - 3 * 40 + squares)
 
 
+def test_what_was_made_again_is_gone_after_its_last_reader():
+    """Held on to, the outputs of all layers would be there at the end of backward, which is what making them saves."""
+    made = projections(3)
+    normed = rms_norm(noise(9, 48), noise(48, seed=1), 1e-5)
+    gate = gated(noise(9, 48), noise(9, 48, seed=2))
+    recipes = [y.again[0] for y in (normed, gate)]
+    (torch.stack([one(normed) for one in made]).sum() + made[0](gate).sum()).backward()
+    assert [recipe.readers for recipe in recipes] == [0, 0]
+    assert [recipe.value for recipe in recipes] == [None, None] and recipes[1].active is None
+
+
 def test_a_tensor_that_was_written_to_is_kept_as_it_is():
     made, x, w = projections(1), noise(9, 48), noise(48, seed=1)
 

@@ -155,7 +155,7 @@ def test_a_dequantized_model_says_the_same_bit_for_bit(dtype):
     for path, layer in four_bit.items():
         assert model.get_submodule(path) is layer and layer.training
     with pytest.raises(ZeroDivisionError), dequantized(model):
-        1 / 0  # noqa: B018
+        1 / 0  # noqa: B018 the error is the test
     assert all(model.get_submodule(path) is layer for path, layer in four_bit.items())
 
 
