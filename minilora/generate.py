@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from minilora.data.prompt import encode_prompt, end_of_turn
 from minilora.models.context import Context, inference, shared_prefix
+from minilora.ops import plain_now
+from minilora.quant import NF4Linear
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -124,19 +126,24 @@ def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding)
 
 @contextmanager
 def matrix_vector(model: nn.Module) -> Iterator[None]:
-    """Inside, a dense bf16 layer on a CPU takes a single token through `torch.mv`, which is faster there than the
-    matrix product with one row that F.linear is. Sums are in fp32 and rounded once in both."""
-    layers: list[Any] = [
-        m
-        for m in model.modules()
-        if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.is_cpu and "forward" not in vars(m)
-    ]
-    for layer in layers:
+    """Inside, layers on a CPU are quick to take a single token. Sums are in fp32 and rounded once in any case.
+
+    A dense bf16 one takes it through `torch.mv`, which is faster there than the matrix product with one row that
+    F.linear is; a 4-bit one looks up only once where its codes lie.
+    """
+    layers: list[Any] = [m for m in model.modules() if "forward" not in vars(m)]
+    dense = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.is_cpu]
+    packed = [m for m in layers if type(m) is NF4Linear and m.packed.is_cpu]
+    if plain_now() or torch.is_autocast_enabled("cpu"):
+        packed = []
+    for layer in dense:
         layer.forward = partial(_one_token, layer)
+    for layer in packed:
+        layer.forward = layer.for_tokens()
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in dense + packed:
             del layer.forward
 
 

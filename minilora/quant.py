@@ -16,7 +16,7 @@ What was quantised here is remembered by a hash, so that the 4-bit layer and its
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from minilora.modules import TrainedParts, ends_with, output_layer
 from minilora.names import unknown
-from minilora_kernels import NF4Weight, dequantize_nf4, prepare, quantize_nf4
+from minilora.ops import plain_now
+from minilora_kernels import FEW, NF4Weight, dequantize_nf4, multiplier, prepare, quantize_nf4
 
 _PARTS = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")  # of an NF4Weight, and of NF4Linear
 ROWS = 64
@@ -148,10 +149,24 @@ class NF4Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         parts = self.weight.parts()
-        if x.numel() == x.shape[-1] == self.in_features > 0 and not torch.is_grad_enabled():  # one token
-            y = torch.ops.minilora.gemv_nf4(x.reshape(-1), *parts, bias)  # (out,), without a dense W on a GPU
-            return y.view(*x.shape[:-1], self.out_features)
+        if not torch.is_grad_enabled() and not plain_now() and 0 < x.shape[:-1].numel() <= FEW:
+            return torch.ops.minilora.gemv_nf4(x, *parts, bias)  # without a dense W where a kernel does
         return _Multiply.apply(x, bias, *parts)
+
+    def for_tokens(self) -> Callable[[Tensor], Tensor]:
+        """`forward` of a layer that does not change meanwhile, without gradients or autocast: on a CPU a few tokens
+        find the layer's addresses looked up, which takes longer than to multiply by a small matrix."""
+        weight, multiply = self.weight, None
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal multiply
+            multiply = multiply or multiplier(weight)  # None as long as it is being compiled
+            fits = x.shape[-1] == self.in_features and 0 < x.numel() <= FEW * self.in_features and x.is_cpu
+            if multiply is None or not fits or x.dtype not in (torch.float32, torch.bfloat16):
+                return NF4Linear.forward(self, x)
+            return multiply(x.contiguous(), None if self.bias is None else self.bias.to(x.dtype).contiguous())
+
+        return forward
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -49,8 +49,8 @@ def test_opcheck_of_one_token(shape, bias, double_quant):
 
 def test_a_token_that_does_not_fit_raises():
     weight = weight_of()  # (33, 64)
-    for x, bias in [(torch.randn(32), None), (torch.randn(1, 64), None), (torch.randn(64), torch.randn(2))]:
-        with pytest.raises(ValueError, match="expected x of .64,. and a bias of .33,. or None"):
+    for x, bias in [(torch.randn(32), None), (torch.randn(64, 1), None), (torch.randn(64), torch.randn(2))]:
+        with pytest.raises(ValueError, match="expected x of .…, 64. and a bias of .33,. or None"):
             OPS.gemv_nf4(x, *weight.parts(), bias)
     with pytest.raises(ValueError, match="expected a dtype of"):
         OPS.gemv_nf4(torch.ones(64, dtype=torch.int64), *weight.parts(), None)

@@ -1,7 +1,7 @@
 """Which code runs, chosen by the device, and the custom ops that torch.compile sees.
 
     device              path        why
-    cpu                 cpu         cpu.py, bit-equal to the reference; native.py dequantises, once it is compiled
+    cpu                 cpu         cpu.py, bit-equal to the reference; native.py dequantises and multiplies, once compiled
     cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference
     other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
       not installed
@@ -31,6 +31,7 @@ from . import cpu, native, reference
 from .weight import NF4Weight, check_format
 
 ENVIRONMENT = "MINILORA_NF4"
+FEW = 8  # rows of x up to which multiplying from the codes is faster than from a dense W
 # scales: fp32 absmax (K,), the other two None; or uint8 codes (K,), nested_absmax fp32 (J,), offset fp32 (1,)
 _PARTS = "Tensor packed, Tensor scales, Tensor? nested_absmax, Tensor? offset"
 
@@ -66,6 +67,18 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None, out: Ten
     packed, scales, nested_absmax, offset, _, blocksize = weight.parts()
     torch.ops.minilora.dequantize_nf4_out(packed, scales, nested_absmax, offset, blocksize, out)
     return out
+
+
+def multiplier(weight: NF4Weight) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """A function W x + bias of few rows x (…, in), bias (out,) or None, all contiguous and of one dtype of
+    `native.DTYPES`; it holds addresses of `weight`'s memory. None where nothing is compiled (yet) or allowed."""
+    return _multiplier(*weight.parts()) if path_for(weight.device) == "cpu" else None
+
+
+def _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
+    if ENVIRONMENT in os.environ:
+        return None
+    return native.multiplier(*_contiguous(packed, scales, nested_absmax, offset), shape, blocksize)
 
 
 def path_for(device: torch.device) -> str:
@@ -234,27 +247,33 @@ def _gemv(
     blocksize: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """x (in,) -> W x + bias (out,) in x's dtype: in one kernel where there is one, else with a dense W."""
+    """x (…, in) -> W x + bias (…, out) in x's dtype: from the codes where a kernel does, else with a dense W."""
     check_format(x.dtype, blocksize)
-    if x.shape != (shape[1],) or (bias is not None and bias.shape != (shape[0],)):
+    if x.shape[-1:] != (shape[1],) or (bias is not None and bias.shape != (shape[0],)):
         raise ValueError(
-            f"gemv_nf4 with a weight of {tuple(shape)}: expected x of ({shape[1]},) and a bias of ({shape[0]},) or "
-            f"None, got {tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}; flatten x to one token"
+            f"gemv_nf4 with a weight of {tuple(shape)}: expected x of (…, {shape[1]}) and a bias of ({shape[0]},) or "
+            f"None, got {tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}"
         )
-    if path_for(x.device) == "triton" and x.dtype != torch.float64:
+    path, rows = path_for(x.device), x.shape[:-1].numel()
+    if path == "triton" and rows == 1 and x.dtype != torch.float64:
         from . import nf4_gemv
 
         if nf4_gemv.fits(shape):
             _check_parts(packed, scales, nested_absmax, offset, shape, blocksize)
             parts = _for_a_kernel(packed, scales, nested_absmax, offset, bias, x)
-            packed, scales, nested_absmax, offset, bias, x = parts
-            return nf4_gemv.gemv(x, packed, scales, nested_absmax, offset, shape, blocksize, bias)
+            packed, scales, nested_absmax, offset, bias, flat = parts
+            y = nf4_gemv.gemv(flat.view(-1), packed, scales, nested_absmax, offset, shape, blocksize, bias)
+            return y.view(*x.shape[:-1], -1)
+    if path == "cpu" and 0 < rows <= FEW and x.dtype in native.DTYPES and (bias is None or bias.dtype == x.dtype):
+        _check_parts(packed, scales, nested_absmax, offset, shape, blocksize)
+        if multiply := _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
+            return multiply(*_contiguous(x, bias))
     W = _dequantize(packed, scales, nested_absmax, offset, shape, blocksize, x.dtype)  # (out, in)
-    return F.linear(x[None], W, bias)[0]
+    return F.linear(x, W, bias)
 
 
 def _gemv_fake(x, packed, scales, nested_absmax, offset, shape, blocksize, bias) -> Tensor:
-    return x.new_empty((shape[0],))
+    return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 def _dequantize_fake(packed, scales, nested_absmax, offset, shape, blocksize, dtype) -> Tensor:
