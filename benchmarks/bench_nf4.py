@@ -1,10 +1,11 @@
 """NF4 on the CPU against bitsandbytes: the same bits first, then the time, alternating in one run.
 
-    python benchmarks/bench_nf4.py [--threads 2] [--rounds 21] [--dtype bfloat16]
+    python benchmarks/bench_nf4.py [--threads 2] [--rounds 21] [--dtype bfloat16] [--only token]
 
 "new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which bitsandbytes' public
 function cannot on a CPU. The last contender is bitsandbytes' C function, called past its public one. The ceiling is
-copying the result's bytes into a kept tensor. On a busy machine only the ratios mean something, and even those
+copying the result's bytes into a kept tensor. "one token" and "8 tokens" go through a layer in 4 bits without gradients:
+bitsandbytes' Linear4bit, repacked for its fused product of bf16 as eval() does it, and ours; beside them a dense one. On a busy machine only the ratios mean something, and even those
 favour few parallel regions (bitsandbytes has one a call, we have two a chunk): look at the load average.
 """
 
@@ -19,9 +20,12 @@ from collections.abc import Callable
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+import torch.nn.functional as F
 from bitsandbytes.cextension import lib
+from torch import nn
 
-from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+from minilora.quant import NF4Linear
+from minilora_kernels import NF4Weight, dequantize_nf4, native, quantize_nf4
 
 SHAPES = ((4096, 4096), (1536, 576))
 COPY = "copy, out="
@@ -74,6 +78,29 @@ def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     return jobs
 
 
+def layers(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
+    """The same for x as the weight of a layer, with double quantisation."""
+    theirs = bitsandbytes.nn.Linear4bit(x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
+    theirs.weight = bitsandbytes.nn.Params4bit(x, requires_grad=False, quant_type="nf4")
+    theirs = theirs.to("cpu").eval()
+    dense = nn.Linear(x.shape[1], x.shape[0], bias=False, dtype=x.dtype)
+    dense.weight.data = x
+    ours = NF4Linear.from_linear(dense)
+    native.ready()
+    jobs: dict[str, dict[str, Callable[[], object]]] = {}
+    for name, count in {"one token": 1, "8 tokens": 8}.items():
+        t = torch.randn(1, count, x.shape[1], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        named: dict[str, nn.Module] = {"bitsandbytes": theirs, "minilora": ours, "dense": dense}
+        quick = ours.for_tokens()
+        jobs[name] = {side: lambda layer=layer, t=t: layer(t) for side, layer in named.items()}
+        jobs[name]["minilora, in generate"] = lambda t=t, quick=quick: quick(t)
+        expected = F.linear(t, ours.dequantize(x.dtype)).float()
+        for side in ("bitsandbytes", "minilora", "minilora, in generate"):
+            error = (jobs[name][side]().float() - expected).norm() / expected.norm()  # pyright: ignore[reportAttributeAccessIssue] tensors
+            assert error < 0.01, f"{side} is off by {error:.1%}"
+    return jobs
+
+
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each contender, in turns, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -91,6 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--only", default="", help="jobs that have this in their name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -105,13 +133,16 @@ def main() -> None:
     }
     print(*(f"{name}: {value}" for name, value in card.items()), sep="\n")
     rows = []
+    torch.set_grad_enabled(False)
     for shape in SHAPES:
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(getattr(torch, args.dtype))
-        for job, calls in contenders(x).items():
+        for job, calls in (contenders(x) | layers(x)).items():
+            if args.only not in job:
+                continue
             times = measure(calls, args.rounds * (1 if x.numel() > 1 << 22 else 5))
             first = next(iter(times.values()))  # bitsandbytes' public function
             ceiling = statistics.median(times[COPY]) if COPY in times else None
-            print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {args.dtype}; equal bits, checked")
+            print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {args.dtype}; checked")
             print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ bnb (of minima)':>21}{'of the ceiling':>16}")
             for name, ms in times.items():
                 median = statistics.median(ms)

@@ -23,8 +23,10 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same; no gradient reaches cos and sin."""
-    if fast():
+    if fast() and torch.is_grad_enabled():
         return _Rotate.apply(x, cos, sin)  # pyright: ignore[reportReturnType] untyped
+    if fast():
+        return _turn(x, cos, sin)
     return plain_rotate(x, cos, sin)
 
 

@@ -24,6 +24,8 @@ def gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
     """The same."""
     if not fast():
         return plain_gated(gate, up, gelu)
+    if not torch.is_grad_enabled():
+        return _activation(gate, gelu).mul_(up)
     recipe = _GatedRecipe(gelu)
     y: Any = _Gated.apply(gate, up, recipe)
     return attach(y, recipe, gate, up)
