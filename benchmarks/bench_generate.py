@@ -5,8 +5,8 @@
 SmolLM2-135M, a prompt of real tokens, `--new` tokens after it, prompt included in the time; the contenders take turns:
 
     bf16    both in bf16
-    nf4     both in 4 bits with double quantisation; without a kernel that multiplies in 4 bits (a CPU has none here)
-            each token makes every weight dense again, and bitsandbytes' C code, fused, is the faster one
+    nf4     both in 4 bits with double quantisation, each token multiplied straight from the codes, in C on either side;
+            without a C compiler ours makes every weight dense again for each token
     dense   ours in 4 bits, within `ml.dequantized`: made dense once, 16 bits a weight in memory meanwhile
 
 Checked first: the contenders of a kind begin with the same tokens. The last line is one JSON document.

@@ -4,9 +4,9 @@
 
 "new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which bitsandbytes' public
 function cannot on a CPU. The last contender is bitsandbytes' C function, called past its public one. The ceiling is
-copying the result's bytes into a kept tensor. "one token" and "8 tokens" go through a layer in 4 bits without gradients:
-bitsandbytes' Linear4bit, repacked for its fused product of bf16 as eval() does it, and ours; beside them a dense one. On a busy machine only the ratios mean something, and even those
-favour few parallel regions (bitsandbytes has one a call, we have two a chunk): look at the load average.
+copying the result's bytes into a kept tensor. "one token" and "8 tokens" go through a 4-bit layer without gradients:
+bitsandbytes' Linear4bit, repacked by eval() for its fused product in bf16, and ours; beside them a dense one. On a busy
+machine only the ratios mean something, and even those favour few parallel regions: look at the load average.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -80,8 +81,9 @@ def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
 
 def layers(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     """The same for x as the weight of a layer, with double quantisation."""
-    theirs = bitsandbytes.nn.Linear4bit(x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
-    theirs.weight = bitsandbytes.nn.Params4bit(x, requires_grad=False, quant_type="nf4")
+    peer: Any = bitsandbytes.nn
+    theirs = peer.Linear4bit(x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
+    theirs.weight = peer.Params4bit(x, requires_grad=False, quant_type="nf4")
     theirs = theirs.to("cpu").eval()
     dense = nn.Linear(x.shape[1], x.shape[0], bias=False, dtype=x.dtype)
     dense.weight.data = x

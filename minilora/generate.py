@@ -132,8 +132,9 @@ def matrix_vector(model: nn.Module) -> Iterator[None]:
     F.linear is; a 4-bit one looks up only once where its codes lie.
     """
     layers: list[Any] = [m for m in model.modules() if "forward" not in vars(m)]
-    dense = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.is_cpu]
-    packed = [m for m in layers if type(m) is NF4Linear and m.packed.is_cpu]
+    dense: list[Any] = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]
+    dense = [m for m in dense if m.weight.is_cpu]
+    packed: list[Any] = [m for m in layers if type(m) is NF4Linear and m.packed.is_cpu]
     if plain_now() or torch.is_autocast_enabled("cpu"):
         packed = []
     for layer in dense:

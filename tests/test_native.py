@@ -1,9 +1,8 @@
-"""Proves that what is compiled gives the reference's bits when it dequantises, sums in fp32 when it multiplies, and that
-nothing depends on a compiler."""
+"""Proves that what is compiled gives the reference's bits when it dequantises, sums in fp32 when it multiplies, and
+that nothing depends on a compiler."""
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 import minilora as ml
 from minilora.generate import matrix_vector
 from minilora.quant import NF4Linear
-
 from minilora_kernels import FEW, NF4Weight, dequantize_nf4, dispatch, native, quantize_nf4
 from minilora_kernels.reference import dequantize, double_dequantize
 from tiny import python

@@ -1,7 +1,7 @@
 """Which code runs, chosen by the device, and the custom ops that torch.compile sees.
 
     device              path        why
-    cpu                 cpu         cpu.py, bit-equal to the reference; native.py dequantises and multiplies, once compiled
+    cpu                 cpu         cpu.py, bit-equal to the reference; native.py goes first, once it is compiled
     cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference
     other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
       not installed
@@ -78,7 +78,8 @@ def multiplier(weight: NF4Weight) -> Callable[[Tensor, Tensor | None], Tensor] |
 def _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
     if ENVIRONMENT in os.environ:
         return None
-    return native.multiplier(*_contiguous(packed, scales, nested_absmax, offset), shape, blocksize)
+    packed, scales, nested_absmax, offset = _contiguous(packed, scales, nested_absmax, offset)
+    return native.multiplier(packed, scales, nested_absmax, offset, shape, blocksize)
 
 
 def path_for(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 r"""nf4.c, where a C compiler is: cpu.py's dequantisation in one pass over memory, and products without a dense W.
 
-Dequantisation has the same bits. A block has one scale and 16 levels, so 16 products are all it takes; the rest is copying by code:
+Dequantisation has the same bits. A block has one scale and 16 levels, so 16 products are all it takes; the rest is
+copying by code:
 
     value[c] = round(level[c] * absmax)      c = 0 … 15, once a block
     out[i]   = value[code[i]]                with AVX-512 32 at a time: the table is a register, the codes permute it
@@ -34,8 +35,6 @@ from .codebook import dynamic_map, nf4_codebook
 
 SOURCE = Path(__file__).with_name("nf4.c")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
 
 
 class _Scales(ctypes.Structure):
@@ -82,8 +81,8 @@ def multiplier(
     packed: Tensor, scales: Tensor, nested: Tensor | None, offset: Tensor | None, shape: Sequence[int], blocksize: int
 ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """The parts of a weight (out, in), contiguous -> a function: x (…, in), bias (out,) of its dtype or None, both
-    contiguous fp32 or bf16 -> W x + bias (…, out). None where there is no compiled code (yet), and unless a row is whole
-    blocks. The function holds addresses: it is good for as long as the parts live where they are."""
+    contiguous fp32 or bf16 -> W x + bias (…, out). None where there is no compiled code (yet), and unless a row is
+    whole blocks. The function holds addresses: it is good for as long as the parts live where they are."""
     library, (rows, inner) = _Library.loaded(), shape
     if library is None or not rows or not inner or inner % blocksize:
         return None

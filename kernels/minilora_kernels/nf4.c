@@ -61,6 +61,7 @@ void dequantize_bfloat16(const uint8_t *packed, const scales *s, int64_t blocks,
 /* ---- y = W x + bias for a few rows of x, without a dense W */
 
 enum { STEP = 128, LANES = 16, PARTS = 8, TOGETHER = 4 }; /* a step's 64 bytes of codes are 16 words of 8 */
+enum { AHEAD = 4096 }; /* bytes to fetch ahead: the processor itself stops at the end of a page */
 
 typedef struct { /* W (rows, in); a row is whole blocks */
   const uint8_t *packed;
@@ -81,6 +82,7 @@ static inline __attribute__((always_inline)) void times(const matrix *w, const u
   __m512 total[TOGETHER];
   for (int m = 0; m < count; m++) total[m] = _mm512_setzero_ps();
   for (int64_t t = 0; t < steps; t++) {
+    __builtin_prefetch(packed + t * 64 + AHEAD);
     int64_t left = w->in / 2 - t * 64; /* bytes; past the row all is zero: codes, x, absmax */
     __m512i words = _mm512_maskz_loadu_epi8(left < 64 ? (1ull << left) - 1 : -1ull, packed + t * 64);
     __m512 scale = _mm512_permutexvar_ps(spread, _mm512_loadu_ps(absmax + (t * STEP >> w->shift))), value[PARTS];

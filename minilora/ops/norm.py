@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from minilora.ops import Recipe, attach, fast, row_blocks
 
-
 FEW = 2**16  # values that lie in the cache whatever is done with them
 
 
@@ -30,7 +29,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
-    """The same. x and weight of two dtypes take the plain form, and a few rows of which nothing is kept: fewer calls."""
+    """The same. x and weight of two dtypes take the plain form, and so do few rows of which nothing is kept."""
     if fast() and x.dtype == weight.dtype and (torch.is_grad_enabled() or x.numel() > FEW):
         y, r = cast(tuple[Tensor, Tensor], _RMSNorm.apply(x, weight, eps, gemma))
         return attach(y, Recipe(partial(_again, gemma)), x, r, weight)
