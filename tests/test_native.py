@@ -141,7 +141,7 @@ def test_a_product_is_summed_in_fp32(plain, wide, out, blocks, blocksize, count,
 def products(monkeypatch):
     """The shapes of the weights that are multiplied from their codes, as it happens."""
     seen, multiplier = [], native.multiplier
-    monkeypatch.setattr(native, "multiplier", lambda *a: seen.append(tuple(a[4])) or multiplier(*a))
+    monkeypatch.setattr(native, "multiplier", lambda *a, **k: seen.append(tuple(k["shape"])) or multiplier(*a, **k))
     assert native.ready()
     return seen
 

@@ -76,10 +76,8 @@ def multiplier(weight: NF4Weight) -> Callable[[Tensor, Tensor | None], Tensor] |
 
 
 def _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
-    if ENVIRONMENT in os.environ:
-        return None
-    packed, scales, nested_absmax, offset = _contiguous(packed, scales, nested_absmax, offset)
-    return native.multiplier(packed, scales, nested_absmax, offset, shape, blocksize)
+    parts = _contiguous(packed, scales, nested_absmax, offset)
+    return None if ENVIRONMENT in os.environ else native.multiplier(*parts, shape=shape, blocksize=blocksize)
 
 
 def path_for(device: torch.device) -> str:
@@ -239,15 +237,9 @@ def _dequantize(
 
 
 def _gemv(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, packed: Tensor, scales: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
+    shape: Sequence[int], blocksize: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """x (…, in) -> W x + bias (…, out) in x's dtype: from the codes where a kernel does, else with a dense W."""
     check_format(x.dtype, blocksize)
     if x.shape[-1:] != (shape[1],) or (bias is not None and bias.shape != (shape[0],)):

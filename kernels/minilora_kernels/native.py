@@ -82,14 +82,14 @@ def multiplier(
 ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """The parts of a weight (out, in), contiguous -> a function: x (…, in), bias (out,) of its dtype or None, both
     contiguous fp32 or bf16 -> W x + bias (…, out). None where there is no compiled code (yet), and unless a row is
-    whole blocks. The function holds addresses: it is good for as long as the parts live where they are."""
+    whole blocks. The function holds the parts, and where they lie: it is good until they are moved."""
     library, (rows, inner) = _Library.loaded(), shape
     if library is None or not rows or not inner or inner % blocksize:
         return None
     matrix = _Matrix(packed.data_ptr(), _pointers(scales, nested, offset), rows, inner, blocksize.bit_length() - 1)
     address, run = ctypes.addressof(matrix), library.multiply
 
-    def multiply(x: Tensor, bias: Tensor | None, _alive: Any = matrix) -> Tensor:
+    def multiply(x: Tensor, bias: Tensor | None, _alive: Any = (matrix, packed, scales, nested, offset)) -> Tensor:
         y = x.new_empty((*x.shape[:-1], rows))
         given = None if bias is None else bias.data_ptr()
         if not run(address, x.data_ptr(), x.numel() // inner, given, y.data_ptr(), x.dtype == torch.bfloat16):
