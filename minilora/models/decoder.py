@@ -25,6 +25,7 @@ from minilora.models.config import SLIDING, DecoderConfig
 from minilora.models.rope import rotation
 from minilora.ops.attention import Documents, attention, causal_mask, document_runs
 from minilora.ops.norm import rms_norm
+from minilora.ops.residual import residual
 from minilora.ops.rotate import rotate
 from minilora.ops.swiglu import gated
 
@@ -108,10 +109,10 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: LayerMask, cache: KVCache | None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), rope, mask, cache)
         if self.gemma:
-            x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+            x = residual(x, self.post_attention_layernorm(attended))
+            return residual(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+        x = residual(x, attended)
+        return residual(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class Decoder(nn.Module):

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import fast, plain_now
+from minilora.ops import fast, plain_now, pool
+from minilora_kernels.compiled import steps
 
 BLOCK = 128  # queries at a time in backward; the weights of one block lie in the cache
 
@@ -84,21 +85,30 @@ class _Causal(torch.autograd.Function):
         # one matrix per row and key head: its G query heads side by side, (N, T·G, d) with N = B · kv_heads
         k_NTd, v_NTd = (x.flatten(0, 1) for x in (k, v))  # (N, T, d)
         q_NRd, g_NRd = (_by_key_head(x, G) for x in (q * ctx.scale, grads[0]))
-        dq_NRd, (dk, dv) = torch.empty_like(q_NRd), (torch.zeros_like(x, dtype=sums) for x in (k_NTd, v_NTd))
+        dq_NRd, (dk, dv) = pool.empty_like(q_NRd), (torch.zeros_like(x, dtype=sums) for x in (k_NTd, v_NTd))
         for start in range(0, T, BLOCK):
             stop = min(start + BLOCK, T)
             rows, keys, values = slice(start * G, stop * G), k_NTd[:, :stop], v_NTd[:, :stop]
             queries, g = q_NRd[:, rows], g_NRd[:, rows]
-            S = queries @ keys.transpose(1, 2)  # (N, R, stop)
-            S[:, :, start:].masked_fill_(_later(stop - start, G, S.device), float("-inf"))
-            P = S.softmax(-1)
+            S, dP = (pool.empty((*queries.shape[:2], stop), q.dtype, q.device) for _ in range(2))  # (N, R, stop)
+            torch.bmm(queries, keys.transpose(1, 2), out=S)
+            torch.bmm(g, values.transpose(1, 2), out=dP)
+            P, dS = _weights(S, dP, start, G)
             dv[:, :stop] += P.transpose(1, 2) @ g
-            dP = g @ values.transpose(1, 2)
-            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)  # P · (dP - rowsum(P · dP))
             dq_NRd[:, rows] = dS @ keys
             dk[:, :stop] += dS.transpose(1, 2) @ queries
         dq = dq_NRd.view(*k.shape[:3], G, -1).transpose(2, 3).reshape(q.shape).mul_(ctx.scale)
         return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape), None
+
+
+def _weights(S: Tensor, dP: Tensor, start: int, G: int) -> tuple[Tensor, Tensor]:
+    """P and dS, both (N, R, stop), of the queries from `start` on; S and dP are written over."""
+    if steps.attention_weights(S, dP, start, G):
+        return S, dP
+    size = S.shape[2] - start
+    S[:, :, start:].masked_fill_(_later(size, G, S.device), float("-inf"))
+    P = S.softmax(-1)
+    return P, torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)  # P · (dP - rowsum(P · dP))
 
 
 def _by_key_head(x: Tensor, G: int) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minilora.ops import row_blocks
+from minilora.ops import pool, row_blocks
+from minilora_kernels.compiled import steps
 
-CHUNK_BYTES = 2**26  # of logits held at a time, whatever the vocabulary
+CHUNK_BYTES = 2**25  # of logits held at a time, whatever the vocabulary
 LIFT = {torch.float16: 2.0**10}  # an exact factor that keeps small gradients away from underflow
 
 
@@ -85,7 +86,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
         loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        buffer = pool.empty((min(chunk, len(hidden)), len(weight)), hidden.dtype, hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])])  # (C, V)
@@ -110,6 +111,8 @@ class _FrozenHead(torch.autograd.Function):
 
 def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
     """Write -log p(label) (C,) and, if `wanted`, lift · (softmax(logits) - onehot(y)) in place of the logits (C, V)."""
+    if steps.cross_entropy(logits, labels, loss, wanted):
+        return
     for rows in row_blocks(len(logits), logits.shape[1], logits.device, 2**21):
         targets = labels[rows, None]  # (R, 1)
         log_p = logits[rows].log_softmax(-1, dtype=torch.float32)  # (R, V)

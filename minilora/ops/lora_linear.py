@@ -9,7 +9,6 @@ in backward. Here the second product is added into the first one's result as it 
 as long as it is used.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.lora import LoRAAdapter, LoRALayer
-from minilora.ops import Recipe, fast, recipe_of
+from minilora.ops import Recipe, fast, pool, recipe_of
 from minilora.quant import NF4Linear
 
 
@@ -58,21 +57,6 @@ def _parts(base: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     return None
 
 
-class _Workspace(threading.local):
-    """One buffer a thread for a dense weight on the CPU, as large as the largest yet: a new one costs page faults."""
-
-    buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        size = shape.numel() * dtype.itemsize
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        return self.buffer[:size].view(dtype).view(shape)
-
-
-_workspace = _Workspace()
-
-
 def dense(parts: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """W (out, in), valid until the next call."""
     if len(parts) == 1:
@@ -80,7 +64,7 @@ def dense(parts: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     *codes, shape, blocksize = parts
     if not codes[0].is_cpu:
         return torch.ops.minilora.dequantize_nf4(*parts, dtype)
-    W = _workspace.take(torch.Size(shape), dtype)
+    W = pool.empty(shape, dtype, codes[0].device)
     torch.ops.minilora.dequantize_nf4_out(*codes, blocksize, W)
     return W
 
@@ -93,7 +77,9 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         x_NI = x.reshape(-1, x.shape[-1])
         z = x_NI @ A.to(x.dtype).T  # (N, r)
-        y = F.linear(x_NI, dense(parts, x.dtype), bias)  # (N, out)
+        y = pool.empty((len(x_NI), len(B)), x.dtype, x.device)  # (N, out)
+        W = dense(parts, x.dtype)
+        torch.mm(x_NI, W.T, out=y) if bias is None else torch.addmm(bias, x_NI, W.T, out=y)
         y.addmm_(z, B.to(x.dtype).T, alpha=s)
         ctx.s, ctx.shape = s, x.shape
         ctx.recipe, kept = again  # of x
@@ -112,8 +98,8 @@ class _LoRALinear(torch.autograd.Function):
         dx = db = None
         if ctx.needs_input_grad[0]:
             # dx = Wᵀ dy + Aᵀ q
-            dx = g @ dense((*codes, *ctx.layout), g.dtype)  # (N, in)
-            dx = dx.addmm_(q, A.to(g.dtype)).view(ctx.shape)
+            dx = pool.empty((len(g), A.shape[1]), g.dtype, g.device)  # (N, in)
+            dx = torch.mm(g, dense((*codes, *ctx.layout), g.dtype), out=dx).addmm_(q, A.to(g.dtype)).view(ctx.shape)
         x = kept[0] if ctx.recipe is None else ctx.recipe.read(*kept)
         dA = q.T @ x.reshape(len(z), A.shape[1])  # (r, in)
         dB = (g.T @ z).mul_(ctx.s)  # (out, r)

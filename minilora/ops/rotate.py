@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import fast
+from minilora.ops import fast, pool
+from minilora_kernels.compiled import steps
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,18 +35,22 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin), None, None
+        return _turn(grads[0], cos, sin, -1.0), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    y = pool.empty_like(x)
+    if steps.rotate(x, cos, sin, y, sign):
+        return y
+    sin = sin * sign
     (x1, x2), half = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)[0]
-    y = x * cos
+    torch.mul(x, cos, out=y)
     y1, y2 = y.chunk(2, dim=-1)
     y1.sub_(x2 * half)
     y2.add_(x1 * half)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import Recipe, attach, fast
+from minilora.ops import Recipe, attach, fast, pool
+from minilora_kernels.compiled import steps
 
 
 def plain_gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
@@ -44,6 +45,9 @@ class _GatedRecipe(Recipe):
         self.active: Tensor | None = None
 
     def both(self, gate: Tensor, up: Tensor) -> Tensor:
+        y = pool.empty_like(gate)
+        if steps.gated(gate, up, y, self.gelu):
+            return y
         self.active = _activation(gate, self.gelu)
         return self.active * up
 
@@ -59,12 +63,18 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, recipe: _GatedRecipe) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.recipe = recipe
+        y = pool.empty_like(gate)
+        if steps.gated(gate, up, y, recipe.gelu):
+            return y
         return _activation(gate, recipe.gelu).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         (dy,), (gate, up) = grads, ctx.saved_tensors
+        dgate, dup = (pool.empty_like(gate) for _ in range(2))
+        if steps.gated_backward(gate, up, dy, dgate, dup, ctx.recipe.gelu):
+            return dgate, dup, None
         du = ctx.recipe.take(gate).mul_(dy)
         if ctx.recipe.gelu:
             return torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh"), du, None

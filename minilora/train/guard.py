@@ -1,5 +1,6 @@
 """What stands around the loop: modes set and put back, Ctrl-C held off, precision chosen, the first step checked."""
 
+import gc
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from minilora.data.report import numbers
 from minilora.lora import LoRALayer
 from minilora.models.context import inference
+from minilora.ops import pool
 from minilora.storage import open_leaf
 from minilora.train.config import TrainConfig
 
@@ -100,8 +102,11 @@ def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
         elif switch:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+        gc.freeze()  # what is there before training is not looked through again for rubbish
         yield
     finally:
+        gc.unfreeze()
+        pool.release()
         if switch and ours:
             model.gradient_checkpointing = False
         elif switch:
