@@ -26,7 +26,8 @@ from bitsandbytes.cextension import lib
 from torch import nn
 
 from minilora.quant import NF4Linear
-from minilora_kernels import NF4Weight, dequantize_nf4, native, quantize_nf4
+from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+from minilora_kernels.compiled import nf4
 
 SHAPES = ((4096, 4096), (1536, 576))
 COPY = "copy, out="
@@ -88,7 +89,7 @@ def layers(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     dense = nn.Linear(x.shape[1], x.shape[0], bias=False, dtype=x.dtype)
     dense.weight.data = x
     ours = NF4Linear.from_linear(dense)
-    native.ready()
+    nf4.ready()
     jobs: dict[str, dict[str, Callable[[], object]]] = {}
     for name, count in {"one token": 1, "8 tokens": 8}.items():
         t = torch.randn(1, count, x.shape[1], generator=torch.Generator().manual_seed(1)).to(x.dtype)

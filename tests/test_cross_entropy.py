@@ -11,6 +11,7 @@ from torch import nn
 
 from minilora.ops import cross_entropy as ce
 from minilora.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, plain_cross_entropy
+from minilora_kernels.compiled import steps
 
 
 def problem(N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -162,12 +163,15 @@ def test_default_chunk_bounds_the_logits(monkeypatch):
 
 def test_no_gradient_is_computed_when_none_is_asked_for(monkeypatch):
     hidden, weight, labels = problem(5, 4, 7)
+    wanted = []
+    monkeypatch.setattr(steps, "cross_entropy", lambda *given: wanted.append(given[-1]))
     monkeypatch.setattr(torch.Tensor, "scatter_", None)  # only the gradient needs it
     with torch.no_grad():
         assert linear_cross_entropy(hidden.detach(), weight, labels) > 0
         assert linear_cross_entropy(hidden, weight, labels) > 0
     with pytest.raises(TypeError):
         linear_cross_entropy(hidden, weight, labels)
+    assert wanted == [False, False, True]
 
 
 def test_no_labels_cost_nothing():

@@ -207,14 +207,6 @@ def test_cpu_is_the_reference_over_many_chunks(blocksize):
     assert torch.equal(restored(cpu, *fast, x, blocksize), restored(reference, packed, absmax, x, blocksize))
 
 
-def test_a_result_in_large_pages_is_like_any_other():
-    weight = quantize_nf4(normal(64, 64), double_quant=False)
-    big = cpu.empty((4096, 4096), torch.bfloat16)
-    assert big.nbytes >= cpu.HUGE and big.is_contiguous() and big.dtype == torch.bfloat16
-    assert big.fill_(1).sum(dtype=torch.float32) == 4096 * 4096
-    assert torch.equal(dequantize_nf4(weight, out=big[:64, 0:64].contiguous()), dequantize_nf4(weight, torch.bfloat16))
-
-
 @given(tensors(), st.sampled_from(BLOCKSIZES))
 def test_quantising_again_changes_nothing(x, blocksize):
     """Every block holds its absmax as level +-1, and levels * absmax are nearest to themselves: fp32 and above."""

@@ -3,9 +3,11 @@
 Attention and cross-entropy have files of their own; here are their switch and what they keep.
 """
 
+import shutil
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -16,6 +18,17 @@ from minilora.ops.norm import plain_rms_norm, rms_norm
 from minilora.ops.rotate import plain_rotate, rotate
 from minilora.ops.swiglu import gated, plain_gated
 from toy import kept, llama, lora, noise
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def code(request, monkeypatch):
+    """Every test runs with the steps that are compiled where a compiler is, and with those of torch."""
+    if request.param == "torch":
+        monkeypatch.setenv("MINILORA_STEPS", "torch")
+    elif shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc): the steps are torch's")
+    return request.param
+
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -53,8 +66,9 @@ NAMES = ["norm", "gemma's norm", "swiglu", "geglu", "rotate", "rotate, heads ins
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_fast_op_equals_its_plain_form(name, dtype):
-    """Values to the bit. Gradients: sums in another order, and in 16 bit fewer roundings: a few ulp of the largest."""
+def test_a_fast_op_equals_its_plain_form(name, dtype, code):
+    """Values to the bit; but compiled, a sum is in another order and e^x is another approximation, so that some are
+    an ulp or two off. Gradients: sums in another order, and in 16 bit fewer roundings: a few ulp of the largest."""
     quick, plain, inputs = forms(name, dtype)
     results = []
     for form in (quick, plain):
@@ -63,10 +77,20 @@ def test_a_fast_op_equals_its_plain_form(name, dtype):
         y.backward(noise(*y.shape, dtype=dtype, seed=3).detach())
         results.append((y, [x.grad for x in leaves]))
     (y, grads), (expected, wanted) = results
-    assert torch.equal(y, expected) and y.dtype == dtype
+    exact = code == "torch" or "rotate" in name or dtype not in (torch.float32, torch.bfloat16)
+    assert torch.equal(y, expected) if exact else near(y, expected, cancels=name == "geglu")
+    assert y.dtype == dtype
     for found, plain_grad in zip(grads, wanted, strict=True):
         assert found.dtype == dtype
         assert (found - plain_grad).abs().max() <= 8 * torch.finfo(dtype).eps * plain_grad.abs().max()
+
+
+def near(y: Tensor, expected: Tensor, cancels: bool = False) -> bool:
+    """Within 4 units in the last place of fp32, 1 of bf16, whose roundings fall the same way but for ties; of the
+    largest value where torch's own form cancels (1 + tanh x)."""
+    sizes = expected.abs().max() if cancels else expected.abs()
+    ulps = 4 if y.dtype == torch.float32 else 1
+    return bool(((y - expected).abs() <= ulps * torch.finfo(y.dtype).eps * sizes).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,11 +100,14 @@ def test_a_fast_op_passes_a_gradient_check(name):
 
 
 @given(rows=st.integers(0, 700), width=st.integers(1, 700), gemma=st.booleans())
-def test_norm_of_any_size_and_in_blocks(rows, width, gemma):
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `code` holds for all of them
+def test_norm_of_any_size_and_in_blocks(rows, width, gemma, code):
     x, w = noise(rows, width).detach(), noise(width, seed=1).detach()
-    assert torch.equal(rms_norm(x, w, 1e-5, gemma), plain_rms_norm(x, w, 1e-5, gemma))
+    y, expected = rms_norm(x, w, 1e-5, gemma), plain_rms_norm(x, w, 1e-5, gemma)
+    assert torch.equal(y, expected) if code == "torch" else near(y, expected)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `code` changes nothing here
 @given(rows=st.integers(0, 5000), width=st.integers(1, 300_000))
 def test_row_blocks_cover_every_row_once(rows, width):
     for device in ("cpu", "meta"):
@@ -121,7 +148,14 @@ def test_a_model_on_plain_ops(quantize):
         logits.float().square().mean().backward()
         results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         assert fast() == before
-    ours = {"_RMSNormBackward", "_RotateBackward", "_GatedBackward", "_CausalBackward", "_LoRALinearBackward"}
+    ours = {
+        "_RMSNormBackward",
+        "_SumBackward",
+        "_RotateBackward",
+        "_GatedBackward",
+        "_CausalBackward",
+        "_LoRALinearBackward",
+    }
     assert ours <= seen[0] and not ours & seen[1]
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-9  # fp32, sums in other orders

@@ -15,9 +15,6 @@ is faster than the same gather by rows. What is left over after the last whole b
 reference. Buffers live for one call; nothing is shared between threads but read-only tables.
 """
 
-import mmap
-import sys
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -29,7 +26,6 @@ from .reference import NESTED_BLOCKSIZE, TINY
 
 CHUNK = 1 << 18  # values at a time: 1 MiB of fp32; any multiple of 4096, the largest block
 BINS = 32  # steps of the bins, 1/16 wide; thresholds are 0.0796 apart or more, and 0.004 from a bin's edge
-HUGE = 32 << 20  # bytes from which glibc never keeps freed memory: each new result would fault in page by page
 
 
 def quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -86,20 +82,6 @@ def double_dequantize(codes_K: Tensor, nested_absmax: Tensor, offset: Tensor) ->
     absmax_K[: whole * NESTED_BLOCKSIZE].view(whole, NESTED_BLOCKSIZE).mul_(nested_absmax[:whole, None])
     absmax_K[whole * NESTED_BLOCKSIZE :].mul_(nested_absmax[whole:])
     return absmax_K.add_(offset)
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """torch.empty, in 2 MiB pages where the result is large: 16 page faults for 4096 x 4096 bf16 instead of 8,192,
-    which take longer than dequantising. Linux only; elsewhere, and where the kernel refuses, plain torch.empty."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    if size < HUGE or sys.platform != "linux":
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel built without transparent huge pages
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(memory, dtype=dtype).view(shape)  # the tensor owns the mapping
 
 
 def _nested_codes(x_K: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which code runs, chosen by the device, and the custom ops that torch.compile sees.
 
     device              path        why
-    cpu                 cpu         cpu.py, bit-equal to the reference; native.py goes first, once it is compiled
+    cpu                 cpu         cpu.py, bit-equal to the reference; compiled/nf4.py goes first, once it is
     cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference
     other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
       not installed
@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, native, reference
+from . import cpu, pool, reference
+from .compiled import nf4
 from .weight import NF4Weight, check_format
 
 ENVIRONMENT = "MINILORA_NF4"
@@ -71,13 +72,13 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None, out: Ten
 
 def multiplier(weight: NF4Weight) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """A function W x + bias of few rows x (…, in), bias (out,) or None, all contiguous and of one dtype of
-    `native.DTYPES`; it holds addresses of `weight`'s memory. None where nothing is compiled (yet) or allowed."""
+    `nf4.DTYPES`; it holds addresses of `weight`'s memory. None where nothing can be compiled, or none is allowed."""
     return _multiplier(*weight.parts()) if path_for(weight.device) == "cpu" else None
 
 
 def _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
     parts = _contiguous(packed, scales, nested_absmax, offset)
-    return None if ENVIRONMENT in os.environ else native.multiplier(*parts, shape=shape, blocksize=blocksize)
+    return None if ENVIRONMENT in os.environ else nf4.multiplier(*parts, shape=shape, blocksize=blocksize)
 
 
 def path_for(device: torch.device) -> str:
@@ -175,7 +176,7 @@ def _dequantize_out(
         return
     if path == "cpu" and ENVIRONMENT not in os.environ:
         packed, scales, nested_absmax, offset = _contiguous(packed, scales, nested_absmax, offset)
-        if native.dequantize(packed, scales, nested_absmax, offset, blocksize, out):
+        if nf4.dequantize(packed, scales, nested_absmax, offset, blocksize, out):
             return
     plain = cpu if path == "cpu" else reference
     if nested_absmax is not None and offset is not None:
@@ -231,7 +232,7 @@ def _dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """To a new tensor of `shape` and `dtype`."""
-    out = cpu.empty(shape, dtype) if packed.is_cpu else packed.new_empty(shape, dtype=dtype)
+    out = pool.empty(shape, dtype, packed.device)
     _dequantize_out(packed, scales, nested_absmax, offset, blocksize, out)
     return out
 
@@ -257,7 +258,7 @@ def _gemv(
             packed, scales, nested_absmax, offset, bias, flat = parts
             y = nf4_gemv.gemv(flat.view(-1), packed, scales, nested_absmax, offset, shape, blocksize, bias)
             return y.view(*x.shape[:-1], -1)
-    if path == "cpu" and 0 < rows <= FEW and x.dtype in native.DTYPES and (bias is None or bias.dtype == x.dtype):
+    if path == "cpu" and 0 < rows <= FEW and x.dtype in nf4.DTYPES and (bias is None or bias.dtype == x.dtype):
         _check_parts(packed, scales, nested_absmax, offset, shape, blocksize)
         if multiply := _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
             return multiply(*_contiguous(x, bias))

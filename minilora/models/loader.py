@@ -20,6 +20,7 @@ from minilora.models.hub import resolve
 from minilora.quant import NF4Linear
 from minilora.storage import open_leaf
 from minilora_kernels import NF4Weight, quantize_nf4
+from minilora_kernels.compiled import steps
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _OLD = ".rotary_emb.inv_freq"  # old Llama checkpoints store RoPE's frequencies, which the config determines
@@ -60,6 +61,8 @@ def load_model(
     )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = pick_dtype(dtype, device)
+    if device.type == "cpu":
+        steps.begin(dtype)  # the compiler runs while weights are read
     _check_sizes(checkpoint)
     with torch.device("meta"):
         model = CausalLM(checkpoint.config)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import fast, plain_now, pool
+from minilora.ops import fast, plain_now
+from minilora_kernels import pool
 from minilora_kernels.compiled import steps
 
 BLOCK = 128  # queries at a time in backward; the weights of one block lie in the cache

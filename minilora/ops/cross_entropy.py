@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minilora.ops import pool, row_blocks
+from minilora.ops import row_blocks
+from minilora_kernels import pool
 from minilora_kernels.compiled import steps
 
 CHUNK_BYTES = 2**25  # of logits held at a time, whatever the vocabulary

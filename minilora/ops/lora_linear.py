@@ -12,13 +12,13 @@ as long as it is used.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.lora import LoRAAdapter, LoRALayer
-from minilora.ops import Recipe, fast, pool, recipe_of
+from minilora.ops import Recipe, fast, recipe_of
 from minilora.quant import NF4Linear
+from minilora_kernels import pool
 
 
 def plain_lora_linear(layer: LoRALayer, x: Tensor) -> Tensor:

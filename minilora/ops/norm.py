@@ -7,17 +7,15 @@ All in fp32 between x and y. Autograd keeps h twice in fp32, eight bytes a value
 on a cacheful at a time. Gemma stores w - 1, so that weight decay pulls to 1, and rounds once; Llama rounds h first.
 """
 
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import Recipe, attach, fast, pool, row_blocks
+from minilora.ops import Recipe, attach, fast, row_blocks
+from minilora_kernels import pool
 from minilora_kernels.compiled import steps
-
-FEW = 2**16  # values that lie in the cache whatever is done with them
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
@@ -30,17 +28,27 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:
-    """The same. x and weight of two dtypes take the plain form, and so do few rows of which nothing is kept."""
-    if fast() and x.dtype == weight.dtype and (torch.is_grad_enabled() or x.numel() > FEW):
+    """The same; x and weight of two dtypes take the plain form."""
+    if fast() and x.dtype == weight.dtype:
+        if not torch.is_grad_enabled():
+            return _normed(x, weight, eps, gemma)[0]
         y, r = cast(tuple[Tensor, Tensor], _RMSNorm.apply(x, weight, eps, gemma))
-        return attach(y, Recipe(partial(_again, gemma, eps)), x, r, weight)
+        return attach(y, Recipe(lambda x, weight: _normed(x, weight, eps, gemma)[0]), x, weight)
     return plain_rms_norm(x, weight, eps, gemma)
 
 
-def _again(gemma: bool, eps: float, x: Tensor, r: Tensor, weight: Tensor) -> Tensor:
+def _normed(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
+    """y, and r (…, 1) in fp32."""
+    if found := steps.rms_norm(x, weight, eps, gemma):
+        return found
     y = pool.empty_like(x)
-    if steps.rms_norm(x.reshape(-1, x.shape[-1]), weight, y.view(-1, x.shape[-1]), r.clone(), eps, gemma): return y
-    return _weighted(x * r, weight, gemma, x.dtype)  # in fp32, for r is
+    r = torch.empty(*x.shape[:-1], 1, dtype=_wide(x), device=x.device)
+    x_ND, y_ND, r_N1 = (t.reshape(-1, t.shape[-1]) for t in (x, y, r))
+    for rows in row_blocks(len(x_ND), x.shape[-1], x.device):
+        h = x_ND[rows].to(r.dtype)
+        r_N1[rows] = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        y_ND[rows] = _weighted(h * r_N1[rows], weight, gemma, x.dtype)
+    return y, r
 
 
 def _weighted(h: Tensor, weight: Tensor, gemma: bool, dtype: torch.dtype) -> Tensor:
@@ -54,14 +62,7 @@ def _wide(x: Tensor) -> torch.dtype:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
-        y = pool.empty_like(x)
-        r = torch.empty(*x.shape[:-1], 1, dtype=_wide(x), device=x.device)
-        x_ND, y_ND, r_N1 = (t.reshape(-1, t.shape[-1]) for t in (x, y, r))
-        if not steps.rms_norm(x_ND, weight, y_ND, r_N1, eps, gemma):
-            for rows in row_blocks(len(x_ND), x.shape[-1], x.device):
-                h = x_ND[rows].to(r.dtype)
-                r_N1[rows] = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-                y_ND[rows] = _weighted(h * r_N1[rows], weight, gemma, x.dtype)
+        y, r = _normed(x, weight, eps, gemma)
         ctx.save_for_backward(x, weight, r)
         ctx.gemma = gemma
         ctx.mark_non_differentiable(r)
@@ -71,12 +72,13 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         x, weight, r_all = ctx.saved_tensors
-        x_ND, g_ND, r_N1 = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0], r_all))
-        dx = pool.empty_like(x)
-        dx_ND, dw = dx.view(x_ND.shape), torch.zeros_like(weight, dtype=_wide(x)) if ctx.needs_input_grad[1] else None
-        if steps.rms_norm_backward(x_ND, weight, r_N1, g_ND, dx_ND, dw, ctx.gemma):
+        if found := steps.rms_norm_backward(x, weight, r_all, grads[0], ctx.needs_input_grad[1], ctx.gemma):
+            dx, dw = found
             return dx, None if dw is None else dw.to(weight.dtype), None, None
+        x_ND, g_ND, r_N1 = (t.reshape(-1, t.shape[-1]) for t in (x, grads[0], r_all))
         w = weight.to(_wide(x)) + ctx.gemma  # (D,)
+        dx = pool.empty_like(x)
+        dx_ND, dw = dx.view(x_ND.shape), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
         for rows in row_blocks(len(x_ND), x.shape[-1], x.device):
             g, r = g_ND[rows].to(w.dtype, copy=True), r_N1[rows]
             h = x_ND[rows] * r  # in fp32, for r is

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import fast, pool
+from minilora.ops import fast
 from minilora_kernels.compiled import steps
 
 
@@ -35,7 +35,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
+        return _turn(x, cos, sin)
 
     @staticmethod
     @once_differentiable
@@ -44,13 +44,11 @@ class _Rotate(torch.autograd.Function):
         return _turn(grads[0], cos, sin, -1.0), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    y = pool.empty_like(x)
-    if steps.rotate(x, cos, sin, y, sign):
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
+    if (y := steps.rotate(x, cos, sin, sign)) is not None:
         return y
-    sin = sin * sign
-    (x1, x2), half = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)[0]
-    torch.mul(x, cos, out=y)
+    (x1, x2), half = x.chunk(2, dim=-1), (sin * sign).chunk(2, dim=-1)[0]
+    y = x * cos
     y1, y2 = y.chunk(2, dim=-1)
     y1.sub_(x2 * half)
     y2.add_(x1 * half)

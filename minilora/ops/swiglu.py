@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minilora.ops import Recipe, attach, fast, pool
+from minilora.ops import Recipe, attach, fast
 from minilora_kernels.compiled import steps
 
 
@@ -26,10 +26,15 @@ def gated(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
     if not fast():
         return plain_gated(gate, up, gelu)
     if not torch.is_grad_enabled():
-        return _activation(gate, gelu).mul_(up)
+        return _gated(gate, up, gelu)
     recipe = _GatedRecipe(gelu)
     y: Any = _Gated.apply(gate, up, recipe)
     return attach(y, recipe, gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    y = steps.gated(gate, up, gelu)
+    return _activation(gate, gelu).mul_(up) if y is None else y
 
 
 def _activation(x: Tensor, gelu: bool) -> Tensor:
@@ -45,8 +50,7 @@ class _GatedRecipe(Recipe):
         self.active: Tensor | None = None
 
     def both(self, gate: Tensor, up: Tensor) -> Tensor:
-        y = pool.empty_like(gate)
-        if steps.gated(gate, up, y, self.gelu):
+        if (y := steps.gated(gate, up, self.gelu)) is not None:
             return y
         self.active = _activation(gate, self.gelu)
         return self.active * up
@@ -63,18 +67,14 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, recipe: _GatedRecipe) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.recipe = recipe
-        y = pool.empty_like(gate)
-        if steps.gated(gate, up, y, recipe.gelu):
-            return y
-        return _activation(gate, recipe.gelu).mul_(up)
+        return _gated(gate, up, recipe.gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         (dy,), (gate, up) = grads, ctx.saved_tensors
-        dgate, dup = (pool.empty_like(gate) for _ in range(2))
-        if steps.gated_backward(gate, up, dy, dgate, dup, ctx.recipe.gelu):
-            return dgate, dup, None
+        if found := steps.gated_backward(gate, up, dy, ctx.recipe.gelu):
+            return *found, None
         du = ctx.recipe.take(gate).mul_(dy)
         if ctx.recipe.gelu:
             return torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh"), du, None

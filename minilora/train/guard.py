@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from minilora.data.report import numbers
 from minilora.lora import LoRALayer
 from minilora.models.context import inference
-from minilora.ops import pool
 from minilora.storage import open_leaf
 from minilora.train.config import TrainConfig
+from minilora_kernels import pool
 
 
 def check_causal(model: Any) -> None:

@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -45,9 +46,10 @@ class Library:
             return
         self.folder = tempfile.mkdtemp(prefix="minilora-")
         atexit.register(self._clean)
-        machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        machine = "-march=native -mprefer-vector-width=512" if x86 else "-mcpu=native"
         flags = " ".join(["-O3 -ffp-contract=off -shared -fPIC", machine, *self.flags])
-        compile = f"'{compiler}' {flags} -o library.so '{self.source}' -lm"
+        compile = f"{shlex.quote(compiler)} {flags} -o library.so {shlex.quote(str(self.source))} -lm"
         command = ["sh", "-c", f"{compile} -fopenmp || {compile}"]  # some compilers come without OpenMP
         self.process = subprocess.Popen(command, cwd=self.folder, stderr=subprocess.DEVNULL)
 

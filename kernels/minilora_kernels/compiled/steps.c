@@ -12,6 +12,7 @@ typedef union { float value; uint32_t bits; int32_t whole; } word;
 
 #ifdef BF16
 typedef uint16_t real;
+typedef float sum_of_squares;
 static inline float load(real x) { word w = {.bits = (uint32_t)x << 16}; return w.value; }
 static inline real store(float x) { /* to the nearest, ties to even */
   word w = {x};
@@ -19,6 +20,7 @@ static inline real store(float x) { /* to the nearest, ties to even */
 }
 #else
 typedef float real;
+typedef double sum_of_squares; /* a row's error in r is that of all its values */
 static inline float load(real x) { return x; }
 static inline real store(float x) { return x; }
 #endif
@@ -58,10 +60,10 @@ void rms_norm(const real *x, const real *w, real *y, float *r, int64_t N, int64_
   for (int64_t n = 0; n < N; n++) {
     const real *x_D = x + n * D;
     real *y_D = y + n * D;
-    float squares = 0;
+    sum_of_squares squares = 0;
 #pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < D; i++) squares = fma1(load(x_D[i]), load(x_D[i]), squares);
-    float r_n = r[n] = 1 / sqrtf(squares / D + eps);
+    for (int64_t i = 0; i < D; i++) squares += (sum_of_squares)load(x_D[i]) * load(x_D[i]);
+    float r_n = r[n] = 1 / sqrt(squares / D + eps);
     if (gemma)
       for (int64_t i = 0; i < D; i++) y_D[i] = store((1 + load(w[i])) * (load(x_D[i]) * r_n));
     else

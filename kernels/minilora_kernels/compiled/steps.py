@@ -1,8 +1,8 @@
-"""steps.c for tensors: each function writes its results and says True, or does nothing and says False.
+"""steps.c for tensors: each function gives its results, or None where nothing compiled fits.
 
-False: no C compiler, another device than the CPU, another dtype than fp32 and bf16, or a tensor of another kind. The
-first call waits for the compiler (`begin` starts it sooner), so that a run's numbers do not hang on its speed.
-What is written must be contiguous; what is read is made so.
+That is: no C compiler, another device than the CPU, another dtype than fp32 and bf16, or a tensor of another kind.
+The first call waits for the compiler (`begin` starts it sooner), so that a run's numbers do not hang on its speed.
+MINILORA_STEPS=torch does without.
 """
 
 import ctypes
@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import pool
 from . import Library
 
-_SOURCE, _FLAGS = Path(__file__).with_name("steps.c"), ("-fno-math-errno", "-fno-trapping-math", "-mprefer-vector-width=512")
+_SOURCE, _FLAGS = (
+    Path(__file__).with_name("steps.c"),
+    ("-fno-math-errno", "-fno-trapping-math"),
+)
+_KINDS = (Tensor, nn.Parameter, FakeTensor)
 _LIBRARIES = {torch.float32: Library(_SOURCE, *_FLAGS), torch.bfloat16: Library(_SOURCE, *_FLAGS, "-DBF16")}
 
 
@@ -26,49 +31,62 @@ def begin(dtype: torch.dtype) -> None:
         _LIBRARIES[dtype].begin()
 
 
-def rms_norm(x: Tensor, weight: Tensor, y: Tensor, r: Tensor, eps: float, gemma: bool) -> bool:
-    """x (N, D), weight (D,) -> y (N, D), r fp32 (N, 1)."""
-    return _run("rms_norm", x.contiguous(), weight, y, r, *x.shape, eps, gemma)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor] | None:
+    """x (…, D), weight (D,) -> y like x, r fp32 (…, 1)."""
+    x, y = x.contiguous(), pool.empty_like(x)
+    r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    return (y, r) if _run("rms_norm", x, weight, y, r, r.numel(), x.shape[-1], eps, gemma) else None
 
 
 def rms_norm_backward(
-    x: Tensor, weight: Tensor, r: Tensor, dy: Tensor, dx: Tensor, dw: Tensor | None, gemma: bool
-) -> bool:
-    """x, dy (N, D), r fp32 (N, 1) -> dx (N, D) and, unless None, dw fp32 (D,)."""
-    x, dy = x.contiguous(), dy.contiguous()
-    done = _run("rms_norm_backward", x, weight, r, dy, dx, *x.shape, gemma)
-    return done and (dw is None or _run("rms_norm_weight", x, r, dy, dw, *x.shape))
+    x: Tensor, weight: Tensor, r: Tensor, dy: Tensor, with_weight: bool, gemma: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """x, dy (…, D), r fp32 (…, 1) -> dx like x, and dw fp32 (D,) if asked for."""
+    (x, dy), dx, D = (t.contiguous() for t in (x, dy)), pool.empty_like(x), x.shape[-1]
+    if not _run("rms_norm_backward", x, weight, r, dy, dx, r.numel(), D, gemma):
+        return None
+    dw = torch.empty(D, dtype=torch.float32, device=x.device) if with_weight else None
+    if dw is not None:
+        _run("rms_norm_weight", x, r, dy, dw, r.numel(), D)
+    return dx, dw
 
 
-def gated(gate: Tensor, up: Tensor, y: Tensor, gelu: bool) -> bool:
-    """Three tensors of one shape."""
-    return gate.dtype == up.dtype and _run("gated", gate.contiguous(), up.contiguous(), y, gate.numel(), gelu)
+def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor | None:
+    """Tensors of one shape -> y."""
+    (gate, up), y = (t.contiguous() for t in (gate, up)), pool.empty_like(gate)
+    return y if gate.dtype == up.dtype and _run("gated", gate, up, y, gate.numel(), gelu) else None
 
 
-def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: Tensor, gelu: bool) -> bool:
-    """Five tensors of one shape."""
-    gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
-    return gate.dtype == up.dtype and _run("gated_backward", gate, up, dy, dgate, dup, gate.numel(), gelu)
+def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor] | None:
+    """Tensors of one shape -> dgate, dup."""
+    gate, up, dy = (t.contiguous() for t in (gate, up, dy))
+    dgate, dup = pool.empty_like(gate), pool.empty_like(up)
+    done = gate.dtype == up.dtype and _run("gated_backward", gate, up, dy, dgate, dup, gate.numel(), gelu)
+    return (dgate, dup) if done else None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> bool:
-    """logits (N, V), labels int64 (N,) -> loss fp32 (N,); if `wanted` its gradient stands in place of the logits."""
-    return _run("cross_entropy", logits, labels.contiguous(), loss, *logits.shape, wanted)
+    """logits (N, V), labels int64 (N,) -> loss fp32 (N,), written; if `wanted` its gradient stands in place of the
+    logits. All contiguous. False: nothing was done, also for a label outside [0, V), which C would not notice."""
+    inside = not labels.numel() or bool((labels.min() >= 0) & (labels.max() < logits.shape[1]))
+    return inside and labels.dtype == torch.int64 and _run("cross_entropy", logits, labels, loss, *logits.shape, wanted)
 
 
 def attention_weights(scores: Tensor, dP: Tensor, start: int, G: int) -> bool:
-    """scores, dP (N, R, S), rows from query `start` on, G a query -> the weights and the scores' gradient, in place."""
+    """scores, dP (N, R, S) contiguous, rows from query `start` on, G a query -> the weights and the scores' gradient,
+    in their place. False: nothing was done."""
     return _run("attention_weights", scores, dP, *scores.shape, start, G)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, sign: float) -> bool:
-    """x (B, heads, T, d) of any strides but the last, cos and sin (B or 1, 1, T, d) -> y (B, heads, T, d)."""
-    if x.stride(-1) != 1 or y.stride(-1) != 1 or x.dtype != cos.dtype:
-        return False
-    cos, sin = cos.contiguous(), sin.contiguous()
-    size, half = x.shape[:3], x.shape[3] // 2
-    per_row = cos[0].numel() if len(cos) > 1 else 0
-    return _run("rotate", x, cos, sin, y, size, x.stride()[:3], y.stride()[:3], half, per_row, sign)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
+    """x (B, heads, T, d), cos and sin (B or 1, 1, T, d) -> y (B, heads, T, d), contiguous as (B, T, heads, d)."""
+    if x.stride(-1) != 1 or x.dtype != cos.dtype:
+        return None
+    (B, heads, T, d), cos, sin = x.shape, cos.contiguous(), sin.contiguous()
+    y = pool.empty((B, T, heads, d), x.dtype, x.device).transpose(1, 2)
+    per_row = T * d if len(cos) > 1 else 0
+    done = _run("rotate", x, cos, sin, y, x.shape[:3], x.stride()[:3], y.stride()[:3], d // 2, per_row, sign)
+    return y if done else None
 
 
 def _wanted() -> bool:
@@ -76,7 +94,7 @@ def _wanted() -> bool:
 
 
 def _run(name: str, first: Tensor, *arguments: Any) -> bool:
-    if not first.is_cpu or type(first) not in (Tensor, nn.Parameter, FakeTensor) or first.dtype not in _LIBRARIES:
+    if not first.is_cpu or type(first) not in _KINDS or first.dtype not in _LIBRARIES:
         return False
     library = _LIBRARIES[first.dtype].loaded(wait=True) if _wanted() else None
     if library is None:

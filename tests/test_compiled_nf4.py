@@ -1,6 +1,7 @@
 """Proves that what is compiled gives the reference's bits when it dequantises, sums in fp32 when it multiplies, and
 that nothing depends on a compiler."""
 
+import ctypes
 import shutil
 import subprocess
 
@@ -14,7 +15,8 @@ from torch import nn
 import minilora as ml
 from minilora.generate import matrix_vector
 from minilora.quant import NF4Linear
-from minilora_kernels import FEW, NF4Weight, dequantize_nf4, dispatch, native, quantize_nf4
+from minilora_kernels import FEW, NF4Weight, dequantize_nf4, dispatch, quantize_nf4
+from minilora_kernels.compiled import nf4
 from minilora_kernels.reference import dequantize, double_dequantize
 from tiny import python
 
@@ -43,10 +45,10 @@ def weights(blocksize: int = 64, double_quant: bool = True, rows: int = 70) -> N
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_references_bits(dtype, blocksize, double_quant):
-    assert native.ready()
+    assert nf4.ready()
     weight = weights(blocksize, double_quant)
     out = torch.full(weight.shape, torch.nan, dtype=dtype)
-    assert native.dequantize(*weight.parts()[:4], blocksize, out)
+    assert nf4.dequantize(*weight.parts()[:4], blocksize, out)
     assert torch.equal(out.view(torch.uint8), expected(weight, dtype).view(torch.uint8))
 
 
@@ -55,23 +57,23 @@ def plain(tmp_path_factory):
     """The plain loops, which other processors get."""
     library = tmp_path_factory.mktemp("plain") / "nf4.so"
     options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC"]  # without -march: no wide registers
-    subprocess.run(["cc", *options, "-o", library, native.SOURCE], check=True)
-    return native.load(library)
+    subprocess.run(["cc", *options, "-o", library, nf4.LIBRARY.source], check=True)
+    return ctypes.CDLL(str(library))
 
 
 @compiler
 def test_the_references_bits_without_wide_registers(plain):
     weight = weights()
     out = torch.empty(weight.shape, dtype=torch.bfloat16)
-    native.call(plain, *weight.parts()[:4], 64, out)
+    nf4.call(plain, *weight.parts()[:4], 64, out)
     assert torch.equal(out, expected(weight, torch.bfloat16))
 
 
 @compiler
 def test_the_public_function_runs_it(monkeypatch):
-    assert native.ready()
-    weight, seen, call = weights(), [], native.call
-    monkeypatch.setattr(native, "call", lambda *a: seen.append(a[1].shape) or call(*a))
+    assert nf4.ready()
+    weight, seen, call = weights(), [], nf4.call
+    monkeypatch.setattr(nf4, "call", lambda *a: seen.append(a[1].shape) or call(*a))
     assert torch.equal(dequantize_nf4(weight, torch.bfloat16), expected(weight, torch.bfloat16))
     assert seen == [weight.packed.shape]
     monkeypatch.setenv("MINILORA_NF4", "cpu")  # which insists on torch
@@ -82,17 +84,17 @@ def test_the_public_function_runs_it(monkeypatch):
 @compiler
 @pytest.mark.parametrize("rows,dtype", [(65, torch.float64), (65, torch.float16)])
 def test_what_it_leaves_to_torch(rows, dtype):
-    assert native.ready()
+    assert nf4.ready()
     weight = weights(rows=rows)
     out = torch.zeros(weight.shape, dtype=dtype)
-    assert not native.dequantize(*weight.parts()[:4], 64, out) and not out.any()
+    assert not nf4.dequantize(*weight.parts()[:4], 64, out) and not out.any()
     assert torch.equal(dequantize_nf4(weight, dtype), expected(weight, dtype))
 
 
 @compiler
 def test_a_last_block_that_is_not_whole_is_torchs():
     weight = quantize_nf4(torch.randn(7, 9))
-    assert not native.dequantize(*weight.parts()[:4], 64, torch.zeros(7, 9))
+    assert not nf4.dequantize(*weight.parts()[:4], 64, torch.zeros(7, 9))
     assert torch.equal(dequantize_nf4(weight, torch.float32), expected(weight, torch.float32))
 
 
@@ -120,34 +122,34 @@ def assert_near(y, x, weight, bias):
     count=st.integers(1, 11),
     double_quant=st.booleans(),
     with_bias=st.booleans(),
-    dtype=st.sampled_from(native.DTYPES),
+    dtype=st.sampled_from(nf4.DTYPES),
 )
 @pytest.mark.parametrize("wide", [True, False])
 def test_a_product_is_summed_in_fp32(plain, wide, out, blocks, blocksize, count, double_quant, with_bias, dtype):
     """All shapes that are multiplied from the codes, by both forms of the loop."""
-    assert native.ready()
+    assert nf4.ready()
     generator = torch.Generator().manual_seed(out * 100 + blocks)
     W, x = (torch.randn(n, blocks * blocksize, generator=generator) for n in (out, count))
     weight = quantize_nf4(W, blocksize, double_quant)
     bias = torch.randn(out, generator=generator).to(dtype) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
         if not wide:
-            patch.setattr(native._Library, "loaded", lambda: plain)
-        multiply = native.multiplier(*weight.parts())
+            patch.setattr(nf4.LIBRARY, "loaded", lambda wait: plain)
+        multiply = nf4.multiplier(*weight.parts())
     assert_near(multiply(x.to(dtype), bias), x.to(dtype), weight, bias)
 
 
 @pytest.fixture
 def products(monkeypatch):
     """The shapes of the weights that are multiplied from their codes, as it happens."""
-    seen, multiplier = [], native.multiplier
-    monkeypatch.setattr(native, "multiplier", lambda *a, **k: seen.append(tuple(k["shape"])) or multiplier(*a, **k))
-    assert native.ready()
+    seen, multiplier = [], nf4.multiplier
+    monkeypatch.setattr(nf4, "multiplier", lambda *a, **k: seen.append(tuple(k["shape"])) or multiplier(*a, **k))
+    assert nf4.ready()
     return seen
 
 
 @compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_takes_few_rows_so(dtype, bias, products):
     layer = NF4Linear.from_linear(nn.Linear(192, 40, bias=bias)).to(dtype)
@@ -180,7 +182,7 @@ def test_what_switches_it_off(products, monkeypatch):
 
 
 @compiler
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
 def test_generating_gives_the_layers_own_bits(dtype, products):
     """With what it looks up looked up once, also below an adapter and with a bias; a wrong width raises as ever."""
     model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 32, bias=False)).to(dtype)
@@ -208,8 +210,9 @@ def test_without_a_compiler(cc):
     """The torch path goes on, and says nothing."""
     code = """
 import torch
-from minilora_kernels import dequantize_nf4, multiplier, native, quantize_nf4
+from minilora_kernels import dequantize_nf4, multiplier, quantize_nf4
+from minilora_kernels.compiled import nf4
 weight = quantize_nf4(torch.ones(64, 64, dtype=torch.bfloat16))
-print(native.ready(), dequantize_nf4(weight).sum().item(), native.ready(), multiplier(weight))
+print(nf4.ready(), dequantize_nf4(weight).sum().item(), nf4.ready(), multiplier(weight))
 """
     assert python(code, CC=cc).split() == ["False", "4096.0", "False", "None"]

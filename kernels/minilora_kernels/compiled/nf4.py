@@ -10,19 +10,11 @@ copying by code:
 and nothing is written, so that it wins as long as x has few rows. It differs from dequantise-then-multiply in one
 rounding less: W is not rounded to x's dtype, sums are in fp32 either way.
 
-The compiler runs beside Python from the first weight on (a quarter of a second); until it is done, and without one,
-the torch path goes on. Nothing is kept on disk: the library is loaded and its folder removed. Its threads are torch's:
-an OpenMP runtime that is loaded already is not loaded again.
+The compiler starts with the first weight. Until it is done the torch path dequantises, for the bits are the same; a
+product waits for it, lest a run's numbers hang on its speed.
 """
 
-import atexit
 import ctypes
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codebook import dynamic_map, nf4_codebook
+from ..codebook import dynamic_map, nf4_codebook
+from . import Library
 
-SOURCE = Path(__file__).with_name("nf4.c")
+LIBRARY = Library(Path(__file__).with_name("nf4.c"))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -51,7 +44,7 @@ class _Matrix(ctypes.Structure):
 
 def ready() -> bool:
     """Whether there is compiled code, once the compiler has done its work."""
-    return _Library.loaded(wait=True) is not None
+    return LIBRARY.loaded(wait=True) is not None
 
 
 def dequantize(
@@ -59,7 +52,7 @@ def dequantize(
 ) -> bool:
     """The parts of a weight, contiguous, written to `out`, contiguous too. False, with nothing done, where there is no
     compiled code (yet), for another dtype than fp32 and bf16, and if the last block is not whole."""
-    library = _Library.loaded()
+    library = LIBRARY.loaded()
     if library is None or out.dtype not in DTYPES or out.numel() % blocksize:
         return False
     call(library, packed, scales, nested, offset, blocksize, out)
@@ -81,13 +74,15 @@ def multiplier(
     packed: Tensor, scales: Tensor, nested: Tensor | None, offset: Tensor | None, shape: Sequence[int], blocksize: int
 ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """The parts of a weight (out, in), contiguous -> a function: x (…, in), bias (out,) of its dtype or None, both
-    contiguous fp32 or bf16 -> W x + bias (…, out). None where there is no compiled code (yet), and unless a row is
+    contiguous fp32 or bf16 -> W x + bias (…, out). None where there is no compiled code, and unless a row is
     whole blocks. The function holds the parts, and where they lie: it is good until they are moved."""
-    library, (rows, inner) = _Library.loaded(), shape
+    library, (rows, inner) = LIBRARY.loaded(wait=True), shape
     if library is None or not rows or not inner or inner % blocksize:
         return None
     matrix = _Matrix(packed.data_ptr(), _pointers(scales, nested, offset), rows, inner, blocksize.bit_length() - 1)
     address, run = ctypes.addressof(matrix), library.multiply
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    run.argtypes = [pointer, pointer, integer, pointer, pointer, integer]
 
     def multiply(x: Tensor, bias: Tensor | None, _alive: Any = (matrix, packed, scales, nested, offset)) -> Tensor:
         y = x.new_empty((*x.shape[:-1], rows))
@@ -106,53 +101,6 @@ def _pointers(scales: Tensor, nested: Tensor | None, offset: Tensor | None) -> _
     return _Scales(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
-def load(library: Path) -> ctypes.CDLL:
-    """What SOURCE was compiled to."""
-    found, address = ctypes.CDLL(str(library)), ctypes.c_void_p
-    found.multiply.argtypes = [address, address, ctypes.c_int64, address, address, ctypes.c_int]
-    return found
-
-
 @cache
 def _tables() -> tuple[Tensor, Tensor]:
     return dynamic_map(), nf4_codebook()
-
-
-class _Library:
-    """The compiled code: None until the compiler, which `loaded` starts, is done; for good if there is none."""
-
-    found: ctypes.CDLL | None = None
-    started = False
-    process: subprocess.Popen | None = None
-    folder = ""
-
-    @classmethod
-    def loaded(cls, wait: bool = False) -> ctypes.CDLL | None:
-        if not cls.started:
-            cls.started = True
-            cls._compile()
-        if cls.process is not None and (wait or cls.process.poll() is not None):
-            if cls.process.wait() == 0:
-                cls.found = load(Path(cls.folder, "nf4.so"))
-            cls._clean()
-        return cls.found
-
-    @classmethod
-    def _compile(cls) -> None:
-        compiler = shutil.which(os.environ.get("CC", "cc"))
-        if compiler is None or os.name != "posix":
-            return
-        cls.folder = tempfile.mkdtemp(prefix="minilora-")
-        atexit.register(cls._clean)
-        machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-        compile = f"'{compiler}' -O3 -ffp-contract=off {machine} -shared -fPIC -o nf4.so {shlex.quote(str(SOURCE))}"
-        command = ["sh", "-c", f"{compile} -fopenmp || {compile}"]  # some compilers come without OpenMP
-        cls.process = subprocess.Popen(command, cwd=cls.folder, stderr=subprocess.DEVNULL)
-
-    @classmethod
-    def _clean(cls) -> None:
-        if cls.process is not None:
-            cls.process.kill()
-            cls.process.wait()
-            cls.process = None
-            shutil.rmtree(cls.folder, ignore_errors=True)
