@@ -5,6 +5,8 @@
     dequantise, quantise, second level      the reference's bits, computed on the CPU
     GEMV, any x                             |y - W x| <= n u sum_k |W x_k|, the bound on any order of n roundings
     GEMV, x = one 1 among zeros             a column of W exactly: a wrong element cannot hide in the bound
+    8-bit AdamW                             the plain step's bits, computed on the CPU, over several steps
+    cross-entropy                           fp64's loss and gradient, up to fp32's roundings and one of the logits
 
 The shapes end in the middle of a block, of a word and of a byte; the weights hold a block of zeros, one below fp32's
 normal numbers, and every threshold with its neighbours. On a GPU a large matrix comes on top, where many programs run.
@@ -19,7 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_quantize, nf4_thresholds, reference
+from minilora.engines.adam8bit import plain_step, zero_moments
+from minilora_kernels import (
+    adam8bit,
+    cross_entropy,
+    dynamic_map,
+    nf4_dequantize,
+    nf4_gemv,
+    nf4_quantize,
+    nf4_thresholds,
+    reference,
+)
+from minilora_kernels.codebook import midpoints
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CASES = (((7, 129), 64), ((13, 1056), 32), ((24, 576), 64), ((2, 4100), 4096))  # shape, blocksize
@@ -158,13 +171,55 @@ def within_bound(what: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor) -> 
     info = torch.finfo(x.dtype)
     bound = n_u / (1 - n_u) * size
     bound += info.eps / 2 * (y.abs() + bound) + info.smallest_normal * info.eps  # the last: subnormal results
-    error = (got.cpu().double() - y).abs()
+    within(what, got, y, bound)
+
+
+def check_adamw(name: str, run: Run, device: torch.device) -> None:
+    """run(p, g, moments, numbers), from the plain step's own moments each time."""
+    edges = midpoints(dynamic_map())
+    special = torch.cat([torch.ones(1), edges, *(torch.nextafter(edges, edges + side) for side in (-1, 1))])
+    for n in (4099, *[math.prod(LARGE)] * (device.type == "cuda")):
+        p, moments = sample((n,)), zero_moments(torch.empty(n), True)
+        for t in range(1, 4):
+            # gradients of eight decades; at first beta1 = 0, so that thresholds are met exactly
+            g = sample((n,)) * 10.0 ** (torch.arange(n) % 9 - 8)
+            g[: len(special)] = special
+            beta1 = 0.9 * (t > 1)
+            numbers = (beta1, 1 - beta1, 0.99, 1 - 0.99, 1 / math.sqrt(1 - 0.99**t), 1e-8, 0.999, -1e-3)
+            found = [part.to(device, copy=True) for part in (p, *moments)]
+            run(found[0], g.to(device), found[1:], numbers)
+            plain_step(p, g, moments, numbers)
+            for part, *pair in zip(("p", "m", "m's scale", "v", "v's scale"), found, (p, *moments), strict=True):
+                same_bits(f"{name} of {n} values, step {t}, {part}", *pair)
+
+
+def check_cross_entropy(name: str, run: Run, device: torch.device) -> None:
+    """run(logits, labels, loss, gradient, lift), from every dtype."""
+    for rows, columns in ((5, 300), (3, 4097), *[(512, 128256)] * (device.type == "cuda")):
+        for dtype in DTYPES:
+            logits = (sample((rows, columns)) * 200).to(dtype)
+            labels = (torch.arange(rows) * 977 - 1) % columns
+            log_p = logits.double().log_softmax(1)
+            own = log_p.gather(1, labels[:, None])
+            expected = log_p.exp().scatter_(1, labels[:, None], own.expm1())
+            found, loss = logits.to(device, copy=True), torch.empty(rows, device=device)
+            run(found, labels.to(device), loss, True, 1.0)
+            # z - m below 2^6 is off by 2^-19, times log2 e by as much again, 2^x by 2^-22, sums by less than both
+            within(f"{name} {rows} x {columns} in {dtype}, loss", loss, -own, torch.full_like(own, 2.0**-16))
+            bound = (2.0**-16 + torch.finfo(dtype).eps / 2) * expected.abs() + 2.0**-25 * (dtype == torch.float16)
+            within(f"{name} {rows} x {columns} in {dtype}, gradient", found, expected, bound + 1e-38)
+
+
+def within(what: str, got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """Raises Mismatch unless got is `expected` give or take `bound`."""
+    got, expected, bound = got.cpu().double().reshape(-1), expected.reshape(-1), bound.reshape(-1)
+    error = (got - expected).abs()
     wrong = (~(error <= bound)).nonzero()
     if len(wrong):
         i = int(wrong[0])
         raise Mismatch(
-            f"{what}: {len(wrong)} of {len(y)} rows are off, first [{i}]: got {got[i].item()!r}, expected "
-            f"{y[i].item()!r} give or take {bound[i].item():.2g}"
+            f"{what}: {len(wrong)} of {len(got)} are off, first [{i}]: got {got[i].item()!r}, expected "
+            f"{expected[i].item()!r} give or take {bound[i].item():.2g}"
         )
 
 
@@ -178,4 +233,6 @@ CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     "gemv_nf4": lambda name, on: check_gemv(name, nf4_gemv.gemv, ((3, 2080),), on),
     "gemv_nf4_small": lambda name, on: check_gemv(name, nf4_gemv.gemv, ((17, 96), (3, 32)), on),
     "gemv_nf4_textbook": lambda name, on: check_gemv(name, nf4_gemv.gemv_textbook, ((3, 1030), (5, 2)), on),
+    "cross_entropy": lambda name, on: check_cross_entropy(name, cross_entropy.cross_entropy, on),
+    "adamw_8bit": lambda name, on: check_adamw(name, adam8bit.step, on),
 }

@@ -53,7 +53,7 @@ class Counts:
     """What `count` says about one kernel."""
 
     path: Tally  # the longest way through the kernel, loop bodies once
-    loop: Tally  # of these, the instructions of the loop that has most; all zero without a loop
+    loop: Tally  # of these, the instructions inside loops; all zero without one
     spills: int  # loads and stores of local memory, anywhere in the kernel
     registers: int  # per thread
     shared_bytes: int  # static; Triton's is dynamic, and so not here but in launch.metadata.shared
@@ -119,7 +119,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def trace(code: list[Instruction], through: str | None = None) -> tuple[list[Instruction], list[Instruction]]:
-    """Instructions of the way through a kernel, and those of its largest loop, both as executed and counted once."""
+    """Instructions of the way through a kernel, and those inside its loops, both as executed and counted once."""
     at = {instruction.address: n for n, instruction in enumerate(code)}
     onward = [[n for n in _onward(code, at, n) if n < len(code)] for n in range(len(code))]
     loops = _loops(onward)
@@ -139,8 +139,8 @@ def trace(code: list[Instruction], through: str | None = None) -> tuple[list[Ins
     path = [0] if 0 in best else []
     while path and path[-1] in following:
         path.append(following[path[-1]])
-    on_path = [[n for n in path if n in body] for body in loops.values()]
-    return [code[n] for n in path], [code[n] for n in max(on_path, key=len, default=[])]
+    looped = {n for body in loops.values() for n in body}
+    return [code[n] for n in path], [code[n] for n in path if n in looped]
 
 
 def _onward(code: list[Instruction], at: dict[int, int], n: int) -> list[int]:

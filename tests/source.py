@@ -22,6 +22,8 @@ LEAVES = {
 }
 # The fast ops: each has its plain form on top, so one knows the library without them.
 FAST = "minilora.ops"
+# Kernels of training on a GPU, outside the reading path: what they do, a plain form beside their caller does anywhere.
+GPU = {"minilora_kernels.cross_entropy", "minilora_kernels.adam8bit"}
 FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms.split()}
 FLOORS["minilora_kernels"] = 0
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from minilora.memory.meter import Meter
 from minilora.ops import cross_entropy as ce
 from minilora.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, plain_cross_entropy
 from minilora_kernels.compiled import steps
@@ -124,6 +125,45 @@ def test_trainable_weight_gets_its_gradient():
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_ignored_label_costs_nothing_and_moves_nothing(trained):
+    hidden, weight, labels = problem(12, 6, 9)
+    weight.requires_grad_(trained)
+    labels[::3] = ce.IGNORE
+    expected = plain_cross_entropy(hidden, weight, labels)
+    found = linear_cross_entropy(hidden, weight, labels, 5)
+    assert torch.allclose(found, expected, rtol=1e-6)
+    parameters = [hidden, *[weight] * trained]
+    grads = torch.autograd.grad(found, parameters)
+    assert (grads[0][::3] == 0).all()
+    for a, b in zip(grads, torch.autograd.grad(expected, parameters), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_each_row_of_a_head_that_trains_has_its_own_factor(dtype):
+    """As DPO has. 16-bit sums of three chunks, each rounded: 3 units of 2^-9 (bf16) on the norm at most."""
+    hidden, weight, labels = problem(24, 16, 50, dtype)
+    factor = torch.rand(24) * 2.0**12
+    head = nn.Linear(16, 50, bias=False)
+    head.weight = nn.Parameter(weight)
+    found = torch.autograd.grad((ce.head_logprobs(hidden, head, labels, 8) * factor).sum(), (hidden, head.weight))
+    exact, W = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
+    log_p = (exact @ W.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    for a, b in zip(found, torch.autograd.grad((log_p * factor).sum(), (exact, W)), strict=True):
+        assert relative(a.double(), b) < 1.5 * 2.0**-8 * 2
+
+
+def test_a_head_that_trains_under_autocast():
+    hidden, weight, labels = problem(10, 6, 9)
+    weight.requires_grad_()
+    (expected,) = torch.autograd.grad(plain_cross_entropy(hidden, weight, labels), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden.bfloat16(), weight, labels, 4)
+    (found,) = torch.autograd.grad(loss, weight)
+    assert found.dtype == torch.float32 and relative(found, expected) < 2e-2  # bf16's unit roundoff is 4e-3
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
     """The largest tensor that any operation makes has chunk x V elements, and none of them is saved for backward."""
@@ -149,6 +189,23 @@ def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
         loss.backward()
     assert largest == chunk * V
     assert max(during_forward) <= N * D or trainable and max(during_forward) <= V * D
+
+
+@pytest.mark.parametrize("trained, most", [(False, 0.35e9), (True, 1.5e9)])
+def test_bytes_at_8192_tokens_and_256000_words_on_a_gpu(trained, most, monkeypatch):
+    """Counted from what the op itself asks for, gradients included, on tensors without data: no card is needed. The
+    peers' published figures at Gemma 2's sizes, with the gradient of W: 1.16 GB (CCE) and 1.47 GB (Liger)."""
+    monkeypatch.setattr(ce, "has_kernels", lambda device: True)
+    N, D, V = 8192, 2304, 256000
+    with torch.device("meta"), Meter() as meter:
+        hidden = torch.empty(N, D, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(V, D, dtype=torch.bfloat16, requires_grad=trained)
+        labels = torch.empty(N, dtype=torch.long)
+        meter.stretch(0)
+        linear_cross_entropy(hidden, weight, labels).backward()
+    held = meter.stretch(0).rise
+    print(f"{held / 1e6:.0f} MB above the inputs, W {'trained' if trained else 'frozen'}")
+    assert hidden.nbytes + trained * weight.nbytes + 512 * V * 2 < held <= most  # gradients and one chunk of logits
 
 
 def test_default_chunk_bounds_the_logits(monkeypatch):

@@ -1,4 +1,5 @@
-"""Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for one token, compiled too.
+"""Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for one token, compiled too,
+the loss of a head and 8-bit AdamW.
 
 `pytest -m gpu` runs this and benchmarks/kernel_bench.py's check. Nothing here has run yet: no GPU was at hand.
 """
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minilora.engines.adam8bit import AdamW8bit
+from minilora.ops.cross_entropy import IGNORE, linear_cross_entropy, plain_cross_entropy
 from minilora.quant import NF4Linear
 from minilora_kernels import dequantize_nf4, dispatch, quantize_nf4
 
@@ -46,6 +49,36 @@ def test_a_layer_trains_and_answers(mode):
         # fp32, or TF32 where a user has allowed it: sums of 128 products, each rounded to 10 bits at worst
         torch.testing.assert_close(y.double(), F.linear(token.double(), W, b), rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(x.grad.double(), W.sum(0).expand(5, -1), rtol=1e-2, atol=1e-2)
+
+
+def test_8_bit_adamw_has_the_bits_of_the_cpu():
+    params = {}
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(70, 100, generator=generator).to(device))
+        optimizer = AdamW8bit([p], lr=1e-2, weight_decay=0.1)
+        for _ in range(5):
+            p.grad = (torch.randn(70, 100, generator=generator) ** 5).to(device)
+            optimizer.step()
+        params[device] = [p.detach(), *optimizer.state[p].values()]
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*params.values(), strict=True))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_loss_of_a_head(dtype, trained):
+    """Two chunks, against fp64: logits of rms 1 rounded to 8 bits move the gradient by 2 %; fp32's may be TF32."""
+    N, D, V = 700, 256, 32000
+    hidden = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (torch.randn(V, D, device="cuda") / 16).to(dtype).requires_grad_(trained)
+    labels = torch.randint(V, (N,), device="cuda")
+    labels[::7] = IGNORE
+    parameters = [hidden, *[weight] * trained]
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    found, expected = linear_cross_entropy(hidden, weight, labels, 512), plain_cross_entropy(*exact, labels)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0, check_dtype=False)
+    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, exact), strict=False):
+        assert ((a.double() - b).norm() / b.norm()).item() < 2e-2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: NOT TESTED here")

@@ -1,7 +1,8 @@
 """Proves the Triton kernels without a GPU: Triton's interpreter runs them on CPU tensors, in a process of its own.
 
-The process runs tests/interpreted/, which knows the kernels, and the ordinary tests of NF4 with MINILORA_NF4=triton, so
-that what holds for the CPU path (bitsandbytes' bits, bitsandbytes' files, autograd, torch.compile) holds for Triton's.
+The process runs tests/interpreted/, which knows the kernels, those of training beside their plain forms too, and the
+ordinary tests of NF4 with MINILORA_NF4=triton, so that what holds for the CPU path (bitsandbytes' bits, bitsandbytes'
+files, autograd, torch.compile) holds for Triton's.
 `make test-all` repeats the kernels' own on the Tritons that the Makefile names, laid over the pinned one.
 """
 

@@ -184,7 +184,7 @@ def test_the_bound_lets_one_rounding_through_and_nothing_more():
     within_bound("right", right, W, x, bias)
     within_bound("right, in fp32", W @ x.float() + bias.float(), W, x.float(), bias.float())
     for wrong in ((right.view(torch.int16) + 2).view(torch.bfloat16), right - bias, right * torch.nan):
-        with pytest.raises(Mismatch, match=r"3 of 3 rows are off, first \[0\]"):
+        with pytest.raises(Mismatch, match=r"3 of 3 are off, first \[0\]"):
             within_bound("wrong", wrong, W, x, bias)
 
 
@@ -210,7 +210,7 @@ def test_what_is_written_past_the_end_and_a_zeros_sign_are_differences():
 # thresholds of the second level, which no sample meets so closely, 1 in 1000 off.)
 WRONG = """
 import torch, kernel_bench, kernel_check
-from minilora_kernels import nf4_dequantize, nf4_quantize
+from minilora_kernels import adam8bit, cross_entropy, nf4_dequantize, nf4_quantize
 
 up = lambda table: torch.nextafter(table, torch.full_like(table, 2))
 bits_up = lambda table: table + (1 << 32)
@@ -218,6 +218,9 @@ for module, constant, bend, kernels in (
     (nf4_quantize, "_bin_table", bits_up, ["quantize_nf4"]),
     (nf4_quantize, "nf4_thresholds", up, ["quantize_nf4_textbook"]),
     (nf4_quantize, "_nested_thresholds", lambda table: table * 0.999, ["double_quantize_nf4"]),
+    (adam8bit, "_signed_midpoints", up, ["adamw_8bit"]),
+    (adam8bit, "_unsigned_midpoints", lambda table: table * 0.999, ["adamw_8bit"]),
+    (adam8bit, "_signed_map", up, ["adamw_8bit"]),
     (
         nf4_dequantize,
         "nf4_codebook",
@@ -234,14 +237,21 @@ for module, constant, bend, kernels in (
             print("caught", error)
     if module is not nf4_dequantize:
         setattr(module, constant, right)
+right = cross_entropy.cross_entropy  # it has no table
+for lift, labels_up in ((1.0001, 0), (1, 1)):
+    cross_entropy.cross_entropy = lambda logits, labels, loss, *_: right(logits, labels + labels_up, loss, True, lift)
+    try:
+        kernel_check.CHECKS["cross_entropy"]("cross_entropy", torch.device("cpu"))
+    except kernel_check.Mismatch as error:
+        print("caught", error)
 kernel_bench.main(["--check"])
 """
 
 
 def test_a_wrong_kernel_is_named_and_nothing_is_timed():
     done = python("-c", WRONG, interpret=True)
-    caught = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("caught")}
-    assert caught == set(TILES)
+    caught = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("caught")]
+    assert set(caught) == set(TILES) and len(caught) == len(TILES) + 3  # three tables of AdamW, two faults of a head
     assert done.returncode == 1 and "nothing is timed: dequantize_nf4 (7, 129) in blocks of 64" in done.stderr
     assert ": got " in done.stderr and ", expected " in done.stderr
 

@@ -22,13 +22,15 @@ KEYS = {
     "kernel", "target", "instructions_per_element", "load_bits", "store_bits",
     "registers", "spills", "shared_bytes", "occupancy",
 }  # fmt: skip
-# At most so many instructions for one weight. bitsandbytes 0.50.2 has 24.8 to 26.6 (its double quantisation takes two
-# more kernels), 65 to 72.5 and, for the GEMV, 7.8 to 8.
+# At most so many instructions for one weight, logit or parameter. bitsandbytes 0.50.2 has 24.8 to 26.6 (its double
+# quantisation takes two more kernels), 65 to 72.5, for the GEMV 7.8 to 8 and for AdamW 448 to 506; it has no head.
 MOST = {
     "dequantize_nf4": 7.5,
     "dequantize_nf4_double_quant": 8.5,
     "quantize_nf4": 20.5,
     "gemv_nf4_double_quant": 6.5,
+    "cross_entropy": 32,
+    "adamw_8bit": 135,
 }
 COUNT = f"import json, kernel_report; print(json.dumps(kernel_report.rows({TARGETS}, {(*MOST,)})))"
 
@@ -64,6 +66,8 @@ def test_our_kernels_reach_their_goals(kernel):
         assert row["instructions_per_element"] <= MOST[kernel], row
         assert row["spills"] == 0, row
         assert row["load_bits"] >= 32, row
+        assert kernel != "cross_entropy" or row["occupancy"] == 1 and row["load_bits"] == 128, row
+        assert kernel != "adamw_8bit" or row["store_bits"] >= 32 and row["shared_bytes"] <= 1024, row
         if kernel.startswith("dequantize"):
             assert row["store_bits"] == 128, row
         if kernel.startswith("gemv"):
@@ -79,7 +83,7 @@ def test_the_kernels_readme_quotes_the_counts():
         counts = [row["instructions_per_element"] for row in rows]
         share = [round(100 * row["occupancy"]) for row in rows]
         peer = {row["kernel"]: row for row in report()[1]["bitsandbytes"]}.get(kernel)
-        theirs = f"{peer['instructions_per_element']:.2f}" if peer else "three launches"
+        theirs = f"{peer['instructions_per_element']:.2f}" if peer else "three launches" if "nf4" in kernel else "none"
         lines.append(
             f"| `{kernel}` | {min(counts):.2f} to {max(counts):.2f} | {min(share)} to {max(share)} | {theirs} |"
         )
@@ -113,7 +117,7 @@ def test_the_last_line_is_json_with_every_figure():
     assert document["triton"] == version("triton")
     kernels = [row["kernel"] for row in document["rows"]]
     assert {*MOST, "double_quantize_nf4", "gemv_nf4_double_quant_small"} < set(kernels)
-    assert {f"{kernel}_textbook" for kernel in MOST} < set(kernels)
+    assert {f"{kernel}_textbook" for kernel in MOST if "nf4" in kernel} < set(kernels)
     for row in [*document["rows"], *document["bitsandbytes"]]:
         assert row.keys() >= KEYS and row["target"] == "sm_86", row
         assert row["instructions_per_element"] > 0 and 0 < row["occupancy"] <= 1, row

@@ -4,12 +4,13 @@ NEFTune's noise is there in training only.
 Oracles: torch's AdamW, bitsandbytes' map and its 8-bit update on our own codes, transformers' rule for weight decay.
 """
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.engines.adam8bit import AdamW8bit, dequantize_moment, quantize_moment
+from minilora.engines.adam8bit import AdamW8bit, dequantize_moment, plain_update, quantize_moment
 from minilora.train import TrainConfig, train
 from minilora.train.optim.groups import new_optimizer
 from minilora.train.optim.noise import noisy_embeddings
@@ -34,7 +35,8 @@ def stepped(kind, shape, steps, seed=0, **extra):
 def exact_codes(x, signed):
     blocks = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(-1, 256)
     scales = blocks.abs().amax(1)
-    return torch.bucketize(blocks / scales.clamp_min(1e-38)[:, None], midpoints(dynamic_map(signed))), scales
+    inverse = 1 / scales.clamp_min(2.0**-126)
+    return torch.bucketize(blocks * inverse[:, None], midpoints(dynamic_map(signed))), scales
 
 
 # ---- oracle
@@ -69,6 +71,21 @@ def test_an_update_from_8_bits_is_bitsandbytes():
     p.grad = g
     optimizer.step()
     torch.testing.assert_close(p.detach(), theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_every_operation_rounds_once_to_nearest():
+    """What a kernel can repeat bit for bit: the update in numpy's fp32, operation by operation. (torch fuses some of
+    its own, in another order on a CPU than on a GPU, and MKL's root is not always the nearest number.)"""
+    numbers = (0.9, 1 - 0.9, 0.99, 1 - 0.99, 1 / 0.3, 1e-8, 0.999, -1e-3)
+    beta1, rest1, beta2, rest2, correction, eps, decay, rate = np.float32(numbers)
+    p, g, m, v = torch.randn(4, 10001)
+    v = v.abs()
+    P, G, M, V = (t.clone().numpy() for t in (p, g, m, v))
+    M = M * beta1 + G * rest1
+    V = V * beta2 + G * G * rest2
+    P = P * decay + M / (np.sqrt(V) * correction + eps) * rate
+    plain_update(p, g, (m, v), numbers)
+    assert P.dtype == np.float32 and all(np.array_equal(a, b) for a, b in ((p, P), (m, M), (v, V)))
 
 
 def test_the_unsigned_map_is_bitsandbytes():

@@ -2,7 +2,8 @@
 
     device              path        why
     cpu                 cpu         cpu.py, bit-equal to the reference; compiled/nf4.py goes first, once it is
-    cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference
+    cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference;
+                                    cross_entropy.py, adam8bit.py, whose plain forms are in minilora
     other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
       not installed
     meta                none        shapes only
@@ -103,6 +104,12 @@ def path_for(device: torch.device) -> str:
     if wanted == "triton" and device.type == "cuda" and _interpreted():
         _announce(device.type, "in Triton's interpreter", "TRITON_INTERPRET is set")
     return "cpu" if wanted == "auto" else wanted
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run on `device`, for who has a plain form that runs anywhere and nothing to announce."""
+    automatic = os.environ.get(ENVIRONMENT, "auto") == "auto"
+    return bool(device.type == "cuda" and find_spec("triton")) if automatic else path_for(device) == "triton"
 
 
 def _interpreted(device: torch.device | None = None) -> bool:
@@ -274,14 +281,10 @@ def _dequantize_fake(packed, scales, nested_absmax, offset, shape, blocksize, dt
     return packed.new_empty(shape, dtype=dtype)
 
 
-def _out_fake(packed, scales, nested_absmax, offset, blocksize, out) -> None:
-    return None
-
-
 _LIBRARY = torch.library.Library("minilora", "FRAGMENT")
 
 
-def _register(name: str, function: Callable, fake: Callable, schema: str) -> None:
+def register(name: str, function: Callable, fake: Callable, schema: str) -> None:
     """What torch.library.custom_op does, but its first call imports torch's compiler, which a start would wait for."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
@@ -290,9 +293,9 @@ def _register(name: str, function: Callable, fake: Callable, schema: str) -> Non
 
 _TO_NEW = f"({_PARTS}, SymInt[] shape, int blocksize, ScalarType dtype) -> Tensor"
 _GEMV = f"(Tensor x, {_PARTS}, SymInt[] shape, int blocksize, Tensor? bias) -> Tensor"
-_register("quantize_nf4", _quantize, _quantize_fake, "(Tensor x, int blocksize) -> (Tensor, Tensor)")
-_register("double_quantize_nf4", _double_quantize, _double_quantize_fake, "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
-_register("gemv_nf4", _gemv, _gemv_fake, _GEMV)
-_register("dequantize_nf4", _dequantize, _dequantize_fake, _TO_NEW)
-_register("dequantize_nf4_backward", _dequantize, _dequantize_fake, _TO_NEW)
-_register("dequantize_nf4_out", _dequantize_out, _out_fake, f"({_PARTS}, int blocksize, Tensor(a!) out) -> ()")
+register("quantize_nf4", _quantize, _quantize_fake, "(Tensor x, int blocksize) -> (Tensor, Tensor)")
+register("double_quantize_nf4", _double_quantize, _double_quantize_fake, "(Tensor absmax) -> (Tensor, Tensor, Tensor)")
+register("gemv_nf4", _gemv, _gemv_fake, _GEMV)
+register("dequantize_nf4", _dequantize, _dequantize_fake, _TO_NEW)
+register("dequantize_nf4_backward", _dequantize, _dequantize_fake, _TO_NEW)
+register("dequantize_nf4_out", _dequantize_out, lambda *_: None, f"({_PARTS}, int blocksize, Tensor(a!) out) -> ()")

@@ -60,6 +60,16 @@ TILES: dict[str, dict[str, Tile]] = {
         "gfx9": tile(1, ROWS=32, CHUNKS=2),
     },
     "gemv_nf4_textbook": {"default": tile(4, BYTES=512)},
+    "cross_entropy": {
+        # 8 logits a thread, one 128-bit load; more would take registers that other rows need
+        "default": tile(8, WIDTH=2048),
+        "gfx9": tile(4, WIDTH=2048),
+    },
+    "adamw_8bit": {
+        # 8 values a thread share the look-up tables' filling and two divisions; 4 would take 11 instructions more each
+        "default": tile(4, ROWS=4),
+        "gfx9": tile(2, ROWS=4),
+    },
 }
 
 

@@ -21,8 +21,7 @@ from minilora.data.formats import Chat, Message, Row, Text, as_messages
 from minilora.data.prompt import opening_ids, turn_end
 from minilora.data.template import template_errors
 from minilora.data.tokenizer import AnyTokenizer
-
-IGNORE = -100  # the label of a token that is read but not learned
+from minilora.ops.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,29 @@
 
     m = β1 m + (1 − β1) g          v = β2 v + (1 − β2) g²                      in fp32, from the dequantised moments
     p = p − η λ p − η · m/(1 − β1ᵗ) / (√(v/(1 − β2ᵗ)) + ε)                     AdamW (arXiv:1711.05101, alg. 2)
-    store   scale = max |m| in a block of 256,  code = nearest value of the dynamic map to m / scale      the same for v
+    store   scale = max |m| in a block of 256,  code = nearest value of the dynamic map to m · (1/scale)  the same for v
 
 The update uses the fp32 moments, before they are rounded; only what is kept for the next step is in 8 bits. m takes the
 signed dynamic map, v, never negative, the unsigned one: seven decades each, so that small moments keep their relative
 precision. Ties take the lower code, as in double quantisation (minilora_kernels/codebook.py). Parameters with less than
-4,096 values keep fp32 moments: their blocks would be few and save nothing.
+4,096 values keep fp32 moments: their blocks would be few and save nothing. On a GPU a kernel does it all in one launch,
+with the same bits (minilora_kernels/adam8bit.py); here is the plain form.
 Simplified against bitsandbytes: no percentile clipping. `paged` keeps the moments in pinned host memory on a GPU.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minilora_kernels import dynamic_map
 from minilora_kernels.codebook import midpoints
+from minilora_kernels.dispatch import has_kernels
 
 BLOCK, SMALLEST = 256, 4096  # values that share a scale; values of a parameter from which moments go to 8 bits
 
@@ -50,30 +54,17 @@ class AdamW8bit(torch.optim.Optimizer):
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
         state["step"] = state.get("step", torch.zeros(())) + 1
-        t, g = int(state["step"]), g.reshape(-1).float()  # (n,)
-        m = self._load(state, "exp_avg", g).mul_(beta1).add_(g, alpha=1 - beta1)
-        v = self._load(state, "exp_avg_sq", g).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.view(-1).addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
-        self._store(state, "exp_avg", m)
-        self._store(state, "exp_avg_sq", v)
-
-    def _load(self, state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        """A moment in fp32, (n,), as a tensor of its own; zero before the first step."""
-        if name not in state:
-            return torch.zeros_like(like)
-        moment = state[name].to(like.device, non_blocking=True)
-        if moment.dtype == torch.float32:
-            return moment.clone()
-        return dequantize_moment(moment, state[f"{name}_scale"].to(like.device), name == "exp_avg")[: len(like)]
-
-    def _store(self, state: dict[str, Tensor], name: str, moment: Tensor) -> None:
-        if len(moment) < SMALLEST:
-            state[name] = self._kept(moment)
-            return
-        codes, scales = quantize_moment(moment, name == "exp_avg")
-        state[name], state[f"{name}_scale"] = self._kept(codes), self._kept(scales)
+        t, p, g = int(state["step"]), p.view(-1), g.reshape(-1).float()  # (n,)
+        correction, decay = 1 / math.sqrt(1 - beta2**t), 1 - group["lr"] * group["weight_decay"]
+        numbers = beta1, 1 - beta1, beta2, 1 - beta2, correction, group["eps"], decay, -group["lr"] / (1 - beta1**t)
+        names, step = ("exp_avg", "exp_avg_sq"), plain_update
+        if len(p) >= SMALLEST:
+            names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+            step = gpu_step if has_kernels(p.device) else plain_step
+        kept = [state[name].to(p.device, non_blocking=True) for name in names if name in state]
+        moments = kept or zero_moments(p, len(names) == 4)
+        step(p, g, moments, numbers)
+        state.update({name: self._kept(moment) for name, moment in zip(names, moments, strict=True)})
 
     def _kept(self, x: Tensor) -> Tensor:
         return x.cpu().pin_memory() if self.paged and x.is_cuda else x
@@ -87,6 +78,42 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state[params[i]] = {key: value if key == "step" else self._kept(value) for key, value in moved.items()}
 
 
+def zero_moments(p: Tensor, coded: bool) -> list[Tensor]:
+    """Both moments before the first step of p (n,): fp32 (n,) each, or codes (K, 256) and scales (K,) of each."""
+    if not coded:
+        return [torch.zeros_like(p), torch.zeros_like(p)]
+    return [part for signed in (True, False) for part in quantize_moment(torch.zeros_like(p), signed)]
+
+
+def plain_update(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """AdamW in place, all fp32 (n,). Each operation rounds once, none is fused: the same bits on a CPU and a GPU.
+
+    numbers: β1, 1 − β1, β2, 1 − β2, 1/√(1 − β2ᵗ), ε, 1 − η λ, −η/(1 − β1ᵗ).
+    """
+    (m, v), (beta1, rest1, beta2, rest2, correction, eps, decay, rate) = moments, numbers
+    m.mul_(beta1).add_(g * rest1)
+    v.mul_(beta2).add_((g * g).mul_(rest2))
+    # MKL's root, which torch takes on a CPU, is not always the nearest number; numpy's is
+    root = torch.from_numpy(np.sqrt(v.numpy())) if v.is_cpu else v.sqrt()  # (n,)
+    p.mul_(decay).add_((m / root.mul_(correction).add_(eps)).mul_(rate))
+
+
+def plain_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """The same with moments in 8 bits: codes (K, 256) and scales (K,) of m, then of v, all in place."""
+    m, m_scale, v, v_scale = moments
+    m, v = (dequantize_moment(*kept)[: len(p)] for kept in ((m, m_scale, True), (v, v_scale, False)))
+    plain_update(p, g, (m, v), numbers)
+    for old, new in zip(moments, (*quantize_moment(m, True), *quantize_moment(v, False)), strict=True):
+        old.copy_(new)
+
+
+def gpu_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """`plain_step` in one launch."""
+    from minilora_kernels.adam8bit import step
+
+    step(p, g.contiguous(), moments, numbers)
+
+
 def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """fp32 (n,) -> codes uint8 (K, 256), scales fp32 (K,), K = ceil(n/256). A block of zeros has scale 0.
 
@@ -95,7 +122,7 @@ def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """
     blocks = F.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)  # (K, 256)
     scales = blocks.abs().amax(dim=1)  # (K,)
-    scaled = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)
+    scaled = (blocks * (1 / scales.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).view(-1)
     threshold_of_bin, code_of_bin = (table.to(moment.device) for table in _bins(signed))
     bins = scaled.view(torch.int32).bitwise_right_shift(16).add_(32768)  # (256 K,) in [0, 65536)
     codes = torch.index_select(code_of_bin, 0, bins)

@@ -7,12 +7,17 @@
 
 The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass, and each chunk's
 logits are overwritten by the next; only dloss/dh (N, D) is kept. Within a chunk fp32 is needed for a few rows at a
-time, which stay in a CPU's cache. That holds while W is frozen, as it is in LoRA. A head that trains (or is not a plain
-matrix) goes through `in_chunks`, which recomputes its chunks in backward.
+time, which stay in a CPU's cache; on a GPU a kernel turns a chunk's logits into loss and gradient in one launch
+(minilora_kernels/cross_entropy.py). That holds while W is frozen, as it is in LoRA. The gradient of a W that trains
+needs the factor that comes from outside, so backward makes each chunk's logits once more:
+
+    dloss/dW = sum over chunks of  (softmax(logits) - onehot(y))^T  (dloss/dloss_n h_n)
+
+A head that is not a plain matrix goes through `in_chunks`, which recomputes its chunks in backward.
 The loss is a *sum* over tokens: whoever calls divides, once, by the tokens of the whole step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,13 +29,16 @@ from torch.utils.checkpoint import checkpoint
 from minilora.ops import row_blocks
 from minilora_kernels import pool
 from minilora_kernels.compiled import steps
+from minilora_kernels.dispatch import has_kernels, register
 
 CHUNK_BYTES = 2**25  # of logits held at a time, whatever the vocabulary
+GPU_ROWS = 512  # and yet at least so many: with fewer a GPU reads W for longer than it multiplies (docs/LOG.md)
+IGNORE = -100  # the label of a token that is read but not learned; F.cross_entropy's, too
 LIFT = {torch.float16: 2.0**10}  # an exact factor that keeps small gradients away from underflow
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden (N, D), weight (V, D), labels (N,) in [0, V) -> the summed loss, fp32. The specification."""
+    """hidden (N, D), weight (V, D), labels (N,) in [0, V) or IGNORE -> the summed loss, fp32. The specification."""
     logits = (hidden @ weight.T).float()  # (N, V)
     return F.cross_entropy(logits, labels, reduction="sum")
 
@@ -69,49 +77,72 @@ def rows_at_a_time(head: nn.Module) -> int:
 
 
 def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
-    """-log p(label) of each row (N,), for an output layer that is a plain matrix."""
+    """-log p(label) of each row (N,), for an output layer that is a plain matrix; 0 where the label is IGNORE."""
     _check(hidden, labels, chunk)
-    chunk = chunk or max(1, CHUNK_BYTES // weight.dtype.itemsize // weight.shape[0])
-    if weight.requires_grad:
+    least = 1 if weight.device.type == "cpu" else GPU_ROWS
+    chunk = chunk or max(least, CHUNK_BYTES // weight.dtype.itemsize // weight.shape[0])
+    autocast = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+    if weight.requires_grad and (autocast or weight.dtype != hidden.dtype):
         return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), chunk, hidden, labels)
-    hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # no gradient is asked for: compute none
-    return _FrozenHead.apply(hidden, weight, labels, chunk)  # pyright: ignore[reportReturnType] untyped
+    if not torch.is_grad_enabled():  # no gradient is asked for: compute none
+        hidden, weight = hidden.detach(), weight.detach()
+    ignored = labels == IGNORE
+    losses: Any = _Head.apply(hidden, weight, labels.masked_fill(ignored, 0), chunk)
+    return losses.masked_fill(ignored, 0)  # which backward turns into a factor of 0
 
 
 def _row_losses(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda rows, targets: F.cross_entropy(head(rows).float(), targets, reduction="none")
 
 
-class _FrozenHead(torch.autograd.Function):
+class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        ctx.chunk, again = chunk, ctx.needs_input_grad[1]
         loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        buffer = pool.empty((min(chunk, len(hidden)), len(weight)), hidden.dtype, hidden.device)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])])  # (C, V)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not again else None
+        for part, logits in _chunks(hidden, weight, chunk):
             _rows(logits, labels[part], loss[part], gradient is not None)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])  # (C, D)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(*((hidden, weight, labels) if again else (gradient,)))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
-        (gradient,) = ctx.saved_tensors
-        # multiplied in fp32: a loss scale of 2^16 is infinite in fp16
-        return (
-            (gradient.float() * (grads[0][:, None] / LIFT.get(gradient.dtype, 1))).to(gradient.dtype),
-            None,
-            None,
-            None,
-        )
+        kept, *rest = ctx.saved_tensors
+        factor = grads[0][:, None] / LIFT.get(kept.dtype, 1)  # (N, 1)
+        if not rest:
+            return _times(kept, factor), None, None, None
+        weight, labels = rest
+        gradient, dW, loss = torch.empty_like(kept), torch.zeros_like(weight), torch.empty_like(grads[0])
+        for part, logits in _chunks(kept, weight, ctx.chunk):
+            _rows(logits, labels[part], loss[part], True)
+            torch.mm(logits, weight, out=gradient[part])  # (C, D)
+            gradient[part] = _times(gradient[part], factor[part])
+            dW.addmm_(logits.T, _times(kept[part], factor[part]))  # (V, D)
+        return gradient, dW, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows and their logits (C, V), each of which overwrites the one before."""
+    buffer = pool.empty((min(chunk, len(hidden)), len(weight)), hidden.dtype, hidden.device)
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        yield part, torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])])
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """In fp32, for a loss scale of 2^16 is infinite in fp16."""
+    return (x.float() * factor).to(x.dtype)
 
 
 def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
     """Write -log p(label) (C,) and, if `wanted`, lift · (softmax(logits) - onehot(y)) in place of the logits (C, V)."""
+    if has_kernels(logits.device):
+        torch.ops.minilora.cross_entropy_(logits, labels, loss, wanted, LIFT.get(logits.dtype, 1))
+        return
     if steps.cross_entropy(logits, labels, loss, wanted):
         return
     for rows in row_blocks(len(logits), logits.shape[1], logits.device, 2**21):
@@ -123,6 +154,17 @@ def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
             # dloss/dlogits = softmax(logits) - onehot(y)
             error = log_p.exp_().scatter_(1, targets, log_p_y.expm1())  # p - 1 without cancellation
             logits[rows] = error.mul_(LIFT[logits.dtype]) if logits.dtype in LIFT else error
+
+
+def _kernel(logits: Tensor, labels: Tensor, loss: Tensor, gradient: bool, lift: float) -> None:
+    from minilora_kernels.cross_entropy import cross_entropy
+
+    cross_entropy(logits, labels, loss, gradient, lift)
+
+
+# a custom op, which torch.compile takes as one piece
+_SCHEMA = "(Tensor(a!) logits, Tensor labels, Tensor(b!) loss, bool gradient, float lift) -> ()"
+register("cross_entropy_", _kernel, lambda *arguments: None, _SCHEMA)
 
 
 def _check(hidden: Tensor, labels: Tensor, chunk: int | None) -> None:

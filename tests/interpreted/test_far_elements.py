@@ -8,7 +8,7 @@ import torch
 from kernel_parts import DEQUANTIZE, GEMV, dense, normal, parts_of
 from triton.runtime import interpreter
 
-from minilora_kernels import launch, nf4_dequantize, nf4_gemv, nf4_quantize, reference
+from minilora_kernels import adam8bit, cross_entropy, launch, nf4_dequantize, nf4_gemv, nf4_quantize, reference
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def only_program(monkeypatch):
             return interpreter.TensorHandle(torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
-        for module in (nf4_dequantize, nf4_quantize, nf4_gemv):
+        for module in (nf4_dequantize, nf4_quantize, nf4_gemv, adam8bit, cross_entropy):
             monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
 
     return only
@@ -64,3 +64,24 @@ def test_a_token_through_far_rows(only_program, gemv, rows_per_program):
     y = gemv(x, packed, codes, nested, small[3], (rows, k), 64)
     expected = dense(small, 64, (2, k))[:, -1]
     assert torch.equal(y[-rows_per_program:], expected[-rows_per_program:])
+
+
+def test_a_row_of_far_logits(only_program):
+    columns, rows = 2**18, 2**13 + 2
+    logits, labels = torch.empty(rows, columns, dtype=torch.float16), torch.zeros(rows, dtype=torch.long)
+    logits[-1] = 1.0
+    only_program(rows - 1)
+    cross_entropy.cross_entropy(logits, labels, loss := torch.empty(rows), True, 2.0**10)
+    assert loss[-1].item() == pytest.approx(18 * 0.6931472, rel=1e-6)
+    assert logits[-1, 0] == -(2**10) and (logits[-1, 1:] == 2.0**-8).all()  # lift (p - 1) rounded, lift / V
+
+
+def test_a_step_on_far_values(only_program):
+    p = torch.empty(FAR, dtype=torch.float32)
+    small = torch.randn(1024)
+    p[-1024:] = small
+    codes, scales = torch.empty(FAR // 256, 256, dtype=torch.uint8), torch.zeros(FAR // 256)
+    only_program(FAR // 1024 - 1)
+    numbers = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
+    adam8bit.step(p, p, (codes, scales, codes.clone(), scales.clone()), numbers)
+    assert torch.equal(p[-1024:], small + small.sign())

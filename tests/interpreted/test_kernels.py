@@ -10,7 +10,17 @@ import torch
 from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, dense, normal, parts_of
 from torch.overrides import TorchFunctionMode
 
-from minilora_kernels import dynamic_map, launch, nf4_dequantize, nf4_gemv, nf4_quantize, nf4_thresholds, reference
+from minilora_kernels import (
+    adam8bit,
+    cross_entropy,
+    dynamic_map,
+    launch,
+    nf4_dequantize,
+    nf4_gemv,
+    nf4_quantize,
+    nf4_thresholds,
+    reference,
+)
 from minilora_kernels.codebook import midpoints
 from minilora_kernels.weight import BLOCKSIZES
 
@@ -217,6 +227,8 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         (nf4_quantize, "_double_quantize"),
         (nf4_gemv, "_gemv_fast"),
         (nf4_gemv, "_gemv_textbook"),
+        (adam8bit, "_step"),
+        (cross_entropy, "_cross_entropy"),
     ]:
         monkeypatch.setattr(module, name, {(1,): lambda *a, **k: options.append(k["enable_fp_fusion"])})
     parts, x = parts_of(normal(1, 64), 64, True), normal(64)
@@ -227,4 +239,6 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         dequantize(*parts, 64, torch.empty(64))
     for gemv in GEMV:
         gemv(x, *parts, (1, 64), 64)
-    assert options == [False] * 7
+    adam8bit.step(x, x, [parts[0].expand(8, -1).reshape(1, 256), x[:1]] * 2, (0.5,) * 8)
+    cross_entropy.cross_entropy(x[None], torch.zeros(1, dtype=torch.int64), x[:1], True, 1.0)
+    assert options == [False] * 9
