@@ -177,7 +177,8 @@ def within_bound(what: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor) -> 
 def check_adamw(name: str, run: Run, device: torch.device) -> None:
     """run(p, g, moments, numbers), from the plain step's own moments each time."""
     edges = midpoints(dynamic_map())
-    special = torch.cat([torch.ones(1), edges, *(torch.nextafter(edges, edges + side) for side in (-1, 1))])
+    one = torch.ones(1)  # blocks, scaled by 1
+    special = torch.cat([one, edges, *(x for side in (-1, 1) for x in (one, torch.nextafter(edges, edges + side)))])
     for n in (4099, *[math.prod(LARGE)] * (device.type == "cuda")):
         p, moments = sample((n,)), zero_moments(torch.empty(n), True)
         for t in range(1, 4):

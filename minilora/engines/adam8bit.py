@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,8 +92,8 @@ def plain_update(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Seque
     (m, v), (beta1, rest1, beta2, rest2, correction, eps, decay, rate) = moments, numbers
     m.mul_(beta1).add_(g * rest1)
     v.mul_(beta2).add_((g * g).mul_(rest2))
-    # MKL's root, which torch takes on a CPU, is not always the nearest number; numpy's is
-    root = torch.from_numpy(np.sqrt(v.numpy())) if v.is_cpu else v.sqrt()  # (n,)
+    # MKL's root, which torch takes on a CPU, is not always the nearest number; its root in fp64, rounded, is
+    root = v.double().sqrt_().float() if v.is_cpu else v.sqrt()  # (n,)
     p.mul_(decay).add_((m / root.mul_(correction).add_(eps)).mul_(rate))
 
 
