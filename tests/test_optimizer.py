@@ -79,7 +79,7 @@ def test_every_operation_rounds_once_to_nearest():
     numbers = (0.9, 1 - 0.9, 0.99, 1 - 0.99, 1 / 0.3, 1e-8, 0.999, -1e-3)
     beta1, rest1, beta2, rest2, correction, eps, decay, rate = np.float32(numbers)
     p, g, m, v = torch.randn(4, 10001)
-    v = v.abs()
+    p, v = p * 1e-3, v.abs()  # p of the size of its update, so that no bit of that is lost
     P, G, M, V = (t.clone().numpy() for t in (p, g, m, v))
     M = M * beta1 + G * rest1
     V = V * beta2 + G * G * rest2
