@@ -19,7 +19,8 @@ from triton.runtime import driver
 from bench_timing import Call, Clock, measure
 from kernel_check import CHECKS, Mismatch
 from kernel_jobs import BLOCKSIZE, DEQUANTISE, GEMV, OURS, QUANTISE, jobs
-from minilora_kernels import launch, nf4_quantize
+from minilora.engines.adam8bit import zero_moments
+from minilora_kernels import adam8bit, cross_entropy, launch, nf4_quantize
 from minilora_kernels.launch import Tile, tile
 
 MARGIN = 1.03  # what is less than 3 % faster may be noise
@@ -29,8 +30,8 @@ LARGE, SMALL = (14336, 4096), (1536, 576)  # layers to tune on
 def tiles(lanes: int) -> dict[str, list[Tile]]:
     """Kernel -> tiles to try, for warps of this many lanes; constants are powers of two, as Triton's arange asks.
 
-    Dequantising: one word a lane. The quantisers: 4 to 32 values a lane. GEMV: one chunk of each row a lane; the small
-    one: one chunk of one row.
+    Dequantising: one word a lane. The quantisers, and a head: 4 to 32 values a lane, AdamW 4 to 16. GEMV: one chunk of
+    each row a lane; the small one: one chunk of one row.
     """
     warps = (1, 2, 4, 8)
     return {
@@ -43,6 +44,10 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
         ],
         "gemv_nf4": [tile(max(1, n // lanes), ROWS=r, CHUNKS=n) for r in (1, 2, 4) for n in (32, 64, 128, 256)],
         "gemv_nf4_small": [tile(max(1, r * n // lanes), ROWS=r, CHUNKS=n) for r in (8, 16, 32) for n in (1, 2, 4)],
+        "cross_entropy": [
+            tile(w, WIDTH=n) for n in (1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32
+        ],
+        "adamw_8bit": [tile(w, ROWS=n) for n in (1, 2, 4, 8) for w in warps if 4 <= n * 256 // (w * lanes) <= 16],
     }
 
 
@@ -78,12 +83,18 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
     large, small = ({job.name: job.calls[OURS] for job in jobs(shape, device, clock, ())} for shape in (LARGE, SMALL))
     scales = [torch.rand(LARGE[0] * LARGE[1] // BLOCKSIZE, device=device) for _ in range(clock.turns)]
     offset = scales[0].mean(0, keepdim=True)  # given, so that only the kernel is timed
+    p = [torch.randn(LARGE[0] * LARGE[1], device=device) for _ in range(2)]
+    moments = [zero_moments(values, True) for values in p]
+    logits = [values.bfloat16().view(LARGE[0] // 32, -1) for values in p]
+    labels = torch.zeros(len(logits[0]), dtype=torch.int64, device=device)
     return {
         "dequantize_nf4": large[DEQUANTISE],
         "quantize_nf4": large[QUANTISE],
         "double_quantize_nf4": lambda turn: nf4_quantize.double_quantize(scales[turn % len(scales)], offset),
         "gemv_nf4": large[GEMV],
         "gemv_nf4_small": small[GEMV],
+        "cross_entropy": lambda turn: cross_entropy.cross_entropy(logits[turn % 2], labels, scales[0], True, 1.0),
+        "adamw_8bit": lambda turn: adam8bit.step(p[turn % 2], p[turn % 2 - 1], moments[turn % 2], (0.5,) * 8),
     }
 
 

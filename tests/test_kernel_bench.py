@@ -165,7 +165,8 @@ for job in kernel_jobs.jobs((48, 64), cpu, CpuClock(), ["eager"]):
     row = kernel_bench.row_of(job, (48, 64), [], CpuClock(), rounds=1)  # raises where plain torch has other bits
     assert row["differs"]["eager"] <= (2**-7 if job.name == "GEMV" else 0), row  # roundings of W and y to bf16
 kernel_tune.LARGE = kernel_tune.SMALL = (32, 64)
-kernel_tune.tune(cpu, CpuClock(), 1, {"double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)]})
+grid = {"double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)], "cross_entropy": [], "adamw_8bit": []}
+kernel_tune.tune(cpu, CpuClock(), 1, grid)
 kernel_bench.main(["--check"])
 """
 
