@@ -67,7 +67,7 @@ def test_8_bit_adamw_has_the_bits_of_the_cpu():
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_loss_of_a_head(dtype, trained):
-    """Two chunks, against fp64: logits of rms 1 rounded to 8 bits move the gradient by 2 %; fp32's may be TF32."""
+    """Two chunks, against products in fp64: logits of rms 1 in 8 bits move the gradient by 2 %; fp32's may be TF32."""
     N, D, V = 700, 256, 32000
     hidden = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
     weight = (torch.randn(V, D, device="cuda") / 16).to(dtype).requires_grad_(trained)
