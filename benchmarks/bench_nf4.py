@@ -6,69 +6,81 @@
 function cannot on a CPU. The last contender is bitsandbytes' C function, called past its public one. The ceiling is
 copying the result's bytes into a kept tensor. "one token" and "8 tokens" go through a 4-bit layer without gradients:
 bitsandbytes' Linear4bit, repacked by eval() for its fused product in bf16, and ours; beside them a dense one. On a busy
-machine only the ratios mean something, and even those favour few parallel regions: look at the load average.
+machine only the ratios mean something, and even those favour few parallel regions: look at the load average. Without
+bitsandbytes the bits are the reference's. Half a minute. The last line is one JSON document.
 """
 
 import argparse
 import ctypes
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
-from bitsandbytes.cextension import lib
 from torch import nn
 
 from minilora.quant import NF4Linear
-from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4, reference
 from minilora_kernels.compiled import nf4
+from side_by_side import machine, missing_peers
 
 SHAPES = ((4096, 4096), (1536, 576))
 COPY = "copy, out="
 
 
 def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
-    """Job -> contender -> call; bitsandbytes' public function first. Raises AssertionError unless all agree."""
-    plain, nested = ({"quant_type": "nf4", "compress_statistics": nested} for nested in (False, True))
-    packed, state = bnb.quantize_4bit(x, **plain)
-    packed2, state2 = bnb.quantize_4bit(x, **nested)
-    weight = quantize_nf4(x, double_quant=False)
-    weight2 = NF4Weight.from_state_dict({"w": packed2} | {f"w.{k}": v for k, v in state2.as_dict(True).items()}, "w")
-    expected, kept, source = bnb.dequantize_4bit(packed, state), torch.empty_like(x), x.clone()
-
-    assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(weight.absmax, state.absmax)
-    assert torch.equal(quantize_nf4(x).packed, packed2.view(-1))
+    """Job -> contender -> call, bitsandbytes' public function first if installed. AssertionError unless all agree."""
+    kept = torch.empty_like(x)
+    weight, weight2, theirs = quantize_nf4(x, double_quant=False), quantize_nf4(x), {}
+    if missing_peers("bitsandbytes"):
+        reference.dequantize(weight.packed, weight.absmax, weight.blocksize, kept)
+        expected, expected2 = kept.clone(), torch.empty_like(x)
+        reference.dequantize(weight2.packed, weight2.absmax, weight2.blocksize, expected2)
+    else:
+        weight2, expected, expected2, theirs = peers(x, weight, kept)
     assert torch.equal(dequantize_nf4(weight), expected)
     assert torch.equal(dequantize_nf4(weight, out=kept), expected)
-    assert torch.equal(dequantize_nf4(weight2), bnb.dequantize_4bit(packed2, state2))
+    assert torch.equal(dequantize_nf4(weight2), expected2)
 
+    source = x.clone()
     jobs: dict[str, dict[str, Callable[[], object]]] = {
-        "quantise": {
-            "bitsandbytes": lambda: bnb.quantize_4bit(x, **plain),
-            "minilora": lambda: quantize_nf4(x, double_quant=False),
-        },
-        "quantise, double": {
-            "bitsandbytes": lambda: bnb.quantize_4bit(x, **nested),
-            "minilora": lambda: quantize_nf4(x),
-        },
+        "quantise": {"minilora": lambda: quantize_nf4(x, double_quant=False)},
+        "quantise, double": {"minilora": lambda: quantize_nf4(x)},
         "dequantise": {
-            "bitsandbytes, new": lambda: bnb.dequantize_4bit(packed, state),
             "minilora, new": lambda: dequantize_nf4(weight),
             "minilora, out=": lambda: dequantize_nf4(weight, out=kept),
             COPY: lambda: kept.copy_(source),
         },
         "dequantise, double": {
-            "bitsandbytes, new": lambda: bnb.dequantize_4bit(packed2, state2),
             "minilora, new": lambda: dequantize_nf4(weight2),
             "minilora, out=": lambda: dequantize_nf4(weight2, out=kept),
             COPY: lambda: kept.copy_(source),
         },
+    }
+    return {job: theirs.get(job, {}) | calls for job, calls in jobs.items()}
+
+
+def peers(x: torch.Tensor, weight: NF4Weight, kept: torch.Tensor) -> tuple[NF4Weight, torch.Tensor, torch.Tensor, Any]:
+    """bitsandbytes' double-quantised weight, what both of its weights dequantise to, and job -> its contenders."""
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.cextension import lib
+
+    plain, nested = ({"quant_type": "nf4", "compress_statistics": nested} for nested in (False, True))
+    packed, state = bnb.quantize_4bit(x, **plain)
+    packed2, state2 = bnb.quantize_4bit(x, **nested)
+    weight2 = NF4Weight.from_state_dict({"w": packed2} | {f"w.{k}": v for k, v in state2.as_dict(True).items()}, "w")
+    expected = bnb.dequantize_4bit(packed, state)
+    assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(weight.absmax, state.absmax)
+    assert torch.equal(quantize_nf4(x).packed, packed2.view(-1))
+
+    jobs: dict[str, dict[str, Callable[[], object]]] = {
+        "quantise": {"bitsandbytes": lambda: bnb.quantize_4bit(x, **plain)},
+        "quantise, double": {"bitsandbytes": lambda: bnb.quantize_4bit(x, **nested)},
+        "dequantise": {"bitsandbytes, new": lambda: bnb.dequantize_4bit(packed, state)},
+        "dequantise, double": {"bitsandbytes, new": lambda: bnb.dequantize_4bit(packed2, state2)},
     }
     suffix = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[x.dtype]
     if function := getattr(lib, f"cdequantize_blockwise_cpu_nf4_{suffix}", None):
@@ -77,31 +89,36 @@ def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
         jobs["dequantise"]["bitsandbytes' C, out="] = lambda: function(*pointers, *sizes)
         jobs["dequantise"]["bitsandbytes' C, out="]()
         assert torch.equal(kept, expected)
-    return jobs
+    return weight2, expected, bnb.dequantize_4bit(packed2, state2), jobs
 
 
 def layers(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     """The same for x as the weight of a layer, with double quantisation."""
-    peer: Any = bitsandbytes.nn
-    theirs = peer.Linear4bit(x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
-    theirs.weight = peer.Params4bit(x, requires_grad=False, quant_type="nf4")
-    theirs = theirs.to("cpu").eval()
     dense = nn.Linear(x.shape[1], x.shape[0], bias=False, dtype=x.dtype)
     dense.weight.data = x
-    ours = NF4Linear.from_linear(dense)
+    ours, named = NF4Linear.from_linear(dense), {}
+    if not missing_peers("bitsandbytes"):
+        named["bitsandbytes"] = peer_layer(x)
+    named |= {"minilora": ours, "minilora, in generate": ours.for_tokens(), "dense": dense}
     nf4.ready()
     jobs: dict[str, dict[str, Callable[[], object]]] = {}
     for name, count in {"one token": 1, "8 tokens": 8}.items():
         t = torch.randn(1, count, x.shape[1], generator=torch.Generator().manual_seed(1)).to(x.dtype)
-        named: dict[str, nn.Module] = {"bitsandbytes": theirs, "minilora": ours, "dense": dense}
-        quick = ours.for_tokens()
         jobs[name] = {side: lambda layer=layer, t=t: layer(t) for side, layer in named.items()}
-        jobs[name]["minilora, in generate"] = lambda t=t, quick=quick: quick(t)
         expected = F.linear(t, ours.dequantize(x.dtype)).float()
-        for side in ("bitsandbytes", "minilora", "minilora, in generate"):
-            error = (jobs[name][side]().float() - expected).norm() / expected.norm()  # pyright: ignore[reportAttributeAccessIssue] tensors
+        for side in named.keys() - {"dense"}:
+            error = (named[side](t).float() - expected).norm() / expected.norm()
             assert error < 0.01, f"{side} is off by {error:.1%}"
     return jobs
+
+
+def peer_layer(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    import bitsandbytes
+
+    peer: Any = bitsandbytes.nn
+    layer = peer.Linear4bit(x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
+    layer.weight = peer.Params4bit(x, requires_grad=False, quant_type="nf4")
+    return layer.to("cpu").eval()
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -124,29 +141,22 @@ def main() -> None:
     parser.add_argument("--only", default="", help="jobs that have this in their name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-
-    card = {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": args.threads,
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "dtype": args.dtype,
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-    }
-    print(*(f"{name}: {value}" for name, value in card.items()), sep="\n")
-    rows = []
     torch.set_grad_enabled(False)
+
+    card = machine() | {"dtype": args.dtype}
+    if why := missing_peers("bitsandbytes"):
+        print(f"minilora alone: {why}")
+    rows = []
     for shape in SHAPES:
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(getattr(torch, args.dtype))
         for job, calls in (contenders(x) | layers(x)).items():
             if args.only not in job:
                 continue
             times = measure(calls, args.rounds * (1 if x.numel() > 1 << 22 else 5))
-            first = next(iter(times.values()))  # bitsandbytes' public function
+            first = next(iter(times.values()))  # bitsandbytes' public function, or ours where it is not installed
             ceiling = statistics.median(times[COPY]) if COPY in times else None
             print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {args.dtype}; checked")
-            print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ bnb (of minima)':>21}{'of the ceiling':>16}")
+            print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ first (of minima)':>21}{'of the ceiling':>16}")
             for name, ms in times.items():
                 median = statistics.median(ms)
                 ratio, ratio_of_min = median / statistics.median(first), min(ms) / min(first)

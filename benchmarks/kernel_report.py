@@ -288,7 +288,7 @@ def main() -> None:
             print_rows(f"{title}: machine code", counted)
             print_estimates(f"{title}: model, 4096 x 14336, us at least; busiest of the rest / DRAM", bound)
 
-    document = {"triton": triton.__version__, "rows": ours, "bitsandbytes": theirs}
+    document = {"benchmark": "kernel_report", "triton": triton.__version__, "rows": ours, "bitsandbytes": theirs}
     text = json.dumps(document | {"roofline": ours_us, "bitsandbytes_roofline": theirs_us})
     if args.json:
         args.json.write_text(text + "\n")

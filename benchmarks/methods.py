@@ -14,13 +14,12 @@ is one JSON document.
 
 import argparse
 import json
-import subprocess
-import sys
 
 import torch
 
 import minilora as ml
 from minilora.models.loader import pick_dtype
+from side_by_side import fresh
 
 RATES = {"before": None, "full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
 SHOWN = {"trained": "trainable_parameters", "s/step": "seconds_per_step", "peak GB": "peak_memory_gb"}
@@ -37,23 +36,16 @@ def main() -> None:
     if options.method:
         print(json.dumps(run(options.method, options)))
         return
-    figures = {method: fresh(method, options) for method in RATES}
+    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
+    figures = {method: fresh(__file__, "--method", method, *given) for method in RATES}
     print(f"\n{'':<8}" + "".join(f"{name:>13}" for name in SHOWN))
     for method, found in figures.items():
         values = [found.get(key) for key in SHOWN.values()]
         cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values]
         print(f"{method:<8}" + "".join(f"{cell:>13}" for cell in cells))
     print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out")
-    print(json.dumps({"steps": options.steps, "batch": options.batch, "torch": torch.__version__, "methods": figures}))
-
-
-def fresh(method: str, options: argparse.Namespace) -> dict:
-    """`run` in a new process."""
-    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
-    done = subprocess.run([sys.executable, __file__, "--method", method, *given], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{method}: ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    document = {"benchmark": "methods", "steps": options.steps, "batch": options.batch, "torch": torch.__version__}
+    print(json.dumps(document | {"methods": figures}))
 
 
 def run(method: str, options: argparse.Namespace) -> dict:

@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minilora.ops.attention import Documents, attention, causal_mask, document_runs
+from side_by_side import fresh
 
 FORMS = ("mask", "per document")
 
@@ -73,14 +73,15 @@ def main() -> None:
         one_pass(form, qkv, ids)
         seconds[form].append(time.process_time() - begun)
     found = {
+        "benchmark": "packing",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "relative_difference": off,
         **vars(options),
     }
     for form in FORMS:
-        done = subprocess.run([sys.executable, *sys.argv, "--form", form], capture_output=True, text=True, check=True)
-        found[form] = {"seconds": statistics.median(seconds[form]), "peak_mb": int(done.stdout) / 1e6}
+        peak_mb = fresh(*sys.argv, "--form", form) / 1e6
+        found[form] = {"seconds": statistics.median(seconds[form]), "peak_mb": peak_mb}
         print(f"{form:<12}{found[form]['seconds']:9.4f} s{found[form]['peak_mb']:9.1f} MB")
     ratios = [found["mask"][unit] / found["per document"][unit] for unit in ("seconds", "peak_mb")]
     print(f"ratio       {ratios[0]:9.2f}  {ratios[1]:9.2f}")

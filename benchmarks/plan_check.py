@@ -10,9 +10,6 @@ The last line is one JSON document.
 import argparse
 import gc
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,6 +18,7 @@ from pathlib import Path
 import torch
 
 import minilora as ml
+from side_by_side import fresh
 
 RUNS = {  # method, gradient checkpointing
     "qlora": ("qlora", False),
@@ -45,24 +43,15 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(options.run, options)))
         return
-    figures = {name: fresh(name, options) for name in RUNS}
+    given = [f"--{name}={getattr(options, name)}" for name in ("batch", "max_length", "optim")]
+    env = EXACT if options.malloc == "exact" else None
+    figures = {name: fresh(__file__, "--run", name, *given, env=env) for name in RUNS}
     print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  fullest in")
     for name, f in figures.items():
         sizes = f"{f['planned'] / 1e9:>10.3f}{f['measured'] / 1e9:>10.3f}"
         print(f"{name:<22}{sizes}{f['measured'] / f['planned']:>8.3f}  {f['moment']}")
     print(f"{options.batch} x {options.max_length} tokens, {options.optim}; malloc {options.malloc}")
-    print(json.dumps(vars(options) | {"torch": torch.__version__, "runs": figures}))
-
-
-def fresh(name: str, options: argparse.Namespace) -> dict:
-    """`run` in a new process."""
-    given = [f"--{option}={getattr(options, option)}" for option in ("batch", "max_length", "optim")]
-    command = [sys.executable, __file__, "--run", name, *given]
-    env = os.environ | (EXACT if options.malloc == "exact" else {})
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(f"{name}: ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps({"benchmark": "plan_check"} | vars(options) | {"torch": torch.__version__, "runs": figures}))
 
 
 def run(name: str, options: argparse.Namespace) -> dict:

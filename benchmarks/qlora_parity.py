@@ -21,6 +21,8 @@ from minilora.data import encode_dataset
 from minilora.scoring.objective import mean_loss, padded, trained_tokens
 from minilora.train.batches import BatchPlan
 from minilora.train.optim.schedule import learning_rate
+from side_by_side import missing_peers
+from steps import four_bit
 
 
 def main() -> None:
@@ -29,6 +31,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
+    if why := missing_peers():
+        print(f"nothing to compare with: {why}")
+        return print(json.dumps({"benchmark": "qlora_parity", "agree": None}))
     task, source = ml.samples.icd10(test_rows=200), ml.samples.smollm2()
     tokenizer = ml.load_tokenizer(source)
     held_out = encode_dataset(task.test, tokenizer, 256).examples
@@ -64,15 +69,9 @@ def main() -> None:
 def peers(base: Path, adapter: Path):
     """The same base and adapter in peft + transformers + bitsandbytes, at their defaults for QLoRA."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    four_bit = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit(), dtype=torch.bfloat16)
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 
@@ -134,10 +133,9 @@ def report(losses: dict, seconds: dict, options: argparse.Namespace) -> None:
         shown = " ".join(f"{value:.4f}" for value in values)
         print(f"{name:<10} eval loss {means[name]:.4f} ({shown}), {statistics.median(seconds[name]):.0f} s a run")
     print(f"difference {difference:+.4f}, one seed's standard deviation {deviation:.4f}")
-    document = {"losses": losses, "difference": difference, "standard_deviation": deviation, "seconds": seconds}
-    print(
-        json.dumps(document | {"steps": options.steps, "batch": options.batch, "agree": abs(difference) <= deviation})
-    )
+    document = {"benchmark": "qlora_parity", "losses": losses, "difference": difference, "seconds": seconds}
+    document |= {"standard_deviation": deviation, "steps": options.steps, "batch": options.batch}
+    print(json.dumps(document | {"agree": abs(difference) <= deviation}))
 
 
 if __name__ == "__main__":

@@ -167,6 +167,15 @@ def report(title: str, found: Mapping[str, Sequence[Mapping[str, Any]]], key: st
     return rows
 
 
+def fresh(*command: object, env: Mapping[str, str] | None = None) -> Any:
+    """What a Python program's last line says, as JSON, of a process of its own: a peak of memory is a process's."""
+    given = [sys.executable, *map(str, command)]
+    done = subprocess.run(given, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {}))
+    if done.returncode:
+        raise SystemExit(f"{' '.join(given[1:])}: ended with status {done.returncode}: see above.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 # ---- what is measured, and on what
 
 

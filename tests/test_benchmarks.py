@@ -1,31 +1,46 @@
-"""Proves that every benchmark against peers runs on a tiny model, does equal work on both sides, and ends in one JSON
-document; and that what judges them is right.
+"""Proves that every benchmark runs in a short form, with peers and without, does equal work on both sides, and ends in
+one JSON document; that what judges them is right; and that the pictures in docs/ hold the figures they are drawn from.
 
-Property: ratios are of one round, the memory of a process that takes a block is the block's. Errors: contenders that do
-different work, and one that dies, stop the benchmark.
+Property: ratios are of one round, the memory of a process that takes a block is the block's, a fit finds the parts of a
+sum. Errors: contenders that do different work, and one that dies, stop the benchmark, and growth beyond the order does.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
 
 import pytest
 
+import pictures
 import side_by_side
-from bench_train import exponent
+from bench_train import GROWS, fit, grow, too_fast
 from limit import elementwise_values
 from minilora.models.config import DecoderConfig
 from source import ROOT
 
-SCRIPTS = {  # script -> (its options, a key of its document)
+SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kernel_bench and kernel_report: other files
     "peers": (["--short"], "qlora"),
     "bench_load": (["--short"], "nf4"),
     "bench_generate": (["--short"], "bf16"),
     "bench_train": (["--short"], "grows"),
     "scale_8b": (["--peers", "--rounds", "1"], "load"),
+    "bench_nf4": (["--rounds", "1"], "rows"),
+    "choices": (["--short", "--rounds", "1"], "malloc"),
+    "methods": (["--steps", "1", "--batch", "1", "--test_rows", "22"], "methods"),
+    "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
+    "qlora_parity": (["--steps", "1", "--seeds", "1"], "agree"),
 }
+ALONE = ("peers", "bench_load", "bench_generate", "bench_nf4", "scale_8b", "qlora_parity")  # these have peers
+NO_PEERS = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+absent = ("transformers", "peft", "bitsandbytes", "accelerate")
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest)
+"""
 CONTENDER = """
 import sys; sys.path.insert(0, {folder!r})
 from side_by_side import serve
@@ -37,15 +52,19 @@ serve(step, loaded=True)
 """
 
 
+def run(script: str, *options: str, first: str = "") -> str:
+    """What a script prints; `first` comes before all else on the path."""
+    path = os.pathsep.join([*filter(None, [first]), *(str(ROOT / folder) for folder in (".", "kernels"))])
+    command = [sys.executable, f"benchmarks/{script}.py", *options]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @cache
 def document(script: str) -> dict:
     """The last line of a script in its short form."""
-    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    env = os.environ | {"PYTHONPATH": path, "MPLBACKEND": "Agg"}
-    command = [sys.executable, f"benchmarks/{script}.py", *SCRIPTS[script][0]]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run(script, *SCRIPTS[script][0]).splitlines()[-1])
 
 
 def contender(tmp_path, size: int = 0, code: str = CONTENDER) -> side_by_side.Contender:
@@ -101,9 +120,34 @@ def test_different_work_and_a_dead_contender_stop_the_benchmark(tmp_path):
     assert not side_by_side.missing_peers("torch")
 
 
-def test_an_exponent_is_fitted_and_traffic_is_counted_by_hand():
-    points = [{"x": x, "y": 3 * x**1.5} for x in (1, 2, 4, 8)]
-    assert exponent(points, "x", "y") == pytest.approx(1.5)
+def grown(seconds, megabytes, noise: float = 0) -> dict:
+    """What bench_train finds where these laws hold of the length."""
+    laws, points = {"seconds": seconds, "megabytes": megabytes}, []
+    for x in GROWS["length"][0]:
+        ys = {unit: law(x) for unit, law in laws.items()}
+        figures = {unit: {"median": y, "min": y * (1 - noise), "max": y * (1 + noise)} for unit, y in ys.items()}
+        points.append({"length": x, **figures})
+    return grow("length", points)
+
+
+def test_a_fit_finds_the_parts_of_a_sum():
+    xs = [128, 256, 512, 1024, 2048]
+    assert fit(xs, [0.2 + 0.001 * x + 1e-6 * x * x for x in xs], 2) == pytest.approx([0.2, 2.048, 4.194304])
+    assert fit(xs, [3.0 - 0.001 * x for x in xs], 2)[1:] == [0, 0]  # no part is negative
+    assert len(fit(xs[:2], [1.0, 2.0], 2)) == 3  # fewer points than parts
+
+
+def test_growth_beyond_the_order_is_told_and_a_large_fixed_part_does_not_hide_it():
+    squares, line = (lambda x: 0.3 + 1e-3 * x + 1e-7 * x * x), (lambda x: 100 + 0.5 * x)
+    assert not too_fast("length", grown(squares, line, noise=0.02))
+    (told,) = too_fast("length", grown(squares, lambda x: line(x) + 2e-4 * x * x))
+    assert re.match(r"megabytes grow as length\^1\.[2-9]\d at least .* own order is 1\.$", told)
+    (told,) = too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line))
+    assert told.startswith("seconds grow as length^2.")
+    assert not too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line, noise=0.6))  # it cannot be told from noise
+
+
+def test_traffic_is_counted_by_hand():
     config = DecoderConfig(10, 576, 1536, 30, 9, 3)
     assert elementwise_values(config) == 10 * 576 + 4 * (576 + 192) + 8 * 1536 + 12 * 576
 
@@ -119,6 +163,17 @@ def test_a_script_ends_in_one_document(script):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ALONE)
+def test_without_peers_a_script_says_so_in_a_line_and_ends_well(script: str, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(NO_PEERS)
+    options = [option for option in SCRIPTS[script][0] if option != "--peers"]
+    *printed, last = run(script, *options, first=str(tmp_path)).splitlines()
+    assert json.loads(last)["benchmark"] == script
+    assert script == "scale_8b" or any("not installed" in line for line in printed)
+    assert "transformers" not in json.loads(last).get("qlora", json.loads(last).get("nf4", {}))
+
+
+@pytest.mark.slow
 def test_what_peers_publishes():
     found = document("peers")
     for job, sides in {"qlora": 4, "qlora-checkpointing": 2, "lora": 3, "full": 3}.items():
@@ -128,3 +183,44 @@ def test_what_peers_publishes():
         "parts"
     ].keys()
     assert {"load", "start"} == found["load"]["nf4"].keys()
+
+
+# ---- pictures
+
+
+def test_pieces_of_one_measurement_are_joined_and_a_picture_keeps_them(tmp_path):
+    pytest.importorskip("matplotlib")
+    pieces = []
+    for kind in ("length", "batch"):
+        points = [{"length": 128, "batch": 1, "r": 8, "width": 64} | {kind: x} for x in GROWS[kind][0]]
+        figures = {"median": 2.0, "min": 1.0, "max": 3.0}
+        points = [point | {"seconds": figures, "megabytes": figures} for point in points]
+        piece = {
+            "benchmark": "bench_train",
+            "torch": "2",
+            "load_average": len(pieces),
+            "grows": {kind: grow(kind, points)},
+        }
+        pieces.append(piece)
+        (tmp_path / f"{kind}.out").write_text(f"a table\n{json.dumps(piece)}\n")
+    found = pictures.join([pictures.document(str(tmp_path / f"{kind}.out")) for kind in ("length", "batch")])
+    assert list(found["grows"]) == ["length", "batch"]
+    for name in ("cost.svg", "again.svg"):
+        pictures.save(found, tmp_path / name)
+    assert pictures.document(str(tmp_path / "cost.svg")) == found
+    assert (tmp_path / "cost.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    with pytest.raises(SystemExit, match="not of one measurement: {'torch'"):
+        pictures.join([pieces[0], pieces[1] | {"torch": "3"}])
+
+
+@pytest.mark.parametrize(("name", "benchmark"), [("cost", "bench_train"), ("speed", "peers")])
+def test_the_pictures_of_the_docs_hold_their_figures_and_are_small(name: str, benchmark: str):
+    file = ROOT / "docs" / f"{name}.svg"
+    assert pictures.document(str(file))["benchmark"] == benchmark
+    assert file.stat().st_size < 100_000
+
+
+def test_the_growth_shown_in_the_docs_is_no_faster_than_the_algorithm():
+    grows = pictures.document(str(ROOT / "docs" / "cost.svg"))["grows"]
+    assert grows.keys() == GROWS.keys()
+    assert not [told for kind, one in grows.items() for told in too_fast(kind, one)]

@@ -159,6 +159,16 @@ def test_the_readme_shows_what_the_command_prints(tmp_path: Path, capsys):
     assert shown == printed, f"put this into the README:\n{printed}"
 
 
+@pytest.mark.strict
+def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    command = re.search(r"`minilora plan \S+ (.*) --plot docs/plan.svg`", text("docs/LOG.md").replace("\n", " "))
+    assert command and main(["plan", str(tmp_path), *command[1].split(), "--plot", str(tmp_path / "plan.svg")]) == 0
+    pictures = ((folder / "plan.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
+    drawn, kept = (re.findall(r'<path d="([^"]*)" clip-path', picture) for picture in pictures)  # bars and the line
+    assert drawn == kept and len(drawn) > 10
+
+
 # ---- where memory runs out
 
 

@@ -116,7 +116,8 @@ class MemoryPlan:
                 axes.bar(names, heights, 0.6, base, label=caption, color=colour, edgecolor="white", linewidth=0.5)
                 base = [low + height for low, height in zip(base, heights, strict=True)]
         for name, top in zip(names, base, strict=True):
-            axes.annotate(f"{top:,.1f}", (name, top), (0, 3), textcoords="offset points", ha="center")
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at `card`
+            axes.annotate(f"{top:,.1f}", (name, top), (0, 3), textcoords="offset points", ha="center", bbox=paper)
         if self.card is not None:
             axes.axhline(self.card / 1e9, color="black", linestyle="--", linewidth=1, label="card")
         axes.set(ylabel="GB", title=_about(self), ylim=(0, 1.1 * max(*base, (self.card or 0) / 1e9)))

@@ -1,0 +1,150 @@
+"""Why the ops are as they are: where a step's time goes, and the sizes that were tried. python benchmarks/choices.py
+
+A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens in bf16:
+
+    profile         the share of each kind of operation, by torch's profiler
+    attention       forward and backward of a layer's attention, by the queries at a time in backward
+    cross-entropy   the loss and its gradient, by the rows of logits at a time
+    malloc          the step's seconds and peak, by the size from which glibc gives a freed block back at once
+
+What is tried takes turns; medians with min-max, and the ratio to what is in use. Two minutes on two cores. The last
+line is one JSON document.
+"""
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import minilora as ml
+import minilora.ops.attention as attention_op
+from bench_train import SMOLLM2
+from minilora.ops.cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from side_by_side import TINY, Contender, checkpoint, machine, report, serve, take_turns
+from steps import Step, own_step
+
+KINDS = {  # what an operation's name holds -> its kind; the first that fits
+    "mm": "matrix products",  # mm, addmm, bmm, baddbmm
+    "dequantize": "dequantisation",
+    "copy_": "copies",
+    "attention": "attention's forward",
+    "softmax": "softmax and its gradient",
+    "mul": "element-wise products",
+    "add": "sums",
+}
+BLOCKS = (32, 64, 256)  # queries
+ROWS = (64, 256, 2048)  # of logits
+MEGABYTES = (2, 4, 8, 16)  # MALLOC_MMAP_THRESHOLD_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="which, with commas")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="a random model of two layers, short rows")
+    parser.add_argument("--side", type=Path, metavar="FOLDER", help="be a process that does steps")
+    options = parser.parse_args()
+    if options.side:
+        return serve(step(options.side))
+    batch, length = (2, 64) if options.short else (4, 512)
+    found: dict[str, Any] = {"benchmark": "choices", **machine()}
+    with tempfile.TemporaryDirectory() as name:
+        rows = checkpoint(Path(name) / "base", options.short, batch, length)
+        (Path(name) / "rows.json").write_text(json.dumps(rows))
+        given = SimpleNamespace(folder=Path(name), batch=batch, length=length, rounds=options.rounds)
+        given.shape = TINY if options.short else SMOLLM2
+        for part in options.only.split(","):
+            found[part] = PARTS[part](given)
+    print(json.dumps(found))
+
+
+def step(folder: Path) -> Step:
+    """The library's step on what `main` wrote."""
+    model = ml.load_model(folder / "base", quantize="nf4", dtype="bfloat16")
+    ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    return own_step(model.train(), [json.loads((folder / "rows.json").read_text())])
+
+
+def profile(given: SimpleNamespace) -> dict[str, float]:
+    """Kind of operation -> its share of the time of one step."""
+    one = step(given.folder)
+    one()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        one()
+    spent: Counter[str] = Counter()
+    for event in seen.key_averages():
+        spent[next((kind for part, kind in KINDS.items() if part in event.key), "other")] += event.self_cpu_time_total
+    shares = {kind: round(time / spent.total(), 3) for kind, time in spent.most_common()}
+    print("\n" + "\n".join(f"{kind:28}{share:6.0%}" for kind, share in shares.items()))
+    return shares
+
+
+def attention(given: SimpleNamespace) -> dict[str, Any]:
+    """Blocks of queries in backward."""
+    shape = given.shape
+    d = shape["hidden_size"] // shape["num_attention_heads"]
+    heads = [shape[f"num_{kind}_heads"] for kind in ("attention", "key_value", "key_value")]
+    q, k, v = [torch.randn(given.batch, n, given.length, d).bfloat16().requires_grad_() for n in heads]
+
+    def run(block: int) -> None:
+        attention_op.BLOCK = block
+        out = attention_op.attention(q, k, v)
+        torch.autograd.grad(out, (q, k, v), out.detach())
+
+    used = attention_op.BLOCK
+    found = compared("attention, blocks of queries", run, (used, *BLOCKS), given.rounds, times=10)
+    attention_op.BLOCK = used
+    return found
+
+
+def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
+    """Rows of logits at a time."""
+    words, width = given.shape["vocab_size"], given.shape["hidden_size"]
+    # logits as small as a model's: else most probabilities are subnormal numbers, which a CPU is slow with
+    hidden, W = (
+        torch.randn(n, width).mul_(0.2).bfloat16() for n in (given.batch * given.length, words)
+    )  # (N, D), (V, D)
+    labels = torch.randint(0, words, (len(hidden),))  # (N,)
+
+    def run(rows: int) -> None:
+        linear_cross_entropy(hidden.requires_grad_(), W, labels, rows).backward()
+
+    return compared("cross-entropy, rows of logits", run, (CHUNK_BYTES // 2 // words, *ROWS), given.rounds, times=1)
+
+
+def compared(title: str, run: Callable[[int], None], sizes: tuple[int, ...], rounds: int, times: int) -> dict[str, Any]:
+    """Seconds of `times` runs with each size in turns, against the first of them, which is in use."""
+
+    def timed(size: int) -> dict[str, float]:
+        begun = perf_counter()
+        for _ in range(times):
+            run(size)
+        return {"seconds": perf_counter() - begun}
+
+    sides = {str(size): SimpleNamespace(step=lambda size=size: timed(size)) for size in sizes}
+    return report(f"{title}: seconds for {times}", take_turns(sides, 3 * rounds), "seconds", str(sizes[0]))
+
+
+def malloc(given: SimpleNamespace) -> dict[str, Any]:
+    """When glibc gives memory back, each in a process of its own."""
+    command = [__file__, "--side", given.folder]
+    sides = {"as it is": Contender("as it is", command)}
+    for size in MEGABYTES:
+        sides[f"{size} MB"] = Contender(f"{size} MB", command, {"MALLOC_MMAP_THRESHOLD_": str(size << 20)})
+    found = take_turns(sides, given.rounds, warm_up=1)
+    for contender in sides.values():
+        contender.close()
+    return report("MALLOC_MMAP_THRESHOLD_: seconds a step", found, "seconds", "as it is")
+
+
+PARTS = {"profile": profile, "attention": attention, "cross-entropy": cross_entropy, "malloc": malloc}
+
+if __name__ == "__main__":
+    main()
