@@ -39,7 +39,7 @@ import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 absent = ("transformers", "peft", "bitsandbytes", "accelerate")
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest)
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest))
 """
 CONTENDER = """
 import sys; sys.path.insert(0, {folder!r})
