@@ -2,14 +2,15 @@
 
 SmolLM2-135M-Instruct, full rows, two steps, each run in a process of its own. On a CPU the anonymous memory of the
 process (RssAnon) is sampled every 2 ms, less what it is after a run on one short row: Python, torch and what they load
-on the way. glibc's allocator is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), so that tensors are what is
-measured; `--malloc default` leaves it as it is, which holds back much. On a GPU it is what torch allocated at the most.
+on the way. glibc's allocator is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), and the pool takes none, so that tensors
+are what is measured; `--malloc default` leaves both as they are, which hold back much. On a GPU it is what torch allocated at the most.
 The last line is one JSON document.
 """
 
 import argparse
 import gc
 import json
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 import minilora as ml
+from minilora_kernels import pool
 from side_by_side import fresh
 
 RUNS = {  # method, gradient checkpointing
@@ -43,7 +45,7 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(options.run, options)))
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("batch", "max_length", "optim")]
+    given = [f"--{name}={getattr(options, name)}" for name in ("batch", "max_length", "optim", "malloc")]
     env = EXACT if options.malloc == "exact" else None
     figures = {name: fresh(__file__, "--run", name, *given, env=env) for name in RUNS}
     print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  fullest in")
@@ -56,6 +58,8 @@ def main() -> None:
 
 def run(name: str, options: argparse.Namespace) -> dict:
     """Train in this process; bytes planned and measured, of the weights and in all."""
+    if options.malloc == "exact":
+        pool.SMALL = sys.maxsize
     method, checkpointing = RUNS[name]
     full, source = method == "full", ml.samples.smollm2()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

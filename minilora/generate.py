@@ -135,7 +135,8 @@ def matrix_vector(model: nn.Module) -> Iterator[None]:
     dense: list[Any] = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]
     dense = [m for m in dense if m.weight.is_cpu]
     packed: list[Any] = [m for m in layers if type(m) is NF4Linear and m.packed.is_cpu]
-    if plain_now() or torch.is_autocast_enabled("cpu"):
+    sharded = any(hasattr(m, "unshard") for m in model.modules())  # FSDP's weights move before each layer
+    if plain_now() or sharded or torch.is_autocast_enabled("cpu"):
         packed = []
     for layer in dense:
         layer.forward = partial(_one_token, layer)

@@ -20,8 +20,8 @@ ROOMS = {
 LEAVES = {
     *"gguf samples mixing audit card cli __main__ memory objectives preview runs serve trace variants engines".split()
 }
-# The fast ops: each has its plain form on top, so one knows the library without them.
-FAST = "minilora.ops"
+# The fast ops, each with its plain form on top, and what is compiled for them: one knows the library without.
+FAST = ("minilora.ops", "minilora_kernels.compiled", "minilora_kernels.pool")
 # Kernels of training on a GPU, outside the reading path: what they do, a plain form beside their caller does anywhere.
 GPU = {"minilora_kernels.cross_entropy", "minilora_kernels.adam8bit"}
 FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms.split()}

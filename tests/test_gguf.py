@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import minilora as ml
 from minilora.gguf.read import GGUFCheckpoint, read_tokenizer_fields, unpermute
 from minilora.models.rope import Rope, frequencies
-from tiny import LLAMA3, oracle, tokens
+from tiny import LLAMA3, TOLERANCE, oracle, tokens
 
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -132,7 +132,7 @@ def test_model_equals_the_one_it_was_written_from(tmp_path, fields):
     for name, value in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     with torch.no_grad():
-        assert (model(tokens(2, 30)) - reference(tokens(2, 30)).logits).abs().max() <= 1e-5
+        assert (model(tokens(2, 30)) - reference(tokens(2, 30)).logits).abs().max() <= TOLERANCE
     assert (model.config.bos_token_id, model.config.eos_token_id) == (90, 91)
 
 
@@ -185,7 +185,7 @@ def test_rope_scaling(tmp_path):
     far = torch.arange(7000, 7030)[None]
     with torch.no_grad():
         logits = ml.load_model(path, dtype="float32", device="cpu")(tokens(1, 30), position_ids=far)
-        assert (logits - reference(tokens(1, 30), position_ids=far).logits).abs().max() <= 1e-5
+        assert (logits - reference(tokens(1, 30), position_ids=far).logits).abs().max() <= TOLERANCE
 
 
 def add_linear(writer: gguf.GGUFWriter) -> None:

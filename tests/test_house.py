@@ -34,7 +34,7 @@ from source import (
 FILE_LINES = 300
 FILE_LINES_OF = {"minilora/lora.py": 140, "kernels/minilora_kernels/reference.py": 120}
 CORE_LINES = 9000  # of all that is no leaf: what one reads to know the library
-FAST_LINES = 1200  # of the ops: one may run and read the model on their plain forms
+FAST_LINES = 1600  # of the ops, and of the C below them: one may run and read the model on the plain forms
 GPU_LINES = 1500  # of the kernels with a plain form elsewhere: one may train without them
 LEAF_LINES, LEAVES_LINES = 1500, 7000  # of a leaf, of all of them
 READING_PATH_LINES = 1500
@@ -124,6 +124,7 @@ def test_the_core_the_leaves_and_the_reading_path_fit():
     for module, path in MODULES.items():
         room = "gpu" if module in GPU else "fast" if module.startswith(FAST) else "core"
         leaves[module.split(".")[1] if is_leaf(module) and module != "minilora" else room] += lines(path)
+    leaves["fast"] += sum(lines(path.relative_to(ROOT).as_posix()) for path in (ROOT / "kernels").rglob("*.c"))
     assert leaves.pop("core") <= CORE_LINES and leaves.pop("fast") <= FAST_LINES and leaves.pop("gpu") <= GPU_LINES
     assert max(leaves.values()) <= LEAF_LINES and sum(leaves.values()) <= LEAVES_LINES, leaves
     assert sum(lines(path) for path in READING_PATH if path in LIBRARY_FILES) <= READING_PATH_LINES

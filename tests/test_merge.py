@@ -13,6 +13,7 @@ from minilora.config import LoRAConfig
 from minilora.inject import inject, lora_configs, lora_layers
 from minilora.lora import LoRALayer
 from minilora.quant import NF4Linear, quantize_model
+from minilora_kernels import FEW
 from toy import llama
 
 TOKENS = torch.arange(8)[None]
@@ -141,16 +142,21 @@ def test_the_merged_model_is_ordinary():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dequantized_model_says_the_same_bit_for_bit(dtype):
+def test_a_dequantized_model_says_the_same(dtype):
+    """Bit for bit; but few tokens are multiplied from the codes: W is not rounded, sums are in another order."""
     model = llama().to(dtype)
     quantize_model(model)
     inject(model, LoRAConfig(target_modules=["q_proj", "down_proj"]))
     four_bit = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
     with torch.no_grad():
-        expected = [model(TOKENS), model(TOKENS[:, :1])]  # one token takes another path
+        many = TOKENS.repeat(3, 1)
+        expected, few = model(many), model(TOKENS[:, :1])
+        assert many.numel() > FEW >= TOKENS[:, :1].numel()
         with dequantized(model):
             assert not any(isinstance(module, NF4Linear) for module in model.modules())
-            assert all(torch.equal(a, b) for a, b in zip(expected, [model(TOKENS), model(TOKENS[:, :1])], strict=True))
+            assert torch.equal(model(many), expected)
+            # a rounding of each weight and sum, through two layers
+            assert (model(TOKENS[:, :1]) - few).norm() <= 8 * torch.finfo(dtype).eps * few.norm()
             model.train()
     for path, layer in four_bit.items():
         assert model.get_submodule(path) is layer and layer.training

@@ -2,8 +2,7 @@
 
     device              path        why
     cpu                 cpu         cpu.py, bit-equal to the reference; compiled/nf4.py goes first, once it is
-    cuda, also ROCm     triton      nf4_quantize.py, nf4_dequantize.py, nf4_gemv.py, bit-equal to the reference;
-                                    cross_entropy.py, adam8bit.py, whose plain forms are in minilora
+    cuda, also ROCm     triton      nf4_*.py, bit-equal to the reference; cross_entropy.py and adam8bit.py for training
     other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
       not installed
     meta                none        shapes only

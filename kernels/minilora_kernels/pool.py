@@ -17,7 +17,7 @@ from torch import Tensor
 
 SMALL = 1 << 19  # bytes below which malloc is as good
 SLACK = 1.25  # how much larger a block may be than its tensor
-SPARE = 1 << 25  # bytes that wait beyond what tensors ever had at once: sizes change places within a step
+SPARE = 1 << 24  # bytes that wait beyond what tensors ever had at once: sizes change places within a step
 
 _waiting: dict[int, deque[mmap.mmap]] = {}  # by their size
 
@@ -37,14 +37,19 @@ class _Storage(np.ndarray):
         waiting.setdefault(len(self.block), new()).append(self.block)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, once: bool = False) -> Tensor:
+    """torch.empty; `once`: what comes next is of other sizes, so that its block would wait for nothing."""
     size = torch.Size(shape).numel() * dtype.itemsize
     if size < SMALL or device.type != "cpu" or torch._C._len_torch_dispatch_stack():  # a mode counts, or fakes, tensors
         return torch.empty(shape, dtype=dtype, device=device)
-    block = _take(size)
-    storage = np.ndarray.__new__(_Storage, size, np.uint8, block)
-    storage.block = block
+    try:
+        block = _block(size) if once else _take(size)
+    except OSError:  # no memory: torch says so as ever, unless what waits is enough
+        release()
+        return torch.empty(shape, dtype=dtype, device=device)
+    storage = np.ndarray.__new__(np.ndarray if once else _Storage, size, np.uint8, block)
+    if isinstance(storage, _Storage):
+        storage.block = block
     return torch.from_numpy(storage).view(dtype).view(torch.Size(shape))
 
 

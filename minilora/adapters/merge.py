@@ -153,7 +153,7 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 @contextmanager
 def dequantized(model: nn.Module) -> Iterator[None]:
-    """Inside, every NF4Linear of `model` is dense, with the same bits: made once instead of in each forward pass.
+    """Inside, every NF4Linear of `model` is dense, of the same values: made once instead of in each forward pass.
 
     For text on a CPU, where each token would make them again. It takes the 16 bits a weight that NF4 saves, meanwhile;
     afterwards the 4-bit layers are back in place.

@@ -127,7 +127,7 @@ class _Head(torch.autograd.Function):
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows and their logits (C, V), each of which overwrites the one before."""
-    buffer = pool.empty((min(chunk, len(hidden)), len(weight)), hidden.dtype, hidden.device)
+    buffer = pool.empty((min(chunk, len(hidden)), len(weight)), hidden.dtype, hidden.device, once=True)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
         yield part, torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])])

@@ -102,6 +102,7 @@ def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
         elif switch:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+        gc.collect()
         gc.freeze()  # what is there before training is not looked through again for rubbish
         yield
     finally:
