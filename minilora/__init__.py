@@ -43,6 +43,8 @@ from minilora.quant import NF4Linear, quantize_model
 from minilora.runs.curves import plot_runs
 from minilora.runs.sweep import sweep
 from minilora.scoring.evaluate import Scores, evaluate
+from minilora.trace.run import trace
+from minilora.trace.steps import Trace
 from minilora.train import TrainConfig, TrainResult, train
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -74,6 +76,7 @@ __all__ = [
     "Scores",
     "Selftest",
     "TaskType",
+    "Trace",
     "TrainConfig",
     "TrainResult",
     "adapter_state_dict",
@@ -109,6 +112,7 @@ __all__ = [
     "selftest",
     "split",
     "sweep",
+    "trace",
     "train",
     "use_adapter",
     "verify",

@@ -1,0 +1,1 @@
+"""Every intermediate of LoRA and QLoRA by name, while a model runs."""
