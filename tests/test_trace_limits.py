@@ -41,6 +41,7 @@ def test_other_layers_and_adapters():
     assert t["0"]["sum"].maths == "xW + what EmbeddingAdapter adds: its steps are not shown" and t["0"]["x"].max == 4
     with ml.trace(model, "3", tensors=True) as t:
         x = noise(5, 40, 1)
+        model[3].adapters["default"].lora_B.data.normal_()
         model[3](x).square().sum().backward()
     assert torch.equal(t["3"]["dx"].tensor, x.grad)
 
@@ -70,6 +71,18 @@ def test_reentrant_checkpointing_is_followed():
     assert torch.equal(t["dx"].tensor, x.grad)
 
 
+def test_the_weight_is_shown_in_the_dtype_it_was_used_in():
+    made = layer()
+    with ml.trace(made) as t:
+        made(noise(3, 48))
+        assert t["W"].dtype == torch.float32
+        made(noise(3, 48, dtype=torch.bfloat16))
+        assert t["W"].dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.float16):
+            made(noise(3, 48))
+    assert torch.equal(t["W"].tensor, made.base_layer.dequantize(torch.float16))
+
+
 # ---- nothing is left, little is kept
 
 
@@ -77,11 +90,12 @@ def state(model: nn.Module) -> Any:
     """Everything a trace could leave behind."""
     hooks = len(optimizers._global_optimizer_pre_hooks) + len(optimizers._global_optimizer_post_hooks)
     inside = [(set(vars(m)), [len(v) for k, v in vars(m).items() if "hooks" in k]) for m in model.modules()]
-    return inside, hooks, [p._backward_hooks for p in model.parameters()], plain_now(), dict(run._taps)
+    return inside, hooks, [len(p._backward_hooks or ()) for p in model.parameters()], plain_now(), dict(run._taps)
 
 
 def test_nothing_is_left():
     model = toy.lora()
+    model.lm_head.weight.requires_grad_()
     before = state(model)
     with ml.trace(model):
         y = model(torch.randint(3, 99, (1, 5)))
@@ -146,8 +160,11 @@ class Page(HTMLParser):
 
 
 def test_a_notebook_shows_the_same():
-    holder = nn.ModuleDict({"<b>": layer()})
-    with ml.trace(holder) as t:
+    holder = nn.ModuleDict({"<b>": layer(), "<i>": layer()})
+    with ml.trace(holder) as several:
+        pass
+    assert {"<b>", "<i>"} <= {*Page(several._repr_html_()).cells}
+    with ml.trace(holder, "<b>") as t:
         holder["<b>"](noise(3, 48)).sum().backward()
     page = Page(t._repr_html_())
     assert page.tags == {"div", "style", "table", "caption", "thead", "tbody", "tr", "th", "td"}
