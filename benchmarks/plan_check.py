@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct, full rows, two steps, each run in a process of its own. On a CPU the anonymous memory of the
 process (RssAnon) is sampled every 2 ms, less what it is after a run on one short row: Python, torch and what they load
-on the way. glibc's allocator is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), and the pool takes none, so that tensors
-are what is measured; `--malloc default` leaves both as they are, which hold back much. On a GPU it is what torch allocated at the most.
-The last line is one JSON document.
+on the way. glibc's allocator is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), and the pool takes none, so
+that tensors are what is measured; `--malloc default` leaves both as they are, which hold back much. On a GPU it is what
+torch allocated at the most. The last line is one JSON document.
 """
 
 import argparse
