@@ -231,6 +231,17 @@ def test_no_gradient_is_computed_when_none_is_asked_for(monkeypatch):
     assert wanted == [False, False, True]
 
 
+def test_it_is_compiled_in_one_piece():
+    """Large enough for what eager code keeps in the pool."""
+    hidden, weight, labels = problem(64, 8, 9000)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (linear_cross_entropy, compiled):
+        loss = function(hidden, weight, labels)
+        grads.append(torch.autograd.grad(loss, hidden)[0])
+    assert relative(grads[1], grads[0]) < 1e-5  # fp32, another exponential
+
+
 def test_no_labels_cost_nothing():
     hidden, weight, labels = problem(0, 4, 7)
     loss = linear_cross_entropy(hidden, weight, labels)

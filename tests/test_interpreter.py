@@ -44,7 +44,8 @@ def test_kernels_in_another_triton(version: str):
     if not folder.exists():
         pytest.skip(f"triton {version} is not at {folder.name}: NOT TESTED; `make tritons` puts it there")
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    assert f"triton {version}" in interpreted("tests/interpreted", PYTHONPATH=path)  # conftest.py prints it
+    # conftest.py prints which one
+    assert f"triton {version}" in interpreted("tests/interpreted", PYTHONPATH=path, MINILORA_NF4="triton")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "benchmarks/kernel_report.py", "--targets", "sm_75,sm_86,sm_120"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)  # all compile; figures may differ

@@ -40,7 +40,8 @@ class _Storage(np.ndarray):
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, once: bool = False) -> Tensor:
     """torch.empty; `once`: what comes next is of other sizes, so that its block would wait for nothing."""
     size = torch.Size(shape).numel() * dtype.itemsize
-    if size < SMALL or device.type != "cpu" or torch._C._len_torch_dispatch_stack():  # a mode counts, or fakes, tensors
+    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()  # a mode counts, or fakes, tensors
+    if followed or size < SMALL or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     try:
         block = _block(size) if once else _take(size)

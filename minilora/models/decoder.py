@@ -9,8 +9,9 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3,
 What a family does differently is a switch of its config (config.py): biases and norms of q and k in Qwen, more norms,
 another activation and scaled embeddings in Gemma, a window and another rotation by the kind of layer (layer_types).
 Modules carry Hugging Face's names, so their paths are the keys of a checkpoint. Values agree with transformers' also in
-16 bit, because every rounding is where theirs is. Simplified against transformers: no labels, losses, dropout,
-attention-mask argument or output classes; document_ids says who sees whom, and padding is a document of its own.
+16 bit, because every rounding is where theirs is; to the bit on torch's own steps (MINILORA_STEPS=torch), as compiled
+ones sum in another order. Simplified against transformers: no labels, losses, dropout, attention-mask argument or
+output classes; document_ids says who sees whom, and padding is a document of its own.
 """
 
 from collections.abc import Mapping

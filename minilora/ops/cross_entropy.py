@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minilora.ops import row_blocks
+from minilora.ops import fast, row_blocks
 from minilora_kernels import pool
 from minilora_kernels.compiled import steps
 from minilora_kernels.dispatch import has_kernels, register
@@ -143,7 +143,7 @@ def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
     if has_kernels(logits.device):
         torch.ops.minilora.cross_entropy_(logits, labels, loss, wanted, LIFT.get(logits.dtype, 1))
         return
-    if steps.cross_entropy(logits, labels, loss, wanted):
+    if fast() and steps.cross_entropy(logits, labels, loss, wanted):
         return
     for rows in row_blocks(len(logits), logits.shape[1], logits.device, 2**21):
         targets = labels[rows, None]  # (R, 1)
