@@ -231,6 +231,20 @@ def test_no_gradient_is_computed_when_none_is_asked_for(monkeypatch):
     assert wanted == [False, False, True]
 
 
+@pytest.mark.parametrize("chunk", [3, None])
+def test_a_head_in_fp32_that_trains_under_autocast(chunk):
+    """Products are in bf16, what is summed over chunks is in fp32; bf16 rounds a logit and a probability by 2^-9."""
+    hidden, weight, labels = problem(40, 16, 30)
+    weight.requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = torch.autograd.grad(plain_cross_entropy(*exact, labels), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, chunk)
+    found = torch.autograd.grad(loss, [hidden, weight])
+    for gradient, expected in zip(found, wanted, strict=True):
+        assert gradient.dtype == torch.float32 and relative(gradient, expected) < 2**-6
+
+
 def test_it_is_compiled_in_one_piece():
     """Large enough for what eager code keeps in the pool."""
     hidden, weight, labels = problem(64, 8, 9000)

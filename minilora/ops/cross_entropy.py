@@ -79,10 +79,13 @@ def rows_at_a_time(head: nn.Module) -> int:
 def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
     """-log p(label) of each row (N,), for an output layer that is a plain matrix; 0 where the label is IGNORE."""
     _check(hidden, labels, chunk)
-    least = 1 if weight.device.type == "cpu" else GPU_ROWS
-    chunk = chunk or max(least, CHUNK_BYTES // weight.dtype.itemsize // weight.shape[0])
     autocast = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
-    if weight.requires_grad and (autocast or weight.dtype != hidden.dtype):
+    if autocast:
+        hidden = hidden.to(torch.get_autocast_dtype(weight.device.type))
+    least = 1 if weight.device.type == "cpu" else GPU_ROWS
+    size = CHUNK_BYTES * (4 if weight.requires_grad else 1)  # each chunk is added to a dW as large as W
+    chunk = chunk or max(least, size // hidden.dtype.itemsize // weight.shape[0])
+    if weight.requires_grad and weight.dtype != hidden.dtype and not autocast:
         return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), chunk, hidden, labels)
     if not torch.is_grad_enabled():  # no gradient is asked for: compute none
         hidden, weight = hidden.detach(), weight.detach()
@@ -101,10 +104,11 @@ class _Head(torch.autograd.Function):
         ctx.chunk, again = chunk, ctx.needs_input_grad[1]
         loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not again else None
-        for part, logits in _chunks(hidden, weight, chunk):
+        W = weight.to(hidden.dtype)  # another one under autocast
+        for part, logits in _chunks(hidden, W, chunk):
             _rows(logits, labels[part], loss[part], gradient is not None)
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[part])  # (C, D)
+                torch.mm(logits, W, out=gradient[part])  # (C, D)
         ctx.save_for_backward(*((hidden, weight, labels) if again else (gradient,)))
         return loss
 
@@ -117,11 +121,13 @@ class _Head(torch.autograd.Function):
             return _times(kept, factor), None, None, None
         weight, labels = rest
         gradient, dW, loss = torch.empty_like(kept), torch.zeros_like(weight), torch.empty_like(grads[0])
-        for part, logits in _chunks(kept, weight, ctx.chunk):
+        W = weight.to(kept.dtype)
+        for part, logits in _chunks(kept, W, ctx.chunk):
             _rows(logits, labels[part], loss[part], True)
-            torch.mm(logits, weight, out=gradient[part])  # (C, D)
+            torch.mm(logits, W, out=gradient[part])  # (C, D)
             gradient[part] = _times(gradient[part], factor[part])
-            dW.addmm_(logits.T, _times(kept[part], factor[part]))  # (V, D)
+            h = _times(kept[part], factor[part])
+            dW.addmm_(logits.T, h) if W is weight else dW.add_(logits.T @ h)  # (V, D)
         return gradient, dW, None, None
 
 
