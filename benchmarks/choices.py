@@ -5,14 +5,16 @@ A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens i
     profile         the share of each kind of operation, by torch's profiler
     attention       forward and backward of a layer's attention, by the queries at a time in backward
     cross-entropy   the loss and its gradient, by the rows of logits at a time
-    malloc          the step's seconds and peak, by the size from which glibc gives a freed block back at once
+    steps           the step's seconds and peak without what is compiled in C, and without the pool of freed blocks
+    malloc          the same by the size from which glibc gives a freed block back at once
 
-What is tried takes turns; medians with min-max, and the ratio to what is in use. Two minutes on two cores. The last
+What is tried takes turns; medians with min-max, and the ratio to what is in use. Minutes on two cores. The last
 line is one JSON document.
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,13 +24,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 import minilora as ml
 import minilora.ops.attention as attention_op
 from bench_train import SMOLLM2
 from minilora.ops.cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from minilora.train import guard
+from minilora_kernels import pool
 from side_by_side import TINY, Contender, checkpoint, machine, report, serve, take_turns
-from steps import Step, own_step
+from steps import own_step
 
 KINDS = {  # what an operation's name holds -> its kind; the first that fits
     "mm": "matrix products",  # mm, addmm, bmm, baddbmm
@@ -50,9 +55,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="a random model of two layers, short rows")
     parser.add_argument("--side", type=Path, metavar="FOLDER", help="be a process that does steps")
+    parser.add_argument("--no-pool", action="store_true", help="with --side: freed blocks go back to malloc")
     options = parser.parse_args()
+    if options.no_pool:
+        pool.SMALL = sys.maxsize  # no block is large enough for it
     if options.side:
-        return serve(step(options.side))
+        return contend(options.side)
     batch, length = (2, 64) if options.short else (4, 512)
     found: dict[str, Any] = {"benchmark": "choices", **machine()}
     with tempfile.TemporaryDirectory() as name:
@@ -65,16 +73,22 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def step(folder: Path) -> Step:
-    """The library's step on what `main` wrote."""
+def contend(folder: Path) -> None:
+    """Be a process that does steps on what `main` wrote."""
+    model = adapted(folder)
+    with guard.training_mode(model, gradient_checkpointing=False):
+        serve(own_step(model, [json.loads((folder / "rows.json").read_text())]))
+
+
+def adapted(folder: Path) -> nn.Module:
     model = ml.load_model(folder / "base", quantize="nf4", dtype="bfloat16")
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    return own_step(model.train(), [json.loads((folder / "rows.json").read_text())])
+    return model.train()
 
 
 def profile(given: SimpleNamespace) -> dict[str, float]:
     """Kind of operation -> its share of the time of one step."""
-    one = step(given.folder)
+    one = own_step(adapted(given.folder), [json.loads((given.folder / "rows.json").read_text())])
     one()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         one()
@@ -132,19 +146,34 @@ def compared(title: str, run: Callable[[int], None], sizes: tuple[int, ...], rou
     return report(f"{title}: seconds for {times}", take_turns(sides, 3 * rounds), "seconds", str(sizes[0]))
 
 
+def steps(given: SimpleNamespace) -> dict[str, Any]:
+    """What is compiled in C, and the pool: a process without each, and one without both."""
+    by_torch = {"MINILORA_STEPS": "torch"}
+    sides = {"no C": ([], by_torch), "no pool": (["--no-pool"], {}), "neither": (["--no-pool"], by_torch)}
+    return processes("without", given, sides)
+
+
 def malloc(given: SimpleNamespace) -> dict[str, Any]:
-    """When glibc gives memory back, each in a process of its own."""
-    command = [__file__, "--side", given.folder]
-    sides = {"as it is": Contender("as it is", command)}
-    for size in MEGABYTES:
-        sides[f"{size} MB"] = Contender(f"{size} MB", command, {"MALLOC_MMAP_THRESHOLD_": str(size << 20)})
-    found = take_turns(sides, given.rounds, warm_up=1)
-    for contender in sides.values():
+    """When glibc gives memory back."""
+    sides = {f"{size} MB": ([], {"MALLOC_MMAP_THRESHOLD_": str(size << 20)}) for size in MEGABYTES}
+    return processes("MALLOC_MMAP_THRESHOLD_", given, sides)
+
+
+def processes(title: str, given: SimpleNamespace, sides: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, Any]:
+    """Seconds and memory of steps in processes with these arguments and variables, against one with none."""
+    contenders = {
+        name: Contender(name, [__file__, "--side", given.folder, *arguments], variables)
+        for name, (arguments, variables) in {"as it is": ([], {}), **sides}.items()
+    }
+    found = take_turns(contenders, given.rounds, warm_up=1)
+    for contender in contenders.values():
         contender.close()
-    return report("MALLOC_MMAP_THRESHOLD_: seconds a step", found, "seconds", "as it is")
+    return report(f"{title}: seconds a step", found, "seconds", "as it is")
 
 
-PARTS = {"profile": profile, "attention": attention, "cross-entropy": cross_entropy, "malloc": malloc}
+PARTS = {
+    "profile": profile, "attention": attention, "cross-entropy": cross_entropy, "steps": steps, "malloc": malloc
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()
