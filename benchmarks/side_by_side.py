@@ -189,7 +189,10 @@ def machine() -> dict[str, Any]:
     """What the figures belong to; how busy the machine was when it was asked."""
     import torch
 
-    found: dict[str, Any] = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
+    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
+    units = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]  # what bf16 matrices are multiplied by
+    found: dict[str, Any] = {"cpu": " ".join([torch.backends.cpu.get_cpu_capability(), *units])}
+    found |= {"cores": os.cpu_count()}
     found |= {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
     for name in ("torch", *PEERS):
         try:
