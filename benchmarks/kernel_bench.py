@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_bench.py [--models Llama-3-8B,SmolLM2-135M] [--rounds 21] [--plot roofline.png]
     python benchmarks/kernel_bench.py --tune                      # other tiles; prints entries for launch.TILES
+    python benchmarks/kernel_bench.py --form                      # the last line as a block to send back: docs/gpu.md
     TRITON_INTERPRET=1 python benchmarks/kernel_bench.py --check  # without a GPU: only whether the kernels are right
 
 Every kernel must pass kernel_check.py, or the script stops with exit status 1. The table has a row for each job and
@@ -12,7 +13,8 @@ a second, their share of what copying gives on this card, and how many times as 
     bitsandbytes      dequantize_4bit, quantize_4bit, and matmul_4bit, which its Linear4bit calls; gemv_4bit beside it
     dense             for the GEMV: F.linear with a bf16 weight, 3.9 times the bytes
 
-Then SmolLM2 decodes, one token at a time, with the GEMV kernel and without. The last line is one JSON document.
+Then SmolLM2 decodes, one token at a time, with the GEMV kernel and without, with a CUDA graph and without. The last
+line is one JSON document.
 Weights are bf16, N(0, 0.02), in blocks of 64; buffers are used in turn, so that no cache holds them (bench_timing.py).
 """
 
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench_form import form
 from bench_timing import MODELS, Clock, CpuClock, GpuClock, card, copy_gb_per_s, draw_roofline, measure, shapes_of
 from kernel_check import Mismatch, check_all
 from kernel_jobs import GEMV, OURS, PEERS, Job, jobs
@@ -44,6 +47,7 @@ NO_GPU = """no GPU here: nothing was run, and nothing is known about speed. What
   python benchmarks/kernel_bench.py --device cpu                  does this script work? (the figures are the CPU's)"""
 NOT_A_GPU = "CPU ONLY: these figures are the CPU's, on toy layers. They prove nothing about a GPU"
 COLUMNS = ("eager", "compile", "bitsandbytes", "gemv_4bit", "dense")
+CAPTURED = 3  # new tokens after which a step has been captured, and replayed once
 
 
 # ---- the table
@@ -125,7 +129,10 @@ def dense_weights() -> Iterator[None]:
 
 
 def decode(device: torch.device, tokens: int) -> dict[str, Any]:
-    """Tokens a second of SmolLM2-135M, greedy, one row: 4-bit with our GEMV, 4-bit through dense weights, bf16."""
+    """Tokens a second of SmolLM2-135M, greedy, one row: 4-bit with our GEMV, 4-bit through dense weights, bf16.
+
+    On a GPU each started by Python and as a CUDA graph; what reading the prompt and capturing take is not counted.
+    """
     import minilora as ml
     from minilora.generate import Decoding, generate_ids
 
@@ -137,22 +144,30 @@ def decode(device: torch.device, tokens: int) -> dict[str, Any]:
         print(f"\ndecoding NOT TIMED: SmolLM2 cannot be loaded: {error}")
         return {"skipped": str(error)}
 
-    def rate(kind: str | None) -> float:
-        def seconds(count: int) -> float:
-            start = time.perf_counter()
-            generate_ids(models[kind], [prompt], Decoding(max_new_tokens=count))  # a list of ids: the GPU is done
-            return time.perf_counter() - start
+    def seconds(kind: str | None, graph: bool, count: int) -> float:
+        start = time.perf_counter()
+        generate_ids(models[kind], [prompt], Decoding(count, cuda_graph=graph))  # a list of ids: the GPU is done
+        return time.perf_counter() - start
 
-        seconds(2)  # warm up
-        without_prompt = [seconds(tokens + 1) - seconds(1) for _ in range(3)]
-        return tokens / statistics.median(without_prompt)
+    def rates(name: str, kind: str | None) -> dict[str, float]:
+        found = {}
+        for graph in (False, True) if device.type == "cuda" else (False,):
+            seconds(kind, graph, CAPTURED)  # warm up
+            alone = [seconds(kind, graph, CAPTURED + tokens) - seconds(kind, graph, CAPTURED) for _ in range(3)]
+            found[name + ", graph" * graph] = tokens / statistics.median(alone)
+        return found
 
-    found = {"path": path_for(device), "tokens": tokens, "nf4": rate("nf4"), "bf16": rate(None)}
+    speeds = rates("nf4", "nf4") | rates("bf16", None)
     with dense_weights():
-        found["nf4, dense weights"] = rate("nf4")
-    print(f"\ndecoding, SmolLM2-135M, {tokens} tokens one by one, NF4 path {found['path']!r}: tokens a second")
-    print(*(f"  {name:20}{found[name]:8.1f}" for name in ("nf4", "nf4, dense weights", "bf16")), sep="\n")
-    return found
+        speeds |= rates("nf4, dense weights", "nf4")
+    print(f"\ndecoding, SmolLM2-135M, {tokens} tokens one by one, NF4 path {path_for(device)!r}: tokens a second")
+    print(*(f"  {name:26}{speed:8.1f}" for name, speed in speeds.items()), sep="\n")
+    if device.type != "cuda":
+        print("CUDA graphs NOT TIMED: they need a GPU")
+        return {"path": path_for(device), "tokens": tokens} | speeds
+    capturing = seconds("nf4", True, CAPTURED) - seconds("nf4", False, CAPTURED)
+    print(f"  capturing one takes {1e3 * capturing:.0f} ms")
+    return {"path": path_for(device), "tokens": tokens, "capturing_s": capturing} | speeds
 
 
 # ---- the script
@@ -166,6 +181,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=21, help="batches to take the median of")
     parser.add_argument("--tokens", type=int, default=128, help="to decode; 0: do not decode")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline, .png or .svg")
+    parser.add_argument("--form", action="store_true", help="print the results as a block to send back: docs/gpu.md")
     parser.add_argument("--check", action="store_true", help="check the kernels and stop")
     parser.add_argument("--tune", action="store_true", help="check and time other tiles and stop")
     args = parser.parse_args(argv)
@@ -219,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 document |= timed(args, device)
     except Mismatch as error:
         raise SystemExit(f"a kernel is wrong, so nothing is timed: {error}") from None
-    print(json.dumps(document))
+    print(form(document) if args.form else json.dumps(document))
 
 
 def timed(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,8 @@
 
 Prompts of similar length go together, padded on the left; what all of them begin with is read once. A finished row
 leaves its batch. u comes from a generator of the row's own, so a sampled answer depends on (seed, row number, prompt),
-not on its neighbours. Simplified against transformers' generate: no beams, penalties or streaming.
+not on its neighbours. On a GPU a token's step can be one CUDA graph (engines/graph.py). Simplified against
+transformers' generate: no beams, penalties or streaming.
 """
 
 import random
@@ -25,6 +26,7 @@ from minilora.data.prompt import encode_prompt, end_of_turn
 from minilora.models.context import Context, inference, shared_prefix
 from minilora.ops import plain_now
 from minilora.quant import NF4Linear
+from minilora.storage import open_leaf
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -40,6 +42,7 @@ class Decoding:
     batch_size: int = 16
     ends: frozenset[int] = frozenset()  # ids that end an answer and are not part of it
     stopped: Callable[[list[int]], bool] | None = None  # whether an answer holds a stop string
+    cuda_graph: bool | str = "auto"
 
     def __post_init__(self) -> None:
         checks = {
@@ -47,10 +50,11 @@ class Decoding:
             "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
+            "cuda_graph": (self.cuda_graph == "auto" or isinstance(self.cuda_graph, bool), "'auto', True or False"),
         }
         for name, (fine, expected) in checks.items():
             if not fine:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
 
 def generate(
@@ -64,6 +68,7 @@ def generate(
     stop: str | int | Sequence[str | int] | None = None,
     seed: int | None = None,
     batch_size: int = 16,
+    cuda_graph: bool | str = "auto",
 ) -> Any:
     """What `model` says next: a string for one prompt, a list of strings for a list of prompts.
 
@@ -71,7 +76,10 @@ def generate(
     has a chat template, else (and always as `minilora.data.RawText`) a text to go on with. `stop`: strings or token
     ids before which an answer ends; the model's own end tokens always end it. `batch_size` prompts are answered at a
     time; answers do not depend on it, rounding aside.
-    ValueError: an empty prompt, one too long for the model's context, a number out of its range.
+    `cuda_graph`: on a GPU, start all the work of a token with one call; "auto" does where the model allows and it
+    should pay (engines/graph.py says when), True raises where the model does not allow. Answers do not depend on it.
+    ValueError: an empty prompt, one too long for the model's context, a number out of its range,
+    cuda_graph=True without a GPU.
     """
     single = isinstance(prompt, str | Mapping) or (bool(prompt) and all(isinstance(m, Mapping) for m in prompt))
     prompts: list[Any] = [prompt] if single else list(prompt)
@@ -85,7 +93,7 @@ def generate(
         text = tokenizer.decode(answer, skip_special_tokens=False)
         return any(word in text for word in words)
 
-    rule = Decoding(max_new_tokens, temperature, top_p, seed, batch_size, ends, stopped if words else None)
+    rule = Decoding(max_new_tokens, temperature, top_p, seed, batch_size, ends, stopped if words else None, cuda_graph)
     if empty := [number for number, one in enumerate(prompts) if not one]:
         raise ValueError(f"prompts {empty[:8]} are empty: give a text or at least one message")
     for number, one in enumerate(prompts):
@@ -114,14 +122,24 @@ def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding)
     draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
+    steps = step_by_step(model, rule, len(prompts))
     with inference(model), matrix_vector(model):
         prefix, size = shared_prefix(model, prompts)
         for start in range(0, len(order), rule.batch_size):
             batch = order[start : start + rule.batch_size]
             context = prefix.select([0] * len(batch))
             logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
-            _answer(context, logits, rule, [answers[i] for i in batch], [draws[i] for i in batch])
+            _answer(steps(context), logits, rule, [answers[i] for i in batch], [draws[i] for i in batch])
     return answers
+
+
+def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Context], Any]:
+    """What the context of a batch is read on through, token by token: itself, or CUDA graphs."""
+    gpu = next(model.parameters()).is_cuda
+    if rule.cuda_graph is False or (rule.cuda_graph == "auto" and not gpu):
+        return lambda context: context
+    rows = min(rule.batch_size, rows)
+    return open_leaf("engines.graph").graphs(model, rule.cuda_graph, rows, rule.max_new_tokens)
 
 
 @contextmanager

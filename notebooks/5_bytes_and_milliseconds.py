@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import minilora as ml
-from minilora.models.rope import rotation
+from minilora.models.rope import frequencies, rotation
 from minilora.ops.attention import attention, plain_attention
 from minilora.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
 from minilora.ops.lora_linear import lora_linear, plain_lora_linear
@@ -95,7 +95,7 @@ def kept(forward) -> int:
 
 layer = model.model.layers[0]
 x = torch.randn(ROWS, LENGTH, D).to(dtype).requires_grad_()
-rope = rotation(config.rope_of("full_attention"), config.head_dim, torch.arange(LENGTH)[None], dtype)
+rope = rotation(frequencies(config.rope_of("full_attention"), config.head_dim), torch.arange(LENGTH)[None], dtype)
 fast_bytes = kept(lambda: layer(x, rope, None, None))
 with ml.plain_ops():
     plain_bytes = kept(lambda: layer(x, rope, None, None))

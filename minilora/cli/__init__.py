@@ -13,7 +13,7 @@ from typing import Any
 
 from minilora.adapters.merge import STORAGES
 from minilora.cli import jobs
-from minilora.cli.values import CONFIGS, add_fields, from_toml
+from minilora.cli.values import CONFIGS, add_fields, from_toml, parse_value
 from minilora.memory import command as memory
 from minilora.objectives import OBJECTIVES
 from minilora.preview import command as preview
@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     answering.add_argument("--top_p", type=float, default=1.0, help="nucleus to sample from (default %(default)s)")
     answering.add_argument("--stop", action="append", help="a text before which the answer ends; may be repeated")
     answering.add_argument("--seed", type=int, help="of the sampling")
+    text = "start a token's work on a GPU with one call: auto (where it should pay, default), true, false"
+    answering.add_argument("--cuda_graph", type=lambda text: parse_value(text, bool | str), default="auto",
+                           choices=("auto", True, False), metavar="VALUE", help=text)  # fmt: skip
     scoring = command(jobs.evaluate, "model", "dataset")
     scoring.add_argument("--labels", type=lambda text: text.split(","), help="the allowed answers, with commas between")
     scoring.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default %(default)s)")

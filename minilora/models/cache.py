@@ -17,6 +17,7 @@ class KVCache:
         self.document_ids: Tensor | None = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.frequencies: dict[str, Tensor] = {}  # of RoPE, by the kind of layer, on the device
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends one layer's key and value (B, kv_heads, T, d) and returns all (B, kv_heads, length + T, d)."""
@@ -62,7 +63,7 @@ class KVCache:
     def select(self, rows: Tensor) -> "KVCache":
         """A new cache of the given rows (long tensor); repeats are allowed, so one prompt serves many continuations."""
         chosen = KVCache()
-        chosen.length = self.length
+        chosen.length, chosen.frequencies = self.length, self.frequencies
         chosen.keys = [key[rows, :, : self.length] for key in self.keys]
         chosen.values = [value[rows, :, : self.length] for value in self.values]
         chosen.document_ids = None if self.document_ids is None else self.document_ids[rows]

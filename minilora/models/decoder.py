@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minilora.models.cache import KVCache
 from minilora.models.config import SLIDING, DecoderConfig
-from minilora.models.rope import rotation
+from minilora.models.rope import frequencies, rotation
 from minilora.ops.attention import Documents, attention, causal_mask, document_runs
 from minilora.ops.norm import rms_norm
 from minilora.ops.residual import residual
@@ -180,8 +180,8 @@ class CausalLM(nn.Module):
             x = x * torch.full((), self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)  # a rounded root
         runs = None if document_ids is None or cache is not None or mask is not None else document_runs(document_ids)
         masks = self._masks(mask, (count, past + count), document_ids, runs, input_ids.device)
-        size = self.config.head_dim
-        ropes = {kind: rotation(self.config.rope_of(kind), size, position_ids, x.dtype) for kind in masks}
+        omegas = {kind: self._frequencies(kind, x.device, cache) for kind in masks}
+        ropes = {kind: rotation(omega, position_ids, x.dtype) for kind, omega in omegas.items()}
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True):
             inputs = x, ropes[kind], masks[kind], cache
@@ -214,6 +214,13 @@ class CausalLM(nn.Module):
             elif window is not None or document_ids is not None:
                 masks[kind] = causal_mask(*shape, window=window, document_ids=document_ids, device=device)
         return masks
+
+    def _frequencies(self, kind: str, device: torch.device, cache: KVCache | None) -> Tensor:
+        """Of a kind of layer, (d/2,). A cache keeps them: moving them to a GPU makes each token wait."""
+        kept = {} if cache is None else cache.frequencies
+        if kind not in kept:
+            kept[kind] = frequencies(self.config.rope_of(kind), self.config.head_dim).to(device)
+        return kept[kind]
 
     def tie_weights(self) -> None:
         """Where the config says so, the output layer's weight *is* the embedding."""

@@ -86,9 +86,9 @@ def frequencies(rope: Rope, head_dim: int) -> Tensor:
     return (1 - s) * omega / rope.factor + s * omega
 
 
-def rotation(rope: Rope, head_dim: int, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of all angles, each (B, 1, T, head_dim) in `dtype`, angles in fp32; position_ids (B, T) or (1, T)."""
-    omega = frequencies(rope, head_dim).to(position_ids.device)
+def rotation(omega: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of all angles, each (B, 1, T, head_dim) in `dtype`, angles in fp32; omega (head_dim/2,) of
+    `frequencies`, on the device of position_ids (B, T) or (1, T)."""
     angles = position_ids[:, None, :, None].float() * omega  # (B, 1, T, d/2)
     angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -62,6 +62,9 @@ def attention(
         return _Causal.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)  # pyright: ignore[reportReturnType] untyped
     is_causal = mask is None and queries > 1  # one query sees every key
     grouped = q.shape[1] != k.shape[1]
+    if grouped and queries == 1:  # as G queries of one head: no kernel needs to know of groups, or reads a key G times
+        y = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, q.shape[3]), k, v, mask, scale=scale)
+        return y.reshape(q.shape)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
