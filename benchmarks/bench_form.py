@@ -34,7 +34,9 @@ def smi() -> dict[str, str] | str:
     out = _said(command)
     if out is None:
         return "nvidia-smi does not run here: add driver and clocks by hand"
-    cards = [dict(zip(ASKED, map(str.strip, line.split(",")), strict=False)) for line in out.splitlines()]
+    cards: list[dict[str, str]] = [
+        dict(zip(ASKED, map(str.strip, line.split(",")), strict=False)) for line in out.splitlines()
+    ]
     return cards[0] if len(cards) == 1 else {"of several cards": out}
 
 

@@ -1,5 +1,5 @@
 """Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for one token, compiled too,
-the loss of a head and 8-bit AdamW.
+the loss of a head, 8-bit AdamW, and a token's step as a CUDA graph.
 
 `pytest -m gpu` runs this and benchmarks/kernel_bench.py's check. Nothing here has run yet: no GPU was at hand.
 """
@@ -9,10 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import minilora as ml
+from kinds import shake
+from minilora.engines import graph
 from minilora.engines.adam8bit import AdamW8bit
+from minilora.generate import Decoding, generate_ids
+from minilora.models.context import Context, inference
 from minilora.ops.cross_entropy import IGNORE, linear_cross_entropy, plain_cross_entropy
 from minilora.quant import NF4Linear
 from minilora_kernels import dequantize_nf4, dispatch, quantize_nf4
+from prompts import VOCABULARY, pair, ragged
+from tiny import KINDS, oracle, twin
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.minilora
@@ -79,6 +86,39 @@ def test_the_loss_of_a_head(dtype, trained):
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0, check_dtype=False)
     for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, exact), strict=False):
         assert ((a.double() - b).norm() / b.norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama3", "window 5", "qwen3 window between", "gemma3"])
+@pytest.mark.parametrize("bits", [4, 32])
+def test_a_captured_step_says_what_the_growing_cache_says(kind, bits, monkeypatch):
+    """Through steps that fill up (16, then 32 columns), and with a row less. Attention over columns that are masked may
+    take another kernel, which adds up in another order: fp32 logits of about 4, through three layers."""
+    monkeypatch.setattr(graph, "LEAST", 16)
+    monkeypatch.setattr(graph, "UNIT", 16)
+    model = twin(oracle(**KINDS[kind]))
+    if bits == 4:
+        ml.quantize_model(model)
+    ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
+    shake(model).cuda()
+    with inference(model):
+        context = Context(model)
+        context.extend([[1, 2, 3], [4]])
+        growing, decode = context.select([0, 1]), graph.Graphs(model, 40)(context)
+        for rows in ([0, 1], [1]):
+            decode, growing = decode.select(rows), growing.select(rows)
+            for token in range(20):
+                new = [[token + row] for row in rows]
+                torch.testing.assert_close(decode.extend(new), growing.extend(new), atol=1e-4, rtol=0)
+            assert decode.step.replay is not None and decode.step.rows == len(rows)
+
+
+def test_answers_with_a_graph_are_those_without():
+    model = twin(pair()[0]).cuda()
+    rule = {"batch_size": 3, "ends": frozenset(range(0, VOCABULARY, 11))}
+    found = [
+        generate_ids(model, ragged(3, 12, 1, 7), Decoding(30, cuda_graph=wanted, **rule)) for wanted in (True, False)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: NOT TESTED here")

@@ -24,6 +24,7 @@ def test_the_table_is_the_scripts():
     stdout = python("benchmarks/expected.py").stdout
     lines = [line for line in stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(CARDS)
+    assert re.findall(r"A token of .* kernels\.", stdout) == re.findall(r"A token of .* kernels\.", text(PAGE))
     assert text(PAGE).partition("<!-- expected -->")[2].partition("<!-- /expected -->")[0].strip().splitlines() == lines
 
 
