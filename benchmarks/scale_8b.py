@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,16 @@ def ours(folder: Path, jobs: list[str], steps: int) -> None:
     model = ml.load_model(folder, quantize="nf4", dtype="bfloat16")
     seconds = time.perf_counter() - begun
 
-    def every_step() -> Iterator[dict[str, float]]:
-        for targets, tokens, checkpointing in (JOBS[job] for job in jobs):
-            ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules=targets))
-            with guard.training_mode(model, checkpointing):
-                step = own_step(model, batches(tokens, model.config.vocab_size))
-                for _ in range(steps):
-                    yield step()
-            ml.eject(model)
+    def every_step(targets: Any, tokens: int, checkpointing: bool) -> Iterator[dict[str, float]]:
+        ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules=targets))
+        with guard.training_mode(model, checkpointing):
+            step = own_step(model, batches(tokens, model.config.vocab_size))
+            for _ in range(steps):
+                yield step()
+        ml.eject(model)
 
-    step = every_step()
-    serve(lambda: next(step), load_seconds=seconds)
+    answers = chain.from_iterable(every_step(*JOBS[job]) for job in jobs)  # a job's state ends with it
+    serve(lambda: next(answers), load_seconds=seconds)
 
 
 def peers(folder: Path, jobs: list[str], steps: int) -> None:
@@ -160,19 +160,18 @@ def peers(folder: Path, jobs: list[str], steps: int) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit(), dtype=torch.bfloat16)
     seconds = time.perf_counter() - begun
 
-    def every_step() -> Iterator[dict[str, float]]:
-        for targets, tokens, checkpointing in (JOBS[job] for job in jobs):
-            config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-            adapted: Any = in_bf16(get_peft_model(model, config))
-            if checkpointing:
-                adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            step = peer_step(adapted, batches(tokens, model.config.vocab_size))
-            for _ in range(steps):
-                yield step()
-            adapted.unload()
+    def every_step(targets: Any, tokens: int, checkpointing: bool) -> Iterator[dict[str, float]]:
+        config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+        adapted: Any = in_bf16(get_peft_model(model, config))
+        if checkpointing:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        step = peer_step(adapted, batches(tokens, model.config.vocab_size))
+        for _ in range(steps):
+            yield step()
+        adapted.unload()
 
-    step = every_step()
-    serve(lambda: next(step), load_seconds=seconds)
+    answers = chain.from_iterable(every_step(*JOBS[job]) for job in jobs)
+    serve(lambda: next(answers), load_seconds=seconds)
 
 
 if __name__ == "__main__":
