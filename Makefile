@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install tritons demo test test-all lint format types bench notebooks clean
+.PHONY: help venv install tritons demo test test-all lint format types bench pictures notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -57,12 +57,16 @@ demo: $(VENV)/.demo  ## python examples/demo.py --task icd10 (or address)
 
 # Each says what it leaves out where there is no GPU, and where peers are not installed. scale_8b.py takes its 16 GB only
 # if told where (--folder); the longest are peers.py (a quarter of an hour), qlora_parity.py and bench_train.py.
-BENCHMARKS = $(filter-out benchmarks/pictures.py,$(shell grep -l __main__ benchmarks/*.py))
+BENCHMARKS = $(filter-out benchmarks/pictures.py benchmarks/explorer.py,$(shell grep -l __main__ benchmarks/*.py))
 
 bench: install  ## python benchmarks/NAME.py, each in turn: most of an hour on two cores, 3 GB of temporary files
 	@for script in $(BENCHMARKS); do echo "== $$script"; begun=$$(date +%s); \
 	  $(BIN)/python $$script || failed="$$failed $$script"; echo "== $$(($$(date +%s) - begun)) s"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+pictures: install  ## python benchmarks/pictures.py && python benchmarks/explorer.py: those in docs/
+	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/explorer.py
 
 notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py

@@ -1,4 +1,4 @@
-"""What kernel_bench.py needs to time a call: real layers' shapes, clocks that the cache cannot fool, a picture.
+"""What kernel_bench.py needs to time a call: real layers' shapes, clocks that the cache cannot fool.
 
     clock = GpuClock(torch.device("cuda"))
     times = measure(clock, {"ours": lambda turn: ..., "theirs": lambda turn: ...}, rounds=21)    # us, a list for each
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -182,39 +181,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def draw_roofline(rows: Sequence[Mapping[str, Any]], gb_per_s: float, title: str, path: Path) -> None:
-    """Operations a second over operations a byte, log-log, under the roof that the memory sets; a point a row.
-
-    A row has a "job", "bytes" and "operations" of one call, and "us": contender -> median microseconds. Ours are drawn
-    full, bitsandbytes' hollow.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")  # a file, no window
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator
-
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    names = list(dict.fromkeys(row["job"] for row in rows))
-    for row in rows:
-        color, x = f"C{names.index(row['job'])}", row["operations"] / row["bytes"]
-        for contender, us in row["us"].items():
-            if contender in ("minilora", "bitsandbytes"):
-                face = color if contender == "minilora" else "none"
-                axes.scatter(x, row["operations"] / us / 1e3, 36, facecolors=face, edgecolors=color)
-    for number, name in enumerate(names):
-        axes.scatter([], [], color=f"C{number}", label=name)
-    axes.scatter([], [], facecolors="none", edgecolors="black", label="bitsandbytes (hollow)")
-    intensities = [row["operations"] / row["bytes"] for row in rows]
-    ends = min(intensities) / 2, max(intensities) * 2
-    axes.plot(ends, [gb_per_s * x for x in ends], color="black", label=f"memory: {gb_per_s:.0f} GB/s, copying")
-    axes.set(xscale="log", yscale="log", title=f"{title}; a point a layer")
-    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8], labels=["1/4", "1/2", "1", "2", "4", "8"])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="operations a byte", ylabel="10⁹ operations a second")
-    axes.legend(fontsize="small", loc="upper left")
-    axes.grid(which="both", alpha=0.2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench_form import form
-from bench_timing import MODELS, Clock, CpuClock, GpuClock, card, copy_gb_per_s, draw_roofline, measure, shapes_of
+from bench_timing import MODELS, Clock, CpuClock, GpuClock, card, copy_gb_per_s, measure, shapes_of
 from kernel_check import Mismatch, check_all
 from kernel_jobs import GEMV, OURS, PEERS, Job, jobs
 from kernel_tune import tune
@@ -46,6 +46,7 @@ NO_GPU = """no GPU here: nothing was run, and nothing is known about speed. What
   python benchmarks/kernel_report.py                              how many instructions do they compile to?
   python benchmarks/kernel_bench.py --device cpu                  does this script work? (the figures are the CPU's)"""
 NOT_A_GPU = "CPU ONLY: these figures are the CPU's, on toy layers. They prove nothing about a GPU"
+DRAWN = (OURS, "bitsandbytes")  # in the roofline
 COLUMNS = ("eager", "compile", "bitsandbytes", "gemv_4bit", "dense")
 CAPTURED = 3  # new tokens after which a step has been captured, and replayed once
 
@@ -256,7 +257,10 @@ def timed(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             rows.append(row | {"of_copy": row["gb_per_s"] / ceiling})
             print_row(rows[-1])
     if args.plot:
-        draw_roofline(rows, ceiling, f"NF4 kernels on {card(device)['device']}", args.plot)
+        from minilora.plot import roofline
+
+        drawn = [row | {"us": {name: us for name, us in row["us"].items() if name in DRAWN}} for row in rows]
+        roofline(drawn, ceiling, None, f"NF4 kernels on {card(device)['device']}; a point a layer", args.plot)
         print(f"\nroofline: {args.plot}")
     decoded = decode(device, args.tokens) if args.tokens else {"skipped": "--tokens 0"}
     if device.type == "cpu":

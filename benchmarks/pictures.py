@@ -1,14 +1,16 @@
-"""What bench_train.py and peers.py found, as pictures. python benchmarks/pictures.py docs/speed.svg peers.out
+"""The pictures in docs/. python benchmarks/pictures.py draws those again that need no measuring, or
 
-Reads the last line of each file (- is stdin), the document of a benchmark; pieces of one, measured one by one with
---only, are joined. The figures stay in the picture (SVG's description), so an .svg drawn here may stand for them, and
-    python benchmarks/pictures.py docs/cost.svg docs/cost.svg
-draws it again without measuring.
+    python benchmarks/pictures.py docs/speed.svg peers.out
+
+what bench_train.py or peers.py found: the last line of each file (- is stdin), the document of a benchmark; pieces of
+one, measured one by one with --only, are joined. The figures stay in the picture (SVG's description), so an .svg drawn
+here may stand for them: without arguments cost.svg and speed.svg are drawn again out of themselves.
 """
 
 import argparse
 import html
 import json
+import random
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +19,16 @@ from typing import Any
 
 import numpy as np
 
+import minilora as ml
 from bench_train import UNITS, powers
+from explorer import config
+from minilora.data.collate import collate
+from minilora.data.labels import IGNORE, Example
+from minilora.data.packing import pack
+from minilora.plot import style
+from roofline import CARDS, HALF, LANES, WEIGHT_DOUBLE_QUANT
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 SHADES = ("#dddddd", "#a6bddb", "#3690c0")  # of a fit's parts, from light to dark also in grey
 AXES = {"length": "T, tokens in a row", "batch": "B, rows in a batch", "r": "r, rank of the adapter"}
 AXES |= {"width": "d, width of the model (hidden_size)"}
@@ -38,9 +48,17 @@ SIDES = {  # contender -> how its bars look: dark, light, hatched, empty
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("outputs", nargs="+", help="what the benchmark printed, in a file or several; - is stdin")
+    parser.add_argument("picture", nargs="?", type=Path, help="the picture of a benchmark (default: all in docs/)")
+    parser.add_argument("outputs", nargs="*", help="what the benchmark printed, in a file or several; - is stdin")
     options = parser.parse_args()
+    if options.picture is None:
+        for name, draw in PLAIN.items():
+            draw(DOCS / f"{name}.svg")
+        for name in ("cost", "speed"):
+            save(document(str(DOCS / f"{name}.svg")), DOCS / f"{name}.svg")
+        return
+    if not options.outputs:
+        parser.error(f"{options.picture}: expected the output of a benchmark to draw")
     found = join([document(name) for name in options.outputs])
     if found["benchmark"] not in DRAWN:
         parser.error(f"{found['benchmark']}: expected a document of {' or '.join(DRAWN)}")
@@ -68,15 +86,49 @@ def join(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def save(found: Mapping[str, Any], file: Path) -> None:
     """Draw a document to `file`."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    with style.canvas(6, 4) as figure:
+        DRAWN[found["benchmark"]](found, figure)
+        style.save(figure, file, json.dumps(found))
 
-    # the salt: equal figures, equal bytes; letters as letters, which takes a third of what their curves take
-    matplotlib.rcParams |= {"svg.hashsalt": "minilora", "svg.fonttype": "none", "hatch.linewidth": 0.5}
-    matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans", "Verdana"]
-    figure = Figure(layout="constrained")
-    DRAWN[found["benchmark"]](found, figure)
-    figure.savefig(file, metadata={"Date": None, "Description": json.dumps(found)})
+
+def plan(file: Path) -> None:
+    """Llama-3-8B by three methods: what `minilora plan --plot` draws."""
+    shape, lora = config("Llama-3-8B"), ml.LoRAConfig(r=16, target_modules="all-linear")
+    run: dict[str, Any] = {"per_device_train_batch_size": 4, "max_length": 512}
+    full = ml.TrainConfig(method="full", bf16=True, **run)
+    kept: dict[str, Any] = {"dtype": "bfloat16", "card": "24GB"}
+    plans = [ml.plan_memory(shape, lora, ml.TrainConfig(**run), quantize=bits, **kept) for bits in ("nf4", None)]
+    ml.plot.memory([*plans, ml.plan_memory(shape, None, full, card="24GB")], file)
+
+
+def packed(file: Path) -> None:
+    """Examples of made-up lengths, the first part of each a question, packed into rows of 64."""
+    rng, examples = random.Random(1), []
+    for row in range(14):
+        asked, answered = rng.randint(3, 16), rng.randint(2, 18)
+        tokens = list(range(asked + answered))
+        examples.append(Example(tokens, [IGNORE] * asked + tokens[asked:], row))
+    rows = pack(examples, [len(example) for example in examples], 64)
+    ml.plot.packed(collate([*rows], pad_id=0, pad_to_multiple_of=64), path=file)
+
+
+def roofline(file: Path) -> None:
+    """The most that a layer of Llama-3-8B can reach on one card, by the rates of its datasheet: nothing is measured."""
+    out, into, name = 14336, 4096, "RTX 4090"
+    card, weights = CARDS[name], out * into
+    gflops = card.sms * LANES["fma"] * 2 * card.ghz  # a multiply-add is two operations
+    rows = [
+        {
+            "job": job,
+            "bytes": weights * bytes_of + 2 * n * (out + into),
+            "operations": 2 * n * weights,
+            "label": f"{n} token{'s' * (n > 1)}",
+        }
+        for job, bytes_of in {"W in NF4": WEIGHT_DOUBLE_QUANT, "W in bf16": HALF}.items()
+        for n in (1, 8, 64)
+    ]
+    title = f"W x at most, W {out} x {into}, by the datasheet of an {name} (fp32 lanes)"
+    ml.plot.roofline(rows, card.gb_per_s, gflops, title, file)
 
 
 def cost(found: Mapping[str, Any], figure: Any) -> None:
@@ -165,6 +217,7 @@ def _legend(figure: Any, panels: Iterable[Any], place: str, columns: int) -> Non
 
 
 DRAWN = {"bench_train": cost, "peers": speed}
+PLAIN = {"codebook": lambda file: ml.plot.codebook(path=file), "packed": packed, "plan": plan, "roofline": roofline}
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ are imported by the functions that need them. The imports below stand here and n
 `import minilora.train` anywhere would put the module in its place.
 """
 
-from minilora import samples
+from minilora import plot, samples
 from minilora.adapters import (
     adapter_state_dict,
     base_state_dict,
@@ -40,7 +40,6 @@ from minilora.objectives import DPO, SFT, Classify, Distill, KLToBase
 from minilora.ops import plain_ops
 from minilora.preview.show import Preview, preview
 from minilora.quant import NF4Linear, quantize_model
-from minilora.runs.curves import plot_runs
 from minilora.runs.sweep import sweep
 from minilora.scoring.evaluate import Scores, evaluate
 from minilora.trace.run import trace
@@ -101,7 +100,7 @@ __all__ = [
     "pass_at_1",
     "plain_ops",
     "plan_memory",
-    "plot_runs",
+    "plot",
     "preview",
     "push_to_hub",
     "quantize_model",

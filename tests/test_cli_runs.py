@@ -6,7 +6,7 @@ import pytest
 
 from chats import furnish
 from minilora.cli import main
-from minilora.runs.curves import read_log
+from minilora.plot.logs import read_log
 from minilora.runs.sweep import sweep
 from test_cli import ROWS
 

@@ -23,7 +23,6 @@ HEAVY = (
 IMPORT_SECONDS = 0.15
 COMMANDS = {
     "plan": "plan_memory",
-    "plot": "plot_runs",
     "push": "push_to_hub",
 }  # the public function where the command is not named after it
 

@@ -10,7 +10,7 @@ import sys
 import matplotlib.image
 import pytest
 
-from minilora.runs.curves import plot_runs, read_log
+from minilora.plot.logs import read_log, runs
 from minilora.runs.trackers import trackers
 from minilora.train import TrainConfig, train
 from toy import FAST, Letters, lora, rows
@@ -100,7 +100,7 @@ def test_trackio_has_the_log(tmp_path, monkeypatch):
 
 def test_runs_are_drawn(tmp_path):
     results = [run(tmp_path / name) for name in ("a", "b")]
-    figure = plot_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "runs.png")
+    figure = runs([tmp_path / "a", tmp_path / "b"], tmp_path / "runs.png")
     titles = {axes.get_title(): axes for axes in figure.axes}
     assert titles.keys() == {"loss (dots: eval)", "learning rate", "grad norm", "tokens per second"}
     loss, dots = titles["loss (dots: eval)"].lines[:2]
@@ -124,12 +124,12 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"wandb is not installed .* pip install 'minilora\[track\]'"):
         trackers(TrainConfig(report_to="wandb"), 0)
     with pytest.raises(ValueError, match="no such log"):
-        plot_runs([tmp_path])
+        runs([tmp_path])
     (tmp_path / "log.jsonl").write_text('{"config": {}}\n')
     with pytest.raises(ValueError, match="holds no step yet"):
-        plot_runs([tmp_path])
+        runs([tmp_path])
     (tmp_path / "log.jsonl").write_text('{"step": 1')
     with pytest.raises(ValueError, match="not one JSON object a line"):
-        plot_runs([tmp_path])
+        runs([tmp_path])
     with pytest.raises(ValueError, match="keeps no log to draw"):
         train(lora(), Letters(), rows(), TrainConfig(**FAST)).plot()

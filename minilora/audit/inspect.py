@@ -157,15 +157,20 @@ def _spaces(folder: Path) -> dict[str, Spaces]:
         if down is None or down.shape[0] != up.shape[1]:
             raise ValueError(f"{folder}: {key} {tuple(up.shape)} has no A that fits it. Copy the adapter again.")
         layer, r = match[1].removeprefix(PREFIX), down.shape[0]
-        Q_B, R_B = torch.linalg.qr(up.double().flatten(1))  # (out, r), (r, r)
-        Q_A, R_A = torch.linalg.qr(down.double().flatten(1).T)  # (in, r), (r, r)
         s = scaling(r, r, config.strength(layer)[1], 0, config.use_rslora)
-        U, sigma, Vh = torch.linalg.svd(s * R_B @ R_A.T)
-        k = int((sigma > sigma[0] * max(up.shape[0], down[0].numel()) * torch.finfo(torch.float32).eps).sum())
-        found[layer] = Q_B @ U[:, :k], sigma[:k], Q_A @ Vh[:k].T
+        found[layer] = spaces(up.flatten(1), down.flatten(1), s)
     if not found:
         raise ValueError(f"{folder / WEIGHTS_FILE} holds no lora_B: expected a LoRA adapter in PEFT's format.")
     return found
+
+
+def spaces(up: Tensor, down: Tensor, s: float) -> Spaces:
+    """The two bases and σ of s · B A, from B (out, r) and A (r, in); what fp32 cannot tell from zero is left out."""
+    Q_B, R_B = torch.linalg.qr(up.double())  # (out, r), (r, r)
+    Q_A, R_A = torch.linalg.qr(down.double().T)  # (in, r), (r, r)
+    U, sigma, Vh = torch.linalg.svd(s * R_B @ R_A.T)
+    k = int((sigma > sigma[0] * max(up.shape[0], down.shape[1]) * torch.finfo(torch.float32).eps).sum())
+    return Q_B @ U[:, :k], sigma[:k], Q_A @ Vh[:k].T
 
 
 def _spectrum(sigma: Tensor) -> dict[str, float]:

@@ -19,8 +19,8 @@ from minilora.audit.verify import verify as verify_checkpoint
 from minilora.cli.values import CONFIGS
 from minilora.data.formats import check_file
 from minilora.objectives import OBJECTIVES
+from minilora.plot.logs import runs as draw_runs
 from minilora.preview.command import before_training
-from minilora.runs.curves import plot_runs
 from minilora.runs.sweep import sweep as search_options
 from minilora.runs.sweep import table
 from minilora.train.process import process_on
@@ -171,7 +171,7 @@ def selftest(model: str, quantize: str | None, dtype: str, data: str | None) -> 
 
 def plot(runs: Sequence[str], file: str) -> None:
     """Draw the logs of one or several runs into one picture."""
-    plot_runs(runs, file)
+    draw_runs(runs, file)
     print(file)
 
 

@@ -41,7 +41,6 @@ PARTS = {  # of a plan, and how the table and the picture name them
     "workspace": "workspace",
     "logits": "logits",
 }
-COLOURS = ("#0072b2", "#56b4e9", "#7f7f7f", "#009e73", "#e69f00", "#f0e442", "#d55e00", "#cc79a7", "#000000")
 
 
 @dataclass(frozen=True)
@@ -103,27 +102,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         return "\n".join(filter(None, (table([self]), self.verdict)))
 
-    def plot(self, file: str | Path, *others: "MemoryPlan") -> Any:
-        """A matplotlib Figure, also saved to `file`: a bar a plan, stacked by part, and a line at `card`."""
-        from matplotlib.figure import Figure
-
-        plans = [self, *others]
-        figure = Figure(figsize=(3 + 1.6 * len(plans), 4.8), layout="constrained")
-        axes, names, base = figure.subplots(), [plan.method for plan in plans], [0.0] * len(plans)
-        for (part, caption), colour in zip(PARTS.items(), COLOURS, strict=True):
-            heights = [getattr(plan, part) / 1e9 for plan in plans]
-            if any(heights):
-                axes.bar(names, heights, 0.6, base, label=caption, color=colour, edgecolor="white", linewidth=0.5)
-                base = [low + height for low, height in zip(base, heights, strict=True)]
-        for name, top in zip(names, base, strict=True):
-            paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at `card`
-            axes.annotate(f"{top:,.1f}", (name, top), (0, 3), textcoords="offset points", ha="center", bbox=paper)
-        if self.card is not None:
-            axes.axhline(self.card / 1e9, color="black", linestyle="--", linewidth=1, label="card")
-        axes.set(ylabel="GB", title=_about(self), ylim=(0, 1.1 * max(*base, (self.card or 0) / 1e9)))
-        figure.legend(*(side[::-1] for side in axes.get_legend_handles_labels()), loc="outside right center")
-        figure.savefig(file)
-        return figure
+    def plot(self, path: str | Path | None = None, *others: "MemoryPlan") -> Any:
+        """A matplotlib Figure, saved to `path` if given: a bar a plan, stacked by part; see plot.memory."""
+        return open_leaf("plot.machine").memory([self, *others], path)
 
 
 def plan_memory(
@@ -243,10 +224,11 @@ def table(plans: list[MemoryPlan]) -> str:
         "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))])
         for first, *rest in rows
     ]
-    return "\n".join([_about(plans[0]), *lines])
+    return "\n".join([about(plans[0]), *lines])
 
 
-def _about(plan: MemoryPlan) -> str:
+def about(plan: MemoryPlan) -> str:
+    """What is planned, in a line."""
     config = plan.config
     rank = f"r {plan.lora.r}, " if plan.lora else ""
     return (

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.runs.curves import read_log
+from minilora.plot.logs import read_log
 
 Trial = Any  # optuna.trial.Trial
 

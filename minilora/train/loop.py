@@ -57,11 +57,11 @@ class TrainResult:
         """(step, eval_loss) of each evaluation."""
         return [(int(figures["step"]), figures["eval_loss"]) for figures in self.evals]
 
-    def plot(self, file: str | Path | None = None) -> Any:
-        """A matplotlib Figure of the run's log, saved to `file` if given; ValueError for a run without output_dir."""
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A matplotlib Figure of the run's log, saved to `path` if given; ValueError for a run without output_dir."""
         if self.log is None:
             raise ValueError("plot: a run without output_dir keeps no log to draw: give TrainConfig(output_dir=...).")
-        return open_leaf("runs.curves").plot_runs([self.log], file)
+        return open_leaf("plot.logs").runs([self.log], path)
 
 
 @main_speaks()
