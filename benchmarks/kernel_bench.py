@@ -35,11 +35,12 @@ from torch import Tensor
 
 from bench_form import form
 from bench_timing import MODELS, Clock, CpuClock, GpuClock, card, copy_gb_per_s, measure, shapes_of
-from kernel_check import Mismatch, check_all
+from check_parts import Mismatch
+from kernel_check import check_all
 from kernel_jobs import GEMV, OURS, PEERS, Job, jobs
 from kernel_tune import tune
 from minilora_kernels import launch
-from minilora_kernels.dispatch import path_for
+from minilora_kernels.paths import path_for
 
 NO_GPU = """no GPU here: nothing was run, and nothing is known about speed. What can be done without one:
   TRITON_INTERPRET=1 python benchmarks/kernel_bench.py --check    are the kernels right? Exit status 0: they are

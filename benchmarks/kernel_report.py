@@ -3,11 +3,11 @@
     python benchmarks/kernel_report.py [--targets sm_80,sm_86,gfx942] [--json FILE]
 
 Ours are compiled by calling the library's own launchers on CPU tensors inside `imaginary_gpu`: bf16, 4096 x 4096 (the
-small GEMV 1536 x 576), blocks of 64; cross-entropy on 512 x 131072 logits, AdamW on 4096 x 4096 values. If a launcher
-starts several kernels, the one with the largest grid is counted.
+small GEMV 1536 x 576), blocks of 64; cross-entropy on 512 x 131072 logits, AdamW and a layer's steps on 4096 x 4096
+values (report_jobs.py). If a launcher starts several kernels, the one with the largest grid is counted.
 bitsandbytes' are taken out of the installed wheel. All figures are those of one thread with full work (see sass.py):
 
-    instr/elem      instructions per weight (logit, parameter); of a kernel with loops those inside them
+    instr/elem      instructions per weight (logit, parameter, value); of a kernel with loops those inside them
     whole           the same with what stands around the loops: in a GEMV at an inner size of 4096 (small: 576)
     loads, stores   of global memory, bits x how many (with loops their loads); the LUT's and the scales' included
     occupancy       warps that fit on an SM at a time, by registers, shared bytes and threads, of the most it can hold
@@ -21,41 +21,21 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 
 from imaginary import Launch, imaginary_gpu
-from minilora_kernels import adam8bit, cross_entropy, nf4_dequantize, nf4_gemv, nf4_quantize
-from minilora_kernels.launch import tile_for
+from report_jobs import ADAMW_BYTES, BLOCKSIZE, SCALES_BYTES, Job, jobs
 from roofline import CARDS, HALF, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
 from sass import SM_LIMITS, Counts, count, cubins, functions, occupancy
 
 AMD = ("gfx942", "gfx1100")
-BLOCKSIZE = 64
 LAYER = 4096 * 14336  # weights, in the roofline
-SCALES_BYTES = 4 + 1 + 4 / 256  # of DRAM for one scale: absmax, its 8-bit code, its share of the second level
-# for one parameter: itself read and written, its gradient, two codes and their scales' share read and written
-ADAMW_BYTES = 2 * 4 + 4 + 2 * (2 + 2 * 4 / 256)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One of our kernels and how to have it compiled."""
-
-    launch: Callable[[], object]
-    elements: int  # weights that the launch handles; scales, in double_quantize_nf4; logits; parameters
-    bytes: float  # of DRAM for one element
-    # Elements that a program handles in one trip of its loop; 0: it has no loop. Should the assembler unroll the loop,
-    # the figures come out too high, never too low.
-    trip: Callable[[], int] = int
 
 
 @dataclass(frozen=True)
@@ -78,55 +58,6 @@ BITSANDBYTES = {
     "adamw_8bit": Peer("kOptimizerStatic8bit2StateBlockwiseIfLi0ELi256ELi1E", 256, 1, ADAMW_BYTES),
     "gemv_nf4_double_quant": Peer("gemm_4bit_simtI13__nv_bfloat16Li1EE", 128, 4096 // 32, WEIGHT_DOUBLE_QUANT, 32),
 }
-
-
-def jobs() -> dict[str, Job]:
-    """Name -> job, of every kernel of ours. The tensors hold nothing that matters: they are never read."""
-    shape, small = (4096, 4096), (1536, 576)
-    n = math.prod(shape)
-    dense, absmax = torch.empty(shape, dtype=torch.bfloat16), torch.empty(n // BLOCKSIZE)
-    p, moments = torch.empty(n), [torch.empty(n // 256, 256, dtype=torch.uint8), torch.empty(n // 256)] * 2
-
-    def dequantize(run: Callable[..., object], double: bool) -> Job:
-        bytes = HALF + (WEIGHT_DOUBLE_QUANT if double else WEIGHT)
-        return Job(lambda: run(*_parts(n, double), BLOCKSIZE, dense), n, bytes)
-
-    def gemv(run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int) -> Job:
-        def trip() -> int:
-            return weights * math.prod(size for _, size in tile_for(tile).constants)
-
-        n, x = math.prod(shape), torch.empty(shape[1], dtype=torch.bfloat16)
-        return Job(lambda: run(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
-
-    def head(logits: Tensor, labels: Tensor) -> Job:
-        def trip() -> int:
-            return tile_for("cross_entropy").constants[0][1]
-
-        start = partial(cross_entropy.cross_entropy, logits, labels, absmax, True, 1.0)
-        return Job(start, logits.numel(), 3 * HALF, trip)
-
-    return {
-        "dequantize_nf4": dequantize(nf4_dequantize.dequantize, False),
-        "dequantize_nf4_textbook": dequantize(nf4_dequantize.dequantize_textbook, False),
-        "dequantize_nf4_double_quant": dequantize(nf4_dequantize.dequantize, True),
-        "dequantize_nf4_double_quant_textbook": dequantize(nf4_dequantize.dequantize_textbook, True),
-        "quantize_nf4": Job(lambda: nf4_quantize.quantize(dense, BLOCKSIZE), n, HALF + WEIGHT),
-        "quantize_nf4_textbook": Job(lambda: nf4_quantize.quantize_textbook(dense, BLOCKSIZE), n, HALF + WEIGHT),
-        "double_quantize_nf4": Job(lambda: nf4_quantize.double_quantize(absmax), len(absmax), SCALES_BYTES),
-        "gemv_nf4_double_quant": gemv(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
-        "gemv_nf4_double_quant_small": gemv(nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK),
-        "gemv_nf4_double_quant_textbook": gemv(nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2),  # of a byte
-        "cross_entropy": head(torch.empty(512, 2**17, dtype=dense.dtype), torch.empty(512, dtype=torch.int64)),
-        "adamw_8bit": Job(lambda: adam8bit.step(p, p, moments, (0.5,) * 8), n, ADAMW_BYTES),
-    }
-
-
-def _parts(n: int, double: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """packed, scales, nested_absmax and offset of n weights."""
-    packed, blocks = torch.empty(n // 2, dtype=torch.uint8), n // BLOCKSIZE
-    if not double:
-        return packed, torch.empty(blocks), None, None
-    return packed, torch.empty(blocks, dtype=torch.uint8), torch.empty(math.ceil(blocks / 256)), torch.empty(1)
 
 
 def compiled(job: Job, target: str) -> tuple[Launch, int]:

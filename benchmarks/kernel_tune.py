@@ -17,11 +17,13 @@ from triton.errors import TritonError
 from triton.runtime import driver
 
 from bench_timing import Call, Clock, measure
-from kernel_check import CHECKS, Mismatch
+from check_parts import Mismatch
+from kernel_check import CHECKS
 from kernel_jobs import BLOCKSIZE, DEQUANTISE, GEMV, OURS, QUANTISE, jobs
 from minilora.engines.adam8bit import zero_moments
-from minilora_kernels import adam8bit, cross_entropy, launch, nf4_quantize
+from minilora_kernels import launch, nf4_quantize
 from minilora_kernels.launch import Tile, tile
+from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 
 MARGIN = 1.03  # what is less than 3 % faster may be noise
 LARGE, SMALL = (14336, 4096), (1536, 576)  # layers to tune on
@@ -31,14 +33,13 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
     """Kernel -> tiles to try, for warps of this many lanes; constants are powers of two, as Triton's arange asks.
 
     Dequantising: one word a lane. The quantisers, and a head: 4 to 32 values a lane, AdamW 4 to 16. GEMV: one chunk of
-    each row a lane; the small one: one chunk of one row.
+    each row a lane; the small one: one chunk of one row. A layer's steps: 4 to 32 values a lane.
     """
     warps = (1, 2, 4, 8)
+    wide = [tile(w, VALUES=n) for n in (512, 1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32]
     return {
         "dequantize_nf4": [tile(max(1, n // lanes), WORDS=n) for n in (32, 64, 128, 256)],
-        "quantize_nf4": [
-            tile(w, VALUES=n) for n in (512, 1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32
-        ],
+        "quantize_nf4": wide,
         "double_quantize_nf4": [
             tile(w, ROWS=n) for n in (1, 2, 4, 8) for w in warps if 4 <= n * 256 // (w * lanes) <= 32
         ],
@@ -48,6 +49,14 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
             tile(w, WIDTH=n) for n in (1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32
         ],
         "adamw_8bit": [tile(w, ROWS=n) for n in (1, 2, 4, 8) for w in warps if 4 <= n * 256 // (w * lanes) <= 16],
+        **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate", "gated", "gated_backward"), wide),
+        "rms_norm_weight": [
+            tile(w, ROWS=r, COLUMNS=n)
+            for r in (4, 8, 16, 32)
+            for n in (64, 128, 256)
+            for w in (2, 4, 8)
+            if 4 <= r * n // (w * lanes) <= 32
+        ],  # fmt: skip
     }
 
 
@@ -87,6 +96,9 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
     moments = [zero_moments(values, True) for values in p]
     logits = [values.bfloat16().view(LARGE[0] // 32, -1) for values in p]
     labels = torch.zeros(len(logits[0]), dtype=torch.int64, device=device)
+    x = [values.bfloat16().view(LARGE) for values in p]  # (tokens, LARGE[1])
+    w, r, angle = x[0][0].clone(), torch.ones(LARGE[0], 1, device=device), torch.ones_like(x[0][:, :64])[None, None]
+    q = [values.view(1, LARGE[0], -1, 64).transpose(1, 2) for values in x]  # (1, heads, tokens, 64)
     return {
         "dequantize_nf4": large[DEQUANTISE],
         "quantize_nf4": large[QUANTISE],
@@ -95,6 +107,12 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
         "gemv_nf4_small": small[GEMV],
         "cross_entropy": lambda turn: cross_entropy.cross_entropy(logits[turn % 2], labels, scales[0], True, 1.0),
         "adamw_8bit": lambda turn: adam8bit.step(p[turn % 2], p[turn % 2 - 1], moments[turn % 2], (0.5,) * 8),
+        "rms_norm": lambda turn: norm.rms_norm(x[turn % 2], w, 1e-5, False),
+        "rms_norm_backward": lambda turn: norm.rms_norm_backward(x[turn % 2], w, r, x[turn % 2 - 1], False),
+        "rms_norm_weight": lambda turn: norm.rms_norm_weight(x[turn % 2], r, x[turn % 2 - 1]),
+        "rotate": lambda turn: rotation.rotate(q[turn % 2], angle, angle, 1.0),
+        "gated": lambda turn: gates.gated(x[turn % 2], x[turn % 2 - 1], False),
+        "gated_backward": lambda turn: gates.gated_backward(x[turn % 2], x[turn % 2 - 1], x[turn % 2], False),
     }
 
 

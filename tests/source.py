@@ -24,7 +24,7 @@ LEAVES = {
 # The fast ops, each with its plain form on top, and what is compiled for them: one knows the library without.
 FAST = ("minilora.ops", "minilora_kernels.compiled", "minilora_kernels.pool")
 # Kernels of training on a GPU, outside the reading path: what they do, a plain form beside their caller does anywhere.
-GPU = {"minilora_kernels.cross_entropy", "minilora_kernels.adam8bit"}
+GPU = ("minilora_kernels.steps",)
 FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms.split()}
 FLOORS["minilora_kernels"] = 0
 

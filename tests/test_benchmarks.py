@@ -30,6 +30,7 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "bench_nf4": (["--rounds", "1"], "rows"),
     "choices": (["--short", "--rounds", "1"], "malloc"),
     "methods": (["--steps", "1", "--batch", "1", "--test_rows", "22"], "methods"),
+    "fusing": (["--tokens", "64"], "branch"),
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
     "qlora_parity": (["--steps", "1", "--seeds", "1"], "agree"),
 }

@@ -1,5 +1,5 @@
 """Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for one token, compiled too,
-the loss of a head, 8-bit AdamW, and a token's step as a CUDA graph.
+the loss of a head, a layer's steps, 8-bit AdamW, and a token's step as a CUDA graph.
 
 `pytest -m gpu` runs this and benchmarks/kernel_bench.py's check. Nothing here has run yet: no GPU was at hand.
 """
@@ -16,8 +16,11 @@ from minilora.engines.adam8bit import AdamW8bit
 from minilora.generate import Decoding, generate_ids
 from minilora.models.context import Context, inference
 from minilora.ops.cross_entropy import IGNORE, linear_cross_entropy, plain_cross_entropy
+from minilora.ops.norm import rms_norm
+from minilora.ops.rotate import rotate
+from minilora.ops.swiglu import gated
 from minilora.quant import NF4Linear
-from minilora_kernels import dequantize_nf4, dispatch, quantize_nf4
+from minilora_kernels import dequantize_nf4, paths, quantize_nf4
 from prompts import VOCABULARY, pair, ragged
 from tiny import KINDS, oracle, twin
 
@@ -31,7 +34,7 @@ SHAPES = [(33, 64), (7, 13), (1, 1), (0, 3), (96, 2080)]
 def test_ops_have_the_bits_of_the_cpu(shape, double_quant):
     x = torch.randn(shape)
     here, there = quantize_nf4(x, 64, double_quant), quantize_nf4(x.cuda(), 64, double_quant)
-    assert dispatch.path_for(there.device) == "triton"
+    assert paths.path_for(there.device) == "triton"
     for ours, theirs in zip(here.parts()[:4], there.parts()[:4], strict=True):
         assert (ours is None and theirs is None) or torch.equal(ours, theirs.cpu())
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -119,6 +122,30 @@ def test_answers_with_a_graph_are_those_without():
         generate_ids(model, ragged(3, 12, 1, 7), Decoding(30, cuda_graph=wanted, **rule)) for wanted in (True, False)
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_layers_steps(dtype, monkeypatch):
+    """Value and gradients by the kernels and by torch's operations on the same GPU, whose roundings are a few."""
+    shapes = (70, 576), (576,), (70, 576)
+    x, w, up = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
+    turn = torch.rand(1, 1, 70, 32, device="cuda").repeat(1, 1, 1, 2)
+    cos, sin = turn.cos().to(dtype), turn.sin().to(dtype)
+    forms = {
+        "norm": lambda: rms_norm(x, w, 1e-5),
+        "gate": lambda: gated(x, up),
+        "gelu": lambda: gated(x, up, gelu=True),
+        "rotate": lambda: rotate(x.view(1, 70, 9, 64).transpose(1, 2), cos, sin),
+    }
+    for name, form in forms.items():
+        results = []
+        for choice in ("auto", "torch"):
+            monkeypatch.setenv("MINILORA_STEPS", choice)
+            y = form()
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, w, up), allow_unused=True)])
+        for found, expected in zip(*results, strict=True):
+            close_to = 4 * torch.finfo(dtype).eps
+            assert found is expected is None or (found - expected).norm() <= close_to * expected.norm(), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: NOT TESTED here")

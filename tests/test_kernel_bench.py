@@ -18,7 +18,8 @@ import torch
 import bench_timing
 import kernel_bench
 from bench_timing import CpuClock, GpuClock, buffers, layers, measure, shapes_of
-from kernel_check import Mismatch, check_dequantize, dense_of, same_bits, within_bound
+from check_parts import Mismatch, same_bits
+from kernel_check import check_dequantize, dense_of, within_bound
 from kernel_jobs import DEQUANTISE, GEMV, OPERATIONS, OURS, QUANTISE, QUANTISE_TWICE, jobs
 from minilora_kernels.launch import TILES
 from source import ROOT
@@ -165,7 +166,8 @@ for job in kernel_jobs.jobs((48, 64), cpu, CpuClock(), ["eager"]):
     row = kernel_bench.row_of(job, (48, 64), [], CpuClock(), rounds=1)  # raises where plain torch has other bits
     assert row["differs"]["eager"] <= (2**-7 if job.name == "GEMV" else 0), row  # roundings of W and y to bf16
 kernel_tune.LARGE = kernel_tune.SMALL = (32, 64)
-grid = {"double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)], "cross_entropy": [], "adamw_8bit": []}
+grid = {"double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)], "rms_norm_weight": [tile(2, ROWS=4, COLUMNS=64)]}
+grid |= dict.fromkeys(("cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"), [])
 kernel_tune.tune(cpu, CpuClock(), 1, grid)
 kernel_bench.main(["--check"])
 """
@@ -211,7 +213,9 @@ def test_what_is_written_past_the_end_and_a_zeros_sign_are_differences():
 # thresholds of the second level, which no sample meets so closely, 1 in 1000 off.)
 WRONG = """
 import torch, kernel_bench, kernel_check
-from minilora_kernels import adam8bit, cross_entropy, nf4_dequantize, nf4_quantize
+from check_parts import Mismatch
+from minilora_kernels import nf4_dequantize, nf4_quantize
+from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 
 up = lambda table: torch.nextafter(table, torch.full_like(table, 2))
 bits_up = lambda table: table + (1 << 32)
@@ -234,17 +238,29 @@ for module, constant, bend, kernels in (
     for kernel in kernels:
         try:
             kernel_check.CHECKS[kernel](kernel, torch.device("cpu"))
-        except kernel_check.Mismatch as error:
+        except Mismatch as error:
             print("caught", error)
     if module is not nf4_dequantize:
         setattr(module, constant, right)
-right = cross_entropy.cross_entropy  # it has no table
-for lift, labels_up in ((1.0001, 0), (1, 1)):
-    cross_entropy.cross_entropy = lambda logits, labels, loss, *_: right(logits, labels + labels_up, loss, True, lift)
+# those without a table: each number that a launcher hands on, a little off
+def off(module, launcher, kernel, bend):
+    right = getattr(module, launcher)
+    setattr(module, launcher, lambda *arguments: right(*bend(*arguments)))
     try:
-        kernel_check.CHECKS["cross_entropy"]("cross_entropy", torch.device("cpu"))
-    except kernel_check.Mismatch as error:
+        kernel_check.CHECKS[kernel](kernel, torch.device("cpu"))
+    except Mismatch as error:
         print("caught", error)
+    setattr(module, launcher, right)
+
+head = cross_entropy, "cross_entropy", "cross_entropy"
+off(*head, lambda logits, labels, loss, *_: (logits, labels, loss, True, 1.0001))
+off(*head, lambda logits, labels, loss, *_: (logits, labels + 1, loss, True, 1))
+off(norm, "rms_norm", "rms_norm", lambda x, w, eps, gemma: (x, w, eps + 1e-3, gemma))
+off(norm, "rms_norm_backward", "rms_norm_backward", lambda x, w, r, dy, gemma: (x, w, r * 1.0001, dy, gemma))
+off(norm, "rms_norm_weight", "rms_norm_weight", lambda x, r, dy: (x, r * 1.0001, dy))
+off(rotation, "rotate", "rotate", lambda x, cos, sin, sign: (x, cos, sin, sign * (1 + 2**-20)))
+off(gates, "gated", "gated", lambda gate, up, gelu: (gate, up, not gelu))
+off(gates, "gated_backward", "gated_backward", lambda gate, up, dy, gelu: (gate, up, dy * (1 + 2**-7), gelu))
 kernel_bench.main(["--check"])
 """
 

@@ -14,6 +14,7 @@ from importlib.metadata import version
 import pytest
 
 from kernel_report import BITSANDBYTES, estimates, figures, three_launches
+from roofline import CARDS
 from sass import Counts, Tally
 from source import ROOT
 
@@ -22,8 +23,8 @@ KEYS = {
     "kernel", "target", "instructions_per_element", "load_bits", "store_bits",
     "registers", "spills", "shared_bytes", "occupancy",
 }  # fmt: skip
-# At most so many instructions for one weight, logit or parameter. bitsandbytes 0.50.2 has 24.8 to 26.6 (its double
-# quantisation takes two more kernels), 65 to 72.5, for the GEMV 7.8 to 8 and for AdamW 448 to 506; it has no head.
+# At most so many instructions for one weight, logit, parameter or value. bitsandbytes 0.50.2 has 24.8 to 26.6 (its
+# double quantisation takes two more kernels), 65 to 72.5, for the GEMV 7.8 to 8 and for AdamW 448 to 506; no more.
 MOST = {
     "dequantize_nf4": 7.5,
     "dequantize_nf4_double_quant": 8.5,
@@ -31,7 +32,16 @@ MOST = {
     "gemv_nf4_double_quant": 6.5,
     "cross_entropy": 32,
     "adamw_8bit": 135,
+    "rms_norm": 15,
+    "rms_norm_backward": 20,
+    "rms_norm_weight": 9,
+    "rotate": 15,
+    "gated": 20,
+    "gated_backward": 28,
+    "gated_gelu": 25,
+    "gated_gelu_backward": 37,
 }
+STEPS = [kernel for kernel in MOST if kernel.startswith(("rms", "rotate", "gated"))]  # of a layer
 COUNT = f"import json, kernel_report; print(json.dumps(kernel_report.rows({TARGETS}, {(*MOST,)})))"
 
 
@@ -68,10 +78,20 @@ def test_our_kernels_reach_their_goals(kernel):
         assert row["load_bits"] >= 32, row
         assert kernel != "cross_entropy" or row["occupancy"] == 1 and row["load_bits"] == 128, row
         assert kernel != "adamw_8bit" or row["store_bits"] >= 32 and row["shared_bytes"] <= 1024, row
+        if kernel in STEPS:
+            assert row["load_bits"] == 128 and row["occupancy"] >= 0.6, row
+            assert row["store_bits"] == 128 or "norm" in kernel, row  # r, and the sums of dw, are narrow
         if kernel.startswith("dequantize"):
             assert row["store_bits"] == 128, row
         if kernel.startswith("gemv"):
             assert row["occupancy"] >= 0.5, row
+
+
+def test_a_layers_steps_are_bound_by_memory_on_every_card():
+    """By the model, and at their full size: with half of every other resource to spare."""
+    found = [bound for bound in estimates(goal_rows()) if bound["kernel"] in STEPS]
+    assert {bound["card"] for bound in found} == CARDS.keys() - {"T4"}
+    assert all(bound["binds"] == "DRAM" and bound["of_dram"] <= 0.5 for bound in found), found
 
 
 @pytest.mark.strict

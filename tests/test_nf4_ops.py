@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import minilora_kernels
-from minilora_kernels import cpu, dequantize_nf4, dispatch, quantize_nf4
+from minilora_kernels import cpu, dequantize_nf4, paths, quantize_nf4
 
 OPS = torch.ops.minilora
 DEQUANTIZE = [OPS.dequantize_nf4, OPS.dequantize_nf4_backward]
@@ -161,7 +161,7 @@ def test_the_reference_can_be_forced_and_has_the_same_bits(monkeypatch):
     x, fast = torch.randn(5, 100), []
     for path in ("auto", "cpu", "reference"):
         monkeypatch.setenv("MINILORA_NF4", path)
-        assert dispatch.path_for(x.device) == ("reference" if path == "reference" else "cpu")
+        assert paths.path_for(x.device) == ("reference" if path == "reference" else "cpu")
         weight = quantize_nf4(x)
         fast.append((weight.packed, weight.scales, dequantize_nf4(weight)))
     assert all(torch.equal(a, b) for other in fast[1:] for a, b in zip(fast[0], other, strict=True))
@@ -175,28 +175,28 @@ def test_a_path_that_cannot_be_obeyed_raises(monkeypatch):
         quantize_nf4(torch.ones(64))
     monkeypatch.setenv("MINILORA_NF4", "cpu")
     with pytest.raises(ValueError, match="on cuda:0"):
-        dispatch.path_for(torch.device("cuda:0"))
+        paths.path_for(torch.device("cuda:0"))
     monkeypatch.setenv("MINILORA_NF4", "triton")
     for device in ("mps", "xpu"):
         with pytest.raises(ValueError, match=f"on {device}, triton installed; Triton runs on a GPU, or on CPU tensors"):
-            dispatch.path_for(torch.device(device))
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+            paths.path_for(torch.device(device))
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="on cuda, triton not installed"):
-        dispatch.path_for(torch.device("cuda"))
+        paths.path_for(torch.device("cuda"))
 
 
 def test_a_gpu_takes_triton_and_a_device_without_a_kernel_is_announced_once(monkeypatch):
     monkeypatch.setenv("MINILORA_NF4", "auto")
-    dispatch._announce.cache_clear()
-    assert dispatch.path_for(torch.device("cuda:0")) == "triton"
+    paths._announce.cache_clear()
+    assert paths.path_for(torch.device("cuda:0")) == "triton"
     with pytest.warns(UserWarning, match="'mps' runs in plain torch, slowly: no kernel for it"):
-        assert dispatch.path_for(torch.device("mps")) == "reference"
+        assert paths.path_for(torch.device("mps")) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dispatch.path_for(torch.device("mps"))
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+        paths.path_for(torch.device("mps"))
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="'cuda' runs in plain torch, slowly: no triton"):
-        assert dispatch.path_for(torch.device("cuda:0")) == "reference"
+        assert paths.path_for(torch.device("cuda:0")) == "reference"
 
 
 # ---- errors

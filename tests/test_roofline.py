@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusing import D, branch, product_us
 from roofline import CARDS, HALF, LANES, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
 
 SQUARE, LAYER = 4096 * 4096, 4096 * 14336
@@ -81,3 +82,24 @@ def test_twice_the_work_takes_twice_the_time(card, elements, bytes, pipe):
 def test_nonsense_is_refused(elements, bytes, pipes, message):
     with pytest.raises(ValueError, match=message):
         bounds(CARDS["T4"], elements, bytes, pipes)
+
+
+# ---- fusing.py: products on tensor cores, and the bytes of the LoRA branch
+
+
+@pytest.mark.parametrize(
+    ("card", "teraflops"),  # bf16 (T4: fp16) with fp32 sums, dense, as NVIDIA's datasheets have them
+    [("T4", 65), ("RTX 3090", 71), ("RTX 4090", 165.2), ("RTX 5090", 209.5), ("A100-80", 312), ("H100 SXM", 989.4)],
+)
+def test_a_product_takes_its_operations_at_the_datasheets_rate(card, teraflops):
+    assert product_us(CARDS[card], 8192, D, D, 0) == pytest.approx(2 * 8192 * D * D / teraflops / 1e6, rel=0.005)
+
+
+def test_the_branch_moves_sixteen_bytes_a_value_and_addmm_no_more_than_a_kernel():
+    """x, dy, dy, x read; y and dx read and written, in 2 bytes each."""
+    for card in CARDS.values():
+        found = branch(card, 8192)
+        assert found["branch"] == pytest.approx(8 * HALF * 8192 * D / card.gb_per_s / 1e3)
+        assert found["saved: in the products' epilogues"] == pytest.approx(found["branch"] / 2)
+        assert 0 < found["saved: q and dB from one reading"] < found["branch"] / 8
+        assert found["saved: y += s z B alone"] == 0

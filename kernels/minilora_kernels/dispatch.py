@@ -1,14 +1,4 @@
-"""Which code runs, chosen by the device, and the custom ops that torch.compile sees.
-
-    device              path        why
-    cpu                 cpu         cpu.py, bit-equal to the reference; compiled/nf4.py goes first, once it is
-    cuda, also ROCm     triton      nf4_*.py, bit-equal to the reference; cross_entropy.py and adam8bit.py for training
-    other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
-      not installed
-    meta                none        shapes only
-
-MINILORA_NF4=reference forces the specification everywhere; =cpu (without C) and =triton insist on theirs, the latter
-also on CPU tensors if TRITON_INTERPRET=1 makes Triton run there, slowly, in numpy.
+"""The custom ops that torch.compile sees; each does what it says by the path that paths.py chooses.
 
 The ops are opaque to the compiler and take plain tensors (a triton_op would be traced into, and could not carry
 enable_fp_fusion=False). Dequantising has two names: were the forward and the backward of a layer to call one op with
@@ -17,10 +7,7 @@ memory that QLoRA saves. None of them has a derivative: the weight is frozen.
 """
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,9 +16,9 @@ from torch import Tensor
 
 from . import cpu, pool, reference
 from .compiled import nf4
+from .paths import ENVIRONMENT, path_for
 from .weight import NF4Weight, check_format
 
-ENVIRONMENT = "MINILORA_NF4"
 FEW = 8  # rows of x up to which multiplying from the codes is faster than from a dense W
 # scales: fp32 absmax (K,), the other two None; or uint8 codes (K,), nested_absmax fp32 (J,), offset fp32 (1,)
 _PARTS = "Tensor packed, Tensor scales, Tensor? nested_absmax, Tensor? offset"
@@ -81,53 +68,12 @@ def _multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
     return None if ENVIRONMENT in os.environ else nf4.multiplier(*parts, shape=shape, blocksize=blocksize)
 
 
-def path_for(device: torch.device) -> str:
-    """What runs on `device`: "cpu", "triton" or "reference". Raises ValueError if MINILORA_NF4 cannot be obeyed."""
-    wanted = os.environ.get(ENVIRONMENT, "auto")
-    if wanted not in ("auto", "reference", "cpu", "triton"):
-        raise ValueError(
-            f"{ENVIRONMENT}: expected auto, reference, cpu or triton, got {wanted!r}; unset it or choose one"
-        )
-    if wanted == "cpu" and device.type != "cpu":
-        raise ValueError(f"{ENVIRONMENT}=cpu: expected a CPU tensor, got one on {device}; move it, or unset it")
-    if wanted == "triton" and not (find_spec("triton") and (device.type == "cuda" or _interpreted(device))):
-        raise ValueError(
-            f"{ENVIRONMENT}=triton: got a tensor on {device}, triton {'' if find_spec('triton') else 'not '}installed; "
-            "Triton runs on a GPU, or on CPU tensors with TRITON_INTERPRET=1 set before the start; change one of them"
-        )
-    if wanted == "auto" and device.type == "cuda" and find_spec("triton"):
-        wanted = "triton"
-    elif wanted == "auto" and device.type != "cpu":
-        _announce(device.type, "in plain torch", "no triton" if device.type == "cuda" else "no kernel for it")
-        return "reference"
-    if wanted == "triton" and device.type == "cuda" and _interpreted():
-        _announce(device.type, "in Triton's interpreter", "TRITON_INTERPRET is set")
-    return "cpu" if wanted == "auto" else wanted
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels run on `device`, for who has a plain form that runs anywhere and nothing to announce."""
-    automatic = os.environ.get(ENVIRONMENT, "auto") == "auto"
-    return bool(device.type == "cuda" and find_spec("triton")) if automatic else path_for(device) == "triton"
-
-
-def _interpreted(device: torch.device | None = None) -> bool:
-    from .launch import interpreted
-
-    return (device is None or device.type == "cpu") and interpreted()
-
-
 def prepare(device: torch.device) -> None:
     """Makes the tables that kernels on this device read, before a CUDA graph is captured, which could not keep them."""
     if device.type == "cuda" and path_for(device) == "triton":
         from .nf4_dequantize import tables
 
         tables(device)
-
-
-@lru_cache
-def _announce(kind: str, how: str, why: str) -> None:
-    warnings.warn(f"minilora: NF4 on {kind!r} runs {how}, slowly: {why}", stacklevel=5)
 
 
 def _quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

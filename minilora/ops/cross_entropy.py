@@ -8,8 +8,8 @@
 The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass, and each chunk's
 logits are overwritten by the next; only dloss/dh (N, D) is kept. Within a chunk fp32 is needed for a few rows at a
 time, which stay in a CPU's cache; on a GPU a kernel turns a chunk's logits into loss and gradient in one launch
-(minilora_kernels/cross_entropy.py). That holds while W is frozen, as it is in LoRA. The gradient of a W that trains
-needs the factor that comes from outside, so backward makes each chunk's logits once more:
+(minilora_kernels/steps/cross_entropy.py). That holds while W is frozen, as it is in LoRA. The gradient of a W that
+trains needs the factor that comes from outside, so backward makes each chunk's logits once more:
 
     dloss/dW = sum over chunks of  (softmax(logits) - onehot(y))^T  (dloss/dloss_n h_n)
 
@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from minilora.ops import fast, row_blocks
 from minilora_kernels import pool
 from minilora_kernels.compiled import steps
-from minilora_kernels.dispatch import has_kernels, register
+from minilora_kernels.dispatch import register
+from minilora_kernels.paths import has_kernels
 
 CHUNK_BYTES = 2**25  # of logits held at a time, whatever the vocabulary
 GPU_ROWS = 512  # and yet at least so many: with fewer a GPU reads W for longer than it multiplies (docs/LOG.md)
@@ -163,7 +164,7 @@ def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
 
 
 def _kernel(logits: Tensor, labels: Tensor, loss: Tensor, gradient: bool, lift: float) -> None:
-    from minilora_kernels.cross_entropy import cross_entropy
+    from minilora_kernels.steps.cross_entropy import cross_entropy
 
     cross_entropy(logits, labels, loss, gradient, lift)
 

@@ -7,6 +7,11 @@ Written apart (lora.py), the two terms are two tensors that are added in forward
 in backward. Here the second product is added into the first one's result as it is computed. Kept for backward: z
 (r numbers a token), and x or what x is made of. A dense W of a 4-bit layer lies in a buffer that all layers share, for
 as long as it is used.
+
+There is no kernel for it, on a GPU either. With N tokens and D = in = out, z and y take 2 N D r multiply-adds beside
+the N D² of W x, but their own 6 N D bytes in 16 bits: x is read, y read and written. addmm moves no more than that, so
+a kernel of one's own for y += s · B z could not win. Only the product W x could, by adding as it stores, and would have
+to be as fast as the vendor's in all else (`python benchmarks/fusing.py`, docs/LOG.md).
 """
 
 from typing import Any

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora.ops import Recipe, attach, fast, row_blocks
-from minilora_kernels import pool
-from minilora_kernels.compiled import steps
+from minilora_kernels import pool, steps
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from kernel_parts import DEQUANTIZE, GEMV, dense, normal, parts_of
 from triton.runtime import interpreter
 
-from minilora_kernels import adam8bit, cross_entropy, launch, nf4_dequantize, nf4_gemv, nf4_quantize, reference
+from minilora.ops.rotate import plain_rotate
+from minilora_kernels import launch, nf4_dequantize, nf4_gemv, nf4_quantize, reference
+from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def only_program(monkeypatch):
             return interpreter.TensorHandle(torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
-        for module in (nf4_dequantize, nf4_quantize, nf4_gemv, adam8bit, cross_entropy):
+        for module in (nf4_dequantize, nf4_quantize, nf4_gemv, adam8bit, cross_entropy, gates, norm, rotation):
             monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
 
     return only
@@ -85,3 +87,43 @@ def test_a_step_on_far_values(only_program):
     numbers = (0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
     adam8bit.step(p, p, (codes, scales, codes.clone(), scales.clone()), numbers)
     assert torch.equal(p[-1024:], small + small.sign())
+
+
+def test_a_norm_of_far_rows(only_program):
+    x, w = torch.empty(FAR // 4096, 4096, dtype=torch.float16), torch.full((4096,), 3.0, dtype=torch.float16)
+    x[-1] = 2.0
+    only_program(len(x) - 1)
+    y, r = norm.rms_norm(x, w, 0.0, False)
+    assert (y[-1] == 3).all() and r[-1] == 0.5
+    dx = norm.rms_norm_backward(x, w, r, x, False)  # dy = x: dh = 6 and h = 1, so that dx = r (6 - 1 * 6)
+    assert (dx[-1] == 0).all()
+
+
+def test_the_weight_of_a_norm_of_far_rows(only_program, monkeypatch):
+    x, r, strip = torch.empty(FAR // 4096, 4096, dtype=torch.float16), torch.empty(FAR // 4096, 1), 16 * norm.STEPS
+    x[-strip:], r[-strip:] = 2.0, 0.5  # dy = x: dw is 2 a row
+    sums = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self, dim: sums.append(self))
+    only_program(-(-len(x) // strip) * 32 - 1)  # the last of 32 pieces of the last strip
+    norm.rms_norm_weight(x, r, x)
+    assert (sums[0][-1, -128:] == len(x) % strip * 2).all()
+
+
+def test_a_gate_of_far_values(only_program):
+    x = torch.empty(FAR, dtype=torch.float16)
+    x[-1024:] = normal(1024, dtype=torch.float16, scale=1.0)
+    only_program(FAR // 1024 - 1)
+    near = x[-1024:].clone()
+    y, (dgate, dup) = gates.gated(x, x, False), gates.gated_backward(x, x, x, False)
+    only_program(0)
+    expected = gates.gated(near, near, False), *gates.gated_backward(near, near, near, False)
+    assert all(torch.equal(far[-1024:], part) for far, part in zip((y, dgate, dup), expected, strict=True))
+
+
+def test_a_rotation_of_far_heads(only_program):
+    x = torch.empty(FAR // 2**19 + 1, 2**12, 2, 64, dtype=torch.float16).transpose(1, 2)  # (B, 2, T, 64)
+    x[-1, :, -8:] = normal(2, 8, 64, dtype=torch.float16, scale=1.0)
+    cos, sin = (torch.rand(1, 1, 2**12, 32).half().repeat(1, 1, 1, 2) for _ in range(2))
+    only_program(x.numel() // 64 // 32 - 1)  # 32 heads of 32 pairs
+    y = rotation.rotate(x, cos, sin, 1.0)
+    assert torch.equal(y[-1:, :, -8:], plain_rotate(x[-1:, :, -8:], cos[:, :, -8:], sin[:, :, -8:]))

@@ -11,8 +11,6 @@ from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, dense, normal, parts_of
 from torch.overrides import TorchFunctionMode
 
 from minilora_kernels import (
-    adam8bit,
-    cross_entropy,
     dynamic_map,
     launch,
     nf4_dequantize,
@@ -22,6 +20,7 @@ from minilora_kernels import (
     reference,
 )
 from minilora_kernels.codebook import midpoints
+from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 from minilora_kernels.weight import BLOCKSIZES
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -229,6 +228,12 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         (nf4_gemv, "_gemv_textbook"),
         (adam8bit, "_step"),
         (cross_entropy, "_cross_entropy"),
+        (norm, "_rms_norm"),
+        (norm, "_rms_norm_backward"),
+        (norm, "_rms_norm_weight"),
+        (rotation, "_rotate"),
+        (gates, "_gated"),
+        (gates, "_gated_backward"),
     ]:
         monkeypatch.setattr(module, name, {(1,): lambda *a, **k: options.append(k["enable_fp_fusion"])})
     parts, x = parts_of(normal(1, 64), 64, True), normal(64)
@@ -241,4 +246,10 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         gemv(x, *parts, (1, 64), 64)
     adam8bit.step(x, x, [parts[0].expand(8, -1).reshape(1, 256), x[:1]] * 2, (0.5,) * 8)
     cross_entropy.cross_entropy(x[None], torch.zeros(1, dtype=torch.int64), x[:1], True, 1.0)
-    assert options == [False] * 9
+    x = x[None]
+    norm.rms_norm_backward(x, x[0], norm.rms_norm(x, x[0], 1e-5, False)[1], x, False)
+    norm.rms_norm_weight(x, x[:, :1], x)
+    rotation.rotate(x[None, None], x[None, None], x[None, None], 1.0)
+    gates.gated(x, x, False)
+    gates.gated_backward(x, x, x, False)
+    assert options == [False] * 15

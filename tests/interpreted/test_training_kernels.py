@@ -12,9 +12,10 @@ from torch import nn
 
 from minilora.engines import adam8bit as plain
 from minilora.ops import cross_entropy as ce
-from minilora_kernels import adam8bit, cross_entropy, dynamic_map, launch
+from minilora_kernels import dynamic_map, launch
 from minilora_kernels.codebook import midpoints
-from minilora_kernels.dispatch import has_kernels
+from minilora_kernels.paths import has_kernels
+from minilora_kernels.steps import adam8bit, cross_entropy
 
 CPU = torch.device("cpu")
 TILE = dict(launch.TILES["cross_entropy"]["default"].constants)["WIDTH"]

@@ -27,7 +27,7 @@ _LIBRARIES = {torch.float32: Library(_SOURCE, *_FLAGS), torch.bfloat16: Library(
 
 def begin(dtype: torch.dtype) -> None:
     """Start the compiler for values of `dtype`, beside whatever comes next."""
-    if dtype in _LIBRARIES and _wanted():
+    if dtype in _LIBRARIES and wanted():
         _LIBRARIES[dtype].begin()
 
 
@@ -89,14 +89,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
     return y if done else None
 
 
-def _wanted() -> bool:
+def wanted() -> bool:
+    """Whether steps in one pass are: MINILORA_STEPS=torch does without."""
     return os.environ.get("MINILORA_STEPS") != "torch"
 
 
 def _run(name: str, first: Tensor, *arguments: Any) -> bool:
     if not first.is_cpu or type(first) not in _KINDS or first.dtype not in _LIBRARIES:
         return False
-    library = _LIBRARIES[first.dtype].loaded(wait=True) if _wanted() else None
+    library = _LIBRARIES[first.dtype].loaded(wait=True) if wanted() else None
     if library is None:
         return False
     if type(first) is not FakeTensor:  # which has no values, and its results have none either

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import rounded, run
+from ..launch import rounded, run
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e)
 LOWEST = tl.constexpr(-1e38)  # below every logit, and yet finite: infinity minus infinity is no number

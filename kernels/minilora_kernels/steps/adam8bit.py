@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codebook import dynamic_map, midpoints
-from .launch import run, table
-from .nf4_dequantize import lookup
+from ..codebook import dynamic_map, midpoints
+from ..launch import run, table
+from ..nf4_dequantize import lookup
 
 BLOCK = 256  # values that share a scale
 
