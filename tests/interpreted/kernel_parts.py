@@ -1,6 +1,7 @@
-"""What the tests of the kernels share: both kernels of each kind, and weights by the reference."""
+"""What the tests of the kernels share: both kernels of each kind, weights by the reference, and a look past the end."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_quantize, reference
 
@@ -24,3 +25,23 @@ def dense(parts, blocksize, shape, dtype=torch.float32):
     absmax = scales if nested is None else reference.double_dequantize(scales, nested, offset)
     reference.dequantize(packed, absmax, blocksize, out := torch.empty(shape, dtype=dtype))
     return out
+
+
+class Guarded(TorchFunctionMode):
+    """Every torch.empty, empty_like and new_empty gets 64 marked values behind it; `check` looks at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory: list[tuple[torch.Tensor, int]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func not in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
+            return made
+        with torch._C.DisableTorchFunction():
+            memory = torch.full((made.numel() + 64,), 77, dtype=made.dtype)
+        self.memory.append((memory, made.numel()))
+        return memory[: made.numel()].view(made.shape)
+
+    def check(self) -> None:
+        assert self.memory and all((memory[n:] == 77).all() for memory, n in self.memory), "written past the end"

@@ -7,8 +7,7 @@ kernel compiles, and to what, is tests/test_kernel_report.py's.
 
 import pytest
 import torch
-from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, dense, normal, parts_of
-from torch.overrides import TorchFunctionMode
+from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, Guarded, dense, normal, parts_of
 
 from minilora_kernels import (
     dynamic_map,
@@ -113,26 +112,6 @@ def test_dequantised_is_the_reference(blocksize, dtype, nested, dequantize):
 
 
 # ---- nothing is written past the end: results are slices of larger memory, filled with a mark
-
-
-class Guarded(TorchFunctionMode):
-    """Every torch.empty, empty_like and new_empty gets 64 marked values behind it; `check` looks at them."""
-
-    def __init__(self):
-        super().__init__()
-        self.memory: list[tuple[torch.Tensor, int]] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if func not in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
-            return made
-        with torch._C.DisableTorchFunction():
-            memory = torch.full((made.numel() + 64,), 77, dtype=made.dtype)
-        self.memory.append((memory, made.numel()))
-        return memory[: made.numel()].view(made.shape)
-
-    def check(self) -> None:
-        assert self.memory and all((memory[n:] == 77).all() for memory, n in self.memory), "written past the end"
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
