@@ -34,7 +34,7 @@ MOST = {
     "adamw_8bit": 135,
     "rms_norm": 15,
     "rms_norm_backward": 20,
-    "rms_norm_weight": 9,
+    "rms_norm_weight": 10,
     "rotate": 15,
     "gated": 20,
     "gated_backward": 28,
