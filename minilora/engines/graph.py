@@ -26,7 +26,7 @@ from minilora.models.cache import KVCache
 from minilora.models.config import SLIDING
 from minilora.models.context import Context
 from minilora.quant import NF4Linear
-from minilora_kernels.dispatch import path_for
+from minilora_kernels.paths import path_for
 
 ROWS, TOKENS = 16, 16  # "auto": at most so many rows, at least so many new tokens; estimates, no GPU has been asked yet
 LEAST, UNIT = 256, 64  # columns of a step at least, and of which a multiple
