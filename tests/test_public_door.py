@@ -20,7 +20,7 @@ HEAVY = (
     *("triton", "tokenizers", "transformers", "huggingface_hub", "safetensors", "jinja2", "tqdm"),
     *("gguf", "matplotlib", "pyarrow", "peft", "bitsandbytes", "hypothesis", "pytest"),
 )
-IMPORT_SECONDS = 0.15
+IMPORT_SHARE = 0.2  # of what torch's import takes: machines differ, and this differs with them
 COMMANDS = {
     "plan": "plan_memory",
     "push": "push_to_hub",
@@ -112,6 +112,7 @@ def test_import_is_quick(tmp_path, monkeypatch):
     the first compiles the modules, which an installed package finds compiled."""
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    code = "import time, torch; t = time.process_time(); import minilora; print(time.process_time() - t)"
-    seconds = sorted(float(python(code)) for _ in range(4))
-    assert seconds[0] <= IMPORT_SECONDS, f"import minilora costs {seconds} s"
+    clock = "time.process_time()"
+    code = f"import time; a = {clock}; import torch; b = {clock}; import minilora; print(b - a, {clock} - b)"
+    torchs, ours = (min(times) for times in zip(*(map(float, python(code).split()) for _ in range(4)), strict=True))
+    assert ours <= IMPORT_SHARE * torchs, f"import minilora costs {ours:.3f} s, torch {torchs:.3f} s"
