@@ -17,9 +17,9 @@
 # what is lost?
 #
 # We build NF4 (4-bit NormalFloat, QLoRA §3) by hand until every byte is the library's, then hold it against the other
-# 4-bit types. Each claim is followed by a cell that asserts it. Where the Hub cannot be reached, SmolLM2 comes as a GGUF file whose matrices were rounded to 4 bits before (mostly
-# Q4_1: blocks of 32, each with 16 evenly spaced values of its own), and what we measure is a second rounding. So
-# **normal random numbers stand beside the real weights throughout**.
+# 4-bit types. Each claim is followed by a cell that asserts it. Where the Hub cannot be reached, SmolLM2 comes as a
+# GGUF file whose matrices were rounded to 4 bits before (mostly Q4_1: blocks of 32, each with 16 evenly spaced values
+# of its own), and what we measure is a second rounding. So **normal random numbers stand beside them throughout**.
 
 # %%
 import os
@@ -63,15 +63,15 @@ levels = torch.cat([-side(7), torch.zeros(1), side(8)]).sort().values  # (16,)
 levels = levels / levels.max()
 assert torch.equal(levels, nf4_codebook())
 fig, axes = plt.subplots(figsize=(11, 3.8), layout="constrained")
-z = torch.linspace(-2.2, 2.2, 400)
+z = torch.linspace(-2.2, 4, 400)
 axes.plot(z, torch.special.ndtr(z), color="0.2", label="share of a normal distribution below")
 places = levels * side(8).max()
 for place in places:
     p = torch.special.ndtr(place)
     axes.plot([-2.2, place, place], [p, p, 0], color="#0072b2", lw=0.8)
 axes.plot(places, torch.zeros(16), "v", color="#0072b2", clip_on=False, label="levels, before the division")
-axes.set(title="equal steps of probability, unequal steps of weight", xlabel="weight", ylabel="p", ylim=(0, 1))
-axes.legend(frameon=False)
+axes.set(title="equal steps of p, unequal steps of weight", xlabel="weight", ylabel="p", xlim=(-2.2, 4), ylim=(0, 1))
+axes.legend(frameon=False, loc="center right")
 plt.show()
 
 # %% [markdown]

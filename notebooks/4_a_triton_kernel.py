@@ -291,10 +291,19 @@ x = torch.randn(64 * (32 if SHORT else 320) - 59)
 assert all(map(torch.equal, nf4_quantize.quantize(x, 64), reference.quantize(x, 64)))  # the library's kernel
 
 # %% [markdown]
+# **Exercise.** What does `eight_a_word` write if it forgets the `^ 4`? And why would 16 bins not do in section 7?
+#
+# <details><summary>Solution</summary>
+# Neighbours change places. And two thresholds are closer than a bin is wide, so that one bin would have to hold both.
+#
+# ```python
+# forgetful = reference.pack(codes.flatten()).view(torch.int32)[:, None] >> (4 * torch.arange(8)) & 15
+# assert torch.equal(forgetful.view(-1, 2).flip(1), codes.int().view(-1, 2))
+# bins = ((thresholds + 1) * 8).long()  # 16 of them in [-1, 1]
+# assert thresholds.diff().min() < 2 / 16 and bins.bincount().max() == 2
+# ```
+# </details>
+#
 # **To read next:** the kernels whole, in `kernels/minilora_kernels/nf4_*.py`; Triton's tutorials; NVIDIA's CUDA C++
-# Programming Guide. **Exercises**, each with a line that holds:
-# 1. In `eight_a_word`, forget the `^ 4`. Which values change places?
-#    `assert torch.equal(out.view(-1, 2).flip(1), levels[codes.int()].view(-1, 2))`
-# 2. What does double quantisation cost? In `CHILD` put `"NESTED": False` and `*fp32` for the scales' `*u8` in `rest`,
-#    then `assert per_value["fast"] < 7`. Which kinds of instruction went away?
-# 3. Why not 16 bins? `assert thresholds.diff().min() < 2 / 16`. Write `bin_of` for them, and find what shares a bin.
+# Programming Guide. And what does double quantisation cost? In `CHILD` put `"NESTED": False` and `*fp32` for the
+# scales' `*u8` in `rest`, then `assert per_value["fast"] < 7`. Which kinds of instruction went away?

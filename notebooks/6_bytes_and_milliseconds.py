@@ -252,3 +252,26 @@ ranks = {
 }
 print({r: f"{p.total / 1e9:.3f} GB" for r, p in ranks.items()})
 assert ranks[64].activations < 1.1 * ranks[8].activations and ranks[64].adapters == 8 * ranks[8].adapters
+
+# %% [markdown]
+# **Exercise.** From which length on does a row keep more for backward than everything that stands still, weights,
+# adapters, gradients and moments? And with `gradient_checkpointing=True`?
+#
+# <details><summary>Solution</summary>
+#
+# ```python
+# for checkpointing in (False, True):
+#     for T in [256, 512, 1024, 2048, 4096, 8192]:
+#         run = ml.TrainConfig(per_device_train_batch_size=1, max_length=T, gradient_checkpointing=checkpointing)
+#         p = ml.plan_memory(model, config=run)
+#         still = p.packed + p.scales + p.dense + p.adapters + p.gradients + p.optimizer
+#         if p.activations > still:
+#             break
+#     print(f"checkpointing {checkpointing}: {T} tokens keep {p.activations / 1e6:.0f} MB, {still / 1e6:.0f} MB stand")
+#     assert (p.activations > still) == (not checkpointing)
+# ```
+#
+# Without it a single row soon outweighs the model; with it the longest row of the loop does not. What `p.workspace` and
+# `p.logits` hold comes on top, and only while it is in use.
+#
+# </details>

@@ -33,6 +33,7 @@ from source import (
 
 FILE_LINES = 300
 FILE_LINES_OF = {"minilora/lora.py": 140, "kernels/minilora_kernels/reference.py": 120}
+FILE_LINES_OF["notebooks/4_a_triton_kernel.py"] = 310  # half of it prose; in two parts neither would stand alone
 CORE_LINES = 9000  # of all that is no leaf: what one reads to know the library
 FAST_LINES = 1600  # of the ops, and of the C below them: one may run and read the model on the plain forms
 GPU_LINES = 1500  # of the kernels with a plain form elsewhere: one may train without them

@@ -1,7 +1,7 @@
 """Proves that every example and notebook runs to its end under plain `python`, in its short form.
 
-MINILORA_SHORT=1 asks a story to cut steps and rows; its own assertions stay. The code of a notebook's solutions, which lie
-in folds at its end, runs after it, in what it left behind.
+MINILORA_SHORT=1 asks a story to cut steps and rows; its own assertions stay. The code of a notebook's solutions, which
+lie in folds, runs after it, on what it left behind.
 """
 
 import os
