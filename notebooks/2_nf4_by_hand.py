@@ -201,7 +201,8 @@ assert max(bits, key=lambda name: bits[name]) == "NF4" and 3.8 < bits["NF4"] < 4
 # ## 5. A smaller error, a better model?
 #
 # The paper's table compares what models say, not how weights are off. So every linear layer is rounded to each type and
-# the model reads English prose. Only one model, a small one, and little text: read the distances, not the last digits.
+# the model reads English prose. In the paper E3M0 comes before E2M1; here it is last, as its error says. It is one
+# model, a small one, and little text: read the distances, not the last digits.
 
 # %%
 tokenizer = ml.load_tokenizer(source)
@@ -213,7 +214,7 @@ with torch.no_grad():
             dense.model.get_submodule(path).weight.copy_(rounded(W, of))
         losses[name] = ml.evaluate(dense, tokenizer, prose, max_new_tokens=0).loss
 print({name: round(loss, 3) for name, loss in losses.items()})
-assert losses["as it came"] < losses["NF4"] < min(losses["Int4"], losses["FP4 E3M0"])
+assert losses["as it came"] < losses["NF4"] and max(losses, key=lambda name: losses[name]) == "FP4 E3M0"
 
 # %% [markdown]
 # ## 6. The size of a block
@@ -233,10 +234,10 @@ assert curves["NF4"][0][-1] < 1.35 * curves["NF4"][0][0]  # 32 times as many wei
 # ## 7. Outliers
 #
 # One large weight is enough: it is the absmax of its block, and the 63 others share the few levels near 0. Below, the
-# first weight of each block becomes 1 to 32 standard deviations, and only the error of the *others* is counted.
+# first weight of each block becomes 1 to 64 standard deviations, and only the error of the *others* is counted.
 
 # %%
-heights, rest = [1, 2, 4, 8, 16, 32], normal.view(-1, 64)[:, 1:]
+heights, rest = [1, 2, 4, 8, 16, 64], normal.view(-1, 64)[:, 1:]
 others: dict[str, list[float]] = {}
 for name in ("NF4", "FP4 E3M0", "Int4"):
     others[name] = []
@@ -244,14 +245,14 @@ for name in ("NF4", "FP4 E3M0", "Int4"):
         blocks = torch.cat([torch.full((len(rest), 1), float(height)), rest], dim=1)  # (K, 64)
         others[name].append(((rounded(blocks, TYPES[name])[:, 1:] - rest).norm() / rest.norm()).item())
     print(f"{name:10}" + "".join(f"{h:>6} σ: {error:.2f}" for h, error in zip(heights, others[name], strict=True)))
-assert others["NF4"][3] > 2 * others["NF4"][1] and others["NF4"][5] > 0.9  # at 32 σ nearly all the others become 0
+assert others["NF4"][4] > 3 * others["NF4"][1] and others["NF4"][5] > 0.9  # at 64 σ nearly all the others become 0
 assert others["FP4 E3M0"][5] < 0.6 * others["Int4"][5]  # powers of two reach far down: what E3M0 is good for
 
 # %% [markdown]
 # ## 8. Layer by layer
 #
 # So a matrix is as hard as its blocks' largest weights are large against the rest: drawn over that ratio, the errors of
-# all 210 lie near a line. Normal weights (the cross) are among the easiest.
+# all 210 lie near a line. Normal weights (the cross) are easier than most.
 
 # %%
 chosen = dict(list(real.items())[:: 29 if SHORT else 1]) | {"normal": normal}
@@ -274,7 +275,7 @@ right.legend(frameon=False, fontsize=8, ncols=2)
 plt.show()
 hardest = max(zip(found, chosen, strict=True))
 print(f"normal {found[-1]:.4f}, median {sorted(found)[len(found) // 2]:.4f}, hardest {hardest[0]:.4f}: {hardest[1]}")
-assert torch.corrcoef(torch.tensor([reach, found]))[0, 1] > 0.8
+assert torch.corrcoef(torch.tensor([reach, found]))[0, 1] > 0.8 and found[-1] < sorted(found)[len(found) // 2]
 
 # %% [markdown]
 # **Exercise.** NF4 wastes no codes, but is its error the smallest? Move each level to the mean of the normalised values

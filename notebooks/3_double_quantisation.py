@@ -218,6 +218,12 @@ assert abs(double_bits - plain_bits) < 0.01 and double_error < 0.96 * plain_erro
 #     near = levels[torch.bucketize(d / largest, (levels[:-1] + levels[1:]) / 2)]
 #     off[name] = ((near * largest - d).norm() / q.absmax.norm()).item()
 # print(off)
+# above = ((d / largest).abs() > 0.1).float().mean()
+# assert off["linear"] < off["dynamic"] < 0.003 and above > 0.6
 # ```
+#
+# Better, even. Most of the centred scales lie above a tenth of the largest, where `linear` has more values than the
+# dynamic map, whose small ones wait for numbers that hardly come: it was made for what spans many powers of ten, such as
+# Adam's moments. Beside NF4's own error neither is seen, and the file format is bitsandbytes', so the map stays.
 #
 # </details>
