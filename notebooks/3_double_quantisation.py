@@ -223,7 +223,7 @@ assert abs(double_bits - plain_bits) < 0.01 and double_error < 0.96 * plain_erro
 # ```
 #
 # Better, even. Most of the centred scales lie above a tenth of the largest, where `linear` has more values than the
-# dynamic map, whose small ones wait for numbers that hardly come: it was made for what spans many powers of ten, such as
-# Adam's moments. Beside NF4's own error neither is seen, and the file format is bitsandbytes', so the map stays.
+# dynamic map, whose small ones wait for numbers that hardly come. It was made for what spans many powers of ten, as
+# Adam's moments do. Beside NF4's own error neither is seen, and the file format is bitsandbytes', so the map stays.
 #
 # </details>
