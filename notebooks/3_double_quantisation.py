@@ -177,7 +177,7 @@ assert all(abs((own**2 + moved**2) ** 0.5 / both - 1) < 0.005 for own, moved, bo
 # double-quantised scales give the smaller error for the bits.
 
 # %%
-sizes = [32, 64, 128, 256, 512]
+sizes = [32, 64, 128, 256]
 curves: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
 for nest, curve in curves.items():
     for size in sizes:
@@ -195,6 +195,7 @@ for (nest, curve), style in zip(curves.items(), ("s--", "o-"), strict=True):
     for size, (x, y) in zip(sizes, curve, strict=True):
         right.annotate(str(size), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
 right.set(title="normal weights, by size of block", xlabel="bits a weight", ylabel="‖W' - W‖ / ‖W‖")
+right.margins(0.1)
 right.legend(frameon=False)
 plt.show()
 (double_bits, double_error), (plain_bits, plain_error) = curves[True][1], curves[False][3]

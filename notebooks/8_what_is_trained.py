@@ -152,23 +152,22 @@ print(f"KL at the first step {result.losses[0]:.3f}, on other texts at the end {
 assert result.losses[0] > 0 and (SHORT or result.eval_loss < result.losses[0])
 
 # %% [markdown]
-# ## Exercise
-#
-# Give the answer of row 2 `"weight": 0`, so that nothing in it is trained. What does training do?
+# **Exercise.** Give the answer of row 2 `"weight": 0`, so that nothing in it is trained. What does training do?
 #
 # <details><summary>Solution</summary>
 #
 # It stops before the first step, with an error that names the row: a row from which nothing can be learned is a mistake
 # in the data, and leaving it out silently would hide it.
 #
+# ```python
+# *prompt, answer = task.train[2]["messages"]
+# muted = [*task.train[:2], {"messages": [*prompt, answer | {"weight": 0}]}]
+# try:
+#     ml.train(student, tokenizer, muted, config)
+#     raise AssertionError("nothing was trained in row 2, and nothing was said")
+# except ValueError as error:
+#     assert "row 2" in str(error)
+#     print(error)
+# ```
+#
 # </details>
-
-# %%
-*prompt, answer = task.train[2]["messages"]
-muted = [*task.train[:2], {"messages": [*prompt, answer | {"weight": 0}]}]
-try:
-    ml.train(student, tokenizer, muted, config)
-    raise AssertionError("nothing was trained in row 2, and nothing was said")
-except ValueError as error:
-    assert "row 2" in str(error)
-    print(error)
