@@ -201,8 +201,8 @@ assert max(bits, key=lambda name: bits[name]) == "NF4" and 3.8 < bits["NF4"] < 4
 # ## 5. A smaller error, a better model?
 #
 # The paper's table compares what models say, not how weights are off. So every linear layer is rounded to each type and
-# the model reads English prose. In the paper E3M0 comes before E2M1; here it is last, as its error says. It is one
-# model, a small one, and little text: read the distances, not the last digits.
+# the model reads English prose. **The order is that of the errors**, and the paper's but for E3M0, which there comes
+# before E2M1. It is one small model and little text: read the distances, not the last digits.
 
 # %%
 tokenizer = ml.load_tokenizer(source)
@@ -210,11 +210,11 @@ prose = ml.samples.prose(rows=2 if SHORT else 10, characters=300 if SHORT else 5
 losses = {"as it came": ml.evaluate(dense, tokenizer, prose, max_new_tokens=0).loss}
 with torch.no_grad():
     for name, of in TYPES.items():
-        for path, W in real.items():
+        for path, W in list(real.items())[:: 2 if SHORT else 1]:
             dense.model.get_submodule(path).weight.copy_(rounded(W, of))
         losses[name] = ml.evaluate(dense, tokenizer, prose, max_new_tokens=0).loss
 print({name: round(loss, 3) for name, loss in losses.items()})
-assert losses["as it came"] < losses["NF4"] and max(losses, key=lambda name: losses[name]) == "FP4 E3M0"
+assert sorted(losses, key=lambda name: losses[name]) == ["as it came", *TYPES]
 
 # %% [markdown]
 # ## 6. The size of a block
