@@ -220,7 +220,7 @@ assert sorted(losses, key=lambda name: losses[name]) == ["as it came", *TYPES]
 # ## 6. The size of a block
 #
 # A small block follows its weights closely, but every block costs 32 bits for its absmax. The error rises slowly, as
-# the largest of more weights lies further out; the price falls fast. 64 is the paper's choice; at 32 Int4 overtakes E2M1.
+# the largest of more weights lies further out; the price falls fast. 64 is the paper's choice; at 32, Int4 beats E2M1.
 
 # %%
 sizes = [32, 64, 128, 256, 512, 1024]
