@@ -139,7 +139,7 @@ def encode(W: torch.Tensor, levels: torch.Tensor, blocksize: int = 64) -> tuple[
     """Codes (K, B) and absmax (K, 1) of section 2, for any levels."""
     blocks = W.reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
-    return torch.bucketize(blocks / absmax, (levels[:-1] + levels[1:]) / 2), absmax
+    return torch.bucketize(blocks / absmax, (levels[:-1] + levels[1:]) / 2, out_int32=True), absmax
 
 
 def rounded(W: torch.Tensor, levels: torch.Tensor, blocksize: int = 64) -> torch.Tensor:
