@@ -19,6 +19,7 @@ from minilora.adapters import (
     save_adapter,
     use_adapter,
 )
+from minilora.algebra import Adapter, combine
 from minilora.audit.execute import pass_at_1
 from minilora.audit.inspect import Inspection, inspect
 from minilora.audit.merge_report import MergeReport, merge_report
@@ -29,6 +30,7 @@ from minilora.card.write import write_card
 from minilora.config import LoRAConfig, TaskType
 from minilora.count import ParameterCount, count_parameters
 from minilora.data.tokenizer import load_tokenizer
+from minilora.engines.rows import adapter_per_row
 from minilora.generate import generate
 from minilora.inject import eject, inject
 from minilora.lora import LoRALayer
@@ -57,6 +59,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Adapter",
     "Classify",
     "DPO",
     "Distill",
@@ -78,8 +81,10 @@ __all__ = [
     "Trace",
     "TrainConfig",
     "TrainResult",
+    "adapter_per_row",
     "adapter_state_dict",
     "base_state_dict",
+    "combine",
     "count_parameters",
     "delete_adapter",
     "dequantize_nf4",

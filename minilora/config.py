@@ -64,9 +64,13 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = option({}, "the same for lora_alpha")
     layers_to_transform: list[int] | int | None = option(None, "only layers of these numbers")
     layers_pattern: list[str] | str | None = option(None, "the name that the layer number follows (layers, h)")
+    use_dora: bool = option(False, "the rows of W + s B A take lengths that train by themselves (DoRA)")
     init_lora_weights: bool | str = option(
-        True, 'True: A uniform, B zero; "gaussian": A normal, deviation 1/r', choices=(True, "gaussian")
+        True,
+        'True: A uniform, B zero; "gaussian": A normal, deviation 1/r; "pissa" or "pissa_niter_N": s B A begins as the '
+        'best approximation of W, found exactly or in N iterations; "loftq": of what 4 bits lose of W',
     )
+    loftq_config: dict[str, int] = option({}, 'of "loftq": {"loftq_bits": 4, "loftq_iter": 1}', low=1)
     lora_bias: bool = option(False, "a bias trains with each B: W x + s (B A x + b)")
     bias: str = option(
         "none",
@@ -93,10 +97,12 @@ class LoRAConfig:
         check_options(self)
         if not all((self.lora_alpha, *self.alpha_pattern.values())):
             raise ValueError("lora_alpha: expected a number that is not 0, at which an adapter does nothing.")
-        if self.lora_bias and self.init_lora_weights is not True:
+        if self.lora_bias and (self.init_lora_weights is not True or self.use_dora):
             raise ValueError(
-                f"lora_bias: PEFT has it with init_lora_weights=True only, got {self.init_lora_weights!r}."
+                "lora_bias: PEFT has it with init_lora_weights=True and without use_dora only, got "
+                f"{self.init_lora_weights!r}, {self.use_dora}."
             )
+        self._check_start()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform and would do nothing.")
         numbered = self.layers_pattern if isinstance(self.layers_pattern, list) else [self.layers_pattern]
@@ -105,6 +111,27 @@ class LoRAConfig:
                 re.compile(text if isinstance(text, str) else "")
             except re.error as error:
                 raise ValueError(f"{text!r} is no regular expression: {error}. Any text is .*, not *.") from error
+
+    def _check_start(self) -> None:
+        """ValueError for an init_lora_weights that there is not, or with what it does not go with."""
+        how = self.init_lora_weights
+        if how is not True and not (isinstance(how, str) and re.fullmatch(r"gaussian|loftq|pissa(_niter_\d+)?", how)):
+            raise ValueError(
+                f"init_lora_weights: expected one of True, gaussian, pissa, pissa_niter_N, loftq, got {how!r}."
+            )
+        if self.use_dora and self.begins_from_weight:
+            raise ValueError(f"use_dora with init_lora_weights={how!r}: each changes what the other starts from.")
+        settings = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
+        if self.loftq_config and (how != "loftq" or len(settings) > 2 or settings["loftq_bits"] != 4):
+            raise ValueError(
+                'loftq_config: expected {"loftq_bits": 4, "loftq_iter": 1} or more iterations, and init_lora_weights='
+                f'"loftq", got {self.loftq_config} with {how!r}.'
+            )
+
+    @property
+    def begins_from_weight(self) -> bool:
+        """Whether A and B begin as something that W says: PiSSA, LoftQ."""
+        return self.init_lora_weights not in (True, "gaussian")
 
     def strength(self, path: str) -> tuple[int, float]:
         """r and lora_alpha of the layer `path`, by the first pattern that fits it."""
@@ -123,6 +150,8 @@ class LoRAConfig:
             values["tie"] = "shared"  # without it PEFT adapts what is named and nothing else, as None does for a file
         if values.get("init_lora_weights") in (False, "orthogonal"):
             del values["init_lora_weights"]  # how A and B began, and no more: the base is as it was
+        if values.get("init_lora_weights") != "loftq":
+            values.pop("loftq_config", None)  # which PEFT leaves in the file
         if (peft_type := values.pop("peft_type", "LORA")) != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', got {peft_type!r}: minilora reads LoRA adapters only.")
         known = {f.name for f in fields(cls)}
@@ -145,7 +174,7 @@ class LoRAConfig:
             values["ensure_weight_tying"] = True
         if not values["lora_bias"]:
             del values["lora_bias"]  # readers older than the field stay content
-        return {"peft_type": "LORA"} | values | {"inference_mode": True, "use_dora": False, "fan_in_fan_out": False}
+        return {"peft_type": "LORA"} | values | {"inference_mode": True, "fan_in_fan_out": False}
 
 
 # Fields of PEFT's file that hold something in every file and change nothing for a plain LoRA adapter.

@@ -13,8 +13,8 @@ transformers' generate: no beams, penalties or streaming.
 import random
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = 16,
     cuda_graph: bool | str = "auto",
+    adapters: Sequence[str | None] | None = None,
 ) -> Any:
     """What `model` says next: a string for one prompt, a list of strings for a list of prompts.
 
@@ -78,6 +79,7 @@ def generate(
     time; answers do not depend on it, rounding aside.
     `cuda_graph`: on a GPU, start all the work of a token with one call; "auto" does where the model allows and it
     should pay (engines/graph.py says when), True raises where the model does not allow. Answers do not depend on it.
+    `adapters`: for each prompt the name of the adapter that answers, None for the base alone (engines/rows.py).
     ValueError: an empty prompt, one too long for the model's context, a number out of its range,
     cuda_graph=True without a GPU.
     """
@@ -100,7 +102,8 @@ def generate(
         if not isinstance(one, str) and not (isinstance(one, Sequence) and all(isinstance(m, Mapping) for m in one)):
             raise ValueError(f"prompt {number}: expected a text or a list of messages (dicts), got {one!r:.80}")
     rows = [encode_prompt(one, tokenizer) for one in prompts]
-    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generate_ids(model, rows, rule)]
+    found = generate_ids(model, rows, rule, adapters)
+    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
     for word in words:
         answers = [answer.partition(word)[0] for answer in answers]
     return answers[0] if single else answers
@@ -115,19 +118,23 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in ids if token is not None)
 
 
-def generate_ids(model: nn.Module, prompts: Sequence[list[int]], rule: Decoding) -> list[list[int]]:
+def generate_ids(
+    model: nn.Module, prompts: Sequence[list[int]], rule: Decoding, adapters: Sequence[str | None] | None = None
+) -> list[list[int]]:
     """The same on token ids: the new tokens of each prompt, end tokens left out."""
     check_lengths(model, prompts, rule.max_new_tokens)
+    rows = None if adapters is None else open_leaf("engines.rows").for_prompts(model, adapters, len(prompts), rule)
     seed = secrets.randbits(64) if rule.seed is None else rule.seed
     draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
-    steps = step_by_step(model, rule, len(prompts))
-    with inference(model), matrix_vector(model):
-        prefix, size = shared_prefix(model, prompts)
+    steps = step_by_step(model, rule if adapters is None else replace(rule, cuda_graph=False), len(prompts))
+    with inference(model), matrix_vector(model), rows or nullcontext() as own:
+        prefix, size = shared_prefix(model, prompts if adapters is None else [])  # adapters read apart
         for start in range(0, len(order), rule.batch_size):
             batch = order[start : start + rule.batch_size]
             context = prefix.select([0] * len(batch))
+            context.adapters = None if adapters is None else (own, [adapters[i] for i in batch])
             logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
             _answer(steps(context), logits, rule, [answers[i] for i in batch], [draws[i] for i in batch])
     return answers

@@ -20,6 +20,7 @@ from minilora.lora import LoRALayer
 from minilora.modules import Part, TrainedParts, ends_with, output_layer, within
 from minilora.names import unknown
 from minilora.ops.lora_linear import lora_linear
+from minilora.storage import open_leaf
 
 # What PEFT adapts when target_modules is None, by the model's type.
 _Q_AND_V = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt")
@@ -99,6 +100,8 @@ def attach(model: nn.Module, adapters: dict[str, Adapter], config: LoRAConfig, n
         if not isinstance(layer, LoRALayer):
             layer = wrapped.get(id(layer)) or wrapped.setdefault(id(layer), _without_adapters(layer))
             model.set_submodule(path, layer)
+        if (base := adapter.__dict__.pop("new_base", None)) is not None:
+            layer.base_layer = base  # LoftQ's, with its own warning
         if name not in layer.adapters:
             layer.add_adapter(name, adapter)
     lora_configs(model)[name] = config
@@ -269,6 +272,8 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
     options = (alpha, config.lora_dropout, config.use_rslora, config.lora_bias)
     try:
         adapter = new_adapter(layer, r, *options, seed=layer_seed)
+        if config.use_dora or config.begins_from_weight:
+            return open_leaf("variants").vary(adapter, layer, config, layer_seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.init_lora_weights == "gaussian" and not isinstance(adapter, EmbeddingAdapter):  # whose B is normal

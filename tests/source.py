@@ -12,14 +12,14 @@ STORIES = ("examples", "notebooks", "benchmarks")
 # Which room stands on which floor; the longest dotted prefix decides. A new room needs a word here, on purpose.
 ROOMS = {
     3: "train generate scoring samples audit card cli __main__ memory objectives preview runs serve trace variants"
-    " engines plot",
+    " engines plot algebra",
     2: "inject adapters models gguf data mixing count",
     1: "lora layers quant ops modules names config storage",
 }
 # Rooms that the rest of the library never imports: without them it reads, trains and saves all the same.
 LEAVES = {
     *"gguf samples mixing audit card cli __main__ memory objectives preview runs serve trace variants".split(),
-    *"engines plot".split(),
+    *"engines plot algebra".split(),
 }
 # The fast ops, each with its plain form on top, and what is compiled for them: one knows the library without.
 FAST = ("minilora.ops", "minilora_kernels.compiled", "minilora_kernels.pool")

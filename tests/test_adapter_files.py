@@ -125,7 +125,10 @@ BROKEN = {
     "untrained": (edit_tensors(zero), "allow_untrained=True"),
     "wrong rank": (edit_config(r=4), "wrong shape"),
     "other model": (edit_config(target_modules=["c_attn"]), "'c_attn' matches nothing"),
-    "unsupported field": (edit_config(use_dora=True), f"{CONFIG_FILE}: .*'use_dora' = True would change the result"),
+    "unsupported field": (
+        edit_config(use_qalora=True),
+        f"{CONFIG_FILE}: .*'use_qalora' = True would change the result",
+    ),
     "unknown field": (edit_config(lora_aplha=32), "'lora_aplha' = 32 would change the result.*lora_alpha"),
     "other method": (edit_config(peft_type="IA3"), f"{CONFIG_FILE}: .*reads LoRA adapters only"),
     "value out of range": (edit_config(r=0), f"{CONFIG_FILE}: r: expected >= 1, got 0"),
@@ -197,9 +200,9 @@ ml.save_adapter(model, sys.argv[1])
 
 def test_neutral_fields_of_newer_files_are_accepted(bases, tmp_path):
     save_adapter(trained(bases["llama"]), tmp_path)
-    edit_config(some_new_field=None, use_dora=False, loftq_config={}, peft_version="9.9", qalora_group_size=16)(
-        tmp_path
-    )
+    edit_config(
+        some_new_field=None, use_dora=False, loftq_config={"loftq_bits": 4}, peft_version="9.9", qalora_group_size=16
+    )(tmp_path)
     assert len(load_adapter(copy.deepcopy(bases["llama"]), tmp_path)) == 14
 
 

@@ -240,7 +240,7 @@ def test_a_file_tells_conv1d_of_its_own_layers_only(tmp_path):
         ({"lora_dropout": 1}, "lora_dropout: expected >= 0 and < 1"),
         ({"bias": "some"}, "expected one of none, all, lora_only"),
         ({"modules_to_save": "lm_head"}, "expected a list of names"),
-        ({"init_lora_weights": "pissa"}, "expected one of True, gaussian"),
+        ({"init_lora_weights": "eva"}, "expected one of True, gaussian, pissa, pissa_niter_N, loftq, got 'eva'"),
         ({"layers_pattern": "layers"}, "would do nothing"),
     ],
 )

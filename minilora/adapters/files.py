@@ -28,10 +28,11 @@ from minilora.inject import adaptable_layers, attach, lora_configs, lora_layers,
 from minilora.layers import Adapter, unwrapped
 from minilora.models.hub import HUB_ID, download
 from minilora.modules import Part, ends_with, is_conv1d
-from minilora.storage import read_tensors, write_text
+from minilora.storage import open_leaf, read_tensors, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+Contents = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]  # the config's values, tensors, fingerprints
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -60,21 +61,34 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     tokenizer: the one it was trained with, to be told by its hash; by default the one that `train` used.
     An adapter with NaN or infinity raises ValueError.
     """
-    tensors = adapter_state_dict(model, name)
-    _check_finite(tensors, f"adapter {name!r}")
-    config = lora_configs(model).get(name)
+    write_contents(Path(folder), contents(model, name, tokenizer))
+
+
+def contents(model: nn.Module, name: str, tokenizer: Any = None) -> Contents:
+    """What save_adapter writes; the tensors are live where they can be. Raises as it does."""
+    check_adapter(model, name)
+    config, adapters = lora_configs(model).get(name), _adapters(model, name)
     if config is None:
         raise ValueError(f"adapter {name!r} was not made by inject or load_adapter: there is no config to save.")
+    if config.begins_from_weight:  # a file of its own would mean another base
+        config, adapters = open_leaf("variants").as_plain(config, adapters)
+    tensors = _keys(model, adapters, lora_configs(model).parts.of([name]))
+    _check_finite(tensors, f"adapter {name!r}")
     values = config.to_dict()
     if config.target_modules is None or config.target_modules == "all-linear":
         values["target_modules"] = _spell_out(model, name)
     values["base_model_name_or_path"] = config.base_model_name_or_path or _source(model)
-    folder = Path(folder)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     known = lora_configs(model)
     hashes = known.tokenizers.get(name) if tokenizer is None else hash_tokenizer(tokenizer)
-    write_bound(folder / WEIGHTS_FILE, tensors, binding(layers, _source(model), known.seeds.get(name), hashes))
+    return values, tensors, binding(layers, _source(model), known.seeds.get(name), hashes)
+
+
+def write_contents(folder: Path, held: Contents) -> None:
+    """Write an adapter's two files, each whole or not at all."""
+    values, tensors, bound = held
+    write_bound(folder / WEIGHTS_FILE, tensors, bound)
     write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
@@ -97,8 +111,21 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     base or with another tokenizer (binding.py; files without fingerprints, such as PEFT's, are not compared).
     OSError if the Hub does not give it.
     """
-    folder, config = find_adapter(folder, revision, token)
-    tensors = read_tensors(folder / WEIGHTS_FILE)
+    held = read_contents(folder, revision, token)
+    how: dict[str, Any] = {"allow_untrained": allow_untrained, "check_base": check_base, "tokenizer": tokenizer}
+    return put_contents(model, held, name, Path(folder), **how)
+
+
+def read_contents(folder: str | Path, revision: str | None = None, token: str | None = None) -> Contents:
+    """What a folder, or a repository on the Hub, holds. Raises as load_adapter."""
+    place, _ = find_adapter(folder, revision, token)
+    return _read_json(place / CONFIG_FILE), read_tensors(place / WEIGHTS_FILE), read_binding(place / WEIGHTS_FILE)
+
+
+def put_contents(model: nn.Module, held: Contents, name: str, folder: Path, *, allow_untrained: bool = False,
+                 check_base: bool = True, tokenizer: Any = None) -> list[str]:  # fmt: skip
+    """load_adapter, of what was read; `folder` is what errors call it."""
+    config, tensors, bound = LoRAConfig.from_dict(held[0]), dict(held[1]), held[2]
     adapters = new_adapters(model, config)
     parts = new_parts(model, config, adapters)
     live = _keys(model, adapters, parts)
@@ -107,7 +134,6 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     _check_keys(tensors, live, folder)
     _check_finite(tensors, str(folder))
     _check_trained(tensors, folder, allow_untrained)
-    bound = read_binding(folder / WEIGHTS_FILE)
     if check_base:
         check_binding(bound, {path: model.get_submodule(path) for path in adapters}, _source(model), folder, tokenizer)
     _fill(live, tensors, folder)
@@ -138,9 +164,15 @@ def find_adapter(folder: str | Path, revision: str | None = None, token: str | N
         place = download(str(folder), [CONFIG_FILE, WEIGHTS_FILE], revision, token)
     values = _read_json(place / CONFIG_FILE)
     try:
-        return place, LoRAConfig.from_dict(values)
+        config = LoRAConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{place / CONFIG_FILE}: {error}") from error
+    if config.begins_from_weight and config.init_lora_weights != "pissa":  # which finds the same again
+        raise ValueError(
+            f"{place / CONFIG_FILE}: with init_lora_weights {config.init_lora_weights!r} PEFT trained beside another "
+            "base than the named one, and it is not in the file. Save that base, load it, and set the field to true."
+        )
+    return place, config
 
 
 def _adapters(model: nn.Module, name: str) -> dict[str, Adapter]:

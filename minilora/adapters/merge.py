@@ -41,7 +41,9 @@ def merged_weight(layer: nn.Module) -> Tensor:
 def deltas(layer: LoRALayer, dtype: torch.dtype) -> Iterator[Tensor]:
     """s · B A of each active adapter, computed in `dtype`, laid out as the base stores its weight."""
     for adapter in active_adapters(layer):
-        yield adapter.delta(dtype).T if is_conv1d(layer.base_layer) else adapter.delta(dtype)
+        beside = getattr(adapter, "delta_beside", None)  # of a variant whose change depends on W
+        delta = adapter.delta(dtype) if beside is None else beside(layer.base_layer, dtype)
+        yield delta.T if is_conv1d(layer.base_layer) else delta
 
 
 def merged_bias(layer: nn.Module) -> Tensor | None:

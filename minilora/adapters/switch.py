@@ -4,6 +4,7 @@ puts the modules and biases that train with an adapter, or their originals, in p
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from minilora.inject import eject, lora_configs, lora_layers
@@ -16,17 +17,26 @@ def list_adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*lora_configs(model), *names]))
 
 
-def use_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
+def use_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = False) -> None:
     """Make one adapter, or several that add up, the active ones; only they are trainable. An unknown name and one
-    that is given twice raise."""
+    that is given twice raise, and DoRA beside others. What becomes active comes to its layers' device; with `offload`
+    all others go to the CPU."""
     names = [name] if isinstance(name, str) else list(name)
     for wanted in names:
         check_adapter(model, wanted)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters {names}: one is named twice and would count twice. Name each once.")
+    configs = lora_configs(model)
+    if len(names) > 1 and (dora := [wanted for wanted in names if wanted in configs and configs[wanted].use_dora]):
+        raise ValueError(f"adapters {names}: {dora[0]!r} (DoRA) rescales W and does not add up: use one at a time.")
     lora_configs(model).parts.place(model, names)
     for layer in lora_layers(model).values():
         layer.use([wanted for wanted in names if wanted in layer.adapters])
+        here = next(layer.base_layer.parameters()).device
+        for known, adapter in layer.adapters.items():
+            there = here if known in names else torch.device("cpu")
+            if (offload or known in names) and next(adapter.parameters()).device != there:
+                adapter.to(there)
 
 
 @contextmanager

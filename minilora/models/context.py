@@ -44,6 +44,7 @@ class Context:
         self.lengths = torch.zeros(1, dtype=torch.long)  # (B,) tokens read, padding aside
         self.positions = torch.zeros(1, 0, dtype=torch.long)  # (B, K) of each key in the cache
         self.real = torch.zeros(1, 0, dtype=torch.bool)  # (B, K) False at padding
+        self.adapters: tuple[Any, list[str | None]] | None = None  # who gives each row its own, and each row's
 
     def extend(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Read `rows[b]` on top of row b; the logits (B, V), fp32, that follow its last token."""
@@ -95,6 +96,8 @@ class Context:
         mask bool (B, 1, T, K+T), or one for each kind of layer; None: every real token up to the own one.
         """
         tokens, positions = tokens.to(self.device), positions.to(self.device)
+        if self.adapters is not None:
+            self.adapters[0].choose(self.adapters[1])
         if self.native:
             documents = None  # plain causal, the fast path, as long as there is no padding
             if mask is None and not self.real.all():
@@ -128,6 +131,8 @@ class Context:
         index = torch.tensor(rows, dtype=torch.long)
         chosen = copy.copy(self)
         chosen.lengths, chosen.positions, chosen.real = self.lengths[index], self.positions[index], self.real[index]
+        if self.adapters is not None:
+            chosen.adapters = self.adapters[0], [self.adapters[1][row] for row in rows]
         if self.native:
             chosen.cache = self.cache.select(index.to(self.device))
         elif self.cache is not None:
