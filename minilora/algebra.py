@@ -122,7 +122,10 @@ class Adapter:
         for path in (shared := mine.keys() & its.keys()):
             (B, A), (C, D) = mine[path], its[path]
             if B.shape[0] != C.shape[0] or A.shape[1] != D.shape[1]:
-                raise ValueError(f"{path} is {len(B)} x {A.shape[1]} in one adapter, {len(C)} x {D.shape[1]} in other.")
+                shapes = (len(B), A.shape[1]), (len(C), D.shape[1])
+                raise ValueError(
+                    f"{path} is {shapes[0]} in one adapter, {shapes[1]} in the other: two models' adapters."
+                )
         both = {path: (torch.cat([mine[path][0], its[path][0]], 1), torch.cat([mine[path][1], its[path][1]]))
                 for path in shared}  # fmt: skip
         return _made(mine | its | both, replace(self, bound=_bound(self.bound, other.bound)))

@@ -97,11 +97,6 @@ class LoRAConfig:
         check_options(self)
         if not all((self.lora_alpha, *self.alpha_pattern.values())):
             raise ValueError("lora_alpha: expected a number that is not 0, at which an adapter does nothing.")
-        if self.lora_bias and (self.init_lora_weights is not True or self.use_dora):
-            raise ValueError(
-                "lora_bias: PEFT has it with init_lora_weights=True and without use_dora only, got "
-                f"{self.init_lora_weights!r}, {self.use_dora}."
-            )
         self._check_start()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform and would do nothing.")
@@ -112,21 +107,17 @@ class LoRAConfig:
             except re.error as error:
                 raise ValueError(f"{text!r} is no regular expression: {error}. Any text is .*, not *.") from error
 
-    def _check_start(self) -> None:
-        """ValueError for an init_lora_weights that there is not, or with what it does not go with."""
-        how = self.init_lora_weights
-        if how is not True and not (isinstance(how, str) and re.fullmatch(r"gaussian|loftq|pissa(_niter_\d+)?", how)):
-            raise ValueError(
-                f"init_lora_weights: expected one of True, gaussian, pissa, pissa_niter_N, loftq, got {how!r}."
-            )
+    def _check_start(self) -> None:  # raises for what A and B cannot begin as
+        how, settings = self.init_lora_weights, {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
+        if how is not True and not re.fullmatch(r"gaussian|loftq|pissa(_niter_\d+)?", str(how)):
+            known = "True, gaussian, pissa, pissa_niter_N, loftq"
+            raise ValueError(f"init_lora_weights: expected one of {known}, got {how!r}.")
         if self.use_dora and self.begins_from_weight:
             raise ValueError(f"use_dora with init_lora_weights={how!r}: each changes what the other starts from.")
-        settings = {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
+        if self.lora_bias and (how is not True or self.use_dora):
+            raise ValueError(f"lora_bias: PEFT has it without use_dora and with init_lora_weights=True, got {how!r}.")
         if self.loftq_config and (how != "loftq" or len(settings) > 2 or settings["loftq_bits"] != 4):
-            raise ValueError(
-                'loftq_config: expected {"loftq_bits": 4, "loftq_iter": 1} or more iterations, and init_lora_weights='
-                f'"loftq", got {self.loftq_config} with {how!r}.'
-            )
+            raise ValueError(f"loftq_config: expected loftq_bits=4, loftq_iter, for {how!r}; got {self.loftq_config}.")
 
     @property
     def begins_from_weight(self) -> bool:

@@ -146,11 +146,11 @@ def test_a_plan_knows_it(given):
     ("fields", "message"),
     [
         (DORA | {"init_lora_weights": "pissa"}, "each changes what the other starts from"),
-        (DORA | {"lora_bias": True}, "without use_dora only"),
+        (DORA | {"lora_bias": True}, "lora_bias: PEFT has it without use_dora"),
         (PISSA | {"lora_bias": True}, "init_lora_weights=True"),
         (SOME | {"init_lora_weights": "pissa_niter_"}, "init_lora_weights: expected one of"),
         (SOME | {"init_lora_weights": "true"}, "init_lora_weights: expected one of"),
-        (SOME | {"loftq_config": {"loftq_iter": 2}}, 'and init_lora_weights="loftq"'),
+        (SOME | {"loftq_config": {"loftq_iter": 2}}, "loftq_config: expected .* for True"),
         (LOFTQ | {"loftq_config": {"loftq_bits": 2}}, "loftq_config: expected"),
         (LOFTQ | {"loftq_config": {"loftq_iters": 2}}, "loftq_config: expected"),
         (LOFTQ | {"loftq_config": {"loftq_iter": 0}}, "loftq_config: expected >= 1"),

@@ -112,8 +112,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     OSError if the Hub does not give it.
     """
     held = read_contents(folder, revision, token)
-    how: dict[str, Any] = {"allow_untrained": allow_untrained, "check_base": check_base, "tokenizer": tokenizer}
-    return put_contents(model, held, name, Path(folder), **how)
+    return put_contents(model, held, name, Path(folder), allow_untrained, check_base, tokenizer)
 
 
 def read_contents(folder: str | Path, revision: str | None = None, token: str | None = None) -> Contents:
@@ -122,7 +121,7 @@ def read_contents(folder: str | Path, revision: str | None = None, token: str | 
     return _read_json(place / CONFIG_FILE), read_tensors(place / WEIGHTS_FILE), read_binding(place / WEIGHTS_FILE)
 
 
-def put_contents(model: nn.Module, held: Contents, name: str, folder: Path, *, allow_untrained: bool = False,
+def put_contents(model: nn.Module, held: Contents, name: str, folder: Path, allow_untrained: bool = False,
                  check_base: bool = True, tokenizer: Any = None) -> list[str]:  # fmt: skip
     """load_adapter, of what was read; `folder` is what errors call it."""
     config, tensors, bound = LoRAConfig.from_dict(held[0]), dict(held[1]), held[2]
@@ -167,10 +166,10 @@ def find_adapter(folder: str | Path, revision: str | None = None, token: str | N
         config = LoRAConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{place / CONFIG_FILE}: {error}") from error
-    if config.begins_from_weight and config.init_lora_weights != "pissa":  # which finds the same again
+    if config.begins_from_weight and (how := config.init_lora_weights) != "pissa":  # which finds the same again
         raise ValueError(
-            f"{place / CONFIG_FILE}: with init_lora_weights {config.init_lora_weights!r} PEFT trained beside another "
-            "base than the named one, and it is not in the file. Save that base, load it, and set the field to true."
+            f"{place / CONFIG_FILE}: with init_lora_weights {how!r} PEFT trained beside another base than the named "
+            "one, and it is not in the file. Save that base, load it, and set the field to true."
         )
     return place, config
 
