@@ -100,8 +100,7 @@ def attach(model: nn.Module, adapters: dict[str, Adapter], config: LoRAConfig, n
         if not isinstance(layer, LoRALayer):
             layer = wrapped.get(id(layer)) or wrapped.setdefault(id(layer), _without_adapters(layer))
             model.set_submodule(path, layer)
-        if (base := adapter.__dict__.pop("new_base", None)) is not None:
-            layer.base_layer = base  # LoftQ's, with its own warning
+        layer.base_layer = adapter.__dict__.pop("new_base", layer.base_layer)  # LoftQ's, which warns of it
         if name not in layer.adapters:
             layer.add_adapter(name, adapter)
     lora_configs(model)[name] = config

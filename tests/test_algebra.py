@@ -1,6 +1,7 @@
 """Proves that adapters add up as their ΔW do: linear, SVD, TIES and DARE, for any ranks, strengths and layers.
 
-Oracles: ΔW in fp64, PEFT's TIES on ΔW, Eckart–Young. Property: one adapter with weight 1 is itself, bit for bit; a value, its folder and its model are one. PEFT's "linear" and rsLoRA's double: what is not to be had here.
+Oracles: ΔW in fp64, PEFT's TIES on ΔW, Eckart–Young. Property: one adapter with weight 1 is itself, bit for bit; a
+value, its folder and its model are one. PEFT's "linear" and rsLoRA's double: what is not to be had here.
 """
 
 import json

@@ -33,6 +33,8 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "fusing": (["--tokens", "64"], "branch"),
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
     "qlora_parity": (["--steps", "1", "--seeds", "1"], "agree"),
+    "many_adapters": (["--short"], "by_row"),
+    "variants": (["--short"], "variants"),
 }
 ALONE = ("peers", "bench_load", "bench_generate", "bench_nf4", "scale_8b", "qlora_parity")  # these have peers
 NO_PEERS = """

@@ -30,7 +30,7 @@ class Rows:
 
     def __init__(self, model: nn.Module, names: Sequence[str | None]):
         self.model, self.names = model, tuple(names)
-        self.kept: dict[int, tuple[Any, Any]] = {}  # id of a layer -> (what it was gathered from, the factors)
+        self.kept: dict[int, tuple[Any, ...]] = {}  # id of a layer -> what was gathered, its versions, where; factors
         for name in dict.fromkeys(name for name in names if name is not None):
             check_adapter(model, name)
             if lora_configs(model).parts.trained.get(name):
@@ -61,16 +61,17 @@ class Rows:
 
     def _factors(self, layer: LoRALayer, like: Tensor) -> Any:
         """The factors of all rows on this layer; None where no row has an adapter here."""
+        place, grad = (like.dtype, like.device), torch.is_grad_enabled()
+        found, versions, there, factors = self.kept.get(id(layer), ((), (), None, None))
+        if there == place and not grad and versions == tuple(p._version for p in found):
+            return factors
         chosen = [layer.adapters[name] if name and name in layer.adapters else None for name in self.names]
-        if not any(adapter is not None for adapter in chosen):
-            return None
-        if torch.is_grad_enabled():
-            return _gathered(chosen, like)
-        stamps = [(id(p), p._version) for a in dict.fromkeys(chosen) if a is not None for p in a.parameters()]
-        stamp = like.dtype, like.device, stamps
-        if id(layer) not in self.kept or self.kept[id(layer)][0] != stamp:
-            self.kept[id(layer)] = stamp, _gathered(chosen, like)
-        return self.kept[id(layer)][1]
+        made = [adapter for adapter in dict.fromkeys(chosen) if adapter is not None]
+        factors = _gathered(chosen, like) if made else None
+        if not grad:
+            found = tuple(p for adapter in made for p in adapter.parameters())
+            self.kept[id(layer)] = found, tuple(p._version for p in found), place, factors
+        return factors
 
 
 def _plain(adapter: Any) -> Any:
