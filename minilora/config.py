@@ -110,8 +110,7 @@ class LoRAConfig:
     def _check_start(self) -> None:  # raises for what A and B cannot begin as
         how, settings = self.init_lora_weights, {"loftq_bits": 4, "loftq_iter": 1} | self.loftq_config
         if how is not True and not re.fullmatch(r"gaussian|loftq|pissa(_niter_\d+)?", str(how)):
-            known = "True, gaussian, pissa, pissa_niter_N, loftq"
-            raise ValueError(f"init_lora_weights: expected one of {known}, got {how!r}.")
+            raise ValueError(f"init_lora_weights: not one of True, gaussian, pissa, pissa_niter_N, loftq: {how!r}.")
         if self.use_dora and self.begins_from_weight:
             raise ValueError(f"use_dora with init_lora_weights={how!r}: each changes what the other starts from.")
         if self.lora_bias and (how is not True or self.use_dora):
@@ -141,8 +140,7 @@ class LoRAConfig:
             values["tie"] = "shared"  # without it PEFT adapts what is named and nothing else, as None does for a file
         if values.get("init_lora_weights") in (False, "orthogonal"):
             del values["init_lora_weights"]  # how A and B began, and no more: the base is as it was
-        if values.get("init_lora_weights") != "loftq":
-            values.pop("loftq_config", None)  # which PEFT leaves in the file
+        values.pop("loftq_config", None)  # the same, and PEFT leaves it there for any start
         if (peft_type := values.pop("peft_type", "LORA")) != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', got {peft_type!r}: minilora reads LoRA adapters only.")
         known = {f.name for f in fields(cls)}

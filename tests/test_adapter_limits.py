@@ -150,7 +150,7 @@ def test_how_a_file_s_adapter_began_is_its_own_affair(tmp_path, start):
     shake(theirs).save_pretrained(str(tmp_path))
     ml.load_adapter(model := build("llama"), tmp_path)
     close(output(model), output(theirs))
-    with pytest.raises(ValueError, match="init_lora_weights: expected one of True, gaussian, pissa, .* got"):
+    with pytest.raises(ValueError, match="init_lora_weights: not one of True"):
         ml.LoRAConfig(init_lora_weights=start)
 
 
@@ -240,7 +240,7 @@ def test_a_file_tells_conv1d_of_its_own_layers_only(tmp_path):
         ({"lora_dropout": 1}, "lora_dropout: expected >= 0 and < 1"),
         ({"bias": "some"}, "expected one of none, all, lora_only"),
         ({"modules_to_save": "lm_head"}, "expected a list of names"),
-        ({"init_lora_weights": "eva"}, "expected one of True, gaussian, pissa, pissa_niter_N, loftq, got 'eva'"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights: not one of True, gaussian, pissa"),
         ({"layers_pattern": "layers"}, "would do nothing"),
     ],
 )

@@ -132,7 +132,7 @@ def check_binding(
         if same is None:
             unknown.append(f"{path} was {before[0]}, is {now[0]}")
     if unknown:
-        warnings.warn(f"{where}: {len(unknown)} layers cannot be compared with the base: {unknown[0]}.", stacklevel=3)
+        warnings.warn(f"{where}: {len(unknown)} layers cannot be compared with the base: {unknown[0]}.", stacklevel=4)
     told = then.get("tokenizer")
     if tokenizer is None or not isinstance(told, dict):
         return

@@ -87,9 +87,8 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> Contents:
 
 def write_contents(folder: Path, held: Contents) -> None:
     """Write an adapter's two files, each whole or not at all."""
-    values, tensors, bound = held
-    write_bound(folder / WEIGHTS_FILE, tensors, bound)
-    write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_bound(folder / WEIGHTS_FILE, *held[1:])
+    write_text(folder / CONFIG_FILE, json.dumps(held[0], indent=2, sort_keys=True) + "\n")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, allow_untrained: bool = False,
@@ -253,7 +252,7 @@ def _check_trained(tensors: dict[str, Tensor], folder: Path, allow_untrained: bo
     also = {key: key.replace("lora_B.weight", "lora_B.bias") for key in ups}  # with what else may be there
     zero = [key for key in ups if not tensors[key].any() and not tensors.get(also[key], tensors[key]).any()]
     if zero and len(zero) < len(ups):
-        warnings.warn(f"{folder}: {len(zero)} of {len(ups)} lora_B are all zero and do nothing: {zero}.", stacklevel=3)
+        warnings.warn(f"{folder}: {len(zero)} of {len(ups)} lora_B are all zero and do nothing: {zero}.", stacklevel=4)
     only_lora = all(".lora_" in key for key in tensors)  # else a module or bias may be all that trained
     if len(zero) == len(ups) and only_lora and not allow_untrained:
         raise ValueError(f"{folder}: every lora_B is zero: an untrained adapter. Pass allow_untrained=True to load it.")

@@ -18,9 +18,8 @@ def list_adapters(model: nn.Module) -> list[str]:
 
 
 def use_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = False) -> None:
-    """Make one adapter, or several that add up, the active ones; only they are trainable. An unknown name and one
-    that is given twice raise, and DoRA beside others. What becomes active comes to its layers' device; with `offload`
-    all others go to the CPU."""
+    """Make one adapter, or several that add up, the active ones; only they are trainable. They come to their layers'
+    device; with `offload` the others go to the CPU. An unknown name, one given twice, and DoRA beside others raise."""
     names = [name] if isinstance(name, str) else list(name)
     for wanted in names:
         check_adapter(model, wanted)
