@@ -139,7 +139,7 @@ def test_a_swap_from_disk_leaves_the_base_and_compiles_nothing(tmp_path):
 
 
 def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch):
-    """Where there is one device, `meta` stands for another; a copy from there is only noted. On a GPU: test_gpu.py."""
+    """Where there is one device, `meta` stands for another; a copy from there is only noted."""
     model = nn.Sequential(nn.Linear(8, 8, device="meta"))
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["0"]), name="there")
     layer = model[0]
