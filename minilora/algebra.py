@@ -34,7 +34,7 @@ METHODS = ("linear", "svd", "ties", "dare")
 Layers = dict[str, tuple[Tensor, Tensor]]  # name -> s B (out, r), A (r, in), fp32; ΔW = (s B) A
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """What an adapter's folder holds: the config's values, tensors under PEFT's keys, fingerprints of its base.
 
@@ -43,10 +43,13 @@ class Adapter:
     """
 
     values: dict[str, Any]
-    tensors: dict[str, Tensor] = field(repr=False)
-    bound: dict[str, Any] = field(default_factory=dict, repr=False)
+    tensors: dict[str, Tensor]
+    bound: dict[str, Any] = field(default_factory=dict)
     error: float = 0.0
-    errors: dict[str, float] = field(default_factory=dict, repr=False)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Adapter(r={self.values.get('r')}, {len(self.tensors)} tensors, error={self.error:.3g})"
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":

@@ -249,3 +249,8 @@ def test_what_cannot_be_added():
 def test_options_that_do_not_fit(count, options, message):
     with pytest.raises(ValueError, match=message):
         ml.combine([value(KINDS["plain"])] * count, **options)
+
+
+def test_a_value_prints_on_one_line():
+    one = ml.Adapter({"r": 4}, {"a": torch.zeros(2, 3), "b": torch.ones(1)}, error=0.125)
+    assert repr(one) == "Adapter(r=4, 2 tensors, error=0.125)"
