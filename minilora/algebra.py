@@ -122,7 +122,7 @@ class Adapter:
         if not isinstance(other, Adapter):
             return NotImplemented
         mine, its = self.layers(), other.layers()
-        for path in (shared := mine.keys() & its.keys()):
+        for path in (shared := [path for path in mine if path in its]):
             (B, A), (C, D) = mine[path], its[path]
             if B.shape[0] != C.shape[0] or A.shape[1] != D.shape[1]:
                 shapes = (len(B), A.shape[1]), (len(C), D.shape[1])
@@ -210,7 +210,7 @@ def _made(layers: Layers, like: Adapter, lost: dict[str, tuple[float, float]] | 
 def _bound(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The fingerprints of both. ValueError if they are of different bases or vocabularies."""
     layers, more = one.get("layers", {}), other.get("layers", {})
-    for path in layers.keys() & more.keys():
+    for path in (path for path in layers if path in more):
         if same_base(layers[path], more[path]) is False:
             raise ValueError(f"the adapters were trained on different bases: {path} is {layers[path]}, {more[path]}.")
     told, also = one.get("tokenizer") or {}, other.get("tokenizer") or {}

@@ -229,7 +229,7 @@ def test_what_cannot_be_added():
         a + ml.Adapter.of(shake(other))
     wide = twin(oracle(num_hidden_layers=2, hidden_size=32))
     ml.inject(wide, ml.LoRAConfig(**KINDS["plain"]))
-    with pytest.raises(ValueError, match=r"is \(64, 96\) in one adapter, \(32, 96\) in the other"):
+    with pytest.raises(ValueError, match=r"0.self_attn.q_proj is \(64, 64\) in one adapter, \(32, 32\) in the other"):
         a + ml.Adapter.of(shake(wide))
 
 
