@@ -171,9 +171,7 @@ def processes(title: str, given: SimpleNamespace, sides: dict[str, tuple[list[st
     return report(f"{title}: seconds a step", found, "seconds", "as it is")
 
 
-PARTS = {
-    "profile": profile, "attention": attention, "cross-entropy": cross_entropy, "steps": steps, "malloc": malloc
-}  # fmt: skip
+PARTS = {"profile": profile, "attention": attention, "cross-entropy": cross_entropy, "steps": steps, "malloc": malloc}
 
 if __name__ == "__main__":
     main()

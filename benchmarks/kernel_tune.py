@@ -56,7 +56,7 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
             for n in (64, 128, 256)
             for w in (2, 4, 8)
             if 4 <= r * n // (w * lanes) <= 32
-        ],  # fmt: skip
+        ],
     }
 
 

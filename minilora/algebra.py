@@ -129,16 +129,25 @@ class Adapter:
                 raise ValueError(
                     f"{path} is {shapes[0]} in one adapter, {shapes[1]} in the other: two models' adapters."
                 )
-        both = {path: (torch.cat([mine[path][0], its[path][0]], 1), torch.cat([mine[path][1], its[path][1]]))
-                for path in shared}  # fmt: skip
+        both = {
+            path: (torch.cat([mine[path][0], its[path][0]], 1), torch.cat([mine[path][1], its[path][1]]))
+            for path in shared
+        }
         return _made(mine | its | both, replace(self, bound=_bound(self.bound, other.bound)))
 
     def __sub__(self, other: "Adapter") -> "Adapter":
         return self + -other if isinstance(other, Adapter) else NotImplemented
 
 
-def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: str = "linear", *,
-            rank: int | None = None, density: float | None = None, seed: int = 0) -> Adapter:  # fmt: skip
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    method: str = "linear",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Adapter:
     """One adapter of several, by weight (each 1 by default).
 
     method: "linear", Σ wᵢ ΔWᵢ, exactly; "svd", the same with the largest rank of the parts; "ties" and "dare", which
@@ -200,8 +209,11 @@ def _made(layers: Layers, like: Adapter, lost: dict[str, tuple[float, float]] | 
     given |= {"r": r, "lora_alpha": r, "rank_pattern": smaller, "alpha_pattern": smaller}
     config = LoRAConfig(target_modules=sorted(layers), **given)
     values = config.to_dict() | {"fan_in_fan_out": like.values.get("fan_in_fan_out", False)}
-    tensors = {f"{PREFIX}{path}.lora_{M}.weight": pair[i].contiguous() for path, pair in layers.items()
-               for i, M in ((0, "B"), (1, "A"))}  # fmt: skip
+    tensors = {
+        f"{PREFIX}{path}.lora_{M}.weight": pair[i].contiguous()
+        for path, pair in layers.items()
+        for i, M in ((0, "B"), (1, "A"))
+    }
     errors = {path: math.sqrt(part / whole) if whole else 0.0 for path, (part, whole) in (lost or {}).items()}
     parts, wholes = (sum(pair[i] for pair in (lost or {}).values()) for i in (0, 1))
     return Adapter(values, tensors, like.bound, math.sqrt(parts / wholes) if wholes else 0.0, errors)

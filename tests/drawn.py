@@ -63,8 +63,18 @@ ROWS = [
 
 def log(folder, seed: int):
     rng = np.random.default_rng(seed)
-    lines = [{"step": s, "loss": 3 - s / 20 + rng.random(), "learning_rate": 1e-4, "grad_norm": 1.0,
-              "tokens_per_second": 900.0, "eval_loss": 2.5, "eval_exact_match": 0.5} for s in range(1, 20)]  # fmt: skip
+    lines = [
+        {
+            "step": s,
+            "loss": 3 - s / 20 + rng.random(),
+            "learning_rate": 1e-4,
+            "grad_norm": 1.0,
+            "tokens_per_second": 900.0,
+            "eval_loss": 2.5,
+            "eval_exact_match": 0.5,
+        }
+        for s in range(1, 20)
+    ]
     folder.mkdir()
     (folder / "log.jsonl").write_text("\n".join(map(str, lines)).replace("'", '"'))
     return folder

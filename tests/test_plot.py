@@ -16,7 +16,7 @@ from minilora.memory.plan import PARTS
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
 
 
 # ---- oracle: what is drawn

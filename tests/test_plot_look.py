@@ -16,7 +16,7 @@ from minilora.memory.plan import PARTS
 from minilora.plot import style
 from source import ROOT
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
 
 
 # ---- property: it can be read

@@ -53,8 +53,9 @@ def test_w_stays_and_the_start_changes_no_bit(given, quantised):
     assert base.keys() == state.keys() and all(torch.equal(base[key], state[key]) for key in state)
     close(ml.merge(model), model)
     ml.eject(model)
-    assert torch.equal(output(model), expected) and all(p.requires_grad for p in model.parameters() if p.dim() == 1
-                                                        and p.is_floating_point())  # fmt: skip
+    assert torch.equal(output(model), expected) and all(
+        p.requires_grad for p in model.parameters() if p.dim() == 1 and p.is_floating_point()
+    )
 
 
 def test_loftq_says_that_it_replaces_the_base_and_both_files_come_back(tmp_path):

@@ -120,8 +120,15 @@ def read_contents(folder: str | Path, revision: str | None = None, token: str | 
     return _read_json(place / CONFIG_FILE), read_tensors(place / WEIGHTS_FILE), read_binding(place / WEIGHTS_FILE)
 
 
-def put_contents(model: nn.Module, held: Contents, name: str, folder: Path, allow_untrained: bool = False,
-                 check_base: bool = True, tokenizer: Any = None) -> list[str]:  # fmt: skip
+def put_contents(
+    model: nn.Module,
+    held: Contents,
+    name: str,
+    folder: Path,
+    allow_untrained: bool = False,
+    check_base: bool = True,
+    tokenizer: Any = None,
+) -> list[str]:
     """load_adapter, of what was read; `folder` is what errors call it."""
     config, tensors, bound = LoRAConfig.from_dict(held[0]), dict(held[1]), held[2]
     adapters = new_adapters(model, config)

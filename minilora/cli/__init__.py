@@ -85,8 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     answering.add_argument("--stop", action="append", help="a text before which the answer ends; may be repeated")
     answering.add_argument("--seed", type=int, help="of the sampling")
     text = "start a token's work on a GPU with one call: auto (where it should pay, default), true, false"
-    answering.add_argument("--cuda_graph", type=lambda text: parse_value(text, bool | str), default="auto",
-                           choices=("auto", True, False), metavar="VALUE", help=text)  # fmt: skip
+    answering.add_argument(
+        "--cuda_graph",
+        type=lambda text: parse_value(text, bool | str),
+        default="auto",
+        choices=("auto", True, False),
+        metavar="VALUE",
+        help=text,
+    )
     scoring = command(jobs.evaluate, "model", "dataset")
     scoring.add_argument("--labels", type=lambda text: text.split(","), help="the allowed answers, with commas between")
     scoring.add_argument("--max_new_tokens", type=int, default=32, help="longest answer (default %(default)s)")

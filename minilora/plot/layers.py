@@ -62,8 +62,9 @@ def merge_error(report: MergeReport, targets: Sequence[str] = (), path: str | Pa
             raise unknown("targets", target, known)
     targets = targets or [target for target in known if target != "float32"]
     layers = sorted(report.layers, key=lambda layer: layer.name)  # the report has the worst first
-    errors = {target: {layer.name: layer.error[target] for layer in layers if target in layer.error}
-              for target in targets}  # fmt: skip
+    errors = {
+        target: {layer.name: layer.error[target] for layer in layers if target in layer.error} for target in targets
+    }
     with canvas(1.5 + 3 * len(targets), 4, path) as figure:
         panels = figure.subplots(1, len(targets), squeeze=False)[0]
         for axes, (target, found) in zip(panels, errors.items(), strict=True):

@@ -60,8 +60,12 @@ def roofline(
             number = jobs.index(row["job"])
             style = {"edgecolors": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)], "s": 36}
             for name, us in row.get("us", {"minilora": row["operations"] / min(gb_per_s * x, peak) / 1e3}).items():
-                axes.scatter(x, row["operations"] / us / 1e3, **style,
-                             facecolors=style["edgecolors"] if name == "minilora" else "none")  # fmt: skip
+                axes.scatter(
+                    x,
+                    row["operations"] / us / 1e3,
+                    **style,
+                    facecolors=style["edgecolors"] if name == "minilora" else "none",
+                )
             at = (x, min(gb_per_s * x, peak))
             style = ({"xytext": (5, -10)}, {"xytext": (-5, 4), "ha": "right"})[number % 2]  # below the roof, above it
             axes.annotate(row.get("label", ""), at, textcoords="offset points", fontsize="small", **style)
