@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from minilora.adapters.binding import same_base
 from minilora.adapters.files import PREFIX, contents, put_contents, read_contents, write_contents
+from minilora.audit.inspect import product_svd
 from minilora.config import LoRAConfig
 from minilora.lora import scaling
 from minilora.variants import low_rank
@@ -95,11 +96,9 @@ class Adapter:
         if all(len(A) <= rank for _, A in layers.values()):
             return self
         for path, (B, A) in layers.items():
-            Q_B, R_B = torch.linalg.qr(B.double())  # ΔW = Q_B (R_B R_Aᵀ) Q_Aᵀ, and only the middle is (r, r)
-            Q_A, R_A = torch.linalg.qr(A.double().T)
-            U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
+            U, sigma, V = product_svd(B, A)
             root = sigma[:rank].sqrt()
-            layers[path] = (Q_B @ U[:, :rank] * root).float(), (root[:, None] * Vh[:rank] @ Q_A.T).float()
+            layers[path] = (U[:, :rank] * root).float(), (root[:, None] * V[:, :rank].T).float()
             lost[path] = sigma[rank:].square().sum().item(), sigma.square().sum().item()
         return _made(layers, self, lost)
 

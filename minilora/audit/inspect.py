@@ -166,11 +166,17 @@ def _spaces(folder: Path) -> dict[str, Spaces]:
 
 def spaces(up: Tensor, down: Tensor, s: float) -> Spaces:
     """The two bases and σ of s · B A, from B (out, r) and A (r, in); what fp32 cannot tell from zero is left out."""
-    Q_B, R_B = torch.linalg.qr(up.double())  # (out, r), (r, r)
-    Q_A, R_A = torch.linalg.qr(down.double().T)  # (in, r), (r, r)
-    U, sigma, Vh = torch.linalg.svd(s * R_B @ R_A.T)
+    U, sigma, V = product_svd(s * up.double(), down)
     k = int((sigma > sigma[0] * max(up.shape[0], down.shape[1]) * torch.finfo(torch.float32).eps).sum())
-    return Q_B @ U[:, :k], sigma[:k], Q_A @ Vh[:k].T
+    return U[:, :k], sigma[:k], V[:, :k]
+
+
+def product_svd(B: Tensor, A: Tensor) -> Spaces:
+    """U (out, r), σ (r,) and V (in, r) of B A, fp64, without making it: of B (out, r) and A (r, in)."""
+    Q_B, R_B = torch.linalg.qr(B.double())  # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, and only the middle is (r, r)
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
+    return Q_B @ U, sigma, Q_A @ Vh.T
 
 
 def _spectrum(sigma: Tensor) -> dict[str, float]:
