@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install tritons demo test test-all lint format types bench pictures notebooks clean
+.PHONY: help venv install tritons demo test test-all lint format types bench pictures notebooks docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -71,6 +71,10 @@ pictures: install  ## python benchmarks/pictures.py && python benchmarks/explore
 notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
+docs: install  ## python docs/site/pages.py && zensical build -s -f out/zensical.toml: a site in out/site
+	$(BIN)/python docs/site/pages.py
+	$(BIN)/zensical build -s -f out/zensical.toml
+
 # ---- checks
 
 lint: install  ## ruff check . && ruff format --check .
@@ -83,8 +87,8 @@ types: install  ## basedpyright
 test: lint types  ## pytest -n 2 -m "not slow and not gpu"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10
 
-test-all: install tritons  ## pytest -m "slow or gpu": the real model, the wheel, examples and notebooks
-	$(BIN)/python -m pytest -q -m "slow or gpu" --durations=20
+test-all: install tritons  ## pytest -n 2 -m "slow or gpu": the real model, the wheel, examples and notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or gpu" --durations=20
 
 format: install  ## ruff check --fix . && ruff format .
 	$(BIN)/ruff check --fix .

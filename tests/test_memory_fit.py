@@ -149,14 +149,14 @@ def test_the_command_draws_and_compares(tmp_path: Path, capsys):
     assert "qlora fits 0.0 GB" in only and only.strip().replace("qlora fits", "fits") == str(alone)
 
 
-def test_the_readme_shows_what_the_command_prints(tmp_path: Path, capsys):
+def test_the_page_shows_what_the_command_prints(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     command, shown = re.search(
-        r"<!-- plan -->\n```\n\$ minilora plan (.*?[^\\])\n(.*?)```", text("README.md"), re.S
+        r"<!-- plan -->\n```\n\$ minilora plan (.*?[^\\])\n(.*?)```", text("docs/memory.md"), re.S
     ).groups()
     assert main(["plan", str(tmp_path), *command.replace("\\\n", "").split()[1:]]) == 0
     printed = capsys.readouterr().out
-    assert shown == printed, f"put this into the README:\n{printed}"
+    assert shown == printed, f"put this into docs/memory.md:\n{printed}"
 
 
 @pytest.mark.strict

@@ -1,6 +1,6 @@
 """Proves that the public door is one door, and light.
 
-`minilora.__all__`, what `dir` shows, what the file binds, the README's list and the command line name the same things;
+`minilora.__all__`, what `dir` shows, what the file binds, the page docs/reference.md and the command line name the same things;
 `import minilora` loads none of the packages that only some users need, and costs little beside torch.
 """
 
@@ -62,16 +62,14 @@ def test_the_file_binds_what_all_names():
     assert {name for name in bound if not name.startswith("_")} == {n for n in ml.__all__ if not n.startswith("_")}
 
 
-def readme_names() -> set[str]:
-    """Backticked names that open an item or a table row in the README's section on the public door."""
-    section = re.search(r"^#+ [^\n]*\b(?:public door|API)\b.*?(?=^#+ |\Z)", text("README.md"), flags=re.M | re.S | re.I)
-    assert section, "the README has no heading with 'public door' or 'API'"
-    openings = re.findall(r"^\s*[-*|]\s*(`.*?)(?:\||:|—|–|$)", section[0], flags=re.M)
+def page_names() -> set[str]:
+    """Backticked names that open a table row of the page on the public door."""
+    openings = re.findall(r"^\s*\|\s*(`.*?)\|", text("docs/reference.md"), flags=re.M)
     return {name for opening in openings for name in re.findall(r"`(?:ml\.|minilora\.)?(\w+)[^`]*`", opening)}
 
 
-def test_the_readme_lists_the_door():
-    assert readme_names() == {name for name in ml.__all__ if not name.startswith("_")}
+def test_the_page_lists_the_door():
+    assert page_names() == {name for name in ml.__all__ if not name.startswith("_")}
 
 
 def subcommands() -> set[str]:
@@ -82,19 +80,19 @@ def subcommands() -> set[str]:
     return set(found[1].split(","))
 
 
-def readme_commands() -> set[str]:
-    """X of each `minilora X`, or `minilora X | Y`, that starts a line of the README's code, inline or fenced."""
-    readme = text("README.md")
-    code = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.M | re.S) + re.findall(r"`([^`\n]+)`", readme)
+def page_commands() -> set[str]:
+    """X of each `minilora X`, or `minilora X | Y`, that starts a line of code, inline or fenced, of docs/cli.md."""
+    page = text("docs/cli.md")
+    code = re.findall(r"^```[^\n]*\n(.*?)^```", page, flags=re.M | re.S) + re.findall(r"`([^`\n]+)`", page)
     lists = re.findall(r"^(?:\$ )?minilora ([a-z]+(?: *\| *[a-z]+)*)", "\n".join(code), flags=re.M)
     return {command.strip() for several in lists for command in several.split("|")}
 
 
-def test_each_command_wraps_a_public_function_and_stands_in_the_readme():
+def test_each_command_wraps_a_public_function_and_stands_on_its_page():
     offered = subcommands()
     for command in offered:
         assert COMMANDS.get(command, command) in ml.__all__, f"minilora {command} wraps nothing public"
-    assert readme_commands() == offered
+    assert page_commands() == offered
 
 
 # ---- a light one

@@ -177,8 +177,8 @@ def test_a_notebook_shows_the_same():
     assert not re.search(r"[^-]color: *#|background: *(#|white|black)", t._repr_html_().replace("#8883", ""))
 
 
-def test_the_readme_shows_what_is_printed(capsys):
-    found = re.search(r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->", text("README.md"), re.S)
+def test_the_page_shows_what_is_printed(capsys):
+    found = re.search(r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->", text("docs/trace.md"), re.S)
     assert found
     exec(found[1], {"ml": ml, "torch": torch})
     assert capsys.readouterr().out == found[2]

@@ -1,0 +1,61 @@
+"""Proves that what is written leads where it says: links to files and headings, commands to options that exist, examples
+to what they print; and that every figure of the README and the pages stands in the entry of the log, or in the test, that
+the page names.
+
+The site is built by `make docs`, where a dead link ends the build.
+"""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from source import ROOT, lines, text
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+PAGES += ["kernels/README.md"]
+NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.py"))]
+
+
+def prose(page: str) -> str:
+    """A page without its fenced code, which has brackets of its own; of a notebook the comments."""
+    said = text(page)
+    if page.endswith(".py"):
+        said = "\n".join(line.removeprefix("#").strip() for line in said.splitlines() if line.startswith("#"))
+    return re.sub(r"^```.*?^```", "", said, flags=re.M | re.S)
+
+
+def anchors(page: str) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_are_githubs():
+    assert {"the-tree", "what-is-not-here-and-what-to-use-instead"} <= anchors("README.md")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
+def test_links_lead_somewhere(page: str):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", prose(page)):
+        there = (ROOT / page).parent / target if target else ROOT / page
+        assert there.exists(), f"{page} links to {target}, which is not on the disk"
+        if anchor:
+            assert anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), f"{page}: no heading {anchor}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in text(page)])
+def test_examples_print_what_they_show(page: str):
+    failed, tried = doctest.testfile(str(ROOT / page), module_relative=False)
+    assert tried and not failed
+
+
+def test_minutes_of_the_reading_order_follow_from_the_lines():
+    """About twenty lines a minute, as the README says."""
+    steps = re.findall(r"^\d+\. `([\w/]+\.py)`, (\d+) minutes", text("README.md"), flags=re.M)
+    assert len(steps) >= 5
+    for path, minutes in steps:
+        assert int(minutes) == round(lines(path) / 20), f"{path} has {lines(path)} lines"
