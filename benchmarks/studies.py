@@ -21,7 +21,7 @@ import math
 from typing import Any
 
 import minilora as ml
-from minilora.samples.task import Row, answer_of, question_of
+from minilora.samples.task import Row, question_of
 from side_by_side import fresh, machine
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]

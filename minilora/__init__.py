@@ -23,6 +23,7 @@ from minilora.algebra import Adapter, combine
 from minilora.audit.execute import pass_at_1
 from minilora.audit.inspect import Inspection, inspect
 from minilora.audit.merge_report import MergeReport, merge_report
+from minilora.audit.parity import Parity, parity
 from minilora.audit.selftest import Selftest, selftest
 from minilora.audit.verify import verify
 from minilora.card.push import push_to_hub
@@ -73,6 +74,7 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "ParameterCount",
+    "Parity",
     "Preview",
     "SFT",
     "Scores",
@@ -102,6 +104,7 @@ __all__ = [
     "merge",
     "merge_report",
     "mix",
+    "parity",
     "pass_at_1",
     "plain_ops",
     "plan_memory",

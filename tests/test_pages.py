@@ -1,18 +1,14 @@
-"""Proves that what is written leads where it says: links to files and headings, commands to options that exist, examples
-to what they print; and that every figure of the README and the pages stands in the entry of the log, or in the test, that
-the page names.
-
-The site is built by `make docs`, where a dead link ends the build.
-"""
+"""Proves that what is written leads where it says: links to files and headings, examples to what they print, minutes to
+lines; and that `make docs` makes a site of it, with every public name and no dead link."""
 
 import doctest
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+import minilora as ml
 from source import ROOT, lines, text
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
@@ -59,3 +55,15 @@ def test_minutes_of_the_reading_order_follow_from_the_lines():
     assert len(steps) >= 5
     for path, minutes in steps:
         assert int(minutes) == round(lines(path) / 20), f"{path} has {lines(path)} lines"
+
+
+@pytest.mark.slow  # imports nbconvert, describes every public name
+def test_the_site_is_built_and_describes_every_public_name():
+    for command in (["docs/site/pages.py"], ["-m", "zensical", "build", "-s", "-f", "out/zensical.toml"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    site = ROOT / "out" / "site"
+    reference = (site / "docs" / "reference.html").read_text(encoding="utf-8")
+    assert not [name for name in ml.__all__ if name[0] != "_" and f">ml.{name}<a" not in reference]
+    home = (site / "README.html", site / "index.html")
+    assert any(page.exists() for page in home) and len(list(site.rglob("*.html"))) > 30

@@ -1,6 +1,6 @@
 """Proves that the public door is one door, and light.
 
-`minilora.__all__`, what `dir` shows, what the file binds, the page docs/reference.md and the command line name the same things;
+`minilora.__all__`, what `dir` shows, what the file binds, docs/reference.md and the command line name the same things;
 `import minilora` loads none of the packages that only some users need, and costs little beside torch.
 """
 

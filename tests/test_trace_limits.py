@@ -178,7 +178,9 @@ def test_a_notebook_shows_the_same():
 
 
 def test_the_page_shows_what_is_printed(capsys):
-    found = re.search(r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->", text("docs/trace.md"), re.S)
+    found = re.search(
+        r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->", text("docs/trace.md"), re.S
+    )
     assert found
     exec(found[1], {"ml": ml, "torch": torch})
     assert capsys.readouterr().out == found[2]

@@ -112,6 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     checking = command(jobs.verify, "checkpoint")
     checking.add_argument("--source", help="folder of the base it was quantised from, to quantise again")
     checking.add_argument("--against", choices=["bitsandbytes"], help="the installed package; also for a dense folder")
+    text = "rows as in training: compare what --adapter on this model says in every form it can be written in"
+    checking.add_argument("--parity", metavar="DATASET", help=text)
+    checking.add_argument("--adapter", help="of --parity: folder or Hub id of an adapter in PEFT's format")
+    checking.add_argument("--quantize", choices=["nf4"], help="of --parity: the base as it was trained on")
+    checking.add_argument("--dtype", help="of --parity: of dense weights and of computing (default auto)")
+    checking.add_argument("--rows", type=int, help="of --parity: the first so many (default 8)")
+    checking.add_argument(
+        "--tolerance", type=float, help="of --parity: KL in nats that counts as rounding (default 0.01)"
+    )
     command(jobs.inspect, "path").add_argument("other", nargs="?", help="a second adapter, to compare")
     pushing = command(jobs.push)
     pushing.add_argument("folder", help="of an adapter or a model")
@@ -140,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _POSITIONAL = {
     "model": "Hub id, folder or .gguf file; for train also a .toml file that holds all options",
-    "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
+    "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format; with --parity a base, as `model` is",
     "path": "folder of a model or an adapter, or .gguf file",
     "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, prompt/completion or text rows",
     "prompt": "what to answer",

@@ -14,6 +14,7 @@ from minilora.adapters.files import find_adapter
 from minilora.adapters.merge import STORAGES
 from minilora.audit.inspect import inspect as inspect_path
 from minilora.audit.merge_report import first_difference, merge_report
+from minilora.audit.parity import parity as compare_forms
 from minilora.audit.selftest import selftest as measure
 from minilora.audit.verify import verify as verify_checkpoint
 from minilora.cli.values import CONFIGS
@@ -144,8 +145,20 @@ def _loss(model: Any, tokenizer: Any, data: str) -> float:
     return ml.evaluate(model, tokenizer, data, max_new_tokens=0).loss
 
 
-def verify(checkpoint: str, source: str | None, against: str | None) -> int:
-    """Compare a 4-bit checkpoint, tensor by tensor, with itself quantised again, its source or bitsandbytes."""
+def verify(
+    checkpoint: str, source: str | None, against: str | None, parity: str | None, adapter: str | None, **forms: Any
+) -> int:
+    """Compare a 4-bit checkpoint, tensor by tensor, with itself quantised again, its source or bitsandbytes; or, with
+    --parity, what a trained model says in every form: merged, 4-bit, GGUF, served."""
+    if parity is not None:
+        if source or against or adapter is None:
+            raise ValueError("--parity needs --adapter, and takes neither --source nor --against.")
+        check_file(parity)
+        report = compare_forms(checkpoint, adapter, parity, **{k: v for k, v in forms.items() if v is not None})
+        print(report)
+        return int(report.first is not None)
+    if unused := [name for name, value in (forms | {"adapter": adapter}).items() if value is not None]:
+        raise ValueError(f"--{unused[0]} is for --parity, which is missing.")
     verdicts = verify_checkpoint(checkpoint, source, against)
     for name, verdict in verdicts.items():
         print(f"{name:<60} {verdict}")
