@@ -101,7 +101,7 @@ class LoRALayer(nn.Module):
     def add_adapter(self, name: str, adapter: nn.Module) -> None:
         """Add an inactive adapter, on the base's device. A name that exists, is empty or has a dot raises."""
         if not name or "." in name or hasattr(self.adapters, name):  # a ModuleDict's methods are taken as well
-            raise ValueError(f"adapter name: expected a new name without dots, got {name!r} beside {[*self.adapters]}.")
+            raise ValueError(f"adapter {name!r}: expected a new, dotless name, not ModuleDict's: {[*self.adapters]}")
         device = next((p.device for p in self.base_layer.parameters()), None)
         self.adapters[name] = adapter.to(device).train(self.training).requires_grad_(False)
 

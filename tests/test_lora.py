@@ -206,7 +206,7 @@ def test_repr_says_what_one_wants_to_know():
         ({"lora_alpha": 0}, "lora_alpha != 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha != 0"),
         ({"lora_dropout": 1.0}, "lora_dropout < 1"),
-        ({"name": "a.b"}, "without dots"),
+        ({"name": "a.b"}, "dotless"),
     ],
 )
 def test_bad_arguments_raise(kwargs, message):
@@ -218,7 +218,7 @@ def test_misuse_raises():
     with pytest.raises(ValueError, match=r"expected a linear base .*, got Embedding: use inject\."):
         LoRALayer(nn.Embedding(4, 4))
     layer = LoRALayer(nn.Linear(48, 32))
-    with pytest.raises(ValueError, match="new name"):
+    with pytest.raises(ValueError, match="new, dotless name"):
         layer.add_adapter("default", LoRAAdapter(48, 32))
     with pytest.raises(ValueError, match=r"unknown adapters \['typo'\]"):
         layer.use(["typo"])
