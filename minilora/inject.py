@@ -2,8 +2,8 @@
 
     model.layers.0.self_attn.q_proj: Linear   →   LoRALayer(base_layer=Linear, adapters={"default": LoRAAdapter})
 
-Works on any nn.Module. The model keeps its class, its forward and its parameters; only entries of `_modules` change.
-Finding comes first and completely: a target that matches nothing raises before anything is replaced.
+Works on any nn.Module. Class, forward and parameters stay; entries of `_modules` change, and what requires grad. All is
+found before anything is replaced: what matches nothing raises first. `tie` may wait for a second reading.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def inject(model: nn.Module, config: LoRAConfig | None = None, name: str = "defa
     Args:
         config: what to adapt; None is `LoRAConfig()`.
         name: the adapter's name. One that the model already has raises ValueError.
-        seed: A's initial values depend on this and on the layer's name, and on nothing else.
+        seed: initial values depend on this, the layer's name and `config` (PiSSA, LoftQ: on W), and on nothing else.
 
     Returns the names of the adapted layers, in model order. Raises ValueError, with the model untouched, for a
     target, exclusion, pattern or layer number that matches nothing, for a rank larger than its layer, and for one that
@@ -100,7 +100,7 @@ def attach(model: nn.Module, adapters: dict[str, Adapter], config: LoRAConfig, n
         if not isinstance(layer, LoRALayer):
             layer = wrapped.get(id(layer)) or wrapped.setdefault(id(layer), _without_adapters(layer))
             model.set_submodule(path, layer)
-        layer.base_layer = adapter.__dict__.pop("new_base", layer.base_layer)  # LoftQ's, which warns of it
+        layer.base_layer = adapter.__dict__.pop("new_base", layer.base_layer)  # LoftQ's own 4-bit layer
         if name not in layer.adapters:
             layer.add_adapter(name, adapter)
     lora_configs(model)[name] = config
@@ -112,7 +112,7 @@ def attach(model: nn.Module, adapters: dict[str, Adapter], config: LoRAConfig, n
 def eject(model: nn.Module) -> list[str]:
     """Undo every inject: the layers that were replaced are back in place and trainable as before.
 
-    Returns the names of the restored layers. Adapters that were not saved are gone; base weights never changed.
+    Returns the names of the restored layers. Adapters that were not saved are gone; W is as it was (LoftQ: in 4 bits).
     """
     lora_configs(model).parts.place(model, [])
     layers = lora_layers(model, remove_duplicate=False)
@@ -275,7 +275,7 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
             return open_leaf("variants").vary(adapter, layer, config, layer_seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if config.init_lora_weights == "gaussian" and not isinstance(adapter, EmbeddingAdapter):  # whose B is normal
+    if config.init_lora_weights == "gaussian" and not isinstance(adapter, EmbeddingAdapter):  # whose B is
         generator = torch.Generator("cpu").manual_seed(layer_seed)
         adapter.lora_A.data.normal_(0, 1 / r, generator=generator)
     return adapter

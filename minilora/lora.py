@@ -2,8 +2,8 @@
 
     h = W x + s · B A x                       LoRA §4.1, eq. 3 (arXiv:2106.09685)
 
-W never changes. A brings x down to r numbers, B brings them back up, and only A and B train: r · (in + out) numbers in
-place of in · out. B starts at zero, so at step 0 nothing has changed; A is random, or B's gradient would be zero too.
+W never changes. A brings x down to r numbers, B back up; only these train: r · (in + out) numbers in place of in · out.
+B starts at zero, so that at step 0 h is W x, and A's gradient zero: B moves first. A is random, or B's were zero too.
 
     symbol  here               shape      meaning
     x       x                  (…, in)    input
@@ -44,7 +44,7 @@ class LoRAAdapter(nn.Module):
         )
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y + s · (B A dropout(x) + b), computed in x.dtype; x (…, in), y (…, out)."""
+        """y + s · (B A dropout(x) + b), computed in x.dtype; x (…, in), y (…, out). Variants also need the base."""
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)  # (r, in), (out, r)
         b = None if self.lora_bias is None else self.scaling * self.lora_bias.to(x.dtype)  # (out,)
         z = F.linear(self.dropout(x), A)  # (…, r)
@@ -80,7 +80,7 @@ class LoRALayer(nn.Module):
     """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones; with none h is W x.
 
     base: nn.Linear, NF4Linear, or transformers' Conv1D (its weight is stored transposed). With r=None there is no
-        adapter yet, and it may be of any kind that layers.py has adapters for. All else is the first adapter's.
+        adapter yet, and base may be of any kind that layers.py has adapters for. The rest describes the first adapter.
     Raises ValueError: a base that is not linear, r outside the layer, dropout outside [0, 1), α = 0.
     """
 
@@ -90,7 +90,7 @@ class LoRALayer(nn.Module):
         self.base_layer = base
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self.fused = None  # `forward` in one step, where inject has put it: ops/lora_linear.py
+        self.fused = None  # inject's: what `forward` says below, with less kept for backward (ops/lora_linear.py)
         self.training = base.training  # a layer put into an evaluating model evaluates: no dropout
         if r is not None:
             adapter = LoRAAdapter(*linear_features(base), r, lora_alpha, lora_dropout, use_rslora, seed=seed)

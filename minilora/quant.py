@@ -7,10 +7,11 @@ Backward dequantises a second time: keeping the dense W for it would hold every 
 memory that QLoRA saves. It calls the dequantisation under another name, or torch.compile would merge the two calls
 and keep W after all.
 
-Stored as uint8 parameters without gradient, four layers of bytes (minilora_kernels/weight.py): packed codes, and the
-scales as the bytes of their fp32 values, because .half(), .to(dtype) and mixed-precision sharding cast any fp32 tensor
-they meet and would ruin a scale silently. The codes are padded to 16 bytes, so that a kernel may load 128 bits.
-Unlike bitsandbytes' Linear4bit, nothing is repacked by eval() or by a forward; computing is in x.dtype.
+Stored as uint8 parameters without gradient (minilora_kernels/weight.py): packed codes; absmax; with double quantisation
+absmax as 8-bit codes, and nested absmax and offset beside them. What is fp32 is kept as its bytes, because .half(),
+.to(dtype) and mixed-precision sharding cast any fp32 tensor they meet and would ruin a scale silently. The codes are
+padded to 16 bytes, so that a kernel may load 128 bits. Unlike bitsandbytes' Linear4bit, nothing is repacked by eval()
+or by a forward; computing is in x.dtype.
 What was quantised here is remembered by a hash, so that the 4-bit layer and its 16-bit source are known as one base.
 """
 
@@ -56,7 +57,7 @@ def digest(content: Any) -> str:
 
 
 class _Multiply(torch.autograd.Function):
-    """x (…, in) · Wᵀ + b → (…, out), saving the 4-bit parts for backward and no dense weight."""
+    """x (…, in) · Wᵀ + b → (…, out), saving the 4-bit parts for backward: no dense weight, and no x, as W is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
@@ -74,7 +75,7 @@ class _Multiply(torch.autograd.Function):
             dx = g @ W  # (…, in)
         if ctx.needs_input_grad[1]:
             db = g.flatten(0, -2).sum(0)  # (out,)
-        return dx, db, *[None] * 6
+        return dx, db, *[None] * 6  # packed, scales, nested absmax, offset, shape, blocksize
 
 
 class NF4Linear(nn.Module):

@@ -119,9 +119,9 @@ for card, (sms, ghz, gb_per_s, threads) in CARDS.items():
 # %% [markdown]
 # ## 4. Coalescing: what one instruction of a warp touches
 # Threads run in *warps* of 32 that issue the same instruction together. Memory answers in *sectors* of 32 bytes, four
-# to a *line* of 128. What counts is how many useful bytes an instruction moves, and in how many sectors. For 256 values
-# a warp needs 4 byte loads or 1 word load, and 8 stores of 16 bits or 1 of 128. In the fourth picture each of the 8
-# asks for 16 sectors, 128 in all, to fill 16. So: **one word in, eight values, one 128-bit store out.**
+# to a *line* of 128. What counts is how many useful bytes an instruction moves, and in how many sectors. For 256
+# values a warp needs 4 byte loads or 1 word load, and 8 stores of 16 bits or 1 of 128. In the fourth picture each of
+# the 8 stores asks for 16 sectors, 128 in all, to fill 16. So: **one word in, eight values, one 128-bit store out.**
 
 # %%
 ACCESSES = {  # bytes a thread, and from one thread's to the next one's
@@ -175,9 +175,9 @@ assert torch.equal(out, levels[codes.int()])
 
 # %% [markdown]
 # **Four words under way.** A thread waits for a scale's code, then for the scale, then to store: very roughly half a
-# microsecond each. Section 3's table has how long it may live if all threads that a card holds together are to keep
-# memory busy: four times as long if it loads four words before it uses the first. Thread t takes the words t + 128 s,
-# s = 0..3, so that in each step a warp's words fill one line.
+# microsecond each, in which it asks memory for nothing. The last columns of section 3's table say how long a thread
+# may take if all that a card holds are to keep memory busy: four times as long with four words loaded before one is
+# used. Thread t takes the words t + 128 s, s = 0..3, so that in each step a warp's words fill one line.
 #
 # **Both levels of scales in one kernel.** absmax = map[code] · nested + offset, and no fp32 absmax is written and read
 # back. The reference rounds the product, then the sum; a *fused* multiply-add rounds once, and some last bits differ.

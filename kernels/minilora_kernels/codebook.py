@@ -1,18 +1,18 @@
 """Where the numbers of NF4 come from: 16 levels, 15 thresholds, and the 8-bit map of double quantisation.
 
-Pre-trained weights are close to normal, so NF4 puts its 16 levels at quantiles of N(0, 1), which uses every level
-about equally often (QLoRA §3, eq. 4), then divides by the largest so that they span [-1, 1]:
+Pre-trained weights are close to normal, so NF4 puts its 16 levels at quantiles of N(0, 1), densest where weights are
+(QLoRA §3, eq. 4), then divides by the largest so that they span [-1, 1]; an exact 0 keeps zeros zero:
 
     level = Q(p) / Q(p_max)      Q = inverse normal CDF, p_max = 0.9677083
     8 positive levels: p = linspace(p_max, 0.5, 9) without 0.5        0 is a level of its own
     7 negative levels: p = linspace(p_max, 0.5, 8) without 0.5, mirrored
 
-The dynamic map spends its 256 codes on 7 decades: decade i (10^(i-7) .. 10^(i-6)) has 2^i values of each sign, or,
-in the map of what is never negative, 2^(i+1).
+The dynamic map is the 8-bit code of the scales (reference.py) and of 8-bit AdamW's moments. It spends its 256 codes on
+7 decades: decade i (10^(i-7) .. 10^(i-6)) has 2^i values of each sign, or, of a moment never negative, 2^(i+1).
 
 Everything is derived, in the one order of roundings that gives bitsandbytes' numbers bit for bit: fp32 `linspace`,
 quantiles rounded to fp32 *before* the division, and p_max cut to seven decimals (the exact mean of 1 - 1/32 and
-1 - 1/30 halved would change 12 of the 16 levels). Plain tuples are cached, not tensors: a cached tensor could be
+1 - 1/30 would change 12 of the 16 levels). Plain tuples are cached, not tensors: a cached tensor could be
 changed by its caller, or be born on "meta" inside `with torch.device("meta")`.
 """
 
@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-P_MAX = 0.9677083  # bitsandbytes' literal for 1 - (1/32 + 1/30) / 4 = 0.96770833...
+P_MAX = 0.9677083  # bitsandbytes' literal for 1 - (1/32 + 1/30) / 2 = 0.96770833...
 
 
 def nf4_codebook() -> Tensor:

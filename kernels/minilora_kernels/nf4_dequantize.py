@@ -18,8 +18,8 @@ names hold whole tensors, which Triton spreads over the program's threads, 32 of
     for s in tl.static_range(4)                 unrolled, so that a tuple can hold a tensor for each s
     pointer.dtype.element_ty                    the dtype that is stored there
 
-Dequantising is bound by memory: 0.516 bytes are read and 2 written for each bf16 value. So what counts is how wide a
-thread loads and stores, and how few instructions stand between.
+Dequantising well is bound by memory: 0.516 bytes (1/2 + 1/64 + 4/16384) are read and 2 written for each bf16 value. So
+what counts is how wide a thread loads and stores, and how few instructions stand between. By entry of a tensor:
 
     textbook    a byte an entry, both nibbles looked up in memory, then interleaved
     fast        8 values an entry: one 32-bit word is loaded, one 128-bit piece of bf16 stored, the 16 levels are
@@ -115,7 +115,7 @@ def _dequantize_fast(
     n_words,  # whole words
     BLOCKSIZE: tl.constexpr,  # values that share one scale, 32 or more: a word never has two scales
     NESTED: tl.constexpr,  # whether scales are codes
-    WORDS: tl.constexpr,  # words of a step: one a thread, whose 8 bf16 values are one 128-bit store
+    WORDS: tl.constexpr,  # words of a step: one a thread (launch.py), whose 8 bf16 values are one 128-bit store
 ):
     # who am I: four steps of WORDS words. A step's words lie side by side, so that a warp reads and writes whole lines
     WORDS_PER_BLOCK: tl.constexpr = BLOCKSIZE // 8

@@ -5,7 +5,8 @@ Every other path (cpu.py, the Triton kernels) must give these bits. QLoRA §3; x
     absmax[k] = max |x| in block k            code = number of thresholds below x * (1 / absmax[k])
     x' = level[code] * absmax[k]              both in fp32; x' is rounded once, to the dtype asked for
 
-Double quantisation stores the absmax themselves in 8 bits, again blockwise, 256 to a block:
+Double quantisation stores the absmax themselves in 8 bits, again blockwise, 256 to a block. With B = 64 an fp32 absmax
+costs 32 / 64 = 0.5 bits a weight, its code and a share of a2 8 / 64 + 32 / (64 * 256) = 0.127:
 
     d[k] = absmax[k] - offset                 offset = mean(absmax)
     a2[j] = max |d| in block j                code = number of dynamic-map midpoints below d * (1 / a2[j])

@@ -9,9 +9,11 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3,
 What a family does differently is a switch of its config (config.py): biases and norms of q and k in Qwen, more norms,
 another activation and scaled embeddings in Gemma, a window and another rotation by the kind of layer (layer_types).
 Modules carry Hugging Face's names, so their paths are the keys of a checkpoint. Values agree with transformers' also in
-16 bit, because every rounding is where theirs is; to the bit on torch's own steps (MINILORA_STEPS=torch), as compiled
-ones sum in another order. Simplified against transformers: no labels, losses, dropout, attention-mask argument or
-output classes; document_ids says who sees whom, and padding is a document of its own.
+16 bit, because every rounding is where theirs is: to the bit with MINILORA_STEPS=torch; what is compiled otherwise sums
+in another order. Simplified against transformers: no labels, losses, dropout, attention-mask argument or output
+classes; document_ids says who sees whom, and padding has the id -1.
+
+Shapes: B rows, T new tokens, S keys (T and what the cache holds), D hidden size, H heads of d numbers each, V words.
 """
 
 from collections.abc import Mapping
@@ -162,9 +164,9 @@ class CausalLM(nn.Module):
 
         position_ids (B, T): default count on from the cache's length. Only differences matter to RoPE, so padding on
             the left and packed documents need none.
-        document_ids (B, T): a token sees itself and earlier tokens of the same id. None: all are one document (id 0),
-            or, with a cache, go on with the document of their row's last token. Padding takes the id -1. Without a
-            cache each document of a row is attended to by itself and padding not at all (ops/attention.py).
+        document_ids (B, T), equal ids side by side: a token sees itself and earlier tokens of its id. None: all are one
+            document (id 0), or, with a cache, go on with the document of their row's last token. Padding takes the id
+            -1. Without a cache each document is attended to by itself and padding not at all (ops/attention.py).
         cache: holds the earlier tokens; the new ones are appended.
         mask (B or 1, 1, T, S), bool: who may look at whom, given outright (a tree of continuations, for example). If
             only some layers have a window, a mask by the kind of layer: {"full_attention": …, "sliding_attention": …}.
@@ -198,7 +200,10 @@ class CausalLM(nn.Module):
         runs: list[tuple[int, bool]] | None,
         device: torch.device,
     ) -> Mapping[str, LayerMask]:
-        """The mask (T, S) of each kind of layer; None is plain causal, the fast path, Documents are many of those."""
+        """For each kind of layer a mask (T, S); None: plain causal, the fast path; or Documents: the same, one by one.
+
+        runs: (tokens, whether they are real) of each stretch of one id, row after row.
+        """
         if isinstance(mask, Mapping):
             return mask
         masks: dict[str, LayerMask] = dict.fromkeys(self.config.layer_types, mask)

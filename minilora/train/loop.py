@@ -3,10 +3,11 @@
     L(step) = sum of -log p(token) over the step's trained tokens / how many they are
 
 A step is `gradient_accumulation_steps` micro-batches. Its tokens are counted before the first forward pass and every
-micro-batch's summed loss is divided by that one number, so the gradient is the same however the step is split.
-What requires grad trains: the adapters, fp32 masters that are cast to the base's dtype in forward. The order of the
-data and the dropout of a step are functions of (seed, step), so a resumed run equals one that never stopped.
-In a process group of torch.distributed each rank takes its share of the micro-batches (engines/parallel.py).
+micro-batch's summed loss is divided by that one number, so the gradient is the same however the step is split, up to
+rounding and without dropout. What requires grad trains: the adapters, kept in fp32 and cast to x's dtype in forward.
+The order of the data and the dropout of a step follow from (seed, step, micro-batch): a resumed run equals one that
+never stopped. Below, `train` prepares and goes round, one step a turn: due evaluations, `_backward`, clip, optimiser,
+log. In a process group of torch.distributed each rank takes its share of the micro-batches (engines/parallel.py).
 """
 
 import time
@@ -80,9 +81,9 @@ def train(
     eval_dataset: held-out rows; or a dict of them by name, of which all but the first are measured as text.
 
     Ctrl-C ends the run cleanly: the last whole step is saved, and `interrupted` says so. Raises ValueError where
-    training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, a loss
-    is not finite. OSError where a checkpoint or the log cannot be written (a full disk): the run ends, what was saved
-    before stays whole. Seeds torch's global generator.
+    training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, not
+    even its B, a loss is not finite. OSError where a checkpoint or the log cannot be written (a full disk): the run
+    ends, what was saved before stays whole. Seeds torch's global generator.
     """
     started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
     check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
@@ -195,7 +196,7 @@ def _backward(
     seed: tuple[Any, ...] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L (M,), and means."""
-    share = parallel.share(len(samples))
+    share = parallel.share(len(samples))  # of this rank: a micro-batch's number, and 1, or 0 where there are too few
     batches = [objective.collate(samples[number]) for number, _ in share]
     own = sum(weight * objective.weight(batch) for (_, weight), batch in zip(share, batches, strict=True))
     count, stop = parallel.sum(torch.tensor([own, parallel.pressed], dtype=torch.float64)).tolist()  # of the whole step
@@ -207,7 +208,7 @@ def _backward(
         with parallel.gradients(last=batch is batches[-1]):
             with autocast:
                 loss_sum, further = parallel.loss(batch)
-            scaler.scale(loss_sum * (weight * parallel.world / count)).backward()
+            scaler.scale(loss_sum * (weight * parallel.world / count)).backward()  # world: DDP takes a mean
         losses[number] += loss_sum.detach() * (weight / count)
         for name, value in further.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * weight
