@@ -1,17 +1,24 @@
-"""Is the LoRA branch worth a kernel of its own on a GPU? Least times by datasheets (roofline.py), nothing measured.
+"""Which products are worth a kernel of one's own? Least times by datasheets (roofline.py), nothing measured.
 
     python benchmarks/fusing.py [--tokens 8192]
 
-On a layer of 4096 x 4096 and many tokens (minilora/ops/lora_linear.py): what the branch's bytes cost beside the layer's
-two products, and what each way of fusing it would save at the most. Tensor cores count with fp32 sums.
+Two candidates, on a layer of 4096 x 4096. The LoRA branch of many tokens (minilora/ops/lora_linear.py): what its bytes
+cost beside the layer's two products, and what each way of fusing it would save at the most. And few tokens through a
+4-bit layer (nf4_matmul.py): from the codes, as the kernel's machine code is counted, against a dense W that one kernel
+writes and a product reads. Tensor cores count with fp32 sums.
 """
 
 import argparse
 import json
+import math
+from typing import Any
 
-from roofline import CARDS, HALF, Card
+from kernel_report import rows
+from minilora_kernels import nf4_matmul
+from roofline import CARDS, HALF, WEIGHT_DOUBLE_QUANT, Card, bounds
 
 D, R = 4096, 16  # a layer's size, a rank
+FEW = {2: "matmul_nf4", 16: "matmul_nf4", 64: "matmul_nf4_64_tokens"}  # tokens: what was counted
 # bf16 multiply-adds with fp32 sums that an SM's tensor cores do in a clock, after NVIDIA's architecture whitepapers
 TENSOR = {"sm_75": 512, "sm_80": 1024, "sm_86": 256, "sm_89": 256, "sm_90": 2048, "sm_120": 256}
 
@@ -46,8 +53,25 @@ def branch(card: Card, N: int) -> dict[str, float]:
     return found
 
 
+def few_tokens(card: Card, M: int, ours: dict[str, Any], dequantise: dict[str, Any]) -> dict[str, float]:
+    """Microseconds from the codes, and by way of a dense W: in DRAM, or should the cache hold it all the while.
+
+    ours, dequantise: rows of kernel_report.py. The codes' partial sums are counted as if no cache held them.
+    """
+    n, xy = D * D, 2 * M * D * HALF  # weights; bytes of x and y
+    sums = 2 * 4 * M * D * math.ceil(nf4_matmul.ENOUGH / D)  # fp32, written and read
+    decode = max(bounds(card, n, WEIGHT_DOUBLE_QUANT, ours["pipes"]).values())
+    dense = bounds(card, n, WEIGHT_DOUBLE_QUANT + HALF, dequantise["pipes"])
+    cached = max(bounds(card, n, WEIGHT_DOUBLE_QUANT, dequantise["pipes"]).values())
+    return {
+        "codes": max(decode, product_us(card, max(16, M), D, D, n * WEIGHT_DOUBLE_QUANT + xy + sums)),
+        "dense": max(dense.values()) + product_us(card, M, D, D, n * HALF + xy),
+        "dense, cached": cached + product_us(card, M, D, D, xy),
+    }
+
+
 def main() -> None:
-    """The table, the JSON."""
+    """Two tables, the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of the LoRA branch")
     args = parser.parse_args()
@@ -59,7 +83,20 @@ def main() -> None:
     for way in ("saved: in the products' epilogues", "saved: q and dB from one reading"):
         share = (found[way] / (found["products"] + found["branch"]) for found in branches.values())
         print(f"{way.removeprefix('saved: ') + ', of all':36}" + "".join(f"{s:10.1%}" for s in share))
-    print(json.dumps({"benchmark": "fusing", "branch": branches}))
+
+    cards = {name: card for name, card in CARDS.items() if card.target != "sm_75"}  # for which nf4_matmul.py declines
+    names = [*dict.fromkeys(FEW.values()), "dequantize_nf4_double_quant"]
+    by = {(row["kernel"], row["target"]): row for row in rows(sorted({c.target for c in cards.values()}), names)}
+    few: dict[int, dict[str, dict[str, float]]] = {}
+    print(f"\nfew tokens through 4 bits, {D} x {D}: us at least, from the codes / dense W / dense W in the cache")
+    for M, kernel in FEW.items():
+        few[M] = {
+            name: few_tokens(card, M, by[kernel, card.target], by["dequantize_nf4_double_quant", card.target])
+            for name, card in cards.items()
+        }
+        cells = (f"{name} {' / '.join(f'{us:.1f}' for us in times.values())}" for name, times in few[M].items())
+        print(f"{M:3} tokens", *cells, sep="   ")
+    print(json.dumps({"benchmark": "fusing", "branch": branches, "few_tokens": few}))
 
 
 if __name__ == "__main__":

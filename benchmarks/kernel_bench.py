@@ -11,7 +11,8 @@ a second, their share of what copying gives on this card, and how many times as 
 
     eager, compile    the same in plain torch, and that compiled by torch.compile
     bitsandbytes      dequantize_4bit, quantize_4bit, and matmul_4bit, which its Linear4bit calls; gemv_4bit beside it
-    dense             for the GEMV: F.linear with a bf16 weight, 3.9 times the bytes
+    dequantised       of 16 tokens: W by our kernel, then F.linear, as it was done without a kernel for few tokens
+    dense             of the products: F.linear with a bf16 weight, 3.9 times the bytes
 
 Then SmolLM2 decodes, one token at a time, with the GEMV kernel and without, with a CUDA graph and without. The last
 line is one JSON document.
@@ -37,7 +38,7 @@ from bench_form import form
 from bench_timing import MODELS, Clock, CpuClock, GpuClock, card, copy_gb_per_s, measure, shapes_of
 from check_parts import Mismatch
 from kernel_check import check_all
-from kernel_jobs import GEMV, OURS, PEERS, Job, jobs
+from kernel_jobs import OURS, PEERS, PRODUCTS, Job, jobs
 from kernel_tune import tune
 from minilora_kernels import launch
 from minilora_kernels.paths import path_for
@@ -48,7 +49,7 @@ NO_GPU = """no GPU here: nothing was run, and nothing is known about speed. What
   python benchmarks/kernel_bench.py --device cpu                  does this script work? (the figures are the CPU's)"""
 NOT_A_GPU = "CPU ONLY: these figures are the CPU's, on toy layers. They prove nothing about a GPU"
 DRAWN = (OURS, "bitsandbytes")  # in the roofline
-COLUMNS = ("eager", "compile", "bitsandbytes", "gemv_4bit", "dense")
+COLUMNS = ("eager", "compile", "bitsandbytes", "gemv_4bit", "dequantised", "dense")
 CAPTURED = 3  # new tokens after which a step has been captured, and replayed once
 
 
@@ -70,7 +71,7 @@ def row_of(job: Job, shape: tuple[int, int], models: Sequence[str], clock: Clock
                 raise
             missing[name] = shorten(str(error), 150) or type(error).__name__
     differs = {name: difference(result, results[OURS]) for name, result in results.items()}
-    if job.name != GEMV and differs.get("eager"):
+    if job.name not in PRODUCTS and differs.get("eager"):
         raise Mismatch(f"{job.name}, {shape}: plain torch on this device has other results than our kernel")
     times = measure(clock, {name: job.calls[name] for name in results}, rounds)
     us = {name: statistics.median(found) for name, found in times.items()}
@@ -95,7 +96,7 @@ def print_row(row: dict[str, Any]) -> None:
     print("".join(f"{row['ratio'][name]:13.2f}" if name in row["ratio"] else f"{'-':>13}" for name in COLUMNS))
     for name, reason in row["missing"].items():
         print(f"    {name} NOT TIMED: {reason}")
-    close = 0.02 if row["job"] == GEMV else 0  # in a GEMV others round W to bf16, and add up in another order
+    close = 0.02 if row["job"] in PRODUCTS else 0  # others round W to bf16, and add up in another order
     if others := [f"{name} ({share:.1g})" for name, share in row["differs"].items() if not share <= close]:
         print(f"    other numbers than ours: {', '.join(others)}")
 

@@ -5,6 +5,7 @@
     dequantise, quantise, second level      the reference's bits, computed on the CPU
     GEMV, any x                             |y - W x| <= n u sum_k |W x_k|, the bound on any order of n roundings
     GEMV, x = one 1 among zeros             a column of W exactly: a wrong element cannot hide in the bound
+    few tokens                              both of these
     what a layer, a head and AdamW do       step_check.py
 
 The shapes end in the middle of a block, of a word and of a byte; the weights hold a block of zeros, one below fp32's
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import step_check
 from check_parts import DTYPES, LARGE, Run, same_bits, sample, within
-from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_quantize, reference
+from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_quantize, reference
 
 CASES = (((7, 129), 64), ((13, 1056), 32), ((24, 576), 64), ((2, 4100), 4096))  # shape, blocksize
 
@@ -118,14 +119,37 @@ def check_gemv(name: str, run: Run, shapes: tuple[tuple[int, int], ...], device:
                 same_bits(f"{what}, column {k}", got + 0.0, column + 0.0)
 
 
-def within_bound(what: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor) -> None:
+def check_matmul(name: str, run: Run, device: torch.device) -> None:
+    """run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias=None) -> y (tokens, out), in every dtype
+    and with as many tokens as it takes; W is rounded to x's dtype on the way."""
+    cuda = device.type == "cuda"
+    for shape, tokens in (((70, 96), 2), ((33, 1056), 17), *[(LARGE, 16), (LARGE, 64)] * cuda):
+        for double, dtype in itertools.product((False, True), DTYPES):
+            count = min(tokens, nf4_matmul.MOST[dtype])
+            parts = [None if part is None else part.to(device) for part in parts_of(shape, 64, double)]
+            W = dense_of(shape, 64, double, dtype)
+            what = f"{name} {shape}, {count} tokens in {dtype}{', double quantised' * double}"
+            x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+            bias = x.new_ones(shape[0])
+            found = run(x.to(device), *parts, shape, 64, bias.to(device))
+            for token, got in zip(x, found.cpu(), strict=True):
+                within_bound(what, got, W.float(), token, bias, ulp=4 if cuda and dtype.itemsize == 2 else 1)
+            columns = torch.arange(count) * (shape[1] - 1) // (count - 1)
+            one = torch.zeros_like(x).scatter_(1, columns[:, None], 1)
+            found = run(one.to(device), *parts, shape, 64)
+            same_bits(f"{what}, columns", found + 0.0, W[:, columns].T.contiguous() + 0.0)
+
+
+def within_bound(what: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor, ulp: int = 1) -> None:
     """Raises Mismatch unless got (out,) is W x + bias up to fp32 sums and one rounding to x's dtype; W fp32 (out, in).
 
     Each of a row's terms passes at most one rounding an addition, in + 1 of them in whatever order, and 3 more: W to
     fp32 (here), level * x, and * absmax. n roundings by 1 + u or less make a factor of 1 + n u / (1 - n u) or less.
+    ulp: of u, how many a rounding may be off. Tensor cores align the terms of a sum to the largest and cut off (Fasi
+    et al., 2021, doi.org/10.7717/peerj-cs.330): 2 u a term, and again for the sum of 8 or more so far, which makes 4.
     """
     y, size = (t(W.double()) @ t(x.double()) + t(bias.double()) for t in (torch.clone, torch.abs))  # (out,) each
-    n_u = (W.shape[1] + 4) * torch.finfo(torch.float32).eps / 2
+    n_u = (W.shape[1] + 4) * ulp * torch.finfo(torch.float32).eps / 2
     info = torch.finfo(x.dtype)
     bound = n_u / (1 - n_u) * size
     bound += info.eps / 2 * (y.abs() + bound) + info.smallest_normal * info.eps  # the last: subnormal results
@@ -142,5 +166,6 @@ CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     "gemv_nf4": lambda name, on: check_gemv(name, nf4_gemv.gemv, ((3, 2080),), on),
     "gemv_nf4_small": lambda name, on: check_gemv(name, nf4_gemv.gemv, ((17, 96), (3, 32)), on),
     "gemv_nf4_textbook": lambda name, on: check_gemv(name, nf4_gemv.gemv_textbook, ((3, 1030), (5, 2)), on),
+    "matmul_nf4": lambda name, on: check_matmul(name, nf4_matmul.matmul, on),
     **step_check.CHECKS,
 }

@@ -1,4 +1,4 @@
-"""What kernel_bench.py times: four jobs on one layer, done by our kernels, by plain torch and by bitsandbytes.
+"""What kernel_bench.py times: five jobs on one layer, done by our kernels, by plain torch and by bitsandbytes.
 
     for job in jobs((4096, 14336), torch.device("cuda"), clock, PEERS): job.calls["minilora"](turn)
 
@@ -23,6 +23,7 @@ from minilora_kernels import (
     nf4_codebook,
     nf4_dequantize,
     nf4_gemv,
+    nf4_matmul,
     nf4_quantize,
     nf4_thresholds,
     reference,
@@ -35,8 +36,10 @@ BLOCKSIZE = 64
 OURS = "minilora"
 PEERS = ("eager", "compile", "bitsandbytes")
 DEQUANTISE, QUANTISE, QUANTISE_TWICE, GEMV = "dequantise, double", "quantise", "quantise, double", "GEMV"
+FEW, TOKENS = "16 tokens", 16
+PRODUCTS = (GEMV, FEW)  # each contender adds up in an order of its own, and a GEMV rounds W or does not
 # of the formula, for one weight: level * absmax; max, * 1/absmax, 15 thresholds halved 4 times; level * x, add
-OPERATIONS = {DEQUANTISE: 1, QUANTISE: 6, QUANTISE_TWICE: 6, GEMV: 2}
+OPERATIONS = {DEQUANTISE: 1, QUANTISE: 6, QUANTISE_TWICE: 6, GEMV: 2, FEW: 2 * TOKENS}
 Calls = dict[str, dict[str, Call]]  # job -> contender -> call of a turn
 
 
@@ -61,16 +64,17 @@ def jobs(shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequ
         every.append(plain_calls(b, "compile", lambda function: torch.compile(function, dynamic=False)))
     if "bitsandbytes" in peers:
         every.append(bitsandbytes_calls(b))
-    every.append({GEMV: {"dense": lambda turn: F.linear(b.x, at(b.outs, turn))}})
+    every.append({job: {"dense": lambda turn, x=x: F.linear(x, at(b.outs, turn))} for job, x in b.xs.items()})
 
     dense, weight = b.dense[0].nbytes, sum(part.nbytes for part in b.weights[0])
     plain = b.weights[0][0].nbytes + 4 * len(b.weights[0][1])  # packed codes and fp32 absmax
-    vectors = b.x.nbytes + b.x.element_size() * shape[0]
+    vectors = sum(shape) * b.xs[GEMV].element_size()
     moved = {
         DEQUANTISE: weight + dense,
         QUANTISE: dense + plain,
         QUANTISE_TWICE: dense + weight,
         GEMV: weight + vectors,
+        FEW: weight + TOKENS * vectors,
     }
     for name, operations in OPERATIONS.items():
         calls = {contender: call for group in every for contender, call in group.get(name, {}).items()}
@@ -84,7 +88,8 @@ class Buffers:
         generator = torch.Generator(device).manual_seed(0)
         W = (torch.randn(shape, generator=generator, device=device) * 0.02).bfloat16()
         self.shape = shape
-        self.x = torch.randn(shape[1], generator=generator, device=device).bfloat16()
+        x = torch.randn(TOKENS, shape[1], generator=generator, device=device).bfloat16()
+        self.xs = {GEMV: x[0].clone(), FEW: x}
         parts = quantize_twice(W)
         count = buffers(sum(part.nbytes for part in parts), clock)
         self.weights = [tuple(part.clone() for part in parts) for _ in range(count)]  # packed, scales, nested, offset
@@ -116,7 +121,11 @@ def our_calls(b: Buffers) -> Calls:
         DEQUANTISE: {OURS: lambda turn: dequantize(at(b.weights, turn), at(b.outs, turn))},
         QUANTISE: {OURS: b.keep(lambda turn: quantize(at(b.dense, turn)))},
         QUANTISE_TWICE: {OURS: b.keep(lambda turn: quantize_twice(at(b.dense, turn)))},
-        GEMV: {OURS: lambda turn: gemv(b.x, at(b.weights, turn), b.shape)},
+        GEMV: {OURS: lambda turn: multiply(b.xs[GEMV], at(b.weights, turn), b.shape)},
+        FEW: {
+            OURS: lambda turn: multiply(b.xs[FEW], at(b.weights, turn), b.shape),
+            "dequantised": lambda turn: F.linear(b.xs[FEW], dequantize(at(b.weights, turn), at(b.outs, turn))),
+        },
     }
 
 
@@ -146,11 +155,13 @@ def quantize_twice(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return packed, *(nf4_quantize if on_triton(x) else reference).double_quantize(absmax)
 
 
-def gemv(x: Tensor, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """x (in,) -> W x (out,)."""
+def multiply(x: Tensor, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """x (in,) or (tokens, in) -> x Wᵀ, without a dense W where there is a kernel for it."""
     packed, scales, nested, offset = parts
-    if on_triton(x):
+    if on_triton(x) and x.dim() == 1:
         return nf4_gemv.gemv(x, packed, scales, nested, offset, shape, BLOCKSIZE)
+    if on_triton(x) and nf4_matmul.fits(x.dtype, x.device, shape, len(x)):
+        return nf4_matmul.matmul(x, packed, scales, nested, offset, shape, BLOCKSIZE)
     return F.linear(x, dequantize(parts, x.new_empty(shape)))
 
 
@@ -169,13 +180,15 @@ class Tables(NamedTuple):
 def plain_calls(b: Buffers, name: str, prepare: Callable[[Callable], Callable]) -> Calls:
     """By the functions below, each first passed through `prepare`."""
     tables = (nf4_codebook(), dynamic_map(), nf4_thresholds(), midpoints(dynamic_map()))
-    t = Tables(*(table.to(b.x.device) for table in tables))
-    dequantize, quantize, twice, gemv = map(prepare, (plain_dequantize, plain_quantize, plain_twice, plain_gemv))
+    t = Tables(*(table.to(b.xs[GEMV].device) for table in tables))
+    dequantize, quantize, twice, multiply = map(
+        prepare, (plain_dequantize, plain_quantize, plain_twice, plain_multiply)
+    )
     return {
         DEQUANTISE: {name: lambda turn: dequantize(t, at(b.weights, turn), b.shape)},
         QUANTISE: {name: b.keep(lambda turn: quantize(t, at(b.dense, turn)))},
         QUANTISE_TWICE: {name: b.keep(lambda turn: twice(t, at(b.dense, turn)))},
-        GEMV: {name: lambda turn: gemv(t, b.x, at(b.weights, turn), b.shape)},
+        **{job: {name: lambda turn, x=x: multiply(t, x, at(b.weights, turn), b.shape)} for job, x in b.xs.items()},
     }
 
 
@@ -201,8 +214,8 @@ def plain_twice(t: Tables, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return packed, codes.view(-1)[: len(d)], nested, absmax.mean()
 
 
-def plain_gemv(t: Tables, x: Tensor, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """x (in,) -> W x (out,), with W rounded to bf16 on the way."""
+def plain_multiply(t: Tables, x: Tensor, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """x (…, in) -> x Wᵀ (…, out), with W rounded to bf16 on the way."""
     return F.linear(x, plain_dequantize(t, parts, shape))
 
 
@@ -224,28 +237,29 @@ def bitsandbytes_calls(b: Buffers) -> Calls:
     for packed, scales, nested, offset in b.weights:
         weight = NF4Weight.from_parts(packed, scales, nested, offset, b.shape, BLOCKSIZE, torch.bfloat16)
         state = weight.state_dict("w")
-        pairs.append((state.pop("w"), bnb.QuantState.from_dict(state, device=b.x.device)))
+        pairs.append((state.pop("w"), bnb.QuantState.from_dict(state, device=b.xs[GEMV].device)))
 
     def quantize(turn: int, nested: bool) -> tuple[Tensor, Any]:
         return bnb.quantize_4bit(at(b.dense, turn), compress_statistics=nested, quant_type="nf4")
 
     def dequantize(turn: int) -> Tensor:
-        out = at(b.outs, turn) if b.x.is_cuda else None  # on a CPU it cannot write into a tensor
+        out = at(b.outs, turn) if b.outs[0].is_cuda else None  # on a CPU it cannot write into a tensor
         return bnb.dequantize_4bit(*at(pairs, turn), out=out)
 
-    def multiply(turn: int) -> Tensor:
+    def multiply(turn: int, x: Tensor) -> Tensor:
         packed, state = at(pairs, turn)
-        return matmul_4bit(b.x[None], packed.t(), quant_state=state)[0]
+        return matmul_4bit(x, packed.t(), quant_state=state)
 
     def multiply_alone(turn: int) -> Tensor:
         packed, state = at(pairs, turn)
-        return bnb.gemv_4bit(b.x[None], packed, state=state)[0]
+        return bnb.gemv_4bit(b.xs[GEMV][None], packed, state=state)[0]
 
     # on a CPU gemv_4bit takes another layout, and reads this one wrong
-    gemv = {"bitsandbytes": multiply} | ({"gemv_4bit": multiply_alone} if b.x.is_cuda else {})
+    alone = {"gemv_4bit": multiply_alone} if b.outs[0].is_cuda else {}
     return {
         DEQUANTISE: {"bitsandbytes": dequantize},
         QUANTISE: {"bitsandbytes": b.keep(lambda turn: quantize(turn, False))},
         QUANTISE_TWICE: {"bitsandbytes": b.keep(lambda turn: quantize(turn, True))},
-        GEMV: gemv,
+        GEMV: {"bitsandbytes": lambda turn: multiply(turn, b.xs[GEMV][None])[0]} | alone,
+        FEW: {"bitsandbytes": lambda turn: multiply(turn, b.xs[FEW])},
     }

@@ -3,9 +3,9 @@
     python benchmarks/kernel_report.py [--targets sm_80,sm_86,gfx942] [--json FILE]
 
 Ours are compiled by calling the library's own launchers on CPU tensors inside `imaginary_gpu`: bf16, 4096 x 4096 (the
-small GEMV 1536 x 576), blocks of 64; cross-entropy on 512 x 131072 logits, AdamW and a layer's steps on 4096 x 4096
-values (report_jobs.py). If a launcher starts several kernels, the one with the largest grid is counted.
-bitsandbytes' are taken out of the installed wheel. All figures are those of one thread with full work (see sass.py):
+small GEMV 1536 x 576), blocks of 64, few tokens 16 or 64; cross-entropy on 512 x 131072 logits, AdamW and a layer's
+steps on 4096 x 4096 values (report_jobs.py). If a launcher starts several kernels, the one with the largest grid is
+counted. bitsandbytes' are taken out of the installed wheel. Figures are those of a thread with full work (sass.py):
 
     instr/elem      instructions per weight (logit, parameter, value); of a kernel with loops those inside them
     whole           the same with what stands around the loops: in a GEMV at an inner size of 4096 (small: 576)
@@ -57,6 +57,12 @@ BITSANDBYTES = {
     "gemv_nf4": Peer("kgemm_4bit_inference_naiveI13__nv_bfloat16Li128ELi16E", 128, 4096 // 32, WEIGHT, 32),
     "adamw_8bit": Peer("kOptimizerStatic8bit2StateBlockwiseIfLi0ELi256ELi1E", 256, 1, ADAMW_BYTES),
     "gemv_nf4_double_quant": Peer("gemm_4bit_simtI13__nv_bfloat16Li1EE", 128, 4096 // 32, WEIGHT_DOUBLE_QUANT, 32),
+    # 32 or 64 tokens by 64 rows by 128 weights of each. Their dynamic shared memory is not in the binary: the occupancy
+    # is one without
+    "matmul_nf4": Peer("gemm_4bit_sm80_m16n8k16I13__nv_bfloat16Li32ELi64ELi128EE", 256, 1024, WEIGHT_DOUBLE_QUANT, 32),
+    "matmul_nf4_64_tokens": Peer(
+        "gemm_4bit_sm80_m16n8k16I13__nv_bfloat16Li64ELi64ELi128EE", 256, 1024, WEIGHT_DOUBLE_QUANT, 32
+    ),
 }
 
 
@@ -100,6 +106,8 @@ def bitsandbytes_rows(targets: Iterable[str]) -> list[dict[str, Any]]:
             continue
         for name, peer in BITSANDBYTES.items():
             counts = count(binary, peer.pattern, through="LDG.*128" if peer.trip else None)
+            if peer.trip and not counts.loop.loads:
+                continue  # an empty kernel, of a size that this card does not take
             found.append(
                 {"kernel": name, "target": target}
                 | figures(counts, peer.elements, peer.trip)

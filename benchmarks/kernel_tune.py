@@ -19,9 +19,9 @@ from triton.runtime import driver
 from bench_timing import Call, Clock, measure
 from check_parts import Mismatch
 from kernel_check import CHECKS
-from kernel_jobs import BLOCKSIZE, DEQUANTISE, GEMV, OURS, QUANTISE, jobs
+from kernel_jobs import BLOCKSIZE, DEQUANTISE, GEMV, OURS, QUANTISE, jobs, quantize_twice
 from minilora.engines.adam8bit import zero_moments
-from minilora_kernels import launch, nf4_quantize
+from minilora_kernels import launch, nf4_matmul, nf4_quantize
 from minilora_kernels.launch import Tile, tile
 from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 
@@ -45,6 +45,7 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
         ],
         "gemv_nf4": [tile(max(1, n // lanes), ROWS=r, CHUNKS=n) for r in (1, 2, 4) for n in (32, 64, 128, 256)],
         "gemv_nf4_small": [tile(max(1, r * n // lanes), ROWS=r, CHUNKS=n) for r in (8, 16, 32) for n in (1, 2, 4)],
+        "matmul_nf4": [tile(w, ROWS=16 * w * r, CHUNKS=n) for w in (2, 4, 8) for r in (1, 2) for n in (1, 2, 4)],
         "cross_entropy": [
             tile(w, WIDTH=n) for n in (1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32
         ],
@@ -98,6 +99,7 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
     labels = torch.zeros(len(logits[0]), dtype=torch.int64, device=device)
     x = [values.bfloat16().view(LARGE) for values in p]  # (tokens, LARGE[1])
     w, r, angle = x[0][0].clone(), torch.ones(LARGE[0], 1, device=device), torch.ones_like(x[0][:, :64])[None, None]
+    few, weights = x[0][:16], [quantize_twice(values) for values in x]
     q = [values.view(1, LARGE[0], -1, 64).transpose(1, 2) for values in x]  # (1, heads, tokens, 64)
     return {
         "dequantize_nf4": large[DEQUANTISE],
@@ -105,6 +107,7 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
         "double_quantize_nf4": lambda turn: nf4_quantize.double_quantize(scales[turn % len(scales)], offset),
         "gemv_nf4": large[GEMV],
         "gemv_nf4_small": small[GEMV],
+        "matmul_nf4": lambda turn: nf4_matmul.matmul(few, *weights[turn % 2], LARGE, BLOCKSIZE),
         "cross_entropy": lambda turn: cross_entropy.cross_entropy(logits[turn % 2], labels, scales[0], True, 1.0),
         "adamw_8bit": lambda turn: adam8bit.step(p[turn % 2], p[turn % 2 - 1], moments[turn % 2], (0.5,) * 8),
         "rms_norm": lambda turn: norm.rms_norm(x[turn % 2], w, 1e-5, False),

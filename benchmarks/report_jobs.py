@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_quantize
+from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_matmul, nf4_quantize
 from minilora_kernels.launch import tile_for
 from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 from roofline import HALF, WEIGHT, WEIGHT_DOUBLE_QUANT
@@ -49,6 +49,13 @@ def jobs() -> dict[str, Job]:
         n, x = math.prod(shape), torch.empty(shape[1], dtype=torch.bfloat16)
         return Job(lambda: run(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
 
+    def tokens(count: int) -> Job:
+        def trip() -> int:
+            return nf4_matmul.CHUNK * math.prod(size for _, size in tile_for("matmul_nf4").constants)
+
+        x = torch.empty(count, shape[1], dtype=torch.bfloat16)
+        return Job(lambda: nf4_matmul.matmul(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
+
     def head(logits: Tensor, labels: Tensor) -> Job:
         def trip() -> int:
             return tile_for("cross_entropy").constants[0][1]
@@ -67,6 +74,8 @@ def jobs() -> dict[str, Job]:
         "gemv_nf4_double_quant": gemv(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
         "gemv_nf4_double_quant_small": gemv(nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK),
         "gemv_nf4_double_quant_textbook": gemv(nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2),  # of a byte
+        "matmul_nf4": tokens(16),
+        "matmul_nf4_64_tokens": tokens(64),
         "cross_entropy": head(torch.empty(512, 2**17, dtype=dense.dtype), torch.empty(512, dtype=torch.int64)),
         "adamw_8bit": Job(lambda: adam8bit.step(p, p, moments, (0.5,) * 8), n, ADAMW_BYTES),
         **_steps(dense),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minilora.modules import TrainedParts, ends_with, output_layer
 from minilora.names import unknown
 from minilora.ops import plain_now
-from minilora_kernels import FEW, NF4Weight, dequantize_nf4, multiplier, prepare, quantize_nf4
+from minilora_kernels import FEW, FEW_ON_A_GPU, NF4Weight, dequantize_nf4, multiplier, prepare, quantize_nf4
 
 _PARTS = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")  # of an NF4Weight, and of NF4Linear
 ROWS = 64
@@ -150,7 +150,8 @@ class NF4Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         parts = self.weight.parts()
-        if not torch.is_grad_enabled() and not plain_now() and 0 < x.shape[:-1].numel() <= FEW:
+        few = FEW if device == "cpu" else FEW_ON_A_GPU
+        if not torch.is_grad_enabled() and not plain_now() and 0 < x.shape[:-1].numel() <= few:
             return torch.ops.minilora.gemv_nf4(x, *parts, bias)  # without a dense W where a kernel does
         return _Multiply.apply(x, bias, *parts)
 

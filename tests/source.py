@@ -23,8 +23,9 @@ LEAVES = {
 }
 # The fast ops, each with its plain form on top, and what is compiled for them: one knows the library without.
 FAST = ("minilora.ops", "minilora_kernels.compiled", "minilora_kernels.pool")
-# Kernels of training on a GPU, outside the reading path: what they do, a plain form beside their caller does anywhere.
-GPU = ("minilora_kernels.steps",)
+# Kernels of training, and of few tokens, on a GPU, outside the reading path: what they do, a plain form beside their
+# caller does anywhere.
+GPU = ("minilora_kernels.steps", "minilora_kernels.nf4_matmul")
 FLOORS = {f"minilora.{room}": number for number, rooms in ROOMS.items() for room in rooms.split()}
 FLOORS["minilora_kernels"] = 0
 

@@ -1,5 +1,5 @@
-"""Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for one token, compiled too,
-the loss of a head, a layer's steps, 8-bit AdamW, and a token's step as a CUDA graph.
+"""Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for few tokens, compiled
+too, the loss of a head, a layer's steps, 8-bit AdamW, and a token's step as a CUDA graph.
 
 `pytest -m gpu` runs this and benchmarks/kernel_bench.py's check. Nothing here has run yet: no GPU was at hand.
 """
@@ -41,7 +41,8 @@ def test_ops_have_the_bits_of_the_cpu(shape, double_quant):
         assert torch.equal(dequantize_nf4(here, dtype), dequantize_nf4(there, dtype).cpu())
     torch.library.opcheck(OPS.dequantize_nf4, (*there.parts(), torch.bfloat16))
     if shape[0]:
-        torch.library.opcheck(OPS.gemv_nf4, (torch.randn(shape[1], device="cuda"), *there.parts(), None))
+        for tokens in ((), (17,)):
+            torch.library.opcheck(OPS.gemv_nf4, (torch.randn(*tokens, shape[1]).cuda(), *there.parts(), None))
 
 
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
@@ -50,14 +51,16 @@ def test_a_layer_trains_and_answers(mode):
     layer = NF4Linear.from_linear(nn.Linear(128, 96)).cuda()
     run = layer if mode is None else torch.compile(layer, mode=mode, fullgraph=True)
     W, b = layer.dequantize(torch.float64), layer.bias.double()
-    x, token = torch.randn(5, 128, device="cuda", requires_grad=True), torch.randn(1, 128, device="cuda")
+    x, tokens = torch.randn(5, 128, device="cuda", requires_grad=True), torch.randn(7, 128, device="cuda")
     for _ in range(3):  # warm-up, capture, replay
         with torch.no_grad():
-            y = run(token).clone()
+            y, few = run(tokens[:1]).clone(), run(tokens).clone()
         x.grad = None
         run(x).sum().backward()
         # fp32, or TF32 where a user has allowed it: sums of 128 products, each rounded to 10 bits at worst
-        torch.testing.assert_close(y.double(), F.linear(token.double(), W, b), rtol=1e-2, atol=1e-2)
+        for found in (y, few):
+            expected = F.linear(tokens[: len(found)].double(), W, b)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(x.grad.double(), W.sum(0).expand(5, -1), rtol=1e-2, atol=1e-2)
 
 

@@ -16,7 +16,7 @@ import torch
 import bench_timing
 import kernel_bench
 from bench_timing import CpuClock, GpuClock, buffers, layers, measure, shapes_of
-from kernel_jobs import DEQUANTISE, GEMV, OPERATIONS, OURS, QUANTISE, QUANTISE_TWICE, jobs
+from kernel_jobs import DEQUANTISE, FEW, GEMV, OPERATIONS, OURS, PRODUCTS, QUANTISE, QUANTISE_TWICE, jobs
 from minilora_kernels.launch import TILES
 from source import ROOT
 
@@ -71,6 +71,7 @@ def test_bytes_of_a_call():
     assert round(moved[DEQUANTISE] / n, 4) == 2.5159
     assert moved[QUANTISE] / n == 2.5 + 4 / 64  # fp32 absmax
     assert moved[GEMV] == weight + 2 * (4096 + 4096)  # x and y
+    assert moved[FEW] == weight + 16 * 2 * (4096 + 4096)
 
 
 def test_models_that_share_a_shape_share_its_row():
@@ -165,8 +166,8 @@ def test_the_whole_way_on_a_cpu(tmp_path):
         assert row["ratio"] == pytest.approx({name: us / ours for name, us in row["us"].items()})
         assert row["operations"] == math.prod(row["shape"]) * OPERATIONS[row["job"]]
         assert {"eager", "bitsandbytes"} < set(row["us"]) and not row["missing"]
-        # all do the same job; a GEMV up to the rounding of W and of the result, 2^-8 each in bf16
-        assert max(row["differs"].values()) <= (2**-7 if row["job"] == GEMV else 0), row
+        # all do the same job; a product up to the rounding of W and of the result, 2^-8 each in bf16
+        assert max(row["differs"].values()) <= (2**-7 if row["job"] in PRODUCTS else 0), row
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
@@ -188,5 +189,5 @@ def test_the_whole_way_on_a_gpu(tmp_path):
     document = last_line(subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True))
     assert document["checked"] == list(TILES)
     for row in document["rows"]:
-        assert row["us"][OURS] > 0 and row["differs"]["eager"] <= (2**-7 if row["job"] == GEMV else 0), row
+        assert row["us"][OURS] > 0 and row["differs"]["eager"] <= (2**-7 if row["job"] in PRODUCTS else 0), row
     assert document["decode"].get("path", "triton") == "triton"

@@ -36,9 +36,10 @@ def test_opcheck(shape, double_quant):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [(), (3,)])
 @pytest.mark.parametrize("shape", [(33, 64), (7, 13), (5, 96)])
-def test_opcheck_of_one_token(shape, bias, double_quant):
-    weight, x = weight_of(shape, double_quant), torch.randn(shape[1])
+def test_opcheck_of_few_tokens(shape, tokens, bias, double_quant):
+    weight, x = weight_of(shape, double_quant), torch.randn(*tokens, shape[1])
     arguments = (x, *weight.parts(), torch.randn(shape[0]) if bias else None)
     torch.library.opcheck(OPS.gemv_nf4, arguments)
     dense = F.linear(x.double(), dequantize_nf4(weight, torch.float64), None if not bias else arguments[-1].double())

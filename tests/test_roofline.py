@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusing import D, branch, product_us
+from fusing import D, branch, few_tokens, product_us
 from roofline import CARDS, HALF, LANES, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
 
 SQUARE, LAYER = 4096 * 4096, 4096 * 14336
@@ -103,3 +103,17 @@ def test_the_branch_moves_sixteen_bytes_a_value_and_addmm_no_more_than_a_kernel(
         assert found["saved: in the products' epilogues"] == pytest.approx(found["branch"] / 2)
         assert 0 < found["saved: q and dB from one reading"] < found["branch"] / 8
         assert found["saved: y += s z B alone"] == 0
+
+
+def test_few_tokens_by_way_of_a_dense_weight_move_it_twice():
+    """With kernels of which no instruction counts: 0.516 bytes a weight, and 4 on top where W is made. Sums of the 8
+    parts of 4096 rows are written and read in fp32; x and y are in 2 bytes."""
+    idle = {"pipes": {}}
+    for card in CARDS.values():
+        found = few_tokens(card, 2, idle, idle)
+        us, vector = card.gb_per_s * 1e3, 2 * D
+        assert found["codes"] == pytest.approx((D * D * WEIGHT_DOUBLE_QUANT + vector * (4 + 8 * 8)) / us)
+        assert found["dense"] == pytest.approx((D * D * (WEIGHT_DOUBLE_QUANT + 4) + vector * 4) / us)
+        assert D * D * WEIGHT_DOUBLE_QUANT / us < found["dense, cached"] < found["dense"] / 4
+        slow = few_tokens(card, 2, {"pipes": {"issue": 1e6}}, idle)
+        assert slow["codes"] > 1e3 * found["codes"] and slow["dense"] == found["dense"]

@@ -20,6 +20,7 @@ from .paths import ENVIRONMENT, path_for
 from .weight import NF4Weight, check_format
 
 FEW = 8  # rows of x up to which multiplying from the codes is faster than from a dense W
+FEW_ON_A_GPU = 64  # where nf4_matmul.py takes them: faster by the model, benchmarks/fusing.py
 # scales: fp32 absmax (K,), the other two None; or uint8 codes (K,), nested_absmax fp32 (J,), offset fp32 (1,)
 _PARTS = "Tensor packed, Tensor scales, Tensor? nested_absmax, Tensor? offset"
 
@@ -201,14 +202,16 @@ def _gemv(
             f"None, got {tuple(x.shape)} and {None if bias is None else tuple(bias.shape)}"
         )
     path, rows = path_for(x.device), x.shape[:-1].numel()
-    if path == "triton" and rows == 1 and x.dtype != torch.float64:
-        from . import nf4_gemv
+    if path == "triton" and 0 < rows <= FEW_ON_A_GPU:
+        from . import nf4_gemv, nf4_matmul
 
-        if nf4_gemv.fits(shape):
+        one = rows == 1 and x.dtype != torch.float64 and nf4_gemv.fits(shape)
+        if one or (rows > 1 and nf4_matmul.fits(x.dtype, x.device, shape, rows)):
             _check_parts(packed, scales, nested_absmax, offset, shape, blocksize)
             parts = _for_a_kernel(packed, scales, nested_absmax, offset, bias, x)
             packed, scales, nested_absmax, offset, bias, flat = parts
-            y = nf4_gemv.gemv(flat.view(-1), packed, scales, nested_absmax, offset, shape, blocksize, bias)
+            multiply, flat = (nf4_gemv.gemv, flat.view(-1)) if one else (nf4_matmul.matmul, flat.view(rows, -1))
+            y = multiply(flat, packed, scales, nested_absmax, offset, shape, blocksize, bias)
             return y.view(*x.shape[:-1], -1)
     if path == "cpu" and 0 < rows <= FEW and x.dtype in nf4.DTYPES and (bias is None or bias.dtype == x.dtype):
         _check_parts(packed, scales, nested_absmax, offset, shape, blocksize)

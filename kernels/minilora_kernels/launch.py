@@ -61,6 +61,11 @@ TILES: dict[str, dict[str, Tile]] = {
         "gfx9": tile(1, ROWS=32, CHUNKS=2),
     },
     "gemv_nf4_textbook": {"default": tile(4, BYTES=512)},
+    "matmul_nf4": {
+        # a warp has 16 rows, the tensor cores' least, and a thread one chunk of one row
+        "default": tile(4, ROWS=64, CHUNKS=2),
+        "gfx9": tile(2, ROWS=64, CHUNKS=2),
+    },
     "cross_entropy": {
         # 8 logits a thread, one 128-bit load; more would take registers that other rows need
         "default": tile(8, WIDTH=2048),

@@ -14,6 +14,7 @@ from minilora_kernels import (
     launch,
     nf4_dequantize,
     nf4_gemv,
+    nf4_matmul,
     nf4_quantize,
     nf4_thresholds,
     reference,
@@ -213,6 +214,7 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         (rotation, "_rotate"),
         (gates, "_gated"),
         (gates, "_gated_backward"),
+        (nf4_matmul, "_matmul"),
     ]:
         monkeypatch.setattr(module, name, {(1,): lambda *a, **k: options.append(k["enable_fp_fusion"])})
     parts, x = parts_of(normal(1, 64), 64, True), normal(64)
@@ -231,4 +233,5 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
     rotation.rotate(x[None, None], x[None, None], x[None, None], 1.0)
     gates.gated(x, x, False)
     gates.gated_backward(x, x, x, False)
-    assert options == [False] * 15
+    nf4_matmul.matmul(x.half().expand(2, -1).contiguous(), *parts, (1, 64), 64)
+    assert options == [False] * 16
