@@ -249,6 +249,7 @@ OBSTACLES = {
     "parts of the model lie on cuda:0 and cpu": lambda model: setattr(
         model.model.norm, "weight", nn.Parameter(torch.ones(64))
     ),
+    "model lie on cuda:0 and cpu": lambda model: model.model.norm.register_buffer("left behind", torch.ones(64)),
 }
 
 
@@ -267,8 +268,12 @@ def test_4_bit_layers_without_triton_and_autocast_stand_in_the_way(monkeypatch):
     on_fake_gpu(model)
     monkeypatch.setenv("MINILORA_NF4", "reference")
     assert "path 'reference'" in (obstacle(model) or "")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
-    assert "autocast" in (obstacle(model) or "")
+    dense = on_fake_gpu(twin(oracle()))
+    assert obstacle(dense) is None  # which has no such layers
+    for kind, why in (("cpu", "path 'reference'"), ("cuda", "autocast")):  # a CPU's is none of a GPU's
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, kind=kind: device == kind)
+        assert why in (obstacle(model) or "")
+    assert "autocast" in (obstacle(dense) or "")
 
 
 def test_a_model_elsewhere_or_of_another_kind_is_refused():

@@ -39,6 +39,18 @@ def close(found: Tensor, expected: Tensor, roundings: int, terms: Tensor) -> boo
     return bool(((found.double() - expected).abs() <= bound).all())
 
 
+def rounded_between(found: Tensor, inner: Tensor, factor: Tensor, units: Tensor | float, lost: Tensor | float = 0):
+    """Whether found is round(round(inner) · factor), if inner (fp64) is right to `units` in fp32, and `lost` on top.
+
+    Rounding and multiplying keep order, so the result lies between those of the two ends. In 16 bits these are mostly
+    one number: a rounding left out, or one that cuts off, falls outside."""
+    dtype = found.dtype
+    error = UNIT * units * inner.abs() + lost
+    ends = [(inner + side * error).to(dtype).double() * factor.double() for side in (-1, 1)]
+    low, high = (pick(*(end.to(dtype) for end in ends)) for pick in (torch.minimum, torch.maximum))
+    return bool(((low <= found) & (found <= high)).all())
+
+
 # ---- norm
 
 
@@ -56,7 +68,12 @@ def test_norms(rows, width, dtype, gemma, monkeypatch):
     expected, dx, dw = exact(lambda x, w: plain_rms_norm(x, w, 1e-5, gemma), x, w, dy)
     assert y.dtype == dtype and r.shape == (rows, 1)
     sums = math.log2(width) + 8  # roundings of a sum along a row, in pairs, and of what is made of it
-    assert close(y, expected, 2, sums * expected)  # Llama's h is rounded before the product
+    assert close(y, expected, 2, sums * expected)
+    h = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt()
+    if gemma:
+        assert rounded_between(y, h * (1 + w.double()), torch.ones(()), sums)
+    else:  # Llama's h is rounded before the product
+        assert rounded_between(y, h, w, sums)
     found = norm_kernels.rms_norm_backward(x, w, r, dy, gemma)
     dh, h = dy.double() * (w.double() + gemma), x.double() * r
     assert close(found, dx, 1, sums * r * (dh.abs() + h.abs() * (dh * h).abs().mean(1, keepdim=True)))
@@ -96,11 +113,14 @@ def test_gates_over_the_whole_range(dtype, gelu):
     # z is rounded, and moves e^-z by as much; beyond 2^128 that is infinite, and s below 2^-120 becomes 0. What is
     # rounded between two products, f(g) or dy u, may be subnormal in fp16
     grows, lost = 8 + 4 * z.abs().clamp(max=128), 2.0**-96 + 2.0**-1 * (dtype == torch.float16)
-    assert close(gate_kernels.gated(gate, up, gelu), y, 2, grows * y + lost * up)
+    found = gate_kernels.gated(gate, up, gelu)
+    assert close(found, y, 2, grows * y + lost * up)
+    assert rounded_between(found, gate * s, up, grows, lost * UNIT)
     found = gate_kernels.gated_backward(gate, up, dy, gelu)
     # f' = s + g s (1 - s) z': of its terms, for they may cancel; 1 - s has the error of s
     assert close(found[0], dgate, 2, grows * (dy * up) * s * (1 + (gate * dz).abs()) + lost * (1 + dz))
     assert close(found[1], dup, 2, grows * dup + lost * dy)
+    assert rounded_between(found[1], gate * s, dy, grows, lost * UNIT)
 
 
 def test_a_gate_that_is_not_finite_shows():
