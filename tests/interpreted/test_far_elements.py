@@ -9,7 +9,7 @@ from kernel_parts import DEQUANTIZE, GEMV, dense, normal, parts_of
 from triton.runtime import interpreter
 
 from minilora.ops.rotate import plain_rotate
-from minilora_kernels import launch, nf4_dequantize, nf4_gemv, nf4_quantize, reference
+from minilora_kernels import launch, nf4_dequantize, nf4_gemv, nf4_matmul, nf4_quantize, reference
 from minilora_kernels.steps import adam8bit, cross_entropy, gates, norm, rotation
 
 
@@ -23,7 +23,8 @@ def only_program(monkeypatch):
             return interpreter.TensorHandle(torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
-        for module in (nf4_dequantize, nf4_quantize, nf4_gemv, adam8bit, cross_entropy, gates, norm, rotation):
+        nf4 = nf4_dequantize, nf4_quantize, nf4_gemv, nf4_matmul
+        for module in (*nf4, adam8bit, cross_entropy, gates, norm, rotation):
             monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
 
     return only
@@ -66,6 +67,20 @@ def test_a_token_through_far_rows(only_program, gemv, rows_per_program):
     y = gemv(x, packed, codes, nested, small[3], (rows, k), 64)
     expected = dense(small, 64, (2, k))[:, -1]
     assert torch.equal(y[-rows_per_program:], expected[-rows_per_program:])
+
+
+def test_few_tokens_through_far_rows(only_program):
+    rows, k = 2**24 + 64, 1024  # more than 2^31 words
+    small = parts_of(normal(64, k), 64, True)
+    sizes = rows * k // 2, rows * k // 64, rows * k // 64 // 256
+    far = [torch.empty(size, dtype=part.dtype) for size, part in zip(sizes, small[:3], strict=True)]
+    for whole, part in zip(far, small[:3], strict=True):
+        whole[-len(part) :] = part
+    x = torch.zeros(2, k, dtype=torch.float16)
+    x[0, -1] = x[1, 0] = 1
+    only_program(rows // 64 - 1)
+    y = nf4_matmul.matmul(x, *far, small[3], (rows, k), 64)
+    assert torch.equal(y[:, -64:], dense(small, 64, (64, k), x.dtype)[:, [-1, 0]].T)
 
 
 def test_a_row_of_far_logits(only_program):

@@ -164,6 +164,14 @@ def test_loss_and_gradient_of_a_chunk(columns, dtype):
     assert gradient.dtype == dtype and ((gradient.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_where_logits_lie_makes_no_difference(shift):
+    """Of integers, so that a shift is exact; e to the power of them would be 0, or infinite."""
+    logits, labels = torch.randint(-9, 9, (4, TILE + 7)).float(), torch.tensor([0, 1, TILE, TILE + 6])
+    for found, expected in zip(ours(logits + shift, labels), ours(logits, labels), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2.0**-16, atol=2.0**-16)
+
+
 def test_a_token_the_model_is_sure_of_keeps_its_gradient():
     """1 - p of 6e-6 to 1e-26, where fp32's p is 1."""
     logits = torch.zeros(4, 3)
