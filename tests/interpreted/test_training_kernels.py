@@ -103,6 +103,16 @@ def test_values_beside_a_midpoint_are_scaled_as_the_plain_step_scales(scale):
     assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
 
 
+@pytest.mark.parametrize("largest", [2.0**-125, 2.0**-126, 2.0**-127, 2.0**-140])
+def test_a_block_around_the_smallest_normal_number(largest):
+    """Below it the reciprocal of the largest value would be infinite, or nearly."""
+    g = torch.linspace(-1, 1, 256) * largest
+    p, moments, kept = torch.zeros(256), plain.zero_moments(g, True), plain.zero_moments(g, True)
+    adam8bit.step(p.clone(), g, moments, numbers(1, beta1=0.0))
+    plain.plain_step(p, g, kept, numbers(1, beta1=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_shows_and_stays_in_its_block(bad):
     p, g = torch.randn(3 * 256), torch.randn(3 * 256)
