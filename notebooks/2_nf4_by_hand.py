@@ -27,13 +27,13 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-import minilora as ml
+import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora_kernels import nf4_codebook
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: less of all, every assertion
 torch.manual_seed(0)
 source = ml.samples.smollm2()
-dense = ml.load_model(source, dtype="float32")
+dense = ml.load_model(source, dtype="float32", device="cpu")
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 real = {path: m.weight.detach().clone() for path, m in dense.model.named_modules() if path.rpartition(".")[2] in KINDS}
 weight = real["layers.0.mlp.up_proj"]  # (1536, 576)

@@ -28,12 +28,12 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-import minilora as ml
+import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora_kernels import dynamic_map
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer matrices, every assertion
 torch.manual_seed(0)
-dense = ml.load_model(ml.samples.smollm2(), dtype="float32")
+dense = ml.load_model(ml.samples.smollm2(), dtype="float32", device="cpu")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 matrices = {path: m.weight.detach() for path, m in dense.model.named_modules() if path.endswith(KINDS)}
 if SHORT:

@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+# minilora_kernels is not there? In the repository's folder: pip install -e '.[plot]'
 from minilora_kernels import dynamic_map, nf4_codebook, nf4_dequantize, nf4_quantize, nf4_thresholds, reference
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: smaller tensors, every assertion

@@ -17,7 +17,8 @@
 # what are they made, which of them does the mathematics need, and what did the rest cost?
 #
 # Bytes are counted and asserted. Milliseconds are this machine's, now: they are printed and drawn, and what is asserted
-# about them is only what holds on any machine, that the fast form computes what the plain one does.
+# about them is only what holds on any machine, that the fast form computes what the plain one does. All runs on the
+# CPU, whose clock waits for the work; what a GPU takes says `benchmarks/kernel_bench.py`.
 
 # %%
 import os
@@ -27,7 +28,7 @@ import time
 import matplotlib.pyplot as plt
 import torch
 
-import minilora as ml
+import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora.models.rope import frequencies, rotation
 from minilora.ops.attention import attention, plain_attention
 from minilora.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
@@ -39,7 +40,7 @@ from minilora.ops.swiglu import gated, plain_gated
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer tokens, every assertion
 ROWS, LENGTH, TURNS = (1, 64, 2) if SHORT else (4, 512, 5)
 source = ml.samples.smollm2()
-model = ml.load_model(source, quantize="nf4")
+model = ml.load_model(source, quantize="nf4", device="cpu")
 names = ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 config, dtype = model.config, model.model.norm.weight.dtype
 N, D, inner = ROWS * LENGTH, config.hidden_size, config.intermediate_size
@@ -214,7 +215,7 @@ step = statistics.median(seconds[1:])
 print(f"{products / 1e12:.2f} TFLOP of products; one alone runs at {rate / 1e9:.0f} GFLOP/s: {products / rate:.2f} s")
 print(f"a step takes {step:.2f} s, {step * rate / products:.1f} times that: {N / step:,.0f} tokens a second")
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+figure, left = plt.subplots(figsize=(8, 3.4), layout="constrained")
 places = range(len(milliseconds))
 for offset, (form, colour) in enumerate({"plain": "0.75", "fast": "#0072b2"}.items()):
     left.barh(
@@ -224,15 +225,13 @@ left.set(title="one layer's ops, forward and backward", xlabel="ms", yticks=[p +
 left.set_yticklabels(milliseconds)
 left.invert_yaxis()
 left.legend()
-parts = {"weights": plan.packed + plan.scales + plan.dense, "adapters and moments": plan.adapters + plan.optimizer}
-parts |= {"kept for backward": plan.activations, "in use": plan.total - plan.activations - sum(parts.values())}
-bottom = 0.0
-for (part, amount), colour in zip(parts.items(), ["#009e73", "#e69f00", "#d55e00", "#cc79a7"], strict=True):
-    right.bar(["a QLoRA step"], [amount / 1e9], 0.5, bottom=bottom, label=part, color=colour)
-    bottom += amount / 1e9
-right.set(title="its memory, as planned", ylabel="GB", xlim=(-1, 2))
-right.legend(loc="upper right")
 plt.show()
+
+# %% [markdown]
+# And the memory of section 1 as a picture: what a QLoRA step holds at its fullest, beside a step that trains all.
+
+# %%
+ml.plot.memory([plan, full])
 
 # %% [markdown]
 # ## 6. How it grows

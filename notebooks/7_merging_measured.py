@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-import minilora as ml
+import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora.audit.merge_report import merge_report
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
@@ -70,7 +70,7 @@ for target in reports[0].error:
     axes[0].loglog(sizes, [report.error[target] for report in reports], "o-", ms=3, label=target)
 axes[0].axhline(1, color="0.7", lw=0.8)
 axes[0].set(title="distance from the trained model", xlabel="‖ΔW‖ / ‖W‖", ylabel="error / ‖ΔW‖")
-for target, colour in (("bfloat16", "C1"), ("nf4", "C3")):
+for target, colour in (("bfloat16", "#d55e00"), ("nf4", "#0072b2")):
     axes[1].semilogx(sizes, [report.cosine[target] for report in reports], "o-", ms=3, color=colour, label=target)
 axes[1].set(title="what is left of the update", xlabel="‖ΔW‖ / ‖W‖", ylabel="cosine with ΔW", ylim=(-0.05, 1.05))
 axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(0, 0.4))
@@ -157,6 +157,7 @@ config = ml.TrainConfig(max_steps=steps, per_device_train_batch_size=8, learning
 ml.train(model, tokenizer, task.train, config)
 report = merge_report(model)
 print(report)
+ml.plot.merge_error(report)
 
 # %% [markdown]
 # The losses: of the adapted model, of two merges, and of the base without the adapter. A distance is not yet a damage:
@@ -176,12 +177,12 @@ assert losses["nf4"] - losses["trained"] > 0.3 * gain
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-for target, colour in (("bfloat16", "C1"), ("nf4", "C3")):
+for target, colour in (("bfloat16", "#d55e00"), ("nf4", "#0072b2")):
     axes[0].plot([layer.size for layer in report.layers], [layer.cosine[target] for layer in report.layers], ".",
                  color=colour, label=target)  # fmt: skip
 axes[0].set(title="each layer of the trained model", xlabel="‖ΔW‖ / ‖W‖", ylabel="cosine with ΔW", ylim=(-0.05, 1.05))
 axes[0].legend(frameon=False)
-axes[1].bar(list(losses), list(losses.values()), color=["0.8", "0.4", "C1", "C3"])
+axes[1].bar(list(losses), list(losses.values()), color=["0.8", "0.4", "#d55e00", "#0072b2"])
 axes[1].set(title="held-out loss", ylabel="nats per token")
 plt.tight_layout()
 plt.show()
