@@ -205,7 +205,7 @@ def by_token() -> torch.Tensor:
 
 gap, tokens_before = means(student, examples, 4, objective)[0]["kl"], by_token()
 config = ml.TrainConfig(
-    max_steps=3 if SHORT else 28, per_device_train_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, seed=1
+    max_steps=2 if SHORT else 28, per_device_train_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, seed=1
 )
 result = ml.train(student, tokenizer, learn, config, objective=objective)
 left_over, tokens_after = means(student, examples, 4, objective)[0]["kl"], by_token()
@@ -214,14 +214,14 @@ assert tokens_before.min() > -1e-5 and gap > 0  # a divergence is never negative
 assert len({row["text"] for row in learn} & {row["text"] for row in unseen}) == 0 and (SHORT or left_over < 0.9 * gap)
 
 # %% [markdown]
-# The gap is no haze over all tokens: at most of them the two models agree, at a few they do not, and there the student
-# comes closer. The loss in training jumps from batch to batch, since texts differ in how hard they are.
+# The gap is no haze over all tokens: half of it lies in a few, and there the student comes closer. The loss in training
+# jumps from batch to batch, since texts differ in how hard they are.
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 5))
 left.plot(range(1, 1 + len(result.losses)), result.losses, color=BLUE, label="training")
 left.plot([0, len(result.losses)], [gap, left_over], "D", color="black", label="held out")
-left.set(title="KL(teacher ‖ student)", xlabel="step", ylabel="nats a token", ylim=(0, None))
+left.set(title="KL(teacher ‖ student)", xlabel="step", ylabel="nats a token", ylim=(0, 1.1 * max(gap, *result.losses)))
 left.legend(frameon=False)
 places = torch.arange(len(tokens_before))
 right.bar(places - 0.2, tokens_before, 0.4, color="0.7", label="4 bits, before")
@@ -231,9 +231,11 @@ right.set(title="what comes next, after each token of a held-out text", ylabel="
 right.margins(x=0.01)
 right.legend(frameon=False)
 plt.show()
-half = tokens_before.sort(descending=True).values.cumsum(0) < tokens_before.sum() / 2
-print(f"half of the gap is in {int(half.sum()) + 1} of {len(half)} tokens")
-assert half.float().mean() < 0.35
+sizes, order = tokens_before.sort(descending=True)
+few = order[: int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + 1]  # the largest, until half of all is reached
+closer = 1 - (tokens_after[few].sum() / tokens_before[few].sum()).item()
+print(f"half of the gap is in {len(few)} of {len(order)} tokens, and there {closer:.0%} of it are closed")
+assert len(few) < 0.35 * len(order) and (SHORT or closer > 0)
 
 # %% [markdown]
 # **Exercise.** Turn the divergence round, `ml.Distill(teacher, kind="reverse")`: KL(student ‖ teacher). Where do the

@@ -155,11 +155,11 @@ assert max(apart) < 1e-5 and min(mixed[1:]) > 1e-2
 # that stands before every training counts them, and where nothing at all is left, training stops before its first step.
 
 # %%
-short = encode_dataset(task.train, tokenizer, max_length=24)
+short = encode_dataset(task.train, tokenizer, max_length=32)
 print(short.report)
 assert short.report.truncated and len(short.report.untrained) > 0
 try:
-    ml.train(model, tokenizer, task.train, ml.TrainConfig(max_steps=1, max_length=12))
+    ml.train(model, tokenizer, task.train, ml.TrainConfig(max_steps=1, max_length=16))
     raise AssertionError("nothing was left to learn, and nothing was said")
 except ValueError as error:
     print(error)
