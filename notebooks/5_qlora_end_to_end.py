@@ -49,6 +49,7 @@ task = ml.samples.icd10(test_rows=8 if SHORT else 150, train_rows=64 if SHORT el
 majority = ml.samples.majority_class(task.train, task.test)
 neighbour = ml.samples.nearest_neighbour(task.train, task.test)
 print(*(f"{turn['role']:>10}: {turn['content']}" for turn in task.train[0]["messages"]), sep="\n")
+assert len(task.labels) == 22
 print(f"{len(task.train)} rows to train on, {len(task.test)} held out. {task.source}")
 assert not {str(row) for row in task.train} & {str(row) for row in task.test}
 
@@ -151,6 +152,7 @@ shades = ["#56b4e9", "#0072b2", "#56b4e9", "#0072b2", "0.8", "0.6"]
 left.bar(list(bars), list(bars.values()), color=shades)
 left.errorbar([1, 3], [after.exact_match, after.constrained], interval, fmt="none", color="black", capsize=3)
 left.set(title="held-out rows answered rightly", ylabel="share", ylim=(0, 1))
+left.tick_params("x", labelsize=9)
 right.bar(["before", "after"], [prose_before, prose_after], 0.6, color=["#56b4e9", "#0072b2"])
 right.set(title="English prose", ylabel="perplexity")
 plt.show()
@@ -193,24 +195,28 @@ for kind, found in sizes.items():
 # $W = \sum_i \sigma_i u_i v_i^\top$: the layer reads along $v_i$ and writes along $u_i$, strongly where $\sigma_i$ is
 # large. Of $\|\Delta W\|^2$ the share $\|\Delta W v_i\|^2 / \|\Delta W\|^2$ reads along $v_i$, and $\|u_i^\top \Delta
 # W\|^2 / \|\Delta W\|^2$ writes along $u_i$. Added up from the largest $\sigma_i$ on, an update that knows nothing of W
-# gives the diagonal.
+# gives the diagonal. A matrix that is not square leaves some directions of its longer side alone; they come last.
 
 
 # %%
 def shares(layer: ml.LoRALayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of ‖ΔW‖², what the first i of W's directions have, i = 1 … n: (reads, writes)."""
+    """Of ‖ΔW‖², what the first i of W's directions have, i = 1 … in and i = 1 … out: (reads, writes)."""
     U, _, Vh = torch.linalg.svd(layer.base_layer.dequantize(torch.float32).cpu(), full_matrices=False)
     adapter = layer.adapters["default"]
     left, sigma, right = product_svd(adapter.lora_B.detach().cpu(), adapter.lora_A.detach().cpu())  # of B A, fp64
-    reads, writes = (V @ (side * sigma).float() for V, side in ((Vh, right), (U.T, left)))  # (n, r)
-    return tuple(part.square().sum(1).cumsum(0) / sigma.square().sum() for part in (reads, writes))
+    found = []
+    for V, side in ((Vh, right), (U.T, left)):  # (n, in) with (in, r), and (n, out) with (out, r)
+        share = (V @ (side * sigma).float()).square().sum(1).cumsum(0) / sigma.square().sum()  # (n,)
+        rest = torch.linspace(share[-1].item(), 1, V.shape[1] - len(share) + 1)[1:]  # what W leaves alone, evenly
+        found.append(torch.cat([share, rest]))
+    return found[0], found[1]
 
 
 fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
 colours = plt.colormaps["viridis"](torch.linspace(0, 0.9, 7))
 first: dict[str, list[float]] = {}
 for kind, colour, dash in zip(KINDS, colours, ["-", "--", "-.", ":"] * 2, strict=False):
-    found = [shares(layers[path]) for path in list(layers) if path.endswith(kind)][:: 29 if SHORT else 10]
+    found = [shares(layers[path]) for path in list(layers) if path.endswith(kind)][:: 30 if SHORT else 10]
     first[kind] = []
     for axis, side in zip(axes, zip(*found, strict=True), strict=True):
         mean = torch.stack(side).mean(0)  # (n,)
@@ -221,7 +227,7 @@ for axis, title in zip(axes, ("reads", "writes"), strict=True):
     axis.plot([0, 1], [0, 1], color="0.7", zorder=0)
     axis.set(title=f"what ΔW {title}, by W's own directions", xlabel="share of the directions, largest σ first")
 axes[0].set_ylabel("share of ‖ΔW‖²")
-axes[1].legend(frameon=False, loc="lower right", fontsize=8)
+fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
 plt.show()
 
 # %% [markdown]

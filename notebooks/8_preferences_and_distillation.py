@@ -204,6 +204,7 @@ def by_token() -> torch.Tensor:
 
 
 gap, tokens_before = means(student, examples, 4, objective)[0]["kl"], by_token()
+assert teacher.config.vocab_size == 49_152 and (SHORT or len(learn) == 16)
 config = ml.TrainConfig(
     max_steps=2 if SHORT else 28, per_device_train_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, seed=1
 )

@@ -93,7 +93,7 @@ for name, rows in {"answers": task.train, "every token": plain}.items():
     shares[name] = encode_dataset(rows, tokenizer).report.trained_tokens / encode_dataset(rows, tokenizer).report.tokens
 print({name: f"{share:.0%} of tokens learned" for name, share in shares.items()})
 print({name: round(value, 3) for name, value in loss.items()})
-assert loss["answers"] < loss["every token"] and shares["answers"] < 0.1
+assert loss["answers"] < loss["every token"] and shares["answers"] < 0.1 and len(task.labels) == 22
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
 for (name, curve), colour, dash in zip(curves.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
     left.plot(range(1, steps + 1), curve, dash, color=colour, label=f"learning {name}")
