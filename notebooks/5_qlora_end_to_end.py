@@ -89,6 +89,8 @@ with torch.no_grad():
 names = ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
 count = ml.count_parameters(model)
 assert len(names) == 7 * 30 and count.trainable == 4_884_480 and round(count.total - count.trainable, -5) == 134_500_000
+layers = {path: m for path, m in model.named_modules() if isinstance(m, ml.LoRALayer)}
+starts = {path: layer.adapters["default"].lora_A.detach().clone() for path, layer in layers.items()}
 folder = Path(tempfile.mkdtemp())
 size = {"per_device_train_batch_size": 4 if SHORT else 12, "max_length": 64}
 config = ml.TrainConfig(
@@ -181,13 +183,15 @@ assert SHORT or prose_after > prose_before
 ml.plot.spectra(model)
 
 # %%
-layers = {path: m for path, m in model.named_modules() if isinstance(m, ml.LoRALayer)}
-sizes: dict[str, list[float]] = defaultdict(list)
+sizes, moved = defaultdict(list), []
 for path, layer in layers.items():
     W, delta = layer.base_layer.dequantize(torch.float32), layer.adapters["default"].delta(torch.float32)
     sizes[path.rpartition(".")[2]].append((delta.norm() / W.norm()).item())
+    moved.append(((layer.adapters["default"].lora_A - starts[path]).norm() / starts[path].norm()).item())
 for kind, found in sizes.items():
     print(f"{kind:10} ‖ΔW‖ / ‖W‖ from {min(found):.3f} to {max(found):.3f}, mean {sum(found) / len(found):.3f}")
+print(f"A has moved from its random start by {max(moved):.2f} of its length at most, {sum(moved) / 210:.2f} on average")
+assert max(max(found) for found in sizes.values()) < 0.1  # all of it is small beside W
 
 # %% [markdown]
 # ## 8. Which directions of W it touches
@@ -221,16 +225,21 @@ for kind, colour, dash in zip(KINDS, colours, ["-", "--", "-.", ":"] * 2, strict
     for axis, side in zip(axes, zip(*found, strict=True), strict=True):
         mean = torch.stack(side).mean(0)  # (n,)
         axis.plot(torch.linspace(0, 1, len(mean)), mean, dash, color=colour, label=kind)
-        first[kind].append(mean[len(mean) // 10].item())
-    print(f"{kind:10} the first tenth of W's directions: reads {first[kind][0]:.2f}, writes {first[kind][1]:.2f}")
+        first[kind].append(mean[len(mean) // 10 - 1].item())
+    print(f"{kind:10} the first tenth of the directions: reads {first[kind][0]:.2f}, writes {first[kind][1]:.2f}")
 for axis, title in zip(axes, ("reads", "writes"), strict=True):
     axis.plot([0, 1], [0, 1], color="0.7", zorder=0)
     axis.set(title=f"what ΔW {title}, by W's own directions", xlabel="share of the directions, largest σ first")
 axes[0].set_ylabel("share of ‖ΔW‖²")
 fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
 plt.show()
+reads, writes = zip(*first.values(), strict=True)
+assert max(abs(share - 0.1) for share in reads) < 0.05 and min(writes[:2]) > 0.13  # KINDS begins with q and k
 
 # %% [markdown]
+# What ΔW *reads* lies near the diagonal: $A$ began at random, and is not far from there. $B$ began at nothing, so what
+# ΔW *writes* was learned, and there q and k lean towards what W itself writes strongly.
+#
 # ## 9. The adapter is a file of its own
 #
 # Saved, it is a PEFT adapter of 20 MB that makes a fresh base the model that was trained.
