@@ -92,7 +92,7 @@ assert len(names) == 7 * 30 and count.trainable == 4_884_480 and round(count.tot
 layers = {path: m for path, m in model.named_modules() if isinstance(m, ml.LoRALayer)}
 starts = {path: layer.adapters["default"].lora_A.detach().clone() for path, layer in layers.items()}
 folder = Path(tempfile.mkdtemp())
-size = {"per_device_train_batch_size": 4 if SHORT else 12, "max_length": 64}
+shape = {"per_device_train_batch_size": 4 if SHORT else 12, "max_length": 64}
 config = ml.TrainConfig(
     output_dir=str(folder),
     max_steps=4 if SHORT else 50,
@@ -101,12 +101,12 @@ config = ml.TrainConfig(
     logging_steps=1,
     eval_steps=2 if SHORT else 10,
     save_steps=None,
-    **size,
+    **shape,
 )
 plan = ml.plan_memory(model, config=config)
 assert plan.packed + plan.scales + plan.dense + plan.adapters == count.stored_bytes
 lora = ml.plan_memory(source, ml.LoRAConfig(r=16, target_modules="all-linear"), config)
-full = ml.plan_memory(source, config=ml.TrainConfig(method="full", **size))
+full = ml.plan_memory(source, config=ml.TrainConfig(method="full", **shape))
 print(count)
 print(f"GB in all: QLoRA {plan.total / 1e9:.2f}, LoRA {lora.total / 1e9:.2f}, full {full.total / 1e9:.2f}")
 assert plan.total < lora.total < full.total
@@ -141,11 +141,11 @@ assert after.loss < before.loss
 assert SHORT or after.constrained - interval > max(before.constrained, majority)
 
 # %% [markdown]
-# How much of exact match is form? Before, the model never said one of the 22 words; after, the two figures are one: it
-# has learned which words there are. Which word is right, it has learned as far as `constrained` rose.
+# How much of exact match is form? Before, the model hardly ever said the right word of the 22; after, the two figures
+# are one: it has learned which words there are. Which word is right, it has learned as far as `constrained` rose.
 
 # %%
-assert before.exact_match == 0 and (SHORT or abs(after.exact_match - after.constrained) < interval)
+assert before.exact_match < 0.1 and (SHORT or abs(after.exact_match - after.constrained) < interval)
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
 bars = {"exact match\nbefore": before.exact_match, "exact match\nafter": after.exact_match}
 bars |= {"constrained\nbefore": before.constrained, "constrained\nafter": after.constrained}
@@ -218,23 +218,23 @@ def shares(layer: ml.LoRALayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
 colours = plt.colormaps["viridis"](torch.linspace(0, 0.9, 7))
-first: dict[str, list[float]] = {}
+leans = {kind: [] for kind in KINDS}  # how far a curve lies above the diagonal, on average
 for kind, colour, dash in zip(KINDS, colours, ["-", "--", "-.", ":"] * 2, strict=False):
     found = [shares(layers[path]) for path in list(layers) if path.endswith(kind)][:: 30 if SHORT else 10]
-    first[kind] = []
     for axis, side in zip(axes, zip(*found, strict=True), strict=True):
         mean = torch.stack(side).mean(0)  # (n,)
-        axis.plot(torch.linspace(0, 1, len(mean)), mean, dash, color=colour, label=kind)
-        first[kind].append(mean[len(mean) // 10 - 1].item())
-    print(f"{kind:10} the first tenth of the directions: reads {first[kind][0]:.2f}, writes {first[kind][1]:.2f}")
+        place = torch.arange(1, len(mean) + 1) / len(mean)
+        axis.plot(place, mean, dash, color=colour, label=kind)
+        leans[kind].append((mean - place).mean().item())
+    print("{:10} above the diagonal: reads {:+.3f}, writes {:+.3f}".format(kind, *leans[kind]))
 for axis, title in zip(axes, ("reads", "writes"), strict=True):
     axis.plot([0, 1], [0, 1], color="0.7", zorder=0)
     axis.set(title=f"what ΔW {title}, by W's own directions", xlabel="share of the directions, largest σ first")
 axes[0].set_ylabel("share of ‖ΔW‖²")
 fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
 plt.show()
-reads, writes = zip(*first.values(), strict=True)
-assert max(abs(share - 0.1) for share in reads) < 0.05 and min(writes[:2]) > 0.13  # KINDS begins with q and k
+assert max(abs(reads) for reads, _ in leans.values()) < 0.06
+assert all(leans[kind][1] > max(0.03, leans[kind][0]) for kind in ("q_proj", "k_proj"))
 
 # %% [markdown]
 # What ΔW *reads* lies near the diagonal: $A$ began at random, and is not far from there. $B$ began at nothing, so what
@@ -270,10 +270,13 @@ assert round(size / 1e6) == 20 and max(effective) <= 16
 # found[0.5] = loss, ml.evaluate(model, tokenizer, prose, batch_size=4).perplexity
 # for strength, (loss, perplexity) in sorted(found.items()):
 #     print(f"{strength:.1f} ΔW: loss {loss:.3f}, perplexity on prose {perplexity:.2f}")
-# assert loss < before.loss
+# learned = (before.loss - found[0.5][0]) / (before.loss - after.loss)
+# forgotten = (found[0.5][1] - prose_before) / (prose_after - prose_before)
+# print(f"learned: {learned:.0%} of it, forgotten: {forgotten:.0%}")
+# assert SHORT or learned > 0.8 > 0.4 > forgotten
 # ```
 #
-# Loss and perplexity do not move in step, so there is a strength for each purpose. `ml.KLToBase` asks for the same
-# while training: it pays for every step away from the base.
+# Most of what was learned is left, and most of what was forgotten is back. So the last stretch is dear, and
+# `ml.KLToBase` makes it so while training: it pays for every step away from the base.
 #
 # </details>
