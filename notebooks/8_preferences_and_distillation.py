@@ -221,8 +221,8 @@ assert tokens_before.min() > -1e-5 and gap > 0  # a divergence is never negative
 assert len({row["text"] for row in learn} & {row["text"] for row in unseen}) == 0 and (SHORT or left_over < 0.9 * gap)
 
 # %% [markdown]
-# The gap is no haze over all tokens: half of it lies in a few, and there the student comes closer. The loss in training
-# jumps from batch to batch, since texts differ in how hard they are.
+# The gap is no haze over all tokens: half of it lies in a few. With its adapter the student is closer to its teacher at
+# most tokens, and further off at some. And 16 texts are few: on them the gap closes further than on the others.
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 5))
@@ -231,8 +231,9 @@ left.plot([0, len(result.losses)], [gap, left_over], "D", color="black", label="
 left.set(title="KL(teacher ‖ student)", xlabel="step", ylabel="nats a token", ylim=(0, 1.1 * max(gap, *result.losses)))
 left.legend(frameon=False)
 places = torch.arange(len(tokens_before))
-right.bar(places - 0.2, tokens_before, 0.4, color="0.7", label="4 bits, before")
-right.bar(places + 0.2, tokens_after, 0.4, color=BLUE, label="with its adapter")
+right.vlines(places, tokens_before, tokens_after, color="0.8", zorder=0)
+right.semilogy(places, tokens_before, "s", color="0.5", ms=5, label="4 bits, before")
+right.semilogy(places, tokens_after, "o", color=BLUE, ms=5, label="with its adapter")
 right.set_xticks(places, [repr(tokenizer.decode([i]))[1:-1] for i in ids[0].tolist()], rotation=90, fontsize=8)
 right.set(title="what comes next, after each token of a held-out text", ylabel="KL, nats")
 right.margins(x=0.01)
@@ -240,9 +241,10 @@ right.legend(frameon=False)
 plt.show()
 sizes, order = tokens_before.sort(descending=True)
 few = order[: int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + 1]  # the largest, until half of all is reached
-closer = 1 - (tokens_after[few].sum() / tokens_before[few].sum()).item()
-print(f"half of the gap is in {len(few)} of {len(order)} tokens, and there {closer:.0%} of it are closed")
-assert len(few) < 0.35 * len(order) and (SHORT or closer > 0)
+closer = (tokens_after < tokens_before).float().mean().item()
+print(f"half of the gap is in {len(few)} of {len(order)} tokens; the student is closer at {closer:.0%} of all")
+assert len(few) < 0.35 * len(order)
+assert SHORT or (closer > 0.5 and sum(result.losses[-4:]) / 4 < left_over)
 
 # %% [markdown]
 # **Exercise.** Turn the divergence round, `ml.Distill(teacher, kind="reverse")`: KL(student ‖ teacher). Where do the
