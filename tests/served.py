@@ -1,0 +1,77 @@
+"""A tiny model with adapters, as the tests of the server ask it, and what each answer has to be."""
+
+import random
+from functools import cache
+from typing import Any
+
+import torch
+
+import minilora as ml
+from chats import ours
+from kinds import shake
+from minilora.data import RawText, encode_prompt
+from minilora.models.context import inference
+from minilora.serve.engine import Engine
+from minilora.serve.request import Ask, Piece
+from tiny import oracle, twin
+
+NAMES = [f"adapter{number}" for number in range(8)]
+MARGIN = 1e-4  # of the likeliest logit over the next: five times what batching moves a logit (test_serve_engine.py)
+TARGETS = (["q_proj", "down_proj"], ["v_proj", "o_proj"], "all-linear")
+
+
+def build(adapters: int = len(NAMES), **fields: Any) -> Any:
+    """A model with the vocabulary of `ours("chatml")`, whose adapters differ in rank, layers and what they say."""
+    sizes = {"vocab_size": len(ours("chatml")), "max_position_embeddings": 512, "eos_token_id": None}
+    model = twin(oracle(**(sizes | fields)))
+    for number, name in enumerate(NAMES[:adapters]):
+        config = ml.LoRAConfig(r=2 + number % 3, lora_alpha=8, target_modules=TARGETS[number % 3])
+        ml.inject(model, config, name=name, seed=number)
+        shake(model, number)
+    return model
+
+
+@cache
+def tokenizer() -> Any:
+    """A byte-level one, with a chat template."""
+    return ours("chatml")
+
+
+def asks(count: int, seed: int = 0, **fields: Any) -> list[Ask]:
+    """Prompts of many lengths, each with an adapter or the base, greedy and sampled in turns."""
+    rng = random.Random(seed)
+    made = []
+    for number in range(count):
+        prompt = f"canary {number}: " + "".join(rng.choices("abc de", k=rng.randint(0, 40)))
+        sampled = {"temperature": 0.9, "top_p": 0.95} if number % 3 == 2 else {}
+        given = {"max_tokens": rng.randint(1, 16), "seed": number} | sampled | fields
+        ids = encode_prompt(RawText(prompt), tokenizer())
+        made.append(Ask(ids, rng.choice([None, *NAMES]), **given))
+    return made
+
+
+def alone(model: Any, ask: Ask) -> str:
+    """The text that `ml.generate` gives of one request by itself. Also asserts that no arg-max hangs on rounding."""
+    text = tokenizer().decode(ask.prompt)
+    ml.use_adapter(model, [] if ask.adapter is None else ask.adapter)
+    options = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed, "stop": list(ask.stop)}
+    answer = ml.generate(model, tokenizer(), RawText(text), max_new_tokens=ask.max_tokens, **options)
+    if not ask.temperature:
+        ids = ask.prompt + tokenizer().encode(answer, add_special_tokens=False)
+        with inference(model):
+            top = model(torch.tensor([ids]))[0, len(ask.prompt) - 1 :].topk(2).values  # (T, 2)
+        assert (top[:, 0] - top[:, 1]).min() > MARGIN, "two tokens are equal but for rounding: choose other weights"
+    return answer
+
+
+def run(engine: Engine, pieces: list[Piece] | None = None) -> dict[Ask, tuple[str, str]]:
+    """Step until nobody is left: the text of each request, and why it ended."""
+    pieces = [] if pieces is None else pieces
+    while engine.busy:
+        pieces += engine.step()
+    found: dict[Ask, tuple[str, str]] = {}
+    for piece in pieces:
+        text, finish = found.get(piece.ask, ("", ""))
+        assert not finish, "something was said after the end"
+        found[piece.ask] = (text + piece.text, piece.finish or "")
+    return found
