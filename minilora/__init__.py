@@ -45,6 +45,7 @@ from minilora.preview.show import Preview, preview
 from minilora.quant import NF4Linear, quantize_model
 from minilora.runs.sweep import sweep
 from minilora.scoring.evaluate import Scores, evaluate
+from minilora.serve import ServeConfig, serve
 from minilora.trace.run import trace
 from minilora.trace.steps import Trace
 from minilora.train import TrainConfig, TrainResult, train
@@ -79,6 +80,7 @@ __all__ = [
     "SFT",
     "Scores",
     "Selftest",
+    "ServeConfig",
     "TaskType",
     "Trace",
     "TrainConfig",
@@ -117,6 +119,7 @@ __all__ = [
     "save_adapter",
     "save_model",
     "selftest",
+    "serve",
     "split",
     "sweep",
     "trace",

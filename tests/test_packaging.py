@@ -20,7 +20,7 @@ from source import ROOT, sources
 
 pytestmark = pytest.mark.slow
 
-ABSENT = ("triton", "gguf", "matplotlib", "transformers", "peft", "bitsandbytes", "pytest")
+ABSENT = ("triton", "gguf", "matplotlib", "fastapi", "transformers", "peft", "bitsandbytes", "pytest")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -98,6 +98,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path):
     written = {path.removeprefix("kernels/") for path in sources("minilora", "kernels")} | {
         f"minilora_kernels/compiled/{name}.c" for name in ("nf4", "steps")
     }
+    written.add("minilora/serve/page.html")
     assert packed == written
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -19,6 +19,7 @@ from source import ROOT, text, tree
 HEAVY = (
     *("triton", "tokenizers", "transformers", "huggingface_hub", "safetensors", "jinja2", "tqdm"),
     *("gguf", "matplotlib", "pyarrow", "peft", "bitsandbytes", "hypothesis", "pytest"),
+    *("fastapi", "uvicorn", "pydantic"),
 )
 IMPORT_SHARE = 0.2  # of what torch's import takes: machines differ, and this differs with them
 COMMANDS = {

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import minilora as ml
 from minilora.adapters.merge import STORAGES
 from minilora.cli import jobs
 from minilora.cli.values import CONFIGS, add_fields, from_toml, parse_value
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
         options = vars(options)
         return options.pop("run")(**options) or 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"minilora: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -99,11 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--batch_size", type=int, default=16, help="changes no result (default %(default)s)")
     for sub in (answering, scoring):
         sub.add_argument("--adapter", help="folder or Hub id of an adapter in PEFT's format")
+    serving = command(jobs.serve, "model")
+    text = "an adapter, and what clients call it: a folder or Hub id; may be repeated"
+    serving.add_argument("--adapter", action="append", metavar="NAME=PATH", help=text)
+    add_fields(serving.add_argument_group("the server (ServeConfig)"), ml.ServeConfig)
     merging = command(jobs.merge, "model", "adapter", "folder")
-    for sub in (answering, scoring, merging):
+    for sub in (answering, scoring, merging, serving):
         text = "take an adapter that was trained on another base, tokenizer or chat template"
         sub.add_argument("--no_check_base", dest="check_base", action="store_false", help=text)
-    for sub in (training, answering, scoring, merging):
+    for sub in (training, answering, scoring, merging, serving):
         sub.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
     text = "how to store the result: a dtype, nf4 (4 bits again), or original: onto the base before it was quantised"
     merging.add_argument("--target", choices=[*STORAGES, "original"], help=f"{text} (default: the dtype loaded in)")

@@ -24,6 +24,7 @@ from minilora.plot.logs import runs as draw_runs
 from minilora.preview.command import before_training
 from minilora.runs.sweep import sweep as search_options
 from minilora.runs.sweep import table
+from minilora.serve import check as check_server
 from minilora.train.process import process_on
 
 
@@ -194,6 +195,20 @@ def sweep(model: str, options: Sequence[str], search: Sequence[str], folder: str
     if len(wanted) < len(search):
         raise ValueError(f"--search: expected OPTION=VALUES, each option once, got {' '.join(search)}.")
     print(table(search_options([model, *options], wanted, folder, **how)))
+
+
+def serve(
+    model: str, adapter: Sequence[str] | None, quantize: str | None, dtype: str, check_base: bool, **options: Any
+) -> None:
+    """Answer over HTTP as OpenAI's interface does: a base and, as further models, its adapters."""
+    pairs = [item.partition("=") for item in adapter or ()]
+    adapters = {name: find_adapter(folder)[0] for name, equals, folder in pairs if name and equals}
+    if len(adapters) < len(pairs):
+        raise ValueError(f"--adapter: expected NAME=PATH, each name once, got {' '.join(adapter or ())}.")
+    config = ml.ServeConfig(**options)
+    check_server(config)  # before the base, which takes its time
+    loaded, tokenizer = ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model)
+    ml.serve(loaded, tokenizer, adapters, config, check_base=check_base)
 
 
 def _load(model: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool) -> tuple[Any, Any]:

@@ -1,0 +1,71 @@
+"""The server as a process: it starts the engine's thread, listens, and stops in good order.
+
+SIGTERM, Ctrl-C     new requests get 503, answers under way are finished, for `drain` seconds at most; status 0
+the engine fails    every request is told, nothing more is taken; RuntimeError, so a status that is not 0
+"""
+
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from minilora.serve.app import create_app
+from minilora.serve.config import ServeConfig
+from minilora.serve.engine import Engine
+from minilora.serve.guard import Guard
+from minilora.serve.worker import Worker
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which goes on listening while it drains: a client is told 503 and not refused a connection."""
+
+    guard: Guard
+    worker: Worker
+    until = float("inf")  # when draining is over
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first begins to drain, the second ends it. uvicorn would raise it again at the end."""
+        self.until = 0.0 if self.guard.draining else time.monotonic() + self.guard.config.drain
+        self.guard.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop."""
+        if not counter:
+            host, port, *_ = self.servers[0].sockets[0].getsockname()
+            address = f"[{host}]" if ":" in host else host
+            print(f"minilora listens at http://{address}:{port}", file=sys.stderr, flush=True)
+        drained = self.guard.draining and (not self.guard.open or time.monotonic() > self.until)
+        return await super().on_tick(counter) or drained or self.worker.failed
+
+
+def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> Server:
+    """A server whose engine's thread runs."""
+    worker = Worker(engine)
+    guard: Any = create_app(worker, config, name, token)
+    settings = uvicorn.Config(
+        guard,
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_graceful_shutdown=2,  # for what is still open when draining is over
+        limit_concurrency=4 * (config.batch_size + config.waiting) + 16,  # connections; beyond: 503
+    )
+    server = Server(settings)
+    server.guard, server.worker = guard, worker
+    worker.start()
+    return server
+
+
+def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> None:
+    """Serve until told to stop. RuntimeError if the engine failed."""
+    server = build(engine, config, name, token)
+    server.run()
+    failed = server.worker.failed
+    server.worker.stop()
+    if failed:
+        raise RuntimeError("the engine has failed: see its error above.")
