@@ -1,6 +1,10 @@
 """A tiny model with adapters, as the tests of the server ask it, and what each answer has to be."""
 
 import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -11,6 +15,7 @@ from chats import ours
 from kinds import shake
 from minilora.data import RawText, encode_prompt
 from minilora.models.context import inference
+from minilora.serve.config import ServeConfig
 from minilora.serve.engine import Engine
 from minilora.serve.request import Ask, Piece
 from tiny import oracle, twin
@@ -62,6 +67,28 @@ def alone(model: Any, ask: Ask) -> str:
             top = model(torch.tensor([ids]))[0, len(ask.prompt) - 1 :].topk(2).values  # (T, 2)
         assert (top[:, 0] - top[:, 1]).min() > MARGIN, "two tokens are equal but for rounding: choose other weights"
     return answer
+
+
+@contextmanager
+def serving(model: Any, token: str | None = None, engine: Engine | None = None, **options: Any) -> Iterator[Any]:
+    """A server of `model`, called "base", in a thread of this process, at a free port: `url`, `guard`, `worker`."""
+    from minilora.serve.run import build as build_server
+
+    config = ServeConfig(port=0, **options)
+    limits = {"batch_size": config.batch_size, "waiting": config.waiting, "max_length": config.max_length}
+    server: Any = build_server(engine or Engine(model, tokenizer(), **limits), config, "base", token)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
+        server.worker.stop()
 
 
 def run(engine: Engine, pieces: list[Piece] | None = None) -> dict[Ask, tuple[str, str]]:
