@@ -70,13 +70,18 @@ def alone(model: Any, ask: Ask) -> str:
 
 
 @contextmanager
-def serving(model: Any, token: str | None = None, engine: Engine | None = None, **options: Any) -> Iterator[Any]:
-    """A server of `model`, called "base", in a thread of this process, at a free port: `url`, `guard`, `worker`."""
+def serving(
+    model: Any, token: str | None = None, engine: Engine | None = None, ends: bool = True, **options: Any
+) -> Iterator[Any]:
+    """A server of `model`, called "base", in a thread of this process, at a free port: `url`, `guard`, `worker`.
+
+    Without `ends` no token ends an answer: all are as long as they may be."""
     from minilora.serve.run import build as build_server
 
     config = ServeConfig(port=0, **options)
     limits = {"batch_size": config.batch_size, "waiting": config.waiting, "max_length": config.max_length}
     server: Any = build_server(engine or Engine(model, tokenizer(), **limits), config, "base", token)
+    server.worker.engine.ends = server.worker.engine.ends if ends else frozenset()
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -74,5 +74,6 @@ def check(config: ServeConfig) -> str | None:
 
 def base_name(source: str) -> str:
     """What a base is called: its Hub id, or the last part of a path, which says nothing about this machine."""
-    there = Path(source).exists()
-    return (Path(source).resolve().name.removesuffix(".gguf") if there else source) or "base"
+    if source and Path(source).exists():
+        return Path(source).resolve().name.removesuffix(".gguf")
+    return source or "base"
