@@ -21,6 +21,7 @@ from minilora.serve.metrics import Metrics
 from minilora.serve.schema import Chat, Completion, Error, Generate, Load, Unload
 from minilora.serve.worker import Worker
 
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
 
 
@@ -38,7 +39,7 @@ def create_app(worker: Worker, config: ServeConfig, name: str, token: str | None
 
 
 def _answering(app: FastAPI, desk: Desk) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAM)
     async def chat(body: Chat, request: Request) -> Response:
         given = {body.max_tokens, body.max_completion_tokens} - {None}
         if len(given) > 1:
@@ -47,7 +48,7 @@ def _answering(app: FastAPI, desk: Desk) -> None:
         ask = await desk.ask(messages, desk.adapter(body.model), body, given.pop() if given else None, None)
         return await _answer(request, await desk.begin([ask]), _shape("chat", body), body.stream)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAM)
     async def completions(body: Completion, request: Request) -> Response:
         adapter, prompts = desk.adapter(body.model), body.prompt
         if isinstance(prompts, str) or isinstance(prompts[0], int):
@@ -56,7 +57,7 @@ def _answering(app: FastAPI, desk: Desk) -> None:
         asks = [await desk.ask(prompt, adapter, body, body.max_tokens, 16) for prompt in raw]  # 16: OpenAI's default
         return await _answer(request, await desk.begin(asks), _shape("completion", body), body.stream)
 
-    @app.post("/generate")
+    @app.post("/generate", responses=STREAM)
     async def generate(body: Generate, request: Request) -> Response:
         adapter = None if body.adapter is None else desk.adapter(body.adapter)
         prompt = body.prompt if isinstance(body.prompt, str) else [message.plain() for message in body.prompt]
@@ -66,9 +67,10 @@ def _answering(app: FastAPI, desk: Desk) -> None:
 
 
 def _shape(kind: str, body: Chat | Completion) -> Shape:
-    if body.stream_options is not None and not body.stream:
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    if usage and not body.stream:
         raise Refused(400, "stream_options: only with stream true.", param="stream_options")
-    return Shape(kind, body.model, bool(body.stream_options and body.stream_options.include_usage))
+    return Shape(kind, body.model, usage)
 
 
 async def _answer(request: Request, pieces: Pieces, shape: Shape, stream: bool | None) -> Response:
@@ -131,7 +133,7 @@ def _operating(app: FastAPI, desk: Desk, guard: Guard) -> None:
         state = "failed" if desk.worker.failed else "stopping" if guard.draining else "ok"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         engine = desk.worker.engine
         gauges = {"requests_running": len(engine.rows), "requests_waiting": len(engine.waiting)}

@@ -7,7 +7,7 @@ are about the client and not the answer. From these models FastAPI writes /opena
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
@@ -22,13 +22,21 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def whole(cls, value: Any) -> Any:
+        """2.0 is an integer to JSON, which knows one kind of number."""
+        if isinstance(value, list):
+            return [cls.whole(one) for one in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 class Sampling(Strict):
     """How tokens are chosen and when an answer is over."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, description="-1 and 0: all tokens")] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
 
