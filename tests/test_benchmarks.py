@@ -34,9 +34,18 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
     "qlora_parity": (["--steps", "1", "--seeds", "1"], "agree"),
     "many_adapters": (["--short"], "by_row"),
+    "bench_serve": (["--short"], "sides"),
     "variants": (["--short"], "variants"),
 }
-ALONE = ("peers", "bench_load", "bench_generate", "bench_nf4", "scale_8b", "qlora_parity")  # these have peers
+ALONE = (
+    "peers",
+    "bench_load",
+    "bench_generate",
+    "bench_nf4",
+    "scale_8b",
+    "qlora_parity",
+    "bench_serve",
+)  # these have peers
 NO_PEERS = """
 import sys
 from importlib.machinery import PathFinder
