@@ -76,17 +76,7 @@ def test_compose_is_what_its_schema_allows_and_gives_no_more_than_needed():
 @pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "docs/serve.md"])
 def test_every_option_named_exists(file: str):
     known = OPTIONS | {"adapter", "quantize", "dtype", "no_check_base"}
-    known |= {
-        "help",
-        "data",
-        "build",
-        "base",
-        "port",
-        "lora",
-        "enable-lora",
-        "max-lora-rank",
-        "lora-modules",
-    }  # others'
+    known |= {"help", "data", "build", "base", "lora", "outfile", "enable-lora", "max-lora-rank", "lora-modules"}
     known |= {"no-cache-dir", "index-url", "no-install-recommends", "uid", "no-create-home", "shell", "from"}
     known |= {"interval", "timeout", "start-period", "retries"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text(file)))
