@@ -22,7 +22,7 @@ import minilora as ml
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # fewer steps and rows, every check
 FOLDER = Path("out/serving")
 STEPS, HELD_OUT, CLIENTS = (4, 2, 4) if SHORT else (120, 40, 8)
-TOKENS = {"icd10": 4, "address": 96}  # of an answer
+TOKENS = {"icd10": 4, "address": 16 if SHORT else 96}  # of an answer
 
 
 def tasks() -> dict[str, ml.samples.Task]:
