@@ -5,9 +5,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import torch
 
 import minilora as ml
@@ -22,6 +24,12 @@ from tiny import oracle, twin
 
 NAMES = [f"adapter{number}" for number in range(8)]
 MARGIN = 1e-4  # of the likeliest logit over the next: five times what batching moves a logit (test_serve_engine.py)
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LONG = {"model": "base", "prompt": [5], "max_tokens": 200, "temperature": 0}
+SHORT = {"model": "base", "prompt": [5, 6], "max_tokens": 2, "temperature": 0}
+PATIENCE = 120.0  # seconds: machines are shared
+CALLS = ("get", "post", "request", "stream")
+http = SimpleNamespace(**{name: partial(getattr(httpx, name), timeout=PATIENCE) for name in CALLS})
 TARGETS = (["q_proj", "down_proj"], ["v_proj", "o_proj"], "all-linear")
 
 
@@ -107,3 +115,24 @@ def run(engine: Engine, pieces: list[Piece] | None = None) -> dict[Ask, tuple[st
         assert not finish, "something was said after the end"
         found[piece.ask] = (text + piece.text, piece.finish or "")
     return found
+
+
+def wait(until: Any, seconds: float = PATIENCE) -> None:
+    """Until something is so."""
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.005)
+
+
+def error(answer: httpx.Response) -> dict[str, Any]:
+    """What an answer that is OpenAI's error, and nothing else, says."""
+    (name, found), *more = answer.json().items()
+    assert name == "error" and not more and {*found} == {"message", "type", "param", "code"}
+    return found
+
+
+def settle(server: Any) -> None:
+    """Assert that all is as if nothing had been: the next one is answered, and nobody is left."""
+    assert http.post(f"{server.url}/v1/completions", json=SHORT).status_code == 200
+    wait(lambda: not server.worker.engine.busy and not server.worker.listeners and not server.guard.open)

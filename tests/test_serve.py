@@ -17,7 +17,7 @@ import pytest
 import minilora as ml
 from minilora.data import RawText
 from minilora.serve.request import Ask
-from served import NAMES, alone, asks, build, serving, tokenizer
+from served import NAMES, alone, asks, build, http, serving, tokenizer
 
 HELLO: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello world"}]
 
@@ -97,9 +97,9 @@ def test_completions_take_texts_and_ids(client, expect):
 def test_generate_is_generate(server, model, expect):
     wanted = expect(chat_ids([{"role": "user", "content": "hello"}]), NAMES[2])
     body = {"prompt": "hello", "adapter": NAMES[2], "max_new_tokens": 12}
-    answer = httpx.post(f"{server.url}/generate", json=body).json()
+    answer = http.post(f"{server.url}/generate", json=body).json()
     assert answer["text"] == wanted and answer["finish_reason"] == "length"
-    with httpx.stream("POST", f"{server.url}/generate", json=body | {"stream": True}) as stream:
+    with http.stream("POST", f"{server.url}/generate", json=body | {"stream": True}) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         *events, done, end = stream.read().decode().split("\n\n")
     events = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -160,7 +160,7 @@ def test_adapters_are_loaded_and_unloaded_at_run_time(tmp_path, expect):
     with serving(build(adapters=1), adapter_folder=str(tmp_path), max_adapters=2) as server:
 
         def post(what: str, **body: str) -> httpx.Response:
-            return httpx.post(f"{server.url}/v1/{what}_lora_adapter", json=body)
+            return http.post(f"{server.url}/v1/{what}_lora_adapter", json=body)
 
         given: Any = {"model": "new", "messages": HELLO, "max_tokens": 12, "temperature": 0}
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
@@ -184,7 +184,7 @@ METRIC = re.compile(r'minilora_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? \d+(\.\d+)?(
 
 def test_metrics_count(server, client):
     def read() -> dict[str, float]:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        lines = http.get(f"{server.url}/metrics").text.splitlines()
         assert all(METRIC.fullmatch(line) for line in lines if not line.startswith(("# HELP ", "# TYPE ")))
         return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
 
@@ -197,7 +197,7 @@ def test_metrics_count(server, client):
     assert moved['minilora_requests_total{route="/v1/completions",status="200"}'] == 1
     assert moved['minilora_requests_total{route="refused",status="400"}'] == 1
     assert moved['minilora_answers_total{reason="length"}'] == moved["minilora_first_token_seconds_count"] == 1
-    assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
+    assert http.get(f"{server.url}/healthz").json() == {"status": "ok"}
 
 
 # ---- error
@@ -235,13 +235,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("more", FINE)
 def test_what_changes_nothing_is_accepted(server, more):
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
+    answer = http.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
     assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED)
 def test_what_would_have_to_be_ignored_is_refused(server, more, message):
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
+    answer = http.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and error["type"] == "invalid_request_error"
     assert {*error} == {"message", "type", "param", "code"}
@@ -250,9 +250,9 @@ def test_what_would_have_to_be_ignored_is_refused(server, more, message):
 def test_prompts_without_an_answer_are_refused(server):
     for prompt, message in [([999999], "each from 0 to"), ([], "prompt"), ([[]], "prompt"), (["a", 1], "prompt")]:
         body = {"model": "base", "prompt": prompt}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+        answer = http.post(f"{server.url}/v1/completions", json=body)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
-    refused = httpx.post(f"{server.url}/generate", json={"prompt": "a", "adapter": "nobody"})
+    refused = http.post(f"{server.url}/generate", json={"prompt": "a", "adapter": "nobody"})
     assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
 
 
@@ -269,7 +269,7 @@ def test_a_base_without_a_template_completes_and_says_why_it_cannot_chat(model):
     with serving(build(adapters=0)) as server:
         server.worker.engine.tokenizer = Plain()
         body = {"model": "base", "prompt": "hello", "max_tokens": 3, "temperature": 0}
-        said = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
+        said = http.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
         assert said == ml.generate(build(adapters=0), tokenizer(), RawText("hello"), max_new_tokens=3)
-        refused = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT)
+        refused = http.post(f"{server.url}/v1/chat/completions", json=CHAT)
         assert refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]

@@ -7,14 +7,13 @@ import html
 import re
 from typing import Any
 
-import httpx
 import pytest
 from fastapi.responses import HTMLResponse
 
 from browser import CHROMIUM, NO_CHROMIUM, chromium
 from minilora.serve import guard
 from minilora.serve.request import Ask
-from served import NAMES, alone, build, serving, tokenizer
+from served import NAMES, alone, build, http, serving, tokenizer
 from source import text
 
 PAGE = text("minilora/serve/page.html")
@@ -56,7 +55,7 @@ def driven(server: Any, key: str = "") -> str:
 
 def test_the_page_is_served_whole_and_runs_nothing_else(model):
     with serving(model) as server:
-        answer = httpx.get(server.url)
+        answer = http.get(server.url)
     assert answer.text == PAGE
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; connect-src 'self'; ") and "unsafe" not in policy

@@ -1,0 +1,238 @@
+"""Proves that clients that leave, stall or come too many at a time harm nobody else, and that the server stops in good
+order, and loudly where it cannot go on.
+
+Oracle of the load test: `ml.generate` for each request alone.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from chats import furnish
+from minilora.serve import guard
+from minilora.serve.engine import Engine
+from served import HEAD, LONG, NAMES, SHORT, alone, asks, build, error, http, run, settle, tokenizer, wait
+from served import serving as serve_until
+from source import ROOT
+
+serving = partial(serve_until, ends=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(adapters=2)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serving(model) as server:
+        yield server
+
+
+@pytest.fixture
+def url(server):
+    """And afterwards all is as before: nobody is left, and the next one is answered."""
+    yield f"{server.url}/v1/completions"
+    settle(server)
+
+
+# ---- too many, too long, gone
+
+
+def test_too_many_at_a_time_are_told_when_to_come_again(model):
+    with serving(model, batch_size=1, waiting=1) as server:
+        url, statuses = f"{server.url}/v1/completions", []
+        threads = [
+            threading.Thread(target=lambda: statuses.append(http.post(url, json=LONG, timeout=60).status_code))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        wait(lambda: len(server.worker.engine.rows) + len(server.worker.engine.waiting) == 2)
+        refused = http.post(url, json=SHORT)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert error(refused)["type"] == "rate_limit_error"
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=10) as client:
+            assert client.completions.create(**SHORT).choices[0].finish_reason == "length"  # it waits and comes again
+        for thread in threads:
+            thread.join()
+        assert statuses == [200, 200]
+
+
+def test_an_answer_ends_when_its_time_is_over(model):
+    with serving(model, timeout=0.2) as server:
+        url = f"{server.url}/v1/completions"
+        late = http.post(url, json=LONG)
+        assert late.status_code == 504 and error(late)["code"] == "timeout"
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            said = []
+            with pytest.raises(openai.APIError, match="not complete when its time was over"):
+                for chunk in client.completions.create(stream=True, **LONG):
+                    said.append(chunk.choices[0].text)
+        assert "".join(said)
+        assert 'minilora_answers_total{reason="timeout"} 2' in http.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_place(server, url, stream):
+    engine = server.worker.engine
+    with closing(socket.create_connection(server.servers[0].sockets[0].getsockname())) as leaves:
+        body = json.dumps(LONG | {"stream": stream}).encode()
+        leaves.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait(lambda: engine.rows)
+        (row,) = engine.rows
+    wait(lambda: not engine.rows)
+    assert row.done and len(row.text.ids) < LONG["max_tokens"]
+
+
+def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
+    """A client that takes the first event and then nothing, as the server sees it: `send` does not return."""
+    monkeypatch.setattr(guard, "GRACE", 0.5 - server.guard.config.timeout)
+    body, sent, asked = json.dumps(LONG | {"stream": True}).encode(), [], []
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+
+    async def stalled() -> None:
+        async def receive() -> Any:
+            if asked:
+                await asyncio.Event().wait()
+            asked.append(1)
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if len(sent) > 1:
+                await asyncio.Event().wait()
+
+        begun = time.monotonic()
+        await server.guard(scope | {"asgi": {"spec_version": "2.3"}, "raw_path": b"", "root_path": ""}, receive, send)
+        assert 0.4 < time.monotonic() - begun < 10
+
+    future = asyncio.run_coroutine_threadsafe(stalled(), server.servers[0].get_loop())
+    wait(lambda: len(sent) == 2)
+    assert http.post(url, json=SHORT).status_code == 200
+    future.result()
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
+# ---- the end
+
+
+def test_draining_finishes_what_runs_and_refuses_the_rest(model):
+    with serving(model) as server:
+        url, found = f"{server.url}/v1/completions", []
+        running = threading.Thread(target=lambda: found.append(http.post(url, json=LONG, timeout=60)))
+        running.start()
+        wait(lambda: server.worker.engine.rows)
+        server.handle_exit(signal.SIGTERM, None)
+        refused = http.post(url, json=SHORT)
+        assert refused.status_code == 503 and error(refused)["code"] == "stopping"
+        assert refused.headers["retry-after"] == "1"
+        assert http.get(f"{server.url}/healthz").json() == {"status": "stopping"}
+        running.join()
+        assert found[0].json()["usage"]["completion_tokens"] == LONG["max_tokens"]
+        wait(lambda: not server.servers[0].is_serving())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_fails_tells_everybody_and_ends_the_server(model):
+    engine = Engine(model, tokenizer())
+    step, count = engine.step, []
+
+    def broken() -> Any:
+        count.append(1)
+        if len(count) > 3:
+            raise MemoryError("no room")
+        return step()
+
+    engine.step = broken  # pyright: ignore[reportAttributeAccessIssue] the fault
+    with serving(model, engine=engine) as server:
+        url = f"{server.url}/v1/completions"
+        found: list[httpx.Response] = []
+        threads = [threading.Thread(target=lambda: found.append(http.post(url, json=LONG))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])["code"] == "ended"
+        wait(lambda: not server.servers[0].is_serving())
+        assert server.worker.failed
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_ends_well(tmp_path):
+    """A process of its own: eight answers are under way, all are finished, a ninth is refused, the status is 0."""
+    place = furnish(tmp_path)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "minilora", "serve", str(place / "model"), "--port=0", "--dtype=float32"]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    url = next(line.split()[-1] for line in lines if "listens at" in line)
+    given: Any = LONG | {"model": "model", "max_tokens": 1000}
+    found: list[httpx.Response] = []
+
+    def ask() -> None:
+        found.append(http.post(f"{url}/v1/completions", json=given, timeout=60))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait(lambda: "minilora_requests_running 8" in http.get(f"{url}/metrics").text)
+    process.send_signal(signal.SIGTERM)
+    wait(lambda: http.get(f"{url}/healthz").status_code == 503)
+    assert http.post(f"{url}/v1/completions", json=given).status_code == 503
+    for thread in threads:
+        thread.join()
+    assert process.wait(30) == 0, process.stderr.read()
+    assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [1000] * 8
+
+
+@pytest.mark.slow
+def test_clients_that_come_and_go_for_a_while(model):
+    """Hundreds of requests, a third of which leave under way; who stays gets the answer it would get alone."""
+    wanted = [ask for ask in asks(150, seed=2) if ask.adapter in (None, *NAMES[:2])]
+    twin = build(adapters=2)
+    expected = [alone(twin, ask) for ask in wanted]
+    with serve_until(model, batch_size=6, waiting=200) as server:
+
+        async def one(client: Any, number: int) -> str | None:
+            ask = wanted[number]
+            given: Any = {"model": ask.adapter or "base", "prompt": ask.prompt, "max_tokens": ask.max_tokens}
+            given |= {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
+            await asyncio.sleep(0.01 * (number % 17))
+            if number % 3 == 0:
+                try:
+                    await asyncio.wait_for(client.completions.create(**given | {"max_tokens": 300}), 0.05)
+                except TimeoutError:
+                    return None
+            if number % 3 == 1:
+                return (await client.completions.create(**given)).choices[0].text
+            return "".join(
+                [chunk.choices[0].text async for chunk in await client.completions.create(stream=True, **given)]
+            )
+
+        async def everybody() -> list[str | None]:
+            async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+                return await asyncio.gather(*(one(client, number) for number in range(len(wanted))))
+
+        found = asyncio.run(everybody())
+        wait(lambda: not server.worker.engine.busy and not server.worker.listeners and not server.guard.open)
+    stayed = [number for number in range(len(wanted)) if number % 3]
+    assert [found[number] for number in stayed] == [expected[number] for number in stayed]
+    assert found.count(None) > 10
+    assert run(server.worker.engine) == {}
