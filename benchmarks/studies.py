@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
-    parser.add_argument("--short", action="store_true", help="one step of two rows, the last run of each study")
+    parser.add_argument("--short", action="store_true", help="one step of two rows; the last run of two studies")
     parser.add_argument("--run", help="a run's settings as JSON: this one only, in this process")
     options = parser.parse_args()
     if options.short:
@@ -65,7 +65,7 @@ def main() -> None:
     given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
     found: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[str, Any]] = {}  # equal settings are run once
-    for study in [options.only] if options.only else STUDIES:
+    for study in [options.only] if options.only else ("forgetting", "prompts") if options.short else STUDIES:
         print(f"\n{study:<16}" + "".join(f"{name:>13}" for name in SHOWN))
         runs = list(STUDIES[study].items())[-1 if options.short else 0 :]
         for name, own in runs:

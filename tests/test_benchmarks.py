@@ -36,6 +36,7 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "many_adapters": (["--short"], "by_row"),
     "bench_serve": (["--short"], "sides"),
     "variants": (["--short"], "variants"),
+    "studies": (["--short"], "studies"),
 }
 ALONE = (
     "peers",

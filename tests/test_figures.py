@@ -18,6 +18,7 @@ from test_pages import NOTEBOOKS, PAGES, prose
 
 UNITS = "%|×|GB|MB|kB|TB|ms|µs|s\\b|seconds|minutes|times|nats"
 FIGURE = re.compile(rf"(?<![\w.#/=:-])(?:\d[\d,]*\.\d+(?![\w.]*\d)|\d[\d,]*(?=\s?(?:{UNITS})))")
+STUDIES = "log: ranks, targets, data, forgetting and prompts"
 PEERS = "log: a training step beside peft + transformers + bitsandbytes, on cores without AMX"
 FIGURES: dict[str, dict[str, list[str]]] = {
     "CONTRIBUTING.md": {"Contributing": ["given: what is called slow"]},
@@ -34,6 +35,17 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     "docs/reference.md": {"The public door": ["given: weights in an example"]},
     "docs/serve.md": {"Limits": ["given: a setting of minilora/serve/guard.py"]},
     "docs/speed.md": {"How fast, how small": [PEERS]},
+    "docs/when.md": dict.fromkeys(
+        (
+            "Prompt, retrieve or fine-tune?",
+            "LoRA or QLoRA?",
+            "Which rank, which learning rate?",
+            "Which layers?",
+            "How much data?",
+            "What is forgotten?",
+        ),
+        [STUDIES],
+    ),
     "kernels/README.md": {
         "What runs where": ["given: versions"],
         "What the machine code says": ["test: test_kernel_report.py"],
