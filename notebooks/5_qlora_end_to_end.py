@@ -32,7 +32,6 @@ import minilora as ml  # not there? In the repository's folder: pip install -e '
 from minilora.audit.inspect import product_svd
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
-plt.switch_backend(plt.get_backend())  # at once, so that Jupyter shows a figure that a cell ends in
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)

@@ -43,6 +43,12 @@ def test_links_lead_somewhere(page: str):
             assert anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), f"{page}: no heading {anchor}"
 
 
+def test_the_site_lists_every_page():
+    listed = set(re.findall(r'"([\w/]+\.md)"', text("docs/site/zensical.toml")))
+    asked = {page for page in PAGES if page.startswith("docs/")} | {page[:-3] + ".md" for page in NOTEBOOKS}
+    assert listed == asked | {"README.md", "kernels/README.md"}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in text(page)])
 def test_examples_print_what_they_show(page: str):
     failed, tried = doctest.testfile(str(ROOT / page), module_relative=False)

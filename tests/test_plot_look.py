@@ -40,6 +40,11 @@ def texts(figure) -> list[tuple[str, Any]]:
     return [(t.get_text(), t.get_window_extent(with_look)) for t in found if t not in hidden]
 
 
+def test_a_notebook_shows_a_figure_without_pyplot():
+    png = ml.plot.codebook()._repr_png_()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
+
+
 def test_no_text_is_cut_or_covered_by_another():
     for name, figure in figures().items():
         written = texts(figure)
