@@ -227,7 +227,7 @@ except RuntimeError as error:
     print(note := error.__notes__[0])
     fields = dict(word.split("=") for word in note.split("GB: ")[-1].split(", "))
 fields = {name: int(value) for name, value in fields.items()}
-result = ml.train(model, Letters(), rows, ml.TrainConfig(max_steps=1, max_length=2048, **fields))
+result = ml.train(model, Letters(), rows, ml.TrainConfig(**{"max_steps": 1, "max_length": 2048} | fields))
 print("steps:", result.steps)
 """
     note = python(code, ROOT / "tests")
