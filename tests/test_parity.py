@@ -80,6 +80,7 @@ def test_every_form_of_a_dense_model_is_there_and_rounds(place):
         assert stages[name].verdict in ("equal", "rounded") and stages[name].kl < 1e-9, stages[name]  # fp32
     # NF4 is 9 % off in every weight: not what was trained
     assert stages["4 bits"].verdict == "different" and report.first is stages["4 bits"]
+    assert "minilora merge measures it" in stages["4 bits"].note and not stages["merged"].note
     assert "first different: 4 bits" in str(report) and str(report).count("\n") == len(STAGES) + 1
 
 

@@ -41,6 +41,7 @@ from minilora.scoring.objective import SFT
 STAGES = ("trained", "merged", "merged folder", "4 bits", "gguf", "served")
 TOKENS = 512  # of answers that are compared, at most: their logits over the vocabulary are held
 ADAPTER = "default"
+LOST = "4 bits keep little of a small ΔW (minilora merge measures it): leave the adapter beside the base"
 
 
 class Answer(NamedTuple):
@@ -210,4 +211,5 @@ def _compare(name: str, told: Tensor, found: Tensor, tolerance: float) -> Stage:
     kl = max(kl / len(told), 0.0)
     top1 = (told.argmax(-1) == found.argmax(-1)).float().mean().item()
     verdict = "equal" if torch.equal(told, found) else "rounded" if kl <= tolerance else "different"
-    return Stage(name, verdict, kl, (told - found).abs().max().item(), top1)
+    note = LOST if name == "4 bits" and verdict == "different" else ""
+    return Stage(name, verdict, kl, (told - found).abs().max().item(), top1, note)
