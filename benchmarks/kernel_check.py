@@ -126,6 +126,8 @@ def check_matmul(name: str, run: Run, device: torch.device) -> None:
     for shape, tokens in (((70, 96), 2), ((33, 1056), 17), *[(LARGE, 16), (LARGE, 64)] * cuda):
         for double, dtype in itertools.product((False, True), DTYPES):
             count = min(tokens, nf4_matmul.MOST[dtype])
+            if cuda and not nf4_matmul.fits(dtype, device, shape, count):
+                continue  # on this card W is made dense
             parts = [None if part is None else part.to(device) for part in parts_of(shape, 64, double)]
             W = dense_of(shape, 64, double, dtype)
             what = f"{name} {shape}, {count} tokens in {dtype}{', double quantised' * double}"

@@ -30,6 +30,7 @@ from typing import Any
 import triton
 
 from imaginary import Launch, imaginary_gpu
+from minilora_kernels import nf4_matmul
 from report_jobs import ADAMW_BYTES, BLOCKSIZE, SCALES_BYTES, Job, jobs
 from roofline import CARDS, HALF, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
 from sass import SM_LIMITS, Counts, count, cubins, functions, occupancy
@@ -82,6 +83,9 @@ def rows(targets: Iterable[str], names: Iterable[str] | None = None) -> list[dic
     for name in todo if names is None else names:
         job = todo[name]
         for target in targets:
+            if name.startswith("matmul") and (target == "sm_75" or nf4_matmul.OLD):
+                print(f"{name} on {target}: NOT COUNTED, it is not used on sm_75, nor with a Triton before 3.7")
+                continue
             launch, trip = compiled(job, target)
             counts, threads = count(launch.binary), launch.metadata.num_warps * 32
             if counts.loop.instructions and not trip:
@@ -200,7 +204,8 @@ def print_estimates(title: str, found: list[dict[str, Any]]) -> None:
     print(f"\n{title}\n{'kernel':38}" + "".join(f"{name:>17}" for name in names))
     for kernel in dict.fromkeys(result["kernel"] for result in found):
         of = {result["card"]: result for result in found if result["kernel"] == kernel}
-        cells = (f"{of[n]['microseconds']:.4g} {of[n]['busiest']:>5} {of[n]['of_dram']:.2f}" for n in names)
+        shown = {n: f"{of[n]['microseconds']:.4g} {of[n]['busiest']:>5} {of[n]['of_dram']:.2f}" for n in of}
+        cells = (shown.get(n, "-") for n in names)  # not every kernel is for every card
         print(f"{kernel:38}" + "".join(f"{cell:>17}" for cell in cells))
 
 

@@ -127,14 +127,16 @@ def _matmul(
 
 # ---- launcher
 
+# Triton 3.3 stops with an error when it compiles this for sm_120; what lies between it and 3.7 was not tried.
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 # Tokens at most: their sums lie in registers. Products of fp32 are no work for tensor cores, and take 16 instructions.
 MOST = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 
 
 def fits(dtype: torch.dtype, device: torch.device, shape: Sequence[int], tokens: int) -> bool:
     """Whether the kernel takes so many tokens of this dtype and a weight (out, in): on cards for whose tensor cores it
-    was counted (sm_80 and newer), whole chunks in a row, and few enough of these to number in 32 bits."""
-    cuda = device.type == "cuda" and torch.version.hip is None
+    was counted (sm_80 and newer), with a Triton that compiles it, whole chunks in a row, few enough for 32 bits."""
+    cuda = device.type == "cuda" and torch.version.hip is None and not OLD
     counted = launch.interpreted() or (cuda and torch.cuda.get_device_capability(device) >= (8, 0))
     sized = shape[1] % CHUNK == 0 and 0 < shape[0] * shape[1] // CHUNK < 2**31
     return counted and sized and 0 < tokens <= MOST.get(dtype, 0)
