@@ -69,8 +69,7 @@ def main() -> None:
         print(f"\n{study:<16}" + "".join(f"{name:>13}" for name in SHOWN))
         runs = list(STUDIES[study].items())[-1 if options.short else 0 :]
         for name, own in runs:
-            key = json.dumps({} if "shots" in own else COMMON | own, sort_keys=True) + str(own.get("shots"))
-            key += str(own.get("nearest"))
+            key = json.dumps(own if "shots" in own else COMMON | own, sort_keys=True)
             known[key] = known.get(key) or fresh(__file__, "--run", json.dumps(own), *given)
             found.setdefault(study, {})[name] = known[key]
             print(f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN), flush=True)

@@ -202,7 +202,7 @@ def test_what_peers_publishes():
 
 
 def test_pieces_of_one_measurement_are_joined_and_a_picture_keeps_them(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
     pieces = []
     for kind in ("length", "batch"):
         points = [{"length": 128, "batch": 1, "r": 8, "width": 64} | {kind: x} for x in GROWS[kind][0]]

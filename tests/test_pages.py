@@ -71,5 +71,10 @@ def test_the_site_is_built_and_describes_every_public_name():
     site = ROOT / "out" / "site"
     reference = (site / "docs" / "reference.html").read_text(encoding="utf-8")
     assert not [name for name in ml.__all__ if name[0] != "_" and f">ml.{name}<a" not in reference]
-    home = (site / "README.html", site / "index.html")
-    assert any(page.exists() for page in home) and len(list(site.rglob("*.html"))) > 30
+    pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert site / "index.html" in pages and len(pages) > len(PAGES) + len(NOTEBOOKS)
+    assert not [
+        page for page, html in pages.items() if re.search(r'src="https?:|<link[^>]*stylesheet[^>]*https?:', html)
+    ]
+    book = pages[site / "notebooks" / "1_lora_from_scratch.html"]
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"' in book and "\\cdot" not in book

@@ -4,6 +4,7 @@ Property: no text leaves its figure or meets another, series are told apart with
 bytes. Round trip: the pictures in docs/ are what the script draws.
 """
 
+import pickle
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -41,8 +42,10 @@ def texts(figure) -> list[tuple[str, Any]]:
 
 
 def test_a_notebook_shows_a_figure_without_pyplot():
-    png = ml.plot.codebook()._repr_png_()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
+    figure = ml.plot.codebook()
+    for one in (figure, pickle.loads(pickle.dumps(figure))):
+        png = one._repr_png_()
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
 
 
 def test_no_text_is_cut_or_covered_by_another():

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import jupytext
+from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 
 import minilora as ml
@@ -23,6 +24,7 @@ import minilora as ml
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out" / "pages"  # beside it the settings, as a site may not leave their folder
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")  # of a relative link: its path
+MATHS = re.compile(r"\$\$(.+?)\$\$|(?<![\w$`])\$(?=\S)([^$`]+?)(?<=\S)\$(?![\w$`])", re.S)
 MODULES = re.compile(r"\b(?:torch\.nn\.modules\.module|collections\.abc|typing|pathlib|minilora(?:\.\w+)+)\.(?=[A-Z])")
 WRITTEN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
 
@@ -62,9 +64,20 @@ def write(path: Path, page: str) -> None:
         return found[1] + os.path.relpath(shown, staged(path).parent)
 
     fences = re.split(r"(^ {0,3}```.*?^ {0,3}```)", page, flags=re.M | re.S)  # code keeps its brackets
-    parts = [part if part.lstrip().startswith("```") else LINK.sub(turned, part) for part in fences]
+    parts = [part if part.lstrip().startswith("```") else typeset(LINK.sub(turned, part)) for part in fences]
     staged(path).parent.mkdir(parents=True, exist_ok=True)
     staged(path).write_text("".join(parts), encoding="utf-8")
+
+
+def typeset(prose: str) -> str:
+    """Formulas, $…$ and $$…$$, as MathML, which browsers set by themselves: no script, no network."""
+
+    def one(found: re.Match[str]) -> str:
+        return (
+            convert(found[1], display="block") if found[1] else f"<span>{convert(found[2])}</span>"
+        )  # or Markdown cuts
+
+    return MATHS.sub(one, prose)
 
 
 def staged(path: Path) -> Path:

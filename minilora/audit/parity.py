@@ -102,7 +102,7 @@ def parity(
     model: what load_model takes; quantize, dtype: as in training. adapter: a folder or Hub id in PEFT's format.
     dataset: what `train` takes; its first `rows` rows are read, up to 512 tokens of answers.
     tolerance: the mean KL, in nats a token, up to which a stage counts as rounded.
-    Three files of the model's size are written to a temporary folder, one at a time, and removed.
+    What is written goes to a temporary folder, a dense model and a 4-bit one, then a GGUF file, and is removed.
     ValueError: no rows, a row that training would refuse, an adapter that does not fit (load_adapter).
     """
     tokenizer = load_tokenizer(model)

@@ -7,6 +7,7 @@ is smaller and can be read aloud and searched, and holds no date and no random i
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,17 @@ def canvas(width: float, height: float, path: str | Path | None = None) -> Itera
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("ml.plot draws with matplotlib: pip install 'minilora[plot]'") from error
-
-    class Picture(Figure):
-        """A Figure that a notebook shows by itself; of others it knows only once pyplot has drawn."""
-
-        def _repr_png_(self) -> bytes:
-            self.savefig(file := BytesIO(), format="png")
-            return file.getvalue()
-
     with matplotlib.rc_context(LOOK):
-        figure = Picture(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.__dict__["_repr_png_"] = partial(_png, figure)  # notebooks know Figures only once pyplot has drawn one
         yield figure
         if path is not None:
             save(figure, path)
+
+
+def _png(figure: Any) -> bytes:
+    figure.savefig(file := BytesIO(), format="png")
+    return file.getvalue()
 
 
 def save(figure: Any, path: str | Path, description: str | None = None) -> None:
