@@ -122,6 +122,26 @@ def test_every_figure_has_its_source(page: str):
             assert not missing, f"{page}, {heading}: {missing} are not in the entry of the log"
 
 
+def rows(said: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of the tables in a text."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    return {first: rest for first, *rest in lines}
+
+
+def test_tables_are_those_of_the_log():
+    """A figure of one row is no source for another row's; and the README's are those of docs/speed.md."""
+    found = [line for line in text("docs/when.md").splitlines() if re.match(r"\| [^|]+ \| [\d,]+ \|", line)]
+    assert len(found) > 20 and not set(found) - set(text("docs/LOG.md").splitlines())
+    speed, kept = rows(text("docs/speed.md")), rows(entries()[PEERS.removeprefix("log: ")])
+    for name in ("QLoRA", "QLoRA, gradient checkpointing", "LoRA, bf16", "full, fp32 + autocast"):
+        assert [*speed[name][:3], speed[name][-1]] == [*kept[name][:3], kept[name][-1]], name
+    *_, ratio, amx, memory = speed["QLoRA"]
+    readme = rows(text("README.md"))
+    shown = f"{ratio.split()[0]} times as fast; {amx.split()[0]} with AMX"
+    assert readme["a step of QLoRA on two CPU cores"][1] == shown
+    assert readme["its memory at the peak"][1] == memory.split()[-1]
+
+
 @pytest.mark.parametrize("title", entries())
 def test_an_entry_of_the_log_names_what_reprints_it(title: str):
     said = entries()[title]
