@@ -21,7 +21,8 @@ import math
 from typing import Any
 
 import minilora as ml
-from minilora.samples.task import Row, question_of
+from minilora.samples.baselines import overlaps
+from minilora.samples.task import Row
 from side_by_side import fresh, machine
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -90,7 +91,7 @@ def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     prose = ml.samples.prose(PROSE, 500)  # every second text is held out
     test, trained = task.test, 0
     if "shots" in own:
-        test = [with_examples(row, task.train, own["shots"], own.get("nearest", False)) for row in test]
+        test = with_examples(test, task.train, own["shots"], own.get("nearest", False))
     else:
         trained = train(model, tokenizer, task.train, prose[1::2], COMMON | own, options)
     scores = ml.evaluate(model, tokenizer, test, labels=task.labels, max_new_tokens=4, batch_size=16)
@@ -119,20 +120,18 @@ def train(
     return ml.count_parameters(model).trainable
 
 
-def with_examples(row: Row, train: list[Row], shots: int, nearest: bool) -> Row:
-    """A row whose question comes after `shots` training rows, as turns: fixed ones, or the nearest by words, last."""
-    instruction, question, answer = row["messages"]
+def with_examples(rows: list[Row], train: list[Row], shots: int, nearest: bool) -> list[Row]:
+    """Rows whose questions come after `shots` training rows, as turns: fixed ones, or each row's nearest by words, the
+    nearest last."""
+    order = [range(len(train))] * len(rows)
     if nearest:
-        words = set(question_of(row).lower().split())
-        train = sorted(train, key=lambda other: overlap(words, question_of(other)), reverse=True)
-    turns = [turn for example in reversed(train[:shots]) for turn in example["messages"][1:]]
-    return {"messages": [instruction, *turns, question, answer]}
-
-
-def overlap(words: set[str], other: str) -> float:
-    """|a ∩ b| / |a ∪ b| of two sets of words."""
-    theirs = set(other.lower().split())
-    return len(words & theirs) / len(words | theirs)
+        order = [(-overlap).argsort(kind="stable") for overlap in overlaps(train, rows)]
+    found = []
+    for row, numbers in zip(rows, order, strict=True):
+        instruction, question, answer = row["messages"]
+        turns = [turn for n in reversed(numbers[:shots]) for turn in train[n]["messages"][1:]]
+        found.append({"messages": [instruction, *turns, question, answer]})
+    return found
 
 
 if __name__ == "__main__":
