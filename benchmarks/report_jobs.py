@@ -42,19 +42,12 @@ def jobs() -> dict[str, Job]:
         bytes = HALF + (WEIGHT_DOUBLE_QUANT if double else WEIGHT)
         return Job(lambda: run(*_parts(n, double), BLOCKSIZE, dense), n, bytes)
 
-    def gemv(run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int) -> Job:
+    def multiply(run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int, *tokens: int) -> Job:
         def trip() -> int:
             return weights * math.prod(size for _, size in tile_for(tile).constants)
 
-        n, x = math.prod(shape), torch.empty(shape[1], dtype=torch.bfloat16)
+        n, x = math.prod(shape), torch.empty(*tokens, shape[1], dtype=torch.bfloat16)
         return Job(lambda: run(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
-
-    def tokens(count: int) -> Job:
-        def trip() -> int:
-            return nf4_matmul.CHUNK * math.prod(size for _, size in tile_for("matmul_nf4").constants)
-
-        x = torch.empty(count, shape[1], dtype=torch.bfloat16)
-        return Job(lambda: nf4_matmul.matmul(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
 
     def head(logits: Tensor, labels: Tensor) -> Job:
         def trip() -> int:
@@ -71,11 +64,11 @@ def jobs() -> dict[str, Job]:
         "quantize_nf4": Job(lambda: nf4_quantize.quantize(dense, BLOCKSIZE), n, HALF + WEIGHT),
         "quantize_nf4_textbook": Job(lambda: nf4_quantize.quantize_textbook(dense, BLOCKSIZE), n, HALF + WEIGHT),
         "double_quantize_nf4": Job(lambda: nf4_quantize.double_quantize(absmax), len(absmax), SCALES_BYTES),
-        "gemv_nf4_double_quant": gemv(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
-        "gemv_nf4_double_quant_small": gemv(nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK),
-        "gemv_nf4_double_quant_textbook": gemv(nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2),  # of a byte
-        "matmul_nf4": tokens(16),
-        "matmul_nf4_64_tokens": tokens(64),
+        "gemv_nf4_double_quant": multiply(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
+        "gemv_nf4_double_quant_small": multiply(nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK),
+        "gemv_nf4_double_quant_textbook": multiply(nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2),  # of a byte
+        "matmul_nf4": multiply(nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 16),
+        "matmul_nf4_64_tokens": multiply(nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 64),
         "cross_entropy": head(torch.empty(512, 2**17, dtype=dense.dtype), torch.empty(512, dtype=torch.int64)),
         "adamw_8bit": Job(lambda: adam8bit.step(p, p, moments, (0.5,) * 8), n, ADAMW_BYTES),
         **_steps(dense),

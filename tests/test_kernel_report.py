@@ -13,7 +13,8 @@ from importlib.metadata import version
 
 import pytest
 
-from kernel_report import BITSANDBYTES, estimates, figures, three_launches
+from kernel_report import BITSANDBYTES, estimates, figures, print_estimates, rows, three_launches
+from minilora_kernels import nf4_matmul
 from roofline import CARDS
 from sass import Counts, Tally
 from source import ROOT
@@ -152,6 +153,22 @@ def test_the_last_line_is_json_with_every_figure():
         assert f"{kernel} on gfx942" in stdout
     cards = {bound["card"] for bound in document["roofline"]}
     assert cards == {"RTX 3060", "RTX 3090"}  # those of sm_86
+
+
+def test_what_is_not_used_on_a_card_is_left_out_and_its_place_says_so(monkeypatch, capsys):
+    assert rows(["sm_75"], ["matmul_nf4"]) == []
+    monkeypatch.setattr(nf4_matmul, "OLD", True)
+    assert rows(["sm_80"], ["matmul_nf4_64_tokens"]) == []
+    said = [line.partition(": NOT COUNTED")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["matmul_nf4 on sm_75", "matmul_nf4_64_tokens on sm_80"]
+
+    counted = [("on both", "sm_75"), ("on both", "sm_80"), ("on one", "sm_80")]
+    row = {"bytes_per_element": 1.0, "pipes": {"issue": 1.0}}
+    print_estimates("title", estimates([{"kernel": kernel, "target": target} | row for kernel, target in counted]))
+    # LAYER bytes at 320 and 2039 GB/s
+    expected = [["T4", "A100-80"], ["183.5 issue 0.04", "28.8 issue 0.10"], ["-", "28.8 issue 0.10"]]
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [[line[38:55].strip(), line[55:].strip()] for line in table] == expected
 
 
 def test_figures_of_a_loop_and_of_what_stands_around_it():

@@ -25,7 +25,7 @@ from torch import Tensor
 from .launch import rounded, run
 from .nf4_dequantize import absmax_of, lookup, tables
 
-CHUNK = 32  # weights: the smallest block size
+CHUNK = 32  # weights: the smallest block size, and one 128-bit load
 SMALL = 1024  # inner size up to which a row is short
 
 # ---- textbook

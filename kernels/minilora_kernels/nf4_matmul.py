@@ -23,11 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, nf4_gemv
 from .launch import BY_HAND, nearest, rounded, run
 from .nf4_dequantize import absmax_of, lookup, tables
 
-CHUNK = 32  # weights: the smallest block size, and one 128-bit load
 STEPS = 8  # chunks: whole steps of every tile; what a part has at least
 ENOUGH = 2**15  # rows, those of each part counted again: 512 programs of 64 rows, for the largest cards
 
@@ -135,11 +134,10 @@ MOST = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 
 def fits(dtype: torch.dtype, device: torch.device, shape: Sequence[int], tokens: int) -> bool:
     """Whether the kernel takes so many tokens of this dtype and a weight (out, in): on cards for whose tensor cores it
-    was counted (sm_80 and newer), with a Triton that compiles it, whole chunks in a row, few enough for 32 bits."""
+    was counted (sm_80 and newer), with a Triton that compiles it, and of a size that the GEMV takes too."""
     cuda = device.type == "cuda" and torch.version.hip is None and not OLD
     counted = launch.interpreted() or (cuda and torch.cuda.get_device_capability(device) >= (8, 0))
-    sized = shape[1] % CHUNK == 0 and 0 < shape[0] * shape[1] // CHUNK < 2**31
-    return counted and sized and 0 < tokens <= MOST.get(dtype, 0)
+    return counted and nf4_gemv.fits(shape) and 0 < tokens <= MOST.get(dtype, 0)
 
 
 def matmul(
@@ -153,7 +151,7 @@ def matmul(
     bias: Tensor | None = None,
 ) -> Tensor:
     """x (M, in) -> x Wᵀ + bias (M, out), in x's dtype. `fits` must hold, and what dispatch.py checks."""
-    (rows, k), tokens, chunks = shape, len(x), shape[1] // CHUNK
+    (rows, k), tokens, chunks = shape, len(x), shape[1] // nf4_gemv.CHUNK
     part = -(-chunks * rows // ENOUGH // STEPS) * STEPS  # chunks
     parts = -(-chunks // part)
     y = x.new_empty(tokens, rows)

@@ -65,7 +65,30 @@ def test_which_products_have_a_kernel_for_few_tokens():
         assert nf4_matmul.fits(dtype, cpu, (576, 1536), most) and nf4_matmul.fits(dtype, cpu, (1, 32), 2)
         assert not nf4_matmul.fits(dtype, cpu, (576, 1536), most + 1) and not nf4_matmul.fits(dtype, cpu, (4, 33), 2)
         assert not nf4_matmul.fits(dtype, cpu, (0, 64), 2) and not nf4_matmul.fits(dtype, cpu, (2**20, 2**16), 2)
+        assert not nf4_matmul.fits(dtype, cpu, (576, 1536), 0)
     assert not nf4_matmul.fits(torch.float64, cpu, (576, 1536), 2)
+
+
+@pytest.mark.parametrize(
+    "where, capability, hip, old, fits",
+    [
+        ("cuda:1", (8, 0), None, False, True),
+        ("cuda:1", (12, 0), None, False, True),
+        ("cuda:1", (7, 5), None, False, False),
+        ("cuda:1", (9, 0), "6.2", False, False),  # AMD's, which was compiled and never counted
+        ("cuda:1", (9, 0), None, True, False),
+        ("cpu", (9, 0), None, False, False),
+    ],
+)
+def test_which_cards_have_a_kernel_for_few_tokens(where, capability, hip, old, fits, monkeypatch):
+    def of(device: torch.device) -> tuple[int, int]:
+        return capability if device.index == 1 else (0, 0)
+
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(nf4_matmul, "OLD", old)
+    assert nf4_matmul.fits(torch.bfloat16, torch.device(where), (576, 1536), 16) == fits
 
 
 def test_a_layer_takes_the_kernel_for_a_few_tokens(monkeypatch):
