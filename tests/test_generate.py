@@ -233,7 +233,11 @@ def test_a_stop_string_stops_the_work(monkeypatch):
     text = generate(mine, tokenizer, RawText("hello"), max_new_tokens=40)
     forwards = []
     extend = Context.extend
-    spy = lambda self, rows, **options: (forwards.append(len(rows)), extend(self, rows, **options))[1]  # noqa: E731
+
+    def spy(self, rows, **options):
+        forwards.append(len(rows))
+        return extend(self, rows, **options)
+
     monkeypatch.setattr(Context, "extend", spy)
     word = next(character for character in text[1:] if character.isprintable() and character != "\ufffd")
     generate(mine, tokenizer, RawText("hello"), max_new_tokens=40, stop=word)

@@ -267,12 +267,12 @@ def test_files_that_are_something_else(tmp_path):
     fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_uint16("split.count", 3)), "one of 3 parts")
     odd = np.ones(3, np.float32)
     fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_tensor("v.x", odd)), "tensor v.x is none of")
-    factors = lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32))  # noqa: E731
-    fails(write(tmp_path / "m.gguf", oracle(), change=factors), "not the scaling of Llama 3.1")
-    yarn = lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)  # noqa: E731
-    fails(write(tmp_path / "m.gguf", oracle(), change=yarn), "'yarn' is not supported")
-    halved = lambda w: w.add_uint32("llama.rope.dimension_count", 8)  # noqa: E731
-    fails(write(tmp_path / "m.gguf", oracle(), change=halved), "not all are rotated")
+    for change, message in (
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)), "not the scaling of Llama 3.1"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "'yarn' is not supported"),
+        (lambda w: w.add_uint32("llama.rope.dimension_count", 8), "not all are rotated"),
+    ):
+        fails(write(tmp_path / "m.gguf", oracle(), change=change), message)
 
 
 def test_missing_and_non_finite_tensors(tmp_path):

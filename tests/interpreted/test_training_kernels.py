@@ -255,7 +255,10 @@ def test_the_whole_op_is_that_of_the_plain_rows(dtype, trained, monkeypatch):
 
 def test_compiled_without_a_graph_break():
     hidden, weight, labels = torch.randn(9, 8, requires_grad=True), torch.randn(11, 8), torch.randint(11, (9,))
-    f = lambda h: ce.linear_cross_entropy(h, weight, labels, 4)  # noqa: E731
+
+    def f(h):
+        return ce.linear_cross_entropy(h, weight, labels, 4)
+
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(hidden), f(hidden))
     assert torch.equal(*(torch.autograd.grad(g(hidden), hidden)[0] for g in (compiled, f)))
