@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import minilora as ml
 from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Row, chat_row, split_by_group
+from minilora.samples.task import Row, chat_row, connected, split_by_group
 
 SHA256 = "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96"
 WHEEL = Pin("licensedcode-data", "32.1.0", FilePin("licensedcode_data-32.1.0-py3-none-any.whl", 26671146, SHA256))
@@ -54,22 +54,16 @@ def clauses() -> Iterator[tuple[str, str]]:
 
 def grouped(pairs: dict[str, str], run: int = 8) -> list[list[Row]]:
     """Groups of at most three rows; clauses with `run` words in a row in common, also through a third, are one."""
-    texts = list(pairs)
-    parent, first = list(range(len(texts))), {}
+    rows = [chat_row("Kind of clause?", text, kind) for text, kind in pairs.items()]
+    first: dict[tuple[str, ...], int] = {}
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
+    def shared() -> Iterator[tuple[int, int]]:
+        for i, text in enumerate(pairs):
+            words = re.findall(r"\w+", text.lower())
+            for start in range(len(words) - run + 1):
+                yield i, first.setdefault(tuple(words[start : start + run]), i)
 
-    for i, text in enumerate(texts):
-        words = re.findall(r"\w+", text.lower())
-        for start in range(len(words) - run + 1):
-            parent[root(i)] = root(first.setdefault(tuple(words[start : start + run]), i))
-    groups: dict[int, list[Row]] = {}
-    for i, text in enumerate(texts):
-        groups.setdefault(root(i), []).append(chat_row("Kind of clause?", text, pairs[text]))
-    return [rows[:3] for rows in groups.values()]
+    return [[rows[i] for i in group[:3]] for group in connected(len(rows), shared())]
 
 
 def f1(scores: ml.Scores, kind: str) -> float:

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Task, chat_row, split_by_group
+from minilora.samples.task import Task, chat_row, connected, split_by_group
 
 SDIST = Pin(
     "usaddress",
@@ -79,23 +79,15 @@ def make_task(pairs: dict[str, str], test_rows: int, seed: int) -> Task:
 
 
 def near_duplicates(texts: list[str], threshold: float = NEAR_DUPLICATE) -> list[list[str]]:
-    """The connected components of "shares `threshold` of its words with", by union-find over all pairs."""
+    """The connected components of "shares `threshold` of its words with", over all pairs."""
     words = [frozenset(re.findall(r"[a-z0]+", re.sub(r"\d+", "0", text.lower()))) for text in texts]
-    parent = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for i, mine in enumerate(words):
-        for j in range(i):
-            if len(mine & words[j]) >= threshold * len(mine | words[j]):
-                parent[root(i)] = root(j)
-    components: dict[int, list[str]] = {}
-    for i, text in enumerate(texts):
-        components.setdefault(root(i), []).append(text)
-    return list(components.values())
+    pairs = (
+        (i, j)
+        for i, mine in enumerate(words)
+        for j in range(i)
+        if len(mine & words[j]) >= threshold * len(mine | words[j])
+    )
+    return [[texts[i] for i in group] for group in connected(len(texts), pairs)]
 
 
 def _field(tag: str) -> str:

@@ -8,7 +8,7 @@ would measure memory; with whole groups held out the held-out rows are about thi
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Row = dict[str, list[dict[str, str]]]
@@ -39,6 +39,23 @@ def question_of(row: Row) -> str:
 def answer_of(row: Row) -> str:
     """What the last turn, the assistant's, says."""
     return row["messages"][-1]["content"]
+
+
+def connected(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The numbers below `count` in groups, also through a third: the connected components of `pairs`, by union-find."""
+    parent = list(range(count))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i, j in pairs:
+        parent[root(i)] = root(j)
+    groups: dict[int, list[int]] = {}
+    for i in range(count):
+        groups.setdefault(root(i), []).append(i)
+    return list(groups.values())
 
 
 def split_by_group(groups: Sequence[Sequence[Row]], test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
