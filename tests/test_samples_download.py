@@ -99,7 +99,7 @@ def test_fetch_gets_the_member_once_and_repairs_it(index, name, make, member, ca
     assert "damaged" in capsys.readouterr().err
 
 
-def test_fetch_gets_a_whole_archive_that_names_no_member(index):
+def test_fetch_gets_a_whole_archive_that_names_no_member(index, capsys):
     pin = Pin("standin", "1.0", publish(index, WHEEL_NAME, a_wheel(), WHEEL_MEMBER).archive)
     assert fetch(pin).read_bytes() == a_wheel()
     (index / WHEEL_NAME).unlink()
@@ -107,6 +107,7 @@ def test_fetch_gets_a_whole_archive_that_names_no_member(index):
     fetch(pin).write_bytes(b"")
     with pytest.raises(RuntimeError, match="could not fetch"):
         fetch(pin)
+    assert f"is damaged (0 bytes, expected {len(a_wheel())})" in capsys.readouterr().err
 
 
 def test_without_index_and_cache_the_error_says_what_to_do(index):

@@ -119,8 +119,11 @@ def test_gates_over_the_whole_range(dtype, gelu):
     assert close(found, y, 2, grows * y + lost * up)
     assert rounded_between(found, gate * s, up, grows, lost * UNIT)
     found = gate_kernels.gated_backward(gate, up, dy, gelu)
+    product, slope = (dy.double() * up.double()).to(dtype).double(), s + gate * s * (1 - s) * dz
     # f' = s + g s (1 - s) z': of its terms, for they may cancel; 1 - s has the error of s
-    assert close(found[0], dgate, 2, grows * (dy * up) * s * (1 + (gate * dz).abs()) + lost * (1 + dz))
+    sizes = s * (1 + (gate * dz).abs())
+    assert close(found[0], dgate, 2, grows * (dy * up) * sizes + lost * (1 + dz))
+    assert close(found[0], product * slope, 1, grows * product * sizes + lost * (1 + dz))  # one after dy u's own
     assert close(found[1], dup, 2, grows * dup + lost * dy)
     assert rounded_between(found[1], gate * s, dy, grows, lost * UNIT)
 
