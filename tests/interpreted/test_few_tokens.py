@@ -82,7 +82,8 @@ def test_which_products_have_a_kernel_for_few_tokens():
 )
 def test_which_cards_have_a_kernel_for_few_tokens(where, capability, hip, old, fits, monkeypatch):
     def of(device: torch.device) -> tuple[int, int]:
-        return capability if device.index == 1 else (0, 0)
+        assert device == torch.device("cuda:1")  # x's own, and never a CPU
+        return capability
 
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", of)

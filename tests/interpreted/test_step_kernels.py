@@ -157,6 +157,17 @@ def test_a_rotation_has_the_plain_forms_bits(heads, length, size, batch, dtype, 
         assert torch.equal(rotation.rotate(x, cos, sin, -1.0), plain_rotate(x, cos, -sin))
 
 
+def test_views_are_read_as_what_they_show():
+    gate, up = normal(6, 48, scale=1.0).chunk(2, dim=1)  # of one product for both
+    dy = normal(24, 6, scale=1.0).T
+    copies = [t.contiguous() for t in (gate, up, dy)]
+    assert torch.equal(gate_kernels.gated(gate, up, True), gate_kernels.gated(*copies[:2], True))
+    found, expected = (gate_kernels.gated_backward(*given, True) for given in ((gate, up, dy), copies))
+    assert all(map(torch.equal, found, expected))
+    x, turned = normal(2, 3, 6, 24, scale=1.0), [part.mT.contiguous().mT for part in angles(2, 6, 24, torch.float32)]
+    assert torch.equal(rotation.rotate(x, *turned, 1.0), plain_rotate(x, *turned))
+
+
 # ---- nothing is written past the end, whatever the tile
 
 
