@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pytest
 import torch
 
 import minilora as ml
@@ -132,7 +133,18 @@ def error(answer: httpx.Response) -> dict[str, Any]:
     return found
 
 
-def settle(server: Any) -> None:
-    """Assert that all is as if nothing had been: the next one is answered, and nobody is left."""
+endless = partial(serving, ends=False)  # answers as long as they may be
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """One that several servers of a module answer with."""
+    return build(adapters=2)
+
+
+@pytest.fixture
+def url(server: Any) -> Iterator[str]:
+    """Where to complete. Afterwards all is as if nothing had been: the next one is answered, and nobody is left."""
+    yield f"{server.url}/v1/completions"
     assert http.post(f"{server.url}/v1/completions", json=SHORT).status_code == 200
     wait(lambda: not server.worker.engine.busy and not server.worker.listeners and not server.guard.open)

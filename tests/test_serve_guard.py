@@ -7,39 +7,26 @@ import hmac
 import json
 import socket
 from contextlib import closing
-from functools import partial
 from importlib import import_module
 
 import openai
 import pytest
 
 import minilora as ml
+import served
 from minilora.cli import main
 from minilora.serve import base_name, guard
 from minilora.serve.config import ServeConfig
-from served import HEAD, NAMES, SHORT, build, error, http, settle, tokenizer
-from served import serving as serve_until
+from served import HEAD, NAMES, SHORT, build, endless, error, http, tokenizer
 
 JSON = {"content-type": "application/json"}
-serving = partial(serve_until, ends=False)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build(adapters=2)
+model, url = served.model, served.url
 
 
 @pytest.fixture(scope="module")
 def server(model):
-    with serving(model, max_body=2000) as server:
+    with endless(model, max_body=2000) as server:
         yield server
-
-
-@pytest.fixture
-def url(server):
-    """And afterwards all is as before: nobody is left, and the next one is answered."""
-    yield f"{server.url}/v1/completions"
-    settle(server)
 
 
 # ---- who may ask
@@ -49,7 +36,7 @@ def test_without_the_token_nothing_is_told(model, monkeypatch):
     compared = []
     same = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or same(a, b))
-    with serving(model, token="s3cret-s3cret") as server:
+    with endless(model, token="s3cret-s3cret") as server:
         for headers in ({}, {"authorization": "Bearer s3cret"}, {"authorization": "Basic s3cret-s3cret"}):
             for method, path in [("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/x")]:
                 refused = http.request(method, f"{server.url}{path}", headers=headers)
@@ -174,7 +161,7 @@ def folders(tmp_path, model):
 def test_adapters_come_from_the_allowed_folder_alone(model, folders):
     outside = [f"{folders.parent}/outside", "../outside", "inside/../../outside", "link", "hollow"]
     nowhere = ["", "missing", "file", "a" * 5000, "a\0b", "~", "org/repository", "/"]
-    with serving(build(adapters=0), adapter_folder=str(folders)) as server:
+    with endless(build(adapters=0), adapter_folder=str(folders)) as server:
         for path in outside + nowhere:
             refused = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": path})
             assert refused.status_code == 400

@@ -14,46 +14,33 @@ import sys
 import threading
 import time
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+import served
 from chats import furnish
 from minilora.serve import guard
 from minilora.serve.engine import Engine
-from served import HEAD, LONG, NAMES, SHORT, alone, asks, build, error, http, run, settle, tokenizer, wait
-from served import serving as serve_until
+from served import HEAD, LONG, NAMES, SHORT, alone, asks, build, endless, error, http, run, serving, tokenizer, wait
 from source import ROOT
 
-serving = partial(serve_until, ends=False)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build(adapters=2)
+model, url = served.model, served.url
 
 
 @pytest.fixture(scope="module")
 def server(model):
-    with serving(model) as server:
+    with endless(model) as server:
         yield server
-
-
-@pytest.fixture
-def url(server):
-    """And afterwards all is as before: nobody is left, and the next one is answered."""
-    yield f"{server.url}/v1/completions"
-    settle(server)
 
 
 # ---- too many, too long, gone
 
 
 def test_too_many_at_a_time_are_told_when_to_come_again(model):
-    with serving(model, batch_size=1, waiting=1) as server:
+    with endless(model, batch_size=1, waiting=1) as server:
         url, statuses = f"{server.url}/v1/completions", []
         threads = [
             threading.Thread(target=lambda: statuses.append(http.post(url, json=LONG, timeout=60).status_code))
@@ -73,7 +60,7 @@ def test_too_many_at_a_time_are_told_when_to_come_again(model):
 
 
 def test_an_answer_ends_when_its_time_is_over(model):
-    with serving(model, timeout=0.2) as server:
+    with endless(model, timeout=0.2) as server:
         url = f"{server.url}/v1/completions"
         late = http.post(url, json=LONG)
         assert late.status_code == 504 and error(late)["code"] == "timeout"
@@ -132,7 +119,7 @@ def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest(model):
-    with serving(model) as server:
+    with endless(model) as server:
         url, found = f"{server.url}/v1/completions", []
         running = threading.Thread(target=lambda: found.append(http.post(url, json=LONG, timeout=60)))
         running.start()
@@ -159,7 +146,7 @@ def test_an_engine_that_fails_tells_everybody_and_ends_the_server(model):
         return step()
 
     engine.step = broken  # pyright: ignore[reportAttributeAccessIssue] the fault
-    with serving(model, engine=engine) as server:
+    with endless(model, engine=engine) as server:
         url = f"{server.url}/v1/completions"
         found: list[httpx.Response] = []
         threads = [threading.Thread(target=lambda: found.append(http.post(url, json=LONG))) for _ in range(3)]
@@ -208,7 +195,7 @@ def test_clients_that_come_and_go_for_a_while(model):
     wanted = [ask for ask in asks(150, seed=2) if ask.adapter in (None, *NAMES[:2])]
     twin = build(adapters=2)
     expected = [alone(twin, ask) for ask in wanted]
-    with serve_until(model, batch_size=6, waiting=200) as server:
+    with serving(model, batch_size=6, waiting=200) as server:
 
         async def one(client: Any, number: int) -> str | None:
             ask = wanted[number]
