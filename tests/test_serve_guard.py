@@ -46,6 +46,7 @@ def test_without_the_token_nothing_is_told(model, monkeypatch):
         assert compared and all(len(a) == len(b) == 32 for a, b in compared)  # hashes: not even its length shows
         for path in ("/", "/healthz"):
             assert http.get(f"{server.url}{path}").status_code == 200
+            assert http.post(f"{server.url}{path}", json={}).status_code == 401
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret-s3cret", max_retries=0) as client:
             assert client.completions.create(**SHORT).choices[0].text
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
@@ -138,9 +139,10 @@ def test_bodies_are_small_and_quick(server, url, monkeypatch):
             assert answer.status_code == status
             assert status == 200 or error(answer)["code"] == "too_large"
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
-    with closing(socket.create_connection(server.servers[0].sockets[0].getsockname())) as stalls:
-        stalls.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
-        assert b" 408 " in stalls.recv(1000).split(b"\r\n")[0]
+    for size, status in ((100, b" 408 "), (2001, b" 413 ")):  # what says it is too large is not waited for
+        with closing(socket.create_connection(server.servers[0].sockets[0].getsockname())) as stalls:
+            stalls.sendall(f"{HEAD}Content-Length: {size}\r\n\r\n{{".encode())
+            assert status in stalls.recv(1000).split(b"\r\n")[0]
 
 
 @pytest.fixture
@@ -150,6 +152,8 @@ def folders(tmp_path, model):
     ml.save_adapter(model, allowed / "inside", name=NAMES[0])
     ml.save_adapter(model, tmp_path / "outside", name=NAMES[0])
     (allowed / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "empty").mkdir()
+    (allowed / "void").symlink_to(tmp_path / "empty")
     (allowed / "hollow").mkdir()
     for file in (tmp_path / "outside").iterdir():
         (allowed / "hollow" / file.name).symlink_to(file)
@@ -159,7 +163,7 @@ def folders(tmp_path, model):
 
 
 def test_adapters_come_from_the_allowed_folder_alone(model, folders):
-    outside = [f"{folders.parent}/outside", "../outside", "inside/../../outside", "link", "hollow"]
+    outside = [f"{folders.parent}/outside", "../outside", "inside/../../outside", "link", "hollow", "void"]
     nowhere = ["", "missing", "file", "a" * 5000, "a\0b", "~", "org/repository", "/"]
     with endless(build(adapters=0), adapter_folder=str(folders)) as server:
         for path in outside + nowhere:

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any
 
 import httpx
@@ -23,8 +25,27 @@ import pytest
 import served
 from chats import furnish
 from minilora.serve import guard
+from minilora.serve.desk import Desk
 from minilora.serve.engine import Engine
-from served import HEAD, LONG, NAMES, SHORT, alone, asks, build, endless, error, http, run, serving, tokenizer, wait
+from minilora.serve.metrics import Metrics
+from minilora.serve.request import Ask
+from served import (
+    HEAD,
+    LONG,
+    NAMES,
+    PATIENCE,
+    SHORT,
+    alone,
+    asks,
+    build,
+    endless,
+    error,
+    http,
+    run,
+    serving,
+    tokenizer,
+    wait,
+)
 from source import ROOT
 
 model, url = served.model, served.url
@@ -34,6 +55,17 @@ model, url = served.model, served.url
 def server(model):
     with endless(model) as server:
         yield server
+
+
+@contextmanager
+def held(server: Any) -> Iterator[None]:
+    """Inside, the engine's thread does nothing."""
+    go_on = threading.Event()
+    server.worker.call(go_on.wait)
+    try:
+        yield
+    finally:
+        go_on.set()
 
 
 # ---- too many, too long, gone
@@ -115,11 +147,43 @@ def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
 
+def test_an_engine_that_hangs_is_waited_for_no_longer_than_any(server, url, monkeypatch):
+    monkeypatch.setattr(guard, "GRACE", 0.2 - server.guard.config.timeout)
+    with held(server):
+        late = http.post(url, json=LONG)
+        assert late.status_code == 504 and error(late)["code"] == "timeout"
+
+
+def test_who_is_given_up_while_the_engine_accepts_frees_the_place(server, url, monkeypatch):
+    engine, ask, rows = server.worker.engine, Ask([5], max_tokens=200), []
+    entered, go_on = threading.Event(), threading.Event()
+    accept = engine.submit
+
+    def slow(asks: Any) -> None:
+        entered.set()
+        go_on.wait()
+        accept(asks)
+        rows.extend(engine.waiting)
+
+    async def leave() -> None:
+        begun = asyncio.create_task(Desk(server.worker, server.guard.config, "base", Metrics()).begin([ask]))
+        await asyncio.to_thread(entered.wait)
+        begun.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await begun
+
+    monkeypatch.setattr(engine, "submit", slow)
+    asyncio.run(leave())
+    go_on.set()
+    wait(lambda: rows and rows[0].done)
+    assert not rows[0].text.ids
+
+
 # ---- the end
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest(model):
-    with endless(model) as server:
+    with endless(model, drain=10 * PATIENCE) as server:  # it ends with the last answer
         url, found = f"{server.url}/v1/completions", []
         running = threading.Thread(target=lambda: found.append(http.post(url, json=LONG, timeout=60)))
         running.start()
@@ -131,6 +195,16 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(model):
         assert http.get(f"{server.url}/healthz").json() == {"status": "stopping"}
         running.join()
         assert found[0].json()["usage"]["completion_tokens"] == LONG["max_tokens"]
+        wait(lambda: not server.servers[0].is_serving())
+
+
+@pytest.mark.parametrize(("drain", "signals"), [(0.1, 1), (10 * PATIENCE, 2)])
+def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
+    with endless(model, drain=drain) as server, ThreadPoolExecutor() as pool, held(server):
+        pool.submit(http.post, f"{server.url}/v1/completions", json=SHORT)
+        wait(lambda: server.guard.open)
+        for _ in range(signals):
+            server.handle_exit(signal.SIGTERM, None)
         wait(lambda: not server.servers[0].is_serving())
 
 

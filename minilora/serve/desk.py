@@ -64,7 +64,7 @@ class Desk:
             refusal = Refused(429, str(error), "too_many_requests")
             refusal.headers["retry-after"] = str(math.ceil(self.metrics.pace * waiting / self.config.batch_size))
             raise refusal from error
-        except asyncio.CancelledError:  # the client left, while the engine may have accepted
+        except asyncio.CancelledError:  # the request's time is over (guard.py), and the engine may have accepted
             pieces.close()
             raise
         self.metrics.tokens["prompt"] += sum(len(ask.prompt) for ask in asks)
