@@ -45,7 +45,7 @@ def test_without_the_token_nothing_is_told(model, monkeypatch):
             assert http.post(f"{server.url}/v1/completions", json=SHORT, headers=headers).status_code == 401
         assert compared and all(len(a) == len(b) == 32 for a, b in compared)  # hashes: not even its length shows
         for path in ("/", "/healthz"):
-            assert http.get(f"{server.url}{path}").status_code == 200
+            assert http.get(f"{server.url}{path}", headers={"host": "proxy.example"}).status_code == 200
             assert http.post(f"{server.url}{path}", json={}).status_code == 401
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret-s3cret", max_retries=0) as client:
             assert client.completions.create(**SHORT).choices[0].text

@@ -5,47 +5,57 @@ that it needs no network but its own server's. In a headless Chromium, where the
 import asyncio
 import html
 import re
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi.responses import HTMLResponse
 
+import served
 from browser import CHROMIUM, NO_CHROMIUM, chromium
 from minilora.serve import guard
 from minilora.serve.request import Ask
-from served import NAMES, alone, build, http, serving, tokenizer
+from served import NAMES, alone, build, endless, http, serving, tokenizer
 from source import text
 
 PAGE = text("minilora/serve/page.html")
 PROMPT = "hello <b>world</b>"
 KEY = "a key of eight"
-# Headless Chromium's clock stands still while an answer's head is awaited: /hold gives it when both answers are done.
+SUBMIT = '$("form").requestSubmit();'
+# Headless Chromium's clock stands still while an answer's head is awaited: /hold gives it when it is time to go on.
 DRIVER = """<script>
+const hold = () => fetch("/hold", {headers: headers()});
 addEventListener("load", async () => {
-  $("prompt").value = %r; $("tokens").value = 12; $("token").value = %r;
-  $("form").requestSubmit();
-  await fetch("/hold", {headers: headers()});
+  $("prompt").value = %r; $("tokens").value = %d; $("token").value = %r;
+  %s
+  await hold();
 });
 </script>"""
+FOUND = re.compile(r'<div class="answer"[^>]*>(.*?)</div><p class="(.*?)">(.*?)</p>', re.S)
+STATE = '<span class="note" id="state" role="status">%s</span>'
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build(adapters=2)
+model = served.model
 
 
-def driven(server: Any, key: str = "") -> str:
-    """The address of the page with somebody who fills it in and presses the button."""
+def driven(server: Any, key: str = "", tokens: int = 12, does: str = SUBMIT, *waits: Callable[[], Any]) -> str:
+    """The address of the page with somebody who fills it in and does something, by default presses the button.
+
+    Each `hold()` lasts until the next of `waits` is true, the last one until both answers are over."""
     metrics = server.guard.metrics
+    left = [*waits, lambda: metrics.finished.total() + metrics.requests["refused", 400] >= 2]
 
     @server.guard.app.get("/driven")
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE + DRIVER % (PROMPT, key))
+        return HTMLResponse(PAGE + DRIVER % (PROMPT, tokens, key, does))
 
     @server.guard.app.get("/hold")
     async def hold() -> dict[str, str]:
-        while metrics.finished.total() < 2:
+        until, end = left.pop(0), time.monotonic() + 20
+        while not until() and time.monotonic() < end:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         return {}
@@ -58,6 +68,7 @@ def test_the_page_is_served_whole_and_runs_nothing_else(model):
         answer = http.get(server.url)
     assert answer.text == PAGE
     policy = answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
     assert policy.startswith("default-src 'none'; connect-src 'self'; ") and "unsafe" not in policy
     assert len(re.findall("'sha256-[^']+'", policy)) == 2 == PAGE.count("<script>") + PAGE.count("<style>")
     assert not re.search(r"https?://|innerHTML|src=|localStorage|document\.cookie", PAGE)
@@ -70,12 +81,58 @@ def test_both_models_answer_side_by_side(model, tmp_path):
     ids = tokenizer().apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
     twin = build(adapters=2)
     wanted = [alone(twin, Ask(ids, adapter, 12)) for adapter in (None, NAMES[0])]
-    found = re.findall(r'<div class="answer"[^>]*>(.*?)</div><p class="note">(.*?)</p>', page, re.S)
-    assert [html.unescape(answer) for answer, _ in found] == [
-        wanted[0].replace("\r", "\n"),
-        wanted[1].replace("\r", "\n"),
-    ]
-    assert all(re.fullmatch(r"12 tokens in \d+\.\d s, ended by (length|stop)", note) for _, note in found)
+    found = FOUND.findall(page)
+    assert [html.unescape(answer) for answer, *_ in found] == [one.replace("\r", "\n") for one in wanted]
+    assert all(re.fullmatch(r"12 tokens in \d+\.\d s, ended by (length|stop)", note) for *_, note in found)
+    assert wanted[0] != wanted[1] and STATE % "" in page
+    assert '<label id="key" hidden="">' in page  # nobody asks for a key
+
+
+@needs_browser
+def test_plain_text_of_one_model_twice_is_the_same(model, tmp_path):
+    """Sent by Ctrl + Enter."""
+    does = 'await models(); $("mode").value = "text"; sides[1].model.value = "base";'
+    does += '$("prompt").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", ctrlKey: true}));'
+    with serving(model) as server:
+        page = chromium(driven(server, does=does), tmp_path, "--dump-dom")
+    wanted = alone(build(adapters=2), Ask(tokenizer().encode(PROMPT), None, 12)).replace("\r", "\n")
+    assert [html.unescape(answer) for answer, *_ in FOUND.findall(page)] == [wanted] * 2
+    assert STATE % "the same answer" in page
+
+
+@needs_browser
+def test_stop_ends_both_answers(model, tmp_path):
+    """In the server too, and one may ask again."""
+    go_on = threading.Event()
+    with endless(model) as server:
+        metrics = server.guard.metrics
+
+        def begun() -> bool:
+            if both := metrics.first[float("inf")] == 2:
+                server.worker.call(go_on.wait)  # there is something left to stop
+            return both
+
+        does = SUBMIT + 'await hold(); $("stop").click();'
+        page = chromium(driven(server, "", 400, does, begun), tmp_path, "--dump-dom")
+        assert metrics.finished == {"left": 2}
+        go_on.set()
+    assert [found[1:] for found in FOUND.findall(page)] == [("note", "stopped")] * 2
+    assert '<button class="ask" id="ask">' in page and '<button type="button" id="stop" disabled="">' in page
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"timeout": 0.1}, "the answer was not complete when its time was over: ask for fewer tokens."),
+        ({"max_tokens": 11}, "max_tokens: this server gives at most 11, got 400."),
+    ],
+)
+def test_an_error_is_shown(model, tmp_path, limits, message):
+    """One that comes in the stream, and one instead of it."""
+    with endless(model, **limits) as server:
+        page = chromium(driven(server, tokens=400), tmp_path, "--dump-dom")
+    assert [found[1:] for found in FOUND.findall(page)] == [("note wrong", message)] * 2
 
 
 @needs_browser
