@@ -68,6 +68,13 @@ def held(server: Any) -> Iterator[None]:
         go_on.set()
 
 
+def test_where_it_listens_is_said_once(model, capsys):
+    """uvicorn's count of ticks begins anew once a day."""
+    with endless(model) as server:
+        asyncio.run_coroutine_threadsafe(server.on_tick(0), server.servers[0].get_loop()).result()
+    assert capsys.readouterr().err.count(f"minilora listens at {server.url}\n") == 1
+
+
 # ---- too many, too long, gone
 
 

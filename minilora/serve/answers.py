@@ -24,7 +24,6 @@ class Answer:
     """What was said to one request, and why it ended."""
 
     text: str = ""
-    tokens: int = 0
     finish: str | None = None
 
 

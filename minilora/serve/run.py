@@ -4,6 +4,7 @@ SIGTERM, Ctrl-C     new requests get 503, answers under way are finished, for `d
 the engine fails    every request is told, nothing more is taken; RuntimeError, so a status that is not 0
 """
 
+import socket
 import sys
 import time
 from types import FrameType
@@ -30,12 +31,15 @@ class Server(uvicorn.Server):
         self.until = 0.0 if self.guard.draining else time.monotonic() + self.guard.config.drain
         self.guard.draining = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        address = f"[{host}]" if ":" in host else host
+        print(f"minilora listens at http://{address}:{port}", file=sys.stderr, flush=True)
+
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
-        if not counter:
-            host, port, *_ = self.servers[0].sockets[0].getsockname()
-            address = f"[{host}]" if ":" in host else host
-            print(f"minilora listens at http://{address}:{port}", file=sys.stderr, flush=True)
         drained = self.guard.draining and (not self.guard.open or time.monotonic() > self.until)
         return await super().on_tick(counter) or drained or self.worker.failed
 
