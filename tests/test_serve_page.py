@@ -17,7 +17,7 @@ import served
 from browser import CHROMIUM, NO_CHROMIUM, chromium
 from minilora.serve import guard
 from minilora.serve.request import Ask
-from served import NAMES, alone, build, endless, http, serving, tokenizer
+from served import NAMES, alone, build, endless, http, serving, tokenizer, wait
 from source import text
 
 PAGE = text("minilora/serve/page.html")
@@ -44,9 +44,9 @@ model = served.model
 def driven(server: Any, key: str = "", tokens: int = 12, does: str = SUBMIT, *waits: Callable[[], Any]) -> str:
     """The address of the page with somebody who fills it in and does something, by default presses the button.
 
-    Each `hold()` lasts until the next of `waits` is true, the last one until both answers are over."""
+    Each `hold()` lasts until the next of `waits` is true, by default until both answers are over."""
     metrics = server.guard.metrics
-    left = [*waits, lambda: metrics.finished.total() + metrics.requests["refused", 400] >= 2]
+    left = [*waits] or [lambda: metrics.finished.total() + metrics.requests["refused", 400] >= 2]
 
     @server.guard.app.get("/driven")
     async def page() -> HTMLResponse:
@@ -90,11 +90,12 @@ def test_both_models_answer_side_by_side(model, tmp_path):
 
 @needs_browser
 def test_plain_text_of_one_model_twice_is_the_same(model, tmp_path):
-    """Sent by Ctrl + Enter."""
-    does = 'await models(); $("mode").value = "text"; sides[1].model.value = "base";'
+    """The second time that one asks, by Ctrl + Enter."""
+    does = SUBMIT + 'await hold(); $("mode").value = "text"; sides[1].model.value = "base";'
     does += '$("prompt").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", ctrlKey: true}));'
     with serving(model) as server:
-        page = chromium(driven(server, does=does), tmp_path, "--dump-dom")
+        waits = [lambda count=count: server.guard.metrics.finished.total() == count for count in (2, 4)]
+        page = chromium(driven(server, "", 12, does, *waits), tmp_path, "--dump-dom")
     wanted = alone(build(adapters=2), Ask(tokenizer().encode(PROMPT), None, 12)).replace("\r", "\n")
     assert [html.unescape(answer) for answer, *_ in FOUND.findall(page)] == [wanted] * 2
     assert STATE % "the same answer" in page
@@ -113,7 +114,8 @@ def test_stop_ends_both_answers(model, tmp_path):
             return both
 
         does = SUBMIT + 'await hold(); $("stop").click();'
-        page = chromium(driven(server, "", 400, does, begun), tmp_path, "--dump-dom")
+        page = chromium(driven(server, "", 400, does, begun, metrics.finished.total), tmp_path, "--dump-dom")
+        wait(lambda: metrics.finished.total() == 2)
         assert metrics.finished == {"left": 2}
         go_on.set()
     assert [found[1:] for found in FOUND.findall(page)] == [("note", "stopped")] * 2

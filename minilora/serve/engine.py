@@ -72,7 +72,7 @@ class Engine:
     @property
     def adapters(self) -> list[str]:
         """The names that a request may give."""
-        return [name for name in list_adapters(self.model) if name not in self.leaving]
+        return [name for name in self.loaded if name not in self.leaving]
 
     @property
     def busy(self) -> bool:
@@ -160,7 +160,7 @@ class Engine:
     def load(self, name: str, folder: str | Path) -> None:
         """Read an adapter between two steps. ValueError, with nothing changed: the name is taken, load_adapter refuses
         the folder, or it is not plain linear LoRA, which alone can be chosen row by row."""
-        if name in list_adapters(self.model):
+        if name in self.loaded:
             state = "is still answering" if name in self.leaving else "is already loaded"
             raise ValueError(f"adapter {name!r} {state}: unload it first, and wait for its last answer.")
         self._change(lambda: self._load(name, folder))
@@ -199,7 +199,8 @@ class Engine:
     def _open(self) -> None:
         self.stack = ExitStack()
         self.stack.enter_context(matrix_vector(self.model))
-        self.own = self.stack.enter_context(adapter_per_row(self.model, list_adapters(self.model)))
+        self.loaded = list_adapters(self.model)  # which walks the model, and requests are checked between two tokens
+        self.own = self.stack.enter_context(adapter_per_row(self.model, self.loaded))
 
     def close(self) -> None:
         """Take from the model's layers what answers row by row."""
