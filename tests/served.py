@@ -82,7 +82,7 @@ def alone(model: Any, ask: Ask) -> str:
 def serving(
     model: Any, token: str | None = None, engine: Engine | None = None, ends: bool = True, **options: Any
 ) -> Iterator[Any]:
-    """A server of `model`, called "base", in a thread of this process, at a free port: `url`, `guard`, `worker`.
+    """A server of `model`, called "base", in two threads of this process, at a free port: `url`, `guard`, `worker`.
 
     Without `ends` no token ends an answer: all are as long as they may be."""
     from minilora.serve.run import build as build_server
@@ -91,18 +91,20 @@ def serving(
     limits = {"batch_size": config.batch_size, "waiting": config.waiting, "max_length": config.max_length}
     server: Any = build_server(engine or Engine(model, tokenizer(), **limits), config, "base", token)
     server.worker.engine.ends = server.worker.engine.ends if ends else frozenset()
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    threads = [threading.Thread(target=server.run), threading.Thread(target=server.worker.run)]
+    for thread in threads:
+        thread.start()
     try:
         while not server.started:
-            assert thread.is_alive()
+            assert threads[0].is_alive()
             time.sleep(0.005)
         server.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         yield server
     finally:
         server.should_exit = True
-        thread.join()
+        threads[0].join()
         server.worker.stop()
+        threads[1].join()
 
 
 def run(engine: Engine, pieces: list[Piece] | None = None) -> dict[Ask, tuple[str, str]]:

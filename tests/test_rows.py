@@ -63,6 +63,36 @@ def test_each_row_is_its_adapter_s(kind):
     assert [layer.fused for layer in lora_layers(model).values()] == fused
 
 
+@pytest.mark.filterwarnings("error")  # torch makes room of the wrong size larger, and says so
+def test_rows_that_change_are_gathered_anew_in_the_memory_of_those_before():
+    """Fewer, more, other ranks, none, and what was made in inference mode."""
+    model = adapted()
+    turns = [["two", "four", None], ["four", "two"], ["two"] * 4, [None, None], ["four", "biased"], ["pissa", None]]
+    expected = [alone(model, names, TOKENS[0].repeat(len(names), 1)) for names in turns]
+    with ml.adapter_per_row(model, ["two", "four", "biased", "pissa"]) as rows:
+        used = []
+        for names, logits in zip(turns, expected, strict=True):
+            rows.choose(names)
+            with torch.inference_mode(len(used) % 2 == 0), torch.no_grad():
+                close(model(TOKENS[0].repeat(len(names), 1)), logits, 1e-5)
+            used.append({key: [room.data_ptr() for room in kept.rooms.values()] for key, kept in rows.kept.items()})
+    assert used[1] == used[0] and used[2] != used[1]
+
+
+def test_a_single_token_in_bf16_is_rounded_once():
+    """h + s B A x in fp32 of the base's h: within half a unit in the last place of bf16 (2^-8), and fp32's 1e-6."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 40, dtype=torch.bfloat16))
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["0"]))
+    adapter = shake(model, 1)[0].adapters["default"]
+    x = torch.randn(3, 1, 48).bfloat16()
+    with torch.no_grad(), ml.adapter_per_row(model, ["default"] * 3):
+        found, h = model(x).double(), model[0].base_layer(x).double()
+        added = adapter.scaling * x.double() @ adapter.lora_A.double().T @ adapter.lora_B.double().T
+    assert found.dtype == torch.float64 and added.abs().mean() > 0.1
+    assert ((found - h - added).abs() <= (h + added).abs() * 2**-8 + 1e-6).all()
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_generation_gives_each_prompt_its_adapter(batch_size):
     """Answers of different lengths leave the batch, and take their adapters with them."""
@@ -108,9 +138,9 @@ def test_what_changes_in_place_is_seen(tmp_path):
     shake(model, 8)
     with ml.adapter_per_row(model, ["four", "four"]) as rows, torch.no_grad():
         first = model(TOKENS)
-        kept = {key: value[-1] for key, value in rows.kept.items()}
+        kept = {key: value.factors for key, value in rows.kept.items()}
         assert torch.equal(model(TOKENS), first)
-        assert all(value[-1] is kept[key] for key, value in rows.kept.items())  # not gathered again
+        assert all(value.factors is kept[key] for key, value in rows.kept.items())  # not gathered again
         ml.load_adapter(model, tmp_path, name="four")
         close(model(TOKENS), swapped, 1e-5)
     assert not torch.equal(first, swapped)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapters.binding import FORCE, binding, check_binding, hash_tokenizer, read_binding, write_bound
-from minilora.adapters.switch import check_adapter, disabled_adapters, list_adapters, use_adapter
+from minilora.adapters.switch import check_adapters, disabled_adapters, list_adapters, use_adapter
 from minilora.config import LoRAConfig
 from minilora.inject import adaptable_layers, attach, lora_configs, lora_layers, new_adapters, new_parts
 from minilora.layers import Adapter, unwrapped
@@ -37,7 +37,7 @@ Contents = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]  # the confi
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's keys, fp32; views of the live parameters."""
-    check_adapter(model, name)
+    check_adapters(model, [name])
     return _keys(model, _adapters(model, name), lora_configs(model).parts.of([name]))
 
 
@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
 
 def contents(model: nn.Module, name: str, tokenizer: Any = None) -> Contents:
     """What save_adapter writes; the tensors are live where they can be. Raises as it does."""
-    check_adapter(model, name)
+    check_adapters(model, [name])
     config, adapters = lora_configs(model).get(name), _adapters(model, name)
     if config is None:
         raise ValueError(f"adapter {name!r} was not made by inject or load_adapter: there is no config to save.")

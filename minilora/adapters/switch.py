@@ -1,7 +1,7 @@
 """Which of a model's adapters are at work. Switching changes no weight: it sets a tuple of names on each layer, and
 puts the modules and biases that train with an adapter, or their originals, in place."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,8 +21,7 @@ def use_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = Fal
     """Make one adapter, or several that add up, the active ones; only they are trainable. They come to their layers'
     device; with `offload` the others go to the CPU. An unknown name, one given twice, and DoRA beside others raise."""
     names = [name] if isinstance(name, str) else list(name)
-    for wanted in names:
-        check_adapter(model, wanted)
+    check_adapters(model, names)
     if len(set(names)) < len(names):
         raise ValueError(f"adapters {names}: one is named twice and would count twice. Name each once.")
     configs = lora_configs(model)
@@ -57,7 +56,7 @@ def disabled_adapters(model: nn.Module) -> Iterator[None]:
 
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter for good; layers left without any are the base's own again. An unknown name raises."""
-    check_adapter(model, name)
+    check_adapters(model, [name])
     if list_adapters(model) == [name]:
         eject(model)
         return
@@ -73,7 +72,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     lora_configs(model).tokenizers.pop(name, None)
 
 
-def check_adapter(model: nn.Module, name: str) -> None:
-    """ValueError unless the model has an adapter of this name."""
-    if name not in (names := list_adapters(model)):
-        raise unknown("adapter", name, names)
+def check_adapters(model: nn.Module, names: Iterable[str]) -> None:
+    """ValueError unless the model has adapters of these names."""
+    known = list_adapters(model)
+    for name in names:
+        if name not in known:
+            raise unknown("adapter", name, known)

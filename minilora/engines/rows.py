@@ -3,16 +3,18 @@
 W x is one product for all rows, as ever. The adapters' factors are gathered, a pair for each row, ranks padded with
 zeros to the largest, and two batched products do the rest:
 
-    A (rows, r, in), B (rows, out, r)  ->  z = x Aᵀ (rows, T, r),   h = W x + (s z) Bᵀ (rows, T, out)
+    A (rows, r, in), s B (rows, out, r)  ->  z = x Aᵀ (rows, T, r),   h = W x + z (s B)ᵀ (rows, T, out)
 
 So sixteen adapters take as many products as one. Gathered factors are kept until the rows, or an adapter, change (in
-place, as load_adapter and optimisers do; writing through `.data` goes unseen); with gradients they are gathered anew in
-each forward pass, and gradients reach every adapter. Factors wait wherever they are, on the CPU too, and are brought to
-the rows' device. Simplified: no kernel that reads factors in place, so a row's factors lie in memory twice.
+place, as load_adapter and optimisers do; writing through `.data` goes unseen), and their memory is then written again:
+new memory would take three times as long. With gradients they are gathered anew in each forward pass, and gradients
+reach every adapter. Factors wait wherever they are, on the CPU too, and are parts to the rows' device. Simplified: no
+kernel that reads factors in place, so a row's factors lie in memory twice, and once more in the prompt's dtype.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +22,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapters.switch import check_adapter
+from minilora.adapters.switch import check_adapters
 from minilora.inject import lora_configs, lora_layers
 from minilora.lora import LoRAAdapter, LoRALayer
+
+Factors = tuple[Tensor, Tensor, Tensor | None]  # A (rows, r, in), s B (rows, out, r), s b (rows, 1, out)
+
+
+@dataclass
+class _Kept:
+    """What was gathered on a layer, of whom, in which versions; and the memory, of as many rows as there ever were."""
+
+    names: tuple[str | None, ...] | None = None
+    parameters: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+    factors: Factors | None = None
+    rooms: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Rows:
@@ -30,12 +45,13 @@ class Rows:
 
     def __init__(self, model: nn.Module, names: Sequence[str | None]):
         self.model, self.names = model, tuple(names)
-        self.kept: dict[int, tuple[Any, ...]] = {}  # id of a layer -> what was gathered, its versions, where; factors
-        for name in dict.fromkeys(name for name in names if name is not None):
-            check_adapter(model, name)
+        self.kept: dict[Any, _Kept] = {}
+        given, layers = dict.fromkeys(name for name in names if name is not None), lora_layers(model)
+        check_adapters(model, given)
+        for name in given:
             if lora_configs(model).parts.trained.get(name):
                 raise ValueError(f"adapter {name!r} trains whole modules or biases, which all rows share: use_adapter.")
-            for path, layer in lora_layers(model).items():
+            for path, layer in layers.items():
                 if name in layer.adapters and not isinstance(_plain(layer.adapters[name]), LoRAAdapter):
                     kind = type(layer.adapters[name]).__name__
                     raise ValueError(f"{path}: {kind} cannot be chosen row by row, linear LoRA can: use_adapter.")
@@ -44,34 +60,36 @@ class Rows:
         """Other rows from here on, of adapters that were named at the start."""
         if tuple(names) != self.names:
             self.names = tuple(names)
-            self.kept.clear()
 
     def forward(self, layer: LoRALayer, x: Tensor) -> Tensor:
         """x (rows, …, in) -> (rows, …, out); in the place of the layer's own forward."""
         if len(x) != len(self.names):
             raise ValueError(f"adapter_per_row: {len(self.names)} adapters were named for {len(x)} rows: one for each.")
         h = layer.base_layer(x)  # (rows, …, out)
-        if (factors := self._factors(layer, h)) is None:
+        x_BTI = x.reshape(len(x), -1, x.shape[-1])
+        dtype = h.dtype
+        if h.is_cpu and x_BTI.shape[1] == 1:  # so small a product takes twice as long in bf16 (benchmarks/choices.py)
+            dtype = torch.promote_types(dtype, torch.float32)
+        if (factors := self._factors(layer, h.device, dtype)) is None:
             return h
-        A, B, s, b = factors  # (rows, r, in), (rows, out, r), (rows, 1, 1), (rows, 1, out)
-        x_BTI = x.reshape(len(x), -1, x.shape[-1]).to(h.dtype)
-        z = s * torch.bmm(x_BTI, A.mT)  # (rows, T, r)
-        y = torch.baddbmm(h.reshape(len(x), -1, h.shape[-1]), z, B.mT)  # (rows, T, out)
-        return (y if b is None else y + b).view(h.shape)
+        A, B, b = factors  # (rows, r, in), (rows, out, r), (rows, 1, out)
+        z = torch.bmm(x_BTI.to(dtype), A.mT)  # (rows, T, r)
+        y = torch.baddbmm(h.reshape(len(x), -1, h.shape[-1]).to(dtype), z, B.mT)  # (rows, T, out)
+        return (y if b is None else y + b).to(h.dtype).view(h.shape)
 
-    def _factors(self, layer: LoRALayer, like: Tensor) -> Any:
+    def _factors(self, layer: LoRALayer, device: torch.device, dtype: torch.dtype) -> Factors | None:
         """The factors of all rows on this layer; None where no row has an adapter here."""
-        place, grad = (like.dtype, like.device), torch.is_grad_enabled()
-        found, versions, there, factors = self.kept.get(id(layer), ((), (), None, None))
-        if there == place and not grad and versions == tuple(p._version for p in found):
-            return factors
+        kept, grad = self.kept.setdefault((id(layer), device, dtype), _Kept()), torch.is_grad_enabled()
+        if not grad and kept.names is self.names and kept.versions == tuple(p._version for p in kept.parameters):
+            return kept.factors
         chosen = [layer.adapters[name] if name and name in layer.adapters else None for name in self.names]
         made = [adapter for adapter in dict.fromkeys(chosen) if adapter is not None]
-        factors = _gathered(chosen, like) if made else None
-        if not grad:
-            found = tuple(p for adapter in made for p in adapter.parameters())
-            self.kept[id(layer)] = found, tuple(p._version for p in found), place, factors
-        return factors
+        if grad:
+            return _gathered(chosen, made, device, dtype, None) if made else None
+        kept.factors = _gathered(chosen, made, device, dtype, kept.rooms) if made else None
+        kept.parameters = tuple(p for adapter in made for p in adapter._parameters.values() if p is not None)
+        kept.names, kept.versions = self.names, tuple(p._version for p in kept.parameters)
+        return kept.factors
 
 
 def _plain(adapter: Any) -> Any:
@@ -79,27 +97,47 @@ def _plain(adapter: Any) -> Any:
     return adapter.plain() if hasattr(adapter, "plain") else adapter
 
 
-def _gathered(chosen: list[Any], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    made = {adapter: _brought(adapter, like) for adapter in dict.fromkeys(chosen) if adapter is not None}
-    rank = max(len(A) for A, *_ in made.values())
-    padded: dict[Any, Any] = {}
-    for adapter, (A, B, b) in made.items():
-        padded[adapter] = F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A))), b
-    padded[None] = tuple(torch.zeros_like(M) for M in next(iter(padded.values())))
-    A, B, b = (torch.stack([padded[adapter][i] for adapter in chosen]) for i in range(3))
-    s = torch.tensor([0.0 if a is None else a.scaling for a in chosen], dtype=like.dtype, device=like.device)
-    biased = any(adapter.lora_bias is not None for adapter in made)
-    return A, B, s[:, None, None], b[:, None] if biased else None
+def _gathered(
+    chosen: list[Any], made: list[Any], device: torch.device, dtype: torch.dtype, rooms: dict[int, Tensor] | None
+) -> Factors:
+    """The factors of each row; `made` are the adapters chosen, once each, `rooms` the memory to write them to."""
+    parts = {adapter: _factors_of(adapter) for adapter in made}
+    pairs = {adapter: (A.to(device), B.to(device)) for adapter, (A, B, _) in parts.items()}
+    rank = max(len(A) for A, _ in pairs.values())
+    for adapter, (A, B) in pairs.items():
+        if len(A) < rank:
+            pairs[adapter] = F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))
+    if None in chosen:
+        A, B = pairs[made[0]]
+        pairs[None] = torch.zeros_like(A), torch.zeros_like(B)
+    s = torch.tensor([0.0 if adapter is None else adapter.scaling for adapter in chosen], device=device)[:, None, None]
+    A, B = (_stacked([pairs[adapter][i] for adapter in chosen], dtype, rooms, i) for i in (0, 1))
+    biases = {adapter: b.to(device, dtype) for adapter, (*_, b) in parts.items() if b is not None}
+    if not biases:
+        return A, B.mul_(s), None
+    none = B.new_zeros(B.shape[1])
+    b = torch.stack([biases.get(adapter, none) for adapter in chosen])[:, None]  # (rows, 1, out)
+    return A, B.mul_(s), b.mul_(s)
 
 
-def _brought(adapter: Any, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and s · b (zeros without b) of an adapter, in the rows' dtype, on their device."""
+def _stacked(factors: list[Tensor], dtype: torch.dtype, rooms: dict[int, Tensor] | None, which: int) -> Tensor:
+    """(rows, …) in `dtype`, in the room if there is one for so many."""
+    if rooms is None:
+        return torch.stack(factors).to(dtype)
+    room, first = rooms.get(which), factors[0]
+    if room is None or room.shape[1:] != first.shape or len(room) < len(factors):
+        with torch.inference_mode(False):  # what is made there may not be written elsewhere
+            room = rooms[which] = first.new_empty(len(factors), *first.shape, dtype=dtype)
+    room = room[: len(factors)]
+    return torch.stack(factors, out=room) if first.dtype == dtype else room.copy_(torch.stack(factors))
+
+
+def _factors_of(adapter: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and b of an adapter."""
     if adapter.training and not isinstance(adapter.dropout, nn.Identity):
         raise ValueError("adapter_per_row: lora_dropout is not drawn row by row. model.eval(), or train without it.")
     plain = _plain(adapter)
-    b = plain.lora_B.new_zeros(len(plain.lora_B)) if plain.lora_bias is None else adapter.scaling * plain.lora_bias
-    A, B, b = (M.to(like.device, like.dtype) for M in (plain.lora_A, plain.lora_B, b))
-    return A, B, b
+    return plain.lora_A, plain.lora_B, plain.lora_bias
 
 
 @contextmanager

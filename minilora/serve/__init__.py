@@ -1,6 +1,7 @@
 """One base and many adapters behind OpenAI's HTTP interface: `minilora serve`, `ml.serve` (docs/serve.md).
 
-    socket -> guard.py (token, limits) -> app.py (routes) -> desk.py -> worker.py (a thread) -> engine.py (the batch)
+    socket -> guard.py (token, limits) -> app.py (routes) -> desk.py | worker.py -> engine.py (the batch)
+    a thread for HTTP ------------------------------------------------ | the caller's
 
 FastAPI and uvicorn are an extra (pip install 'minilora[serve]') and imported when a server starts.
 """

@@ -1,12 +1,17 @@
-"""The server as a process: it starts the engine's thread, listens, and stops in good order.
+"""The server as a process: HTTP has a thread of its own, the engine the caller's, and both stop in good order.
 
 SIGTERM, Ctrl-C     new requests get 503, answers under way are finished, for `drain` seconds at most; status 0
 the engine fails    every request is told, nothing more is taken; RuntimeError, so a status that is not 0
+
+Not the other way round: the thread that read the model has used OpenMP, and GNU's waits between two operations by
+sleeping, not spinning, when a second one uses it too, because the process then has more of its threads than cores
+(gomp_throttled_spin_count). That made a step of SmolLM2 on two cores a quarter longer (docs/LOG.md).
 """
 
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -45,7 +50,7 @@ class Server(uvicorn.Server):
 
 
 def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> Server:
-    """A server whose engine's thread runs."""
+    """A server, which answers while its worker runs."""
     worker = Worker(engine)
     guard: Any = create_app(worker, config, name, token)
     settings = uvicorn.Config(
@@ -61,15 +66,17 @@ def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> 
     )
     server = Server(settings)
     server.guard, server.worker = guard, worker
-    worker.start()
     return server
 
 
 def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> None:
-    """Serve until told to stop. RuntimeError if the engine failed."""
+    """Serve until told to stop, by a signal if this is the main thread. RuntimeError if the engine failed."""
     server = build(engine, config, name, token)
-    server.run()
-    failed = server.worker.failed
-    server.worker.stop()
-    if failed:
-        raise RuntimeError("the engine has failed: see its error above.")
+    with server.capture_signals(), ThreadPoolExecutor(1, "minilora http") as pool:
+        listening = pool.submit(server.run)
+        listening.add_done_callback(lambda _: server.worker.stop())
+        try:
+            server.worker.run()
+        except Exception as error:  # which the server's next tick sees
+            raise RuntimeError("the engine has failed, and its server has ended") from error
+    listening.result()  # raises what kept it from listening

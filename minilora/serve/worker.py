@@ -1,9 +1,9 @@
-"""The engine's thread. What others ask of it is done between two steps, in the order in which it was asked.
+"""What runs the engine. What other threads ask of it is done between two steps, in the order in which it was asked.
 
     anybody -- call, submit, cancel -->  inbox  -->  engine.step()  -- pieces -->  the listener of each request
 
-An exception that no request is to blame for (out of memory, a bug) ends the thread, is printed, and every request is
-told so: what the batch holds can no longer be trusted, and whoever supervises the process starts a new one.
+An exception that no request is to blame for (out of memory, a bug) ends the run, and every request is told so: what
+the batch holds can no longer be trusted, and whoever supervises the process starts a new one.
 """
 
 import queue
@@ -23,11 +23,10 @@ class Ended(Exception):
     """The engine answers nobody any more."""
 
 
-class Worker(threading.Thread):
-    """Runs `engine` until `stop`; `failed` says whether it ended otherwise."""
+class Worker:
+    """`run` runs `engine` until `stop`; `failed` says whether it ended otherwise."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(name="minilora engine", daemon=True)
         self.engine = engine
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.listeners: dict[Ask, Listener] = {}
@@ -36,7 +35,7 @@ class Worker(threading.Thread):
 
     @property
     def failed(self) -> bool:
-        """Whether an exception has ended the thread."""
+        """Whether an exception has ended the run."""
         return self.over and not self.stopping
 
     def call(self, function: Callable[..., Any], *given: Any) -> Future[Any]:
@@ -50,7 +49,7 @@ class Worker(threading.Thread):
         return future
 
     def submit(self, asks: Sequence[Ask], listener: Listener) -> Future[None]:
-        """Engine.submit; from then on `listener` is called with each piece, in the engine's thread."""
+        """Engine.submit; from then on `listener` is called with each piece, in the thread of `run`."""
 
         def accept() -> None:
             self.engine.submit(asks)
@@ -69,13 +68,12 @@ class Worker(threading.Thread):
         self.call(forget)
 
     def stop(self) -> None:
-        """End the thread after the step it is in, and wait for that. Requests that are left hear an error."""
+        """End `run` after the step it is in. Requests that are left hear an error."""
         self.stopping = True
         self.call(lambda: None)
-        self.join()
 
     def run(self) -> None:
-        """The thread."""
+        """Answer until `stop`, in the thread that calls; what the engine raises of itself is raised."""
         try:
             while not self.stopping:
                 self._read()
