@@ -9,8 +9,9 @@ then all at a time. In turns:
     adapters          every client asks an adapter of its own, in the same batch
     transformers      `transformers serve` (with --continuous-batching where it has it), the base
 
-Servers run in processes of their own, with as many threads as they like, and sleep while another is asked. Checked
-first: all at a time the server begins to say what it says one by one. The last line is one JSON document.
+Servers run in processes of their own, with as many threads as they like, and sleep while another is asked; their memory
+is the most that was resident. Checked: all at a time a server begins to say what it says one by one. The last line is
+one JSON document.
 """
 
 import argparse
@@ -32,11 +33,13 @@ import torch
 import minilora as ml
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from side_by_side import TINY, machine, missing_peers, spread
+from side_by_side import TINY, machine, memory, missing_peers, spread
 
 SAME = 4  # characters that both ways have in common at least; later ones may differ where two are nearly as likely
 STARTS = 180  # seconds for a server to start and answer
 Request = dict[str, Any]
+Server = tuple[str, int]  # its address, and the number of its process
+CLIENT = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))  # to make one costs as much as a token
 
 
 def main() -> None:
@@ -54,18 +57,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         adapters = write(folder, options)
-        address = stack.enter_context(ours(folder, adapters, options))
-        sides = {"base": (address, ["base"] * options.clients), "adapters": (address, adapters)}
+        server = stack.enter_context(ours(folder, adapters, options))
+        sides = {"base": (server, ["base"] * options.clients), "adapters": (server, adapters)}
         if why := missing_peers("transformers", "fastapi", "uvicorn"):
             print(f"minilora alone: {why}")
         elif (peer := stack.enter_context(theirs(folder, options))) is not None:
             sides["transformers"] = peer, [str(folder / "model")] * options.clients
         found["sides"] = {side: [] for side in sides}
         for number in range(options.rounds + 1):  # the first is not counted
-            for side, (url, models) in sides.items():
+            for side, ((url, process), models) in sides.items():
                 figures = turn(url, models, options)
                 if number:
-                    found["sides"][side].append(figures)
+                    found["sides"][side].append(figures | {"megabytes": memory(process).get("VmHWM", 0) / 1e6})
     print(json.dumps(found | {"sides": table(found["sides"])}))
 
 
@@ -111,7 +114,7 @@ def process(command: list[str], url: str, log: Path) -> Iterator[subprocess.Pope
 
 
 @contextmanager
-def ours(folder: Path, adapters: list[str], options: argparse.Namespace) -> Iterator[str]:
+def ours(folder: Path, adapters: list[str], options: argparse.Namespace) -> Iterator[Server]:
     """minilora serve, with all adapters."""
     port = free_port()
     command = [sys.executable, "-m", "minilora", "serve", str(folder / "model"), "--name=base", f"--port={port}"]
@@ -122,11 +125,11 @@ def ours(folder: Path, adapters: list[str], options: argparse.Namespace) -> Iter
     with process(command, url, folder / "minilora.log") as started:
         if started.poll() is not None:
             raise SystemExit((folder / "minilora.log").read_text())
-        yield url
+        yield url, started.pid
 
 
 @contextmanager
-def theirs(folder: Path, options: argparse.Namespace) -> Iterator[str | None]:
+def theirs(folder: Path, options: argparse.Namespace) -> Iterator[Server | None]:
     """transformers serve, if it answers here; else None, and why."""
     port = free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
@@ -142,7 +145,7 @@ def theirs(folder: Path, options: argparse.Namespace) -> Iterator[str | None]:
             yield None
             return
         print(f"transformers serve answers: {answer[0][:60]!r}, status {started.poll()}")
-        yield url
+        yield url, started.pid
 
 
 def free_port() -> int:
@@ -164,7 +167,7 @@ def requests(models: list[str], options: argparse.Namespace) -> list[Request]:
 
 def ask(url: str, request: Request) -> tuple[str, int]:
     """An answer and its number of tokens."""
-    answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=600).raise_for_status().json()
+    answer = CLIENT.post(f"{url}/v1/chat/completions", json=request).raise_for_status().json()
     return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
 
 
@@ -185,7 +188,7 @@ def turn(url: str, models: list[str], options: argparse.Namespace) -> dict[str, 
 
 def table(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Print the figures; those of the document."""
-    print(f"{'tokens/s':<16}{'one by one':>12}{'together':>12}{'ratio (min-max)':>20}{'/ transformers':>16}")
+    print(f"{'tokens/s':<16}{'one by one':>12}{'together':>12}{'ratio (min-max)':>20}{'/ transformers':>16}{'MB':>8}")
     rows: dict[str, Any] = {}
     for side, turns in found.items():
         rows[side] = {key: spread([figures[key] for figures in turns]) for key in turns[0]}
@@ -198,7 +201,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
             beside = f"{rows[side]['over_transformers']['median']:.2f}"
         span = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
         alone, together = (rows[side][way]["median"] for way in ("alone", "together"))
-        print(f"{side:<16}{alone:>12.1f}{together:>12.1f}{span:>20}{beside:>16}")
+        print(
+            f"{side:<16}{alone:>12.1f}{together:>12.1f}{span:>20}{beside:>16}{rows[side]['megabytes']['median']:>8.0f}"
+        )
     return rows
 
 

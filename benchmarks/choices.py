@@ -7,7 +7,8 @@ A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens i
     cross-entropy   the loss and its gradient, by the rows of logits at a time
     steps           the step's seconds and peak without what is compiled in C, and without the pool of freed blocks
     malloc          the same by the size from which glibc gives a freed block back at once
-    rows            one token of 8 rows through a layer's factors, each row's own (engines/rows.py), by their bits
+    token           one token through dense layers, as a matrix and as a vector (generate.py), and one of each of 8 rows
+                    through a layer's factors, each row's own (engines/rows.py), by their bits
 
 What is tried takes turns; medians with min-max, and the ratio to what is in use. Minutes on two cores. The last
 line is one JSON document.
@@ -134,24 +135,33 @@ def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
     return compared("cross-entropy, rows of logits", run, (CHUNK_BYTES // 2 // words, *ROWS), given.rounds, times=1)
 
 
-def rows(given: SimpleNamespace) -> dict[str, Any]:
-    """The dtype of a token's way through the adapters of a bf16 layer."""
-    width = given.shape["hidden_size"]
+def token(given: SimpleNamespace) -> dict[str, Any]:
+    """F.linear or torch.mv; and the dtype of the adapters' products."""
+    width, wide = given.shape["hidden_size"], given.shape["intermediate_size"]
+    layers = [torch.randn(wide, width).bfloat16() for _ in range(3 * given.shape["num_hidden_layers"])]
+    row = torch.randn(1, 1, width).bfloat16()  # (1, T, in)
     x, h = torch.randn(2, 8, 1, width).bfloat16()  # (rows, T, in), (rows, T, out)
     A, B = torch.randn(8, 8, width), torch.randn(8, width, 8)  # (rows, r, in), (rows, out, r)
     factors = {16: (A.bfloat16(), B.bfloat16()), 32: (A, B)}
 
-    def run(bits: int) -> None:
+    def dense(way: str) -> None:
+        for W in layers:
+            torch.nn.functional.linear(row, W) if way == "linear" else torch.mv(W, row.view(-1)).view(1, 1, -1)
+
+    def rows(bits: int) -> None:
         A, B = factors[bits]
         torch.baddbmm(h.to(B.dtype), x.to(A.dtype) @ A.mT, B.mT).to(h.dtype)
 
-    return compared("a token's adapters, bits", run, (32, 16), given.rounds, times=1000)
+    return {
+        "dense": compared("a token through dense layers", dense, ("linear", "mv"), given.rounds, times=10),
+        "rows": compared("a token's adapters, bits", rows, (32, 16), given.rounds, times=1000),
+    }
 
 
-def compared(title: str, run: Callable[[int], None], sizes: tuple[int, ...], rounds: int, times: int) -> dict[str, Any]:
+def compared(title: str, run: Callable[[Any], None], sizes: tuple[Any, ...], rounds: int, times: int) -> dict[str, Any]:
     """Seconds of `times` runs with each size in turns, against the first of them, which is in use."""
 
-    def timed(size: int) -> dict[str, float]:
+    def timed(size: Any) -> dict[str, float]:
         begun = perf_counter()
         for _ in range(times):
             run(size)
@@ -192,7 +202,7 @@ PARTS = {
     "cross-entropy": cross_entropy,
     "steps": steps,
     "malloc": malloc,
-    "rows": rows,
+    "token": token,
 }
 
 if __name__ == "__main__":

@@ -100,14 +100,20 @@ class Contender:
         return json.loads(line) | {"resident": self.resident, "anonymous": self.anonymous}
 
     def _watch(self) -> None:
-        try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-        except OSError:  # no Linux, or it has just ended
+        if not (found := memory(self._process.pid)):
             return
-        found = {name: int(kb) * 1024 for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)}
         self.resident = max(self.resident, found.get("VmHWM", 0))
         self.now = found.get("RssAnon", 0)
         self.anonymous = max(self.anonymous, self.now)
+
+
+def memory(process: int) -> dict[str, int]:
+    """Bytes of a process: the most that was resident (VmHWM), and what is anonymous now (RssAnon); {} without Linux."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # or it has just ended
+        return {}
+    return {name: int(kb) * 1024 for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)}
 
 
 def take_turns(contenders: Mapping[str, Any], rounds: int, warm_up: int = 2) -> dict[str, list[dict[str, Any]]]:

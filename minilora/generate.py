@@ -153,12 +153,13 @@ def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Conte
 def matrix_vector(model: nn.Module) -> Iterator[None]:
     """Inside, layers on a CPU are quick to take a single token. Sums are in fp32 and rounded once in any case.
 
-    A dense bf16 one takes it through `torch.mv`, which is faster there than the matrix product with one row that
-    F.linear is; a 4-bit one looks up only once where its codes lie.
+    Where the processor has AMX, a dense bf16 one takes it through `torch.mv`: F.linear's product with one row fills
+    AMX's tiles of 16, while without AMX it is the faster of the two (benchmarks/choices.py, docs/LOG.md). A 4-bit one
+    looks up only once where its codes lie.
     """
     layers: list[Any] = [m for m in model.modules() if "forward" not in vars(m)]
     dense: list[Any] = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]
-    dense = [m for m in dense if m.weight.is_cpu]
+    dense = [m for m in dense if m.weight.is_cpu and torch.cpu._is_amx_tile_supported()]
     packed: list[Any] = [m for m in layers if type(m) is NF4Linear and m.packed.is_cpu]
     sharded = any(hasattr(m, "unshard") for m in model.modules())  # FSDP's weights move before each layer
     if plain_now() or sharded or torch.is_autocast_enabled("cpu"):

@@ -161,14 +161,19 @@ def test_a_sampled_row_does_not_see_its_neighbours():
     assert cold == generate_ids(mine, prompts, Decoding(12))
 
 
-def test_one_token_through_a_dense_layer_is_a_vector_product():
+def test_one_token_through_a_dense_layer_is_a_vector_product_with_amx(monkeypatch):
     """Its fp32 sum of 576 products is rounded once to bf16, to within 2^-8 of it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with matrix_vector(plain := torch.nn.Linear(8, 8, dtype=torch.bfloat16)):
+        assert "forward" not in vars(plain)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for bias in (True, False):
         layer = torch.nn.Linear(576, 96, bias=bias, dtype=torch.bfloat16)
         x = torch.randn(1, 1, 576).bfloat16()
         with torch.no_grad():
             before = layer(x), layer(x.expand(1, 2, -1))
             with matrix_vector(layer):
+                assert "forward" in vars(layer)
                 inside = layer(x), layer(x.expand(1, 2, -1))
                 assert torch.equal(inside[1], before[1])  # two tokens are a matrix
                 with matrix_vector(layer):  # a layer that has been given a forward of its own keeps it

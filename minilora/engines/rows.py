@@ -66,6 +66,8 @@ class Rows:
         if len(x) != len(self.names):
             raise ValueError(f"adapter_per_row: {len(self.names)} adapters were named for {len(x)} rows: one for each.")
         h = layer.base_layer(x)  # (rows, …, out)
+        if not any(self.names):
+            return h
         x_BTI = x.reshape(len(x), -1, x.shape[-1])
         dtype = h.dtype
         if h.is_cpu and x_BTI.shape[1] == 1:  # so small a product takes twice as long in bf16 (benchmarks/choices.py)
