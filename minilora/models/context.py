@@ -104,7 +104,8 @@ class Context:
                 documents = torch.where(self.real, 0, PAD)[:, -tokens.shape[1] :].to(self.device)  # (B, T)
             mask = None if mask is None else _each(mask, lambda one: one.to(self.device))
             hidden = self.model.hidden(tokens, positions, documents, self.cache, mask)  # (B, T, D)
-            return hidden[:, -keep:].contiguous()  # strided, it would cost a copy of the frozen head a row
+            # strided, it would cost a copy of the frozen head a row; a single row's stride does not make it uncontiguous
+            return hidden[:, -keep:].clone(memory_format=torch.contiguous_format)
         if mask is None:
             mask = self.real.long().to(self.device)  # (B, K+T)
         else:  # what every attention of transformers adds to its scores
