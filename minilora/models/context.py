@@ -104,7 +104,7 @@ class Context:
                 documents = torch.where(self.real, 0, PAD)[:, -tokens.shape[1] :].to(self.device)  # (B, T)
             mask = None if mask is None else _each(mask, lambda one: one.to(self.device))
             hidden = self.model.hidden(tokens, positions, documents, self.cache, mask)  # (B, T, D)
-            # strided, it would cost a copy of the frozen head a row; a single row's stride does not make it uncontiguous
+            # strided, it would cost a copy of the frozen head a row, even a single row that counts as contiguous
             return hidden[:, -keep:].clone(memory_format=torch.contiguous_format)
         if mask is None:
             mask = self.real.long().to(self.device)  # (B, K+T)
