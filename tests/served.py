@@ -107,6 +107,17 @@ def serving(
         threads[1].join()
 
 
+@contextmanager
+def held(server: Any) -> Iterator[None]:
+    """Inside, the engine's thread does nothing."""
+    go_on = threading.Event()
+    server.worker.call(go_on.wait)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 def run(engine: Engine, pieces: list[Piece] | None = None) -> dict[Ask, tuple[str, str]]:
     """Step until nobody is left: the text of each request, and why it ended."""
     pieces = [] if pieces is None else pieces

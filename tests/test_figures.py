@@ -20,10 +20,11 @@ UNITS = "%|×|GB|MB|kB|TB|ms|µs|s\\b|seconds|minutes|times|nats"
 FIGURE = re.compile(rf"(?<![\w.#/=:-])(?:\d[\d,]*\.\d+(?![\w.]*\d)|\d[\d,]*(?=\s?(?:{UNITS})))")
 STUDIES = "log: ranks, targets, data, forgetting and prompts"
 PEERS = "log: a training step beside peft + transformers + bitsandbytes, on cores without AMX"
+SERVED = "log: many adapters in one batch, and the server"
 FIGURES: dict[str, dict[str, list[str]]] = {
     "CONTRIBUTING.md": {"Contributing": ["given: what is called slow"]},
     "README.md": {
-        "minilora": [PEERS],
+        "minilora": [PEERS, SERVED],
         "See it work": ["given: versions"],
         "What the demo shows": ["test: test_demo.py"],
         "Reading order": ["test: test_pages.py"],
@@ -33,8 +34,9 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     "docs/gpu.md": {"What to expect": ["given: what is known of memory in general"]},
     "docs/memory.md": {"Will it fit?": ["given: sizes of cards"]},
     "docs/reference.md": {"The public door": ["given: weights in an example"]},
-    "docs/serve.md": {"Limits": ["given: a setting of minilora/serve/guard.py"]},
+    "docs/serve.md": {"How fast": [SERVED], "Limits": ["given: a setting of minilora/serve/guard.py"]},
     "docs/speed.md": {"How fast, how small": [PEERS]},
+    "docs/variants.md": {"Many adapters": [SERVED]},
     "docs/when.md": dict.fromkeys(
         (
             "Prompt, retrieve or fine-tune?",

@@ -1,52 +1,40 @@
-"""Proves that clients that leave, stall or come too many at a time harm nobody else, and that the server stops in good
-order, and loudly where it cannot go on.
+"""Proves that clients that leave, stall or come too many at a time harm nobody else.
 
 Oracle of the load test: `ml.generate` for each request alone.
 """
 
 import asyncio
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 import served
-from chats import furnish
 from minilora.serve import guard
 from minilora.serve.desk import Desk
-from minilora.serve.engine import Engine
 from minilora.serve.metrics import Metrics
 from minilora.serve.request import Ask
 from served import (
     HEAD,
     LONG,
     NAMES,
-    PATIENCE,
     SHORT,
     alone,
     asks,
     build,
     endless,
     error,
+    held,
     http,
     run,
     serving,
-    tokenizer,
     wait,
 )
-from source import ROOT
 
 model, url = served.model, served.url
 
@@ -55,17 +43,6 @@ model, url = served.model, served.url
 def server(model):
     with endless(model) as server:
         yield server
-
-
-@contextmanager
-def held(server: Any) -> Iterator[None]:
-    """Inside, the engine's thread does nothing."""
-    go_on = threading.Event()
-    server.worker.call(go_on.wait)
-    try:
-        yield
-    finally:
-        go_on.set()
 
 
 def test_where_it_listens_is_said_once(model, capsys):
@@ -184,90 +161,6 @@ def test_who_is_given_up_while_the_engine_accepts_frees_the_place(server, url, m
     go_on.set()
     wait(lambda: rows and rows[0].done)
     assert not rows[0].text.ids
-
-
-# ---- the end
-
-
-def test_draining_finishes_what_runs_and_refuses_the_rest(model):
-    with endless(model, drain=10 * PATIENCE) as server:  # it ends with the last answer
-        url, found = f"{server.url}/v1/completions", []
-        running = threading.Thread(target=lambda: found.append(http.post(url, json=LONG, timeout=60)))
-        running.start()
-        wait(lambda: server.worker.engine.rows)
-        server.handle_exit(signal.SIGTERM, None)
-        refused = http.post(url, json=SHORT)
-        assert refused.status_code == 503 and error(refused)["code"] == "stopping"
-        assert refused.headers["retry-after"] == "1"
-        assert http.get(f"{server.url}/healthz").json() == {"status": "stopping"}
-        running.join()
-        assert found[0].json()["usage"]["completion_tokens"] == LONG["max_tokens"]
-        wait(lambda: not server.servers[0].is_serving())
-
-
-@pytest.mark.parametrize(("drain", "signals"), [(0.1, 1), (10 * PATIENCE, 2)])
-def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
-    with endless(model, drain=drain) as server, ThreadPoolExecutor() as pool, held(server):
-        pool.submit(http.post, f"{server.url}/v1/completions", json=SHORT)
-        wait(lambda: server.guard.open)
-        for _ in range(signals):
-            server.handle_exit(signal.SIGTERM, None)
-        wait(lambda: not server.servers[0].is_serving())
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_fails_tells_everybody_and_ends_the_server(model):
-    engine = Engine(model, tokenizer())
-    step, count = engine.step, []
-
-    def broken() -> Any:
-        count.append(1)
-        if len(count) > 3:
-            raise MemoryError("no room")
-        return step()
-
-    engine.step = broken  # pyright: ignore[reportAttributeAccessIssue] the fault
-    with endless(model, engine=engine) as server:
-        url = f"{server.url}/v1/completions"
-        found: list[httpx.Response] = []
-        threads = [threading.Thread(target=lambda: found.append(http.post(url, json=LONG))) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])["code"] == "ended"
-        wait(lambda: not server.servers[0].is_serving())
-        assert server.worker.failed
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-@pytest.mark.slow
-def test_sigterm_under_load_ends_well(tmp_path):
-    """A process of its own: eight answers are under way, all are finished, a ninth is refused, the status is 0."""
-    place = furnish(tmp_path)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minilora", "serve", str(place / "model"), "--port=0", "--dtype=float32"]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = iter(process.stderr.readline, "")
-    url = next(line.split()[-1] for line in lines if "listens at" in line)
-    given: Any = LONG | {"model": "model", "max_tokens": 1000}
-    found: list[httpx.Response] = []
-
-    def ask() -> None:
-        found.append(http.post(f"{url}/v1/completions", json=given, timeout=60))
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    wait(lambda: "minilora_requests_running 8" in http.get(f"{url}/metrics").text)
-    process.send_signal(signal.SIGTERM)
-    wait(lambda: http.get(f"{url}/healthz").status_code == 503)
-    assert http.post(f"{url}/v1/completions", json=given).status_code == 503
-    for thread in threads:
-        thread.join()
-    assert process.wait(30) == 0, process.stderr.read()
-    assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [1000] * 8
 
 
 @pytest.mark.slow

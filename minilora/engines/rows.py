@@ -14,7 +14,6 @@ kernel that reads factors in place, so a row's factors lie in memory twice, and 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,23 +28,13 @@ from minilora.lora import LoRAAdapter, LoRALayer
 Factors = tuple[Tensor, Tensor, Tensor | None]  # A (rows, r, in), s B (rows, out, r), s b (rows, 1, out)
 
 
-@dataclass
-class _Kept:
-    """What was gathered on a layer, of whom, in which versions; and the memory, of as many rows as there ever were."""
-
-    names: tuple[str | None, ...] | None = None
-    parameters: tuple[Tensor, ...] = ()
-    versions: tuple[int, ...] = ()
-    factors: Factors | None = None
-    rooms: dict[int, Tensor] = field(default_factory=dict)
-
-
 class Rows:
     """Whose row is whose; the layers ask it in every forward pass."""
 
     def __init__(self, model: nn.Module, names: Sequence[str | None]):
         self.model, self.names = model, tuple(names)
-        self.kept: dict[Any, _Kept] = {}
+        self.kept: dict[Any, Any] = {}  # id of a layer, place, dtype -> for whom, parameters and versions; factors
+        self.rooms: dict[Any, Tensor] = {}  # the same and which factor -> memory for as many rows as there ever were
         given, layers = dict.fromkeys(name for name in names if name is not None), lora_layers(model)
         check_adapters(model, given)
         for name in given:
@@ -58,8 +47,7 @@ class Rows:
 
     def choose(self, names: Sequence[str | None]) -> None:
         """Other rows from here on, of adapters that were named at the start."""
-        if tuple(names) != self.names:
-            self.names = tuple(names)
+        self.names = self.names if tuple(names) == self.names else tuple(names)
 
     def forward(self, layer: LoRALayer, x: Tensor) -> Tensor:
         """x (rows, …, in) -> (rows, …, out); in the place of the layer's own forward."""
@@ -81,17 +69,28 @@ class Rows:
 
     def _factors(self, layer: LoRALayer, device: torch.device, dtype: torch.dtype) -> Factors | None:
         """The factors of all rows on this layer; None where no row has an adapter here."""
-        kept, grad = self.kept.setdefault((id(layer), device, dtype), _Kept()), torch.is_grad_enabled()
-        if not grad and kept.names is self.names and kept.versions == tuple(p._version for p in kept.parameters):
-            return kept.factors
+        key, grad = (id(layer), device, dtype), torch.is_grad_enabled()
+        names, found, versions, factors = self.kept.get(key, (None, (), (), None))
+        if not grad and names is self.names and versions == tuple(p._version for p in found):
+            return factors
         chosen = [layer.adapters[name] if name and name in layer.adapters else None for name in self.names]
         made = [adapter for adapter in dict.fromkeys(chosen) if adapter is not None]
-        if grad:
-            return _gathered(chosen, made, device, dtype, None) if made else None
-        kept.factors = _gathered(chosen, made, device, dtype, kept.rooms) if made else None
-        kept.parameters = tuple(p for adapter in made for p in adapter._parameters.values() if p is not None)
-        kept.names, kept.versions = self.names, tuple(p._version for p in kept.parameters)
-        return kept.factors
+        factors = _gathered(chosen, made, device, partial(self._stacked, key)) if made else None
+        if not grad:
+            found = tuple(p for adapter in made for p in adapter._parameters.values() if p is not None)
+            self.kept[key] = self.names, found, tuple(p._version for p in found), factors
+        return factors
+
+    def _stacked(self, key: tuple[Any, ...], which: int, factors: list[Tensor]) -> Tensor:
+        """(rows, …) in the key's dtype, in its room unless gradients follow."""
+        if torch.is_grad_enabled():
+            return torch.stack(factors).to(key[-1])
+        room, first = self.rooms.get((key, which)), factors[0]
+        if room is None or room.shape[1:] != first.shape or len(room) < len(factors):
+            with torch.inference_mode(False):  # what is made there may not be written elsewhere
+                room = self.rooms[key, which] = first.new_empty(len(factors), *first.shape, dtype=key[-1])
+        room = room[: len(factors)]
+        return torch.stack(factors, out=room) if first.dtype == key[-1] else room.copy_(torch.stack(factors))
 
 
 def _plain(adapter: Any) -> Any:
@@ -99,47 +98,26 @@ def _plain(adapter: Any) -> Any:
     return adapter.plain() if hasattr(adapter, "plain") else adapter
 
 
-def _gathered(
-    chosen: list[Any], made: list[Any], device: torch.device, dtype: torch.dtype, rooms: dict[int, Tensor] | None
-) -> Factors:
-    """The factors of each row; `made` are the adapters chosen, once each, `rooms` the memory to write them to."""
-    parts = {adapter: _factors_of(adapter) for adapter in made}
-    pairs = {adapter: (A.to(device), B.to(device)) for adapter, (A, B, _) in parts.items()}
+def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked: Any) -> Factors:
+    """The factors of each row; `made` are the adapters chosen, once each."""
+    if any(adapter.training and not isinstance(adapter.dropout, nn.Identity) for adapter in made):
+        raise ValueError("adapter_per_row: lora_dropout is not drawn row by row. model.eval(), or train without it.")
+    plain = {adapter: _plain(adapter) for adapter in made}
+    pairs = {adapter: [M.to(device) for M in (own.lora_A, own.lora_B)] for adapter, own in plain.items()}
     rank = max(len(A) for A, _ in pairs.values())
     for adapter, (A, B) in pairs.items():
         if len(A) < rank:
-            pairs[adapter] = F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))
+            pairs[adapter] = [F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))]
     if None in chosen:
-        A, B = pairs[made[0]]
-        pairs[None] = torch.zeros_like(A), torch.zeros_like(B)
+        pairs[None] = [torch.zeros_like(M) for M in pairs[made[0]]]
     s = torch.tensor([0.0 if adapter is None else adapter.scaling for adapter in chosen], device=device)[:, None, None]
-    A, B = (_stacked([pairs[adapter][i] for adapter in chosen], dtype, rooms, i) for i in (0, 1))
-    biases = {adapter: b.to(device, dtype) for adapter, (*_, b) in parts.items() if b is not None}
+    A, B = (stacked(i, [pairs[adapter][i] for adapter in chosen]) for i in (0, 1))
+    biases = {adapter: own.lora_bias.to(B) for adapter, own in plain.items() if own.lora_bias is not None}
     if not biases:
         return A, B.mul_(s), None
     none = B.new_zeros(B.shape[1])
     b = torch.stack([biases.get(adapter, none) for adapter in chosen])[:, None]  # (rows, 1, out)
     return A, B.mul_(s), b.mul_(s)
-
-
-def _stacked(factors: list[Tensor], dtype: torch.dtype, rooms: dict[int, Tensor] | None, which: int) -> Tensor:
-    """(rows, …) in `dtype`, in the room if there is one for so many."""
-    if rooms is None:
-        return torch.stack(factors).to(dtype)
-    room, first = rooms.get(which), factors[0]
-    if room is None or room.shape[1:] != first.shape or len(room) < len(factors):
-        with torch.inference_mode(False):  # what is made there may not be written elsewhere
-            room = rooms[which] = first.new_empty(len(factors), *first.shape, dtype=dtype)
-    room = room[: len(factors)]
-    return torch.stack(factors, out=room) if first.dtype == dtype else room.copy_(torch.stack(factors))
-
-
-def _factors_of(adapter: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A, B and b of an adapter."""
-    if adapter.training and not isinstance(adapter.dropout, nn.Identity):
-        raise ValueError("adapter_per_row: lora_dropout is not drawn row by row. model.eval(), or train without it.")
-    plain = _plain(adapter)
-    return plain.lora_A, plain.lora_B, plain.lora_bias
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def serve(
 
     The token that clients must send is read from the environment, MINILORA_API_KEY.
     ValueError: an address beyond this machine without a token, a name given twice, an adapter that is not linear LoRA.
-    ImportError without the extra. RuntimeError if the engine failed, so that a supervisor starts a new process.
+    ImportError without the extra. What the engine failed with, so that a supervisor starts a new process.
     """
     config = config or ServeConfig()
     token = check(config)

@@ -1,7 +1,7 @@
 """The server as a process: HTTP has a thread of its own, the engine the caller's, and both stop in good order.
 
 SIGTERM, Ctrl-C     new requests get 503, answers under way are finished, for `drain` seconds at most; status 0
-the engine fails    every request is told, nothing more is taken; RuntimeError, so a status that is not 0
+the engine fails    every request is told, nothing more is taken; its error is raised, so a status that is not 0
 
 Not the other way round: the thread that read the model has used OpenMP, and GNU's waits between two operations by
 sleeping, not spinning, when a second one uses it too, because the process then has more of its threads than cores
@@ -70,13 +70,10 @@ def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> 
 
 
 def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> None:
-    """Serve until told to stop, by a signal if this is the main thread. RuntimeError if the engine failed."""
+    """Serve until told to stop, by a signal if this is the main thread. Raises what the engine failed with."""
     server = build(engine, config, name, token)
     with server.capture_signals(), ThreadPoolExecutor(1, "minilora http") as pool:
         listening = pool.submit(server.run)
         listening.add_done_callback(lambda _: server.worker.stop())
-        try:
-            server.worker.run()
-        except Exception as error:  # which the server's next tick sees
-            raise RuntimeError("the engine has failed, and its server has ended") from error
+        server.worker.run()  # if that fails, the server's next tick sees it and ends
     listening.result()  # raises what kept it from listening
