@@ -61,16 +61,16 @@ def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
 # ---- `run`, in this process's main thread
 
 
-def ran(engine: Engine, count: int, port: int) -> list[httpx.Response]:
-    """What `run` answers to `count` clients at once; a SIGTERM comes when all are being answered, or are over."""
-    found = []
+def ran(engine: Engine, port: int, found: list[httpx.Response], count: int, stop: bool = True) -> None:
+    """Fill `found` with what `run` answers to `count` at once; to `stop`, a SIGTERM comes when all are being answered."""
+    engine.ends = frozenset()
 
     def ask() -> None:
         wait(lambda: listens(port))
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(http.post, f"http://127.0.0.1:{port}/v1/completions", json=LONG) for _ in range(count)]
-            wait(lambda: len(engine.rows) == count or all(one.done() for one in asked))
-            if listens(port):  # else nobody would hear it but pytest
+            if stop:
+                wait(lambda: len(engine.rows) == count)
                 os.kill(os.getpid(), signal.SIGTERM)
         found.extend(one.result() for one in asked)
 
@@ -80,7 +80,6 @@ def ran(engine: Engine, count: int, port: int) -> list[httpx.Response]:
         run(engine, ml.ServeConfig(port=port, drain=10 * PATIENCE), "base", None)
     finally:
         client.join()
-    return found
 
 
 def listens(port: int) -> bool:
@@ -100,26 +99,25 @@ def port() -> int:
 def test_a_signal_ends_it_when_all_is_answered(model, port, count):
     """Three are under way, or it sleeps; either way the signal's handlers are then those of before."""
     engine, handlers = Engine(model, tokenizer()), [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    engine.ends = frozenset()
-    found = ran(engine, count, port)
+    found: list[httpx.Response] = []
+    ran(engine, port, found, count)
     assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [LONG["max_tokens"]] * count
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_what_the_engine_fails_with_is_told_to_everybody_and_raised(model, port):
-    engine = Engine(model, tokenizer())
-    step, count, found = engine.step, [], []
+    engine, found = Engine(model, tokenizer()), []
+    step = engine.step
 
     def broken() -> Any:
-        count.append(1)
-        if len(count) > 3:
+        if len(engine.rows) == 3:
             raise MemoryError("no room")
         return step()
 
     engine.step = broken  # pyright: ignore[reportAttributeAccessIssue] the fault
-    engine.ends = frozenset()
     with pytest.raises(MemoryError, match="no room"):
-        found += ran(engine, 3, port)
+        ran(engine, port, found, 3, stop=False)
+    assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])["code"] == "ended"
     assert not listens(port)
 
 
