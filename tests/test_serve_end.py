@@ -62,7 +62,7 @@ def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
 
 
 def ran(engine: Engine, port: int, found: list[httpx.Response], count: int, stop: bool = True) -> None:
-    """Fill `found` with what `run` answers to `count` at once; to `stop`, a SIGTERM comes when all are being answered."""
+    """Fill `found` with what `run` answers to `count` at once; to `stop`, a SIGTERM when all are being answered."""
     engine.ends = frozenset()
 
     def ask() -> None:
