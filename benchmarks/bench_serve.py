@@ -37,6 +37,7 @@ from side_by_side import TINY, machine, memory, missing_peers, spread
 
 SAME = 4  # characters that both ways have in common at least; later ones may differ where two are nearly as likely
 STARTS = 180  # seconds for a server to start and answer
+SHARE = 0.05  # of the memory that is free, for the cache of transformers serve; of itself it takes 0.6
 Request = dict[str, Any]
 Server = tuple[str, int]  # its address, and the number of its process
 CLIENT = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))  # to make one costs as much as a token
@@ -134,7 +135,7 @@ def theirs(folder: Path, options: argparse.Namespace) -> Iterator[Server | None]
     port = free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "serve", str(folder / "model"), f"--port={port}", f"--dtype={options.dtype}"]
-    command += ["--device=cpu", "--continuous-batching"]
+    command += ["--device=cpu", "--continuous-batching", f"--cb-max-memory-percent={SHARE}"]
     url, log = f"http://127.0.0.1:{port}", folder / "transformers.log"
     with process(command, url, log) as started:
         try:
