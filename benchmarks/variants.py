@@ -77,7 +77,7 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed,
     )
     result = ml.train(model, tokenizer, task.train, config)
-    scores = ml.evaluate(model, tokenizer, task.test, labels=task.labels, max_new_tokens=4, batch_size=32)
+    scores = ml.evaluate(model, tokenizer, task.test, max_new_tokens=4, batch_size=32)
     seconds = result.tokens / result.tokens_per_second / result.steps
     return {"trained": trained, "s/step": seconds, "loss": scores.loss, "exact_match": scores.exact_match}
 
