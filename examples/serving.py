@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +44,25 @@ def train(source: str, name: str, rows: ml.samples.Task) -> None:
     ml.save_adapter(model, FOLDER / name)
 
 
-def serve(source: str) -> tuple[subprocess.Popen[str], str]:
-    """`minilora serve` in a process of its own; it says where it listens."""
+@contextmanager
+def serving(source: str) -> Iterator[str]:
+    """`minilora serve` in a process of its own, for as long as it is needed; it says where it listens."""
     command = [sys.executable, "-m", "minilora", "serve", source, "--quantize=nf4", "--name=base", "--port=0"]
     command += [f"--adapter={name}={FOLDER / name}" for name in TOKENS]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for line in process.stderr:
-        print(line, end="")
-        if "listens at" in line:
-            return process, line.split()[-1]
-    raise SystemExit(f"the server ended with status {process.wait()}")
+    try:
+        for line in process.stderr:
+            print(line, end="")
+            if "listens at" in line:
+                yield line.split()[-1]
+                break
+        else:
+            raise SystemExit(f"the server ended with status {process.wait()}")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()  # whatever went wrong, it does not stay
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -74,30 +85,25 @@ def main() -> dict[str, Any]:
     source, rows = ml.samples.smollm2(), tasks()
     for name, task in rows.items():
         train(source, name, task)
-    process, url = serve(source)
-
-    with urllib.request.urlopen(f"{url}/v1/models") as answer:
-        models = [model["id"] for model in json.load(answer)["data"]]
-    assert models == ["base", *TOKENS]
 
     # Everything is asked at once, in an order in which neighbours want different models.
+    models = ["base", *TOKENS]
     jobs = [(task, row, model) for pair in zip(*(t.test for t in rows.values()), strict=True)
             for task, row in zip(rows, pair, strict=True) for model in models]  # fmt: skip
 
-    def ask(job: tuple[str, dict[str, Any], str]) -> str:
+    def ask(url: str, job: tuple[str, dict[str, Any], str]) -> str:
         task, row, model = job
         body = {"model": model, "messages": row["messages"][:-1], "max_tokens": TOKENS[task], "temperature": 0}
         return post(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(pool.map(ask, jobs))
-    seconds = time.perf_counter() - begun
-    alone = ask(jobs[0])
-    assert alone == answers[0]  # who else asks changes nothing
-
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    with serving(source) as url:
+        with urllib.request.urlopen(f"{url}/v1/models") as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == models
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            answers = list(pool.map(partial(ask, url), jobs))
+        seconds = time.perf_counter() - begun
+        assert ask(url, jobs[0]) == answers[0]  # who else asks changes nothing
 
     table: dict[str, dict[str, float]] = {task: {} for task in rows}
     print(f"\n{'':<10}" + "".join(f"{model:>12}" for model in models))

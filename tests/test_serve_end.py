@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,17 +62,17 @@ def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
 # ---- `run`, in this process's main thread
 
 
-def ran(engine: Engine, port: int, found: list[httpx.Response], count: int, stop: bool = True) -> None:
-    """Fill `found` with what `run` answers to `count` at once; to `stop`, a SIGTERM when all are being answered."""
+def ran(engine: Engine, port: int, found: list[httpx.Response], count: int, stop: Callable[[], None] | None) -> None:
+    """Fill `found` with what `run` answers to `count` at once; `stop` is called when all are being answered."""
     engine.ends = frozenset()
 
     def ask() -> None:
         wait(lambda: listens(port))
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(http.post, f"http://127.0.0.1:{port}/v1/completions", json=LONG) for _ in range(count)]
-            if stop:
+            if stop is not None:
                 wait(lambda: len(engine.rows) == count)
-                os.kill(os.getpid(), signal.SIGTERM)
+                stop()
         found.extend(one.result() for one in asked)
 
     client = threading.Thread(target=ask)
@@ -95,12 +96,19 @@ def port() -> int:
         return held.getsockname()[1]
 
 
+SENT = {  # to the process, and so to its main thread; or to the thread of a client, which wakes nobody
+    "process": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "thread": lambda: signal.raise_signal(signal.SIGTERM),
+}
+
+
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_signal_ends_it_when_all_is_answered(model, port, count):
+@pytest.mark.parametrize("sent", SENT)
+def test_a_signal_ends_it_when_all_is_answered(model, port, count, sent):
     """Three are under way, or it sleeps; either way the signal's handlers are then those of before."""
     engine, handlers = Engine(model, tokenizer()), [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     found: list[httpx.Response] = []
-    ran(engine, port, found, count)
+    ran(engine, port, found, count, SENT[sent])
     assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [LONG["max_tokens"]] * count
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
 
@@ -116,7 +124,7 @@ def test_what_the_engine_fails_with_is_told_to_everybody_and_raised(model, port)
 
     engine.step = broken  # pyright: ignore[reportAttributeAccessIssue] the fault
     with pytest.raises(MemoryError, match="no room"):
-        ran(engine, port, found, 3, stop=False)
+        ran(engine, port, found, 3, None)
     assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])["code"] == "ended"
     assert not listens(port)
 

@@ -16,6 +16,7 @@ from minilora.serve.engine import Engine, Full
 from minilora.serve.request import Ask, Piece
 
 Listener = Callable[[Piece], Any]
+WAKE = 1.0  # seconds: a signal that another thread gets, or that comes just before a wait, does not end it
 REFUSALS = (Full, ValueError, OSError)  # what callers are told; the engine is as it was
 
 
@@ -93,7 +94,10 @@ class Worker:
     def _read(self) -> None:
         """Do what is asked; with nobody to answer, wait for something."""
         while not self.inbox.empty() or not (self.engine.busy or self.stopping):
-            future, function, given = self.inbox.get()
+            try:
+                future, function, given = self.inbox.get(timeout=WAKE)
+            except queue.Empty:
+                continue
             if not future.set_running_or_notify_cancel():
                 continue
             try:
