@@ -36,7 +36,7 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     "docs/reference.md": {"The public door": ["given: weights in an example"]},
     "docs/serve.md": {"How fast": [SERVED], "Limits": ["given: a setting of minilora/serve/guard.py"]},
     "docs/speed.md": {"How fast, how small": [PEERS]},
-    "docs/variants.md": {"Many adapters": [SERVED]},
+    "docs/variants.md": {"Variants": ["log: the variants in the same budget"], "Many adapters": [SERVED]},
     "docs/when.md": dict.fromkeys(
         (
             "Prompt, retrieve or fine-tune?",
