@@ -73,14 +73,17 @@ def ran(engine: Engine, port: int, found: list[httpx.Response], count: int, stop
             if stop is not None:
                 wait(lambda: len(engine.rows) == count)
                 stop()
+                try:
+                    wait(lambda: not listens(port))
+                except AssertionError:  # raised below, once `run` is over
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise
         found.extend(one.result() for one in asked)
 
-    client = threading.Thread(target=ask)
-    client.start()
-    try:
+    with ThreadPoolExecutor(1) as clients:
+        asking = clients.submit(ask)
         run(engine, ml.ServeConfig(port=port, drain=10 * PATIENCE), "base", None)
-    finally:
-        client.join()
+    asking.result()
 
 
 def listens(port: int) -> bool:
@@ -113,7 +116,7 @@ def test_a_signal_ends_it_when_all_is_answered(model, port, count, sent):
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_what_the_engine_fails_with_is_told_to_everybody_and_raised(model, port):
+def test_what_the_engine_fails_with_is_told_to_everybody_printed_and_raised(model, port, capsys):
     engine, found = Engine(model, tokenizer()), []
     step = engine.step
 
@@ -126,7 +129,7 @@ def test_what_the_engine_fails_with_is_told_to_everybody_and_raised(model, port)
     with pytest.raises(MemoryError, match="no room"):
         ran(engine, port, found, 3, None)
     assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])["code"] == "ended"
-    assert not listens(port)
+    assert not listens(port) and "in broken" in capsys.readouterr().err  # a traceback
 
 
 def test_a_port_that_is_taken_ends_it_at_once(model):

@@ -6,13 +6,13 @@ zeros to the largest, and two batched products do the rest:
     A (rows, r, in), s B (rows, out, r)  ->  z = x Aᵀ (rows, T, r),   h = W x + z (s B)ᵀ (rows, T, out)
 
 So sixteen adapters take as many products as one. Gathered factors are kept until the rows, or an adapter, change (in
-place, as load_adapter and optimisers do; writing through `.data` goes unseen), and their memory is then written again:
-new memory would take three times as long. With gradients they are gathered anew in each forward pass, and gradients
-reach every adapter. Factors wait wherever they are, on the CPU too, and are parts to the rows' device. Simplified: no
-kernel that reads factors in place, so a row's factors lie in memory twice, and once more in the prompt's dtype.
+place, as load_adapter and optimisers do; writing through `.data` goes unseen), and then in the same memory: a page that
+is new to a process costs more than filling it. With gradients they are gathered anew in each forward pass, and reach
+every adapter. Factors wait wherever they are, on the CPU too, and are brought to the rows' device. Simplified: without
+a kernel that reads factors in place a row's lie in memory twice, for a 16-bit model on a CPU three times.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ class Rows:
     """Whose row is whose; the layers ask it in every forward pass."""
 
     def __init__(self, model: nn.Module, names: Sequence[str | None]):
-        self.model, self.names = model, tuple(names)
+        self.names = tuple(names)
         self.kept: dict[Any, Any] = {}  # id of a layer, place, dtype -> for whom, parameters and versions; factors
         self.rooms: dict[Any, Tensor] = {}  # the same and which factor -> memory for as many rows as there ever were
         given, layers = dict.fromkeys(name for name in names if name is not None), lora_layers(model)
@@ -47,7 +47,8 @@ class Rows:
 
     def choose(self, names: Sequence[str | None]) -> None:
         """Other rows from here on, of adapters that were named at the start."""
-        self.names = self.names if tuple(names) == self.names else tuple(names)
+        if tuple(names) != self.names:  # equal ones stay the same object, by which `kept` is known
+            self.names = tuple(names)
 
     def forward(self, layer: LoRALayer, x: Tensor) -> Tensor:
         """x (rows, …, in) -> (rows, …, out); in the place of the layer's own forward."""
@@ -98,7 +99,7 @@ def _plain(adapter: Any) -> Any:
     return adapter.plain() if hasattr(adapter, "plain") else adapter
 
 
-def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked: Any) -> Factors:
+def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked: Callable[..., Tensor]) -> Factors:
     """The factors of each row; `made` are the adapters chosen, once each."""
     if any(adapter.training and not isinstance(adapter.dropout, nn.Identity) for adapter in made):
         raise ValueError("adapter_per_row: lora_dropout is not drawn row by row. model.eval(), or train without it.")
@@ -113,11 +114,9 @@ def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked:
     s = torch.tensor([0.0 if adapter is None else adapter.scaling for adapter in chosen], device=device)[:, None, None]
     A, B = (stacked(i, [pairs[adapter][i] for adapter in chosen]) for i in (0, 1))
     biases = {adapter: own.lora_bias.to(B) for adapter, own in plain.items() if own.lora_bias is not None}
-    if not biases:
-        return A, B.mul_(s), None
-    none = B.new_zeros(B.shape[1])
-    b = torch.stack([biases.get(adapter, none) for adapter in chosen])[:, None]  # (rows, 1, out)
-    return A, B.mul_(s), b.mul_(s)
+    none = B.new_zeros(B.shape[1])  # (out,)
+    b = torch.stack([biases.get(adapter, none) for adapter in chosen])[:, None].mul_(s) if biases else None
+    return A, B.mul_(s), b
 
 
 @contextmanager

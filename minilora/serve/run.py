@@ -1,7 +1,7 @@
 """The server as a process: HTTP has a thread of its own, the engine the caller's, and both stop in good order.
 
 SIGTERM, Ctrl-C     new requests get 503, answers under way are finished, for `drain` seconds at most; status 0
-the engine fails    every request is told, nothing more is taken; its error is raised, so a status that is not 0
+the engine fails    every request is told, its error is printed and raised, so a status that is not 0
 
 Not the other way round: the thread that read the model has used OpenMP, and GNU's waits between two operations by
 sleeping, not spinning, when a second one uses it too, because the process then has more of its threads than cores
@@ -11,6 +11,7 @@ sleeping, not spinning, when a second one uses it too, because the process then 
 import socket
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -75,5 +76,9 @@ def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> No
     with server.capture_signals(), ThreadPoolExecutor(1, "minilora http") as pool:
         listening = pool.submit(server.run)
         listening.add_done_callback(lambda _: server.worker.stop())
-        server.worker.run()  # if that fails, the server's next tick sees it and ends
+        try:
+            server.worker.run()
+        except Exception:  # which the server's next tick sees; a command line shows no traceback of some
+            traceback.print_exc()
+            raise
     listening.result()  # raises what kept it from listening

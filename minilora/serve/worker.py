@@ -98,10 +98,9 @@ class Worker:
                 future, function, given = self.inbox.get(timeout=WAKE)
             except queue.Empty:
                 continue
-            if not future.set_running_or_notify_cancel():
-                continue
             try:
-                future.set_result(function(*given))
+                if future.set_running_or_notify_cancel():
+                    future.set_result(function(*given))
             except REFUSALS as error:
                 future.set_exception(error)
 
