@@ -159,7 +159,7 @@ def matrix_vector(model: nn.Module) -> Iterator[None]:
     """
     layers: list[Any] = [m for m in model.modules() if "forward" not in vars(m)]
     dense: list[Any] = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]
-    dense = [m for m in dense if m.weight.is_cpu and torch.cpu._is_amx_tile_supported()]
+    dense = [m for m in dense if m.weight.is_cpu] if torch.cpu._is_amx_tile_supported() else []
     packed: list[Any] = [m for m in layers if type(m) is NF4Linear and m.packed.is_cpu]
     sharded = any(hasattr(m, "unshard") for m in model.modules())  # FSDP's weights move before each layer
     if plain_now() or sharded or torch.is_autocast_enabled("cpu"):

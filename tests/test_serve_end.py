@@ -1,4 +1,4 @@
-"""Proves that the server says where it listens, stops in good order, and loudly where it cannot go on."""
+"""Proves that the server stops in good order, and loudly where it cannot go on."""
 
 import os
 import signal

@@ -73,9 +73,9 @@ def typeset(prose: str) -> str:
     """Formulas, $…$ and $$…$$, as MathML, which browsers set by themselves: no script, no network."""
 
     def one(found: re.Match[str]) -> str:
-        return (
-            convert(found[1], display="block") if found[1] else f"<span>{convert(found[2])}</span>"
-        )  # or Markdown cuts
+        if found[1]:
+            return convert(found[1], display="block")
+        return f"<span>{convert(found[2])}</span>"  # Markdown would cut a paragraph at a bare <math>
 
     return MATHS.sub(one, prose)
 
