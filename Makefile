@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install tritons demo test test-all lint format types bench pictures notebooks docs clean
+.PHONY: help venv install tritons demo test test-all check-demo lint format types bench pictures notebooks docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -87,8 +87,12 @@ types: install  ## basedpyright
 test: lint types  ## pytest -n 2 -m "not slow and not gpu"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10
 
-test-all: install tritons  ## pytest -n 2 -m "slow or gpu": the real model, the wheel, examples and notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow or gpu" --durations=20
+test-all: install tritons  ## pytest -n 2 -m "(slow or gpu) and not demo": the real model, the wheel, examples, notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "(slow or gpu) and not demo" --durations=20
+
+# These train a real model for minutes with every core, so they are no part of CI: it runs the same in short forms.
+check-demo: install  ## pytest -m demo: the demo in full, held to the README's figures
+	$(BIN)/python -m pytest -q -m demo --durations=5
 
 format: install  ## ruff check --fix . && ruff format .
 	$(BIN)/ruff check --fix .

@@ -54,10 +54,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"in the interpreter of triton {triton.__version__}")
 
 
+SLOW_SECONDS = 900  # limit of a slow test that sets none; pyproject.toml has the limit of the others
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests skip without an accelerator, `strict` tests off the pinned versions."""
+    """`gpu` tests skip without an accelerator, `strict` tests off the pinned versions; slow tests get more time."""
     accelerator = torch.accelerator.is_available()
     for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
         if item.get_closest_marker("gpu") and not accelerator:
             item.add_marker(pytest.mark.skip(reason="no accelerator on this machine: NOT TESTED here"))
         if item.get_closest_marker("strict") and (why := off_the_pin()):
