@@ -4,6 +4,8 @@ A skip is loud: `-ra` in pyproject.toml prints each with its reason.
 """
 
 import os
+import platform
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,8 +48,25 @@ def off_the_pin() -> str:
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Which Triton: tests/test_interpreter.py looks for it."""
+def processor() -> str:
+    """The processor, what torch takes of it, and what the C compiler is told: `make test ISA=` changes the last two."""
+    from minilora_kernels.compiled import machine_flags
+
+    kind = platform.processor() or platform.machine()
+    with suppress(OSError):
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        kind = names[0].partition(":")[2].strip() if names else kind
+    return f"cpu: {kind}; torch: {torch.backends.cpu.get_cpu_capability()}; C: {machine_flags()}"
+
+
+def pytest_report_header() -> str:
+    return processor()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The processor where -q left the header out. Which Triton: tests/test_interpreter.py looks for it."""
+    if config.get_verbosity() < 0:
+        terminalreporter.write_line(processor())
     if os.environ.get("TRITON_INTERPRET") == "1":
         import triton
 

@@ -1,6 +1,7 @@
 """Proves that what the C compiler made is taken again by the next process, and only where it is what it was and nobody
 else could have written it."""
 
+import platform
 import shutil
 import subprocess
 
@@ -56,6 +57,19 @@ def test_another_source_flag_or_processor_is_compiled(source, compiled, monkeypa
     monkeypatch.setattr("minilora_kernels.compiled._processor", lambda: "another")
     answer(source)
     assert len(compiled) == len(kept(source)) == 4
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the names are those of x86")
+def test_the_processor_to_compile_for_can_be_named(source, compiled, monkeypatch):
+    """`MINILORA_MARCH`: another file, and the compiler is told; what the shell would take as its own it does not."""
+    monkeypatch.delenv("MINILORA_MARCH", raising=False)
+    answer(source)
+    monkeypatch.setenv("MINILORA_MARCH", "x86-64")
+    assert answer(source) == answer(source) == 42
+    assert len(compiled) == len(kept(source)) == 2
+    assert "-march=native" in compiled[0] and "-march=x86-64 " in compiled[1]
+    monkeypatch.setenv("MINILORA_MARCH", "x86-64; touch made")
+    assert Library(source).loaded(wait=True) is None
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])

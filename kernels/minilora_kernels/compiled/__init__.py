@@ -4,6 +4,9 @@ The compiler runs beside Python, a process of its own. What it made is kept in `
 `$XDG_CACHE_HOME/minilora`, else `~/.cache/minilora`, under a hash of the source, the command, the compiler and the
 processor, and taken from there the next time if no other user could have written it. Its threads are torch's: an OpenMP
 runtime that is loaded already is not loaded again.
+
+`MINILORA_MARCH` names the processor to compile for, as the compiler's `-march=` does; by default it is this one. Such a
+library may run elsewhere, and it may round other sums than this processor's own.
 """
 
 import atexit
@@ -51,9 +54,7 @@ class Library:
         compiler = shutil.which(os.environ.get("CC", "cc"))
         if compiler is None or os.name != "posix":
             return
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        machine = "-march=native -mprefer-vector-width=512" if x86 else "-mcpu=native"
-        flags = " ".join(["-O3 -ffp-contract=off -shared -fPIC", machine, *self.flags])
+        flags = " ".join(["-O3 -ffp-contract=off -shared -fPIC", machine_flags(), *self.flags])
         compile = f"{shlex.quote(compiler)} {flags} -o library.so {shlex.quote(str(self.source))} -lm"
         command = f"{compile} -fopenmp || {compile}"  # some compilers come without OpenMP
         self.kept = _place(self.source, command, compiler)
@@ -71,6 +72,16 @@ class Library:
             self.process.wait()
             self.process = None
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def machine_flags() -> str:
+    """The compiler's options for the processor: `$MINILORA_MARCH`, else what this one has."""
+    chosen = os.environ.get("MINILORA_MARCH")
+    if chosen:
+        return shlex.quote(f"-march={chosen}")
+    if platform.machine() in ("x86_64", "AMD64"):
+        return "-march=native -mprefer-vector-width=512"
+    return "-mcpu=native"
 
 
 def _place(source: Path, command: str, compiler: str) -> Path | None:
