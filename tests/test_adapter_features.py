@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
+from bounds import assert_rounded, rounding
 from kinds import shake
 from minilora.adapters import adapter_state_dict, base_state_dict
 from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
@@ -233,7 +234,7 @@ def test_merge_keeps_what_was_trained(llama):
     shake(model)
     merged = ml.merge(model)
     assert merged.state_dict().keys() == llama.state_dict().keys()
-    assert (logits(merged) - logits(model)).abs().max() <= 2e-5  # fp32: merging only reorders sums
+    assert_rounded(logits(merged), logits(model), rounding(merged, logits))  # merging only reorders sums
     assert not ml.eject(merged) and torch.equal(merged.lm_head.weight, model.lm_head.weight)
 
 
