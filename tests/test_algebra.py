@@ -129,7 +129,8 @@ def test_truncation_is_eckart_young_and_says_what_it_loses(rank):
 def test_ties_is_peft_s_on_delta_w(weights):
     a, b = value(KINDS["plain"]), value(KINDS["patterns"], 1)
     found = ml.combine([a, b], weights, "ties", density=0.3, rank=64)  # every rank there is: nothing is lost
-    assert found.error < 1e-6
+    smallest = min(min(delta.shape) for delta in deltas(found).values())
+    assert found.error < smallest * 2**-24  # of an SVD in fp32: p(n)·u of the norm, p(n) below n for n singular values
     first, second = deltas(a), deltas(b)
     for path, delta in deltas(found).items():
         parts = [part.get(path, torch.zeros_like(delta)).float() for part in (first, second)]
