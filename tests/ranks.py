@@ -1,8 +1,13 @@
-"""What every rank runs for test_distributed.py: `torchrun ranks.py FOLDER [kill]`. Rank 0 leaves the outcome there."""
+"""What every rank runs for test_distributed.py: `torchrun ranks.py FOLDER few|all`. Rank 0 leaves the outcome there.
 
+After the few runs one rank is killed, so that one start of two processes shows this too.
+"""
+
+import io
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,11 @@ from toy import FAST, Letters, adapters, llama, lora, rows
 # without any, or five in three micro-batches.
 SAMPLES = {"lora": 17, "nf4": 21, "dpo": 21, "full": 17, "biases": 17, "norms": 17}
 KINDS = tuple(SAMPLES)
+ENGINES = ("ddp", "fsdp")
+RUNS = {
+    "few": ("lora ddp", "nf4 fsdp", "dpo ddp", "full fsdp"),
+    "all": tuple(f"{kind} {engine}" for kind in KINDS for engine in ENGINES),
+}
 
 
 def model(kind: str) -> Any:
@@ -99,7 +109,7 @@ class Signalled(SFT):
 class Killed(Signalled):
     """The same, and the signal cannot be caught."""
 
-    number = signal.SIGKILL
+    number, calls = signal.SIGKILL, 0
 
 
 def bytes_of_shards() -> dict[str, list[bool]]:
@@ -132,24 +142,24 @@ def facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
-    """Every run of the comparison, then the facts."""
+def main(folder: Path, chosen: str) -> None:
+    """The chosen runs of the comparison, then the facts."""
     saved: list[Path] = []
     save = checkpoint.save_checkpoint
     checkpoint.save_checkpoint = lambda path, *rest: saved.append(path) or save(path, *rest)
     found: dict[str, Any] = {}
-    for kind in KINDS:
-        for fsdp in (False, True):
-            name = f"{kind} {'fsdp' if fsdp else 'ddp'}"
-            out = folder / name.replace(" ", "-")
-            checkpoints = kind == "nf4"  # these also save, recompute activations, and resume a run of one process
-            fields: dict[str, Any] = {"output_dir": out, "save_steps": 3} if checkpoints else {}
-            found[name] = outcome(*run(kind, 2, fsdp=fsdp, gradient_checkpointing=checkpoints, **fields))
-            if checkpoints:
-                start = str(folder / "one" / "checkpoint-3")
-                found[f"{name} resumed"] = outcome(*run(kind, 2, fsdp=fsdp, resume_from_checkpoint=start))
-    found["fp16"] = outcome(*run("lora", 2, fsdp=True, fp16=True))
-    found["fp16 ddp"] = outcome(*run("lora", 2, fp16=True))
+    for name in RUNS[chosen]:
+        kind, engine = name.split()
+        fsdp, out = engine == "fsdp", folder / name.replace(" ", "-")
+        checkpoints = kind == "nf4"  # these also save, recompute activations, and resume a run of one process
+        fields: dict[str, Any] = {"output_dir": out, "save_steps": 3} if checkpoints else {}
+        found[name] = outcome(*run(kind, 2, fsdp=fsdp, gradient_checkpointing=checkpoints, **fields))
+        if checkpoints:
+            start = str(folder / "one" / "checkpoint-3")
+            found[f"{name} resumed"] = outcome(*run(kind, 2, fsdp=fsdp, resume_from_checkpoint=start))
+    if chosen == "all":
+        found["fp16"] = outcome(*run("lora", 2, fsdp=True, fp16=True))
+        found["fp16 ddp"] = outcome(*run("lora", 2, fp16=True))
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, facts(folder) | {"saved": [path.name for path in saved]})
     if dist.get_rank() == 0:
@@ -159,9 +169,11 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    if sys.argv[2:] == ["kill"]:
-        train(model("lora"), Letters(), rows(17), config(2), objective=Killed())
-    else:
-        main(Path(sys.argv[1]))
-        dist.barrier()  # nobody leaves while the other still writes
+    place, chosen = sys.argv[1:]
+    main(Path(place), chosen)
+    dist.barrier()  # nobody leaves while the other still writes
+    if chosen == "few":
+        sys.stdout.flush()  # what is not written yet is lost with the process
+        with redirect_stdout(io.StringIO()):
+            train(model("lora"), Letters(), rows(17), config(2), objective=Killed())
     dist.destroy_process_group()

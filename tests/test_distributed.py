@@ -1,7 +1,8 @@
 """Proves that a run in two processes is the run of one: losses, adapters, evaluations, files, and how it ends.
 
 Two ranks on the CPU (gloo) run ranks.py once; what they leave is compared with one process, for LoRA, QLoRA, DPO,
-every parameter, biases and norms that train, by DDP and FSDP2. fp32 sums in another order differ by some 2^-24 a sum;
+every parameter, biases and norms that train, by DDP and FSDP2. The fast tests take a few of these runs, the slow all.
+fp32 sums in another order differ by some 2^-24 a sum;
 after six steps of Adam losses agree to 1e-6. Adapters get ten times that: Adam divides a gradient by its own size, so
 the rounding of small ones weighs as much. Biases of keys are the extreme: one moves all scores of a query by much the
 same, which softmax takes out again, so that little but rounding is left of its gradient. Where biases train, Adam's
@@ -13,6 +14,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +28,34 @@ from minilora.engines.parallel import Parallel, traffic
 from minilora.scoring.objective import SFT
 from minilora.storage import read_tensors
 from minilora.train import train
-from ranks import KINDS, config, model, outcome, run
+from ranks import ENGINES, RUNS, config, model, outcome, run
 from source import ROOT
 from tiny import save
 from toy import Letters, relative, rows
 
-ENGINES = ("ddp", "fsdp")
-RUNS = [f"{kind} {engine}" for kind in KINDS for engine in ENGINES]
+
+def cases(names: dict[str, Sequence[str]]) -> list:
+    """(which runs, name) for parametrize; those of all runs are slow."""
+    fast = [pytest.param("few", name, id=f"few-{name}") for name in names["few"]]
+    return fast + [pytest.param("all", name, id=f"all-{name}", marks=pytest.mark.slow) for name in names["all"]]
+
+
+few_and_all = pytest.mark.parametrize("ran", ["few", pytest.param("all", marks=pytest.mark.slow)], indirect=True)
+each_run = pytest.mark.parametrize("ran, name", cases(RUNS), indirect=["ran"], scope="module")
+CHECKPOINTS = {"few": ["fsdp"], "all": ENGINES}  # the engines of the runs with checkpoints
+each_engine = pytest.mark.parametrize("ran, engine", cases(CHECKPOINTS), indirect=["ran"], scope="module")
+
+
+@dataclass
+class Ran:
+    """What one process and two made of the same runs."""
+
+    chosen: str  # few or all
+    folder: Path
+    one: dict[str, Any]
+    two: dict[str, Any]
+    job: subprocess.CompletedProcess[str]  # of two processes
+    ending_s: float  # from the last file of the two to their end
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -49,19 +74,16 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory) -> dict[str, Any]:
-    """The runs of one process; that of "nf4" has checkpoints."""
-    folder = tmp_path_factory.mktemp("runs")
+def ran(request, tmp_path_factory) -> Ran:
+    """The runs of one process, of which that of "nf4" has checkpoints, and those of two."""
+    chosen, folder = request.param, tmp_path_factory.mktemp("runs")
     fields = {"nf4": {"output_dir": folder / "one", "save_steps": 3}}
-    return {kind: outcome(*run(kind, 1, **fields.get(kind, {}))) for kind in KINDS} | {"folder": folder}
-
-
-@pytest.fixture(scope="module")
-def two(one) -> dict[str, Any]:
-    """The runs of two."""
-    done = torchrun(ROOT / "tests" / "ranks.py", one["folder"])
-    assert done.returncode == 0, done.stderr
-    return torch.load(one["folder"] / "found.pt", weights_only=False) | {"said": done.stdout}
+    kinds = dict.fromkeys(name.split()[0] for name in RUNS[chosen])
+    one = {kind: outcome(*run(kind, 1, **fields.get(kind, {}))) for kind in kinds}
+    job, found = torchrun(ROOT / "tests" / "ranks.py", folder, chosen), folder / "found.pt"
+    assert found.exists() and (chosen == "few" or job.returncode == 0), job.stderr
+    ending = time.time() - found.stat().st_mtime
+    return Ran(chosen, folder, one, torch.load(found, weights_only=False), job, ending)
 
 
 def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -74,30 +96,29 @@ def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert figures == pytest.approx(others, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_ranks_train_as_one_process_does(one, two, name):
-    agree(two[name], one[name.split()[0]])
+@each_run
+def test_two_ranks_train_as_one_process_does(ran, name):
+    agree(ran.two[name], ran.one[name.split()[0]])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_of_one_process_is_resumed_by_two(one, two, engine):
-    agree(two[f"nf4 {engine} resumed"], one["nf4"])
+@each_engine
+def test_a_run_of_one_process_is_resumed_by_two(ran, engine):
+    agree(ran.two[f"nf4 {engine} resumed"], ran.one["nf4"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_of_two_is_resumed_by_one_process(one, two, engine):
-    agree(
-        outcome(*run("nf4", 1, resume_from_checkpoint=str(one["folder"] / f"nf4-{engine}" / "checkpoint-3"))),
-        one["nf4"],
-    )
+@each_engine
+def test_a_run_of_two_is_resumed_by_one_process(ran, engine):
+    checkpoint = ran.folder / f"nf4-{engine}" / "checkpoint-3"
+    agree(outcome(*run("nf4", 1, resume_from_checkpoint=str(checkpoint))), ran.one["nf4"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_one_rank_writes_and_the_files_are_those_of_one_process(one, two, engine):
-    ours, theirs = one["folder"] / f"nf4-{engine}", one["folder"] / "one"
+@each_engine
+def test_one_rank_writes_and_the_files_are_those_of_one_process(ran, engine):
+    ours, theirs = ran.folder / f"nf4-{engine}", ran.folder / "one"
     names = [sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) for folder in (ours, theirs)]
     assert names[0] == names[1] and not [name for name in names[0] if name.endswith(".tmp")]
-    assert [fact["saved"] for fact in two["facts"]] == [["checkpoint-3", "checkpoint-6"] * 2, []]
+    saved = ["checkpoint-3", "checkpoint-6"] * len(CHECKPOINTS[ran.chosen])
+    assert [fact["saved"] for fact in ran.two["facts"]] == [saved, []]
     for name in ("adapter_model.safetensors", "trainer_state.safetensors"):
         assert relative(*(read_tensors(folder / "checkpoint-6" / name) for folder in (ours, theirs))) < 1e-4
     configs = [(folder / "checkpoint-6" / "adapter_config.json").read_text() for folder in (ours, theirs)]
@@ -106,37 +127,45 @@ def test_one_rank_writes_and_the_files_are_those_of_one_process(one, two, engine
     assert steps == [None, 3, 6, None]
 
 
-def test_packed_bytes_lie_in_shards_and_come_together_as_they_were(two):
-    for fact in two["facts"]:
+@few_and_all
+def test_packed_bytes_lie_in_shards_and_come_together_as_they_were(ran):
+    for fact in ran.two["facts"]:
         assert len(fact["shards"]) == 2 * 7 * 4  # layers, linears in each, tensors of a 4-bit weight
         assert all(all(checks) for checks in fact["shards"].values())
 
 
-def test_what_is_wrong_on_one_rank_is_said_on_all(two):
-    first, second = two["facts"]
+@few_and_all
+def test_what_is_wrong_on_one_rank_is_said_on_all(ran):
+    first, second = ran.two["facts"]
     assert first["not finite"] == second["not finite"] and "step 1: the loss of row" in first["not finite"]
-    assert all("different data, config. Give" in fact["other seed"] for fact in two["facts"])
-    assert all("8-bit moments" in fact["8 bits in shards"] for fact in two["facts"])
-    assert all("biases that train cannot be switched off" in fact["biases in shards"] for fact in two["facts"])
+    for fact in ran.two["facts"]:
+        assert "different data, config. Give" in fact["other seed"]
+        assert "8-bit moments" in fact["8 bits in shards"]
+        assert "biases that train cannot be switched off" in fact["biases in shards"]
 
 
-def test_an_interrupt_of_one_rank_ends_all_after_the_same_step(two):
-    assert [fact["interrupted"] for fact in two["facts"]] == [(True, 3)] * 2
+@few_and_all
+def test_an_interrupt_of_one_rank_ends_all_after_the_same_step(ran):
+    assert [fact["interrupted"] for fact in ran.two["facts"]] == [(True, 3)] * 2
 
 
-def test_the_loss_scale_of_fp16_is_one_for_all_shards(two):
-    assert two["fp16"]["losses"] == pytest.approx(two["fp16 ddp"]["losses"], rel=1e-3)  # of 11 bits
+@pytest.mark.slow
+@pytest.mark.parametrize("ran", ["all"], indirect=True)
+def test_the_loss_scale_of_fp16_is_one_for_all_shards(ran):
+    assert ran.two["fp16"]["losses"] == pytest.approx(ran.two["fp16 ddp"]["losses"], rel=1e-3)  # of 11 bits
 
 
-def test_rank_0_alone_speaks(two):
-    assert two["said"].count("parallel: 2 processes, DDP") == 10  # of ranks.py's runs
+@few_and_all
+def test_rank_0_alone_speaks(ran):
+    starts = {"few": 4, "all": 10}[ran.chosen]  # of ranks.py's runs by DDP
+    assert ran.job.stdout.count("parallel: 2 processes, DDP") == starts
 
 
-def test_a_killed_rank_ends_the_job_and_says_so(tmp_path):
-    begun = time.monotonic()
-    done = torchrun(ROOT / "tests" / "ranks.py", tmp_path, "kill")
+@pytest.mark.parametrize("ran", ["few"], indirect=True)
+def test_a_killed_rank_ends_the_job_and_says_so(ran):
+    done = ran.job
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and "rank      : 1" in done.stderr
-    assert time.monotonic() - begun < 120  # far below any collective's timeout
+    assert ran.ending_s < 120  # far below any collective's timeout
 
 
 def test_the_bytes_that_travel():
