@@ -100,7 +100,7 @@ def rows(targets: Iterable[str], names: Iterable[str] | None = None) -> list[dic
     return found
 
 
-def bitsandbytes_rows(targets: Iterable[str]) -> list[dict[str, Any]]:
+def bitsandbytes_rows(targets: Iterable[str], names: Iterable[str] = tuple(BITSANDBYTES)) -> list[dict[str, Any]]:
     """The same of bitsandbytes' kernels. A target for which the installed wheel has none is announced and left out."""
     found = []
     for target in targets:
@@ -108,7 +108,8 @@ def bitsandbytes_rows(targets: Iterable[str]) -> list[dict[str, Any]]:
         if binary is None:
             print(f"bitsandbytes on {target}: NOT COUNTED, not installed or without machine code for it")
             continue
-        for name, peer in BITSANDBYTES.items():
+        for name in names:
+            peer = BITSANDBYTES[name]
             counts = count(binary, peer.pattern, through="LDG.*128" if peer.trip else None)
             if peer.trip and not counts.loop.loads:
                 continue  # an empty kernel, of a size that this card does not take

@@ -138,7 +138,16 @@ def test_the_gpu_clock_fills_the_queue_before_it_starts(monkeypatch):
 # ---- the script
 
 
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kernel_bench.main([])
+    said = capsys.readouterr().out
+    assert json.loads(said.splitlines()[-1]) == {"benchmark": "kernel_bench", "device": None, "rows": []}
+    assert "no GPU here: nothing was run" in said and "TRITON_INTERPRET=1" in said
+
+
+@pytest.mark.slow
+def test_the_script_without_a_gpu_says_so():
     done = python(SCRIPT)
     assert last_line(done) == {"benchmark": "kernel_bench", "device": None, "rows": []}
     assert "no GPU here: nothing was run" in done.stdout and "TRITON_INTERPRET=1" in done.stdout

@@ -18,6 +18,11 @@ from sass import bits, count, cubins, functions, occupancy, parse, tally, trace
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 
+def targets(*fast: str) -> list:
+    """TARGETS for parametrize; all but `fast` are slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in TARGETS]
+
+
 def listing(*lines: str) -> str:
     """Lines as the disassembler prints them: 16 bytes an instruction, each followed by its encoding."""
     encoding = "/* 0x00000a0000017a02 */"
@@ -183,23 +188,24 @@ def copy_kernel(target: str, dtype: torch.dtype, block: int) -> bytes:
     return launches[0].binary
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("dtype", "block", "accesses"),
-    [
-        (torch.float32, 512, {128: 1}),
-        (torch.float32, 1024, {128: 2}),
-        (torch.uint8, 128, {8: 1}),
-        (torch.int16, 256, {32: 1}),
-    ],
-)
+# a copy's dtype, its block, and the accesses it takes: bits x how many
+COPIES = [
+    (torch.float32, 512, {128: 1}),
+    (torch.float32, 1024, {128: 2}),
+    (torch.uint8, 128, {8: 1}),
+    (torch.int16, 256, {32: 1}),
+]
+
+
+@pytest.mark.parametrize("target", targets("sm_86"))
+@pytest.mark.parametrize(("dtype", "block", "accesses"), COPIES)
 def test_a_copy_moves_as_wide_as_its_threads_have_values(target, dtype, block, accesses):
     counts = count(copy_kernel(target, dtype, block))
     assert counts.path.loads == counts.path.stores == accesses
     assert (counts.loop.instructions, counts.spills, counts.shared_bytes, counts.path.shared) == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets("sm_75", "sm_120"))
 def test_a_real_loop_is_found(target):
     x = torch.zeros(64, 4096)
     with imaginary_gpu(target) as launches:
@@ -242,7 +248,7 @@ def test_what_fits_on_an_sm(target, registers, shared, threads, warps):
     assert occupancy(target, registers, shared, threads) == warps / most
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", targets("sm_75", "sm_90"))
 @given(st.integers(1, 255), st.integers(0, 99 << 10), st.integers(1, 1024))
 def test_asking_for_more_never_fits_more(target, registers, shared, threads):
     here = occupancy(target, registers, shared, threads)
