@@ -3,7 +3,8 @@
 The process runs tests/interpreted/, which knows the kernels, those of training beside their plain forms too, and the
 ordinary tests of NF4 with MINILORA_NF4=triton, so that what holds for the CPU path (bitsandbytes' bits, bitsandbytes'
 files, autograd, torch.compile) holds for Triton's.
-`make test-all` repeats the kernels' own on the Tritons that the Makefile names, laid over the pinned one.
+The fast tests run few cases of each idea; `make test-all` runs every case, and repeats the kernels' own on the Tritons
+that the Makefile names, laid over the pinned one.
 """
 
 import json
@@ -30,9 +31,44 @@ def interpreted(*arguments: str, **env: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "path", ["tests/interpreted", "tests/test_nf4_quantize.py", "tests/test_nf4_ops.py", "tests/test_nf4_linear.py"]
-)
+ORDINARY = ["tests/test_nf4_quantize.py", "tests/test_nf4_ops.py", "tests/test_nf4_linear.py"]
+# Ordinary tests that are slow in the interpreter, and the cases of them that are fast enough; None: no case is.
+SLOW_HERE = {
+    "test_codes_scales_and_values_are_bitsandbytes": "[32-dtype2] or [64-dtype0] or [4096-dtype1]",
+    "test_nested_scales_are_bitsandbytes_give_or_take_a_code": None,
+    "test_the_offset_is_the_same_for_any_number_of_threads": None,  # of the reference, which runs without Triton
+    "test_quantising_again_changes_nothing": None,
+    "test_the_error_is_at_most_half_the_widest_gap": None,
+    "test_opcheck": "[shape0-True] or [shape2-False]",
+    "test_opcheck_of_few_tokens": "[shape0-tokens1-True-True] or [shape2-tokens0-False-False]",
+    "test_any_size_block_and_bias": None,
+}
+
+
+def fast_here() -> str:
+    """pytest's -k for all ordinary tests but those of SLOW_HERE, of which some cases stay."""
+    left_out = []
+    for name, cases in SLOW_HERE.items():
+        whole = f"{name}[" if cases else name  # with cases: not the test whose name goes on
+        left_out.append(f"({whole} and not ({cases}))" if cases else whole)
+    return f"not ({' or '.join(left_out)})"
+
+
+def test_few_cases_of_the_kernels_in_the_interpreter():
+    interpreted("tests/interpreted", "-m", "not slow", MINILORA_NF4="triton")
+
+
+def test_few_ordinary_cases_in_the_interpreter():
+    """What SLOW_HERE names is there, and of all else every case runs."""
+    found = interpreted(*ORDINARY, "-m", "not slow", "-k", fast_here(), "-vv", MINILORA_NF4="triton")
+    for name, cases in SLOW_HERE.items():
+        assert any(f"def {name}(" in (ROOT / path).read_text() for path in ORDINARY), name
+        ran = len(re.findall(rf"::{name}(?:\[| )", found))
+        assert ran == (len(cases.split(" or ")) if cases else 0), (name, ran)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["tests/interpreted", *ORDINARY])
 def test_kernels_in_the_interpreter(path: str):
     interpreted(path, MINILORA_NF4="triton")
 

@@ -1,5 +1,11 @@
-"""What the tests of the kernels share: both kernels of each kind, weights by the reference, and a look past the end."""
+"""What the tests of the kernels share: both kernels of each kind, weights by the reference, a look past the end, and
+which cases of a matrix are fast."""
 
+import random
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -8,6 +14,26 @@ from minilora_kernels import nf4_dequantize, nf4_gemv, nf4_quantize, reference
 QUANTIZE = [nf4_quantize.quantize, nf4_quantize.quantize_textbook]
 DEQUANTIZE = [nf4_dequantize.dequantize, nf4_dequantize.dequantize_textbook]
 GEMV = [nf4_gemv.gemv, nf4_gemv.gemv_textbook]
+
+
+def few_fast(*axes: Sequence) -> list:
+    """Every combination of values as a case of parametrize; as many are fast as the longest axis has values.
+
+    Each value of each axis is in a fast case. A fixed seed chooses which values meet. The other cases are slow."""
+    longest = max(len(axis) for axis in axes)
+    chosen = random.Random(0)
+    columns = []
+    for axis in axes:
+        column = [number % len(axis) for number in range(longest)]
+        chosen.shuffle(column)
+        columns.append(column)
+    fast = set(zip(*columns, strict=True))
+    cases = []
+    for numbers in product(*(range(len(axis)) for axis in axes)):
+        values = [axis[number] for axis, number in zip(axes, numbers, strict=True)]
+        name = "-".join(getattr(value, "__name__", str(value)) for value in values)
+        cases.append(pytest.param(*values, id=name, marks=() if numbers in fast else pytest.mark.slow))
+    return cases
 
 
 def normal(*shape, dtype=torch.float32, scale=0.02):

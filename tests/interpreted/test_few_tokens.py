@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_parts import Guarded, dense, normal, parts_of
+from kernel_parts import Guarded, dense, few_fast, normal, parts_of
 from torch import nn
 
 from minilora.quant import NF4Linear
@@ -12,24 +12,23 @@ from minilora_kernels.nf4_matmul import MOST
 SHAPES = [((5, 32), 2, 32), ((70, 96), 16, 64), ((33, 1056), 17, 64), ((64, 512), 64, 256), ((3, 2080), 5, 4096)]
 
 
-@pytest.mark.parametrize("dtype", MOST)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape, tokens, blocksize", SHAPES)
-def test_a_few_tokens_through_a_layer(shape, tokens, blocksize, nested, dtype):
+@pytest.mark.parametrize("sizes, nested, dtype", few_fast(SHAPES, [False, True], [*MOST]))
+def test_a_few_tokens_through_a_layer(sizes, nested, dtype):
     """As by the dense W of x's dtype. One 1 among zeros reads a column exactly."""
+    shape, tokens, blocksize = sizes
     tokens = min(tokens, MOST[dtype])
     parts, bias = parts_of(normal(*shape), blocksize, nested), normal(shape[0])
     x = normal(tokens, shape[1], dtype=dtype)
     W = dense(parts, blocksize, shape, dtype)
     got = nf4_matmul.matmul(x, *parts, shape, blocksize, bias)
     exact = x.double() @ W.double().T + bias.double()
-    sizes = x.double().abs() @ W.double().abs().T + bias.double().abs()
+    terms = x.double().abs() @ W.double().abs().T + bias.double().abs()
     # a term passes its product's rounding (none in 16 bits), and one an addition: of the inner size and the bias, in
     # whatever order and parts. n roundings by 1 + u or less make 1 + n u / (1 - n u). Then one to x's dtype, which for
     # subnormal results is half of the smallest
     n_u = (shape[1] + 1) * 2**-24
     info = torch.finfo(dtype)
-    bound = n_u / (1 - n_u) * sizes
+    bound = n_u / (1 - n_u) * terms
     bound += info.eps / 2 * (exact.abs() + bound) + info.smallest_normal * info.eps / 2
     assert got.dtype == dtype and ((got.double() - exact).abs() <= bound).all()
     columns = torch.arange(tokens) * (shape[1] - 1) // (tokens - 1)

@@ -7,7 +7,7 @@ kernel compiles, and to what, is tests/test_kernel_report.py's.
 
 import pytest
 import torch
-from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, Guarded, dense, normal, parts_of
+from kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, Guarded, dense, few_fast, normal, parts_of
 
 from minilora_kernels import (
     dynamic_map,
@@ -34,9 +34,7 @@ def test_this_is_the_interpreter():
 # ---- oracle: the reference
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("blocksize, dtype, quantize", few_fast(BLOCKSIZES, DTYPES, QUANTIZE))
 def test_quantised_is_the_reference(blocksize, dtype, quantize):
     for n in SIZES:
         x = normal(n, dtype=dtype)
@@ -99,10 +97,9 @@ def test_ties_of_the_second_level():
     assert got[2].item() == 0 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("dequantize", DEQUANTIZE)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize(
+    "blocksize, dtype, nested, dequantize", few_fast(BLOCKSIZES, DTYPES, [False, True], DEQUANTIZE)
+)
 def test_dequantised_is_the_reference(blocksize, dtype, nested, dequantize):
     for n in SIZES:
         parts = parts_of(normal(n), blocksize, nested)
@@ -139,9 +136,7 @@ def test_a_token_stays_inside(shape, gemv):
 SHAPES = [(5, 64), (33, 576), (3, 1056), (7, 2048), (2, 4128)]  # short rows, long ones, ragged in both directions
 
 
-@pytest.mark.parametrize("gemv", GEMV)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape, nested, gemv", few_fast(SHAPES, [False, True], GEMV))
 def test_a_one_hot_x_reads_a_column(shape, nested, gemv):
     """Exact: every other product is zero."""
     parts = parts_of(normal(*shape), 64, nested)
@@ -152,9 +147,7 @@ def test_a_one_hot_x_reads_a_column(shape, nested, gemv):
         assert torch.equal(gemv(x, *parts, shape, 64), W[:, k])
 
 
-@pytest.mark.parametrize("gemv", GEMV)
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
+@pytest.mark.parametrize("blocksize, dtype, gemv", few_fast([32, 64, 256, 4096], DTYPES[:3], GEMV))
 def test_a_token_through_a_layer(blocksize, dtype, gemv):
     for shape in SHAPES:
         parts, x, bias = (

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_parts import normal
+from kernel_parts import few_fast, normal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,13 +54,12 @@ def rounded_between(found: Tensor, inner: Tensor, factor: Tensor, units: Tensor 
 # ---- norm
 
 
-@pytest.mark.parametrize("gemma", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "rows, width",
-    [(1, 1), (0, 8), (5, 24), (37, 128), (5, 576), (2, VALUES - 1), (2, VALUES), (3, VALUES + 5), (STRIP + 3, 40)],
-)
-def test_norms(rows, width, dtype, gemma, monkeypatch):
+ROWS_OF = [(1, 1), (0, 8), (5, 24), (37, 128), (5, 576), (2, VALUES - 1), (2, VALUES), (3, VALUES + 5), (STRIP + 3, 40)]
+
+
+@pytest.mark.parametrize("shape, dtype, gemma", few_fast(ROWS_OF, DTYPES, [False, True]))
+def test_norms(shape, dtype, gemma, monkeypatch):
+    rows, width = shape
     for name in ("rms_norm", "rms_norm_backward"):  # the interpreter is slow
         monkeypatch.setitem(launch._overridden, name, launch.tile(1, VALUES=VALUES))
     # of which rows are a whole number in most cases, in several strips too
@@ -144,10 +143,12 @@ def angles(batch, length, size, dtype):
     return turns.cos().to(dtype), turns.sin().to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("heads, length, size", [(1, 1, 2), (3, 5, 24), (8, 9, 64), (1, 2, 1200), (4, 0, 8)])
-def test_a_rotation_has_the_plain_forms_bits(heads, length, size, batch, dtype, monkeypatch):
+HEADS_OF = [(1, 1, 2), (3, 5, 24), (8, 9, 64), (1, 2, 1200), (4, 0, 8)]
+
+
+@pytest.mark.parametrize("shape, batch, dtype", few_fast(HEADS_OF, [1, 3], DTYPES))
+def test_a_rotation_has_the_plain_forms_bits(shape, batch, dtype, monkeypatch):
+    heads, length, size = shape
     monkeypatch.setitem(launch._overridden, "rotate", launch.tile(1, VALUES=512))
     fused = normal(3, length, heads + 2, size, dtype=dtype, scale=1.0)
     for x in (fused[:, :, :heads].transpose(1, 2), normal(3, heads, length, size, dtype=dtype, scale=1.0)):
@@ -174,9 +175,9 @@ def test_views_are_read_as_what_they_show():
 TILES = [{}, {"VALUES": 64}, {"VALUES": 256}, {"VALUES": 8192}]
 
 
-@pytest.mark.parametrize("sizes", TILES)
-@pytest.mark.parametrize("rows, width", [(1, 2), (3, 40), (5, 514)])
-def test_kernels_stay_inside(rows, width, sizes, monkeypatch):
+@pytest.mark.parametrize("shape, sizes", few_fast([(1, 2), (3, 40), (5, 514)], TILES))
+def test_kernels_stay_inside(shape, sizes, monkeypatch):
+    rows, width = shape
     made = []
 
     def marked(shape, dtype, *_):
@@ -242,8 +243,10 @@ def trained(model, run) -> list[Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "4-bit", "norms train", "checkpointed", "autocast"])
+KINDS = ["llama", "4-bit", "norms train", "checkpointed", "autocast"]
+
+
+@pytest.mark.parametrize("kind, dtype", few_fast(KINDS, [torch.float32, torch.bfloat16]))
 def test_a_model_learns_the_same(kind, dtype, launched, monkeypatch):
     model = llama().to(dtype)
     if kind == "4-bit":

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_parts import few_fast
 from torch import nn
 
 from minilora.engines import adam8bit as plain
@@ -160,8 +161,7 @@ def ours(logits, labels, gradient=True, lift=1.0):
     return loss, out
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 2, 50, TILE - 1, TILE, TILE + 1, 3 * TILE + 5])
+@pytest.mark.parametrize("columns, dtype", few_fast([1, 2, 50, TILE - 1, TILE, TILE + 1, 3 * TILE + 5], DTYPES))
 def test_loss_and_gradient_of_a_chunk(columns, dtype):
     logits = (torch.randn(6, columns) * 5).to(dtype)
     labels = torch.tensor([0, columns - 1, columns // 2, min(TILE, columns) - 1, TILE % columns, 0])
@@ -226,8 +226,7 @@ def test_a_chunk_stays_inside(columns):
     assert (memory[-64:] == 77).all() and (loss[3:] == 77).all()
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, trained", few_fast(DTYPES, [False, True]))
 def test_the_whole_op_is_that_of_the_plain_rows(dtype, trained, monkeypatch):
     """Both are within their own roundings of fp64, so the two differ by no more than one differs from that."""
     generator = torch.Generator().manual_seed(1)
