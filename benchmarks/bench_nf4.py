@@ -1,13 +1,15 @@
 """NF4 on the CPU against bitsandbytes: the same bits first, then the time, alternating in one run.
 
-    python benchmarks/bench_nf4.py [--threads 2] [--rounds 21] [--dtype bfloat16] [--only token]
+    python benchmarks/bench_nf4.py [--threads 2] [--rounds 21] [--dtype auto] [--only token]
 
-"new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which bitsandbytes' public
-function cannot on a CPU. The last contender is bitsandbytes' C function, called past its public one. The ceiling is
-copying the result's bytes into a kept tensor. "one token" and "8 tokens" go through a 4-bit layer without gradients:
-bitsandbytes' Linear4bit, repacked by eval() for its fused product in bf16, and ours; beside them a dense one. On a busy
-machine only the ratios mean something, and even those favour few parallel regions: look at the load average. Without
-bitsandbytes the bits are the reference's. Half a minute. The last line is one JSON document.
+"new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which
+bitsandbytes' public function cannot on a CPU. The last contender is bitsandbytes' C function,
+called past its public one. The ceiling is copying the result's bytes into a kept tensor. "one
+token" and "8 tokens" go through a 4-bit layer without gradients: bitsandbytes' Linear4bit, repacked
+by eval() for its fused product, and ours; beside them a dense one. All in bf16, or in fp32 on a CPU
+without it. On a busy machine only the ratios mean something, and even those favour few parallel
+regions: look at the load average. Without bitsandbytes the bits are the reference's. Half a minute.
+The last line is one JSON document.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from torch import nn
 from minilora.quant import NF4Linear
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4, reference
 from minilora_kernels.compiled import nf4
-from side_by_side import machine, missing_peers
+from side_by_side import DTYPES, add_dtype, compute_dtype, dtype_name, machine, missing_peers
 
 SHAPES = ((4096, 4096), (1536, 576))
 COPY = "copy, out="
@@ -137,25 +139,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add_dtype(parser, (*DTYPES, "float16"))
     parser.add_argument("--only", default="", help="jobs that have this in their name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
 
-    card = machine() | {"dtype": args.dtype}
+    dtype = compute_dtype(args.dtype)
+    card = machine(dtype)
     if why := missing_peers("bitsandbytes"):
         print(f"minilora alone: {why}")
     rows = []
     for shape in SHAPES:
-        x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(getattr(torch, args.dtype))
+        x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
         for job, calls in (contenders(x) | layers(x)).items():
             if args.only not in job:
                 continue
             times = measure(calls, args.rounds * (1 if x.numel() > 1 << 22 else 5))
             first = next(iter(times.values()))  # bitsandbytes' public function, or ours where it is not installed
             ceiling = statistics.median(times[COPY]) if COPY in times else None
-            print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {args.dtype}; checked")
+            print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {dtype_name(dtype)}; checked")
             print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ first (of minima)':>21}{'of the ceiling':>16}")
             for name, ms in times.items():
                 median = statistics.median(ms)

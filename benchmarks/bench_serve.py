@@ -1,6 +1,6 @@
 """Tokens a second of a server: eight clients at a time against one after the other, and against transformers serve.
 
-    python benchmarks/bench_serve.py [--clients 8] [--new 64] [--rounds 3] [--dtype bfloat16] [--quantize nf4]
+    python benchmarks/bench_serve.py [--clients 8] [--new 64] [--rounds 3] [--dtype auto] [--quantize nf4]
 
 Each of --clients requests is a chat of its own length with --new tokens to come, greedy; asked one after the other,
 then all at a time. In turns:
@@ -9,9 +9,10 @@ then all at a time. In turns:
     adapters          every client asks an adapter of its own, in the same batch
     transformers      `transformers serve` (with --continuous-batching where it has it), the base
 
-Servers run in processes of their own, with as many threads as they like, and sleep while another is asked; their memory
-is the most that was resident. Checked: all at a time a server begins to say what it says one by one. The last line is
-one JSON document.
+Servers run in processes of their own, with as many threads as they like, and sleep while another is
+asked; their memory is the most that was resident. All compute in bf16, or in fp32 on a CPU without
+it. Checked: all at a time a server begins to say what it says one by one. The last line is one JSON
+document.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import torch
 import minilora as ml
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from side_by_side import TINY, machine, memory, missing_peers, spread
+from side_by_side import TINY, add_dtype, compute_dtype, dtype_name, machine, memory, missing_peers, spread
 
 SAME = 4  # characters that both ways have in common at least; later ones may differ where two are nearly as likely
 STARTS = 180  # seconds for a server to start and answer
@@ -48,13 +49,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_dtype(parser)
     parser.add_argument("--quantize", choices=["nf4"], help="the base in 4 bits; transformers stays dense")
     parser.add_argument("--short", action="store_true", help="a random model of two layers, one short round")
     options = parser.parse_args()
     if options.short:
         options.clients, options.new, options.rounds = 3, 8, 1
-    found: dict[str, Any] = {"benchmark": "bench_serve", **machine(), "clients": options.clients, "new": options.new}
+    dtype = compute_dtype(options.dtype)
+    options.dtype = dtype_name(dtype)
+    found: dict[str, Any] = {"benchmark": "bench_serve", **machine(dtype)}
+    found |= {"clients": options.clients, "new": options.new}
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         adapters = write(folder, options)
@@ -79,7 +83,7 @@ def write(folder: Path, options: argparse.Namespace) -> list[str]:
         tokenizer = ml.load_tokenizer(ml.samples.smollm2())
         torch.manual_seed(0)
         sizes: dict[str, Any] = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
-        model = CausalLM(DecoderConfig(**sizes))
+        model = CausalLM(DecoderConfig(**sizes, dtype=options.dtype)).to(getattr(torch, options.dtype))
     else:
         source = ml.samples.smollm2()
         model, tokenizer = ml.load_model(source, dtype=options.dtype), ml.load_tokenizer(source)

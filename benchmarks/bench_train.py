@@ -1,8 +1,10 @@
 """How a QLoRA step's time and memory grow with length, batch, rank and model. python benchmarks/bench_train.py
 
-Random weights in the shape of SmolLM2-135M, NF4 with double quantisation, bf16, an adapter on all linear layers, AdamW;
-one thing grows at a time. A point is two fresh processes of some steps each: one for the time; one for the memory that
-a step needs beyond the loaded model (anonymous, Linux), whose malloc gives back what is freed, as in plan_check.py.
+Random weights in the shape of SmolLM2-135M, NF4 with double quantisation, an adapter on all linear
+layers, AdamW; in bf16, or in fp32 on a CPU without it (--dtype). One thing grows at a time. A point
+is two fresh processes of some steps each: one for the time; one for the memory that a step needs
+beyond the loaded model (anonymous, Linux), whose malloc gives back what is freed, as in
+plan_check.py.
 
 Fitted is a sum of parts, a + b x or a + b x + c x², none of them negative, up to the order that the algorithm itself
 has: attention compares T² pairs of tokens but keeps none of them; a layer has width² weights, of which one is dense for
@@ -27,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from plan_check import EXACT
 from scale_8b import batches, make
-from side_by_side import TINY, Contender, machine, serve, spread
+from side_by_side import TINY, Contender, add_dtype, compute_dtype, dtype_name, machine, serve, spread
 from steps import own_step
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
@@ -52,20 +55,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a point, after one to warm up")
     parser.add_argument("--only", default=",".join(GROWS), help="what grows, with commas")
     parser.add_argument("--short", action="store_true", help="two small layers, two values each; nothing is checked")
+    add_dtype(parser)
     parser.add_argument("--point", help="be this point: its sizes as JSON")
     options = parser.parse_args()
+    dtype = compute_dtype(options.dtype)
     if options.point:
-        return point(**json.loads(options.point))
-    found: dict[str, Any] = {"benchmark": "bench_train", **machine(), "grows": {}}
+        return point(dtype, **json.loads(options.point))
+    options.dtype = dtype_name(dtype)
+    found: dict[str, Any] = {"benchmark": "bench_train", **machine(dtype), "grows": {}}
     with tempfile.TemporaryDirectory() as name:
+        known: dict[str, dict[str, Any]] = {}  # a point that two kinds have in common is measured once
         for kind in options.only.split(","):
-            values = GROWS[kind][0][:2] if options.short else GROWS[kind][0]
-            sizes = [BASE | FIXED.get(kind, {}) | {kind: value} for value in values]
-            found["grows"][kind] = grow(kind, [measure(Path(name), size, options) for size in sizes])
+            points = []
+            for size in sizes_of(kind, options.short):
+                key = json.dumps(size, sort_keys=True)
+                known[key] = known.get(key) or measure(Path(name), size, options)
+                points.append(known[key])
+            found["grows"][kind] = grow(kind, points)
     print(json.dumps(found))
     worse = [sentence for kind, one in found["grows"].items() for sentence in too_fast(kind, one)]
     if worse and not options.short:
         raise SystemExit("\n".join(worse))
+
+
+def sizes_of(kind: str, short: bool) -> list[dict[str, int]]:
+    """The points of what grows. In the short form two, of which the smaller is the same for every kind."""
+    if short:
+        least = {name: values[0] for name, (values, *_) in GROWS.items()}
+        return [least | {kind: value} for value in GROWS[kind][0][:2]]
+    return [BASE | FIXED.get(kind, {}) | {kind: value} for value in GROWS[kind][0]]
 
 
 def measure(folder: Path, sizes: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
@@ -78,7 +96,7 @@ def measure(folder: Path, sizes: dict[str, int], options: argparse.Namespace) ->
     command = json.dumps({"folder": str(model)} | {name: sizes[name] for name in ("length", "batch", "r")})
     found: dict[str, Any] = dict(sizes)
     for unit, env, steps in zip(UNITS, (None, EXACT), (options.steps, 2), strict=True):
-        contender = Contender(str(sizes), [__file__, "--point", command], env)
+        contender = Contender(str(sizes), [__file__, "--dtype", options.dtype, "--point", command], env)
         before, answers = contender.now, []
         for _ in range(1 + steps):
             contender.anonymous = 0
@@ -89,12 +107,12 @@ def measure(folder: Path, sizes: dict[str, int], options: argparse.Namespace) ->
     return found
 
 
-def point(folder: str, length: int, batch: int, r: int) -> None:
+def point(dtype: torch.dtype, folder: str, length: int, batch: int, r: int) -> None:
     """Be a process that does steps of this size."""
     import minilora as ml
     from minilora.train import guard
 
-    model = ml.load_model(folder, quantize="nf4", dtype="bfloat16")
+    model = ml.load_model(folder, quantize="nf4", dtype=dtype)
     ml.inject(model, ml.LoRAConfig(r=r, lora_alpha=r, target_modules="all-linear"))
     row = batches(length, model.config.vocab_size)[0][0]
     with guard.training_mode(model, False):

@@ -1,6 +1,7 @@
 """Why the ops are as they are: where a step's time goes, and the sizes that were tried. python benchmarks/choices.py
 
-A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens in bf16:
+A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens, in bf16, or in fp32
+on a CPU without it (--dtype):
 
     profile         the share of each kind of operation, by torch's profiler
     attention       forward and backward of a layer's attention, by the queries at a time in backward
@@ -8,7 +9,7 @@ A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens i
     steps           the step's seconds and peak without what is compiled in C, and without the pool of freed blocks
     malloc          the same by the size from which glibc gives a freed block back at once
     token           one token through dense layers, as a matrix and as a vector (generate.py), and one of each of 8 rows
-                    through a layer's factors, each row's own (engines/rows.py), by their bits
+                    through a layer's factors, each row's own (engines/rows.py), by their bits: 16 only beside bf16
 
 What is tried takes turns; medians with min-max, and the ratio to what is in use. Minutes on two cores. The last
 line is one JSON document.
@@ -34,7 +35,18 @@ from bench_train import SMOLLM2
 from minilora.ops.cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from minilora.train import guard
 from minilora_kernels import pool
-from side_by_side import TINY, Contender, checkpoint, machine, report, serve, take_turns
+from side_by_side import (
+    TINY,
+    Contender,
+    add_dtype,
+    checkpoint,
+    compute_dtype,
+    dtype_name,
+    machine,
+    report,
+    serve,
+    take_turns,
+)
 from steps import own_step
 
 KINDS = {  # what an operation's name holds -> its kind; the first that fits
@@ -56,41 +68,43 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="which, with commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="a random model of two layers, short rows")
+    add_dtype(parser)
     parser.add_argument("--side", type=Path, metavar="FOLDER", help="be a process that does steps")
     parser.add_argument("--no-pool", action="store_true", help="with --side: freed blocks go back to malloc")
     options = parser.parse_args()
     if options.no_pool:
         pool.SMALL = sys.maxsize  # no block is large enough for it
+    dtype = compute_dtype(options.dtype)
     if options.side:
-        return contend(options.side)
+        return contend(options.side, dtype)
     batch, length = (2, 64) if options.short else (4, 512)
-    found: dict[str, Any] = {"benchmark": "choices", **machine()}
+    found: dict[str, Any] = {"benchmark": "choices", **machine(dtype)}
     with tempfile.TemporaryDirectory() as name:
-        rows = checkpoint(Path(name) / "base", options.short, batch, length)
+        rows = checkpoint(Path(name) / "base", options.short, batch, length, dtype)
         (Path(name) / "rows.json").write_text(json.dumps(rows))
-        given = SimpleNamespace(folder=Path(name), batch=batch, length=length, rounds=options.rounds)
+        given = SimpleNamespace(folder=Path(name), batch=batch, length=length, rounds=options.rounds, dtype=dtype)
         given.shape = TINY if options.short else SMOLLM2
         for part in options.only.split(","):
             found[part] = PARTS[part](given)
     print(json.dumps(found))
 
 
-def contend(folder: Path) -> None:
+def contend(folder: Path, dtype: torch.dtype) -> None:
     """Be a process that does steps on what `main` wrote."""
-    model = adapted(folder)
+    model = adapted(folder, dtype)
     with guard.training_mode(model, gradient_checkpointing=False):
         serve(own_step(model, [json.loads((folder / "rows.json").read_text())]))
 
 
-def adapted(folder: Path) -> nn.Module:
-    model = ml.load_model(folder / "base", quantize="nf4", dtype="bfloat16")
+def adapted(folder: Path, dtype: torch.dtype) -> nn.Module:
+    model = ml.load_model(folder / "base", quantize="nf4", dtype=dtype)
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
     return model.train()
 
 
 def profile(given: SimpleNamespace) -> dict[str, float]:
     """Kind of operation -> its share of the time of one step."""
-    one = own_step(adapted(given.folder), [json.loads((given.folder / "rows.json").read_text())])
+    one = own_step(adapted(given.folder, given.dtype), [json.loads((given.folder / "rows.json").read_text())])
     one()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         one()
@@ -107,7 +121,7 @@ def attention(given: SimpleNamespace) -> dict[str, Any]:
     shape = given.shape
     d = shape["hidden_size"] // shape["num_attention_heads"]
     heads = [shape[f"num_{kind}_heads"] for kind in ("attention", "key_value", "key_value")]
-    q, k, v = [torch.randn(given.batch, n, given.length, d).bfloat16().requires_grad_() for n in heads]
+    q, k, v = [torch.randn(given.batch, n, given.length, d).to(given.dtype).requires_grad_() for n in heads]
 
     def run(block: int) -> None:
         attention_op.BLOCK = block
@@ -125,24 +139,27 @@ def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
     words, width = given.shape["vocab_size"], given.shape["hidden_size"]
     # logits as small as a model's: else most probabilities are subnormal numbers, which a CPU is slow with
     hidden, W = (
-        torch.randn(n, width).mul_(0.2).bfloat16() for n in (given.batch * given.length, words)
+        torch.randn(n, width).mul_(0.2).to(given.dtype) for n in (given.batch * given.length, words)
     )  # (N, D), (V, D)
     labels = torch.randint(0, words, (len(hidden),))  # (N,)
 
     def run(rows: int) -> None:
         linear_cross_entropy(hidden.requires_grad_(), W, labels, rows).backward()
 
-    return compared("cross-entropy, rows of logits", run, (CHUNK_BYTES // 2 // words, *ROWS), given.rounds, times=1)
+    used = CHUNK_BYTES // W.element_size() // words
+    return compared("cross-entropy, rows of logits", run, (used, *ROWS), given.rounds, times=1)
 
 
 def token(given: SimpleNamespace) -> dict[str, Any]:
     """F.linear or torch.mv; and the dtype of the adapters' products."""
     width, wide = given.shape["hidden_size"], given.shape["intermediate_size"]
-    layers = [torch.randn(wide, width).bfloat16() for _ in range(3 * given.shape["num_hidden_layers"])]
-    row = torch.randn(1, 1, width).bfloat16()  # (1, T, in)
-    x, h = torch.randn(2, 8, 1, width).bfloat16()  # (rows, T, in), (rows, T, out)
+    layers = [torch.randn(wide, width).to(given.dtype) for _ in range(3 * given.shape["num_hidden_layers"])]
+    row = torch.randn(1, 1, width).to(given.dtype)  # (1, T, in)
+    x, h = torch.randn(2, 8, 1, width).to(given.dtype)  # (rows, T, in), (rows, T, out)
     A, B = torch.randn(8, 8, width), torch.randn(8, width, 8)  # (rows, r, in), (rows, out, r)
-    factors = {16: (A.bfloat16(), B.bfloat16()), 32: (A, B)}
+    factors = {32: (A, B)}
+    if given.dtype != torch.float32:
+        factors[16] = A.to(given.dtype), B.to(given.dtype)
 
     def dense(way: str) -> None:
         for W in layers:
@@ -154,7 +171,7 @@ def token(given: SimpleNamespace) -> dict[str, Any]:
 
     return {
         "dense": compared("a token through dense layers", dense, ("linear", "mv"), given.rounds, times=10),
-        "rows": compared("a token's adapters, bits", rows, (32, 16), given.rounds, times=1000),
+        "rows": compared("a token's adapters, bits", rows, tuple(factors), given.rounds, times=1000),
     }
 
 
@@ -186,8 +203,9 @@ def malloc(given: SimpleNamespace) -> dict[str, Any]:
 
 def processes(title: str, given: SimpleNamespace, sides: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, Any]:
     """Seconds and memory of steps in processes with these arguments and variables, against one with none."""
+    command = [__file__, "--dtype", dtype_name(given.dtype), "--side"]
     contenders = {
-        name: Contender(name, [__file__, "--side", given.folder, *arguments], variables)
+        name: Contender(name, [*command, given.folder, *arguments], variables)
         for name, (arguments, variables) in {"as it is": ([], {}), **sides}.items()
     }
     found = take_turns(contenders, given.rounds, warm_up=1)

@@ -36,10 +36,10 @@ def elementwise_values(config: DecoderConfig) -> int:
 
 
 class Limit:
-    """The parts for `batch` rows of `length` tokens, rank `r`, in bf16; `seconds()` runs each and says how long."""
+    """The parts for `batch` rows of `length` tokens, rank `r`, in `dtype`; `seconds()` runs each and says how long."""
 
-    def __init__(self, config: DecoderConfig, batch: int, length: int, r: int = 16) -> None:
-        self.config, self.layers = config, config.num_hidden_layers
+    def __init__(self, config: DecoderConfig, batch: int, length: int, dtype: torch.dtype, r: int = 16) -> None:
+        self.config, self.layers, self.dtype = config, config.num_hidden_layers, dtype
         self.rows, width, inner = batch * length, config.hidden_size, config.intermediate_size
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.shapes = [(queries, width), (keys, width), (keys, width), (width, queries)]
@@ -55,7 +55,7 @@ class Limit:
         self.qkv = [self._new(batch, n, length, config.head_dim).requires_grad_() for n in heads]
 
     def _new(self, *shape: int) -> Tensor:
-        return torch.randn(shape).mul_(0.05).bfloat16()
+        return torch.randn(shape).mul_(0.05).to(self.dtype)
 
     def seconds(self) -> dict[str, float]:
         """Part -> seconds in a step."""

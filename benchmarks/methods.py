@@ -4,7 +4,7 @@ One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM),
 same number of steps; each method in a process of its own, because a peak of memory is the process's.
 
     full     every parameter, fp32 weights computed in bf16 by autocast where the hardware has it
-    lora     r = 16 on every linear layer, the base in the dtype that `load_model` picks
+    lora     r = 16 on every linear layer, the base in the dtype that `load_model` picks (or --dtype)
     qlora    the same, the base in NF4
 
 Learning rates differ: full fine-tuning takes about a tenth. `s/step` is a mean over the run, evaluation left
@@ -14,12 +14,12 @@ is one JSON document.
 
 import argparse
 import json
+from typing import Any
 
 import torch
 
 import minilora as ml
-from minilora.models.loader import pick_dtype
-from side_by_side import fresh
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
 
 RATES = {"before": None, "full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
 SHOWN = {"trained": "trainable_parameters", "s/step": "seconds_per_step", "peak GB": "peak_memory_gb"}
@@ -31,12 +31,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
+    add_dtype(parser)
     parser.add_argument("--method", choices=RATES, help="this one only, in this process")
     options = parser.parse_args()
     if options.method:
         print(json.dumps(run(options.method, options)))
         return
+    dtype = compute_dtype(options.dtype)
+    document: dict[str, Any] = {"benchmark": "methods", **machine(dtype)}
     given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
+    given.append(f"--dtype={dtype_name(dtype)}")
     figures = {method: fresh(__file__, "--method", method, *given) for method in RATES}
     print(f"\n{'':<8}" + "".join(f"{name:>13}" for name in SHOWN))
     for method, found in figures.items():
@@ -44,8 +48,7 @@ def main() -> None:
         cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values]
         print(f"{method:<8}" + "".join(f"{cell:>13}" for cell in cells))
     print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out")
-    document = {"benchmark": "methods", "steps": options.steps, "batch": options.batch, "torch": torch.__version__}
-    print(json.dumps(document | {"methods": figures}))
+    print(json.dumps(document | {"steps": options.steps, "batch": options.batch, "methods": figures}))
 
 
 def run(method: str, options: argparse.Namespace) -> dict:
@@ -53,7 +56,7 @@ def run(method: str, options: argparse.Namespace) -> dict:
     source = ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    full, fast, found = method == "full", pick_dtype("auto", device), {}
+    full, fast, found = method == "full", compute_dtype(options.dtype), {}
     tokenizer = ml.load_tokenizer(source)
     quantize = "nf4" if method == "qlora" else None
     model = ml.load_model(source, device=device, quantize=quantize, dtype=torch.float32 if full else fast)

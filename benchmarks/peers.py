@@ -1,19 +1,23 @@
 """A training step here and in peft + transformers + bitsandbytes, side by side on one machine.
 
-    python benchmarks/peers.py [--only qlora,qlora-checkpointing,lora,full,load] [--rounds 5]
+    python benchmarks/peers.py [--only qlora,qlora-checkpointing,lora,full,load] [--rounds 5] [--dtype auto]
 
 SmolLM2-135M, 4 rows of 512 real tokens without padding, all of them learned; AdamW (fused) at 1e-4, gradients clipped
-to 1. Every contender starts from one folder and one adapter file (r = 16 on all linear layers, alpha 16):
+to 1. Every contender starts from one folder and one adapter file (r = 16 on all linear layers, alpha 16), and computes
+in one dtype: bf16, or fp32 on a CPU without it.
 
-    qlora       NF4, double quantisation, blocks of 64, the rest in bf16
-    lora        the base in bf16
-    full        every parameter in fp32, computed in bf16 by autocast: ml.train(method="full"), Trainer(bf16=True)
+    qlora       NF4, double quantisation, blocks of 64, the rest in that dtype
+    lora        the base in that dtype
+    full        every parameter in fp32, computed in bf16 by autocast: ml.train(method="full"), Trainer(bf16=True);
+                without autocast where the dtype is fp32
     load        to 4 bits, and from the process's start to the first forward pass (bench_load.py)
 
     minilora    load_model, load_adapter, and what train/loop.py does in a step; adapters in fp32, cast once a forward
-    peers       from_pretrained, PeftModel, model(input_ids, labels=...); adapters in bf16, which is faster than PEFT's
-                default of fp32; sdpa attention; no k-bit preparation, whose fp32 head costs them time and memory
-    peers, bf16 the same with weights in bf16, which this library does not train: updates below a rounding are lost
+    peers       from_pretrained, PeftModel, model(input_ids, labels=...); adapters in that dtype: PEFT's default of
+                fp32 is slower beside bf16; sdpa attention; no k-bit preparation, whose fp32 head costs them time and
+                memory
+    peers, bf16 the same with weights in bf16, which this library does not train: updates below a rounding are lost;
+                only where the dtype is bf16
     peers, best the same as peers with eager attention, and a malloc that keeps what it has been given (BEST)
     limit       what a step cannot do without (limit.py): "/ minilora" of it is the inverse of time over the limit
 
@@ -32,8 +36,21 @@ from typing import Any
 import torch
 
 import bench_load
-from side_by_side import Contender, check_close, checkpoint, machine, missing_peers, report, serve, spread, take_turns
-from steps import Batches, four_bit, in_bf16, own_step, peer_step
+from side_by_side import (
+    Contender,
+    add_dtype,
+    check_close,
+    checkpoint,
+    compute_dtype,
+    dtype_name,
+    machine,
+    missing_peers,
+    report,
+    serve,
+    spread,
+    take_turns,
+)
+from steps import Batches, four_bit, own_step, peer_step, trained_in
 
 BEST = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
 JOBS = {
@@ -52,12 +69,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--short", action="store_true", help="a random model of two layers, two short rounds")
+    parser.add_argument(
+        "--short", action="store_true", help="a random model of two layers, two short rounds; one of loading"
+    )
+    add_dtype(parser)
     parser.add_argument("--side", nargs=3, metavar=("SIDE", "JOB", "FOLDER"), help="be this contender")
     options = parser.parse_args()
+    dtype = compute_dtype(options.dtype)
     if options.side:
         side, job, folder = options.side
-        return contend(side, job, Path(folder))
+        return contend(side, job, Path(folder), dtype)
+    found: dict[str, Any] = {"benchmark": "peers", **machine(dtype)}
     if why := missing_peers():
         print(f"minilora alone: {why}")
     jobs = options.only.split(",")
@@ -65,39 +87,45 @@ def main() -> None:
         parser.error(f"--only: unknown {sorted(unknown)}; there are {', '.join([*JOBS, 'load'])}")
     if options.short:
         options.rounds, options.batch, options.length = 2, 2, 64
-    found: dict[str, Any] = {"benchmark": "peers", **machine()}
     found |= {"rounds": options.rounds, "batch": options.batch, "length": options.length}
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), options)
+        prepare(Path(name), options, dtype)
         for job in jobs:
             if job == "load":
-                found[job] = bench_load.compare(Path(name) / "base", options.rounds)
+                rounds, warm_up = (1, 0) if options.short else (options.rounds, 1)
+                found[job] = bench_load.compare(Path(name) / "base", rounds, dtype, warm_up)
             else:
-                found[job] = compare(job, Path(name), options.rounds, options.batch * options.length)
+                found[job] = compare(job, Path(name), options, dtype)
     print(json.dumps(found))
 
 
-def prepare(folder: Path, options: argparse.Namespace) -> None:
+def prepare(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None:
     """base/, adapter/ and batches.json, which every contender reads."""
     import minilora as ml
 
-    rows = checkpoint(folder / "base", options.short, 3 * options.batch, options.length)
+    rows = checkpoint(folder / "base", options.short, 3 * options.batch, options.length, dtype)
     batches = [rows[i : i + options.batch] for i in range(0, len(rows), options.batch)]
     (folder / "batches.json").write_text(json.dumps(batches))
-    model = ml.load_model(folder / "base", dtype="bfloat16")
+    model = ml.load_model(folder / "base", dtype=dtype)
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
     ml.save_adapter(model, folder / "adapter")
     print(ml.count_parameters(model))
 
 
-def compare(job: str, folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
+def sides_of(job: str, dtype: torch.dtype) -> list[str]:
+    """The contenders of a job. In fp32 there is none with weights in bf16: it would be "peers" again."""
+    sides = [side for side in JOBS[job] if side != "peers, bf16" or dtype == torch.bfloat16]
+    return [side for side in sides if not side.startswith("peers")] if missing_peers() else sides
+
+
+def compare(job: str, folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Run one job's contenders in turns; its figures."""
+    command = [__file__, "--dtype", dtype_name(dtype), "--side"]
     sides = {
-        side: Contender(side, [__file__, "--side", side, job, folder], BEST if side == "peers, best" else None)
-        for side in JOBS[job]
-        if not (side.startswith("peers") and missing_peers())
+        side: Contender(side, [*command, side, job, folder], BEST if side == "peers, best" else None)
+        for side in sides_of(job, dtype)
     }
-    found = take_turns(sides, rounds, WARM_UP)
+    found = take_turns(sides, options.rounds, WARM_UP)
     for contender in sides.values():
         contender.close()
     trained = {side: answers for side, answers in found.items() if side != "limit"}
@@ -105,7 +133,7 @@ def compare(job: str, folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
         same = [side for side in trained if loss == "first_loss" or "bf16" not in side]  # bf16 weights learn otherwise
         check_close(f"{job}, {loss}", {side: trained[side][-1][loss] for side in same}, TOLERANCE)
     rows = report(f"{job}: seconds a step", found, "seconds", "minilora")
-    own = rows["minilora"]
+    own, tokens = rows["minilora"], options.batch * options.length
     for side, row in rows.items():
         if side in trained:
             row["tokens_per_second"] = round(tokens / row["seconds"]["median"], 1)
@@ -127,7 +155,7 @@ def compare(job: str, folder: Path, rounds: int, tokens: int) -> dict[str, Any]:
 # ---- the contenders
 
 
-def contend(side: str, job: str, folder: Path) -> None:
+def contend(side: str, job: str, folder: Path, dtype: torch.dtype) -> None:
     """Be one contender, until the judge closes the pipe."""
     batches = json.loads((folder / "batches.json").read_text())
     if side == "limit":
@@ -135,51 +163,51 @@ def contend(side: str, job: str, folder: Path) -> None:
         from minilora.models.checkpoint import SafetensorsCheckpoint
 
         config = SafetensorsCheckpoint(folder / "base").config
-        return serve(Limit(config, len(batches[0]), len(batches[0][0])).seconds)
+        return serve(Limit(config, len(batches[0]), len(batches[0][0]), dtype).seconds)
     if side == "minilora":
-        ours(job, folder, batches)
+        ours(job, folder, batches, dtype)
     else:
-        peers(job, folder, batches, side)
+        peers(job, folder, batches, side, dtype)
 
 
-def ours(job: str, folder: Path, batches: Batches) -> None:
+def ours(job: str, folder: Path, batches: Batches, dtype: torch.dtype) -> None:
     """The library as a user drives it."""
     import minilora as ml
     from minilora.train import guard
 
-    dtype = "float32" if job == "full" else "bfloat16"
-    model = ml.load_model(folder / "base", quantize="nf4" if job.startswith("qlora") else None, dtype=dtype)
+    quantize, kept = "nf4" if job.startswith("qlora") else None, torch.float32 if job == "full" else dtype
+    model = ml.load_model(folder / "base", quantize=quantize, dtype=kept)
     if job == "full":
         model.requires_grad_(True)
     else:
         ml.load_adapter(model, folder / "adapter", allow_untrained=True)
     with guard.training_mode(model, "checkpointing" in job):
-        serve(own_step(model, batches, autocast(model)))
+        serve(own_step(model, batches, autocast(kept, dtype)))
 
 
-def peers(job: str, folder: Path, batches: Batches, side: str) -> None:
+def peers(job: str, folder: Path, batches: Batches, side: str, dtype: torch.dtype) -> None:
     """peft + transformers + bitsandbytes, by their own calls."""
     from transformers import AutoModelForCausalLM
 
+    kept = torch.float32 if job == "full" and side != "peers, bf16" else dtype
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder / "base",
-        dtype=torch.float32 if job == "full" and side != "peers, bf16" else torch.bfloat16,
+        dtype=kept,
         attn_implementation="eager" if side == "peers, best" else "sdpa",
-        **({"quantization_config": four_bit()} if job.startswith("qlora") else {}),
+        **({"quantization_config": four_bit(dtype)} if job.startswith("qlora") else {}),
     )
     if job != "full":
         from peft import PeftModel
 
-        model = in_bf16(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True))
+        model = trained_in(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True), dtype)
     if "checkpointing" in job:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    serve(peer_step(model, batches, autocast(model)))
+    serve(peer_step(model, batches, autocast(kept, dtype)))
 
 
-def autocast(model: Any) -> AbstractContextManager | None:
-    """bf16 where the base is in fp32."""
-    dtype = model.get_input_embeddings().weight.dtype
-    return torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else None
+def autocast(kept: torch.dtype, dtype: torch.dtype) -> AbstractContextManager | None:
+    """Where weights are kept in one dtype and computed in another."""
+    return None if kept == dtype else torch.autocast("cpu", dtype)
 
 
 if __name__ == "__main__":

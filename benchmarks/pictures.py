@@ -33,8 +33,9 @@ SHADES = ("#dddddd", "#a6bddb", "#3690c0")  # of a fit's parts, from light to da
 AXES = {"length": "T, tokens in a row", "batch": "B, rows in a batch", "r": "r, rank of the adapter"}
 AXES |= {"width": "d, width of the model (hidden_size)"}
 YLABELS = {"seconds": "seconds a step", "megabytes": "MB that a step needs"}
-TITLES = {"qlora": "QLoRA", "qlora-checkpointing": "QLoRA,\ncheckpointing", "lora": "LoRA, bf16"}
-TITLES |= {"full": "every parameter,\nfp32 + autocast"}
+TITLES = {"qlora": "QLoRA", "qlora-checkpointing": "QLoRA,\ncheckpointing", "lora": "LoRA, {dtype}"}
+FULL = {"bf16": "every parameter,\nfp32 + autocast", "fp32": "every parameter,\nfp32"}
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 LOADS = {"load": "load to 4 bits", "start": "process start to\nfirst forward"}
 VARIES = {"load_average", "rounds"}  # between pieces of one measurement
 SIDES = {  # contender -> how its bars look: dark, light, hatched, empty
@@ -166,7 +167,9 @@ def _grown(axes: Any, kind: str, grown: Mapping[str, Any], unit: str) -> None:
 
 def speed(found: Mapping[str, Any], figure: Any) -> None:
     """Bars: seconds with min-max and ratios, and resident memory, a group a job."""
-    groups = {title: (found[job], "seconds") for job, title in TITLES.items() if job in found}
+    dtype = SHORT[found.get("dtype", "bfloat16")]  # older documents do not say it: they are in bf16
+    titles = {job: title.format(dtype=dtype) for job, title in TITLES.items()} | {"full": FULL[dtype]}
+    groups = {title: (found[job], "seconds") for job, title in titles.items() if job in found}
     loads = found.get("load", {}).get("nf4", {})
     groups |= {LOADS[name]: (rows, f"{name}_seconds") for name, rows in loads.items()}
     height = sum(len(rows) for rows, _ in groups.values())

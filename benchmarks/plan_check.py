@@ -1,10 +1,12 @@
 """What was planned against what was measured: peak memory by method. python benchmarks/plan_check.py
 
-SmolLM2-135M-Instruct, full rows, two steps, each run in a process of its own. On a CPU the anonymous memory of the
-process (RssAnon) is sampled every 2 ms, less what it is after a run on one short row: Python, torch and what they load
-on the way. glibc's allocator is told to give freed blocks back (MALLOC_MMAP_THRESHOLD_), and the pool takes none, so
-that tensors are what is measured; `--malloc default` leaves both as they are, which hold back much. On a GPU it is what
-torch allocated at the most. The last line is one JSON document.
+SmolLM2-135M-Instruct, full rows, two steps, each run in a process of its own; in bf16, or in fp32
+on a CPU without it (--dtype), where "full" has no autocast. On a CPU the anonymous memory of the
+process (RssAnon) is sampled every 2 ms, less what it is after a run on one short row: Python, torch
+and what they load on the way. glibc's allocator is told to give freed blocks back
+(MALLOC_MMAP_THRESHOLD_), and the pool takes none, so that tensors are what is measured; `--malloc
+default` leaves both as they are, which hold back much. On a GPU it is what torch allocated at the
+most. The last line is one JSON document.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import torch
 
 import minilora as ml
 from minilora_kernels import pool
-from side_by_side import fresh
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
 
 RUNS = {  # method, gradient checkpointing
     "qlora": ("qlora", False),
@@ -40,12 +42,16 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--malloc", choices=["exact", "default"], default="exact")
+    add_dtype(parser)
     parser.add_argument("--run", choices=RUNS, help="this one only, in this process")
     options = parser.parse_args()
     if options.run:
         print(json.dumps(run(options.run, options)))
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("batch", "max_length", "optim", "malloc")]
+    dtype = compute_dtype(options.dtype)
+    found = vars(options) | {"benchmark": "plan_check"} | machine(dtype)
+    options.dtype = dtype_name(dtype)
+    given = [f"--{name}={getattr(options, name)}" for name in ("batch", "max_length", "optim", "malloc", "dtype")]
     env = EXACT if options.malloc == "exact" else None
     figures = {name: fresh(__file__, "--run", name, *given, env=env) for name in RUNS}
     print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  fullest in")
@@ -53,7 +59,7 @@ def main() -> None:
         sizes = f"{f['planned'] / 1e9:>10.3f}{f['measured'] / 1e9:>10.3f}"
         print(f"{name:<22}{sizes}{f['measured'] / f['planned']:>8.3f}  {f['moment']}")
     print(f"{options.batch} x {options.max_length} tokens, {options.optim}; malloc {options.malloc}")
-    print(json.dumps({"benchmark": "plan_check"} | vars(options) | {"torch": torch.__version__, "runs": figures}))
+    print(json.dumps(found | {"runs": figures}))
 
 
 def run(name: str, options: argparse.Namespace) -> dict:
@@ -61,18 +67,19 @@ def run(name: str, options: argparse.Namespace) -> dict:
     if options.malloc == "exact":
         pool.SMALL = sys.maxsize
     method, checkpointing = RUNS[name]
-    full, source = method == "full", ml.samples.smollm2()
+    full, source, dtype = method == "full", ml.samples.smollm2(), compute_dtype(options.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ml.TrainConfig(
         method="full" if full else "lora",
-        bf16=True if full else None,
+        bf16=True if full and dtype == torch.bfloat16 else None,
         max_steps=2,
         per_device_train_batch_size=options.batch,
         max_length=options.max_length,
         gradient_checkpointing=checkpointing,
         optim=options.optim,
     )
-    loading = {"quantize": "nf4" if method == "qlora" else None, "dtype": "float32" if full else "bfloat16"}
+    kept = torch.float32 if full else dtype
+    loading = {"quantize": "nf4" if method == "qlora" else None, "dtype": dtype_name(kept)}
     plan = ml.plan_memory(source, None if full else LORA, config, **loading)
     tokenizer = ml.load_tokenizer(source)
     ids = tokenizer.encode("\n".join(row["text"] for row in ml.samples.prose()) * 8)

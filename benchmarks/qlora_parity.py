@@ -1,9 +1,11 @@
 """Does QLoRA in minilora learn what it learns in peft + transformers + bitsandbytes? python benchmarks/qlora_parity.py
 
-Both stacks start from one folder (SmolLM2, bf16), quantise it to NF4 twice over by themselves, start from one adapter
-file for each seed and read the same batches in the same order, with the same AdamW and schedule. What is compared is
-the loss on held-out rows after training: the stacks agree when the means differ by no more than one seed's standard
-deviation. Checked first: the 4-bit bases are the same numbers. The last line is one JSON document.
+Both stacks start from one folder (SmolLM2; in bf16, or in fp32 on a CPU without it, or --dtype),
+quantise it to NF4 twice over by themselves, start from one adapter file for each seed and read the
+same batches in the same order, with the same AdamW and schedule. What is compared is the loss on
+held-out rows after training: the stacks agree when the means differ by no more than one seed's
+standard deviation. Checked first: the 4-bit bases are the same numbers. The last line is one JSON
+document.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from minilora.data import encode_dataset
 from minilora.scoring.objective import mean_loss, padded, trained_tokens
 from minilora.train.batches import BatchPlan
 from minilora.train.optim.schedule import learning_rate
-from side_by_side import missing_peers
+from side_by_side import add_dtype, compute_dtype, machine, missing_peers
 from steps import four_bit
 
 
@@ -30,31 +33,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--test_rows", type=int, default=200)
+    add_dtype(parser)
     options = parser.parse_args()
+    dtype = compute_dtype(options.dtype)
+    found: dict[str, Any] = {"benchmark": "qlora_parity", **machine(dtype)}
     if why := missing_peers():
         print(f"nothing to compare with: {why}")
-        return print(json.dumps({"benchmark": "qlora_parity", "agree": None}))
-    task, source = ml.samples.icd10(test_rows=200), ml.samples.smollm2()
+        return print(json.dumps(found | {"agree": None}))
+    task, source = ml.samples.icd10(test_rows=options.test_rows), ml.samples.smollm2()
     tokenizer = ml.load_tokenizer(source)
     held_out = encode_dataset(task.test, tokenizer, 256).examples
     losses: dict[str, list[float]] = {"minilora": [], "peers": []}
     seconds: dict[str, list[float]] = {"minilora": [], "peers": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ml.save_model(ml.load_model(source, dtype="bfloat16"), folder / "base")
+        ml.save_model(ml.load_model(source, dtype=dtype), folder / "base")
         for seed in range(options.seeds):
             config = ml.TrainConfig(
                 max_steps=options.steps, per_device_train_batch_size=options.batch, learning_rate=5e-4, seed=seed,
                 lr_scheduler_type="linear", warmup_ratio=0.05, max_length=256,
             )  # fmt: skip
-            model = ml.load_model(folder / "base", quantize="nf4", dtype="bfloat16")
+            model = ml.load_model(folder / "base", quantize="nf4", dtype=dtype)
             ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"), seed=seed)
             ml.save_adapter(model, folder / f"adapter-{seed}")
             started = time.perf_counter()
             ml.train(model, tokenizer, task.train, config)
             seconds["minilora"].append(time.perf_counter() - started)
             losses["minilora"].append(mean_loss(model.eval(), held_out, 20)[0])
-            theirs = peers(folder / "base", folder / f"adapter-{seed}")
+            theirs = peers(folder / "base", folder / f"adapter-{seed}", dtype)
             if seed == 0:
                 check_bases(model, theirs)
             del model
@@ -63,15 +70,15 @@ def main() -> None:
             seconds["peers"].append(time.perf_counter() - started)
             losses["peers"].append(peers_loss(theirs, held_out))
             print(f"seed {seed}: minilora {losses['minilora'][-1]:.4f}, peers {losses['peers'][-1]:.4f}", flush=True)
-    report(losses, seconds, options)
+    print(json.dumps(found | report(losses, seconds, options)))
 
 
-def peers(base: Path, adapter: Path):
+def peers(base: Path, adapter: Path, dtype: torch.dtype):
     """The same base and adapter in peft + transformers + bitsandbytes, at their defaults for QLoRA."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit(), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit(dtype), dtype=dtype)
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 
@@ -83,7 +90,7 @@ def check_bases(ours, theirs) -> None:
     for name, layer in ours.named_modules():
         if isinstance(layer, ml.NF4Linear):
             weight = theirs.get_submodule(f"base_model.model.{name}").weight
-            dense = dequantize_4bit(weight.data, weight.quant_state)  # bf16
+            dense = dequantize_4bit(weight.data, weight.quant_state)  # in the base's dtype
             error = (layer.dequantize(dense.dtype).float() - dense.float()).norm() / dense.float().norm()
             assert error < 4e-3, f"{name}: relative difference {error}"  # nested codes one apart, and bf16's 2^-9
             compared += 1
@@ -125,7 +132,8 @@ def peers_loss(model, examples) -> float:
     return total / tokens
 
 
-def report(losses: dict, seconds: dict, options: argparse.Namespace) -> None:
+def report(losses: dict, seconds: dict, options: argparse.Namespace) -> dict[str, Any]:
+    """Print what was found; what the document says of it."""
     means = {name: statistics.mean(values) for name, values in losses.items()}
     deviation = statistics.stdev(losses["peers"]) if options.seeds > 1 else float("nan")
     difference = means["minilora"] - means["peers"]
@@ -133,9 +141,9 @@ def report(losses: dict, seconds: dict, options: argparse.Namespace) -> None:
         shown = " ".join(f"{value:.4f}" for value in values)
         print(f"{name:<10} eval loss {means[name]:.4f} ({shown}), {statistics.median(seconds[name]):.0f} s a run")
     print(f"difference {difference:+.4f}, one seed's standard deviation {deviation:.4f}")
-    document = {"benchmark": "qlora_parity", "losses": losses, "difference": difference, "seconds": seconds}
-    document |= {"standard_deviation": deviation, "steps": options.steps, "batch": options.batch}
-    print(json.dumps(document | {"agree": abs(difference) <= deviation}))
+    document = {"losses": losses, "difference": difference, "seconds": seconds, "standard_deviation": deviation}
+    document |= {"steps": options.steps, "batch": options.batch, "test_rows": options.test_rows}
+    return document | {"agree": abs(difference) <= deviation}
 
 
 if __name__ == "__main__":

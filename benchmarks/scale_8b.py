@@ -1,13 +1,16 @@
 """The shape of Llama 3 8B on this machine: load it to 4 bits, train an adapter on it.
 
-    python benchmarks/scale_8b.py --folder SOMEWHERE-WITH-16-GB [--peers] [--keep]
+    python benchmarks/scale_8b.py --folder SOMEWHERE-WITH-16-GB [--peers] [--keep] [--dtype auto]
 
-Makes a checkpoint of random weights (34 shards, bf16, 16.06 GB), loads it to NF4 with double quantisation, and does
-QLoRA steps with r = 16 and AdamW: 1 x 64 tokens on q, k, v, o; 1 x 64 on all linear layers; 1 x 512 on all, with
-gradient checkpointing. Prints seconds and the peak of anonymous memory, which is what a machine must have: the pages of
-mapped files can be dropped. With --peers transformers + bitsandbytes + peft do the same, step by step in turns, with
-adapters in bf16 (here in fp32). Loading is done once a side, one after the other; half of such a file may or may not be
-in the page cache. Checked: the losses of the first steps agree. The last line is one JSON document.
+Makes a checkpoint of random weights (34 shards, bf16, 16.06 GB), loads it to NF4 with double
+quantisation, and does QLoRA steps with r = 16 and AdamW: 1 x 64 tokens on q, k, v, o; 1 x 64 on all
+linear layers; 1 x 512 on all, with gradient checkpointing. The file is in bf16, as Llama's is;
+computed is in bf16, or in fp32 on a CPU without it. Prints seconds and the peak of anonymous
+memory, which is what a machine must have: the pages of mapped files can be dropped. With --peers
+transformers + bitsandbytes + peft do the same, step by step in turns, with adapters in that dtype
+(here in fp32). Loading is done once a side, one after the other; half of such a file may or may not
+be in the page cache. Checked: the losses of the first steps agree. The last line is one JSON
+document.
 
 Without --folder everything happens to a model of two small layers, which shows nothing but that it works.
 """
@@ -26,8 +29,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from side_by_side import TINY, Contender, check_close, machine, missing_peers, report, serve, take_turns
-from steps import four_bit, in_bf16, own_step, peer_step
+from side_by_side import (
+    TINY,
+    Contender,
+    add_dtype,
+    check_close,
+    compute_dtype,
+    dtype_name,
+    machine,
+    missing_peers,
+    report,
+    serve,
+    take_turns,
+)
+from steps import four_bit, own_step, peer_step, trained_in
 
 LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
@@ -48,15 +63,17 @@ def main() -> None:
     parser.add_argument("--jobs", default="0,1,2", help="which of the three jobs, by number")
     parser.add_argument("--peers", action="store_true", help="transformers + bitsandbytes + peft as well")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    add_dtype(parser)
     parser.add_argument("--side", nargs=2, metavar=("SIDE", "FOLDER"), help="be this contender")
     options = parser.parse_args()
+    dtype = compute_dtype(options.dtype)
     jobs = [list(JOBS)[int(number)] for number in options.jobs.split(",") if number]
     if options.side:
         side, folder = options.side
-        return (ours if side == "minilora" else peers)(Path(folder), jobs, options.rounds + 1)
+        return (ours if side == "minilora" else peers)(Path(folder), jobs, options.rounds + 1, dtype)
     if options.peers and (why := missing_peers()):
         raise SystemExit(f"--peers needs packages that are {why}")
-    found: dict[str, Any] = {"benchmark": "scale_8b", **machine()}
+    found: dict[str, Any] = {"benchmark": "scale_8b", **machine(dtype)}
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "llama-3-8b-shape"
         begun = time.perf_counter()
@@ -64,19 +81,19 @@ def main() -> None:
         found["gigabytes"] = round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2)
         print(f"{found['gigabytes']} GB in {folder}, {time.perf_counter() - begun:.0f} s")
         try:
-            print(json.dumps(found | measure(folder, jobs, options)))
+            print(json.dumps(found | measure(folder, jobs, options, dtype)))
         finally:
             if not options.keep:
                 shutil.rmtree(folder)
 
 
-def measure(folder: Path, jobs: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, jobs: list[str], options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Load a side after the other, then train side by side."""
     sides: dict[str, Contender] = {}
     loaded: dict[str, Any] = {}
     for side in ("minilora", "peers")[: 1 + options.peers]:
-        command = [__file__, "--jobs", options.jobs, "--rounds", options.rounds, "--side", side, folder]
-        sides[side] = Contender(side, command)
+        command = [__file__, "--jobs", options.jobs, "--rounds", options.rounds, "--dtype", dtype_name(dtype)]
+        sides[side] = Contender(side, [*command, "--side", side, folder])
         loaded[side] = [sides[side].ready]
     figures = {"load": report("load to NF4, double quantisation: seconds", loaded, "load_seconds", "minilora")}
     for job in jobs:
@@ -91,7 +108,7 @@ def measure(folder: Path, jobs: list[str], options: argparse.Namespace) -> dict[
 
 
 def make(folder: Path, fields: dict[str, Any]) -> None:
-    """config.json and a shard for the embedding, each layer, and the head: random values from one pool of them."""
+    """config.json and a shard for the embedding, each layer, and the head: random values in bf16 from one pool."""
     if (folder / "config.json").is_file():  # written last
         return
     from safetensors.torch import save_file
@@ -130,13 +147,13 @@ def batches(tokens: int, vocabulary: int) -> list[list[list[int]]]:
     return [torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def ours(folder: Path, jobs: list[str], steps: int) -> None:
+def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
     """Load, then each job's steps on the base that the job before left behind."""
     import minilora as ml
     from minilora.train import guard
 
     begun = time.perf_counter()
-    model = ml.load_model(folder, quantize="nf4", dtype="bfloat16")
+    model = ml.load_model(folder, quantize="nf4", dtype=dtype)
     seconds = time.perf_counter() - begun
 
     def every_step(targets: Any, tokens: int, checkpointing: bool) -> Iterator[dict[str, float]]:
@@ -151,18 +168,18 @@ def ours(folder: Path, jobs: list[str], steps: int) -> None:
     serve(lambda: next(answers), load_seconds=seconds)
 
 
-def peers(folder: Path, jobs: list[str], steps: int) -> None:
+def peers(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
     """The same by their own calls."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     begun = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit(), dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit(dtype), dtype=dtype)
     seconds = time.perf_counter() - begun
 
     def every_step(targets: Any, tokens: int, checkpointing: bool) -> Iterator[dict[str, float]]:
         config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-        adapted: Any = in_bf16(get_peft_model(model, config))
+        adapted: Any = trained_in(get_peft_model(model, config), dtype)
         if checkpointing:
             adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         step = peer_step(adapted, batches(tokens, model.config.vocab_size))

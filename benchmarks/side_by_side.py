@@ -8,8 +8,12 @@ A contender is a Python program that calls `serve`. It stays alive between its t
 one side is in the other's memory, and a machine that is slower for a minute is so for both: only ratios within one
 round are compared. Its memory is read from outside (Linux), every 10 ms while it works: resident at the peak, and
 anonymous, which leaves out the pages of mapped files, as they can be dropped at any time.
+
+All sides of a benchmark compute in one dtype. `--dtype auto` takes the one that this hardware is
+fast in, by the rule of `load_model`, because an emulated dtype takes many times as long.
 """
 
+import argparse
 import json
 import math
 import os
@@ -24,9 +28,13 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch  # at run time it is imported late: bench_load.py counts the seconds of an import
 
 PEERS = ("transformers", "peft", "bitsandbytes", "accelerate")
+DTYPES = ("auto", "bfloat16", "float32")  # that a benchmark computes a model in
 PROMPT = "> "  # before each answer; whatever else a library prints goes to stderr
 TINY = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -191,26 +199,57 @@ def missing_peers(*names: str) -> str:
     return f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[test]'" if absent else ""
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to; how busy the machine was when it was asked."""
+def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str] = DTYPES) -> None:
+    """Give a script the option --dtype."""
+    told = "what every side computes in; auto (the default) is what this hardware is fast in"
+    parser.add_argument("--dtype", choices=choices, default="auto", help=told)
+
+
+def compute_dtype(name: str) -> "torch.dtype":
+    """The dtype of --dtype. "auto" gives what `load_model` takes for "auto" on this machine.
+
+    That is bf16 on a GPU or a CPU with bf16 arithmetic, fp16 on an older GPU, fp32 on other CPUs.
+    """
     import torch
 
-    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
-    units = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]  # what bf16 matrices are multiplied by
-    found: dict[str, Any] = {"cpu": " ".join([torch.backends.cpu.get_cpu_capability(), *units])}
-    found |= {"cores": os.cpu_count()}
+    from minilora.models.loader import pick_dtype
+
+    return pick_dtype(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    """As --dtype and load_model have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_class() -> str:
+    """What multiplies matrices on this CPU: AMX or AVX512-BF16, which have bf16; else AVX512, AVX2 and so on."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX512-BF16"
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def machine(dtype: "torch.dtype") -> dict[str, Any]:
+    """What the figures belong to: dtype and class of CPU first; how busy the machine was when it was asked."""
+    import torch
+
+    found: dict[str, Any] = {"dtype": dtype_name(dtype), "cpu": cpu_class(), "cores": os.cpu_count()}
     found |= {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
     for name in ("torch", *PEERS):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    print(", ".join(f"{name} {value}" for name, value in found.items()))
+    print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
     return found
 
 
-def checkpoint(folder: Path, short: bool, rows: int, length: int) -> list[list[int]]:
-    """Write SmolLM2 in bf16 (short: a random model of two layers) to `folder`; `rows` rows of `length` real tokens.
+def checkpoint(folder: Path, short: bool, rows: int, length: int, dtype: "torch.dtype") -> list[list[int]]:
+    """Write SmolLM2 (short: a random model of two layers) to `folder`; `rows` rows of `length` real tokens.
 
     The text is English reference prose (minilora/samples/prose.py), one long stream that is cut without padding.
     """
@@ -223,11 +262,11 @@ def checkpoint(folder: Path, short: bool, rows: int, length: int) -> list[list[i
         from minilora.models.config import DecoderConfig
         from minilora.models.decoder import CausalLM
 
-        config: dict[str, Any] = {**TINY, "dtype": "bfloat16", "max_position_embeddings": 2048}
-        ml.save_model(CausalLM(DecoderConfig(**config)).to(torch.bfloat16), folder)
+        config: dict[str, Any] = {**TINY, "dtype": dtype_name(dtype), "max_position_embeddings": 2048}
+        ml.save_model(CausalLM(DecoderConfig(**config)).to(dtype), folder)
         return torch.randint(0, TINY["vocab_size"], (rows, length)).tolist()
     source = ml.samples.smollm2()
-    ml.save_model(ml.load_model(source, dtype="bfloat16"), folder)
+    ml.save_model(ml.load_model(source, dtype=dtype), folder)
     tokenizer = ml.load_tokenizer(source)
     stream = tokenizer.encode("\n\n".join(row["text"] for row in ml.samples.prose(36)))
     stream *= math.ceil(rows * length / len(stream))  # long rows read some of it again

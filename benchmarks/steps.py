@@ -60,23 +60,23 @@ def peer_step(model: Any, batches: Batches, autocast: AbstractContextManager | N
     return _step(forward_backward, parameters, optimizer)
 
 
-def four_bit() -> Any:
-    """bitsandbytes' NF4 with double quantisation, computing in bf16."""
+def four_bit(dtype: torch.dtype) -> Any:
+    """bitsandbytes' NF4 with double quantisation, computing in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
-def in_bf16(model: nn.Module) -> nn.Module:
-    """What trains in bf16: PEFT makes adapters in fp32, and then computes them in fp32, which takes longer."""
+def trained_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What trains, in `dtype`. PEFT makes adapters in fp32 and computes them in fp32: beside bf16 that takes longer."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

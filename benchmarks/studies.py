@@ -6,7 +6,7 @@ One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, 
     ranks       r in {4, 16, 64} x learning rate in {2e-4, 1e-3, 5e-3}, every linear layer
     targets     the same number of parameters in attention, in the MLP, or in both
     rows        as many steps over 60, 200 or all rows
-    bits        the base in 16 bits or in NF4
+    bits        the base dense or in NF4
     forgetting  0, 10 or 20 % of the rows are prose, or KL(adapted || base) is part of the loss
     prompts     no training: no example, eight fixed ones, the eight nearest training rows (retrieval)
 
@@ -23,7 +23,7 @@ from typing import Any
 import minilora as ml
 from minilora.samples.baselines import overlaps
 from minilora.samples.task import Row
-from side_by_side import fresh, machine
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 PROSE = 52  # texts
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
     parser.add_argument("--short", action="store_true", help="one step of two rows; the last run of two studies")
+    add_dtype(parser)
     parser.add_argument("--run", help="a run's settings as JSON: this one only, in this process")
     options = parser.parse_args()
     if options.short:
@@ -63,7 +64,10 @@ def main() -> None:
     if options.run:
         print(json.dumps(run(json.loads(options.run), options)))
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
+    dtype = compute_dtype(options.dtype)
+    document: dict[str, Any] = {"benchmark": "studies", **machine(dtype), "steps": options.steps}
+    options.dtype = dtype_name(dtype)
+    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "dtype")]
     found: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[str, Any]] = {}  # equal settings are run once
     for study in [options.only] if options.only else ("forgetting", "prompts") if options.short else STUDIES:
@@ -76,7 +80,7 @@ def main() -> None:
             print(f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN), flush=True)
     half = 0.98 / math.sqrt(options.test_rows)
     print(f"\n{options.steps} steps of {options.batch} rows, {options.test_rows} held out: ± {half:.3f} at most")
-    print(json.dumps({"benchmark": "studies", "machine": machine(), "steps": options.steps, "studies": found}))
+    print(json.dumps(document | {"studies": found}))
 
 
 def cell(value: float | None) -> str:
@@ -87,7 +91,8 @@ def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run with its `own` settings in this process; its figures."""
     source = ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
-    tokenizer, model = ml.load_tokenizer(source), ml.load_model(source, quantize=own.get("quantize"))
+    tokenizer = ml.load_tokenizer(source)
+    model = ml.load_model(source, quantize=own.get("quantize"), dtype=options.dtype)
     prose = ml.samples.prose(PROSE, 500)  # every second text is held out
     test, trained = task.test, 0
     if "shots" in own:

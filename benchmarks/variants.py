@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 import minilora as ml
-from side_by_side import fresh, machine
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
 
 BESIDE_4_BITS = {"qlora": {}, "qdora": {"use_dora": True}}
 DENSE: dict[str, Any] = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa_niter_4"}}
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="one step of two rows, one seed, r = 2 on one layer")
+    add_dtype(parser)
     parser.add_argument("--variant", choices=VARIANTS, help="this one only, in this process, with --seed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -41,7 +42,9 @@ def main() -> None:
         print(json.dumps(run(options.variant, options)))
         return
     given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "learning_rate")]
-    given += ["--short"] * options.short
+    dtype = compute_dtype(options.dtype)
+    document: dict[str, Any] = {"benchmark": "variants", **machine(dtype), "steps": options.steps}
+    given += ["--short"] * options.short + [f"--dtype={dtype_name(dtype)}"]
     table = {}
     print(f"{'':<8}" + "".join(f"{name:>20}" for name in SHOWN))
     for name in VARIANTS:
@@ -49,7 +52,7 @@ def main() -> None:
         table[name] = {key: [found[key] for found in runs] for key in SHOWN}
         print(f"{name:<8}" + "".join(f"{cell(values):>20}" for values in table[name].values()), flush=True)
     print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out, {options.seeds} seeds")
-    print(json.dumps({"benchmark": "variants", "machine": machine(), "steps": options.steps, "variants": table}))
+    print(json.dumps(document | {"variants": table}))
 
 
 def cell(values: list[float]) -> str:
@@ -63,7 +66,7 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     source = ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     tokenizer, quantize = ml.load_tokenizer(source), "nf4" if variant in BESIDE_4_BITS else None
-    model = ml.load_model(source, quantize=quantize)
+    model = ml.load_model(source, quantize=quantize, dtype=options.dtype)
     targets: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
     if options.short:
         targets = {"r": 2, "lora_alpha": 2, "target_modules": ["model.layers.0.self_attn.q_proj"]}

@@ -1,5 +1,6 @@
-"""Proves that every benchmark runs in a short form, with peers and without, does equal work on both sides, and ends in
-one JSON document; that what judges them is right; and that the pictures in docs/ hold the figures they are drawn from.
+"""Proves that every benchmark runs in a short form, with peers and without, does equal work on both sides in the dtype
+that this hardware is fast in, says that dtype, and ends in one JSON document; that what judges them is right; and that
+the pictures in docs/ hold the figures they are drawn from.
 
 Property: ratios are of one round, the memory of a process that takes a block is the block's, a fit finds the parts of a
 sum. Errors: contenders that do different work, and one that dies, stop the benchmark, and growth beyond the order does.
@@ -16,7 +17,7 @@ import pytest
 
 import pictures
 import side_by_side
-from bench_train import GROWS, fit, grow, too_fast
+from bench_train import GROWS, fit, grow, sizes_of, too_fast
 from limit import elementwise_values
 from minilora.models.config import DecoderConfig
 from source import ROOT
@@ -24,7 +25,7 @@ from source import ROOT
 SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kernel_bench and kernel_report: other files
     "peers": (["--short"], "qlora"),
     "bench_load": (["--short"], "nf4"),
-    "bench_generate": (["--short"], "bf16"),
+    "bench_generate": (["--short"], "dense"),
     "bench_train": (["--short"], "grows"),
     "scale_8b": (["--peers", "--rounds", "1"], "load"),
     "bench_nf4": (["--rounds", "1"], "rows"),
@@ -32,7 +33,7 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "methods": (["--steps", "1", "--batch", "1", "--test_rows", "22"], "methods"),
     "fusing": (["--tokens", "64"], "branch"),
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
-    "qlora_parity": (["--steps", "1", "--seeds", "1"], "agree"),
+    "qlora_parity": (["--steps", "1", "--seeds", "1", "--test_rows", "4"], "agree"),
     "many_adapters": (["--short"], "by_row"),
     "bench_serve": (["--short"], "sides"),
     "variants": (["--short"], "variants"),
@@ -47,6 +48,7 @@ ALONE = (
     "qlora_parity",
     "bench_serve",
 )  # these have peers
+ANY_DTYPE = {*SCRIPTS} - {"fusing", "packing"}  # these two say in which dtype they are
 NO_PEERS = """
 import sys
 from importlib.machinery import PathFinder
@@ -75,9 +77,16 @@ def run(script: str, *options: str, first: str = "") -> str:
 
 
 @cache
-def document(script: str) -> dict:
-    """The last line of a script in its short form."""
-    return json.loads(run(script, *SCRIPTS[script][0]).splitlines()[-1])
+def printed(script: str) -> list[str]:
+    """The lines of a script in its short form; its document is the last."""
+    return run(script, *SCRIPTS[script][0]).splitlines()
+
+
+def check_dtype(lines: list[str]) -> None:
+    """First line and document say one dtype, the one that `load_model` takes here, and the class of CPU."""
+    found, expected = json.loads(lines[-1]), side_by_side.compute_dtype("auto")
+    assert found["dtype"] == side_by_side.dtype_name(expected) and found["cpu"] == side_by_side.cpu_class()
+    assert lines[0].startswith(f"dtype {found['dtype']}, cpu {found['cpu']}, ")
 
 
 def contender(tmp_path, size: int = 0, code: str = CONTENDER) -> side_by_side.Contender:
@@ -160,6 +169,14 @@ def test_growth_beyond_the_order_is_told_and_a_large_fixed_part_does_not_hide_it
     assert not too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line, noise=0.6))  # it cannot be told from noise
 
 
+def test_points_of_the_short_form_share_one_and_move_one_size():
+    (first, _), *_ = (sizes_of(kind, short=True) for kind in GROWS)
+    for kind in GROWS:
+        small, large = sizes_of(kind, short=True)
+        assert small == first and {name for name in small if small[name] != large[name]} == {kind}
+        assert [size[kind] for size in sizes_of(kind, short=False)] == GROWS[kind][0]
+
+
 def test_traffic_is_counted_by_hand():
     config = DecoderConfig(10, 576, 1536, 30, 9, 3)
     assert elementwise_values(config) == 10 * 576 + 4 * (576 + 192) + 8 * 1536 + 12 * 576
@@ -171,8 +188,10 @@ def test_traffic_is_counted_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_ends_in_one_document(script):
-    found = document(script)
+    found = json.loads(printed(script)[-1])
     assert found["benchmark"] == script and SCRIPTS[script][1] in found
+    if script in ANY_DTYPE:
+        check_dtype(printed(script))
 
 
 @pytest.mark.slow
@@ -180,16 +199,18 @@ def test_a_script_ends_in_one_document(script):
 def test_without_peers_a_script_says_so_in_a_line_and_ends_well(script: str, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NO_PEERS)
     options = [option for option in SCRIPTS[script][0] if option != "--peers"]
-    *printed, last = run(script, *options, first=str(tmp_path)).splitlines()
+    *lines, last = run(script, *options, first=str(tmp_path)).splitlines()
     assert json.loads(last)["benchmark"] == script
-    assert script == "scale_8b" or any("not installed" in line for line in printed)
+    assert script == "scale_8b" or any("not installed" in line for line in lines)
     assert "transformers" not in json.loads(last).get("qlora", json.loads(last).get("nf4", {}))
+    check_dtype([*lines, last])
 
 
 @pytest.mark.slow
 def test_what_peers_publishes():
-    found = document("peers")
-    for job, sides in {"qlora": 4, "qlora-checkpointing": 2, "lora": 3, "full": 3}.items():
+    found = json.loads(printed("peers")[-1])
+    full = 3 if found["dtype"] == "bfloat16" else 2  # the third has its weights in bf16
+    for job, sides in {"qlora": 4, "qlora-checkpointing": 2, "lora": 3, "full": full}.items():
         assert len(found[job]) == sides
         assert all(row["ratio"]["min"] <= row["ratio"]["max"] for side, row in found[job].items() if side != "minilora")
     assert {"linears", "lora", "head", "cross-entropy", "attention", "elementwise"} <= found["qlora"]["limit"][
