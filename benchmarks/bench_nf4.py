@@ -30,6 +30,7 @@ from minilora_kernels.compiled import nf4
 from side_by_side import DTYPES, add_dtype, compute_dtype, dtype_name, machine, missing_peers
 
 SHAPES = ((4096, 4096), (1536, 576))
+SHORT = ((512, 512), (192, 64))
 COPY = "copy, out="
 
 
@@ -139,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--short", action="store_true", help="small matrices, one round")
     add_dtype(parser, (*DTYPES, "float16"))
     parser.add_argument("--only", default="", help="jobs that have this in their name")
     args = parser.parse_args()
@@ -150,12 +152,13 @@ def main() -> None:
     if why := missing_peers("bitsandbytes"):
         print(f"minilora alone: {why}")
     rows = []
-    for shape in SHAPES:
+    for shape in SHORT if args.short else SHAPES:
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
         for job, calls in (contenders(x) | layers(x)).items():
             if args.only not in job:
                 continue
-            times = measure(calls, args.rounds * (1 if x.numel() > 1 << 22 else 5))
+            rounds = args.rounds if x.numel() > 1 << 22 else 5 * args.rounds
+            times = measure(calls, 1 if args.short else rounds)
             first = next(iter(times.values()))  # bitsandbytes' public function, or ours where it is not installed
             ceiling = statistics.median(times[COPY]) if COPY in times else None
             print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {dtype_name(dtype)}; checked")

@@ -149,7 +149,7 @@ assert torch.equal(before[0], model[0].base_layer.packed) and torch.equal(before
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)
 task = ml.samples.icd10(test_rows=32 if SHORT else 200, train_rows=64 if SHORT else 960)
-model = ml.load_model(source, quantize="nf4", dtype="bfloat16")
+model = ml.load_model(source, quantize="nf4")
 ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"]))
 untrained = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
 steps = 6 if SHORT else 60
@@ -163,11 +163,13 @@ ml.plot.merge_error(report)
 # The losses: of the adapted model, of two merges, and of the base without the adapter. A distance is not yet a damage:
 # the rounding of bf16 points nowhere in particular, and the loss hardly notices it. In NF4 the update itself is gone,
 # and the merged model is the base again. So the cosine is what `minilora merge` goes by: below 0.5 it refuses NF4.
+# All compute in the dtype that this hardware is fast in; what merging rounded is in the weights.
 
 # %%
+dtype = model.lm_head.weight.dtype
 losses = {"base": untrained, "trained": ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss}
 for target in ("bfloat16", "nf4"):
-    losses[target] = ml.evaluate(ml.merge(model, target), tokenizer, task.test, max_new_tokens=0).loss
+    losses[target] = ml.evaluate(ml.merge(model, target).to(dtype), tokenizer, task.test, max_new_tokens=0).loss
 for name, loss in losses.items():
     print(f"{name:<10}{loss:.4f}")
 gain = losses["base"] - losses["trained"]

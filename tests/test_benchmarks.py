@@ -28,7 +28,7 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "bench_generate": (["--short"], "dense"),
     "bench_train": (["--short"], "grows"),
     "scale_8b": (["--peers", "--rounds", "1"], "load"),
-    "bench_nf4": (["--rounds", "1"], "rows"),
+    "bench_nf4": (["--short"], "rows"),
     "choices": (["--short", "--rounds", "1"], "token"),
     "methods": (["--steps", "1", "--batch", "1", "--test_rows", "22"], "methods"),
     "fusing": (["--tokens", "64"], "branch"),

@@ -57,9 +57,13 @@ def test_merged_in_fp32(folders):
 
 
 def test_merged_in_bf16_is_one_model_to_both(folders, monkeypatch):
-    """To the bit on torch's own steps, which transformers has; compiled ones sum in another order."""
+    """To the bit on torch's own steps, which transformers has; compiled ones sum in another order.
+
+    16 tokens: on a CPU without bf16 its products take many times as long as those of fp32.
+    """
     monkeypatch.setenv("MINILORA_STEPS", "torch")
     folder, ids, _ = folders
+    ids = ids[:, :16]
     ours = ml.load_model(folder / "torch.bfloat16", dtype="bfloat16", device="cpu")
     other = theirs(folder / "torch.bfloat16", torch.bfloat16)
     assert torch.equal(logits(other, ids), logits(ours, ids))
