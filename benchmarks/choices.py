@@ -67,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="which, with commas")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--short", action="store_true", help="a random model of two layers, short rows")
+    parser.add_argument(
+        "--short", action="store_true", help="a random model of two layers, short rows, one of malloc's sizes"
+    )
     add_dtype(parser)
     parser.add_argument("--side", type=Path, metavar="FOLDER", help="be a process that does steps")
     parser.add_argument("--no-pool", action="store_true", help="with --side: freed blocks go back to malloc")
@@ -84,6 +86,7 @@ def main() -> None:
         (Path(name) / "rows.json").write_text(json.dumps(rows))
         given = SimpleNamespace(folder=Path(name), batch=batch, length=length, rounds=options.rounds, dtype=dtype)
         given.shape = TINY if options.short else SMOLLM2
+        given.megabytes = MEGABYTES[:1] if options.short else MEGABYTES
         for part in options.only.split(","):
             found[part] = PARTS[part](given)
     print(json.dumps(found))
@@ -197,7 +200,7 @@ def steps(given: SimpleNamespace) -> dict[str, Any]:
 
 def malloc(given: SimpleNamespace) -> dict[str, Any]:
     """When glibc gives memory back."""
-    sides = {f"{size} MB": ([], {"MALLOC_MMAP_THRESHOLD_": str(size << 20)}) for size in MEGABYTES}
+    sides = {f"{size} MB": ([], {"MALLOC_MMAP_THRESHOLD_": str(size << 20)}) for size in given.megabytes}
     return processes("MALLOC_MMAP_THRESHOLD_", given, sides)
 
 

@@ -26,7 +26,6 @@ from minilora.samples.task import Row
 from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-PROSE = 52  # texts
 COMMON: dict[str, Any] = {"r": 16, "learning_rate": 1e-3}
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
     "ranks": {f"r {r}, {lr:.0e}": {"r": r, "learning_rate": lr} for r in (4, 16, 64) for lr in (2e-4, 1e-3, 5e-3)},
@@ -55,19 +54,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
-    parser.add_argument("--short", action="store_true", help="one step of two rows; the last run of two studies")
+    parser.add_argument("--prose", type=int, default=52, help="texts of prose, of which every second is held out")
+    parser.add_argument(
+        "--short", action="store_true", help="one step of two rows, four held out; the last run of two studies"
+    )
     add_dtype(parser)
     parser.add_argument("--run", help="a run's settings as JSON: this one only, in this process")
     options = parser.parse_args()
     if options.short:
-        options.steps, options.batch, options.test_rows = 1, 2, 22
+        options.steps, options.batch, options.test_rows, options.prose = 1, 2, 4, 8
     if options.run:
         print(json.dumps(run(json.loads(options.run), options)))
         return
     dtype = compute_dtype(options.dtype)
     document: dict[str, Any] = {"benchmark": "studies", **machine(dtype), "steps": options.steps}
     options.dtype = dtype_name(dtype)
-    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "dtype")]
+    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "prose", "dtype")]
     found: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[str, Any]] = {}  # equal settings are run once
     for study in [options.only] if options.only else ("forgetting", "prompts") if options.short else STUDIES:
@@ -93,7 +95,7 @@ def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     tokenizer = ml.load_tokenizer(source)
     model = ml.load_model(source, quantize=own.get("quantize"), dtype=options.dtype)
-    prose = ml.samples.prose(PROSE, 500)  # every second text is held out
+    prose = ml.samples.prose(options.prose, 500)  # every second text is held out
     test, trained = task.test, 0
     if "shots" in own:
         test = with_examples(test, task.train, own["shots"], own.get("nearest", False))

@@ -31,13 +31,15 @@ def main() -> None:
     parser.add_argument("--test_rows", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--short", action="store_true", help="one step of two rows, one seed, r = 2 on one layer")
+    parser.add_argument(
+        "--short", action="store_true", help="one step of two rows, four held out, one seed, r = 2 on one layer"
+    )
     add_dtype(parser)
     parser.add_argument("--variant", choices=VARIANTS, help="this one only, in this process, with --seed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.short:
-        options.steps, options.batch, options.test_rows, options.seeds = 1, 2, 22, 1
+        options.steps, options.batch, options.test_rows, options.seeds = 1, 2, 4, 1
     if options.variant:
         print(json.dumps(run(options.variant, options)))
         return
