@@ -138,7 +138,6 @@ MEASURE = """
 import json, sys
 import torch
 import minilora as ml
-from bounds import assert_rounded, rounding
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
