@@ -16,7 +16,7 @@ SECONDS = 600  # the bound without bf16 hardware; with it 300, which a busy CI m
 
 
 @pytest.mark.slow
-@pytest.mark.demo  # ten minutes on every core of a CPU without 16-bit arithmetic; tests/test_stories.py runs the short form
+@pytest.mark.demo  # ten minutes without 16-bit arithmetic; tests/test_stories.py runs the short form
 @pytest.mark.timeout(2 * SECONDS)
 def test_the_demo_learns_and_the_readme_quotes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
