@@ -1,5 +1,6 @@
-"""What every rank runs for test_distributed.py: `torchrun ranks.py FOLDER few|all`. Rank 0 leaves the outcome there.
+"""What every rank runs for test_distributed.py: `torchrun ranks.py FOLDER few|all`.
 
+Rank 0 leaves the outcome in the folder.
 After the few runs one rank is killed, so that one start of two processes shows this too.
 """
 

@@ -1,7 +1,8 @@
 """Proves that a run in two processes is the run of one: losses, adapters, evaluations, files, and how it ends.
 
-Two ranks on the CPU (gloo) run ranks.py once; what they leave is compared with one process, for LoRA, QLoRA, DPO,
-every parameter, biases and norms that train, by DDP and FSDP2. The fast tests take a few of these runs, the slow all.
+Two ranks on the CPU (gloo) run ranks.py once; what they leave is compared with one process.
+The runs are LoRA, QLoRA, DPO, every parameter, biases and norms that train, by DDP and FSDP2.
+The fast tests take a few of these runs, the slow tests all.
 fp32 sums in another order differ by some 2^-24 a sum;
 after six steps of Adam losses agree to 1e-6. Adapters get ten times that: Adam divides a gradient by its own size, so
 the rounding of small ones weighs as much. Biases of keys are the extreme: one moves all scores of a query by much the
@@ -70,7 +71,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
         *map(str, arguments),
     ]
     env = os.environ | {"PYTHONPATH": roots, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 The process runs tests/interpreted/, which knows the kernels, those of training beside their plain forms too, and the
 ordinary tests of NF4 with MINILORA_NF4=triton, so that what holds for the CPU path (bitsandbytes' bits, bitsandbytes'
 files, autograd, torch.compile) holds for Triton's.
-The fast tests run few cases of each idea; `make test-all` runs every case, and repeats the kernels' own on the Tritons
-that the Makefile names, laid over the pinned one.
+The fast tests run few cases of each idea. `make test-all` runs every case.
+It repeats the kernels' own on the Tritons that the Makefile names, laid over the pinned one.
 """
 
 import json
@@ -32,11 +32,12 @@ def interpreted(*arguments: str, **env: str) -> str:
 
 
 ORDINARY = ["tests/test_nf4_quantize.py", "tests/test_nf4_ops.py", "tests/test_nf4_linear.py"]
-# Ordinary tests that are slow in the interpreter, and the cases of them that are fast enough; None: no case is.
+# Ordinary tests that are slow in the interpreter, and those of their cases that are fast all the same.
+# None: no case is.
 SLOW_HERE = {
     "test_codes_scales_and_values_are_bitsandbytes": "[32-dtype2] or [64-dtype0] or [4096-dtype1]",
     "test_nested_scales_are_bitsandbytes_give_or_take_a_code": None,
-    "test_the_offset_is_the_same_for_any_number_of_threads": None,  # of the reference, which runs without Triton
+    "test_the_offset_is_the_same_for_any_number_of_threads": None,  # its code is plain torch
     "test_quantising_again_changes_nothing": None,
     "test_the_error_is_at_most_half_the_widest_gap": None,
     "test_opcheck": "[shape0-True] or [shape2-False]",

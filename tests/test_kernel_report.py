@@ -47,7 +47,8 @@ MOST = {
     "gated_gelu": 25,
     "gated_gelu_backward": 37,
 }
-# The fast tests count every kernel function once, on one target; the slow ones count all of MOST on all TARGETS.
+# The fast tests count every kernel function once, on one target.
+# The slow tests count all of MOST on all TARGETS.
 FAST_TARGET = "sm_86"
 FAST = (
     "dequantize_nf4_double_quant",
@@ -94,7 +95,7 @@ def goal_rows() -> list[dict]:
 
 @cache
 def few() -> dict:
-    """Rows of FAST and of FAST_PEERS on FAST_TARGET, and the name of a kernel that was compiled for AMD."""
+    """Rows of FAST and of FAST_PEERS on FAST_TARGET; the name of a kernel compiled for AMD."""
     return json.loads(python("-c", COUNT_FEW).splitlines()[-1])
 
 
@@ -233,11 +234,11 @@ def test_bitsandbytes_is_counted_as_by_hand():
 
 
 def test_the_last_line_is_json_with_the_figures_of_one_target(monkeypatch, capsys):
-    """The script's own way from counted rows to its last line; the rows are those that `few` counted."""
+    """The script makes its last line of counted rows; these are the rows that `few` counted."""
     assert few()["amd"] == "_gated"  # compiled for AMD, and its machine code is there
     monkeypatch.setattr(kernel_report, "rows", lambda targets: few()["ours"])
     monkeypatch.setattr(kernel_report, "bitsandbytes_rows", lambda targets: few()["theirs"])
-    monkeypatch.setattr(kernel_report, "three_launches", lambda found: [])  # it needs all of bitsandbytes' kernels
+    monkeypatch.setattr(kernel_report, "three_launches", lambda found: [])  # it needs all kernels
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--targets", FAST_TARGET])
     kernel_report.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,5 +1,6 @@
-"""What the tests of the kernels share: both kernels of each kind, weights by the reference, a look past the end, and
-which cases of a matrix are fast."""
+"""What the tests of the kernels share.
+
+Both kernels of each kind, weights by the reference, a look past the end, which cases are fast."""
 
 import random
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ GEMV = [nf4_gemv.gemv, nf4_gemv.gemv_textbook]
 
 
 def few_fast(*axes: Sequence) -> list:
-    """Every combination of values as a case of parametrize; as many are fast as the longest axis has values.
+    """Every combination of values as a case of parametrize.
 
-    Each value of each axis is in a fast case. A fixed seed chooses which values meet. The other cases are slow."""
+    As many cases are fast as the longest axis has values; the others are slow.
+    Each value of each axis is in a fast case. A fixed seed chooses which values meet."""
     longest = max(len(axis) for axis in axes)
     chosen = random.Random(0)
     columns = []
@@ -32,7 +34,8 @@ def few_fast(*axes: Sequence) -> list:
     for numbers in product(*(range(len(axis)) for axis in axes)):
         values = [axis[number] for axis, number in zip(axes, numbers, strict=True)]
         name = "-".join(getattr(value, "__name__", str(value)) for value in values)
-        cases.append(pytest.param(*values, id=name, marks=() if numbers in fast else pytest.mark.slow))
+        marks = () if numbers in fast else pytest.mark.slow
+        cases.append(pytest.param(*values, id=name, marks=marks))
     return cases
 
 
