@@ -32,9 +32,16 @@ import httpx
 import torch
 
 import minilora as ml
-from minilora.models.config import DecoderConfig
-from minilora.models.decoder import CausalLM
-from side_by_side import TINY, add_dtype, compute_dtype, dtype_name, machine, memory, missing_peers, spread
+from side_by_side import (
+    add_dtype,
+    compute_dtype,
+    dtype_name,
+    machine,
+    memory,
+    missing_peers,
+    small_chat_model,
+    spread,
+)
 
 SAME = 4  # characters that both ways have in common at least; later ones may differ where two are nearly as likely
 STARTS = 180  # seconds for a server to start and answer
@@ -80,14 +87,12 @@ def main() -> None:
 def write(folder: Path, options: argparse.Namespace) -> list[str]:
     """A model with its tokenizer, and an adapter for each client, moved as if trained; their names."""
     if options.short:
-        tokenizer = ml.load_tokenizer(ml.samples.smollm2())
-        torch.manual_seed(0)
-        sizes: dict[str, Any] = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
-        model = CausalLM(DecoderConfig(**sizes, dtype=options.dtype)).to(getattr(torch, options.dtype))
+        small_chat_model(folder / "model", getattr(torch, options.dtype))
+        model = ml.load_model(folder / "model", dtype=options.dtype)
     else:
         source = ml.samples.smollm2()
         model, tokenizer = ml.load_model(source, dtype=options.dtype), ml.load_tokenizer(source)
-    ml.save_model(model, folder / "model", tokenizer=tokenizer)
+        ml.save_model(model, folder / "model", tokenizer=tokenizer)
     names = [f"adapter{number}" for number in range(options.clients)]
     for seed, name in enumerate(names):
         ml.inject(model, ml.LoRAConfig(r=8, target_modules="all-linear"), name=name, seed=seed)

@@ -54,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a point, after one to warm up")
     parser.add_argument("--only", default=",".join(GROWS), help="what grows, with commas")
-    parser.add_argument("--short", action="store_true", help="two small layers, two values each; nothing is checked")
+    parser.add_argument(
+        "--short", action="store_true", help="two small layers, two values each, one step; nothing is checked"
+    )
     add_dtype(parser)
     parser.add_argument("--point", help="be this point: its sizes as JSON")
     options = parser.parse_args()
@@ -95,7 +97,8 @@ def measure(folder: Path, sizes: dict[str, int], options: argparse.Namespace) ->
     make(model, fields)
     command = json.dumps({"folder": str(model)} | {name: sizes[name] for name in ("length", "batch", "r")})
     found: dict[str, Any] = dict(sizes)
-    for unit, env, steps in zip(UNITS, (None, EXACT), (options.steps, 2), strict=True):
+    counts = (1, 1) if options.short else (options.steps, 2)
+    for unit, env, steps in zip(UNITS, (None, EXACT), counts, strict=True):
         contender = Contender(str(sizes), [__file__, "--dtype", options.dtype, "--point", command], env)
         before, answers = contender.now, []
         for _ in range(1 + steps):

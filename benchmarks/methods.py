@@ -14,12 +14,14 @@ is one JSON document.
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import minilora as ml
-from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine, small_chat_model
 
 RATES = {"before": None, "full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
 SHOWN = {"trained": "trainable_parameters", "s/step": "seconds_per_step", "peak GB": "peak_memory_gb"}
@@ -31,9 +33,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
+    parser.add_argument("--short", action="store_true", help="a random model of two layers, one step of one row")
     add_dtype(parser)
+    parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
     parser.add_argument("--method", choices=RATES, help="this one only, in this process")
     options = parser.parse_args()
+    if options.short:
+        options.steps, options.batch, options.test_rows = 1, 1, 4
     if options.method:
         print(json.dumps(run(options.method, options)))
         return
@@ -41,7 +47,10 @@ def main() -> None:
     document: dict[str, Any] = {"benchmark": "methods", **machine(dtype)}
     given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
     given.append(f"--dtype={dtype_name(dtype)}")
-    figures = {method: fresh(__file__, "--method", method, *given) for method in RATES}
+    with tempfile.TemporaryDirectory() as folder:
+        model = small_chat_model(Path(folder), dtype) if options.short else options.model
+        given += [f"--model={model}"] if model else []
+        figures = {method: fresh(__file__, "--method", method, *given) for method in RATES}
     print(f"\n{'':<8}" + "".join(f"{name:>13}" for name in SHOWN))
     for method, found in figures.items():
         values = [found.get(key) for key in SHOWN.values()]
@@ -53,7 +62,7 @@ def main() -> None:
 
 def run(method: str, options: argparse.Namespace) -> dict:
     """Train by one method in this process ("before": by none); its figures."""
-    source = ml.samples.smollm2()
+    source = options.model or ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full, fast, found = method == "full", compute_dtype(options.dtype), {}

@@ -248,6 +248,21 @@ def machine(dtype: "torch.dtype") -> dict[str, Any]:
     return found
 
 
+def small_chat_model(folder: Path, dtype: "torch.dtype") -> Path:
+    """Write a random model of two layers with SmolLM2's tokenizer to `folder`: for short forms; the folder."""
+    import torch
+
+    import minilora as ml
+    from minilora.models.config import DecoderConfig
+    from minilora.models.decoder import CausalLM
+
+    tokenizer = ml.load_tokenizer(ml.samples.smollm2())
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    ml.save_model(CausalLM(DecoderConfig(**sizes, dtype=dtype_name(dtype))).to(dtype), folder, tokenizer=tokenizer)
+    return folder
+
+
 def checkpoint(folder: Path, short: bool, rows: int, length: int, dtype: "torch.dtype") -> list[list[int]]:
     """Write SmolLM2 (short: a random model of two layers) to `folder`; `rows` rows of `length` real tokens.
 

@@ -18,12 +18,14 @@ line is one JSON document.
 import argparse
 import json
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import minilora as ml
 from minilora.samples.baselines import overlaps
 from minilora.samples.task import Row
-from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine, small_chat_model
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 COMMON: dict[str, Any] = {"r": 16, "learning_rate": 1e-3}
@@ -55,10 +57,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
     parser.add_argument("--prose", type=int, default=52, help="texts of prose, of which every second is held out")
-    parser.add_argument(
-        "--short", action="store_true", help="one step of two rows, four held out; the last run of two studies"
-    )
+    parser.add_argument("--short", action="store_true", help="a random model, one step; the last run of two studies")
     add_dtype(parser)
+    parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
     parser.add_argument("--run", help="a run's settings as JSON: this one only, in this process")
     options = parser.parse_args()
     if options.short:
@@ -72,14 +73,17 @@ def main() -> None:
     given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "prose", "dtype")]
     found: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[str, Any]] = {}  # equal settings are run once
-    for study in [options.only] if options.only else ("forgetting", "prompts") if options.short else STUDIES:
-        print(f"\n{study:<16}" + "".join(f"{name:>13}" for name in SHOWN))
-        runs = list(STUDIES[study].items())[-1 if options.short else 0 :]
-        for name, own in runs:
-            key = json.dumps(own if "shots" in own else COMMON | own, sort_keys=True)
-            known[key] = known.get(key) or fresh(__file__, "--run", json.dumps(own), *given)
-            found.setdefault(study, {})[name] = known[key]
-            print(f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model = small_chat_model(Path(folder), dtype) if options.short else options.model
+        given += [f"--model={model}"] if model else []
+        for study in [options.only] if options.only else ("forgetting", "prompts") if options.short else STUDIES:
+            print(f"\n{study:<16}" + "".join(f"{name:>13}" for name in SHOWN))
+            runs = list(STUDIES[study].items())[-1 if options.short else 0 :]
+            for name, own in runs:
+                key = json.dumps(own if "shots" in own else COMMON | own, sort_keys=True)
+                known[key] = known.get(key) or fresh(__file__, "--run", json.dumps(own), *given)
+                found.setdefault(study, {})[name] = known[key]
+                print(f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN), flush=True)
     half = 0.98 / math.sqrt(options.test_rows)
     print(f"\n{options.steps} steps of {options.batch} rows, {options.test_rows} held out: ± {half:.3f} at most")
     print(json.dumps(document | {"studies": found}))
@@ -91,7 +95,7 @@ def cell(value: float | None) -> str:
 
 def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run with its `own` settings in this process; its figures."""
-    source = ml.samples.smollm2()
+    source = options.model or ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     tokenizer = ml.load_tokenizer(source)
     model = ml.load_model(source, quantize=own.get("quantize"), dtype=options.dtype)

@@ -12,10 +12,12 @@ last line is one JSON document.
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import minilora as ml
-from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
+from side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine, small_chat_model
 
 BESIDE_4_BITS = {"qlora": {}, "qdora": {"use_dora": True}}
 DENSE: dict[str, Any] = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa_niter_4"}}
@@ -32,9 +34,10 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--short", action="store_true", help="one step of two rows, four held out, one seed, r = 2 on one layer"
+        "--short", action="store_true", help="a random model of two layers, one step of two rows, r = 2"
     )
     add_dtype(parser)
+    parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
     parser.add_argument("--variant", choices=VARIANTS, help="this one only, in this process, with --seed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -49,10 +52,13 @@ def main() -> None:
     given += ["--short"] * options.short + [f"--dtype={dtype_name(dtype)}"]
     table = {}
     print(f"{'':<8}" + "".join(f"{name:>20}" for name in SHOWN))
-    for name in VARIANTS:
-        runs = [fresh(__file__, "--variant", name, "--seed", seed, *given) for seed in range(options.seeds)]
-        table[name] = {key: [found[key] for found in runs] for key in SHOWN}
-        print(f"{name:<8}" + "".join(f"{cell(values):>20}" for values in table[name].values()), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model = small_chat_model(Path(folder), dtype) if options.short else options.model
+        given += [f"--model={model}"] if model else []
+        for name in VARIANTS:
+            runs = [fresh(__file__, "--variant", name, "--seed", seed, *given) for seed in range(options.seeds)]
+            table[name] = {key: [found[key] for found in runs] for key in SHOWN}
+            print(f"{name:<8}" + "".join(f"{cell(values):>20}" for values in table[name].values()), flush=True)
     print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out, {options.seeds} seeds")
     print(json.dumps(document | {"variants": table}))
 
@@ -65,7 +71,7 @@ def cell(values: list[float]) -> str:
 
 def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train one variant in this process; its figures."""
-    source = ml.samples.smollm2()
+    source = options.model or ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     tokenizer, quantize = ml.load_tokenizer(source), "nf4" if variant in BESIDE_4_BITS else None
     model = ml.load_model(source, quantize=quantize, dtype=options.dtype)

@@ -30,7 +30,7 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "scale_8b": (["--peers", "--rounds", "1"], "load"),
     "bench_nf4": (["--short"], "rows"),
     "choices": (["--short", "--rounds", "1"], "token"),
-    "methods": (["--steps", "1", "--batch", "1", "--test_rows", "4"], "methods"),
+    "methods": (["--short"], "methods"),
     "fusing": (["--tokens", "64"], "branch"),
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
     "qlora_parity": (["--steps", "1", "--seeds", "1", "--test_rows", "4"], "agree"),
