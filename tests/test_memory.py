@@ -6,6 +6,7 @@ tensors, every layer of it, under a meter that only counts. benchmarks/plan_chec
 
 import resource
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import minilora as ml
 from minilora.inject import lora_configs
-from minilora.memory.meter import Meter
+from minilora.memory import plan as planner
+from minilora.memory.meter import Meter, Stretch
 from minilora.quant import NF4Linear
 from minilora.scoring.objective import SFT
 from minilora.train.guard import training_mode
@@ -34,6 +36,11 @@ LORAS = {
     "biases": replace(ALL, lora_bias=True),
     "a head": replace(QV, modules_to_save=["lm_head"]),
 }
+
+
+def with_slow(fast: list[tuple], every: list[tuple]) -> list:
+    """The fast cases first. The other cases of `every` are slow."""
+    return [*fast, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in fast)]
 
 
 def loaded(folder: Path, lora: ml.LoRAConfig | None, **how) -> torch.nn.Module:
@@ -68,25 +75,38 @@ def is_static(plan: ml.MemoryPlan, model: torch.nn.Module, config: ml.TrainConfi
 # ---- oracle: what is always there
 
 
-@pytest.mark.parametrize("kind", ["tied", "biases", "gemma3"])
-def test_weights_and_states_of_every_family(kind: str, tmp_path: Path):
+HOWS = {
+    "dense": {"dtype": "bfloat16"},
+    "nf4": {"quantize": "nf4"},
+    "single": {"quantize": "nf4", "double_quant": False, "blocksize": 32},
+}
+OPTIMS = ["adamw_torch", "adamw_8bit"]
+FAMILIES = with_slow(
+    [("tied", "nf4"), ("biases", "single"), ("gemma3", "dense")],
+    [(kind, how) for kind in ("tied", "biases", "gemma3") for how in HOWS],
+)
+ADAPTERS = with_slow(
+    [("adamw_8bit", "all"), *(("adamw_torch", name) for name in ("two layers", "a pattern", "biases", "a head"))],
+    [(optim, name) for optim in OPTIMS for name in LORAS],
+)
+
+
+@pytest.mark.parametrize("kind, how", FAMILIES)
+def test_weights_and_states_of_every_family(kind: str, how: str, tmp_path: Path):
     save(tmp_path, **KINDS[kind])
-    single = {"quantize": "nf4", "double_quant": False, "blocksize": 32}
-    for how in ({"dtype": "bfloat16"}, {"quantize": "nf4"}, single):
-        how = {"dtype": "float32"} | how
-        is_static(ml.plan_memory(tmp_path, ALL, SMALL, **how), loaded(tmp_path, ALL, **how), SMALL)
+    given = {"dtype": "float32"} | HOWS[how]
+    is_static(ml.plan_memory(tmp_path, ALL, SMALL, **given), loaded(tmp_path, ALL, **given), SMALL)
 
 
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-def test_weights_and_states_of_every_adapter(lora: ml.LoRAConfig, optim: str, tmp_path: Path):
+@pytest.mark.parametrize("optim, name", ADAPTERS)
+def test_weights_and_states_of_every_adapter(optim: str, name: str, tmp_path: Path):
     save(tmp_path, hidden_size=1024)  # moments of fewer than 4,096 numbers stay in fp32
     config = replace(SMALL, optim=optim)
-    plan = ml.plan_memory(tmp_path, lora, config, quantize="nf4", dtype="float32")
-    is_static(plan, loaded(tmp_path, lora, quantize="nf4"), config)
+    plan = ml.plan_memory(tmp_path, LORAS[name], config, quantize="nf4", dtype="float32")
+    is_static(plan, loaded(tmp_path, LORAS[name], quantize="nf4"), config)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_weights_and_states_of_full_fine_tuning(optim: str, tmp_path: Path):
     save(tmp_path, **KINDS["tied"])
     config = replace(SMALL, method="full", optim=optim)
@@ -139,27 +159,119 @@ def really(model: torch.nn.Module, config: ml.TrainConfig, autocast: bool) -> in
     return most
 
 
-STEPS = [("llama", "all", False), ("llama", "two layers", True), ("llama", "full", True), ("gemma3", "all", False)]
-SLOW = [("llama", lora, checkpointing) for lora in ("full", *LORAS) for checkpointing in (False, True)]
-SLOW += [(kind, lora, False) for kind in ("qwen3 window between", "gemma3") for lora in ("full", "all")]
-STEPS += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in STEPS]
+ACCUMULATED = {"adamw_torch": 1, "adamw_8bit": 3}  # optimiser -> micro-batches of a step
+FULL_MATRIX = [("llama", lora, checkpointing) for lora in ("full", *LORAS) for checkpointing in (False, True)]
+FULL_MATRIX += [(kind, lora, False) for kind in ("qwen3 window between", "gemma3") for lora in ("full", "all")]
+STEPS = with_slow(
+    [
+        ("llama", "all", False, "adamw_8bit"),
+        ("llama", "two layers", True, "adamw_torch"),
+        ("llama", "full", True, "adamw_torch"),
+        ("gemma3", "all", False, "adamw_torch"),
+    ],
+    [(*case, optim) for case in FULL_MATRIX for optim in OPTIMS],
+)
 
 
-@pytest.mark.parametrize("kind, name, checkpointing", STEPS)
-def test_a_step_is_what_really_runs(kind: str, name: str, checkpointing: bool, tmp_path: Path):
+@pytest.mark.parametrize("kind, name, checkpointing, optim", STEPS)
+def test_a_step_is_what_really_runs(kind: str, name: str, checkpointing: bool, optim: str, tmp_path: Path):
     lora = LORAS.get(name)
     save(tmp_path, **KINDS[kind] | {"num_hidden_layers": 3 if kind != "llama" else 12})
-    for optim, steps in (("adamw_torch", 1), ("adamw_8bit", 3)):
-        how = {"optim": optim, "gradient_accumulation_steps": steps, "gradient_checkpointing": checkpointing}
-        config = replace(SMALL, **how, **({} if lora else {"method": "full", "bf16": True}))
-        bits = {"quantize": "nf4"} if lora else {}
-        plan = ml.plan_memory(tmp_path, lora, config, dtype="float32", **bits)
-        step = plan.gradients + plan.activations + plan.workspace + plan.logits
-        with ThreadPoolExecutor(1) as thread:  # buffers that are kept a thread begin anew
-            measured = thread.submit(really, loaded(tmp_path, lora, **bits), config, not lora).result()
-        # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head sees; and small
-        # tables that are kept count here when first seen. One more (B, T, D) a layer would be 6 %
-        assert abs(step - measured) <= 0.04 * measured, (plan, measured)
+    how = {"optim": optim, "gradient_accumulation_steps": ACCUMULATED[optim], "gradient_checkpointing": checkpointing}
+    config = replace(SMALL, **how, **({} if lora else {"method": "full", "bf16": True}))
+    bits = {"quantize": "nf4"} if lora else {}
+    plan = ml.plan_memory(tmp_path, lora, config, dtype="float32", **bits)
+    step = plan.gradients + plan.activations + plan.workspace + plan.logits
+    with ThreadPoolExecutor(1) as thread:  # buffers that are kept a thread begin anew
+        measured = thread.submit(really, loaded(tmp_path, lora, **bits), config, not lora).result()
+    # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head sees; and small
+    # tables that are kept count here when first seen. One more (B, T, D) a layer would be 6 %
+    assert abs(step - measured) <= 0.04 * measured, (plan, measured)
+
+
+# ---- property: a step is walked once, and what is kept is bounded
+
+
+SHAPE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4}
+BASE = {"model": SHAPE, "lora": ALL, "config": SMALL, "quantize": "nf4", "dtype": "float32"}
+OTHERS = {  # questions whose steps take other memory
+    "shape": {"model": SHAPE | {"intermediate_size": 64}},
+    "rank": {"lora": replace(ALL, r=8)},
+    "targets": {"lora": QV},
+    "layers": {"lora": replace(QV, layers_to_transform=[1])},
+    "batch": {"config": replace(SMALL, per_device_train_batch_size=3)},
+    "length": {"config": replace(SMALL, max_length=48)},
+    "accumulation": {"config": replace(SMALL, gradient_accumulation_steps=2)},
+    "checkpointing": {"config": replace(SMALL, gradient_checkpointing=True)},
+    "optimiser": {"config": replace(SMALL, optim="adamw_8bit")},
+    "autocast": {"config": replace(SMALL, bf16=True)},
+    "full": {"lora": None, "config": replace(SMALL, method="full"), "quantize": None},
+    "dtype": {"dtype": "bfloat16"},
+    "dense": {"quantize": None},
+    "blocksize": {"blocksize": 128},
+    "one level of scales": {"double_quant": False},
+}
+EQUALS = {  # questions whose steps take the same memory as that of BASE
+    "the same": {},
+    "padded": {"config": replace(SMALL, max_length=38)},
+    "a card": {"card": "1GB"},
+}
+
+
+@pytest.fixture
+def walks(monkeypatch) -> list[ml.TrainConfig]:
+    """The configs of the steps that are walked from here on. Nothing is remembered from before."""
+    seen: list[ml.TrainConfig] = []
+    step = planner.step
+
+    def counted(model, config):
+        seen.append(config)
+        return step(model, config)
+
+    monkeypatch.setattr(planner, "step", counted)
+    monkeypatch.setattr(planner, "_steps", OrderedDict())
+    return seen
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Steps that hold nothing, for who counts walks only. Asked for before `walks`."""
+    monkeypatch.setattr(planner, "step", lambda model, config: ([("head", Stretch(0, 0, 0, {}))], 0))
+
+
+def test_what_is_remembered_is_what_a_walk_finds(walks: list):
+    plan = ml.plan_memory(**BASE)
+    assert ml.plan_memory(**BASE) == plan and len(walks) == 1
+    planner._steps.clear()
+    assert ml.plan_memory(**BASE) == plan and len(walks) == 2
+
+
+def test_equal_steps_are_walked_once(quick: None, walks: list):
+    for change in EQUALS.values():
+        ml.plan_memory(**BASE | change)
+    assert len(walks) == 1
+    paged = replace(SMALL, optim="paged_adamw_8bit", gradient_accumulation_steps=3)
+    for config in (paged, replace(paged, optim="adamw_8bit", gradient_accumulation_steps=2)):
+        ml.plan_memory(**BASE | {"config": config})
+    assert len(walks) == 2
+
+
+def test_other_steps_are_walked_each(quick: None, walks: list, monkeypatch):
+    for change in ({}, *OTHERS.values()):
+        ml.plan_memory(**BASE | change)
+    assert len(walks) == 1 + len(OTHERS)
+    monkeypatch.setenv("MINILORA_NF4", "reference")  # other code runs
+    ml.plan_memory(**BASE)
+    assert len(walks) == 2 + len(OTHERS)
+
+
+def test_no_more_is_remembered_than_allowed(quick: None, walks: list, monkeypatch):
+    monkeypatch.setattr(planner, "KEPT", 2)
+    for length in (8, 16, 8, 24, 8, 16):  # 24 takes the place of 16, which was used longest ago
+        ml.plan_memory(**BASE | {"config": replace(SMALL, max_length=length)})
+    assert [config.max_length for config in walks] == [8, 16, 24, 16]
+    assert len(planner._steps) == 2
 
 
 def test_nothing_of_a_plan_stays():
@@ -180,11 +292,11 @@ print([thing for thing in gc.get_objects() if type(thing) is FakeTensor])
     assert python(code) == "[]\n"
 
 
-def test_a_large_model_takes_seconds_and_no_memory():
+def test_a_large_model_takes_seconds_and_no_memory(walks: list):
     """Llama-3-8B's shape: processor seconds, of which about one is needed; a busy machine may double them."""
     shape = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
     shape |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = ml.plan_memory(shape, ALL, SMALL, quantize="nf4", dtype="bfloat16")
-    assert time.process_time() - begun < 4
+    assert time.process_time() - begun < 4 and len(walks) == 1
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 0.05 * plan.total

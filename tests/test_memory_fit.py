@@ -17,6 +17,7 @@ import minilora as ml
 from minilora.cli import main
 from minilora.memory.fit import largest, parse_bytes
 from minilora.memory.plan import PARTS
+from minilora.memory.shortage import explain
 from minilora.scoring.objective import SFT
 from source import ROOT, text
 from tiny import python
@@ -46,7 +47,7 @@ def plan(shape: dict, config: ml.TrainConfig = ONE, **how) -> ml.MemoryPlan:
     "targets, trainable",
     [
         (["q_proj", "v_proj"], 6_815_744),
-        (["q_proj", "k_proj", "v_proj", "o_proj"], 13_631_488),
+        pytest.param(["q_proj", "k_proj", "v_proj", "o_proj"], 13_631_488, marks=pytest.mark.slow),
         ("all-linear", 41_943_040),
     ],
 )
@@ -65,12 +66,19 @@ def test_7b_on_6_16_and_24_gb():
     assert full.total > 16 * full.trainable > parse_bytes("100GB")  # 4 weights, 4 gradients, 8 moments
 
 
+@pytest.mark.slow
 def test_65b_on_48_gb():
     """QLoRA's title: r = 64 on every linear layer, moments in host memory as there (arXiv 2305.14314, §4)."""
     config = replace(ONE, optim="paged_adamw_8bit")
     found = plan(LLAMA_65B, config, lora=replace(ALL, r=64))
     assert found.total < parse_bytes("48GB") < plan(LLAMA_65B, config, quantize=None, lora=replace(ALL, r=64)).total
     assert found.optimizer == 0 < plan(LLAMA_65B, replace(ONE, optim="adamw_8bit"), lora=replace(ALL, r=64)).optimizer
+
+
+def test_paged_moments_are_in_host_memory():
+    paged, kept = (plan(TINY, replace(ONE, optim=optim)) for optim in ("paged_adamw_8bit", "adamw_8bit"))
+    assert paged.optimizer == 0 < kept.optimizer
+    assert paged.total < kept.total
 
 
 # ---- property: the inverse
@@ -160,7 +168,8 @@ def test_the_page_shows_what_the_command_prints(tmp_path: Path, capsys):
 
 
 @pytest.mark.strict
-def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path):
+def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ml.MemoryPlan, "verdict", "")  # no picture shows it; the test above holds what it says
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     command = re.search(r"`minilora plan \S+ (.*) --plot docs/plan.svg`", text("docs/LOG.md").replace("\n", " "))
     assert command and main(["plan", str(tmp_path), *command[1].split(), "--plot", str(tmp_path / "plan.svg")]) == 0
@@ -200,6 +209,21 @@ def test_a_shortage_is_explained(error: RuntimeError):
     planned = ml.plan_memory(model, config=ml.TrainConfig(**FAST, max_length=64))
     assert re.match(r"memory ran out: .* [\d.]+ GB; planned, with full rows:\n", note)
     assert f"{planned.total / 1e9:,.3f}" in note and f"{planned.trainable:,}" in note
+
+
+def test_a_shortage_plans_no_more_than_the_smallest_change(monkeypatch):
+    """The note names one change, so no other is planned."""
+    made, changed = [], ml.MemoryPlan.changed
+
+    def counted(self, **to):
+        made.append(to)
+        return changed(self, **to)
+
+    monkeypatch.setattr(ml.MemoryPlan, "changed", counted)
+    monkeypatch.setattr("minilora.train.guard.peak_memory", lambda device: 10**9)
+    note = explain(lora(), ml.TrainConfig(per_device_train_batch_size=4, max_length=64), before=0)
+    assert "smallest change that fits" in note and "per_device_train_batch_size=2" in note
+    assert made == [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}]
 
 
 def test_what_is_no_shortage_or_cannot_be_planned():

@@ -11,7 +11,7 @@ few more find the last number that fits. Of single changes that make a plan fit,
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -73,25 +73,34 @@ def most(plan: Plan, name: str, limit: int) -> int:
     return unit * largest(total, limit, min(max(now, 1), highest), highest)
 
 
-def fixes(plan: Plan, limit: int) -> dict[str, Plan]:
-    """Single changes with which the plan fits, in words, each with its plan; the smallest first."""
-    config, found = plan.config, {}
+def fixes(plan: Plan, limit: int) -> Iterator[tuple[str, Plan]]:
+    """Single changes with which the plan fits, in words, each with its plan; the smallest first.
+
+    Each is planned when it is asked for: who needs the first waits for no other.
+    """
+    config = plan.config
     batch = config.per_device_train_batch_size
     for n in (n for n in range(batch - 1, 0, -1) if batch % n == 0):
         steps = config.gradient_accumulation_steps * batch // n
         other = plan.changed(per_device_train_batch_size=n, gradient_accumulation_steps=steps)
         if other.total <= limit:
-            found[f"per_device_train_batch_size={n}, gradient_accumulation_steps={steps}"] = other
+            yield f"per_device_train_batch_size={n}, gradient_accumulation_steps={steps}", other
             break
+    changes = []
     if not config.gradient_checkpointing:
-        found["gradient_checkpointing=True"] = plan.changed(gradient_checkpointing=True)
+        changes.append({"gradient_checkpointing": True})
     if config.optim == "adamw_torch":
-        found["optim='adamw_8bit'"] = plan.changed(optim="adamw_8bit")
+        changes.append({"optim": "adamw_8bit"})
     if plan.method == "lora":
-        found["quantize='nf4'"] = plan.changed(quantize="nf4")
-    if 0 < (length := most(plan, "max_length", limit)) < config.max_length:
-        found[f"max_length={length}"] = plan.changed(max_length=length)
-    return {words: other for words, other in found.items() if other.total <= limit}
+        changes.append({"quantize": "nf4"})
+    for change in changes:
+        other = plan.changed(**change)
+        if other.total <= limit:
+            (words,) = (f"{name}={value!r}" for name, value in change.items())
+            yield words, other
+    length = most(plan, "max_length", limit)
+    if 0 < length < config.max_length:
+        yield f"max_length={length}", plan.changed(max_length=length)
 
 
 def verdict(plan: Plan, limit: int) -> str:
@@ -102,5 +111,5 @@ def verdict(plan: Plan, limit: int) -> str:
         far = ", ".join(f"{name} {most(plan, name, limit):,}" for name in names)
         return f"fits {size}, {spare / 1e9:,.1f} GB to spare; one of these at most: {far}"
     lines = [f"does not fit {size}: {-spare / 1e9:,.1f} GB too much"]
-    lines += [f"  fits with {words}: {other.total / 1e9:,.1f} GB" for words, other in fixes(plan, limit).items()]
+    lines += [f"  fits with {words}: {other.total / 1e9:,.1f} GB" for words, other in fixes(plan, limit)]
     return "\n".join(lines if len(lines) > 1 else [*lines, "  no single change makes it fit"])

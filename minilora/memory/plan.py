@@ -9,6 +9,8 @@ Python and torch themselves, a CUDA context, what an allocator holds back, evalu
 """
 
 import json
+import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +23,7 @@ from torch import nn
 from minilora.config import LoRAConfig
 from minilora.inject import lora_configs
 from minilora.memory import fit
-from minilora.memory.step import shapes, step, stored
+from minilora.memory.step import Step, shapes, step, stored, walked_as
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.hub import HUB_ID, download, resolve
@@ -29,6 +31,7 @@ from minilora.models.loader import pick_dtype
 from minilora.quant import NF4Linear
 from minilora.storage import open_leaf
 from minilora.train.config import TrainConfig
+from minilora_kernels.paths import ENVIRONMENT
 
 PARTS = {  # of a plan, and how the table and the picture name them
     "packed": "4-bit codes",
@@ -41,6 +44,8 @@ PARTS = {  # of a plan, and how the table and the picture name them
     "workspace": "workspace",
     "logits": "logits",
 }
+KEPT = 128  # steps whose stretches are remembered; each is a few numbers for a layer
+_steps: OrderedDict[str, Step] = OrderedDict()  # the one used last stands last
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class MemoryPlan:
 
     def fixes(self, card: int | str) -> "dict[str, MemoryPlan]":
         """Each single change with which the plan fits `card`, in words, the smallest first; see fit.py."""
-        return fit.fixes(self, fit.parse_bytes(card))
+        return dict(fit.fixes(self, fit.parse_bytes(card)))
 
     @cached_property
     def verdict(self) -> str:
@@ -159,7 +164,7 @@ def _plan(
     model: CausalLM, lora: LoRAConfig | None, config: TrainConfig, dtype: torch.dtype, nf4: Any, card: int | None
 ) -> MemoryPlan:
     trained = [p for p in model.parameters() if p.requires_grad]
-    stretches, state = step(model, config)
+    stretches, state = _step(model, lora, config, dtype, nf4)
     kept, gradients = 0, sum(p.nbytes for p in trained) * (config.gradient_accumulation_steps > 1)
     most = (-1, "", 0, 0, 0)
     for name, stretch in stretches:
@@ -182,6 +187,20 @@ def _plan(
         card=card,
         **{"shapes": model, "lora": lora, "config": config, "dtype": dtype, "nf4": nf4},
     )
+
+
+def _step(model: CausalLM, lora: LoRAConfig | None, config: TrainConfig, dtype: torch.dtype, nf4: Any) -> Step:
+    """`step`, which walks once for everything that determines a walk.
+
+    The key is text, since a config may hold lists. What is written the same is walked the same.
+    """
+    config = walked_as(config)
+    key = repr((model.config, lora, config, dtype, nf4, os.environ.get(ENVIRONMENT)))
+    found = _steps.pop(key, None) or step(model, config)
+    _steps[key] = found
+    while len(_steps) > KEPT:
+        _steps.popitem(last=False)
+    return found
 
 
 def _read(source: Any) -> tuple[DecoderConfig, bool]:

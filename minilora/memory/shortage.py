@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from minilora.memory import fit
 from minilora.memory.plan import plan_memory, table
 from minilora.train import guard
 from minilora.train.config import TrainConfig
@@ -30,6 +31,8 @@ def explain(model: nn.Module, config: TrainConfig, before: int) -> str:
         plan = plan_memory(model, config=config)
     except ValueError as error:  # a model or an adapter that is not ours to plan
         return f"{had}. No plan: {error}"
-    fixes = plan.fixes(limit)
-    advice = [f"smallest change that fits {limit / 1e9:,.3f} GB: {words}" for words in fixes][:1]
-    return "\n".join([f"{had}; planned, with full rows:", table([plan]), *(advice or ["no single change fits"])])
+    smallest = next(fit.fixes(plan, limit), None)
+    advice = "no single change fits"
+    if smallest is not None:
+        advice = f"smallest change that fits {limit / 1e9:,.3f} GB: {smallest[0]}"
+    return "\n".join([f"{had}; planned, with full rows:", table([plan]), advice])

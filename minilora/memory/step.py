@@ -29,6 +29,7 @@ from minilora.train.config import TrainConfig
 from minilora.train.optim.groups import new_optimizer
 
 STATIC = ("packed", "scales", "dense", "adapters")
+Step = tuple[list[tuple[str, Stretch]], int]  # the stretches by name, and the bytes of the optimiser's state
 
 
 def shapes(
@@ -63,13 +64,23 @@ def _parameters(part: Any) -> list[nn.Parameter]:
     return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
-def step(model: CausalLM, config: TrainConfig) -> tuple[list[tuple[str, Stretch]], int]:
+def walked_as(config: TrainConfig) -> TrainConfig:
+    """The config whose step takes the same memory, and which is the same for all configs that walk alike."""
+    return replace(
+        config,
+        max_length=-(-config.max_length // 8) * 8,  # padded, as in scoring/objective.py
+        gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),  # the second adds to gradients
+        optim=config.optim.removeprefix("paged_"),  # the same state, in host memory
+    )
+
+
+def step(model: CausalLM, config: TrainConfig) -> Step:
     """The stretches of a step from the second on, in order, and the bytes of the optimiser's state.
 
     A batch of per_device_train_batch_size rows of max_length tokens, each of which is learned.
     """
     alike = _alike(model)
-    config = replace(config, optim=config.optim.removeprefix("paged_"))  # the same state, in host memory
+    config = walked_as(config)
     _make_tables(config)
     with ThreadPoolExecutor(1) as thread:  # buffers that code keeps, one a thread, have no values here, and end with it
         found, state = thread.submit(_walk, model, sorted(set(alike)), config).result()
@@ -175,15 +186,12 @@ def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     autocast, _ = guard.precision_of(model, config, torch.device("cpu"))
     optimizer = new_optimizer(model, parameters, config)
-    width = -(-config.max_length // 8) * 8  # as in scoring/objective.py, padded
-    batch = {
-        name: torch.zeros(config.per_device_train_batch_size, width, dtype=torch.long)
-        for name in ("input_ids", "labels")
-    }
+    shape = config.per_device_train_batch_size, config.max_length
+    batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "labels")}
     recorder = _Recorder(meter, list(parameters.values()))
     recorder.attach(model, kinds)
-    with guard.training_mode(model, config.gradient_checkpointing):
-        for _ in range(min(config.gradient_accumulation_steps, 2)):  # the second adds to gradients that are there
+    with guard.switched_to_training(model, config.gradient_checkpointing):
+        for _ in range(config.gradient_accumulation_steps):
             recorder.forward = True
             recorder.begin("embedding")
             with autocast:

@@ -90,6 +90,19 @@ def check_packing(model: Any) -> None:
 
 @contextmanager
 def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
+    """`switched_to_training`, with memory cleared before and after."""
+    with switched_to_training(model, gradient_checkpointing):
+        gc.collect()
+        gc.freeze()  # what is there before training is not looked through again for rubbish
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            pool.release()
+
+
+@contextmanager
+def switched_to_training(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
     """`model.train()`, with gradient checkpointing if asked for; afterwards every module is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     ours, theirs = hasattr(model, "gradient_checkpointing"), hasattr(model, "gradient_checkpointing_enable")
@@ -102,12 +115,8 @@ def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
         elif switch:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        gc.collect()
-        gc.freeze()  # what is there before training is not looked through again for rubbish
         yield
     finally:
-        gc.unfreeze()
-        pool.release()
         if switch and ours:
             model.gradient_checkpointing = False
         elif switch:
