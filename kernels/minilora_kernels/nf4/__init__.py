@@ -1,0 +1,1 @@
+"""The NF4 format: codebook, reference, weight, and the custom ops."""

@@ -1,0 +1,1 @@
+"""Operations of a model: reference PyTorch, autograd and dispatch."""
