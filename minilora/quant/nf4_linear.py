@@ -7,11 +7,11 @@ Backward dequantises a second time: keeping the dense W for it would hold every 
 memory that QLoRA saves. It calls the dequantisation under another name, or torch.compile would merge the two calls
 and keep W after all.
 
-Stored as uint8 parameters without gradient (minilora_kernels/weight.py): packed codes; absmax; with double quantisation
-absmax as 8-bit codes, and nested absmax and offset beside them. What is fp32 is kept as its bytes, because .half(),
-.to(dtype) and mixed-precision sharding cast any fp32 tensor they meet and would ruin a scale silently. The codes are
-padded to 16 bytes, so that a kernel may load 128 bits. Unlike bitsandbytes' Linear4bit, nothing is repacked by eval()
-or by a forward; computing is in x.dtype.
+Stored as uint8 parameters without gradient (minilora_kernels/nf4/weight.py): packed codes; absmax; with double
+quantisation absmax as 8-bit codes, and nested absmax and offset beside them. What is fp32 is kept as its bytes, because
+.half(), .to(dtype) and mixed-precision sharding cast any fp32 tensor they meet and would ruin a scale silently. The
+codes are padded to 16 bytes, so that a kernel may load 128 bits. Unlike bitsandbytes' Linear4bit, nothing is repacked
+by eval() or by a forward; computing is in x.dtype.
 What was quantised here is remembered by a hash, so that the 4-bit layer and its 16-bit source are known as one base.
 """
 
@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.modules import TrainedParts, ends_with, output_layer
-from minilora.names import unknown
-from minilora.ops import plain_now
+from minilora.common import ends_with, output_layer, tied_modules, unknown
 from minilora_kernels import FEW, FEW_ON_A_GPU, NF4Weight, dequantize_nf4, multiplier, prepare, quantize_nf4
+from minilora_kernels.ops.mode import plain_now
 
 _PARTS = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")  # of an NF4Weight, and of NF4Linear
 ROWS = 64
@@ -233,7 +232,7 @@ def quantize_model(
     for entry in skip or ():
         if not any(ends_with(path, entry) for path in linears):
             raise unknown("skip", entry, linears)
-    output, tied = output_layer(model), TrainedParts().tied(model)
+    output, tied = output_layer(model), tied_modules(model)
     names = [
         path
         for path, layer in linears.items()
