@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minilora.inject import eject, lora_configs, lora_layers
-from minilora.names import unknown
+from minilora.common import unknown
+from minilora.lora.inject import eject
+from minilora.lora.registry import lora_configs, lora_layers
 
 
 def list_adapters(model: nn.Module) -> list[str]:

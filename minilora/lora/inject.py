@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.config import LoRAConfig, fits_pattern
-from minilora.layers import Adapter, EmbeddingAdapter, is_adaptable, is_linear, new_adapter, unwrapped
-from minilora.lora import LoRALayer
-from minilora.modules import Part, TrainedParts, ends_with, output_layer, within
-from minilora.names import unknown
-from minilora.ops.lora_linear import lora_linear
-from minilora.storage import open_leaf
+from minilora.common import ends_with, output_layer, unknown, within
+from minilora.lora.config import LoRAConfig, fits_pattern
+from minilora.lora.embedding_conv import Adapter, EmbeddingAdapter, is_adaptable, is_linear, new_adapter, unwrapped
+from minilora.lora.fused_linear import lora_linear
+from minilora.lora.layer import LoRALayer
+from minilora.lora.modules_to_save import Part
+from minilora.lora.registry import lora_configs, lora_layers
+from minilora.lora.variants.choose import vary
 
 # What PEFT adapts when target_modules is None, by the model's type.
 _Q_AND_V = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt")
@@ -123,27 +124,6 @@ def eject(model: nn.Module) -> list[str]:
             parameter.requires_grad_(path in trainable)
     model.__dict__.pop("_lora_configs", None)
     return list(layers)
-
-
-def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
-    """The model's LoRALayers by name, in model order."""
-    modules = model.named_modules(remove_duplicate=remove_duplicate)
-    return {path: module for path, module in modules if isinstance(module, LoRALayer)}
-
-
-class Injected(dict[str, LoRAConfig]):
-    """What a model knows about its adapters: config by name; their seeds, tokenizers and what else trains with them."""
-
-    def __init__(self):
-        super().__init__()
-        self.seeds: dict[str, int | None] = {}  # None where a file did not say
-        self.tokenizers: dict[str, dict[str, str] | None] = {}  # hashes of what they were trained with
-        self.parts = TrainedParts()
-
-
-def lora_configs(model: nn.Module) -> Injected:
-    """The config of each injected adapter, by name; kept on the model itself."""
-    return model.__dict__.setdefault("_lora_configs", Injected())
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -272,7 +252,7 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
     try:
         adapter = new_adapter(layer, r, *options, seed=layer_seed)
         if config.use_dora or config.begins_from_weight:
-            return open_leaf("variants").vary(adapter, layer, config, layer_seed)
+            return vary(adapter, layer, config, layer_seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.init_lora_weights == "gaussian" and not isinstance(adapter, EmbeddingAdapter):  # whose B is
@@ -283,7 +263,7 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
 
 def _without_adapters(base: nn.Module) -> LoRALayer:
     layer = LoRALayer(base, r=None)
-    layer.fused = lora_linear  # pyright: ignore[reportAttributeAccessIssue] lora.py stands alone and knows no type of it
+    layer.fused = lora_linear  # pyright: ignore[reportAttributeAccessIssue] layer.py stands alone and knows no type of it
     layer.register_load_state_dict_pre_hook(_take_bare_state)
     return layer
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from minilora.config import LoRAConfig
-from minilora.lora import LoRAAdapter
-from minilora.quant import NF4Linear
-from minilora.variants import low_rank
+from minilora.lora.config import LoRAConfig
+from minilora.lora.layer import LoRAAdapter
+from minilora.lora.low_rank import low_rank
+from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import dequantize_nf4, quantize_nf4
 
 REPLACED = (

@@ -2,33 +2,17 @@
 that train in the place of some of them."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.lora import LoRALayer
-from minilora.names import unknown
+from minilora.common import ends_with, tied_modules, unknown, within
+from minilora.lora.layer import LoRALayer
 
 Part = nn.Module | nn.Parameter
-
-
-def ends_with(path: str, entry: str) -> bool:
-    """Whether `entry` is the module path or its last parts: "q_proj" fits "layers.0.q_proj", not "layers.0.xq_proj"."""
-    return path == entry or path.endswith(f".{entry}")
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D: a linear layer with its weight stored as (in, out)."""
-    return hasattr(module, "nx") and hasattr(module, "nf")
-
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that turns hidden states into logits, where the model says which it is."""
-    get: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
 
 
 class TrainedParts:
@@ -93,13 +77,7 @@ class TrainedParts:
 
     def tied(self, model: nn.Module) -> dict[str, list[str]]:
         """Modules whose weight stands under another plain name too → those names; adapters and copies aside."""
-        holders: dict[int, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            weight = cast(nn.Module, self.originals.get(path, module))._parameters.get("weight")
-            if weight is not None:
-                holders.setdefault(id(weight), []).append(path.removesuffix(".base_layer"))
-        groups = [group for group in holders.values() if len(group) > 1]
-        return {path: [name for name in group if name != path] for group in groups for path in group}
+        return tied_modules(model, self.originals)
 
     def new(self, model: nn.Module, wanted: Iterable[str], bias: str, adapters: set[str],
             shared: bool = False) -> dict[str, Part]:  # fmt: skip
@@ -163,11 +141,6 @@ class TrainedParts:
             copied.float().register_forward_pre_hook(_to_fp32)
             copied.register_forward_hook(partial(_from_fp32, low))
         return copied
-
-
-def within(path: str, module: str) -> bool:
-    """Whether `path` is the module or something in it."""
-    return f"{path}.".startswith(f"{module}.")
 
 
 def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:

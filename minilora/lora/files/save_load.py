@@ -3,7 +3,7 @@
     adapter_config.json         LoRAConfig, with PEFT's names
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight  fp32 (r, in)
                                 base_model.model.<layer>.lora_B.weight  fp32 (out, r)
-                                … and what the adapters of other kinds of layers say (layers.py: `tensors`)
+                                … and what the adapters of other kinds of layers say (embedding_conv.py: `tensors`)
                                 base_model.model.<layer>.base_layer.bias, <module>.weight … of trained parts
 
 <layer> is the layer's name in the model; the adapter's own name is not in the file. Reading is strict: PEFT goes on
@@ -21,14 +21,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.binding import FORCE, binding, check_binding, hash_tokenizer, read_binding, write_bound
-from minilora.adapters.switch import check_adapters, disabled_adapters, list_adapters, use_adapter
-from minilora.config import LoRAConfig
-from minilora.inject import adaptable_layers, attach, lora_configs, lora_layers, new_adapters, new_parts
-from minilora.layers import Adapter, unwrapped
-from minilora.models.hub import HUB_ID, download
-from minilora.modules import Part, ends_with, is_conv1d
-from minilora.storage import open_leaf, read_tensors, write_text
+from minilora.common import ends_with, is_conv1d, read_tensors, write_text
+from minilora.hub import HUB_ID, download
+from minilora.lora.active import check_adapters, disabled_adapters, list_adapters, use_adapter
+from minilora.lora.config import LoRAConfig
+from minilora.lora.embedding_conv import Adapter, unwrapped
+from minilora.lora.files.base_check import FORCE, binding, check_binding, hash_tokenizer, read_binding, write_bound
+from minilora.lora.inject import adaptable_layers, attach, new_adapters, new_parts
+from minilora.lora.modules_to_save import Part
+from minilora.lora.registry import lora_configs, lora_layers
+from minilora.lora.variants.base import as_plain
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,7 +58,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, tokenizer: Any = None) -> None:
-    """Write the adapter `name` to `folder` in PEFT's format, with fingerprints of the base's layers (binding.py).
+    """Write the adapter `name` to `folder` in PEFT's format, with fingerprints of the base's layers (base_check.py).
 
     tokenizer: the one it was trained with, to be told by its hash; by default the one that `train` used.
     An adapter with NaN or infinity raises ValueError.
@@ -71,7 +73,7 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> Contents:
     if config is None:
         raise ValueError(f"adapter {name!r} was not made by inject or load_adapter: there is no config to save.")
     if config.begins_from_weight:  # a file of its own would mean another base
-        config, adapters = open_leaf("variants").as_plain(config, adapters)
+        config, adapters = as_plain(config, adapters)
     tensors = _keys(model, adapters, lora_configs(model).parts.of([name]))
     _check_finite(tensors, f"adapter {name!r}")
     values = config.to_dict()
@@ -107,7 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
 
     Raises ValueError, with the model untouched, if the config asks for what is not supported or not there, if tensors
     are missing, left over, of another shape or not finite, if the adapter does nothing, or if it was trained on another
-    base or with another tokenizer (binding.py; files without fingerprints, such as PEFT's, are not compared).
+    base or with another tokenizer (base_check.py; files without fingerprints, such as PEFT's, are not compared).
     OSError if the Hub does not give it.
     """
     held = read_contents(folder, revision, token)

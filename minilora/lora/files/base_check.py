@@ -18,7 +18,6 @@ not known, are an error. Nothing in common is a notice. PEFT ignores the metadat
 """
 
 import json
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.inject import lora_configs, lora_layers
-from minilora.lora import LoRALayer
-from minilora.quant import NF4Linear, digest, hash_rows
-from minilora.storage import whole, write_tensors
+from minilora.common import __version__, whole, write_tensors
+from minilora.lora.layer import LoRALayer
+from minilora.lora.registry import lora_configs, lora_layers
+from minilora.quant.nf4_linear import NF4Linear, digest, hash_rows
 from minilora_kernels import quantize_nf4
 
 KEY = "minilora"
@@ -88,7 +87,7 @@ def binding(
 ) -> dict[str, Any]:
     """What is written: the layers' fingerprints, the adapter's seed, the tokenizer's hashes, minilora's version."""
     return {
-        "version": sys.modules["minilora"].__version__,  # not imported: the door is on a higher floor
+        "version": __version__,
         "seed": seed,
         "tokenizer": tokenizer,
         "layers": {path: fingerprint(layer, source) for path, layer in layers.items()},

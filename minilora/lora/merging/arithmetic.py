@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.binding import same_base
-from minilora.adapters.files import PREFIX, contents, put_contents, read_contents, write_contents
-from minilora.audit.inspect import product_svd
-from minilora.config import LoRAConfig
-from minilora.lora import scaling
-from minilora.variants import low_rank
+from minilora.lora.config import LoRAConfig
+from minilora.lora.files.base_check import same_base
+from minilora.lora.files.save_load import PREFIX, contents, put_contents, read_contents, write_contents
+from minilora.lora.layer import scaling
+from minilora.lora.low_rank import low_rank, product_svd
 
 CARRIED = ("task_type", "base_model_name_or_path", "revision")
 METHODS = ("linear", "svd", "ties", "dare")

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.config import LoRAConfig
-from minilora.layers import unwrapped
-from minilora.lora import LoRAAdapter
-from minilora.variants import dense_weight, low_rank
+from minilora.lora.config import LoRAConfig
+from minilora.lora.embedding_conv import unwrapped
+from minilora.lora.layer import LoRAAdapter
+from minilora.lora.low_rank import low_rank
+from minilora.lora.variants.base import dense_weight
 
 
 class PiSSAAdapter(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from minilora.lora import LoRAAdapter, LoRALayer, linear_features, scaling
+from minilora.lora.layer import LoRAAdapter, LoRALayer, linear_features, scaling
 
 _CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -80,7 +80,8 @@ class LoRALayer(nn.Module):
     """A frozen layer with named low-rank adapters: h = W x + Σ s · B A x over the active ones; with none h is W x.
 
     base: nn.Linear, NF4Linear, or transformers' Conv1D (its weight is stored transposed). With r=None there is no
-        adapter yet, and base may be of any kind that layers.py has adapters for. The rest describes the first adapter.
+        adapter yet, and base may be of any kind that embedding_conv.py has adapters for. The rest describes the first
+        adapter.
     Raises ValueError: a base that is not linear, r outside the layer, dropout outside [0, 1), α = 0.
     """
 
@@ -90,7 +91,7 @@ class LoRALayer(nn.Module):
         self.base_layer = base
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self.fused = None  # inject's: what `forward` says below, with less kept for backward (ops/lora_linear.py)
+        self.fused = None  # inject's: what `forward` says below, with less kept for backward (lora/fused_linear.py)
         self.training = base.training  # a layer put into an evaluating model evaluates: no dropout
         if r is not None:
             adapter = LoRAAdapter(*linear_features(base), r, lora_alpha, lora_dropout, use_rslora, seed=seed)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapters.switch import check_adapters
-from minilora.inject import lora_configs, lora_layers
-from minilora.lora import LoRAAdapter, LoRALayer
+from minilora.lora.active import check_adapters
+from minilora.lora.layer import LoRAAdapter, LoRALayer
+from minilora.lora.registry import lora_configs, lora_layers
 
 Factors = tuple[Tensor, Tensor, Tensor | None]  # A (rows, r, in), s B (rows, out, r), s b (rows, 1, out)
 
@@ -59,7 +59,9 @@ class Rows:
             return h
         x_BTI = x.reshape(len(x), -1, x.shape[-1])
         dtype = h.dtype
-        if h.is_cpu and x_BTI.shape[1] == 1:  # so small a product takes twice as long in bf16 (benchmarks/choices.py)
+        if (
+            h.is_cpu and x_BTI.shape[1] == 1
+        ):  # so small a product takes twice as long in bf16 (benchmarks/training/choices.py)
             dtype = torch.promote_types(dtype, torch.float32)
         if (factors := self._factors(layer, h.device, dtype)) is None:
             return h
@@ -130,7 +132,7 @@ def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[R
     rows = Rows(model, names)
     before = [(layer, layer.fused) for layer in lora_layers(model).values()]
     for layer, _ in before:
-        layer.fused = partial(Rows.forward, rows)  # pyright: ignore[reportAttributeAccessIssue] lora.py knows no type of it
+        layer.fused = partial(Rows.forward, rows)  # pyright: ignore[reportAttributeAccessIssue] layer.py knows no type of it
     try:
         yield rows
     finally:

@@ -15,12 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.inject import Injected, lora_configs, lora_layers
-from minilora.layers import active_adapters, unwrapped
-from minilora.lora import LoRALayer
-from minilora.models.config import DecoderConfig
-from minilora.modules import is_conv1d, output_layer
-from minilora.quant import NF4Linear
+from minilora.common import is_conv1d, output_layer
+from minilora.lora.embedding_conv import active_adapters, unwrapped
+from minilora.lora.layer import LoRALayer
+from minilora.lora.registry import Injected, lora_configs, lora_layers
+from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
 STORAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "nf4": None}
@@ -131,8 +130,8 @@ def _declare_untied(model: Any) -> None:
     if head is None or not getattr(config, "tie_word_embeddings", False):
         return
     if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
-        if isinstance(config, DecoderConfig):
-            model.config = replace(config, tie_word_embeddings=False)
+        if hasattr(model, "declare_untied"):
+            model.declare_untied()
         else:
             config.tie_word_embeddings = False
 

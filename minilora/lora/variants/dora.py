@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.layers import unwrapped
-from minilora.lora import LoRAAdapter
-from minilora.variants import dense_weight
+from minilora.lora.embedding_conv import unwrapped
+from minilora.lora.layer import LoRAAdapter
+from minilora.lora.variants.base import dense_weight
 
 EPSILON = torch.finfo(torch.float32).eps  # in the place of a row's norm that is smaller
 

@@ -5,20 +5,13 @@ would change the result and are not implemented raise when they are set, in Pyth
 silently ignored: PEFT warns about an unknown key and goes on.
 """
 
-import math
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from minilora.names import nearest
-
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
-_WORDS |= {list[str]: "a list of names", list[int]: "a list of whole numbers"}
-_WORDS |= {dict[str, int]: "a dict of whole numbers", dict[str, float]: "a dict of finite numbers"}
+from minilora.common import check_options, nearest, option
 
 
 class TaskType(StrEnum):
@@ -30,15 +23,6 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-def option(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
-           below: float = math.inf, choices: tuple = ()) -> Any:  # fmt: skip
-    """A field whose value v obeys low <= v <= high, above < v < below (in a dict each value), and v in choices if
-    there are any."""
-    bounds = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    start: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**start, metadata={"help": help} | bounds)
 
 
 @dataclass(frozen=True)
@@ -181,47 +165,3 @@ def _is_neutral(name: str, value: Any) -> bool:
 def fits_pattern(key: str, path: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern is for the layer `path`: PEFT's rule."""
     return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def check_options(config: Any) -> None:
-    """Bring the `option` fields of a frozen dataclass to their types, or raise ValueError for one out of its range."""
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        if "choices" in f.metadata:
-            object.__setattr__(config, f.name, _checked(f.name, getattr(config, f.name), hints[f.name], f.metadata))
-
-
-def _checked(name: str, value: Any, hint: Any, rules: Any) -> Any:
-    """The value in its field's type (int → float, path → str), or a ValueError."""
-    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if value is None and type(None) in allowed:
-        return None
-    if str in allowed and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if float in allowed and type(value) is int:
-        value = float(value)
-    kinds = [kind for kind in allowed if kind is not type(None)]
-    if not any(_is(value, kind) for kind in kinds):
-        names = " or ".join(_WORDS[kind] for kind in kinds)
-        raise ValueError(f"{name}: expected {names}, got {value!r}. It is: {rules['help']}.")
-    if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, rules['choices']))}, got {value!r}.")
-    for number in value.values() if isinstance(value, dict) else [value]:
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            continue
-        if not (rules["low"] <= number <= rules["high"] and rules["above"] < number < rules["below"]):
-            signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
-            limits = " and ".join(f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key]))
-            raise ValueError(f"{name}: expected {limits}, got {number!r}. It is: {rules['help']}.")
-    return value
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the type `kind`, and so is what it holds; a whole number in a dict may stand for any."""
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(item, *get_args(kind)) for item in value)
-    if get_origin(kind) is dict:
-        of, to = get_args(kind)
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(_is(key, of) and (_is(item, to) or (to is float and _is(item, int))) for key, item in pairs)
-    return type(value) is kind and (kind is not float or math.isfinite(value))

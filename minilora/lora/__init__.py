@@ -1,0 +1,1 @@
+"""LoRA, the method: the layer, its configuration, injection, and adapters as objects."""

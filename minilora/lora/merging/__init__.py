@@ -1,0 +1,1 @@
+"""Merging adapters into weights, and arithmetic on adapters."""

@@ -1,0 +1,1 @@
+"""Variants of LoRA: DoRA, PiSSA and LoftQ."""
