@@ -1,0 +1,1 @@
+"""The decoder, and loading and saving of checkpoints."""

@@ -4,8 +4,8 @@ Names, shapes and places come from the headers; no tensor is read before it is a
 because safetensors maps the whole file into memory and pages once touched would stay until it is closed. What comes
 next in the file is read by the kernel meanwhile.
 
-A weight that bitsandbytes keeps in 4 bits is up to six tensors (minilora_kernels/weight.py lists them). Here it is one,
-of its logical shape, read as an NF4Weight; its parts may lie in several shards, and its bytes under another dtype
+A weight that bitsandbytes keeps in 4 bits is up to six tensors (minilora_kernels/nf4/weight.py lists them). Here it is
+one, of its logical shape, read as an NF4Weight; its parts may lie in several shards, and its bytes under another dtype
 (bnb_4bit_quant_storage).
 """
 

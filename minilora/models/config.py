@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from minilora.models.rope import Rope
+from minilora.models.rope_config import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # the kinds of a layer, as layer_types names them
 

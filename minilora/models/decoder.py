@@ -2,7 +2,8 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3,
 
     x = embed(tokens)
     for each layer:
-        x = x + attention(norm(x))        q, k rotated by position (ops/rotate.py); heads share keys (ops/attention.py)
+        x = x + attention(norm(x))        q, k rotated by position (minilora_kernels/ops/rope.py); heads share keys
+                                          (minilora_kernels/ops/attention.py)
         x = x + mlp(norm(x))              SwiGLU (arXiv 2002.05202, eq. 6)
     logits = lm_head(norm(x))
 
@@ -17,27 +18,28 @@ Shapes: B rows, T new tokens, S keys (T and what the cache holds), D hidden size
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora.models.cache import KVCache
 from minilora.models.config import SLIDING, DecoderConfig
-from minilora.models.rope import frequencies, rotation
-from minilora.ops.attention import Documents, attention, causal_mask, document_runs
-from minilora.ops.norm import rms_norm
-from minilora.ops.residual import residual
-from minilora.ops.rotate import rotate
-from minilora.ops.swiglu import gated
+from minilora.models.kv_cache import KVCache
+from minilora.models.rope_config import frequencies, rotation
+from minilora_kernels.ops.attention import Documents, attention, causal_mask, document_runs
+from minilora_kernels.ops.residual import residual
+from minilora_kernels.ops.rms_norm import rms_norm
+from minilora_kernels.ops.rope import rotate
+from minilora_kernels.ops.swiglu import gated
 
 Mask = Tensor | Mapping[str, Tensor] | None
 LayerMask = Tensor | Documents | None
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / √(mean(x²) + ε), in fp32 (ops/norm.py). Gemma stores w - 1."""
+    """y = w · x / √(mean(x²) + ε), in fp32 (minilora_kernels/ops/rms_norm.py). Gemma stores w - 1."""
 
     def __init__(self, size: int, eps: float, gemma: bool = False) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): `rope` is the cos and sin of rope.py.
+    """x + attention(norm(x)), then x + mlp(norm(x)): `rope` is the cos and sin of rope_config.py.
 
     In Gemma each block's output has a norm as well, and post_attention_layernorm is that of attention.
     """
@@ -166,7 +168,8 @@ class CausalLM(nn.Module):
             the left and packed documents need none.
         document_ids (B, T), equal ids side by side: a token sees itself and earlier tokens of its id. None: all are one
             document (id 0), or, with a cache, go on with the document of their row's last token. Padding takes the id
-            -1. Without a cache each document is attended to by itself and padding not at all (ops/attention.py).
+            -1. Without a cache each document is attended to by itself and padding not at all
+            (minilora_kernels/ops/attention.py).
         cache: holds the earlier tokens; the new ones are appended.
         mask (B or 1, 1, T, S), bool: who may look at whom, given outright (a tree of continuations, for example). If
             only some layers have a window, a mask by the kind of layer: {"full_attention": …, "sliding_attention": …}.
@@ -237,6 +240,10 @@ class CausalLM(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def declare_untied(self) -> None:
+        """State in the config that the output layer has a weight of its own."""
+        self.config = replace(self.config, tie_word_embeddings=False)
 
 
 def _initialise(module: nn.Module) -> None:

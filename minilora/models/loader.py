@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.hub import resolve
 from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
-from minilora.models.hub import resolve
-from minilora.quant import NF4Linear
-from minilora.storage import open_leaf
+from minilora.models.gguf.read import GGUFCheckpoint
+from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import NF4Weight, quantize_nf4
-from minilora_kernels.compiled import steps
+from minilora_kernels.c import bindings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _OLD = ".rotary_emb.inv_freq"  # old Llama checkpoints store RoPE's frequencies, which the config determines
@@ -56,13 +56,11 @@ def load_model(
             "leave them out."
         )
     place = resolve(source, revision, token, local_files_only)
-    checkpoint: Checkpoint = (
-        open_leaf("gguf.read").GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
-    )
+    checkpoint: Checkpoint = GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = pick_dtype(dtype, device)
     if device.type == "cpu":
-        steps.begin(dtype)  # the compiler runs while weights are read
+        bindings.begin(dtype)  # the compiler runs while weights are read
     _check_sizes(checkpoint)
     with torch.device("meta"):
         model = CausalLM(checkpoint.config)

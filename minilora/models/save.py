@@ -6,7 +6,7 @@ model is ever in memory: beyond the model it takes a layer's W and B A. A safete
     u64 length of the header · header, JSON: name -> dtype, shape, [begin, end) in the data · data, tensor by tensor
 
 In the format "bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. Weight files appear when all are
-written; those of an earlier save are removed. gguf/write.py writes GGUF.
+written; those of an earlier save are removed. models/gguf/write.py writes GGUF.
 """
 
 import json
@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.files import CONFIG_FILE
-from minilora.adapters.merge import merged_bias, merged_from, merged_weight
-from minilora.inject import lora_configs
-from minilora.layers import active_adapters, unwrapped
-from minilora.lora import LoRALayer
+from minilora.common import together, whole, write_text
+from minilora.lora.embedding_conv import active_adapters, unwrapped
+from minilora.lora.files.save_load import CONFIG_FILE
+from minilora.lora.layer import LoRALayer
+from minilora.lora.merging.merge import merged_bias, merged_from, merged_weight
+from minilora.lora.registry import lora_configs
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.quant import NF4Linear
-from minilora.storage import open_leaf, together, whole, write_text
+from minilora.models.gguf.tokenizer import to_fields
+from minilora.models.gguf.write import write_gguf
+from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -270,9 +272,9 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
 def _write_gguf(model: CausalLM, config: DecoderConfig, path: Path, dtype: Any, tokenizer: Any) -> None:
     dtype = dtype or model.model.embed_tokens.weight.dtype
     sources = [(entry.name, entry.shape, entry.make) for entry in _all_entries(model, config, None, "gguf")]
-    fields = None if tokenizer is None else open_leaf("gguf.tokenizer").to_fields(tokenizer, config.vocab_size)
+    fields = None if tokenizer is None else to_fields(tokenizer, config.vocab_size)
     path = path if path.suffix == ".gguf" else path / "model.gguf"
-    open_leaf("gguf.write").write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
+    write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.gguf.header import Record, read_header
 from minilora.models.config import DecoderConfig
-from minilora.models.rope import Rope, frequencies
+from minilora.models.gguf.header import Record, read_header
+from minilora.models.rope_config import Rope, frequencies
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # model_type -> GGUF's
 NAMES = {  # GGUF -> Hugging Face, the part after the layer

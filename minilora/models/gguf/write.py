@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.gguf.read import ARCHITECTURES, NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
+from minilora.common import whole
 from minilora.models.config import DecoderConfig
-from minilora.models.rope import Rope, frequencies
-from minilora.storage import whole
+from minilora.models.gguf.read import ARCHITECTURES, NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
+from minilora.models.rope_config import Rope, frequencies
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _GGUF_NAMES = {hf: own for own, hf in (NAMES | TOP).items()}

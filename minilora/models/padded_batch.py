@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.models.cache import KVCache
+from minilora.models.kv_cache import KVCache
 
 PAD = -1  # the document of padding
 LOGITS = 2**24  # held at a time by `branch`: 64 MB in fp32

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from minilora.quant import NF4Linear
+from minilora.quant.nf4_linear import NF4Linear
 
 
 @dataclass(frozen=True)

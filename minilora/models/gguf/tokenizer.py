@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minilora.gguf.read import TokenizerFields, read_tokenizer_fields
+from minilora.models.gguf.read import TokenizerFields, read_tokenizer_fields
 
 # name: the regex that finds the words, None for GPT-2's own (which `tokenizers` has built in)
 LLAMA3 = (
