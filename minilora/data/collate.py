@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minilora.data.labels import IGNORE, Example
+from minilora.data.loss_mask import IGNORE, Example
 
 
 def collate(examples: Sequence[Example], pad_id: int, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
-"""A dataset → its examples and the report about its rows: in memory, or row by row into files (stored.py)."""
+"""A dataset → its examples and the report about its rows: in memory, or row by row into files (dataset_cache.py)."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora.data.dataset_cache import StoredExamples, cached, load, store
 from minilora.data.formats import Chat, Row, as_messages, check_file, extra_keys, iterate_dataset
-from minilora.data.labels import Example, encode_row
+from minilora.data.loss_mask import Example, encode_row
 from minilora.data.report import DataReport, numbers
-from minilora.data.stored import StoredExamples, cached, load, store
 from minilora.data.tokenizer import AnyTokenizer
 
 STREAM = 64 * 2**20  # bytes: the tokens of a larger file are kept in a temporary file, not in memory
@@ -122,3 +122,11 @@ class Encoder:
             sources=self.sources,
             **{kind: tuple(rows) for kind, rows in self.noted.items()},
         )
+
+
+class Encoded(list[Any]):
+    """Examples, each with a `len` in tokens, and a printable `report`."""
+
+    def __init__(self, examples: Iterable[Any], report: str):
+        super().__init__(examples)
+        self.report = report

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilora.data.labels import IGNORE, Example
+from minilora.data.loss_mask import IGNORE, Example
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from minilora.data.template import render
-from minilora.storage import open_leaf, write_text
+from minilora.common import write_text
+from minilora.data.chat_template import render
+from minilora.models.gguf.tokenizer import from_gguf
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -183,11 +184,11 @@ class Tokenizer:
 def load_tokenizer(source: str | Path, *, revision: str | None = None, token: str | None = None,
                    local_files_only: bool | None = None) -> Tokenizer:  # fmt: skip
     """The tokenizer of a Hub id, a checkpoint folder or a .gguf file."""
-    from minilora.models.hub import resolve
+    from minilora.hub import resolve
 
     path = resolve(source, revision=revision, token=token, local_files_only=local_files_only, weights=False)
     if path.suffix == ".gguf":
-        return Tokenizer(*open_leaf("gguf.tokenizer").from_gguf(path))
+        return Tokenizer(*from_gguf(path))
     return _from_folder(path)
 
 

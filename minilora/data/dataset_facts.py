@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from minilora.adapters.binding import hash_tokenizer
 from minilora.data import IGNORE, AnyTokenizer, Chat, Example, as_messages
+from minilora.data.chat_template import template_errors
 from minilora.data.dataset import Encoder
 from minilora.data.formats import Row
 from minilora.data.prompt import is_special
 from minilora.data.report import numbers
-from minilora.data.template import template_errors
+from minilora.lora.files.base_check import hash_tokenizer
 
 
 class Facts(Encoder):

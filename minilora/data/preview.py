@@ -22,9 +22,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from minilora.data import IGNORE, AnyTokenizer, DataReport, Example, encode_row
+from minilora.data.dataset_facts import Facts
 from minilora.data.formats import iterate_dataset
 from minilora.data.packing import pack
-from minilora.preview.facts import Facts
 
 EDGE = 6  # tokens shown at each end of a run of tokens that are all trained, or all not
 WIDTH = 160  # characters of a run

@@ -14,21 +14,20 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-from minilora.data.labels import IGNORE, Example
+from minilora.common import __version__, whole
+from minilora.data.loss_mask import IGNORE, Example
 from minilora.data.report import DataReport
-from minilora.storage import whole
 
 TOKENS, ROWS, REPORT = "tokens.bin", "rows.bin", "report.json"
 RECORD = np.dtype([("end", "<i8"), ("row", "<i8"), ("dropped_turns", "<i4"), ("truncated", "?"), ("double_bos", "?")])
@@ -126,7 +125,17 @@ def cache_key(path: Path, tokenizer: Any, max_length: int | None) -> str:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     parts = [content, path.suffix.lower(), max_length, repr(tokenizer), template, written]
     parts += [getattr(tokenizer, "split_special_tokens", None), date.today() if "strftime_now" in template else None]
-    package = sys.modules[type(tokenizer).__module__.partition(".")[0]]  # minilora or transformers
-    parts += [version("tokenizers"), version("jinja2"), getattr(package, "__version__", None)]
+    package = type(tokenizer).__module__.partition(".")[0]  # minilora or transformers
+    parts += [version("tokenizers"), version("jinja2"), _version_of(package)]
     parts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]  # of other code, another key
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _version_of(package: str) -> str | None:
+    """The version of a package, None for a script's own tokenizer."""
+    if package == "minilora":
+        return __version__
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

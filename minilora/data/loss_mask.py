@@ -17,11 +17,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from minilora.data.chat_template import template_errors
 from minilora.data.formats import Chat, Message, Row, Text, as_messages
 from minilora.data.prompt import opening_ids, turn_end
-from minilora.data.template import template_errors
 from minilora.data.tokenizer import AnyTokenizer
-from minilora.ops.cross_entropy import IGNORE
+from minilora_kernels.ops.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)
