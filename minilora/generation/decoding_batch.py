@@ -1,6 +1,6 @@
 """A running batch: contexts that rows join and leave.
 
-Rows stand right-aligned, as in models/context.py, and read one token a step, so each row's tokens are the last
+Rows stand right-aligned, as in models/padded_batch.py, and read one token a step, so each row's tokens are the last
 `lengths[b]` columns without a gap. Rows of several caches therefore become one cache by lining up their right ends:
 
     . . A B C      and     F G H      ->     . . A B C        columns in which no row has a token are left away,
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from minilora.models.cache import KVCache
-from minilora.models.context import PAD, Context
+from minilora.models.kv_cache import KVCache
+from minilora.models.padded_batch import PAD, Context
 
 
 def joined(parts: Sequence[tuple[Context, Sequence[int]]]) -> Context | None:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.models.cache import KVCache
 from minilora.models.config import SLIDING
-from minilora.models.context import Context
-from minilora.quant import NF4Linear
-from minilora_kernels.paths import path_for
+from minilora.models.kv_cache import KVCache
+from minilora.models.padded_batch import Context
+from minilora.quant.nf4_linear import NF4Linear
+from minilora_kernels.backend import path_for
 
 ROWS, TOKENS = 16, 16  # "auto": at most so many rows, at least so many new tokens; estimates, no GPU has been asked yet
 LEAST, UNIT = 256, 64  # columns of a step at least, and of which a multiple

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.generate import Decoding, pick
+from minilora.generation.generate import Decoding, pick
 
 HALF = "\ufffd"  # what the bytes of a character decode to before all of them are there
 
@@ -35,7 +35,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to an answer. finish: None, or why it is over: stop, length, timeout (error: worker.py)."""
+    """What a step adds to an answer. finish: None, or why it is over: stop, length, timeout (error:
+    engine_thread.py)."""
 
     ask: Ask
     text: str = ""

@@ -6,7 +6,7 @@
 
 Prompts of similar length go together, padded on the left; what all of them begin with is read once. A finished row
 leaves its batch. u comes from a generator of the row's own, so a sampled answer depends on (seed, row number, prompt),
-not on its neighbours. On a GPU a token's step can be one CUDA graph (engines/graph.py). Simplified against
+not on its neighbours. On a GPU a token's step can be one CUDA graph (generation/cuda_graph.py). Simplified against
 transformers' generate: no beams, penalties or streaming.
 """
 
@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data.prompt import encode_prompt, end_of_turn
-from minilora.models.context import Context, inference, shared_prefix
-from minilora.ops import plain_now
-from minilora.quant import NF4Linear
-from minilora.storage import open_leaf
+from minilora.generation.cuda_graph import graphs
+from minilora.lora.batched import for_prompts
+from minilora.models.padded_batch import Context, inference, shared_prefix
+from minilora.quant.nf4_linear import NF4Linear
+from minilora_kernels.ops.mode import plain_now
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -78,8 +79,8 @@ def generate(
     ids before which an answer ends; the model's own end tokens always end it. `batch_size` prompts are answered at a
     time; answers do not depend on it, rounding aside.
     `cuda_graph`: on a GPU, start all the work of a token with one call; "auto" does where the model allows and it
-    should pay (engines/graph.py says when), True raises where the model does not allow. Answers do not depend on it.
-    `adapters`: for each prompt the name of the adapter that answers, None for the base alone (engines/rows.py).
+    should pay (generation/cuda_graph.py says when), True raises where the model does not allow. Answers do not depend
+    on it. `adapters`: for each prompt the name of the adapter that answers, None for the base alone (lora/batched.py).
     ValueError: an empty prompt, one too long for the model's context, a number out of its range,
     cuda_graph=True without a GPU.
     """
@@ -123,7 +124,7 @@ def generate_ids(
 ) -> list[list[int]]:
     """The same on token ids: the new tokens of each prompt, end tokens left out."""
     check_lengths(model, prompts, rule.max_new_tokens)
-    rows = None if adapters is None else open_leaf("engines.rows").for_prompts(model, adapters, len(prompts), rule)
+    rows = None if adapters is None else for_prompts(model, adapters, len(prompts), rule)
     seed = secrets.randbits(64) if rule.seed is None else rule.seed
     draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -146,7 +147,7 @@ def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Conte
     if rule.cuda_graph is False or (rule.cuda_graph == "auto" and not gpu):
         return lambda context: context
     rows = min(rule.batch_size, rows)
-    return open_leaf("engines.graph").graphs(model, rule.cuda_graph, rows, rule.max_new_tokens)
+    return graphs(model, rule.cuda_graph, rows, rule.max_new_tokens)
 
 
 @contextmanager
@@ -154,8 +155,8 @@ def matrix_vector(model: nn.Module) -> Iterator[None]:
     """Inside, layers on a CPU are quick to take a single token. Sums are in fp32 and rounded once in any case.
 
     Where the processor has AMX, a dense bf16 one takes it through `torch.mv`: F.linear's product with one row fills
-    AMX's tiles of 16, while without AMX it is the faster of the two (benchmarks/choices.py, docs/LOG.md). A 4-bit one
-    looks up only once where its codes lie.
+    AMX's tiles of 16, while without AMX it is the faster of the two (benchmarks/training/choices.py, docs/LOG.md). A
+    4-bit one looks up only once where its codes lie.
     """
     layers: list[Any] = [m for m in model.modules() if "forward" not in vars(m)]
     dense: list[Any] = [m for m in layers if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]

@@ -1,11 +1,11 @@
 """Requests with different adapters in one running batch: each joins at the next token and leaves when it is done.
 
-    step:   one token for every row of the batch            one forward pass, row b through adapter b (engines/rows.py)
+    step:   one token for every row of the batch            one forward pass, row b through adapter b (lora/batched.py)
             the prompts that wait and fit are read          one forward pass, and with it their first token
-            who is done leaves, who is new joins            the caches become one (batch.py)
+            who is done leaves, who is new joins            the caches become one (decoding_batch.py)
 
 No HTTP and no threads: `submit`, `step`, `cancel`, `load`, `unload`, all from one thread, and `step` returns all that
-a server has to pass on (worker.py). An answer depends on its own request alone, rounding aside: the same prompt,
+a server has to pass on (engine_thread.py). An answer depends on its own request alone, rounding aside: the same prompt,
 adapter, seed and stops give `ml.generate`'s text. Simplified against vLLM: the cache is dense, as wide as its longest
 row (no pages), a long prompt is read in one go while the others wait, and a common beginning is read again each time.
 """
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.files import load_adapter
-from minilora.adapters.switch import delete_adapter, list_adapters, use_adapter
-from minilora.engines.rows import adapter_per_row
-from minilora.generate import end_tokens, matrix_vector
-from minilora.models.context import Context
-from minilora.serve.batch import joined
-from minilora.serve.request import Ask, Piece, Row
+from minilora.generation.decoding_batch import joined
+from minilora.generation.generate import end_tokens, matrix_vector
+from minilora.generation.sequence import Ask, Piece, Row
+from minilora.lora.active import delete_adapter, list_adapters, use_adapter
+from minilora.lora.batched import adapter_per_row
+from minilora.lora.files.save_load import load_adapter
+from minilora.models.padded_batch import Context
 
 READ = 512  # tokens of new prompts in a step, padding included, unless a single one is longer: who runs waits meanwhile
 

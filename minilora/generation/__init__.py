@@ -1,0 +1,1 @@
+"""Text generation: sampling, batches, the continuous-batching engine, CUDA graphs."""
