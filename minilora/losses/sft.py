@@ -1,4 +1,4 @@
-"""What is learned from a row. Supervised fine-tuning is here, objectives/ holds other values of the same form.
+"""What is learned from a row. Supervised fine-tuning is here, losses/ holds other values of the same form.
 
     loss_sum = sum over t with labels[t+1] != -100 of  -log p(labels[t+1] | tokens <= t)
 
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.data import IGNORE, EncodedDataset, Example, collate, encode_dataset
-from minilora.lora import LoRALayer
-from minilora.models.context import inference
-from minilora.ops.cross_entropy import head_cross_entropy
+from minilora.lora.layer import LoRALayer
+from minilora.models.padded_batch import inference
+from minilora_kernels.ops.cross_entropy import head_cross_entropy
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")  # of a batch, what a model reads
 

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.common import unknown
 from minilora.data import IGNORE, Example, RawText, encode_prompt, read_dataset
+from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
 from minilora.data.report import numbers
-from minilora.models.context import inference
-from minilora.names import unknown
-from minilora.objectives.encoded import Encoded
-from minilora.scoring.objective import padded
+from minilora.losses.sft import padded
+from minilora.models.padded_batch import inference
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.adapters import disabled_adapters, list_adapters
-from minilora.config import check_options, option
+from minilora.common import check_options, option
 from minilora.data import Example, encode_dataset, read_dataset
+from minilora.data.dataset import Encoded
 from minilora.data.formats import shape_of
-from minilora.models.context import inference
-from minilora.objectives.encoded import Encoded
-from minilora.ops.cross_entropy import head_logprobs
-from minilora.scoring.objective import labelled, padded
+from minilora.lora.active import disabled_adapters, list_adapters
+from minilora.losses.sft import labelled, padded
+from minilora.models.padded_batch import inference
+from minilora_kernels.ops.cross_entropy import head_logprobs
 
 
 @dataclass(frozen=True)

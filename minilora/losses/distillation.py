@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapters import disabled_adapters, list_adapters
-from minilora.config import check_options, option
-from minilora.models.context import inference
+from minilora.common import check_options, option
+from minilora.lora.active import disabled_adapters, list_adapters
+from minilora.losses.sft import SFT, Labelled, labelled
 from minilora.models.loader import load_model
-from minilora.ops.cross_entropy import in_chunks, rows_at_a_time
-from minilora.scoring.objective import SFT, Labelled, labelled
+from minilora.models.padded_batch import inference
+from minilora_kernels.ops.cross_entropy import in_chunks, rows_at_a_time
 
 
 @dataclass(frozen=True)
