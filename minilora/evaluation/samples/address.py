@@ -14,8 +14,8 @@ import json
 import re
 from pathlib import Path
 
-from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Task, chat_row, connected, split_by_group
+from minilora.evaluation.samples.download import FilePin, Pin, fetch
+from minilora.evaluation.samples.task import Task, chat_row, connected, split_by_group
 
 SDIST = Pin(
     "usaddress",

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from minilora.samples.task import Row, answer_of, question_of
+from minilora.evaluation.samples.task import Row, answer_of, question_of
 
 
 def majority_class(train: list[Row], test: list[Row]) -> float:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from minilora.data.dataset import encode_dataset
 from minilora.data.formats import Chat, RawText, as_messages, read_dataset
-from minilora.data.labels import IGNORE, Example, encode_row
+from minilora.data.loss_mask import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
-from minilora.generate import Decoding, check_lengths, end_tokens, generate_ids
-from minilora.models.context import Context, inference, shared_prefix
-from minilora.scoring.objective import mean_loss
-from minilora.scoring.scores import Scores, exact_match, token_f1
+from minilora.evaluation.metrics import Scores, exact_match, token_f1
+from minilora.generation.generate import Decoding, check_lengths, end_tokens, generate_ids
+from minilora.losses.sft import mean_loss
+from minilora.models.padded_batch import Context, inference, shared_prefix
 
 Metric = Callable[[str, str], float]
 

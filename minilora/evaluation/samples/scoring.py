@@ -1,6 +1,6 @@
 """Scores for answers that are JSON objects. Each takes (prediction, reference) and gives a number in [0, 1]."""
 
-from minilora.scoring.scores import json_fields
+from minilora.evaluation.metrics import json_fields
 
 
 def field_f1(prediction: str, reference: str) -> float:

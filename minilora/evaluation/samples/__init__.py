@@ -5,14 +5,14 @@ Imported eagerly on purpose: functions named like their files would else be hidd
 only the standard library comes with it.
 """
 
-from minilora.samples.address import address
-from minilora.samples.baselines import majority_class, nearest_neighbour
-from minilora.samples.icd10 import icd10
-from minilora.samples.prose import prose
-from minilora.samples.scoring import field_f1
-from minilora.samples.smollm2 import smollm2
-from minilora.samples.task import Task
-from minilora.scoring.scores import json_valid
+from minilora.evaluation.metrics import json_valid
+from minilora.evaluation.samples.address import address
+from minilora.evaluation.samples.baselines import majority_class, nearest_neighbour
+from minilora.evaluation.samples.icd10 import icd10
+from minilora.evaluation.samples.prose import prose
+from minilora.evaluation.samples.scoring import field_f1
+from minilora.evaluation.samples.smollm2 import smollm2
+from minilora.evaluation.samples.task import Task
 
 __all__ = [
     "Task",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Row, Task, chat_row, split_by_group
+from minilora.evaluation.samples.download import FilePin, Pin, fetch
+from minilora.evaluation.samples.task import Row, Task, chat_row, split_by_group
 
 WHEEL = Pin(
     "simple-icd-10-cm",

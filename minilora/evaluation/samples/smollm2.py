@@ -11,7 +11,7 @@ import sys
 from http.client import HTTPException
 from urllib.request import Request, urlopen
 
-from minilora.samples.download import FilePin, Pin, fetch
+from minilora.evaluation.samples.download import FilePin, Pin, fetch
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NEEDED = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")

@@ -1,0 +1,1 @@
+"""Evaluation: losses, answers and their metrics, and the sample model and tasks."""
