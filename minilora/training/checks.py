@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data.report import numbers
-from minilora.lora import LoRALayer
-from minilora.models.context import inference
-from minilora.storage import open_leaf
-from minilora.train.config import TrainConfig
-from minilora_kernels import pool
+from minilora.lora.layer import LoRALayer
+from minilora.models.padded_batch import inference
+from minilora.training.config import TrainConfig
+from minilora_kernels import allocator
 
 
 def check_causal(model: Any) -> None:
@@ -98,7 +97,7 @@ def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
             yield
         finally:
             gc.unfreeze()
-            pool.release()
+            allocator.release()
 
 
 @contextmanager
@@ -202,7 +201,9 @@ def memory_explained(model: nn.Module, config: TrainConfig) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            error.add_note(open_leaf("memory.shortage").explain(model, config, before))
+            from minilora.tools.memory_plan.shortage import explain
+
+            error.add_note(explain(model, config, before))
         raise
 
 

@@ -7,7 +7,7 @@
         trainer_state.json                               step, losses, loss scale, and what the data position rests on
 
 There is no random state to save: the order of the data and the dropout of a step are functions of (seed, step). The
-folder appears whole or not at all (storage.py), so a crash at any moment leaves the checkpoints before it.
+folder appears whole or not at all (common.py), so a crash at any moment leaves the checkpoints before it.
 """
 
 import json
@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import save_adapter
-from minilora.lora import LoRALayer
+from minilora.common import read_tensors, whole, write_tensors, write_text
+from minilora.lora.files.save_load import save_adapter
+from minilora.lora.layer import LoRALayer
 from minilora.models.decoder import CausalLM
 from minilora.models.save import save_model
-from minilora.storage import read_tensors, whole, write_tensors, write_text
-from minilora.train.config import TrainConfig
-from minilora.train.process import Process
+from minilora.training.config import TrainConfig
+from minilora.training.process import Process
 
 STATE, TENSORS = "trainer_state.json", "trainer_state.safetensors"
 
@@ -218,7 +218,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
-            "no parameter of the model requires grad: inject an adapter first, minilora.inject(model, ...)."
+            "no parameter of the model requires grad: inject an adapter first, minilora.lora.inject(model, ...)."
         )
     if low := [name for name, p in parameters.items() if p.dtype != torch.float32]:
         raise ValueError(

@@ -14,13 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minilora.common import unknown
 from minilora.data.formats import iterate_dataset
-from minilora.names import unknown
-from minilora.scoring.evaluate import evaluate
-from minilora.scoring.objective import SFT, Objective, means
-from minilora.scoring.scores import json_valid
-from minilora.train.config import TrainConfig
-from minilora.train.process import Process
+from minilora.evaluation.evaluate import evaluate
+from minilora.evaluation.metrics import json_valid
+from minilora.losses.sft import SFT, Objective, means
+from minilora.training.config import TrainConfig
+from minilora.training.process import Process
 
 ANSWERS = ("exact_match", "token_f1", "json_valid")
 Figures = dict[str, float]  # one evaluation: "step" and what was measured

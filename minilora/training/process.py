@@ -1,4 +1,4 @@
-"""The process of a run: there is one. In a process group engines/parallel.py gives the same answers for many."""
+"""The process of a run: there is one. In a process group training/distributed.py gives the same answers for many."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -8,14 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from minilora.storage import open_leaf
-
-
-def process_on(device: torch.device, fsdp: bool = False) -> "Process":
-    """This process of the run, whose trained parameters are on `device`; fsdp: several hold the model in shards."""
-    several = grouped() and dist.get_world_size() > 1
-    return open_leaf("engines.parallel").Parallel(device, fsdp) if several else Process(device)
 
 
 class Process:

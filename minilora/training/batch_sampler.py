@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minilora.train.config import TrainConfig
+from minilora.training.config import TrainConfig
 
 WINDOW = 50  # most steps sorted together
 

@@ -6,9 +6,9 @@
 
 The update uses the fp32 moments, before they are rounded; only what is kept for the next step is in 8 bits. m takes the
 signed dynamic map, v, never negative, the unsigned one: seven decades each, so that small moments keep their relative
-precision. Ties take the lower code, as in double quantisation (minilora_kernels/codebook.py). Parameters with less than
-4,096 values keep fp32 moments: their blocks would be few and save nothing. On a GPU a kernel does it all in one launch,
-with the same bits (minilora_kernels/steps/adam8bit.py); here is the plain form.
+precision. Ties take the lower code, as in double quantisation (minilora_kernels/nf4/codebook.py). Parameters with less
+than 4,096 values keep fp32 moments: their blocks would be few and save nothing. On a GPU a kernel does it all in one
+launch, with the same bits (minilora_kernels/triton/adamw_8bit.py); here is the plain form.
 Simplified against bitsandbytes: no percentile clipping. `paged` keeps the moments in pinned host memory on a GPU.
 """
 
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora_kernels import dynamic_map
-from minilora_kernels.codebook import midpoints
-from minilora_kernels.paths import has_kernels
+from minilora_kernels.backend import has_kernels
+from minilora_kernels.nf4.codebook import midpoints
 
 BLOCK, SMALLEST = 256, 4096  # values that share a scale; values of a parameter from which moments go to 8 bits
 
@@ -108,7 +108,7 @@ def plain_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequenc
 
 def gpu_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
     """`plain_step` in one launch."""
-    from minilora_kernels.steps.adam8bit import step
+    from minilora_kernels.triton.adamw_8bit import step
 
     step(p, g.contiguous(), moments, numbers)
 

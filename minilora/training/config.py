@@ -8,8 +8,7 @@ learning rate's default differs from TrainingArguments' 5e-5, which is meant for
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from minilora.config import check_options, option
-from minilora.names import nearest, unknown
+from minilora.common import check_options, nearest, option, unknown
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 TRACKERS = ("wandb", "tensorboard", "trackio")

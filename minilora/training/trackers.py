@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minilora.storage import write_text
-from minilora.train.config import TrainConfig
+from minilora.common import write_text
+from minilora.training.config import TrainConfig
 
 Figures = dict[str, float]
 

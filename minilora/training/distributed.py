@@ -11,7 +11,7 @@ FSDP2  every rank holds 1/world of each tensor. A layer's tensors, 4-bit codes a
        together while it runs and are dropped again. The model that was given waits where it fits, in host memory, and
        gets the trained values back for each checkpoint and at the end: files and what comes after know no shards.
 
-The loop knows train/process.py, the answers of one process; these are the answers of one among several.
+The loop knows training/process.py, the answers of one process; these are the answers of one among several.
 """
 
 import copy
@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minilora.engines.adam8bit import AdamW8bit
-from minilora.inject import lora_configs
-from minilora.train.process import Loss, Process, full
+from minilora.lora.registry import lora_configs
+from minilora.training.optim.adamw_8bit import AdamW8bit
+from minilora.training.process import Loss, Process, full, grouped
 
 
 class Parallel(Process):
@@ -190,3 +190,9 @@ def _refer(optimizer: torch.optim.Optimizer, places: dict[Any, Any], states: dic
     for p, other in places.items():
         optimizer.state.pop(p, None)
         optimizer.state[other] = states[other]
+
+
+def process_on(device: torch.device, fsdp: bool = False) -> "Process":
+    """This process of the run, whose trained parameters are on `device`; fsdp: several hold the model in shards."""
+    several = grouped() and dist.get_world_size() > 1
+    return Parallel(device, fsdp) if several else Process(device)

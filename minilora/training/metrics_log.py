@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minilora.storage import naming, open_leaf, write_text
-from minilora.train.checkpoint import Progress
-from minilora.train.config import TrainConfig
+from minilora.common import naming, write_text
+from minilora.training.checkpoint import Progress
+from minilora.training.config import TrainConfig
+from minilora.training.trackers import trackers
 
 
 class Log:
@@ -25,7 +26,7 @@ class Log:
         self.every, self.tokens, self.seconds, self.file = config.logging_steps, 0, 0.0, None
         self.trackers: list[Any] = []
         if is_main and config.trackers:
-            self.trackers = open_leaf("runs.trackers").trackers(config, progress.step)
+            self.trackers = trackers(config, progress.step)
         if self.path is not None:
             write_text(self.path, "".join(_lines_until(self.path, progress.step)))
             self.file = self.path.open("a", buffering=1, encoding="utf-8")  # line by line: a crash loses none

@@ -12,7 +12,7 @@ these are exactly. Only its "constant", which drops a warm-up silently, differs:
 
 import math
 
-from minilora.train.config import TrainConfig
+from minilora.training.config import TrainConfig
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:

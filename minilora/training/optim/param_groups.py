@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.layers import EmbeddingAdapter
-from minilora.lora import LoRALayer
-from minilora.storage import open_leaf
-from minilora.train.config import TrainConfig
+from minilora.lora.embedding_conv import EmbeddingAdapter
+from minilora.lora.layer import LoRALayer
+from minilora.training.config import TrainConfig
+from minilora.training.optim.adamw_8bit import AdamW8bit
 
 
 def new_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -36,4 +36,4 @@ def new_optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], config:
         print(
             f'optim: {config.optim!r} keeps its moments in host memory, where they are anyway on a CPU: "adamw_8bit".'
         )
-    return open_leaf("engines.adam8bit").AdamW8bit(groups, paged=paged, **given)
+    return AdamW8bit(groups, paged=paged, **given)

@@ -7,7 +7,7 @@ micro-batch's summed loss is divided by that one number, so the gradient is the 
 rounding and without dropout. What requires grad trains: the adapters, kept in fp32 and cast to x's dtype in forward.
 The order of the data and the dropout of a step follow from (seed, step, micro-batch): a resumed run equals one that
 never stopped. Below, `train` prepares and goes round, one step a turn: due evaluations, `_backward`, clip, optimiser,
-log. In a process group of torch.distributed each rank takes its share of the micro-batches (engines/parallel.py).
+log. In a process group of torch.distributed each rank takes its share of the micro-batches (training/distributed.py).
 """
 
 import time
@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.binding import note_tokenizer
 from minilora.data.packing import pack
-from minilora.scoring.objective import SFT, Objective, check_supervised, lengths_of
-from minilora.storage import open_leaf
-from minilora.train import checkpoint, guard
-from minilora.train.batches import BatchPlan, seed_of
-from minilora.train.config import TrainConfig
-from minilora.train.evaluation import Evaluation, Figures
-from minilora.train.log import Log
-from minilora.train.optim.groups import new_optimizer
-from minilora.train.optim.noise import noisy_embeddings
-from minilora.train.optim.schedule import learning_rate, total_steps
-from minilora.train.process import Process, full, main_speaks, process_on
+from minilora.lora.files.base_check import note_tokenizer
+from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
+from minilora.training import checkpoint, checks
+from minilora.training.batch_sampler import BatchPlan, seed_of
+from minilora.training.config import TrainConfig
+from minilora.training.distributed import process_on
+from minilora.training.metrics_log import Log
+from minilora.training.optim.lr_schedule import learning_rate, total_steps
+from minilora.training.optim.neftune import noisy_embeddings
+from minilora.training.optim.param_groups import new_optimizer
+from minilora.training.process import Process, full, main_speaks
+from minilora.training.validation import Evaluation, Figures
 
 
 @dataclass
@@ -62,7 +62,9 @@ class TrainResult:
         """A matplotlib Figure of the run's log, saved to `path` if given; ValueError for a run without output_dir."""
         if self.log is None:
             raise ValueError("plot: a run without output_dir keeps no log to draw: give TrainConfig(output_dir=...).")
-        return open_leaf("plot.logs").runs([self.log], path)
+        from minilora.tools.plot.logs import runs
+
+        return runs([self.log], path)
 
 
 @main_speaks()
@@ -87,31 +89,31 @@ def train(
     """
     started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
     check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
-    guard.check_causal(model)
+    checks.check_causal(model)
     if config.method == "full":
-        guard.unfreeze(model)
+        checks.unfreeze(model)
     parameters = checkpoint.trainable_parameters(model)
     parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
     device = parallel.device
-    guard.reset_peak_memory(device)
+    checks.reset_peak_memory(device)
     kept = {} if config.dataset_cache is None else {"cache": config.dataset_cache}
     with parallel.main_first(bool(kept)):
         examples = objective.encode(dataset, tokenizer, config.max_length, **kept)
         evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
     print(f"train: {examples.report}")
     print(evaluation, end="\n" * bool(evaluation.sets))
-    guard.check_vocabulary(model, tokenizer, {"train": (objective, examples), **evaluation.sets})
+    checks.check_vocabulary(model, tokenizer, {"train": (objective, examples), **evaluation.sets})
 
     lengths = lengths_of(examples)
     if config.packing:
-        guard.check_packing(model)
+        checks.check_packing(model)
         examples = pack(examples, lengths, config.max_length)
         lengths = examples.lengths
         print(f"packing: {examples}")
     plan = BatchPlan(lengths, config, parallel.world)
     total = total_steps(config, len(plan))
     optimizer = new_optimizer(model, parameters, config)
-    autocast, scaler = guard.precision_of(model, config, device)
+    autocast, scaler = checks.precision_of(model, config, device)
     checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config, parallel)
     progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
     note_tokenizer(model, tokenizer)
@@ -121,8 +123,8 @@ def train(
     interrupted = False
     with (
         Log(progress, total, config, parallel.is_main) as log,
-        guard.memory_explained(model, config),
-        guard.training_mode(parallel.model, config.gradient_checkpointing),
+        checks.memory_explained(model, config),
+        checks.training_mode(parallel.model, config.gradient_checkpointing),
         noisy_embeddings(parallel.model, config.neftune_noise_alpha),
         parallel.interruptible(),
     ):
@@ -134,7 +136,7 @@ def train(
                     log.write(**progress.evals[-1])
                 best = evaluation.best(progress.evals)
                 if checkpoints.due(progress, best):
-                    with guard.uninterrupted():
+                    with checks.uninterrupted():
                         checkpoints.save(progress, best)
                 if progress.step >= total or evaluation.exhausted(progress.evals):
                     break
@@ -149,12 +151,12 @@ def train(
                 # g <- g * min(1, max_grad_norm / |g|)
                 longest = config.max_grad_norm or float("inf")
                 norm = full(nn.utils.clip_grad_norm_(parallel.parameters.values(), longest))
-                guard.check_finite(step, losses, norm, scaler.get_scale(), samples)
+                checks.check_finite(step, losses, norm, scaler.get_scale(), samples)
                 if step == 1:
-                    guard.check_gradients(parallel.model, parallel.parameters)
+                    checks.check_gradients(parallel.model, parallel.parameters)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_ratio"]
-                with guard.uninterrupted():  # weights, moments and the count move together or not at all
+                with checks.uninterrupted():  # weights, moments and the count move together or not at all
                     scaler.step(optimizer)
                     scaler.update()
                     tokens = sum(len(example) for micro in samples for example in micro)
@@ -162,12 +164,12 @@ def train(
                     progress.losses.append(losses.sum().item())
                     for name, value in further.items():
                         progress.metrics.setdefault(name, []).append(value.item())
-                    seconds, memory = time.perf_counter() - begun, guard.peak_memory(device)
+                    seconds, memory = time.perf_counter() - begun, checks.peak_memory(device)
                     log.step(progress, tokens, seconds, learning_rate=rate, grad_norm=norm.item(), peak_memory=memory)
         except KeyboardInterrupt:
             interrupted = True
         best = evaluation.best(progress.evals)
-        with guard.uninterrupted():
+        with checks.uninterrupted():
             with parallel.whole(optimizer, for_good=True):
                 checkpoints.save(progress, best)
             log.write(steps=progress.step, tokens=progress.tokens, seconds=log.seconds, interrupted=interrupted)
@@ -180,7 +182,7 @@ def train(
         tokens=progress.tokens,
         tokens_per_second=log.tokens_per_second,
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=guard.peak_memory(device),
+        peak_memory_bytes=checks.peak_memory(device),
         interrupted=interrupted,
         checkpoint=checkpoints.newest,
         best_step=None if best is None else int(best["step"]),
