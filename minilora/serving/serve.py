@@ -1,7 +1,7 @@
 """One base and many adapters behind OpenAI's HTTP interface: `minilora serve`, `ml.serve` (docs/serve.md).
 
-    socket -> guard.py (token, limits) -> app.py (routes) -> desk.py | worker.py -> engine.py (the batch)
-    a thread for HTTP ------------------------------------------------ | the caller's
+    socket -> middleware.py (token, limits) -> app.py (routes) -> engine_client.py | engine_thread.py -> engine.py (the
+    batch) a thread for HTTP ------------------------------------------------ | the caller's
 
 FastAPI and uvicorn are an extra (pip install 'minilora[serve]') and imported when a server starts.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from minilora.adapters.files import load_adapter
-from minilora.serve.config import ServeConfig
-from minilora.serve.engine import Engine
+from minilora.generation.engine import Engine
+from minilora.lora.files.save_load import load_adapter
+from minilora.serving.config import ServeConfig
 
 TOKEN = "MINILORA_API_KEY"  # the variable
 
@@ -42,7 +42,7 @@ def serve(
     """
     config = config or ServeConfig()
     token = check(config)
-    from minilora.serve.run import run
+    from minilora.serving.server import run
 
     name = config.name or base_name(getattr(model, "name_or_path", ""))
     for own, folder in (adapters or {}).items():

@@ -15,8 +15,8 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
-from minilora.serve.desk import Pieces
-from minilora.serve.guard import Refused
+from minilora.serving.engine_client import Pieces
+from minilora.serving.middleware import Refused
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass
 
-from minilora.config import check_options, option
+from minilora.common import check_options, option
 
 
 @dataclass(frozen=True)

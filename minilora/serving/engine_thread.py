@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from minilora.serve.engine import Engine, Full
-from minilora.serve.request import Ask, Piece
+from minilora.generation.engine import Engine, Full
+from minilora.generation.sequence import Ask, Piece
 
 Listener = Callable[[Piece], Any]
 WAKE = 1.0  # seconds: a signal that another thread gets, or that comes just before a wait, does not end it

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minilora.serve.config import ServeConfig
-from minilora.serve.metrics import Metrics
+from minilora.serving.config import ServeConfig
+from minilora.serving.metrics import Metrics
 
 PUBLIC = ("/", "/healthz")  # without a token: the page, which asks for it, and what a supervisor polls
 BODY_SECONDS = 20.0  # for a body to arrive

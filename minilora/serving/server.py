@@ -18,11 +18,11 @@ from typing import Any
 
 import uvicorn
 
-from minilora.serve.app import create_app
-from minilora.serve.config import ServeConfig
-from minilora.serve.engine import Engine
-from minilora.serve.guard import Guard
-from minilora.serve.worker import Worker
+from minilora.generation.engine import Engine
+from minilora.serving.app import create_app
+from minilora.serving.config import ServeConfig
+from minilora.serving.engine_thread import Worker
+from minilora.serving.middleware import Guard
 
 
 class Server(uvicorn.Server):

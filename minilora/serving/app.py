@@ -13,13 +13,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from minilora.data.formats import RawText
-from minilora.serve.answers import Shape, Stream, whole
-from minilora.serve.config import ServeConfig
-from minilora.serve.desk import Desk, Pieces
-from minilora.serve.guard import Guard, Refused
-from minilora.serve.metrics import Metrics
-from minilora.serve.schema import Chat, Completion, Error, Generate, Load, Unload
-from minilora.serve.worker import Worker
+from minilora.serving.config import ServeConfig
+from minilora.serving.engine_client import Desk, Pieces
+from minilora.serving.engine_thread import Worker
+from minilora.serving.metrics import Metrics
+from minilora.serving.middleware import Guard, Refused
+from minilora.serving.responses import Shape, Stream, whole
+from minilora.serving.schema import Chat, Completion, Error, Generate, Load, Unload
 
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
@@ -117,7 +117,7 @@ def _adapters(app: FastAPI, desk: Desk) -> None:
 
 
 def _operating(app: FastAPI, desk: Desk, guard: Guard) -> None:
-    page = files("minilora.serve").joinpath("page.html").read_text(encoding="utf-8")
+    page = files("minilora.serving.serve").joinpath("page.html").read_text(encoding="utf-8")
     inline = {kind: re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.S) for kind in ("script", "style")}
     policy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     for kind, bodies in inline.items():  # what the page holds runs, what an answer holds never does

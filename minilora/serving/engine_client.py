@@ -1,6 +1,7 @@
 """Between the routes and the engine's thread: requests go in, pieces come out, names of models are known.
 
-Everything here runs in the event loop's thread; the engine's own (worker.py) hands pieces over by call_soon_threadsafe.
+Everything here runs in the event loop's thread; the engine's own (engine_thread.py) hands pieces over by
+call_soon_threadsafe.
 """
 
 import asyncio
@@ -12,12 +13,12 @@ from functools import partial
 from typing import Any
 
 from minilora.data.prompt import encode_prompt
-from minilora.serve.config import ServeConfig
-from minilora.serve.engine import Full
-from minilora.serve.guard import Refused, inside
-from minilora.serve.metrics import Metrics
-from minilora.serve.request import Ask, Piece
-from minilora.serve.worker import Ended, Worker
+from minilora.generation.engine import Full
+from minilora.generation.sequence import Ask, Piece
+from minilora.serving.config import ServeConfig
+from minilora.serving.engine_thread import Ended, Worker
+from minilora.serving.metrics import Metrics
+from minilora.serving.middleware import Refused, inside
 
 
 class Desk:
@@ -64,7 +65,7 @@ class Desk:
             refusal = Refused(429, str(error), "too_many_requests")
             refusal.headers["retry-after"] = str(math.ceil(self.metrics.pace * waiting / self.config.batch_size))
             raise refusal from error
-        except asyncio.CancelledError:  # the request's time is over (guard.py), and the engine may have accepted
+        except asyncio.CancelledError:  # the request's time is over (middleware.py), and the engine may have accepted
             pieces.close()
             raise
         self.metrics.tokens["prompt"] += sum(len(ask.prompt) for ask in asks)
