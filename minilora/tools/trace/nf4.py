@@ -1,4 +1,4 @@
-"""The steps between a weight and its 4 bits, in the names of the specification (minilora_kernels/reference.py).
+"""The steps between a weight and its 4 bits, in the names of the specification (minilora_kernels/nf4/reference.py).
 
     quantise      block → absmax → normalised → code → nibbles → byte
     absmax again  centred absmax → nested absmax → nested code, if double-quantised
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minilora_kernels import NF4Weight, dequantize_nf4, nf4_codebook, nf4_thresholds
-from minilora_kernels.reference import scaled_blocks, unpack
+from minilora_kernels.nf4.reference import scaled_blocks, unpack
 
 Row = tuple[Tensor, str, str]  # value, name, maths
 

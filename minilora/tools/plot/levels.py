@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.plot.style import area, canvas, line
+from minilora.tools.plot.style import area, canvas, line
 from minilora_kernels import NF4Weight, dequantize_nf4, nf4_codebook, nf4_thresholds
-from minilora_kernels.codebook import P_MAX, midpoints
-from minilora_kernels.reference import TINY, unpack
+from minilora_kernels.nf4.codebook import P_MAX, midpoints
+from minilora_kernels.nf4.reference import TINY, unpack
 
 BINS = 96  # of the fine histogram
 

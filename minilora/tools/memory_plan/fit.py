@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from minilora.inject import lora_layers
-from minilora.names import unknown
+from minilora.common import unknown
+from minilora.lora.registry import lora_layers
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WIDTH = 8  # lengths are padded to multiples of it

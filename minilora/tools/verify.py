@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.audit.inspect import safetensors_headers
+from minilora.tools.inspect import safetensors_headers
 from minilora_kernels import NF4Weight, dequantize_nf4, dynamic_map, quantize_nf4
 
 EQUAL, NESTED = "equal", "±1 nested code"

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minilora.config import LoRAConfig
-from minilora.inject import inject, lora_configs
-from minilora.memory.meter import Meter, Stretch, Unfilled
+from minilora.lora.config import LoRAConfig
+from minilora.lora.inject import inject
+from minilora.lora.registry import lora_configs
+from minilora.losses.sft import SFT
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.quant import NF4Linear, quantize_model
-from minilora.scoring.objective import SFT
-from minilora.train import guard
-from minilora.train.config import TrainConfig
-from minilora.train.optim.groups import new_optimizer
+from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.tools.memory_plan.meter import Meter, Stretch, Unfilled
+from minilora.training import checks
+from minilora.training.config import TrainConfig
+from minilora.training.optim.param_groups import new_optimizer
 
 STATIC = ("packed", "scales", "dense", "adapters")
 Step = tuple[list[tuple[str, Stretch]], int]  # the stretches by name, and the bytes of the optimiser's state
@@ -68,7 +69,7 @@ def walked_as(config: TrainConfig) -> TrainConfig:
     """The config whose step takes the same memory, and which is the same for all configs that walk alike."""
     return replace(
         config,
-        max_length=-(-config.max_length // 8) * 8,  # padded, as in scoring/objective.py
+        max_length=-(-config.max_length // 8) * 8,  # padded, as in losses/sft.py
         gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),  # the second adds to gradients
         optim=config.optim.removeprefix("paged_"),  # the same state, in host memory
     )
@@ -184,13 +185,13 @@ class _Recorder:
 def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -> tuple[dict, Counter[int]]:
     """The stretches of a step of this small model, and the bytes of the optimiser's state by sort of layer."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    autocast, _ = guard.precision_of(model, config, torch.device("cpu"))
+    autocast, _ = checks.precision_of(model, config, torch.device("cpu"))
     optimizer = new_optimizer(model, parameters, config)
     shape = config.per_device_train_batch_size, config.max_length
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "labels")}
     recorder = _Recorder(meter, list(parameters.values()))
     recorder.attach(model, kinds)
-    with guard.switched_to_training(model, config.gradient_checkpointing):
+    with checks.switched_to_training(model, config.gradient_checkpointing):
         for _ in range(config.gradient_accumulation_steps):
             recorder.forward = True
             recorder.begin("embedding")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.plot.logs import read_log
+from minilora.tools.plot.logs import read_log
 
 Trial = Any  # optuna.trial.Trial
 

@@ -4,10 +4,10 @@ Each function takes things of the library, returns a matplotlib Figure, and save
 .pdf). Nothing is shown or kept by itself; in a notebook, `%matplotlib inline` displays what a cell ends in.
 """
 
-from minilora.plot.batch import packed
-from minilora.plot.layers import merge_error, spectra
-from minilora.plot.levels import codebook, histogram
-from minilora.plot.logs import runs
-from minilora.plot.machine import memory, roofline
+from minilora.tools.plot.batch import packed
+from minilora.tools.plot.layers import merge_error, spectra
+from minilora.tools.plot.levels import codebook, histogram
+from minilora.tools.plot.logs import runs
+from minilora.tools.plot.machine import memory, roofline
 
 __all__ = ["codebook", "histogram", "memory", "merge_error", "packed", "roofline", "runs", "spectra"]

@@ -1,6 +1,6 @@
 """Adapters as pictures, a cell a layer: what was learned and where, and what merging it would lose.
 
-The singular values σ of ΔW = Σ s · B A over the active adapters come from B and A alone (audit/inspect.py).
+The singular values σ of ΔW = Σ s · B A over the active adapters come from B and A alone (tools/inspect.py).
 """
 
 import re
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.merge import merged_weight
-from minilora.audit.inspect import spaces
-from minilora.audit.merge_report import MergeReport
-from minilora.inject import lora_layers
-from minilora.layers import Adapter, active_adapters
-from minilora.names import unknown
-from minilora.plot.style import MAP, MARKERS, canvas, line
+from minilora.common import unknown
+from minilora.lora.embedding_conv import Adapter, active_adapters
+from minilora.lora.merging.merge import merged_weight
+from minilora.lora.registry import lora_layers
+from minilora.tools.inspect import spaces
+from minilora.tools.merge_report import MergeReport
+from minilora.tools.plot.style import MAP, MARKERS, canvas, line
 
 
 def spectra(model: nn.Module, path: str | Path | None = None) -> Any:

@@ -1,8 +1,8 @@
 """The model card: a README.md with the Hub's YAML on top, and below it in words what is known of an adapter or model.
 
-Known is what the folder's own files hold (config, safetensors headers, the metadata of binding.py) and what the caller
-hands over; of the rest nothing is said. The last line is a hash of the text above it, by which a card that somebody
-has edited since is told from one that may be written anew.
+Known is what the folder's own files hold (config, safetensors headers, the metadata of base_check.py) and what the
+caller hands over; of the rest nothing is said. The last line is a hash of the text above it, by which a card that
+somebody has edited since is told from one that may be written anew.
 """
 
 import hashlib
@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.adapters.binding import read_binding
-from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from minilora.audit.inspect import inspect, read_json
+from minilora.common import read_tensors, write_text
 from minilora.data.formats import read_dataset
-from minilora.models.hub import HUB_ID
-from minilora.scoring.scores import Scores
-from minilora.storage import read_tensors, write_text
-from minilora.train import TrainResult
+from minilora.evaluation.metrics import Scores
+from minilora.hub import HUB_ID
+from minilora.lora.files.base_check import read_binding
+from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE
+from minilora.tools.inspect import inspect, read_json
+from minilora.training.loop import TrainResult
 
 CARD, HERE = "README.md", "path/to/this/folder"  # HERE: in the code of a card, until push_to_hub knows better
 _MARK = "<!-- minilora card "

@@ -28,15 +28,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.adapters import load_adapter, merge
 from minilora.data.formats import read_dataset
-from minilora.data.labels import IGNORE, Example
+from minilora.data.loss_mask import IGNORE, Example
 from minilora.data.tokenizer import load_tokenizer
-from minilora.engines.rows import adapter_per_row
-from minilora.models.context import Context, inference
+from minilora.lora.batched import adapter_per_row
+from minilora.lora.files.save_load import load_adapter
+from minilora.lora.merging.merge import merge
+from minilora.losses.sft import SFT
 from minilora.models.loader import load_model
+from minilora.models.padded_batch import Context, inference
 from minilora.models.save import save_model
-from minilora.scoring.objective import SFT
 
 STAGES = ("trained", "merged", "merged folder", "4 bits", "gguf", "served")
 TOKENS = 512  # of answers that are compared, at most: their logits over the vocabulary are held

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.data.labels import IGNORE
-from minilora.plot.style import canvas, ink
+from minilora.data.loss_mask import IGNORE
+from minilora.tools.plot.style import canvas, ink
 
 SHADES = ("#56b4e9", "#f0e442", "#0072b2")  # of neighbouring documents
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.adapters.files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from minilora.config import LoRAConfig
-from minilora.gguf.header import read_header
-from minilora.lora import scaling
-from minilora.storage import read_tensors
+from minilora.common import read_tensors
+from minilora.lora.config import LoRAConfig
+from minilora.lora.files.save_load import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.lora.layer import scaling
+from minilora.lora.low_rank import Spaces, product_svd
+from minilora.models.gguf.header import read_header
 
-Spaces = tuple[Tensor, Tensor, Tensor]  # Q_B U (out, k), σ (k,), Q_A V (in, k); k is the rank
 GGUF_KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K"}
 GGUF_KINDS |= {12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}  # gguf.GGMLQuantizationType
 _SHOWN = re.compile(  # of config.json, adapter_config.json and GGUF fields
@@ -169,14 +169,6 @@ def spaces(up: Tensor, down: Tensor, s: float) -> Spaces:
     U, sigma, V = product_svd(s * up.double(), down)
     k = int((sigma > sigma[0] * max(up.shape[0], down.shape[1]) * torch.finfo(torch.float32).eps).sum())
     return U[:, :k], sigma[:k], V[:, :k]
-
-
-def product_svd(B: Tensor, A: Tensor) -> Spaces:
-    """U (out, r), σ (r,) and V (in, r) of B A, fp64, without making it: of B (out, r) and A (r, in)."""
-    Q_B, R_B = torch.linalg.qr(B.double())  # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, and only the middle is (r, r)
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
-    return Q_B @ U, sigma, Q_A @ Vh.T
 
 
 def _spectrum(sigma: Tensor) -> dict[str, float]:

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minilora.memory.plan import PARTS, MemoryPlan, about
-from minilora.plot.style import LINES, MARKERS, area, canvas
+from minilora.tools.memory_plan.parts import PARTS, about
+
+if TYPE_CHECKING:
+    from minilora.tools.memory_plan.plan import MemoryPlan
+
+from minilora.tools.plot.style import LINES, MARKERS, area, canvas
 
 
-def memory(plans: MemoryPlan | Sequence[MemoryPlan], path: str | Path | None = None) -> Any:
+def memory(plans: "MemoryPlan | Sequence[MemoryPlan]", path: str | Path | None = None) -> Any:
     """A bar a plan, stacked by part, in GB of 10⁹ bytes; a line at the first one's card, if it has one."""
-    plans = [plans] if isinstance(plans, MemoryPlan) else [*plans]
-    if not plans or not all(isinstance(plan, MemoryPlan) for plan in plans):
+    plans = [*plans] if isinstance(plans, Sequence) else [plans]
+    if not plans or not all(hasattr(plan, part) for plan in plans for part in PARTS):
         raise ValueError(f"memory: expected plans (plan_memory), at least one, got {plans!r}.")
     names, card = [plan.method for plan in plans], plans[0].card
     names = [name if names.count(name) == 1 else f"{name}\n{i + 1}" for i, name in enumerate(names)]

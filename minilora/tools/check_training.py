@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters import disabled_adapters, merge
-from minilora.config import LoRAConfig
 from minilora.data.packing import join
-from minilora.inject import eject, inject, lora_layers
-from minilora.models.context import inference
-from minilora.scoring.objective import SFT, mean_loss
-from minilora.train import TrainConfig, train
+from minilora.lora.active import disabled_adapters
+from minilora.lora.config import LoRAConfig
+from minilora.lora.inject import eject, inject
+from minilora.lora.merging.merge import merge
+from minilora.lora.registry import lora_layers
+from minilora.losses.sft import SFT, mean_loss
+from minilora.models.padded_batch import inference
+from minilora.training.config import TrainConfig
+from minilora.training.loop import train
 
 WORDS = ("ab", "river", "one two", "xyz", "stone", "light")
 ROWS = [{"prompt": f"{n} times {word}:", "completion": f" {word}" * n} for n, word in enumerate(WORDS, 1)]

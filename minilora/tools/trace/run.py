@@ -4,7 +4,7 @@
         model(ids).mean().backward()
     print(t)
 
-Inside, each traced layer runs lora.py's equations one statement at a time and notes each value, and what comes back to
+Inside, each traced layer runs layer.py's equations one statement at a time and notes each value, and what comes back to
 it in backward. All else runs on the plain form of the ops, so outputs and gradients have the bits of a run inside
 `ml.plain_ops()`; the fast forms round in other places. Afterwards the layers are as they were.
 """
@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from minilora.layers import unwrapped
-from minilora.lora import LoRAAdapter, LoRALayer
-from minilora.modules import ends_with
-from minilora.names import unknown
-from minilora.ops import plain_ops
-from minilora.quant import NF4Linear
-from minilora.trace.nf4 import weight_rows
-from minilora.trace.steps import LayerTrace, Trace
+from minilora.common import ends_with, unknown
+from minilora.lora.embedding_conv import unwrapped
+from minilora.lora.layer import LoRAAdapter, LoRALayer
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.tools.trace.nf4 import weight_rows
+from minilora.tools.trace.steps import LayerTrace, Trace
+from minilora_kernels.ops.mode import plain_ops
 
 TRACED = (LoRALayer, NF4Linear, nn.Linear)
 

@@ -20,30 +20,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.config import LoRAConfig
-from minilora.inject import lora_configs
-from minilora.memory import fit
-from minilora.memory.step import Step, shapes, step, stored, walked_as
+from minilora.hub import HUB_ID, download, resolve
+from minilora.lora.config import LoRAConfig
+from minilora.lora.registry import lora_configs
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.models.hub import HUB_ID, download, resolve
+from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.models.loader import pick_dtype
-from minilora.quant import NF4Linear
-from minilora.storage import open_leaf
-from minilora.train.config import TrainConfig
-from minilora_kernels.paths import ENVIRONMENT
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.tools.memory_plan import fit
+from minilora.tools.memory_plan.parts import PARTS, about
+from minilora.tools.memory_plan.step import Step, shapes, step, stored, walked_as
+from minilora.tools.plot.machine import memory
+from minilora.training.config import TrainConfig
+from minilora_kernels.backend import ENVIRONMENT
 
-PARTS = {  # of a plan, and how the table and the picture name them
-    "packed": "4-bit codes",
-    "scales": "their scales",
-    "dense": "dense weights",
-    "adapters": "adapters (fp32)",
-    "optimizer": "optimiser",
-    "gradients": "gradients",
-    "activations": "activations kept",
-    "workspace": "workspace",
-    "logits": "logits",
-}
 KEPT = 128  # steps whose stretches are remembered; each is a few numbers for a layer
 _steps: OrderedDict[str, Step] = OrderedDict()  # the one used last stands last
 
@@ -109,7 +100,7 @@ class MemoryPlan:
 
     def plot(self, path: str | Path | None = None, *others: "MemoryPlan") -> Any:
         """A matplotlib Figure, saved to `path` if given: a bar a plan, stacked by part; see plot.memory."""
-        return open_leaf("plot.machine").memory([self, *others], path)
+        return memory([self, *others], path)
 
 
 def plan_memory(
@@ -213,7 +204,7 @@ def _read(source: Any) -> tuple[DecoderConfig, bool]:
             place = download(str(source), ["config.json"])
         place = resolve(place)  # says what is wrong with anything else
         if place.is_file():
-            return open_leaf("gguf.read").GGUFCheckpoint(place).config, False
+            return GGUFCheckpoint(place).config, False
         source = json.loads((place / "config.json").read_text(encoding="utf-8"))
     content = dict(source)
     four_bit = bool((content.pop("quantization_config", None) or {}).get("load_in_4bit"))
@@ -244,13 +235,3 @@ def table(plans: list[MemoryPlan]) -> str:
         for first, *rest in rows
     ]
     return "\n".join([about(plans[0]), *lines])
-
-
-def about(plan: MemoryPlan) -> str:
-    """What is planned, in a line."""
-    config = plan.config
-    rank = f"r {plan.lora.r}, " if plan.lora else ""
-    return (
-        f"{rank}{config.per_device_train_batch_size} x {config.max_length} tokens, {config.optim}"
-        f"{', gradient checkpointing' * config.gradient_checkpointing}"
-    )

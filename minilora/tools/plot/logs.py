@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora.plot.style import MARKERS, canvas, line
+from minilora.tools.plot.style import MARKERS, canvas, line
 
 PANELS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minilora.modules import ends_with
-from minilora.names import unknown
+from minilora.common import ends_with, unknown
 
 PHASES = {"weight": "the weight", "forward": "forward", "backward": "backward", "update": "the optimiser's step"}
 COLUMNS = ("name", "maths", "shape", "dtype", "min … max", "rms", "first values")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from minilora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from minilora.adapters.switch import list_adapters
-from minilora.card.write import CARD, addressed, render
-from minilora.models.hub import TOKENIZER, explained
+from minilora.hub import TOKENIZER, explained
+from minilora.lora.active import list_adapters
+from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from minilora.tools.model_card import CARD, addressed, render
 
 _WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "[!.]*.gguf"]
 FILES = [CONFIG_FILE, WEIGHTS_FILE, "config.json", "generation_config.json", "model.safetensors.index.json", *_WEIGHTS]

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from minilora.memory import fit
-from minilora.memory.plan import plan_memory, table
-from minilora.train import guard
-from minilora.train.config import TrainConfig
+from minilora.tools.memory_plan import fit
+from minilora.tools.memory_plan.plan import plan_memory, table
+from minilora.training import checks
+from minilora.training.config import TrainConfig
 
 
 def explain(model: nn.Module, config: TrainConfig, before: int) -> str:
@@ -16,7 +16,7 @@ def explain(model: nn.Module, config: TrainConfig, before: int) -> str:
     process came to, less what it held beside the model at the start.
     """
     device = next(model.parameters()).device
-    reached = guard.peak_memory(device)
+    reached = checks.peak_memory(device)
     own = sum(p.nbytes for p in model.parameters())
     limit = reached - max(before - own, 0)
     had = f"memory ran out: the process had come to {reached / 1e9:,.3f} GB"

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from minilora.adapters.merge import STORAGES, deltas, merged_weight
-from minilora.inject import lora_layers
-from minilora.lora import LoRALayer
-from minilora.quant import NF4Linear
+from minilora.lora.layer import LoRALayer
+from minilora.lora.merging.merge import STORAGES, deltas, merged_weight
+from minilora.lora.registry import lora_layers
+from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import dequantize_nf4, quantize_nf4
 
 SHOWN = 10  # layers in the table

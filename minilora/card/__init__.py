@@ -1,1 +1,0 @@
-"""What a folder says of itself on the Hub, and how it gets there."""

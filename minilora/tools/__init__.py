@@ -1,0 +1,1 @@
+"""Tools: checks of checkpoints and runs, reports, memory plans, traces and plots."""
