@@ -9,8 +9,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from minilora.cli import main
-from minilora.train.process import main_speaks
+from minilora.cli.main import main
+from minilora.training.process import main_speaks
 
 
 def run() -> int:

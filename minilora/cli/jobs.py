@@ -10,22 +10,22 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.adapters.files import find_adapter
-from minilora.adapters.merge import STORAGES
-from minilora.audit.inspect import inspect as inspect_path
-from minilora.audit.merge_report import first_difference, merge_report
-from minilora.audit.parity import parity as compare_forms
-from minilora.audit.selftest import selftest as measure
-from minilora.audit.verify import verify as verify_checkpoint
+from minilora.cli.preview import before_training
 from minilora.cli.values import CONFIGS
 from minilora.data.formats import check_file
-from minilora.objectives import OBJECTIVES
-from minilora.plot.logs import runs as draw_runs
-from minilora.preview.command import before_training
-from minilora.runs.sweep import sweep as search_options
-from minilora.runs.sweep import table
-from minilora.serve import check as check_server
-from minilora.train.process import process_on
+from minilora.lora.files.save_load import find_adapter
+from minilora.lora.merging.merge import STORAGES
+from minilora.losses import OBJECTIVES
+from minilora.serving.serve import check as check_server
+from minilora.tools.check_training import selftest as measure
+from minilora.tools.compare_exports import parity as compare_forms
+from minilora.tools.inspect import inspect as inspect_path
+from minilora.tools.merge_report import first_difference, merge_report
+from minilora.tools.plot.logs import runs as draw_runs
+from minilora.tools.sweep import sweep as search_options
+from minilora.tools.sweep import table
+from minilora.tools.verify import verify as verify_checkpoint
+from minilora.training.distributed import process_on
 
 
 def train(

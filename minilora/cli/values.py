@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import minilora as ml
-from minilora.names import unknown
+from minilora.common import unknown
 
 CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
 MAPPINGS = ("rank_pattern", "alpha_pattern")  # fields whose value is a table

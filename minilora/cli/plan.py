@@ -5,9 +5,9 @@ from dataclasses import fields
 from typing import Any
 
 from minilora.cli.values import add_fields
-from minilora.config import LoRAConfig
-from minilora.memory.plan import MemoryPlan, plan_memory, table
-from minilora.train.config import TrainConfig
+from minilora.lora.config import LoRAConfig
+from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory, table
+from minilora.training.config import TrainConfig
 
 _FIELDS = {  # what memory depends on
     LoRAConfig: "r target_modules exclude_modules rank_pattern layers_to_transform layers_pattern lora_bias bias "

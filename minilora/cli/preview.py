@@ -4,10 +4,11 @@ import shlex
 from argparse import ArgumentParser
 from typing import Any
 
+from minilora.data import dataset_facts
+from minilora.data import preview as show
 from minilora.data.tokenizer import load_tokenizer
-from minilora.preview import facts, show
-from minilora.scoring.objective import SFT
-from minilora.train.config import TrainConfig
+from minilora.losses.sft import SFT
+from minilora.training.config import TrainConfig
 
 
 def preview(dataset: str, model: str, rows: str, max_length: int, packing: str, whole: bool) -> None:
@@ -35,7 +36,7 @@ def before_training(dataset: Any, model: str, tokenizer: Any, config: TrainConfi
     """
     if not isinstance(dataset, str) or not isinstance(objective, SFT):
         return ""
-    known = "".join(f"tokenizer: {remark}\n" for remark in facts.remarks(tokenizer, chats=True))
+    known = "".join(f"tokenizer: {remark}\n" for remark in dataset_facts.remarks(tokenizer, chats=True))
     packing = ["--packing", "true"] if config.packing else []
     command = ["minilora", "preview", dataset, "--model", model, "--max_length", str(config.max_length), *packing]
     return f"{known}token by token: {shlex.join(command)}\n"
