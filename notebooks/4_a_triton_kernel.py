@@ -34,7 +34,9 @@ import triton
 import triton.language as tl
 
 # minilora_kernels is not there? In the repository's folder: pip install -e '.[plot]'
-from minilora_kernels import dynamic_map, nf4_codebook, nf4_dequantize, nf4_quantize, nf4_thresholds, reference
+from minilora_kernels import dynamic_map, nf4_codebook, nf4_thresholds
+from minilora_kernels.nf4 import reference
+from minilora_kernels.triton import nf4_dequantize, nf4_quantize
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: smaller tensors, every assertion
 torch.manual_seed(0)
@@ -220,7 +222,7 @@ assert torch.equal(buffer[:n], expected) and buffer[n:].isnan().all()
 CHILD = """
 import json, re, subprocess, tempfile, triton
 from triton.compiler.compiler import ASTSource, GPUTarget
-from minilora_kernels import launch, nf4_dequantize
+from minilora_kernels.triton import launch, nf4_dequantize
 
 found, rest = {}, "*u8 *fp32 *fp32 *fp32 *fp32 *bf16 i32"  # scales, nested, offset, levels, map, out; a size
 for name, types in {"fast": f"*i32 {rest}", "textbook": f"*u8 {rest} i32"}.items():

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.audit.merge_report import merge_report
+from minilora.tools.merge_report import merge_report
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
 torch.manual_seed(0)

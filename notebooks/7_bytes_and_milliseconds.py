@@ -18,7 +18,7 @@
 #
 # Bytes are counted and asserted. Milliseconds are this machine's, now: they are printed and drawn, and what is asserted
 # about them is only what holds on any machine, that the fast form computes what the plain one does. All runs on the
-# CPU, whose clock waits for the work; what a GPU takes says `benchmarks/kernel_bench.py`.
+# CPU, whose clock waits for the work; what a GPU takes says `benchmarks/gpu_kernels/kernel_bench.py`.
 
 # %%
 import os
@@ -29,13 +29,13 @@ import matplotlib.pyplot as plt
 import torch
 
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.models.rope import frequencies, rotation
-from minilora.ops.attention import attention, plain_attention
-from minilora.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
-from minilora.ops.lora_linear import lora_linear, plain_lora_linear
-from minilora.ops.norm import plain_rms_norm, rms_norm
-from minilora.ops.rotate import plain_rotate, rotate
-from minilora.ops.swiglu import gated, plain_gated
+from minilora.lora.fused_linear import lora_linear, plain_lora_linear
+from minilora.models.rope_config import frequencies, rotation
+from minilora_kernels.ops.attention import attention, plain_attention
+from minilora_kernels.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
+from minilora_kernels.ops.rms_norm import plain_rms_norm, rms_norm
+from minilora_kernels.ops.rope import plain_rotate, rotate
+from minilora_kernels.ops.swiglu import gated, plain_gated
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer tokens, every assertion
 ROWS, LENGTH, TURNS = (1, 64, 2) if SHORT else (4, 512, 5)

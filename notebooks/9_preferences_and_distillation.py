@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.models.context import inference
-from minilora.objectives.dpo import answer_logprobs
-from minilora.scoring.objective import means
+from minilora.losses.dpo import answer_logprobs
+from minilora.losses.sft import means
+from minilora.models.padded_batch import inference
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
 BLUE, ORANGE = "#0072b2", "#d55e00"

@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.audit.inspect import product_svd
+from minilora.lora.low_rank import product_svd
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

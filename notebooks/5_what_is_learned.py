@@ -28,7 +28,7 @@ import torch
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora.data import IGNORE, encode_dataset, encode_row
 from minilora.data.packing import pack
-from minilora.models.context import inference
+from minilora.models.padded_batch import inference
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
 BLUE, ORANGE = "#0072b2", "#d55e00"
