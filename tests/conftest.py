@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers.source import constraints
 
 # No deadline, no health check of speed: machines are shared. Derandomised: the same examples everywhere, so that
 # a failure seen in CI is seen at home.
@@ -31,12 +31,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core a worker; OMP_NUM_THREADS may not have reached us
 
 
-def constraints() -> dict[str, str]:
-    """Package -> version, as constraints.txt pins them."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
-
-
 def off_the_pin() -> str:
     """Which of torch and triton differ from constraints.txt, as text; empty if none does."""
     pinned = constraints()
@@ -44,13 +38,13 @@ def off_the_pin() -> str:
     return ", ".join(f"{name} {got} instead of {pinned[name]}" for name, got in found.items() if got != pinned[name])
 
 
-# Kernels in Triton's interpreter: tests/test_interpreter.py runs them, in a process that has it switched on.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+# Kernels in Triton's interpreter: tests/gpu/test_interpreter.py runs them, in a process that has it switched on.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpreted"]
 
 
 def processor() -> str:
     """The processor, what torch takes of it, and what the C compiler is told: `make test ISA=` changes the last two."""
-    from minilora_kernels.compiled import machine_flags
+    from minilora_kernels.c.compiler import machine_flags
 
     kind = platform.processor() or platform.machine()
     with suppress(OSError):
@@ -64,7 +58,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The processor where -q left the header out. Which Triton: tests/test_interpreter.py looks for it."""
+    """The processor where -q left the header out. Which Triton: tests/gpu/test_interpreter.py looks for it."""
     if config.get_verbosity() < 0:
         terminalreporter.write_line(processor())
     if os.environ.get("TRITON_INTERPRET") == "1":

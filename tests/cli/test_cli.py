@@ -1,0 +1,255 @@
+"""Proves that the command line is the functions: train, evaluate, generate and merge on a folder give what the same
+calls give, every field is an option with its help, and a mistake is one line and a status, not a traceback."""
+
+import copy
+import json
+import re
+import shutil
+from dataclasses import fields
+
+import pytest
+import torch
+
+import minilora as ml
+from helpers.chats import furnish
+from minilora.cli.main import main
+from minilora.cli.values import parse_value
+from minilora.tools.merge_report import merge_report
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"{a} plus {b}"}, {"role": "assistant", "content": str(a + b)}]}
+    for a in range(3)
+    for b in range(3)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its tokenizer and rows."""
+    return furnish(tmp_path_factory.mktemp("place"), rows=ROWS)
+
+
+# ---- oracle
+
+
+def test_the_commands_do_what_the_functions_do(place, capsys):
+    source, rows, adapter = str(place / "model"), str(place / "rows.jsonl"), str(place / "adapter")
+    run = ["train", source, rows, "--adapter", adapter, "--dtype", "float32", "--quantize", "nf4", "--r", "4"]
+    run += ["--eval_dataset", rows]
+    assert main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
+    assert re.search(r"\ndone after 3 steps, loss \d\.\d{1,3}, eval_loss \d\.\d{1,3}; in ", capsys.readouterr().out)
+
+    card = (place / "adapter" / "README.md").read_text()
+    assert f"| rows | {len(ROWS)} |" in card and "| training steps | 3 |" in card and str(place) not in card
+
+    model = ml.load_model(source, quantize="nf4", dtype="float32")
+    chat = ml.load_tokenizer(source)
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "up_proj"]), seed=7)
+    ml.train(model, chat, ROWS, ml.TrainConfig(max_steps=3, seed=7))
+    trained = ml.adapter_state_dict(model)
+    again = ml.load_model(source, quantize="nf4", dtype="float32")
+    ml.load_adapter(again, adapter)
+    saved = ml.adapter_state_dict(again)
+    assert trained.keys() == saved.keys() and all(torch.equal(trained[key], saved[key]) for key in saved)
+
+    capsys.readouterr()
+    assert main(["evaluate", source, rows, "--adapter", adapter, "--quantize", "nf4", "--dtype", "float32"]) == 0
+    scores = ml.evaluate(model, chat, ROWS)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == pytest.approx(scores.as_dict())
+
+    assert main(["generate", source, "1 plus 1", "--max_new_tokens", "5", "--dtype", "float32"]) == 0
+    expected = ml.generate(ml.load_model(source, dtype="float32"), chat, "1 plus 1", max_new_tokens=5)
+    assert capsys.readouterr().out == expected + "\n"
+
+    assert main(["merge", source, adapter, str(place / "merged"), "--dtype", "float32"]) == 0
+    dense = ml.load_model(source, dtype="float32")
+    ml.load_adapter(dense, adapter)
+    tokens = torch.tensor([chat.encode("1 plus 1")])
+    merged = ml.load_model(place / "merged", dtype="float32")
+    torch.testing.assert_close(merged(tokens), dense(tokens), rtol=1e-4, atol=1e-4)  # fp32, other order of sums
+    assert ml.load_tokenizer(place / "merged").encode("1 plus 1") == chat.encode("1 plus 1")
+
+
+@pytest.fixture(scope="module")
+def adapter(place):
+    """A small adapter for the model in 4 bits: ‖ΔW‖ is about 1 % of ‖W‖."""
+    model = ml.load_model(place / "model", quantize="nf4", dtype="float32")
+    ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
+    for layer in model.modules():
+        if isinstance(layer, ml.LoRALayer):
+            torch.nn.init.normal_(layer.adapters["default"].lora_B, std=0.01)
+    ml.save_adapter(model, place / "small")
+    return str(place / "small")
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "original"])
+def test_merge_writes_the_target_and_says_what_it_costs(place, adapter, capsys, target):
+    source, rows, folder = str(place / "model"), str(place / "rows.jsonl"), place / target
+    run = ["merge", source, adapter, str(folder), "--quantize", "nf4", "--dtype", "float32", "--target", target]
+    assert main([*run, "--data", rows]) == 0
+    model, chat = ml.load_model(source, quantize="nf4", dtype="float32"), ml.load_tokenizer(source)
+    ml.load_adapter(model, adapter)
+    dense = ml.load_model(source, dtype="float32")
+    if target == "original":
+        ml.load_adapter(dense, adapter)
+    expected = ml.merge(dense if target == "original" else model)
+    if target == "bfloat16":
+        expected = expected.bfloat16()
+    written = ml.load_model(folder, dtype="bfloat16" if target == "bfloat16" else "float32")
+    assert all(torch.equal(value, written.state_dict()[key]) for key, value in expected.state_dict().items())
+    said = capsys.readouterr().out
+    report = merge_report(model, dense if target == "original" else None)
+    assert f"{report.total.error[target]:.2g} / {report.total.cosine[target]:.3f}" in said
+    for name, scored in (("trained", model), (target, expected)):
+        loss = ml.evaluate(scored, chat, ROWS, max_new_tokens=0).loss
+        assert re.search(rf"loss {name} +{loss:.4f}", said)
+    assert "every stage gives the same bits" in said
+
+
+def test_merge_refuses_4_bits_that_lose_the_adapter(place, adapter, capsys):
+    run = ["merge", str(place / "model"), adapter, str(place / "small4"), "--dtype", "float32", "--target", "nf4"]
+    assert main([*run, "--quantize", "nf4"]) == 1
+    out, said = capsys.readouterr()
+    assert "all layers" in out and re.search(r"cosine -?0\.[01]\d, expected 0\.5", said) and "--force" in said
+    assert not (place / "small4").exists()
+    for more in ([], ["--data", str(place / "rows.jsonl")]):
+        assert main([*run, *more]) == 1 and "no layer with an adapter is in 4 bits" in capsys.readouterr().err
+    assert main(["merge", str(place / "model"), adapter, str(place / "x" / ".." / "model")]) == 1
+    assert "is the base itself" in capsys.readouterr().err
+
+
+def test_merge_writes_4_bits_when_forced(place, adapter, capsys):
+    source, folder = str(place / "model"), str(place / "forced4")
+    run = ["merge", source, adapter, folder, "--dtype", "float32", "--quantize", "nf4", "--target", "nf4", "--force"]
+    assert main(run) == 0 and "every stage gives the same bits" in capsys.readouterr().out
+    model = ml.load_model(source, quantize="nf4", dtype="float32")
+    ml.load_adapter(model, adapter)
+    expected, written = ml.merge(model, "nf4").state_dict(), ml.load_model(folder, dtype="float32").state_dict()
+    assert all(torch.equal(value, written[key]) for key, value in expected.items())
+
+
+def test_merge_notices_what_the_folder_does_not_hold(place, adapter, capsys, monkeypatch):
+    """And warns of a loss that rises: here of a merge whose every target is damaged."""
+    save = ml.save_model
+
+    def damaged(model, folder, **options):
+        model = copy.deepcopy(model)
+        model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] += 1
+        save(model, folder, **options)
+
+    monkeypatch.setattr(ml, "save_model", damaged)
+    run = ["merge", str(place / "model"), adapter, str(place / "damaged"), "--dtype", "float32"]
+    assert main(run) == 1
+    assert "differs from what was merged, first in model.layers.1.mlp.up_proj." in capsys.readouterr().err
+    merge = ml.merge
+    monkeypatch.setattr(ml, "merge", lambda *given: torch.nn.Module.apply(merge(*given), zero_norms))
+    main([*run, "--data", str(place / "rows.jsonl")])
+    assert "raises the loss" in capsys.readouterr().err
+
+
+def zero_norms(module):
+    if "Norm" in type(module).__name__:
+        module.weight.data.mul_(-30)
+
+
+def test_another_template_is_refused_unless_forced(place, tmp_path, capsys):
+    """By generate, evaluate and merge alike; `train` wrote down what it used."""
+    source, rows, adapter = tmp_path / "model", str(place / "rows.jsonl"), str(tmp_path / "adapter")
+    shutil.copytree(place / "model", source)
+    run = ["train", str(source), rows, "--adapter", adapter, "--dtype", "float32", "--max_steps", "1", "--r", "2"]
+    assert main(run) == 0
+    with (source / "chat_template.jinja").open("a") as file:
+        file.write("{# another #}")
+    uses = [["generate", str(source), "1 plus 1", "--adapter", adapter, "--max_new_tokens", "1"]]
+    uses += [["evaluate", str(source), rows, "--adapter", adapter, "--max_new_tokens", "1"]]
+    uses += [["merge", str(source), adapter, str(tmp_path / "merged"), "--target", "original"]]
+    for use in uses:
+        assert main([*use, "--dtype", "float32"]) == 1
+        said = capsys.readouterr().err
+        assert "trained with another chat_template." in said and "--no_check_base" in said and said.count("\n") == 1
+        assert main([*use, "--dtype", "float32", "--no_check_base"]) == 0
+
+
+# ---- property
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("8", int, 8),
+        ("1e-4", float, 1e-4),
+        ("-1", int, -1),
+        ("true", bool, True),
+        ("False", bool | None, False),
+        ("none", int | None, None),
+        ("gaussian", bool | str, "gaussian"),
+        ("out/run", str | None, "out/run"),
+        ("q_proj", list[str] | str | None, ["q_proj"]),
+        ("q_proj,layers.0.v_proj", list[str] | str | None, ["q_proj", "layers.0.v_proj"]),
+        ("all-linear", list[str] | str | None, "all-linear"),
+        (r".*\.[01]\..*", list[str] | str | None, r".*\.[01]\..*"),
+        ("0,2", list[int] | int | None, [0, 2]),
+        ("2", list[int] | int | None, 2),
+        ('{"q_proj": 4}', dict[str, int], {"q_proj": 4}),
+    ],
+)
+def test_values_are_read_by_their_fields_type(text, hint, value):
+    read = parse_value(text, hint)
+    assert read == value and type(read) is type(value)
+
+
+def test_every_field_is_an_option_with_its_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = re.sub(r"\s+", "", capsys.readouterr().out)
+    for config in (ml.LoRAConfig, ml.TrainConfig):
+        for field in fields(config):
+            assert f"--{field.name}VALUE" in shown
+            assert re.sub(r"\s+", "", field.metadata["help"]) in shown
+
+
+# ---- error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere", "rows.jsonl", "--r", "0"], "r: expected >= 1, got 0"),
+        (["train", "nowhere", "rows.jsonl", "--learning_rate", "-1"], "learning_rate"),
+        (["generate", "./nowhere", "hello"], "nowhere"),
+        (
+            ["generate", "./nowhere", "hello", "--adapter", "no-adapter"],
+            "no-adapter: no such folder. Expected one with",
+        ),
+        (["evaluate", "./nowhere", "rows.jsonl"], "dataset: rows.jsonl is no file"),
+        (["merge", "./nowhere", "no-adapter", "out", "--data", "rows.jsonl"], "dataset: rows.jsonl is no file"),
+        (["merge", "./nowhere", "no-adapter", "out"], "no-adapter: no such folder"),
+        (
+            ["train", "./nowhere", "rows.jsonl"],
+            "dataset: rows.jsonl is no file. Expected one of rows; paths begin at /",
+        ),
+        (["train", "./nowhere", __file__], "expected a path to .jsonl, .json, .csv or .parquet"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("minilora: ") and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "m", "d", "--r", "x"], "--r: expected int, got 'x'"),
+        (["train", "m", "d", "--rank_pattern", "q_proj"], "--rank_pattern: expected dict[str, int], got 'q_proj'"),
+        (["train", "m", "d", "--bf16", "yes"], "--bf16: expected bool | None, got 'yes'"),
+        (["train", "m", "d", "--lora_r", "8"], "--lora_r"),
+        (["fly"], "fly"),
+    ],
+)
+def test_bad_options_say_so(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "error:" in said and message in said

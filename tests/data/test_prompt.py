@@ -1,0 +1,65 @@
+"""Proves that a prompt is encoded as training encoded what came before the answer, and where an answer ends."""
+
+import pytest
+
+from helpers.chats import END, FAMILIES, chat, ours, theirs
+from minilora.data import IGNORE, RawText, Tokenizer, encode_prompt, encode_row, end_of_turn, split_prompt
+from minilora.data.prompt import is_special
+
+KINDS = pytest.mark.parametrize("tokenizer_of", [ours, theirs], ids=["minilora", "transformers"])
+
+
+@KINDS
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_prompt_is_encoded_as_it_was_trained(tokenizer_of, family):
+    tokenizer = tokenizer_of(family)
+    rows = [{"messages": chat("hello", "world")}, {"prompt": "hello", "completion": " world"}]
+    for row in rows:
+        example = encode_row(row, tokenizer)
+        prompt, answer = split_prompt(row)
+        ids = encode_prompt(prompt, tokenizer)
+        assert example.input_ids[: len(ids)] == ids
+        assert example.labels[: len(ids)] == [IGNORE] * len(ids) and IGNORE != example.labels[len(ids)]
+        assert answer.strip() == "world"
+
+
+@KINDS
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_end_of_turn_is_what_ends_an_answer(tokenizer_of, family):
+    tokenizer = tokenizer_of(family)
+    assert tokenizer.decode([end_of_turn(tokenizer)], skip_special_tokens=False) == END[family]
+
+
+def test_a_lone_space_of_sentencepiece_is_no_special_token():
+    """Its decoder strips the first space, so that the token shows as nothing, special or not."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    backend = Backend(models.WordLevel({"\u2581": 0, "a": 1, "</s>": 2}, unk_token="a"))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    assert [is_special(tokenizer, token) for token in range(3)] == [False, False, True]
+
+
+def test_a_str_is_a_user_message_only_where_there_is_a_template():
+    tokenizer = ours("llama3")
+    as_chat = tokenizer.apply_chat_template(chat("hello"), add_generation_prompt=True)
+    assert encode_prompt("hello", tokenizer) == encode_prompt(chat("hello"), tokenizer) == as_chat
+    base = Tokenizer(tokenizer.backend, tokenizer.special_tokens)
+    assert encode_prompt("hello", base) == encode_prompt(RawText("hello"), tokenizer) == tokenizer.encode("hello")
+    assert end_of_turn(base) is None
+    with pytest.raises(ValueError, match="no tokens"):
+        encode_prompt(RawText(""), ours("chatml"))
+
+
+@pytest.mark.parametrize(
+    "row, problem",
+    [
+        ({"text": "a"}, "row 3: a plain text has no prompt"),
+        ({"messages": chat("a")}, "row 3: no assistant turn"),
+        ({"messages": chat("a", "b"), "tools": [{}]}, "row 3: tools"),
+    ],
+)
+def test_split_prompt_refuses_what_has_no_answer(row, problem):
+    with pytest.raises(ValueError, match=problem):
+        split_prompt(row, 3)

@@ -1,0 +1,194 @@
+"""Proves that what makes a fine-tuning run fail in silence is said before it starts: fixture → message, one a line.
+
+Each is what users of TRL, Axolotl, unsloth and transformers report (the thread in brackets). An error where the run
+would learn nothing, or other than its rows say; where only the user can know, a line of the report or of the preview.
+Then: a sound set raises nothing of the kind, and training itself stops at the same words.
+"""
+
+import pytest
+
+import minilora as ml
+from helpers.chats import CHATML, QWEN3, chat, ours
+from helpers.toy import lora
+from minilora.data import Tokenizer, encode_dataset
+from minilora.models.config import DecoderConfig
+from minilora.models.decoder import CausalLM
+from minilora.training.config import TrainConfig
+from minilora.training.loop import train
+
+GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+R1 = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")  # every thought is dropped
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "clock"}}]}
+
+
+def templated(template: str, eos: str = "<|im_end|>", pad: str = "<|endoftext|>") -> Tokenizer:
+    """The ChatML tokenizer with another template, EOS or padding token."""
+    return Tokenizer(ours("chatml").backend, {"eos_token": eos, "pad_token": pad}, template)
+
+
+def rows(*conversations: list) -> list[dict]:
+    return [{"messages": messages} for messages in conversations]
+
+
+def weighted(*weights: int) -> list[dict]:
+    """A conversation whose answers have these weights."""
+    return [
+        turn | ({"weight": weights[i // 2]} if i % 2 else {})
+        for i, turn in enumerate(chat(*[f"m{i}" for i in range(2 * len(weights))]))
+    ]
+
+
+ERRORS = {
+    "response template not found [trl#1820, trl#1183]": (
+        templated(CHATML.replace("'<|im_start|>' +", "'<|im_start|>' + loop.length | string +")),
+        rows(chat("a", "b", "c", "d")),
+        "row 0, turn 1: the prompt before this answer is no prefix of the whole conversation: .*character",
+    ),
+    "the border merges into one token [trl#598]": (
+        ours("chatml"), rows(chat("a", "\n\nb")), "row 0, turn 1: .* ends inside a token of the whole",
+    ),
+    "every label masked, by truncation [trl#6668, unsloth#3019]": (
+        ours("chatml"), rows(chat("a" * 90, "b")), "none of 1 rows has an answer to learn.* 1 are cut at max_length",
+    ),
+    "every label masked, by weights [unsloth#2900]": (
+        ours("chatml"), rows(weighted(0, 0)), "row 0: no assistant turn .* .role, weight. .*.assistant., 0",
+    ),
+    "labels off by the generation prompt [LlamaFactory#6987]": (
+        templated(CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")),
+        rows(chat("a", "b")),
+        "row 0, turn 1: .* begins an answer otherwise than its generation prompt",
+    ),
+    "history rewritten: earlier thoughts are dropped [gem#44, slime#330]": (
+        templated(QWEN3), rows(chat("a", "<think>p</think>b", "c", "d")), "row 0, turn 1: .* rewrites earlier turns",
+    ),
+    "the thought of every answer is dropped [DeepSeek-R1#633]": (
+        templated(R1), rows(chat("a", "<think>pah</think>b")), "row 0, turn 1: .* leaves out 'pah', of its reasoning",
+    ),
+    "reasoning_content is ignored [slime#330]": (
+        ours("chatml"),
+        rows([*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "hm"}]),
+        "row 0, turn 1: the chat template leaves out 'hm', of its reasoning",
+    ),
+    "tool calls are ignored [axolotl#3824]": (
+        ours("chatml"), rows([*chat("a"), CALL]), "row 0, turn 1: the chat template leaves out 'clock'",
+    ),
+    "tools are ignored [fw-ai/cookbook#442]": (
+        ours("chatml"),
+        [{"messages": chat("a", "b"), "tools": [{"type": "function", "function": {"name": "clock"}}]}],
+        "row 0: the chat template leaves out 'clock'",
+    ),
+    "every answer is empty": (
+        ours("chatml"), rows(chat("a", " "), chat("c", "")), "none of 2 rows has an answer to learn.* 2 have an empty",
+    ),
+}  # fmt: skip
+
+NOTES = {
+    "EOS never trained [axolotl#3754, unsloth#416]": (
+        templated(CHATML, eos="<|endoftext|>"),
+        rows(chat("a", "b")),
+        ["1 rows do not train the EOS token: the model may not learn to stop", "answers end in: '<|im_end|>' 1"],
+    ),
+    "a turn that the next one ends [trl#5988]": (
+        templated(CHATML.replace("'<|im_end|>\\n'", "''")),
+        rows(chat("a", "b")),
+        ["1 rows do not train the EOS token", "answers end in: no end token 1"],
+    ),
+    "padding is EOS [llm-course#33]": (
+        templated(CHATML, pad="<|im_end|>"),
+        rows(chat("a", "b")),
+        ["the padding token is EOS: no harm here", "answers end in: '<|im_end|>' (EOS) 1"],
+    ),
+    "completions truncated away [trl#1053]": (
+        ours("chatml"),
+        rows(chat("a", "b"), chat("a" * 90, "b"), chat("a", "b" * 90)),
+        [
+            "2 rows cut at max_length 64: their end is not learned (rows 1, 2)",
+            "1 rows left out",
+            "in: '<|im_end|>' (EOS) 1\n",
+        ],
+    ),
+    "two BOS tokens [sglang#888, unsloth#10312]": (
+        ours("llama3"),
+        [{"text": "<|begin_of_text|>ab"}],
+        ["1 rows began with two BOS tokens: one removed (rows 0)"],
+    ),
+    "the header is learned: no generation prompt [instructlab/training#232]": (
+        templated(CHATML.replace(GENERATION, "")),
+        rows(chat("a", "b")),
+        ["has no generation prompt: each answer is learned with its header, '<|im_start|>assistant\\n'"],
+    ),
+    "only the last turn is trained, by weights [axolotl#2696]": (
+        ours("chatml"),
+        rows(weighted(0, 1), weighted(1, 1)),
+        ["1 rows have answers that are not trained: of weight 0, or in the prompt (rows 0)"],
+    ),
+    "an empty answer": (
+        ours("chatml"),
+        rows(chat("a", "b"), chat("c", "d", "e", "")),
+        ["1 rows have an empty answer: they teach to say nothing (rows 1)"],
+    ),
+    "equal rows": (
+        ours("chatml"),
+        rows(chat("a", "b"), chat("c", "d"), chat("a", "b")),
+        ["1 rows equal an earlier row (rows 2)"],
+    ),
+    "the template writes the date [sglang#3296]": (
+        templated("{{ strftime_now('%Y') }}" + CHATML),
+        rows(chat("a", "b")),
+        ["the chat template writes today's date (strftime_now)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("tokenizer, data, message", ERRORS.values(), ids=ERRORS)
+def test_a_run_that_would_be_meaningless_is_an_error(tokenizer, data, message):
+    with pytest.raises(ValueError, match=message):
+        encode_dataset(data, tokenizer, 64)
+
+
+@pytest.mark.parametrize("tokenizer, data, lines", NOTES.values(), ids=NOTES)
+def test_what_only_the_user_can_judge_is_a_line_of_the_preview(tokenizer, data, lines):
+    report, known = str(encode_dataset(data, tokenizer, 64).report), ml.preview(data, tokenizer, rows=0, max_length=64)
+    assert str(known).startswith(report)
+    for line in lines:
+        assert line in str(known)
+
+
+def test_a_sound_set_is_told_by_three_lines():
+    """And what looks like a failure and is none: a thought that the template keeps, a tool call that it writes."""
+    sound = ml.preview(rows(chat("a", "b"), chat("hello", "world", "c", "d")), ours("chatml"), rows=0)
+    first, *rest = str(sound).splitlines()
+    assert first == "2 rows, 70 tokens, 10 of them trained (14%), longest 48"
+    assert rest[:-1] == ["  tokens a row: 1 up to 32, 1 up to 64", "  answers end in: '<|im_end|>' (EOS) 2"]
+    assert rest[-1].startswith("  chat template ") and len(rest) == 3
+    assert "generation prompt" not in str(ml.preview(rows(chat("a", "b")), ours("mistral")))  # has none, and no header
+    assert encode_dataset(rows(chat("a", "<think>\nhm\n</think>\n\nb")), templated(QWEN3))
+    writes = CHATML.replace("message['content']", "message['content'] + message['tool_calls'] | default('') | string")
+    assert encode_dataset(rows([*chat("a"), CALL]), templated(writes)).report.empty == ()
+
+
+# ---- what training itself says
+
+
+def small(vocabulary: int):
+    """A decoder with room for so many tokens, and an adapter."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return lora(CausalLM(DecoderConfig(vocabulary, tie_word_embeddings=True, **sizes)))
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named_before_training():
+    """CUDA says "device-side assert triggered" [transformers#24698, tokenizers#1609]."""
+    tokenizer, data = ours("chatml"), rows(chat("a", "b"), chat("c", "d"))
+    needed = len(tokenizer) - 1  # <|endoftext|>, the last, is in no row
+    config = TrainConfig(max_steps=1, save_steps=None)
+    assert train(small(needed), tokenizer, data, config).steps == 1
+    with pytest.raises(ValueError, match=r"train, row 0: '<\|im_end\|>' has id 265, .* embedding 265 rows"):
+        train(small(needed - 1), tokenizer, data, config)
+    plain = [{"text": "abc<|endoftext|>"}]
+    with pytest.raises(ValueError, match=r"eval, row 0: '<\|endoftext\|>'"):
+        train(small(needed), tokenizer, data, config, eval_dataset=plain)
+
+
+def test_training_stops_at_the_same_words():
+    with pytest.raises(ValueError, match="none of 1 rows has an answer to learn"):
+        train(small(300), ours("chatml"), rows(chat("a" * 90, "b")), TrainConfig(max_steps=1, max_length=64))

@@ -1,0 +1,80 @@
+"""Proves that what is written leads where it says: links to files and headings, examples to what they print, minutes to
+lines; and that `make docs` makes a site of it, with every public name and no dead link."""
+
+import doctest
+import re
+import subprocess
+import sys
+
+import pytest
+
+import minilora as ml
+from helpers.source import ROOT, lines, text
+
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+PAGES += ["kernels/README.md"]
+NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.py"))]
+
+
+def prose(page: str) -> str:
+    """A page without its fenced code, which has brackets of its own; of a notebook the comments."""
+    said = text(page)
+    if page.endswith(".py"):
+        said = "\n".join(line.removeprefix("#").strip() for line in said.splitlines() if line.startswith("#"))
+    return re.sub(r"^```.*?^```", "", said, flags=re.M | re.S)
+
+
+def anchors(page: str) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_anchors_are_githubs():
+    assert {"the-tree", "what-is-not-here-and-what-to-use-instead"} <= anchors("README.md")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
+def test_links_lead_somewhere(page: str):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", prose(page)):
+        there = (ROOT / page).parent / target if target else ROOT / page
+        assert there.exists(), f"{page} links to {target}, which is not on the disk"
+        if anchor:
+            assert anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), f"{page}: no heading {anchor}"
+
+
+def test_the_site_lists_every_page():
+    listed = set(re.findall(r'"([\w/]+\.md)"', text("docs/site/zensical.toml")))
+    asked = {page for page in PAGES if page.startswith("docs/")} | {page[:-3] + ".md" for page in NOTEBOOKS}
+    assert listed == asked | {"README.md", "kernels/README.md"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in text(page)])
+def test_examples_print_what_they_show(page: str):
+    failed, tried = doctest.testfile(str(ROOT / page), module_relative=False)
+    assert tried and not failed
+
+
+def test_minutes_of_the_reading_order_follow_from_the_lines():
+    """About twenty lines a minute, as the README says."""
+    steps = re.findall(r"^\d+\. `([\w/]+\.py)`, (\d+) minutes", text("README.md"), flags=re.M)
+    assert len(steps) >= 5
+    for path, minutes in steps:
+        assert int(minutes) == round(lines(path) / 20), f"{path} has {lines(path)} lines"
+
+
+@pytest.mark.slow  # imports nbconvert, describes every public name
+def test_the_site_is_built_and_describes_every_public_name():
+    for command in (["docs/site/pages.py"], ["-m", "zensical", "build", "-s", "-f", "out/zensical.toml"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    site = ROOT / "out" / "site"
+    reference = (site / "docs" / "reference.html").read_text(encoding="utf-8")
+    assert not [name for name in ml.__all__ if name[0] != "_" and f">ml.{name}<a" not in reference]
+    pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
+    assert site / "index.html" in pages and len(pages) > len(PAGES) + len(NOTEBOOKS)
+    assert not [
+        page for page, html in pages.items() if re.search(r'src="https?:|<link[^>]*stylesheet[^>]*https?:', html)
+    ]
+    book = pages[site / "notebooks" / "1_lora_from_scratch.html"]
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"' in book and "\\cdot" not in book

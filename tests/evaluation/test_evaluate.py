@@ -1,0 +1,249 @@
+"""Proves that `evaluate` measures what it says: losses, answers, and the likeliest label.
+
+Oracle: transformers' own loss; each label's likelihood from one forward over its whole sequence; F1 by hand. Property:
+no batch size and no order changes a score; the labels' tree and its shortcut pick what the full table picks, for random
+labels that share beginnings. Errors: rows, labels and names that fit nothing.
+Likelihoods are sums of up to ten fp32 log-probabilities of about 10: 1e-4 is a hundred roundings.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minilora.models.padded_batch as context_module
+from helpers.chats import chat, ours, theirs
+from helpers.tiny import oracle, tokens, twin
+from minilora.data import encode_dataset, encode_prompt, split_prompt
+from minilora.evaluation.evaluate import Labels, choose, evaluate, label_table
+from minilora.evaluation.metrics import Scores, exact_match, token_f1
+from minilora.generation.generate import generate
+from minilora.models.padded_batch import Context, inference
+
+VOCABULARY = 300
+THEIRS = oracle(vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=None)
+MINE = twin(THEIRS)
+TOKENIZER = ours("chatml")
+LABELS = ["hello", "hello world", "he", "world", "as", "a"]
+ROWS: list[dict[str, Any]] = [
+    {"messages": chat("hi", "hello")},
+    {"messages": chat("what is said to the world, at length and in full?", "hello world", system="be short")},
+    {"prompt": [{"role": "user", "content": "as"}], "completion": [{"role": "assistant", "content": "as"}]},
+    {"instruction": "name", "input": "him", "output": "he"},
+    {"messages": chat("hi", "as", "and?", "world")},
+]
+
+
+def plain_scores(model, prompt: list[int], labels) -> torch.Tensor:
+    """Log-likelihood of each label, one whole forward each."""
+    scores = []
+    for label in labels:
+        with torch.no_grad():
+            out = model(torch.tensor([[*prompt, *label]]))
+        p = getattr(out, "logits", out)[0].log_softmax(-1)
+        scores.append(sum(p[len(prompt) - 1 + j, token] for j, token in enumerate(label)))
+    return torch.stack(scores)
+
+
+# ---- loss
+
+
+def test_loss_is_transformers_loss():
+    """Token-weighted over rows of different lengths: sum of (mean loss x trained tokens) / tokens."""
+    total, count = 0.0, 0
+    for example in encode_dataset(ROWS, TOKENIZER):
+        with torch.no_grad():
+            loss = THEIRS(torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss
+        total, count = total + loss.item() * example.trained_tokens, count + example.trained_tokens
+    for model in (MINE, THEIRS):
+        scores = evaluate(model, TOKENIZER, ROWS, max_new_tokens=0)
+        assert scores.tokens == count and scores.n == scores.answers == len(ROWS)
+        assert scores.loss == pytest.approx(total / count, rel=1e-6)
+        assert scores.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+        assert scores.exact_match is None and scores.predictions == []
+
+
+def test_no_batch_size_or_order_changes_a_score():
+    first = evaluate(MINE, TOKENIZER, ROWS, labels=LABELS, max_new_tokens=8, batch_size=5)
+    for batch_size in (1, 2, 16):
+        again = evaluate(MINE, TOKENIZER, ROWS[::-1], labels=LABELS, max_new_tokens=8, batch_size=batch_size)
+        assert again.loss == pytest.approx(first.loss, rel=1e-6)  # sums of fp32 in another order
+        assert again.predictions == first.predictions[::-1] and again.choices == first.choices[::-1]
+        assert again.as_dict() == pytest.approx(first.as_dict(), rel=1e-5)
+
+
+def test_text_rows_have_a_loss_only():
+    scores = evaluate(MINE, TOKENIZER, [{"text": "hello world"}, {"text": "as"}])
+    assert scores.n == 2 and scores.answers == 0 and scores.loss > 0
+    assert scores.exact_match is scores.token_f1 is scores.constrained is None
+    mixed = evaluate(MINE, TOKENIZER, [{"text": "hello world"}, ROWS[0]], max_new_tokens=4)
+    assert mixed.n == 2 and mixed.answers == 1 and mixed.references == ["hello"]
+
+
+# ---- greedy answers
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, theirs("chatml")], ids=["minilora", "transformers"])
+def test_predictions_are_what_generate_says(tokenizer):
+    prompts = [split_prompt(row)[0] for row in ROWS]
+    answers = generate(MINE, tokenizer, prompts, max_new_tokens=6)
+    rows = [{"messages": [*p, {"role": "assistant", "content": a}]} for p, a in zip(prompts[:3], answers, strict=False)]
+    scores = evaluate(MINE, tokenizer, [*rows, *ROWS[3:]], max_new_tokens=6, metrics={"length": lambda p, r: len(p)})
+    assert scores.predictions == answers
+    assert scores.references == [*answers[:3], "he", "world"]
+    assert scores.exact_match == pytest.approx(3 / 5)
+    assert scores.token_f1 == pytest.approx(sum(map(token_f1, answers, scores.references)) / 5)
+    assert scores.metrics == {"length": sum(map(len, answers)) / 5}
+
+
+def test_metrics_by_hand():
+    assert (
+        exact_match(" Paris\n", "Paris") == 1 and exact_match("paris", "Paris") == exact_match("Paris.", "Paris") == 0
+    )
+    cases = {
+        ("The Denver Broncos!", "denver broncos"): 1.0,
+        ("Denver Broncos won", "the Broncos"): 2 * (1 / 3) * 1 / (1 / 3 + 1),
+        ("a b b c", "b b b d"): 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4),  # "a" is an article
+        ("Paris", "London"): 0.0,
+        ("", "the"): 1.0,  # neither has a word
+        ("", "Paris"): 0.0,
+    }
+    for (prediction, reference), expected in cases.items():
+        assert token_f1(prediction, reference) == pytest.approx(expected)
+        assert token_f1(reference, prediction) == pytest.approx(expected)
+
+
+def test_the_record_prints_and_serialises():
+    scores = Scores(4, 10, 2.0, math.exp(2.0), 4, 0.5, 0.75, metrics={"valid": 1.0}, predictions=["x"])
+    assert scores.as_dict() == {
+        "n": 4, "tokens": 10, "loss": 2.0, "perplexity": math.exp(2.0), "answers": 4,
+        "exact_match": 0.5, "token_f1": 0.75, "valid": 1.0,
+    }  # fmt: skip
+    assert scores.interval(0.5) == pytest.approx(0.49)  # 1.96 * sqrt(0.25 / 4)
+    lines = str(scores).splitlines()
+    assert len(lines) == 8 and "exact match" in str(scores) and "0.5000  ± 0.4900" in str(scores)
+
+
+# ---- constrained choice
+
+
+@pytest.mark.parametrize("model", [MINE, THEIRS], ids=["minilora", "transformers"])
+def test_constrained_is_the_argmax_of_whole_sequences(model):
+    pairs = [split_prompt(row) for row in ROWS]
+    prompts = [encode_prompt(prompt, TOKENIZER) for prompt, _ in pairs]
+    ids = [[*TOKENIZER.encode(label), TOKENIZER.eos_token_id] for label in LABELS]
+    expected = [LABELS[plain_scores(model, prompt, ids).argmax()] for prompt in prompts]
+    scores = evaluate(model, TOKENIZER, ROWS, labels=LABELS, max_new_tokens=0, batch_size=2)
+    assert scores.choices == expected
+    assert scores.constrained == sum(c == answer for c, (_, answer) in zip(expected, pairs, strict=True)) / len(ROWS)
+    assert label_table(LABELS, TOKENIZER, pairs[0][0], len(prompts[0])) == ids  # end of turn included
+
+
+LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple)  # few tokens: many common beginnings
+
+
+@settings(max_examples=25)
+@given(st.lists(LABEL, min_size=2, max_size=9, unique=True), st.integers(0, 99), st.integers(1, 4))
+def test_every_score_is_the_whole_sequence(labels, seed, batch_size):
+    """Tree and single line give the plain likelihood, and `choose` its arg-max, whatever the labels share."""
+    prompts = [tokens(1, n, seed=seed + n)[0].tolist() for n in (3, 9, 4, 1)]
+    expected = torch.stack([plain_scores(MINE, prompt, labels) for prompt in prompts])  # (B, L)
+    with inference(MINE):
+        table, context = Labels(labels), Context(MINE)
+        logits = context.extend(prompts)
+        first = logits.log_softmax(-1)[:, table.padded[:, 0]]
+        if max(map(len, labels)) > 1:
+            torch.testing.assert_close(table.scores(context, first), expected, atol=1e-4, rtol=0)
+            picked = torch.arange(4) % len(labels)
+            one = table.score_of(picked, context, first)
+            torch.testing.assert_close(one, expected[torch.arange(4), picked], atol=1e-4, rtol=0)
+    chosen = choose(MINE, prompts, [list(label) for label in labels], batch_size)
+    best = expected.max(-1).values
+    assert (expected[torch.arange(4), chosen] >= best - 1e-4).all()
+
+
+def test_a_clear_favourite_is_read_alone(monkeypatch):
+    """The shortcut saves the tree where it may, and only there."""
+    prompts = [tokens(1, 6, seed=seed)[0].tolist() for seed in range(40)]
+    order = MINE(torch.tensor(prompts)).detach()[:, -1].argsort(descending=True)  # (B, V)
+    trees = []
+    tree = Labels.scores
+    monkeypatch.setattr(Labels, "scores", lambda *args: (trees.append(len(args[2])), tree(*args))[1])
+    with torch.no_grad():
+        follow = MINE(torch.tensor([[*p, t] for p, t in zip(prompts, order[:, 0].tolist(), strict=True)]))[
+            :, -1
+        ].argmax(-1)
+    clear = 0
+    for prompt, likely, after in zip(prompts, order, follow.tolist(), strict=True):
+        labels = [[int(likely[0]), after], [int(likely[-1]), 3], [int(likely[-2]), 4]]
+        trees.clear()
+        assert choose(MINE, [prompt], labels, 1) == [int(plain_scores(MINE, prompt, labels).argmax())]
+        clear += not trees
+    assert clear > 30  # the likeliest token and what likely follows it against the two least likely
+    unlikely = [[int(order[0, 0]), int(MINE(torch.tensor([[*prompts[0], int(order[0, 0])]]))[0, -1].argmin())]]
+    trees.clear()
+    assert choose(MINE, prompts[:1], [*unlikely, [int(order[0, 1]), 3]], 1) == [1] or trees
+    assert trees == [1]  # the favourite ends badly: the other label had to be read
+
+
+def test_memory_of_the_labels_is_bounded(monkeypatch):
+    """Logits of the tree are made a few rows at a time; any number of them gives the same."""
+    prompts, labels = [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 4)], [[1, 2, 3], [1, 4, 5], [2, 6]]
+    whole = choose(MINE, prompts, labels, 3)
+    monkeypatch.setattr(context_module, "LOGITS", 1)
+    assert choose(MINE, prompts, labels, 3) == whole
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"labels": ["hello", "he", "as", "a"]}, "row 1: its answer 'hello world.*' is none of the labels"),
+        ({"labels": ["hello"]}, "at least two"),
+        ({"labels": [*LABELS, "he"]}, "no two of them the same"),
+        ({"metrics": {"loss": exact_match}}, r"\['loss'\] are measured already"),
+        ({"metrics": {"x": exact_match}, "max_new_tokens": 0}, ">= 1 with metrics"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+        ({"max_new_tokens": -1}, "max_new_tokens >= 0"),
+        ({"max_new_tokens": 250}, "exceed the model's context of 256"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(MINE, TOKENIZER, ROWS, **options)
+
+
+def test_bad_rows():
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(MINE, TOKENIZER, [])
+    with pytest.raises(ValueError, match="row 1"):
+        evaluate(MINE, TOKENIZER, [ROWS[0], {"question": "x"}])
+    with pytest.raises(ValueError, match=r"rows \[1\] .* exceed the context of 256 tokens"):
+        evaluate(MINE, TOKENIZER, [ROWS[0], {"messages": chat("x" * 100, "y" * 200)}])
+    with pytest.raises(ValueError, match="plain texts"):
+        evaluate(MINE, TOKENIZER, [{"text": "hello"}], labels=LABELS)
+
+
+# ---- the real model
+
+
+@pytest.mark.slow
+def test_smollm2_chooses_by_likelihood(smollm2):
+    """Cities of one and of several tokens; the choice is the arg-max of whole sequences."""
+    from minilora.data import load_tokenizer
+    from minilora.models.loader import load_model
+
+    model, tokenizer = load_model(smollm2, dtype="float32"), load_tokenizer(smollm2)
+    capitals = {"France": "Paris", "Italy": "Rome", "Austria": "Vienna", "Iceland": "Reykjavik", "Cuba": "Havana"}
+    rows = [{"messages": chat(f"The capital of {k}? One word.", v)} for k, v in capitals.items()]
+    labels = list(capitals.values())
+    scores = evaluate(model, tokenizer, rows, labels=labels, max_new_tokens=8, batch_size=2)
+    prompts = [encode_prompt(split_prompt(row)[0], tokenizer) for row in rows]
+    table = label_table(labels, tokenizer, split_prompt(rows[0])[0], len(prompts[0]))
+    assert scores.choices == [labels[plain_scores(model, prompt, table).argmax()] for prompt in prompts]
+    assert scores.constrained is not None and scores.constrained >= 0.6

@@ -1,0 +1,268 @@
+"""Proves that the engine answers each request as if it were alone, whoever else is in the batch, comes or goes.
+
+Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings; top-k against transformers' filter.
+Property: a row joins at the next token and leaves when done, the cache is as wide as its longest row, pieces are the
+whole text, a cancelled or late request frees its place, adapters come and go under way. Error: what is refused.
+"""
+
+import pytest
+import torch
+from transformers import TopKLogitsWarper
+
+import minilora as ml
+from helpers.served import MARGIN, NAMES, alone, asks, build, run, tokenizer
+from minilora.generation.decoding_batch import joined
+from minilora.generation.engine import Engine, Full
+from minilora.generation.sequence import Ask, Row, Text
+from minilora.models.padded_batch import Context, inference
+
+WINDOWS = {"full": {}, "window": {"family": "mistral", "sliding_window": 7}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture
+def engine(model):
+    made = Engine(model, tokenizer(), batch_size=5)
+    yield made
+    made.close()
+
+
+# ---- oracle
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_answers_are_those_of_one_user(kind):
+    """Requests come while others run; lengths, adapters and sampling are mixed; five at a time."""
+    model, wanted = build(**WINDOWS[kind]), asks(12)
+    with_stops = [Ask(ask.prompt, ask.adapter, 12, stop=("e", "a b")) for ask in wanted[:4]]
+    wanted += with_stops
+    expected = {ask: alone(model, ask) for ask in wanted}
+    assert len({*expected.values()}) > 10 and any(len(expected[ask]) for ask in with_stops)
+    engine, pieces, later = Engine(model, tokenizer(), batch_size=5), [], list(wanted)
+    while later:
+        engine.submit([later.pop(0) for _ in range(min(2, len(later)))])
+        pieces += engine.step()
+    found = run(engine, pieces)
+    engine.close()
+    assert {ask: text for ask, (text, _) in found.items()} == expected
+    for ask, (_, finish) in found.items():
+        full = sum(piece.tokens for piece in pieces if piece.ask is ask) == ask.max_tokens
+        assert finish == ("length" if full else "stop") or (full and ask.stop)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_joined_caches_go_on_as_before(kind):
+    """Logits to a fifth of the margin that the other tests ask of an arg-max."""
+    model = build(adapters=0, **WINDOWS[kind])
+    rows = [[[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15]], [[16, 17, 18]], [[19] * 4, [20] * 11, [21]]]
+    with inference(model):
+        contexts = [Context(model) for _ in rows]
+        for context, prompts in zip(contexts, rows, strict=True):
+            context.extend(prompts)
+        chosen = [[0, 1], [0], [2, 0]]  # the longest leaves, two change places
+        whole = joined([*zip(contexts, chosen, strict=True)])
+        assert whole is not None and whole.cache.length == whole.real.shape[1] == 9
+        for _ in range(3):
+            tokens = [[i + 30] for i in range(5)]
+            found, start = whole.extend(tokens), 0
+            for context, prompts, places in zip(contexts, rows, chosen, strict=True):
+                some = [tokens[start + places.index(i)] if i in places else [1] for i in range(len(prompts))]
+                expected = context.extend(some)[places]
+                assert (found[start : start + len(places)] - expected).abs().max() < MARGIN / 5
+                start += len(places)
+    assert joined([(contexts[0], [])]) is None
+
+
+def test_top_k_is_transformers_filter():
+    logits = torch.randn(50)
+    kept = set(torch.isfinite(TopKLogitsWarper(4)(torch.tensor([[0]]), logits[None]))[0].nonzero().flatten().tolist())
+    row = Row(Ask([5], temperature=2.0, top_k=4, seed=0), tokenizer(), 0)
+    assert {row.choose(logits) for _ in range(300)} == kept
+    one, whole = (Row(Ask([5], temperature=2.0, top_k=k, seed=1), tokenizer(), 0) for k in (1, 50))
+    free = Row(Ask([5], temperature=2.0, seed=1), tokenizer(), 0)
+    assert {one.choose(logits) for _ in range(20)} == {int(logits.argmax())}
+    assert [whole.choose(logits) for _ in range(50)] == [free.choose(logits) for _ in range(50)]
+
+
+# ---- property
+
+
+def test_a_request_joins_at_the_next_token_and_leaves_when_done(engine):
+    long, short = Ask([40] * 30, NAMES[0], 9), Ask([41] * 3, NAMES[1], 2)
+    engine.submit([long])
+    assert [piece.ask for piece in engine.step()] == [long]
+    engine.submit([short])
+    assert {piece.ask for piece in engine.step()} == {long, short} and engine.context.real.shape == (2, 31)
+    assert [piece.finish for piece in engine.step() if piece.ask is short] == ["length"]
+    assert engine.context.real.shape == (1, 32)
+    engine.submit([short])
+    run(engine)
+    assert engine.context is None and not engine.rows
+
+
+def test_the_cache_is_as_wide_as_its_longest_row(engine):
+    """Or a server that is never idle would run out of memory."""
+    engine.submit([Ask([40] * 50, None, 2)])
+    widths = []
+    for number in range(40):
+        engine.submit([Ask([41] * (3 + number % 2), None, 4)])
+        engine.step()
+        longest = max(len(row.ask.prompt) + len(row.text.ids) - 1 for row in engine.rows)
+        widths.append(engine.context.cache.length)
+        assert widths[-1] == longest
+    assert widths[0] == 50 and max(widths[3:]) < 9
+    run(engine)
+
+
+def test_prompts_read_in_a_step_are_few_tokens(engine):
+    """Who runs waits for no more than one long prompt, or READ tokens of short ones."""
+    engine.submit([Ask([40] * 300, None, 1), *(Ask([41] * 200, None, 1) for _ in range(3))])
+    assert [len(engine.step()) for _ in range(3)] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("stops", [(), ("é🙂",), ("hello w", "<|im_end|>"), ("lo", "hello there"), ("<|im_end|>",)])
+def test_pieces_are_the_text_and_never_taken_back(stops):
+    """Characters of several tokens and the beginning of a stop string wait until they are sure."""
+    text = tokenizer()
+    said = "naïve 🙂 hello wo é🙃é🙂 hello world <|im_end|> and on"
+    ids = text.encode(said, add_special_tokens=False)
+    grown, pieces = Text(text, stops), []
+    for token in ids:
+        piece, stopped = grown.push(token)
+        pieces.append(piece)
+        if stopped:
+            break
+    pieces.append(grown.rest())
+    expected = text.decode(grown.ids, skip_special_tokens=True)
+    for word in stops:
+        expected = expected.partition(word)[0]
+    assert "".join(pieces) == expected and not any("\ufffd" in piece for piece in pieces)
+    assert text.decode(grown.ids).endswith(stops) if stops else grown.ids == ids
+    assert sum(map(bool, pieces)) > 5
+
+
+def test_a_cancelled_request_frees_its_place(engine):
+    first, second = Ask([40] * 3, None, 200), Ask([41] * 4, NAMES[2], 3)
+    engine.submit([first, *(Ask([42], None, 1) for _ in range(4)), second])
+    engine.step()
+    engine.cancel(first)
+    engine.cancel(first)
+    found = run(engine)
+    assert first not in found and found[second][1] == "length"
+    engine.submit([waits := Ask([40], None, 5)])
+    engine.cancel(waits)
+    assert run(engine) == {} and not engine.busy
+
+
+def test_a_late_request_ends_with_what_it_said(model):
+    now = [0.0]
+    engine = Engine(model, tokenizer(), batch_size=1, clock=lambda: now[0])
+    slow, waits, quick = Ask([40] * 3, None, 50, seconds=5), Ask([41], None, 50, seconds=5), Ask([42], None, 2)
+    engine.submit([slow, waits, quick])
+    pieces = [*engine.step(), *engine.step()]
+    now[0] = 6.0
+    found = run(engine, pieces)
+    engine.close()
+    assert {ask: finish for ask, (_, finish) in found.items()} == {slow: "timeout", waits: "timeout", quick: "length"}
+    assert found[slow][0] == alone(model, Ask(slow.prompt, None, 2)) and found[waits][0] == ""
+
+
+def test_adapters_come_and_go_between_two_tokens(tmp_path):
+    model = build(adapters=3)
+    ml.save_adapter(model, tmp_path / "two", name=NAMES[2])
+    base, kept = Ask([40, 50, 60], None, 12), Ask([41, 51], NAMES[1], 12)
+    new = Ask([42, 52], "new", 12)
+    expected = [alone(model, ask) for ask in (base, kept, Ask(new.prompt, NAMES[2], 12))]
+    ml.delete_adapter(model, NAMES[2])
+    engine = Engine(model, tokenizer())
+    engine.submit([base, kept])
+    pieces = [*engine.step(), *engine.step()]
+    engine.load("new", tmp_path / "two")
+    engine.submit([new])
+    pieces += engine.step()
+    engine.unload("new")
+    engine.unload(NAMES[1])
+    assert engine.adapters == [NAMES[0]] and ml.list_adapters(model) == [*NAMES[:2], "new"]
+    with pytest.raises(ValueError, match="adapter: expected one of .'adapter0'. or None, got 'new'"):
+        engine.submit([Ask([1], "new")])
+    with pytest.raises(ValueError, match="'new' is still answering: unload it first, and wait"):
+        engine.load("new", tmp_path / "two")
+    found = run(engine, pieces)
+    assert [found[ask][0] for ask in (base, kept, new)] == expected
+    assert ml.list_adapters(model) == [NAMES[0]]
+    engine.unload(NAMES[0])
+    assert not ml.list_adapters(model)
+    engine.load("new", tmp_path / "two")
+    engine.submit([again := Ask(new.prompt, "new", 12)])
+    assert run(engine)[again][0] == expected[2]
+    engine.close()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+# ---- error
+
+
+def test_what_does_not_fit_is_refused_whole(engine):
+    engine.submit([Ask([1], None, 1) for _ in range(engine.most - 1)])
+    with pytest.raises(Full, match="0 requests are being answered and 68 wait"):
+        engine.submit([Ask([1]), Ask([1])])
+    engine.submit([Ask([1], None, 1)])
+    assert len(engine.waiting) == engine.most
+    run(engine)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": [1], "adapter": "nobody"}, "got 'nobody'"),
+        ({"prompt": []}, "at least one token"),
+        ({"prompt": [100000]}, "each from 0 to"),
+        ({"prompt": [-1]}, "each from 0 to"),
+        ({"prompt": [1] * 500, "max_tokens": 13}, "500 tokens, which with 13 new ones exceed the 512"),
+        ({"prompt": [1], "max_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"prompt": [1], "temperature": float("nan")}, "temperature must be"),
+        ({"prompt": [1], "top_p": 0.0}, "top_p must be"),
+        ({"prompt": [1], "top_k": -1}, "top_k >= 0"),
+        ({"prompt": [1], "stop": ("",)}, "no empty stop"),
+    ],
+)
+def test_bad_requests_are_refused(engine, given, message):
+    with pytest.raises(ValueError, match=message):
+        engine.submit([Ask(**given)])
+    assert not engine.busy
+
+
+def test_what_cannot_be_chosen_row_by_row_is_refused(tmp_path):
+    """And leaves the model as it was."""
+    model = build(adapters=1)
+    other = build(adapters=0)
+    ml.inject(other, ml.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), name="whole")
+    ml.save_adapter(other, tmp_path / "whole", name="whole")
+    engine = Engine(model, tokenizer())
+    ask = Ask([40, 41], NAMES[0], 5)
+    engine.submit([ask])
+    expected = run(engine)[ask]
+    for name, folder, message in [
+        ("whole", "whole", "is all zero|does nothing|trains whole modules"),
+        ("gone", "gone", "no such folder"),
+        (NAMES[0], "whole", "already loaded"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            engine.load(name, tmp_path / folder)
+    with pytest.raises(ValueError, match="got 'gone'"):
+        engine.unload("gone")
+    engine.submit([again := Ask(ask.prompt, ask.adapter, 5)])
+    assert run(engine)[again] == expected and engine.adapters == [NAMES[0]]
+
+
+def test_engines_of_other_models_and_sizes_are_refused(model):
+    with pytest.raises(ValueError, match="expected a model of ml.load_model, got Linear"):
+        Engine(torch.nn.Linear(2, 2), tokenizer())
+    with pytest.raises(ValueError, match="expected 2 to the model's context of 512, got 513"):
+        Engine(model, tokenizer(), max_length=513)
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        Engine(model, tokenizer(), batch_size=0)

@@ -1,0 +1,22 @@
+"""A tiny model of transformers, ours with the same weights, and random prompts: what the tests of answers share."""
+
+from functools import cache
+from typing import Any
+
+from helpers.tiny import oracle, tokens, twin
+
+EOS = 5
+VOCABULARY = 300  # room for the byte tokenizers of chats.py
+
+
+@cache
+def pair(family: str = "llama", **fields: Any):
+    """(transformers' model, ours) of the same weights, logits of about 10."""
+    theirs = oracle(family, vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=EOS, **fields)
+    return theirs, twin(theirs)
+
+
+def ragged(*lengths: int, common: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths that begin with `common` equal tokens."""
+    front = tokens(1, common, seed=9)[0].tolist()
+    return [front + tokens(1, n, seed=i)[0].tolist() for i, n in enumerate(lengths)]

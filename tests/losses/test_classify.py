@@ -1,0 +1,169 @@
+"""A classifier's adapter is a file of PEFT's task SEQ_CLS, both ways, with transformers' logits around it; and it
+trains as exactly as everything else here.
+"""
+
+import json
+
+import pytest
+import torch
+
+import minilora as ml
+from helpers.objective_laws import check_eval_batches, check_resume, check_splits, stirred
+from helpers.tiny import oracle, twin
+from helpers.toy import FAST, Letters, llama, lora
+from minilora.training.config import TrainConfig
+from minilora.training.loop import train
+
+LABELS = ["vowel", "consonant", "digit"]
+TEXTS = ["abca", "xyz", "12", "eieio", "bcd", "9", "aa", "3141"]
+ROWS = [{"text": t, "label": LABELS[0 if t[0] in "aeiou" else 2 if t.isdigit() else 1]} for t in TEXTS]
+CONFIG = ml.LoRAConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+
+
+def classifier(model=None, **fields):
+    """A model with a head and an adapter."""
+    model = llama() if model is None else model
+    ml.Classify(LABELS).add_head(model)
+    ml.inject(model, ml.LoRAConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | fields))
+    return model
+
+
+def batch_of(rows=ROWS):
+    objective = ml.Classify(LABELS)
+    return objective.collate(objective.encode(rows, Letters(), 64))
+
+
+# ---- oracle
+
+
+@pytest.fixture(scope="module")
+def causal():
+    return oracle(vocab_size=len(Letters()), max_position_embeddings=64)
+
+
+def theirs_from(causal):
+    """transformers' classifier on the weights of a causal model; its head is random and not ours."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    fields = causal.config.to_dict() | {"num_labels": len(LABELS), "pad_token_id": 0}
+    model = LlamaForSequenceClassification(LlamaConfig(**fields)).eval()
+    model.model.load_state_dict(causal.model.state_dict())
+    return model
+
+
+def test_peft_loads_what_training_saved(causal, tmp_path):
+    from peft import PeftModel
+
+    ours = classifier(twin(causal), modules_to_save=["score"])
+    train(ours, Letters(), ROWS, TrainConfig(**FAST), objective=ml.Classify(LABELS))
+    ml.save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    theirs = PeftModel.from_pretrained(theirs_from(causal), tmp_path)
+    assert type(theirs).__name__ == "PeftModelForSequenceClassification"
+    batch = batch_of()
+    with torch.no_grad():
+        expected = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = ml.Classify(LABELS).logits(ours.eval(), batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32, other order of sums
+    assert found.std() > 0.1
+
+
+def test_we_load_what_peft_saved_and_train_on_transformers_own_model(causal, tmp_path):
+    """PEFT's file names both kinds of head, `classifier` and `score`, and holds the one there is."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(theirs_from(causal), LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path)
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]) == {"classifier", "score"}
+    objective, batch = ml.Classify(LABELS), batch_of()
+    ours, same = twin(causal), theirs_from(causal)
+    objective.add_head(ours)
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for model in (ours, same):
+            ml.load_adapter(model, tmp_path)
+            torch.testing.assert_close(objective.logits(model.eval(), batch), expected, rtol=1e-4, atol=1e-4)
+    result = [train(model, Letters(), ROWS, TrainConfig(**FAST), objective=objective) for model in (ours, same)]
+    assert result[0].losses == pytest.approx(result[1].losses, rel=1e-4)
+
+
+# ---- properties
+
+
+def test_gradient_and_evaluation_do_not_depend_on_the_split():
+    check_splits(stirred(classifier()), ml.Classify(LABELS), ROWS)
+    check_eval_batches(stirred(classifier()), ml.Classify(LABELS), ROWS)
+
+
+def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
+    check_resume(lambda: classifier(lora_dropout=0.1), ml.Classify(LABELS), ROWS, tmp_path)
+
+
+def test_it_learns_and_predict_says_what_it_learned():
+    model, objective = classifier(), ml.Classify(LABELS)
+    config = TrainConfig(**FAST | {"max_steps": 40})
+    result = train(model, Letters(), ROWS, config, objective=objective, eval_dataset=ROWS)
+    assert result.metrics["accuracy"][-1] == result.evals[-1]["eval_accuracy"] == 1
+    for size in (1, 3, 100):
+        assert objective.predict(model, Letters(), TEXTS, size) == [row["label"] for row in ROWS]
+
+
+def test_the_head_trains_without_being_asked_for_as_in_peft():
+    """task_type SEQ_CLS alone: no adapter on the head, a copy of it that trains."""
+    named = {name for name, p in classifier().named_parameters() if p.requires_grad}
+    assert named == {name for name, p in classifier(modules_to_save=["score"]).named_parameters() if p.requires_grad}
+    assert "score.weight" in named
+    carried = lora(llama())  # a task that is only carried in the file changes nothing
+    plain = llama()
+    ml.inject(plain, ml.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS"))
+    assert [n for n, p in plain.named_parameters() if p.requires_grad] == [
+        n for n, p in carried.named_parameters() if p.requires_grad
+    ]
+
+
+def test_a_16_bit_model_scores_in_fp32_masters():
+    model = classifier(llama().bfloat16())
+    assert model.score.weight.dtype == torch.float32 and model.score.weight.requires_grad
+    with torch.no_grad():
+        logits = ml.Classify(LABELS).logits(model, batch_of())
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_messages_end_with_the_generation_prompt_and_texts_have_no_end():
+    from helpers.chats import ours
+    from minilora.data import encode_prompt
+
+    chat, objective = ours("chatml"), ml.Classify(["a", "b"])
+    messages = [{"role": "user", "content": "hello"}]
+    encoded = objective.encode([{"messages": messages, "label": "b"}], chat, None)
+    assert encoded[0].input_ids == encode_prompt(messages, chat) and encoded[0].label == 1
+    (text,) = objective.encode([{"text": "abc", "label": "a", "source": "x"}], Letters(), None)
+    assert text.input_ids == Letters().encode("abc") and set(text.labels) == {-100}
+    cut = objective.encode([{"text": "abcdef", "label": "a", "source": "x"}], Letters(), 4)
+    assert "1 rows cut at max_length 4" in cut.report and "keys not used: source" in cut.report
+
+
+# ---- errors
+
+
+def test_errors():
+    objective = ml.Classify(LABELS)
+    with pytest.raises(ValueError, match=r"label.*'vowels'.*vowel"):
+        objective.encode([{"text": "a", "label": "vowels"}], Letters(), None)
+    with pytest.raises(ValueError, match="text and label"):
+        objective.encode([{"prompt": "a", "completion": "b", "label": "vowel"}], Letters(), None)
+    with pytest.raises(ValueError, match="no layer `score`"):
+        objective.loss(llama(), batch_of())
+    model = classifier()
+    with pytest.raises(ValueError, match="3 outputs, and there are 2"):
+        ml.Classify(["vowel", "consonant"]).loss(model, batch_of(ROWS[:2]))
+    with pytest.raises(ValueError, match="already"):
+        objective.add_head(model)
+    for labels in (["one"], ["same", "same"]):
+        with pytest.raises(ValueError, match="at least two, all different"):
+            ml.Classify(labels)

@@ -1,0 +1,101 @@
+"""Proves that shards, their index and ties that contradict each other, or leave the folder, are refused at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import minilora as ml
+from helpers.tiny import oracle, twin
+from minilora.models.save import save_model
+from tests.models.test_hostile_files import refused
+
+INDEX = "model.safetensors.index.json"
+NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model in two shards: the norm in b, all else in a."""
+    save_model(twin(oracle(num_hidden_layers=1)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    save_file({NORM: tensors.pop(NORM)}, tmp_path / "b.safetensors")
+    save_file(tensors, tmp_path / "a.safetensors")
+    index(tmp_path, **dict.fromkeys(tensors, "a.safetensors") | {NORM: "b.safetensors"})
+    ml.load_model(tmp_path, dtype="float32", device="cpu")  # so far all is well
+    return tmp_path
+
+
+def index(folder: Path, **places: str) -> None:
+    old = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": old | places}))
+
+
+def test_two_files_that_each_name_the_other(folder):
+    index(folder, **{NORM: "a.safetensors", EMBEDDING: "b.safetensors"})
+    refused(folder, "tensor .* is in [ab].safetensors, but .*index.json says [ab].safetensors")
+
+
+def test_a_tensor_in_two_shards(folder):
+    tensors = load_file(folder / "a.safetensors")
+    save_file(tensors | {NORM: tensors["model.layers.0.input_layernorm.weight"].clone()}, folder / "a.safetensors")
+    refused(folder, f"tensor {NORM} is in both .*a.safetensors and .*b.safetensors")
+
+
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+def test_an_index_that_names_no_shard(folder, name):
+    index(folder, **{NORM: name})
+    refused(folder, f"{name} is damaged or cut off")
+
+
+def test_an_index_that_names_folders_and_itself_in_a_circle(folder):
+    (folder / "c").mkdir()
+    index(folder, **{NORM: "c"})
+    refused(folder, "c is missing")
+    (folder / "d").symlink_to("d")
+    index(folder, **{NORM: "d"})
+    refused(folder, "d is missing")
+
+
+def test_links_out_of_the_folder(folder, tmp_path_factory):
+    """A shard, the only file, and one through a second link; links within the folder and the Hub's are welcome."""
+    outside = tmp_path_factory.mktemp("outside")
+    (folder / "b.safetensors").rename(outside / "b.safetensors")
+    (folder / "b.safetensors").symlink_to(outside / "b.safetensors")
+    refused(folder, "b.safetensors is a link to .*outside.*b.safetensors, outside its folder")
+    (folder / "b.safetensors").unlink()
+    (folder / "other").symlink_to(outside / "b.safetensors")
+    (folder / "b.safetensors").symlink_to("other")
+    refused(folder, "outside its folder")
+    (outside / "b.safetensors").rename(folder / "real")
+    (folder / "b.safetensors").unlink()
+    (folder / "b.safetensors").symlink_to("real")
+    ml.load_model(folder, dtype="float32", device="cpu")
+
+    revision = outside / "snapshots" / "0123"
+    for old in sorted(folder.glob("*.*")):
+        blob = outside / "blobs" / old.name.replace(".", "")
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(old.read_bytes())
+        revision.mkdir(parents=True, exist_ok=True)
+        (revision / old.name).symlink_to(blob)
+    ml.load_model(revision, dtype="float32", device="cpu")
+
+
+def test_a_tie_that_the_tensors_deny(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    refused(folder, "lm_head.weight is not the embedding, but config.json ties the two")
+    tensors = load_file(folder / "a.safetensors")
+    save_file(tensors | {HEAD: tensors[EMBEDDING][:5].clone()}, folder / "a.safetensors")
+    refused(folder, "lm_head.weight is not the embedding, but config.json ties the two")
+    del tensors[HEAD]
+    save_file(tensors, folder / "a.safetensors")
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    places.pop(HEAD)
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    ml.load_model(folder, dtype="float32", device="cpu")
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    refused(folder, "lacks lm_head.weight, which its config asks for")

@@ -1,0 +1,149 @@
+"""Proves that llama.cpp itself loads what we write, and computes our token ids and our logits.
+
+Oracle: llama.cpp by `llama-cpp-python`, which is no pinned dependency; docs/LOG.md says how it was built and what came
+out. Without it these tests skip. Its cache is fp32 here (its default is fp16). Before a matrix of 16 or 8 bits most of
+its kernels round the activations to the matrix's type, too; `ours` does the same on demand.
+"""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+import minilora as ml
+from helpers.tiny import LLAMA3, oracle, tokens, twin
+from minilora.data import load_tokenizer
+from minilora.models.gguf.tokenizer import WORDS
+from minilora.models.save import save_model
+from tests.models.test_gguf_sentencepiece import FORMS, file_of, texts
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: llama.cpp NOT ASKED here")
+pytestmark = pytest.mark.slow
+MODELS = {
+    "llama": {},
+    "tied, wide heads": {"tie_word_embeddings": True, "head_dim": 32, "num_key_value_heads": 4},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "llama3": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "factor": 32.0}},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 tied": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+}
+UNITS = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 0.5 / 127}  # half a unit
+ENGLISH = (
+    "The committee met on Tuesday to discuss the new library. Most members agreed that the old building, put up in "
+    "1974, was too small, and that its roof would not last another winter. They asked for 3 offers by the 15th of May."
+)
+
+
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch) -> None:
+    """Weights as they lie in the file: kernels that want them rearranged (AMX) stop on some virtual machines."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def plain():
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain)
+
+
+def opened(path: Path, **options):
+    return llama_cpp.Llama(str(path), n_ctx=512, n_batch=512, n_threads=1, verbose=False, **options)
+
+
+def theirs(path: Path, ids: list[int]) -> Tensor:
+    """Logits (tokens, vocabulary)."""
+    llama = opened(path, logits_all=True, type_k=0, type_v=0, flash_attn=False)  # 0: fp32
+    llama.eval(ids)
+    logits = torch.tensor(llama.scores[: len(ids)])
+    llama.close()
+    return logits
+
+
+def ours(path: Path, ids: list[int], dtype: str = "float32") -> Tensor:
+    """Logits (tokens, vocabulary), in fp32 with what goes into a linear layer rounded to `dtype`."""
+    model = ml.load_model(path, dtype="float32", device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], dtype),))
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0]
+
+
+def rounded(x: Tensor, dtype: str) -> Tensor:
+    import gguf
+
+    if dtype != "q8_0":
+        return x.to(getattr(torch, dtype)).float()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(x.numpy(), kind), kind).copy())
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def check(path: Path, ids: list[int], what: str, dtype: str) -> tuple[Tensor, Tensor]:
+    """fp32: llama.cpp makes the angle of channel i by i products, off by up to 200 · 8 · 2^-24 = 1e-4 rad at the last
+    of 200 tokens, and the logits are up to 7: 5e-4. Below fp32 an activation may fall to the other side of a rounding,
+    half a unit off, and with it all that follows: 16 half units of the logits' spread. Rows in a wrong order: above 1.
+    """
+    found, plain, alike = theirs(path, ids), ours(path, ids), ours(path, ids, dtype)
+    print(f"{what}, {dtype}: rms of the logits {rms(plain):.1f}, off by {(found - plain).abs().max():.1e}", end="")
+    print(
+        f" (rms {rms(found - plain):.1e}), rounded alike {(found - alike).abs().max():.1e} ({rms(found - alike):.1e})"
+    )
+    if dtype == "float32":
+        assert (found - plain).abs().max() <= 5e-4
+        assert torch.equal(found.argmax(-1), plain.argmax(-1))
+    else:
+        assert min(rms(found - plain), rms(found - alike)) <= 16 * UNITS[dtype] * rms(plain)
+    return found, plain
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits(tmp_path, kind, dtype):
+    model, ids = twin(oracle(**MODELS[kind])), tokens(1, 200)[0].tolist()
+    save_model(model, tmp_path / "m.gguf", format="gguf", dtype=dtype)
+    _, plain = check(tmp_path / "m.gguf", ids, kind, dtype)
+    if dtype == "float32":
+        with torch.no_grad():  # what we read from the file is what we wrote it from
+            assert torch.equal(plain, model(torch.tensor([ids]))[0])
+
+
+@pytest.mark.parametrize("kind", [*FORMS, *WORDS])
+def test_ids(tmp_path, kind):
+    path = file_of(kind, tmp_path)
+    llama, mine = opened(path, vocab_only=True), load_tokenizer(path)
+    assert (llama.token_bos(), llama.token_eos()) == (1, 2)
+    assert llama.metadata["tokenizer.chat_template"] == mine.chat_template
+
+    @settings(max_examples=300)
+    @given(texts)
+    def holds(text: str) -> None:
+        if kind == "qwen2":  # llama.cpp leaves out Qwen's normaliser
+            text = unicodedata.normalize("NFC", text)
+        for special in (True, False):
+            ids = llama.tokenize(text.encode(), add_bos=special, special=True)
+            assert ids == mine.encode(text, add_special_tokens=special)
+
+    holds()
+    for text in ("a</s>b <tool>  c<unk>", "<s>", " </s> ", "<0x41>"):
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == mine.encode(text, add_special_tokens=False)
+
+
+def test_smollm2(smollm2, tmp_path):
+    path, tokenizer = tmp_path / "m.gguf", load_tokenizer(smollm2)
+    model = ml.load_model(smollm2, dtype="float32", device="cpu")
+    save_model(model, path, format="gguf", dtype="float16", tokenizer=tokenizer)
+    ids = tokenizer.encode(ENGLISH)
+    assert opened(path, vocab_only=True).tokenize(ENGLISH.encode(), add_bos=True, special=True) == ids
+    found, plain = check(path, ids, "SmolLM2", "float16")
+    assert torch.equal(found.argmax(-1), plain.argmax(-1))

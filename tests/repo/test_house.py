@@ -1,0 +1,172 @@
+"""Proves that the house stands as CONTRIBUTING.md draws it, by reading its source and nothing else.
+
+Floors (imports go down or sideways, in no circle), budgets (parameters, files in a folder), manners
+(docstrings, no broad except, no bare ignore, no path of one machine).
+"""
+
+import ast
+import re
+
+import pytest
+
+import minilora as ml
+from helpers.source import (
+    ALL_FILES,
+    LIBRARY_FILES,
+    MODULES,
+    ROOT,
+    STORIES,
+    UPWARD,
+    floor,
+    functions,
+    imports,
+    is_ours,
+    module_of,
+    sources,
+    text,
+    text_files,
+    tree,
+)
+
+FUNCTION_LINES_P90 = 40
+PARAMETERS = 8
+# The door's two widest functions; both keyword-only past the model they are about.
+PARAMETERS_OF = {"minilora/models/loader.py:load_model": 9, "minilora/generation/generate.py:generate": 11}
+FOLDER_FILES = 14  # __init__.py and __main__.py not counted
+
+
+# ---- floors
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES)
+def test_imports_go_down_or_sideways(path: str):
+    here = floor(module_of(path))
+    assert here is not None, f"{path} has no floor: give it one in FLOORS"
+    up = {name: floor(name) for name in imports(path) if is_ours(name)}
+    up = {name: there for name, there in up.items() if there is None or there > here}
+    up = {name: there for name, there in up.items() if (module_of(path), name) not in UPWARD}
+    assert not up, f"{path} (floor {here}) imports upwards: {up}"
+
+
+def test_imports_make_no_circle():
+    edges = {
+        module: {n for n in imports(path, typed=False) if n in MODULES} - {n for m, n in UPWARD if m == module}
+        for module, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def walk(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, "imports in a circle: " + " -> ".join([*trail, module])
+        if module not in done:
+            for name in edges[module] - {module}:
+                walk(name, (*trail, module))
+            done.add(module)
+
+    for module in edges:
+        walk(module, ())
+
+
+def test_the_first_room_stands_alone():
+    assert not {name for name in imports("minilora/lora/layer.py") if is_ours(name) or not name}
+
+
+def test_kernels_never_import_minilora():
+    for path in sources("kernels"):
+        assert not {name for name in imports(path) if name.partition(".")[0] == "minilora"}, path
+
+
+@pytest.mark.parametrize("path", ALL_FILES)
+def test_only_tests_import_the_top_floor(path: str):
+    top = {name.partition(".")[0] for name in imports(path)} & {*STORIES, "tests"}
+    allowed = {*STORIES, "tests"} if path.startswith("tests/") else {path.partition("/")[0]}
+    assert top <= allowed, f"{path} imports from {top - allowed}"
+
+
+def test_kernels_is_a_source_root():
+    """A package named `kernels` would shadow Hugging Face's, and `import peft` would die."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    guilty = [path for path in ALL_FILES if "kernels" in {name.partition(".")[0] for name in imports(path)}]
+    assert not guilty, f"import minilora_kernels instead: {guilty}"
+
+
+def test_no_entry_of_the_library_is_named_as_a_public_function():
+    """So that `minilora/__init__.py` needs no order of imports: nothing it binds is hidden by a module."""
+    entries = {path.split("/")[1].removesuffix(".py") for path in LIBRARY_FILES if path.startswith("minilora/")}
+    assert not entries & set(ml.__all__)
+    assert len(entries - {"__init__", "__main__"}) <= 14
+
+
+def test_no_import_by_string():
+    """importlib, __import__ and sys.modules hide an import from the tests above."""
+    hidden = re.compile(r"importlib\.import_module|__import__|sys\.modules")
+    guilty = [path for path in LIBRARY_FILES if hidden.search(text(path))]
+    assert not guilty, f"import it where it is needed: {guilty}"
+
+
+# ---- budgets
+
+
+def test_functions_are_short():
+    sizes = sorted(
+        (node.end_lineno or 0) - node.lineno + 1 for path in LIBRARY_FILES for _, node in functions(path)
+    )  # in lines, docstring included
+    assert sizes[int(0.9 * (len(sizes) - 1))] <= FUNCTION_LINES_P90
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES)
+def test_signatures_are_narrow(path: str):
+    for name, node in functions(path):
+        if any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue  # a kernel takes pointers, sizes and strides
+        a = node.args
+        names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))]
+        count = len([n for n in names if n not in ("self", "cls", "ctx")])
+        assert count <= PARAMETERS_OF.get(name, PARAMETERS), f"{name} takes {count} parameters"
+
+
+def test_folders_are_small():
+    for folder in {(ROOT / path).parent for path in LIBRARY_FILES}:
+        files = [file.name for file in folder.glob("*.py") if file.name not in ("__init__.py", "__main__.py")]
+        assert len(files) <= FOLDER_FILES, f"{folder.name}/ holds {len(files)} files"
+
+
+# ---- manners
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES)
+def test_public_things_say_what_they_are(path: str):
+    body = tree(path).body
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    public = [node for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+    mute = [node.name for node in public if not ast.get_docstring(node)]
+    mute += ["the module"] if body and not ast.get_docstring(tree(path)) else []
+    assert not mute, f"{path}: no docstring: {mute}"
+
+
+@pytest.mark.parametrize("path", ALL_FILES)
+def test_no_broad_except(path: str):
+    """An error is caught by its name; what catches all must end in a bare `raise`."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "Exception"
+            last = node.body[-1]
+            raises = isinstance(last, ast.Raise) and last.exc is None
+            broad = re.search(r"\b(Base)?Exception\b", caught)
+            assert raises or not broad, f"{path}:{node.lineno} catches {caught}"
+
+
+IGNORE = re.compile(r"#\s*(?:type|pyright):\s*ignore(?P<rule>\[[\w, -]+\])?(?P<rest>.*)")
+
+
+@pytest.mark.parametrize("path", ALL_FILES)
+def test_an_ignored_type_error_says_why(path: str):
+    for number, line in enumerate(text(path).splitlines(), 1):
+        if (found := IGNORE.search(line)) and "IGNORE" not in line:
+            assert found["rule"] and len(found["rest"].strip(" #:")) >= 5, f"{path}:{number} ignores without a reason"
+
+
+def test_no_path_of_one_machine():
+    machine = re.compile(r"(^|[^A-Za-z0-9_.])/(tmp|work|farm|root|home)/[A-Za-z0-9._-]+")
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert not machine.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"

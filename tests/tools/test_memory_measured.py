@@ -1,0 +1,36 @@
+"""Proves that planned peaks are measured peaks: SmolLM2 trained in processes of its own, on a CPU or a GPU.
+
+On a CPU this runs benchmarks/training/plan_check.py; on a GPU the same runs against torch.cuda.max_memory_allocated.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers.source import ROOT
+
+
+def check(*options: str) -> dict[str, dict]:
+    """Planned and measured bytes of each run of the benchmark."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "training" / "plan_check.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])["runs"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads anonymous memory in Linux's way: NOT TESTED here")
+def test_planned_peaks_are_measured_peaks():
+    """Within 10 %: of a process, where buffers that kernels make for themselves are not in the plan."""
+    for name, run in check().items():
+        assert abs(run["measured"] / run["planned"] - 1) <= 0.1, (name, run)
+
+
+@pytest.mark.gpu
+def test_planned_peaks_are_allocated_on_a_gpu():
+    """The step is planned on the CPU's code path; cuBLAS's workspace and rounding to 512 bytes come on top."""
+    for name, run in check("--batch=8").items():
+        assert run["device"] == "cuda"
+        assert abs(run["measured"] / run["planned"] - 1) <= 0.1, (name, run)

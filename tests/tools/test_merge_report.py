@@ -1,0 +1,195 @@
+"""Proves that the merge report measures what merging does: its figures are those of the weights that `merge` makes,
+they show on random matrices what is known of 16-bit and NF4 targets, and the first stage that differs is the one that
+was changed."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import tiny
+from helpers.toy import llama, lora
+from minilora.lora.active import disabled_adapters
+from minilora.lora.config import LoRAConfig
+from minilora.lora.inject import inject
+from minilora.lora.merging.merge import merge
+from minilora.lora.registry import lora_layers
+from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.tools.merge_report import SHOWN, first_difference, merge_report
+from tests.lora.test_merge import TOKENS, model_with_adapter
+
+WIDTH, RANK = 512, 8
+# ‖ΔW‖/‖W‖ -> error in bf16 of the dequantised base, onto the original bf16 base, in NF4 again; cosine in NF4 again.
+KNOWN = {
+    0.003: (0.479, 30.7, 1.15, 0.01),
+    0.01: (0.165, 9.2, 1.13, 0.03),
+    0.03: (0.055, 3.07, 1.08, 0.08),
+    0.1: (0.017, 0.92, 0.78, 0.74),
+    0.3: (0.006, 0.31, 0.32, 0.95),
+}
+
+
+def layer_with(size: float, quantize: bool = True) -> tuple[nn.Module, nn.Module]:
+    """A bf16 layer with N(0, 0.02²) weights and a Gaussian adapter of ‖ΔW‖ = size · ‖W‖; and the layer without it."""
+    original = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).bfloat16()
+    nn.init.normal_(original[0].weight, std=0.02)
+    model = copy.deepcopy(original)
+    if quantize:
+        model[0] = NF4Linear.from_linear(model[0], 64, double_quant=False)
+    inject(model, LoRAConfig(r=RANK, lora_alpha=RANK, target_modules=["0"]))
+    adapter = lora_layers(model)["0"].adapters["default"]
+    nn.init.normal_(adapter.lora_A)
+    nn.init.normal_(adapter.lora_B)
+    with torch.no_grad():
+        adapter.lora_B *= size * original[0].weight.float().norm() / (adapter.lora_B @ adapter.lora_A).norm()
+    return model, original
+
+
+# ---- oracle
+
+
+@pytest.mark.parametrize("size", KNOWN)
+def test_what_is_known_of_merging_is_measured_again(size):
+    model, original = layer_with(size)
+    total = merge_report(model, original).total
+    bf16, onto_original, nf4, cosine = KNOWN[size]
+    assert total.size == pytest.approx(size, rel=0.01)
+    assert total.error["bfloat16"] == pytest.approx(bf16, rel=0.1)  # the same law on another draw of W
+    assert total.error["original"] == pytest.approx(onto_original, rel=0.1)
+    assert total.error["nf4"] == pytest.approx(nf4, rel=0.1)
+    assert total.cosine["nf4"] == pytest.approx(cosine, abs=0.05)
+    onto, W = copy.deepcopy(model), model[0].base_layer.dequantize(torch.float32).double()
+    onto[0].base_layer = original[0]
+    adapter = model[0].adapters["default"]
+    delta = adapter.lora_B.double() @ adapter.lora_A.double()
+    error = (merge(onto)[0].weight.double() - W - delta).norm() / delta.norm()
+    assert total.error["original"] == pytest.approx(error.item(), rel=1e-9)
+    # an error at right angles to ΔW: cos = 1 / sqrt(1 + error²)
+    assert total.cosine["bfloat16"] == pytest.approx((1 + total.error["bfloat16"] ** 2) ** -0.5, abs=0.01)
+    assert total.error["float32"] < 1e-4 and total.cosine["float32"] > 0.9999
+
+
+@torch.no_grad()
+def test_bf16_loses_a_part_of_a_small_adapter_that_fp32_keeps():
+    """An adapter worth 1 to 2 % of the logits: fp32 loses nothing of it, fp16 some per cent, bf16 tens of per cent."""
+    model = lora(llama(hidden_size=64).bfloat16().float())  # weights that bf16 holds exactly, as of a checkpoint
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.adapters["default"].lora_B, std=1.5e-3)
+    tokens = torch.arange(64)[None]
+    trained = model(tokens)
+    with disabled_adapters(model):
+        effect = (trained - model(tokens)).norm() / trained.norm()
+    lost = {}
+    for storage in ("float32", "float16", "bfloat16"):
+        merged = merge(model, storage).float()  # the weights are rounded, computing stays in fp32
+        lost[storage] = (merged(tokens) - trained).norm() / trained.norm() / effect
+    assert 0.005 < effect < 0.03
+    assert lost["float32"] < 1e-3 and lost["float16"] < 0.1 and 0.15 < lost["bfloat16"] < 1
+
+
+def test_pefts_unmerge_in_bf16_does_not_undo_its_merge():
+    """Why there is no unmerge here: what rounding took from the base stays lost."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.oracle().bfloat16()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    peft = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    peft.merge_adapter()
+    peft.unmerge_adapter()
+    after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
+    linears = [name for name in before if "_proj" in name]
+    changed = sum((before[name] != after[name]).sum().item() for name in linears)
+    assert changed > 0.1 * sum(before[name].numel() for name in linears)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "nf4"])
+def test_the_figures_are_those_of_the_merged_model(storage):
+    model = model_with_adapter(quantize=True)
+    merged, report = merge(model, storage), merge_report(model)
+    for layer in report.layers[:3]:
+        adapted = model.get_submodule(layer.name)
+        delta = sum(a.scaling * a.lora_B.double() @ a.lora_A.double() for a in adapted.adapters.values())
+        W, made = adapted.base_layer.dequantize(torch.float32).double(), merged.get_submodule(layer.name)
+        M = made.dequantize(torch.float32).double() if storage == "nf4" else made.weight.double()
+        assert layer.size == pytest.approx((delta.norm() / W.norm()).item())
+        assert layer.error[storage] == pytest.approx(((M - W - delta).norm() / delta.norm()).item(), abs=1e-12)
+        cosine = nn.functional.cosine_similarity((M - W).flatten(), delta.flatten(), dim=0)
+        assert layer.cosine[storage] == pytest.approx(cosine.item())
+
+
+# ---- property
+
+
+def test_the_total_is_all_layers_as_one_vector():
+    model = model_with_adapter(quantize=True)
+    report = merge_report(model)
+    squares = [
+        sum((a.scaling * a.lora_B @ a.lora_A) for a in layer.adapters.values()).norm().square().item()
+        for layer in lora_layers(model).values()
+    ]
+    by_name = dict(zip(lora_layers(model), squares, strict=True))
+    mean = sum(layer.error["nf4"] ** 2 * by_name[layer.name] for layer in report.layers) / sum(squares)
+    assert report.total.error["nf4"] == pytest.approx(mean**0.5, rel=1e-5)
+
+
+def test_the_report_changes_nothing_and_sorts_worst_first():
+    model = model_with_adapter(quantize=True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = merge_report(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    worst = [max(layer.error.values()) for layer in report.layers]
+    assert worst == sorted(worst, reverse=True) and len(worst) == 14
+    printed = str(replace(report, losses={"trained": 1.5, "nf4": 2.25}))
+    assert printed.count("layers.") == SHOWN and "4 layers with a smaller error" in printed
+    assert report.layers[0].name in printed and "2.2500" in printed
+
+
+def test_a_dense_base_has_no_nf4_target_and_idle_layers_no_line():
+    model, _ = layer_with(0.1, quantize=False)
+    assert "nf4" not in merge_report(model).total.error
+    model = lora()
+    nn.init.normal_(model.model.layers[0].mlp.up_proj.adapters["default"].lora_B)
+    assert [layer.name for layer in merge_report(model).layers] == ["model.layers.0.mlp.up_proj"]
+
+
+def test_merging_into_nf4_keeps_every_other_layer_and_the_kind():
+    model = llama()
+    quantize_model(model, blocksize=32, double_quant=False)
+    inject(model, LoRAConfig(target_modules=["up_proj"]))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.adapters["default"].lora_B, std=0.1)
+    merged = merge(model, "nf4")
+    for name, module in merged.named_modules():
+        if isinstance(module, NF4Linear):
+            base = model.get_submodule(name)
+            assert module.blocksize == 32 and not module.weight.double_quant
+            assert name.endswith("up_proj") or torch.equal(module.packed, base.packed)
+    assert sum(isinstance(module, NF4Linear) for module in merged.modules()) == 14
+
+
+def test_the_first_stage_that_differs_is_named():
+    model = llama()
+    other = copy.deepcopy(model)
+    assert first_difference(model, other, TOKENS) is None
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    assert first_difference(model, other, TOKENS) == "model.layers.1.mlp.up_proj"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- error
+
+
+def test_what_cannot_be_measured_or_merged_says_so():
+    with pytest.raises(ValueError, match="changes anything"):
+        merge_report(lora())
+    model, original = layer_with(0.1)
+    with pytest.raises(ValueError, match="original: expected a dense weight of shape"):
+        merge_report(model, nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="storage: expected None or one of"):
+        merge(model, "int8")
+    dense, _ = layer_with(0.1, quantize=False)
+    with pytest.raises(ValueError, match="no layer with an adapter is in 4 bits"):
+        merge(dense, "nf4")

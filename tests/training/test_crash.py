@@ -1,0 +1,228 @@
+"""A run that is killed at any moment, or whose disk is full, loses nothing that was saved, and leaves nothing half.
+
+Oracle: the run that nobody disturbed, file by file. Processes really kill themselves (SIGKILL), at seeded calls of the
+file system, most of them in the middle of a save, and at seeded times. Writes really fail: RLIMIT_FSIZE lets the
+kernel refuse what is longer.
+"""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.toy import Letters, llama, lora, rows
+from minilora.lora.files.save_load import save_adapter
+from minilora.models import save
+from minilora.models.loader import load_model
+from minilora.models.save import save_model
+from minilora.training import checkpoint
+from minilora.training.config import TrainConfig
+from minilora.training.loop import train
+
+RUN = {"learning_rate": 1e-2, "per_device_train_batch_size": 5, "lr_scheduler_type": "constant", "save_steps": 1}
+RUN |= {"save_total_limit": 2}
+KILLS = [("call", number) for number in random.Random(0).sample(range(1, 200), 4)]
+KILLS += [("seconds", random.Random(seed).uniform(0.05, 0.6)) for seed in range(2)]
+
+# Trains on and on. `doomed` kills the process: in the given call of fsync, replace or unlink, or after some seconds.
+KILLED = """
+import os, signal, sys, threading
+sys.path[:0] = {path!r}
+from tests.training.test_crash import RUN, run
+left = {after}
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+def doomed(function):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        return kill() if left == 0 else function(*arguments, **named)
+    return call
+if {what!r} == "seconds":
+    threading.Timer(left, kill).start()
+else:
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, doomed(getattr(os, name)))
+run({folder!r}, 100000)
+"""
+
+# One run a case; from the log of its second step on no file may be longer than `limit` bytes. Prints the errors.
+FULL = """
+import json, resource, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from tests.training.test_crash import FIRST, run
+from minilora.training.metrics_log import Log
+write, found = Log.write, {{}}
+def limited(self, **record):
+    if record.get("step") == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    write(self, **record)
+Log.write = limited
+for file, (method, limit) in FIRST.items():
+    try:
+        run(Path({folder!r}) / file, 7, method, logging_steps=1)
+    except OSError as error:
+        found[file] = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps(found))
+"""
+FIRST = {  # the first file that does not fit: what trains, the limit
+    "log.jsonl": ("lora", 1_000),
+    "adapter_model.safetensors": ("lora", 8_000),
+    "trainer_state.safetensors": ("lora", 40_000),
+    "model.safetensors": ("full", 40_000),
+}
+
+# Writes every kind of file twice, the second time with a limit: name -> error, content before and after.
+WRITERS = """
+import json, resource, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from tests.training.test_crash import contents, writers
+folder, found = Path({folder!r}), {{}}
+for name, write in writers(folder).items():
+    write(1)
+    before, error = contents(folder / name), "none"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        write(2)
+    except OSError as failed:
+        error = str(failed)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found[name] = error, before, contents(folder / name)
+print(json.dumps(found))
+"""
+
+
+def run(folder: object, steps: int, method: str = "lora", **fields):
+    """Train a fresh model with dropout for so many steps."""
+    model = lora(dropout=0.3) if method == "lora" else llama()
+    config = TrainConfig(output_dir=str(folder), max_steps=steps, method=method, **(RUN | fields))
+    return train(model, Letters(), rows(23), config)
+
+
+def start(script: str, **values: object) -> subprocess.Popen:
+    """A process of its own, with as many threads as this one: torch sums in their order."""
+    code = script.format(path=sys.path, **values)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def resume(folder: Path, undisturbed: Path, steps: int, method: str = "lora") -> None:
+    """Go on to that step; the result is the undisturbed run's, to the bit, and nothing half is left."""
+    at = checkpoint.checkpoint_steps(folder)
+    result = run(folder, steps, method, resume_from_checkpoint="last" if at else None)
+    assert result.steps == steps and checkpoint.checkpoint_steps(folder)[-1] == steps
+    ours, theirs = ({path.name: path.read_bytes() for path in (where / f"checkpoint-{steps}").iterdir()}
+                    for where in (folder, undisturbed))  # fmt: skip
+    assert ours == theirs, (steps, at)
+    assert not [path for path in folder.rglob(".*")]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_is_as_if_nothing_had_happened(tmp_path):
+    processes, reached = {}, {}
+    for what, after in KILLS:
+        name = f"{what} {after:.3g}"
+        processes[name] = start(KILLED, what=what, after=after, folder=str(tmp_path / name))
+    for name, process in processes.items():
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == -9, (name, err)
+        reached[name] = (checkpoint.checkpoint_steps(tmp_path / name) or [0])[-1]
+    assert max(reached.values()) > 2  # some had come a way
+    last = max(reached.values()) + 2
+    run(tmp_path / "undisturbed", last, save_total_limit=None)
+    assert any(list((tmp_path / name).glob(".checkpoint-*.tmp")) for name in reached)  # some died in a save
+    for name, step in reached.items():
+        resume(tmp_path / name, tmp_path / "undisturbed", step + 2)
+
+
+def test_a_full_disk_ends_a_run_with_what_was_saved_before(tmp_path):
+    out, err = start(FULL, folder=str(tmp_path)).communicate(timeout=120)
+    errors = json.loads(out.splitlines()[-1]) if out else pytest.fail(err)
+    assert errors.keys() == FIRST.keys()
+    for method in ("lora", "full"):
+        run(tmp_path / method, 7, method)
+    for file, (method, _) in FIRST.items():
+        folder = tmp_path / file
+        named = errors[file].rpartition("/")[2].strip(".'").removesuffix(".tmp")
+        assert "ile too large" in errors[file] and named == file, errors[file]
+        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "log.jsonl"]
+        resume(folder, tmp_path / method, 7, method)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "step" in line] == [1]  # from then on every 10 steps
+
+
+def writers(folder: Path) -> dict[str, Callable[[int], None]]:
+    """What writes files, each into a folder of its name, with values that follow from a seed."""
+    return {
+        "adapter": lambda seed: save_adapter(lora(llama(seed)), folder / "adapter"),
+        "dense": lambda seed: save_model(llama(seed), folder / "dense"),
+        "shards": lambda seed: save_model(llama(seed), folder / "shards", shard_bytes=40_000),
+        "gguf": lambda seed: save_model(llama(seed), folder / "gguf", format="gguf"),
+    }
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path → a hash of what is there."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_full_disk_leaves_the_old_files_of_every_kind(tmp_path):
+    out, err = start(WRITERS, folder=str(tmp_path)).communicate(timeout=120)
+    assert not err, err
+    for name, (error, before, after) in json.loads(out).items():
+        assert "ile too large" in error or "requested and" in error, (name, error)
+        assert str(tmp_path / name) in error, error
+        assert before == after, name
+
+
+def test_a_run_resumed_from_an_early_step_keeps_what_it_saves(tmp_path):
+    """Beside later steps of the run before it, which are the newest by number."""
+    run(tmp_path, 6, save_total_limit=None)
+    early = str(tmp_path / "checkpoint-2")
+    result = run(tmp_path, 4, resume_from_checkpoint=early, save_total_limit=1)
+    assert result.checkpoint == tmp_path / "checkpoint-4" and result.checkpoint.is_dir()
+    assert checkpoint.checkpoint_steps(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("moment", ["writing", "moving"])
+def test_a_crash_between_two_shards_never_leaves_a_mixture(tmp_path, monkeypatch, moment):
+    """Of equal names: as long as they are written the old model is there, while they move none."""
+    writers(tmp_path)["shards"](1)
+    folder, calls = tmp_path / "shards", []
+    before = contents(folder)
+    owner, name = (save, "_write") if moment == "writing" else (os, "replace")
+    real = getattr(owner, name)
+
+    def crash(path, other, *rest):
+        if moment == "writing" or (other.parent == folder and other.name in before):
+            calls.append(path)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+        return real(path, other, *rest)
+
+    monkeypatch.setattr(owner, name, crash)
+    with pytest.raises(KeyboardInterrupt):
+        writers(tmp_path)["shards"](2)
+    monkeypatch.undo()
+    if moment == "writing":
+        assert contents(folder) == before
+    else:
+        with pytest.raises(ValueError, match="holds no weights: expected"):
+            load_model(folder)
+    writers(tmp_path)["shards"](2)
+    assert contents(folder).keys() == before.keys()
+    for name, value in load_model(folder, dtype="float32", device="cpu").state_dict().items():
+        assert torch.equal(value, llama(2).state_dict()[name])

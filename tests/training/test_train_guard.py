@@ -1,0 +1,203 @@
+"""Training in 16 bit, training interrupted, and what training refuses by name because it would be meaningless.
+
+Oracles: the fp32 run; what the loss scaler must not change.
+"""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
+from minilora.lora.layer import LoRALayer
+from minilora.training import loop
+from minilora.training.checks import precision_of, uninterrupted
+from minilora.training.config import TrainConfig
+from minilora.training.loop import train
+
+# ---- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_follows_the_model_with_fp32_masters(dtype):
+    exact = train(lora(), Letters(), rows(), TrainConfig(**FAST))
+    model = lora(llama().to(dtype))
+    result = train(model, Letters(), rows(), TrainConfig(**FAST))
+    assert all(
+        p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    )
+    assert result.losses == pytest.approx(exact.losses, rel=2e-2)  # measured: 2e-3 (bf16)
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_the_loss_scale_is_taken_off_before_clipping(tmp_path):
+    norms = []
+    for name, model in [("fp32", lora()), ("fp16", lora(llama().half()))]:
+        result = train(model, Letters(), rows(), TrainConfig(output_dir=tmp_path / name, logging_steps=1, **FAST))
+        assert result.log is not None
+        lines = [json.loads(line) for line in result.log.read_text().splitlines()]
+        norms.append([line["grad_norm"] for line in lines if "grad_norm" in line])
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)  # fp16's rounding; the scale is 65536
+
+
+@pytest.mark.parametrize(("field", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_when_asked_for(field, dtype):
+    model, seen = lora(), []
+    model.model.layers[0].mlp.down_proj.base_layer.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    train(model, Letters(), rows(), TrainConfig(**{field: True}, **FAST), eval_dataset=rows(4))
+    assert set(seen) == {dtype}
+
+
+def test_the_loss_scaler_skips_an_overflow_and_goes_on(monkeypatch):
+    scalers = []
+
+    def huge(model, config, device):
+        autocast, _ = precision_of(model, config, device)
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**120))
+        return autocast, scalers[0]
+
+    model = lora(llama().half())
+    before = adapters(model)
+    monkeypatch.setattr(loop.guard, "precision_of", huge)
+    train(model, Letters(), rows(), TrainConfig(**FAST))
+    assert scalers[0].get_scale() == 2.0**115
+    assert relative(adapters(model), before) == 0  # every step overflowed: nothing moved, nothing was poisoned
+
+
+def test_precision_errors():
+    device = torch.device("cpu")
+    for model, fields, message in [
+        (lora(llama().bfloat16()), {"bf16": False}, 'load it with dtype="float32"'),
+        (lora(llama().bfloat16()), {"fp16": True}, "leave fp16 None"),
+        (lora(llama().half()), {"bf16": True}, "leave bf16 None"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            precision_of(model, TrainConfig(**fields), device)
+    assert not precision_of(lora(llama().bfloat16()), TrainConfig(bf16=True), device)[1].is_enabled()
+    assert precision_of(lora(llama().half()), TrainConfig(), device)[1].is_enabled()
+
+
+# ---- Ctrl-C
+
+
+class Stopped(nn.Module):
+    """Raises KeyboardInterrupt in its n-th forward pass."""
+
+    def __init__(self, model, after):
+        super().__init__()
+        self.inner, self.left = model, after
+
+    def forward(self, **inputs):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return SimpleNamespace(logits=self.inner(inputs["input_ids"]))
+
+
+def test_interrupted_in_a_step_keeps_the_steps_before_it():
+    whole = train(Wrapped(lora()), Letters(), rows(), TrainConfig(**FAST))
+    model = Stopped(lora(), 3)
+    result = train(model, Letters(), rows(), TrainConfig(**FAST))
+    assert result.interrupted and result.steps == 3 and result.losses == whole.losses[:3]
+    first = train(Stopped(lora(), 0), Letters(), rows(), TrainConfig(**FAST))
+    assert first.interrupted and first.steps == 0 and first.loss is None
+
+
+def test_ctrl_c_waits_for_the_end_of_an_update():
+    before, done = signal.signal(signal.SIGINT, signal.default_int_handler), []  # a background job ignores it
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(1)
+        done.append(2)
+    assert done == [1]
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_training_works_off_the_main_thread():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(train, lora(), Letters(), rows(), TrainConfig(**FAST)).result()
+    assert result.losses == train(lora(), Letters(), rows(), TrainConfig(**FAST)).losses
+
+
+# ---- errors
+
+
+def test_nothing_to_train():
+    model = llama().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"inject an adapter first, minilora.lora.inject\(model"):
+        train(model, Letters(), rows())
+
+
+def test_masters_below_fp32():
+    model = lora()
+    next(m for m in model.modules() if isinstance(m, LoRALayer)).adapters["default"].lora_A.data = torch.zeros(
+        4, 32, dtype=torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="lora_A trains in torch.bfloat16.*1 of 28 are not"):
+        train(model, Letters(), rows())
+
+
+class Cut(LoRALayer):
+    """A layer whose correction is cut off from the gradient, or from the output."""
+
+    how = "detach"
+
+    def forward(self, x):
+        h = super().forward(x)
+        return h.detach() if self.how == "detach" else self.base_layer(x) + 0 * h
+
+
+@pytest.mark.parametrize("how", ["detach", "zero"])
+def test_an_adapter_without_gradient_is_named_at_step_1(how):
+    model = lora()
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.__class__ = type("Cut", (Cut,), {"how": how})
+    before = adapters(model)
+    name = r"model\.layers\.1\.self_attn\.q_proj\.adapters\.default"
+    with pytest.raises(ValueError, match=f"step 1: [12] of the trained parts got no gradient: {name}"):
+        train(model, Letters(), rows(), TrainConfig(**FAST))
+    assert relative(adapters(model), before) == 0
+
+
+def test_a_zero_gradient_of_A_at_the_start_is_right():
+    model = lora()
+    train(model, Letters(), rows(), TrainConfig(learning_rate=1e-2, max_steps=1, max_grad_norm=0))
+    layer = model.model.layers[0].mlp.up_proj.adapters["default"]
+    assert not layer.lora_A.grad.any() and layer.lora_B.grad.any()
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_changes_nothing():
+    model = lora()
+    calls = []
+
+    def poison(module, inputs, out):
+        calls.append(1)
+        return out * float("nan") if len(calls) == 3 else out
+
+    model.model.norm.register_forward_hook(poison)
+    with pytest.raises(ValueError, match=r"step 3: the loss of rows \d+, \d+, .* is nan"):
+        train(model, Letters(), rows(), TrainConfig(**FAST))
+    assert all(torch.isfinite(p).all() for p in adapters(model).values())
+
+
+def test_a_gradient_that_is_not_finite_names_its_step():
+    model = lora()
+    model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(ValueError, match="step 1: the gradient is"):
+        train(model, Letters(), rows(), TrainConfig(**FAST))
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match="no trained token|none of"):
+        train(lora(), Letters(), rows(), TrainConfig(max_length=2))
+    with pytest.raises(ValueError, match="does not offer it"):
+        train(Wrapped(lora()), Letters(), rows(), TrainConfig(gradient_checkpointing=True))
+    with pytest.raises(ValueError, match="Wrapped lets packed documents see each other"):
+        train(Wrapped(lora()), Letters(), rows(), TrainConfig(packing=True))
