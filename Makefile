@@ -59,16 +59,16 @@ demo: $(VENV)/.demo  ## python examples/demo.py --task icd10 (or address)
 
 # Each says what it leaves out where there is no GPU, and where peers are not installed. scale_8b.py takes its 16 GB only
 # if told where (--folder); the longest are peers.py (a quarter of an hour), qlora_parity.py and bench_train.py.
-BENCHMARKS = $(filter-out benchmarks/pictures.py benchmarks/explorer.py,$(shell grep -l __main__ benchmarks/*.py))
+BENCHMARKS = $(filter-out benchmarks/docs/%,$(shell grep -l __main__ benchmarks/*/*.py))
 
-bench: install  ## python benchmarks/NAME.py, each in turn: most of an hour on two cores, 3 GB of temporary files
+bench: install  ## python benchmarks/GROUP/NAME.py, each in turn: most of an hour on two cores, 3 GB of temporary files
 	@for script in $(BENCHMARKS); do echo "== $$script"; begun=$$(date +%s); \
 	  $(BIN)/python $$script || failed="$$failed $$script"; echo "== $$(($$(date +%s) - begun)) s"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
-pictures: install  ## python benchmarks/pictures.py && python benchmarks/explorer.py: those in docs/
-	$(BIN)/python benchmarks/pictures.py
-	$(BIN)/python benchmarks/explorer.py
+pictures: install  ## python benchmarks/docs/pictures.py && python benchmarks/docs/explorer.py: those in docs/
+	$(BIN)/python benchmarks/docs/pictures.py
+	$(BIN)/python benchmarks/docs/explorer.py
 
 notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py

@@ -15,8 +15,8 @@ import re
 import time
 
 import minilora as ml
-from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Row, question_of
+from minilora.evaluation.samples.download import FilePin, Pin, fetch
+from minilora.evaluation.samples.task import Row, question_of
 
 SHA256 = "af2505b335e8573dbd2d384d1c4ef498f4006f4ba2d6fceca01e55b91f52628a"
 WORDS = FilePin(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import minilora as ml
 from minilora.data.tokenizer import Tokenizer as Words
-from minilora.samples.task import answer_of, question_of
+from minilora.evaluation.samples.task import answer_of, question_of
 
 SHORT = bool(os.environ.get("MINILORA_SHORT"))  # fewer steps and rows, every check
 VOCABULARY, WIDTH, LAYERS = 1500, 128, 3

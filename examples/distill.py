@@ -12,7 +12,7 @@ import os
 import time
 
 import minilora as ml
-from minilora.scoring.objective import means
+from minilora.losses.sft import means
 
 
 def main() -> dict:

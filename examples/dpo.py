@@ -13,8 +13,8 @@ import random
 import time
 
 import minilora as ml
-from minilora.models.context import inference
-from minilora.objectives.dpo import answer_logprobs
+from minilora.losses.dpo import answer_logprobs
+from minilora.models.padded_batch import inference
 
 
 def pairs(rows: list[dict], seed: int) -> list[dict]:

@@ -15,8 +15,8 @@ import zipfile
 from collections.abc import Iterator
 
 import minilora as ml
-from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Row, chat_row, connected, split_by_group
+from minilora.evaluation.samples.download import FilePin, Pin, fetch
+from minilora.evaluation.samples.task import Row, chat_row, connected, split_by_group
 
 SHA256 = "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96"
 WHEEL = Pin("licensedcode-data", "32.1.0", FilePin("licensedcode_data-32.1.0-py3-none-any.whl", 26671146, SHA256))

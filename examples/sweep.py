@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import minilora as ml
-from minilora.runs.sweep import table
+from minilora.tools.sweep import table
 
 FOLDER = Path("out/sweep")
 SEARCH = {"r": "2,8,32", "lora_alpha": "4:64:log", "lora_dropout": "0,0.1"}

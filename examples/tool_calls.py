@@ -15,8 +15,8 @@ import time
 import zipfile
 
 import minilora as ml
-from minilora.samples.download import FilePin, Pin, fetch
-from minilora.samples.task import Row, chat_row, split_by_group
+from minilora.evaluation.samples.download import FilePin, Pin, fetch
+from minilora.evaluation.samples.task import Row, chat_row, split_by_group
 
 SHA256 = "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
 WHEEL = Pin("bfcl-eval", "2026.3.23", FilePin("bfcl_eval-2026.3.23-py3-none-any.whl", 1925664, SHA256))
