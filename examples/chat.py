@@ -74,7 +74,7 @@ def main() -> dict:
         found: dict[str, float] = {}
         for name, rows in (("alone", alone), ("after three turns", held_out)):
             metrics, room = {"in style": in_style, "word right": word_right}, 2 if short else 20
-            with ml.dequantized(model):
+            with ml.dequantized_weights(model):
                 scores = ml.evaluate(model, tokenizer, rows, metrics=metrics, max_new_tokens=room, batch_size=50)
             found |= {f"{metric}, {name}": value for metric, value in scores.metrics.items()}
         return found

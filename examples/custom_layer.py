@@ -74,7 +74,7 @@ def adapt(model: nn.Module, targets: list[str] | str, tokenizer: Words, rows: di
     found = {f"{name}, before": measure(name) for name in ("injuries", "diseases")}
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules=targets))
     ml.train(model, tokenizer, rows["train injuries"], ml.TrainConfig(learning_rate=1e-2, **steps))
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         assert measure("injuries") == found["injuries, before"]  # the base is what it was
     found |= {f"{name}, after": measure(name) for name in ("injuries", "diseases")}
     return {name: found[name] for name in sorted(found, reverse=True)}  # injuries first, and before before after

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     figures = {
         "exact_match": (before.exact_match, after.exact_match),
-        "constrained": (before.constrained, after.constrained),
+        "constrained": (before.label_accuracy, after.label_accuracy),
         "token_f1": (before.token_f1, after.token_f1),
         **{name: (before.metrics[name], after.metrics[name]) for name in before.metrics},
         "perplexity_general": (prose_before, prose_after),

@@ -1,7 +1,7 @@
 """Preferences instead of answers: DPO on pairs of a right and a wrong answer. python examples/dpo.py
 
 One idea: a pair says which answer is better and never how to write one. So the model learns to tell them apart, which
-the likeliest of the allowed answers shows (`constrained`); what it writes freely is another matter.
+the likeliest of the allowed answers shows (`label_accuracy`); what it writes freely is another matter.
 
 A row: a diagnosis, its chapter of ICD-10-CM (chosen), another chapter (rejected); held out by disease category. The
 reference is the model with its adapter off. The last line printed is one JSON document.
@@ -54,7 +54,10 @@ def main() -> dict:
 
     def measure() -> dict[str, float]:
         scores = ml.evaluate(model, tokenizer, task.test, labels=task.labels, max_new_tokens=0, batch_size=32)
-        return {"preferred": preferred(model, tokenizer, held_out, objective), "constrained": scores.constrained or 0.0}
+        return {
+            "preferred": preferred(model, tokenizer, held_out, objective),
+            "constrained": scores.label_accuracy or 0.0,
+        }
 
     # 2. Before, training, after.
     before = measure()

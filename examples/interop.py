@@ -71,7 +71,7 @@ def main() -> dict:
     steps = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "save_steps": None}
     ml.train(model, tokenizer, rows.train, ml.TrainConfig(**steps))
     reference = logits(model.eval(), tokens)
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         difference = (logits(model, tokens) - reference).abs().max().item()
     table["base, 4 bits"] = (size(FOLDER / "base"), difference, before)
     measure("trained, in memory", model)

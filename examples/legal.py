@@ -81,7 +81,7 @@ def main() -> dict:
     print(f"{len(train)} clauses to train on, {len(held_out)} held out, of {len(groups)} groups")
 
     def measure() -> ml.Scores:
-        with ml.dequantized(model):
+        with ml.dequantized_weights(model):
             return ml.evaluate(model, tokenizer, held_out, labels=list(KINDS), max_new_tokens=6, batch_size=50)
 
     before = measure()
@@ -92,7 +92,7 @@ def main() -> dict:
 
     figures = {f"f1 {kind}": [f1(scores, kind) for scores in (before, after)] for kind in KINDS}
     figures["macro f1"] = [sum(column) / len(KINDS) for column in zip(*figures.values(), strict=True)]
-    figures |= {name: [getattr(s, name) for s in (before, after)] for name in ("constrained", "exact_match")}
+    figures |= {name: [getattr(s, name) for s in (before, after)] for name in ("label_accuracy", "exact_match")}
     print(f"\n{'':<22}{'before':>8}{'after':>8}")
     for name, (old, new) in figures.items():
         rows = before.references.count(name.removeprefix("f1 ")) or len(held_out)

@@ -45,7 +45,7 @@ def main() -> dict:
     model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)
 
     def measure() -> dict[str, float]:
-        with ml.dequantized(model):
+        with ml.dequantized_weights(model):
             return {name: ml.evaluate(model, tokenizer, rows, batch_size=8).perplexity for name, rows in texts.items()}
 
     # 2. Before, training on rows that are full, after.

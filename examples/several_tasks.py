@@ -36,11 +36,11 @@ def main() -> dict:
     }
 
     def measure() -> dict[str, float]:
-        with ml.dequantized(model):
+        with ml.dequantized_weights(model):
             chapter, fields = (
                 ml.evaluate(model, tokenizer, task.test, batch_size=50, **scoring[name]) for name, task in tasks.items()
             )
-        exact, likeliest = chapter.exact_match or 0.0, chapter.constrained or 0.0
+        exact, likeliest = chapter.exact_match or 0.0, chapter.label_accuracy or 0.0
         return {"chapter exact": exact, "chapter constrained": likeliest} | fields.metrics
 
     table = {"base": measure()}
@@ -48,7 +48,7 @@ def main() -> dict:
     # 2. An adapter each. Only the one at work trains; the base is never written to.
     for name, task in tasks.items():
         ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"), name=name)
-        ml.use_adapter(model, name)
+        ml.set_adapter(model, name)
         config = ml.TrainConfig(
             max_steps=steps, per_device_train_batch_size=batch, learning_rate=1e-3, warmup_ratio=0.1, max_length=160
         )
@@ -60,15 +60,15 @@ def main() -> dict:
     prompts = [row["messages"][:-1] for name in tasks for row in tasks[name].test[:2]]
     together = ml.generate(model, tokenizer, prompts, max_new_tokens=2 if short else 64, adapters=names)
     for name, prompt, answer in zip(names, prompts, together, strict=True):
-        ml.use_adapter(model, name)  # the switch
+        ml.set_adapter(model, name)  # the switch
         alone = ml.generate(model, tokenizer, prompt, max_new_tokens=2 if short else 64)
         print(f"{name:<8} {prompt[-1]['content']!r} → {answer!r}{'' if answer == alone else f', alone {alone!r}'}")
 
     # 4. Adapters as values: ΔW of both tasks in one adapter, of rank 32.
-    one, other = (ml.Adapter.of(model, name) for name in tasks)
+    one, other = (ml.AdapterWeights.of(model, name) for name in tasks)
     for label, value in {"sum": one + other, "half of each": 0.5 * one + 0.5 * other}.items():
         value.put(model, label.replace(" ", "-"))
-        ml.use_adapter(model, label.replace(" ", "-"))
+        ml.set_adapter(model, label.replace(" ", "-"))
         table[label] = measure()
 
     columns = list(table["base"])

@@ -50,9 +50,9 @@ def main() -> dict:
     model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)
 
     def measure() -> dict[str, float]:
-        with ml.dequantized(model):
+        with ml.dequantized_weights(model):
             scores = ml.evaluate(model, tokenizer, sets["judge"], labels=task.labels, max_new_tokens=0, batch_size=50)
-        return {"loss": scores.loss, "constrained": scores.constrained or 0.0}
+        return {"loss": scores.loss, "constrained": scores.label_accuracy or 0.0}
 
     found = {"base": measure()}
     ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))

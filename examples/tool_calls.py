@@ -74,7 +74,7 @@ def main() -> dict:
     def measure(rows: list[Row]) -> dict[str, float]:
         metrics = {"json_valid": ml.samples.json_valid, "argument_f1": argument_f1}
         room = 2 if short else 64
-        with ml.dequantized(model):
+        with ml.dequantized_weights(model):
             scores = ml.evaluate(model, tokenizer, rows, metrics=metrics, max_new_tokens=room, batch_size=40)
         return scores.metrics | {"exact_match": scores.exact_match or 0.0}
 

@@ -5,21 +5,21 @@ are imported by the functions that need them.
 """
 
 from minilora.common import __version__ as __version__
-from minilora.data.mixture import mix, split
+from minilora.data.mixture import mix_datasets, train_test_split
 from minilora.data.preview import Preview, preview
 from minilora.data.tokenizer import load_tokenizer
 from minilora.evaluation import samples
 from minilora.evaluation.code_execution import pass_at_1
 from minilora.evaluation.evaluate import Scores, evaluate
 from minilora.generation.generate import generate
-from minilora.lora.active import delete_adapter, disabled_adapters, list_adapters, use_adapter
-from minilora.lora.batched import adapter_per_row
+from minilora.lora.active import delete_adapter, disable_adapters, list_adapters, set_adapter
+from minilora.lora.batched import per_row_adapters
 from minilora.lora.config import LoRAConfig, TaskType
 from minilora.lora.files.save_load import adapter_state_dict, base_state_dict, load_adapter, save_adapter
 from minilora.lora.inject import eject, inject
 from minilora.lora.layer import LoRALayer
-from minilora.lora.merging.arithmetic import Adapter, combine
-from minilora.lora.merging.merge import dequantized, merge
+from minilora.lora.merging.arithmetic import AdapterWeights, combine_adapters
+from minilora.lora.merging.merge import dequantized_weights, merge
 from minilora.losses import DPO, SFT, Classify, Distill, KLToBase
 from minilora.models.loader import load_model
 from minilora.models.parameter_count import ParameterCount, count_parameters
@@ -28,12 +28,12 @@ from minilora.quant.nf4_linear import NF4Linear, quantize_model
 from minilora.serving.config import ServeConfig
 from minilora.serving.serve import serve
 from minilora.tools import plot
-from minilora.tools.check_training import Selftest, selftest
-from minilora.tools.compare_exports import Parity, parity
+from minilora.tools.check_training import TrainingCheck, check_training
+from minilora.tools.compare_exports import ExportComparison, compare_exports
 from minilora.tools.inspect import Inspection, inspect
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory
 from minilora.tools.merge_report import MergeReport, merge_report
-from minilora.tools.model_card import write_card
+from minilora.tools.model_card import write_model_card
 from minilora.tools.push_to_hub import push_to_hub
 from minilora.tools.sweep import sweep
 from minilora.tools.trace.run import trace
@@ -42,7 +42,7 @@ from minilora.tools.verify import verify
 from minilora.training.config import TrainConfig
 from minilora.training.loop import TrainResult, train
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
-from minilora_kernels.ops.mode import plain_ops
+from minilora_kernels.ops.mode import reference_ops
 
 LoraConfig = LoRAConfig  # PEFT's spelling: a tutorial runs with the import changed
 
@@ -52,10 +52,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Adapter",
+    "AdapterWeights",
     "Classify",
     "DPO",
     "Distill",
+    "ExportComparison",
     "Inspection",
     "KLToBase",
     "LoRAConfig",
@@ -66,25 +67,25 @@ __all__ = [
     "NF4Linear",
     "NF4Weight",
     "ParameterCount",
-    "Parity",
     "Preview",
     "SFT",
     "Scores",
-    "Selftest",
     "ServeConfig",
     "TaskType",
     "Trace",
     "TrainConfig",
     "TrainResult",
-    "adapter_per_row",
+    "TrainingCheck",
     "adapter_state_dict",
     "base_state_dict",
-    "combine",
+    "check_training",
+    "combine_adapters",
+    "compare_exports",
     "count_parameters",
     "delete_adapter",
     "dequantize_nf4",
-    "dequantized",
-    "disabled_adapters",
+    "dequantized_weights",
+    "disable_adapters",
     "eject",
     "evaluate",
     "generate",
@@ -96,26 +97,25 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "merge_report",
-    "mix",
-    "parity",
+    "mix_datasets",
     "pass_at_1",
-    "plain_ops",
+    "per_row_adapters",
     "plan_memory",
     "plot",
     "preview",
     "push_to_hub",
     "quantize_model",
     "quantize_nf4",
+    "reference_ops",
     "samples",
     "save_adapter",
     "save_model",
-    "selftest",
     "serve",
-    "split",
+    "set_adapter",
     "sweep",
     "trace",
     "train",
-    "use_adapter",
+    "train_test_split",
     "verify",
-    "write_card",
+    "write_model_card",
 ]

@@ -131,28 +131,28 @@ ml.plot.runs(folder)
 # %%
 after, prose_after, answers_after = measure()
 print(f"{'':20}{'before':>8}{'after':>8}")
-for name in ("exact_match", "constrained", "loss"):
+for name in ("exact_match", "label_accuracy", "loss"):
     print(f"{name:20}{getattr(before, name):8.3f}{getattr(after, name):8.3f}")
 print(f"{'perplexity, prose':20}{prose_before:8.2f}{prose_after:8.2f}")
 print(f"{'majority class':20}{'':8}{majority:8.3f}\n{'nearest neighbour':20}{'':8}{neighbour:8.3f}")
-interval = after.interval(after.constrained)
+interval = after.interval(after.label_accuracy)
 print(f"{after.answers} rows, 95 % interval ± {interval:.3f}")
 assert after.loss < before.loss
-assert SHORT or after.constrained - interval > max(before.constrained, majority)
+assert SHORT or after.label_accuracy - interval > max(before.label_accuracy, majority)
 
 # %% [markdown]
 # How much of exact match is form? Before, the model hardly ever said the right word of the 22; after, the two figures
-# are one: it has learned which words there are. Which word is right, it has learned as far as `constrained` rose.
+# are one: it has learned which words there are. Which word is right, it has learned as far as `label_accuracy` rose.
 
 # %%
-assert before.exact_match < 0.1 and (SHORT or abs(after.exact_match - after.constrained) < interval)
+assert before.exact_match < 0.1 and (SHORT or abs(after.exact_match - after.label_accuracy) < interval)
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
 bars = {"exact match\nbefore": before.exact_match, "exact match\nafter": after.exact_match}
-bars |= {"constrained\nbefore": before.constrained, "constrained\nafter": after.constrained}
+bars |= {"constrained\nbefore": before.label_accuracy, "constrained\nafter": after.label_accuracy}
 bars |= {"majority\nclass": majority, "nearest\nneighbour": neighbour}
 shades = ["#56b4e9", "#0072b2", "#56b4e9", "#0072b2", "0.8", "0.6"]
 left.bar(list(bars), list(bars.values()), color=shades)
-left.errorbar([1, 3], [after.exact_match, after.constrained], interval, fmt="none", color="black", capsize=3)
+left.errorbar([1, 3], [after.exact_match, after.label_accuracy], interval, fmt="none", color="black", capsize=3)
 left.set(title="held-out rows answered rightly", ylabel="share", ylim=(0, 1))
 left.tick_params("x", labelsize=9)
 right.bar(["before", "after"], [prose_before, prose_after], 0.6, color=["#56b4e9", "#0072b2"])
@@ -169,7 +169,7 @@ plt.show()
 # %%
 for question, old, new in zip(QUESTIONS, answers_before, answers_after, strict=True):
     print(f"{question}\n  before: {old!r}\n  after:  {new!r}")
-with torch.no_grad(), ml.disabled_adapters(model):
+with torch.no_grad(), ml.disable_adapters(model):
     assert torch.equal(model(tokens), logits_before)
 assert SHORT or prose_after > prose_before
 

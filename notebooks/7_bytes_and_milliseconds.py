@@ -98,7 +98,7 @@ layer = model.model.layers[0]
 x = torch.randn(ROWS, LENGTH, D).to(dtype).requires_grad_()
 rope = rotation(frequencies(config.rope_of("full_attention"), config.head_dim), torch.arange(LENGTH)[None], dtype)
 fast_bytes = kept(lambda: layer(x, rope, None, None))
-with ml.plain_ops():
+with ml.reference_ops():
     plain_bytes = kept(lambda: layer(x, rope, None, None))
 size = dtype.itemsize
 # x, q, k, v, attention's output, x again, gate and up

@@ -78,7 +78,7 @@ def rewards(rows: list[dict]) -> torch.Tensor:
     with inference(model):
         for start in range(0, len(examples), 16):
             batch = objective.collate(examples[start : start + 16])
-            with ml.disabled_adapters(model):
+            with ml.disable_adapters(model):
                 reference, _ = answer_logprobs(model, batch)
             found.append(objective.beta * (answer_logprobs(model, batch)[0] - reference).view(2, -1).cpu())
     return torch.cat(found, dim=1)
@@ -166,7 +166,7 @@ learn, unseen = prose[::2], prose[1::2]
 texts = {"answers": task.test, "prose": unseen}
 strayed = {name: means(model, away.encode(rows, tokenizer, 256), 8, away)[0]["kl"] for name, rows in texts.items()}
 print("KL to the base, nats a token:", {name: round(kl, 4) for name, kl in strayed.items()})
-with ml.disabled_adapters(model):
+with ml.disable_adapters(model):
     assert rewards(held_out[:4]).abs().max() == 0
 assert strayed["answers"] > 0 and (SHORT or strayed["answers"] > strayed["prose"])
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))

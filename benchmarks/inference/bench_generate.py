@@ -7,7 +7,7 @@ SmolLM2-135M, a prompt of real tokens, `--new` tokens after it, prompt included 
     dense   both in the dtype that all compute in: bf16, or fp32 on a CPU without it
     nf4     both in 4 bits with double quantisation, each token multiplied straight from the codes, in C on either side;
             without a C compiler ours makes every weight dense again for each token; and "minilora, dense": ours in 4
-            bits, within `ml.dequantized`: made dense once, and in memory as such meanwhile
+            bits, within `ml.dequantized_weights`: made dense once, and in memory as such meanwhile
 
 Checked first: the contenders of a kind begin with the same tokens. The last line is one JSON document.
 """
@@ -101,7 +101,7 @@ def ours(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtyp
     from minilora.generation.generate import Decoding, generate_ids
 
     model = ml.load_model(folder, quantize=None if kind == "dense" else "nf4", dtype=dtype)
-    with ml.dequantized(model) if kind == "made dense" else nullcontext():
+    with ml.dequantized_weights(model) if kind == "made dense" else nullcontext():
         serve(lambda: timed(lambda: generate_ids(model, [prompt], Decoding(new))[0]))
 
 

@@ -1,8 +1,8 @@
 """A batch whose rows have adapters of their own, beside the same batch with one: python
 benchmarks/inference/many_adapters.py
 
-    plain         one adapter for all rows, as use_adapter has it
-    1 by row      the same adapter for every row, through ml.adapter_per_row
+    plain         one adapter for all rows, as set_adapter has it
+    1 by row      the same adapter for every row, through ml.per_row_adapters
     4, 16 by row  so many adapters over the rows
 
 Reading a prompt of --length tokens and writing --new ones, greedily and without an end, are timed
@@ -94,14 +94,14 @@ def check(model: Any, prompts: list[list[int]]) -> None:
     """AssertionError unless a batch by row is, row by row, the batch under each adapter."""
     tokens, names = torch.tensor(prompts)[:4, :8], [f"adapter{row}" for row in range(4)]
     with inference(model):
-        with ml.adapter_per_row(model, names):
+        with ml.per_row_adapters(model, names):
             found = model(tokens).float()
         for row, name in enumerate(names):
-            ml.use_adapter(model, name)
+            ml.set_adapter(model, name)
             expected = model(tokens)[row].float()
             limit = 1e-4 if found.dtype == expected.dtype == model.lm_head.weight.dtype else 0.05
             assert (found[row] - expected).abs().max() <= limit * expected.abs().max(), name
-    ml.use_adapter(model, "adapter0")
+    ml.set_adapter(model, "adapter0")
 
 
 def clock(run: Callable[[int], Any], new: int) -> float:

@@ -90,7 +90,7 @@ def run(method: str, options: argparse.Namespace) -> dict:
         found["peak_memory_gb"] = result.peak_memory_bytes / 1e9
         found["learning_rate"] = RATES[method]
     scores = ml.evaluate(model, tokenizer, task.test, labels=task.labels, max_new_tokens=4, batch_size=32)
-    return found | {"loss": scores.loss, "exact_match": scores.exact_match, "constrained": scores.constrained}
+    return found | {"loss": scores.loss, "exact_match": scores.exact_match, "constrained": scores.label_accuracy}
 
 
 if __name__ == "__main__":

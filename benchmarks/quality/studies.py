@@ -11,7 +11,7 @@ One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, 
     forgetting  0, 10 or 20 % of the rows are prose, or KL(adapted || base) is part of the loss
     prompts     no training: no example, eight fixed ones, the eight nearest training rows (retrieval)
 
-`exact_match` and `constrained` (the likeliest of the 22 answers) are of held-out rows, with a 95 % interval of about
+`exact_match` and `label_accuracy` (the likeliest of the 22 answers) are of held-out rows, with a 95 % interval of about
 ± 1 / sqrt(rows); `prose` is the perplexity on held-out English prose, its kind being the one that is mixed in. The last
 line is one JSON document.
 """
@@ -111,7 +111,7 @@ def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         trained = train(model, tokenizer, task.train, prose[1::2], COMMON | own, options)
     scores = ml.evaluate(model, tokenizer, test, labels=task.labels, max_new_tokens=4, batch_size=16)
     general = ml.evaluate(model, tokenizer, prose[::2], batch_size=4).perplexity
-    figures = {"loss": scores.loss, "exact_match": scores.exact_match, "constrained": scores.constrained}
+    figures = {"loss": scores.loss, "exact_match": scores.exact_match, "constrained": scores.label_accuracy}
     return figures | {"trained": trained, "prose": general}
 
 
@@ -123,7 +123,7 @@ def train(
     ml.inject(model, ml.LoRAConfig(r=own["r"], lora_alpha=own["r"], target_modules=targets))
     dataset: list[Any] = rows[: own.get("rows")]
     if share := own.get("prose"):
-        dataset = ml.mix([(rows, 1 - share), (prose, share)], rows=len(rows))
+        dataset = ml.mix_datasets([(rows, 1 - share), (prose, share)], rows=len(rows))
     objective = ml.KLToBase(kl_weight=own["kl_weight"]) if "kl_weight" in own else ml.SFT()
     config = ml.TrainConfig(
         max_steps=options.steps,

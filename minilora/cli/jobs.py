@@ -17,8 +17,8 @@ from minilora.lora.files.save_load import find_adapter
 from minilora.lora.merging.merge import STORAGES
 from minilora.losses import OBJECTIVES
 from minilora.serving.serve import check as check_server
-from minilora.tools.check_training import selftest as measure
-from minilora.tools.compare_exports import parity as compare_forms
+from minilora.tools.check_training import check_training as measure
+from minilora.tools.compare_exports import compare_exports as compare_forms
 from minilora.tools.inspect import inspect as inspect_path
 from minilora.tools.merge_report import first_difference, merge_report
 from minilora.tools.plot.logs import runs as draw_runs
@@ -39,7 +39,7 @@ def train(
     mixed, rows = given.pop("mix"), given.pop("mix_rows")
     if mixed:
         parts = [(dataset, 1.0), *((path, float(weight)) for path, weight in mixed)]
-        dataset = ml.mix(parts, rows, train_config.seed)
+        dataset = ml.mix_datasets(parts, rows, train_config.seed)
     elif rows is not None:
         raise ValueError("--mix_rows: it counts the rows of a mixture, and there is no --mix.")
     general, held_out = given.pop("general_dataset"), eval_dataset
@@ -72,7 +72,7 @@ def train(
     folder = adapter or ("model" if full else "adapter")
     if ranks.is_main:
         ml.save_model(loaded, folder, tokenizer=tokenizer) if full else ml.save_adapter(loaded, folder)
-        ml.write_card(folder, result, dataset=dataset)
+        ml.write_model_card(folder, result, dataset=dataset)
     state = "interrupted" if result.interrupted else "done"
     figures = {"loss": result.loss} | (result.evals[-1] if result.evals else {})
     shown = [f", {name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
@@ -146,24 +146,20 @@ def _loss(model: Any, tokenizer: Any, data: str) -> float:
     return ml.evaluate(model, tokenizer, data, max_new_tokens=0).loss
 
 
-def verify(
-    checkpoint: str, source: str | None, against: str | None, parity: str | None, adapter: str | None, **forms: Any
-) -> int:
-    """Compare a 4-bit checkpoint, tensor by tensor, with itself quantised again, its source or bitsandbytes; or, with
-    --parity, what a trained model says in every form: merged, 4-bit, GGUF, served."""
-    if parity is not None:
-        if source or against or adapter is None:
-            raise ValueError("--parity needs --adapter, and takes neither --source nor --against.")
-        check_file(parity)
-        report = compare_forms(checkpoint, adapter, parity, **{k: v for k, v in forms.items() if v is not None})
-        print(report)
-        return int(report.first is not None)
-    if unused := [name for name, value in (forms | {"adapter": adapter}).items() if value is not None]:
-        raise ValueError(f"--{unused[0]} is for --parity, which is missing.")
+def verify(checkpoint: str, source: str | None, against: str | None) -> int:
+    """Compare a 4-bit checkpoint, tensor by tensor, with itself quantised again, its source or bitsandbytes."""
     verdicts = verify_checkpoint(checkpoint, source, against)
     for name, verdict in verdicts.items():
         print(f"{name:<60} {verdict}")
     return int(any(verdict.startswith("different") for verdict in verdicts.values()))
+
+
+def compare_exports(model: str, dataset: str, adapter: str, **options: Any) -> int:
+    """Compare what a trained model says in every form: merged, 4-bit, GGUF, served."""
+    check_file(dataset)
+    report = compare_forms(model, adapter, dataset, **{k: v for k, v in options.items() if v is not None})
+    print(report)
+    return int(report.first is not None)
 
 
 def inspect(path: str, other: str | None) -> None:
@@ -176,7 +172,7 @@ def push(folder: str, repo_id: str, **options: Any) -> None:
     print(ml.push_to_hub(folder, repo_id, **options))
 
 
-def selftest(model: str, quantize: str | None, dtype: str, data: str | None) -> int:
+def check_training(model: str, quantize: str | None, dtype: str, data: str | None) -> int:
     """Measure whether a model trains here as it should: splits, eval batches, adapter off, frozen base, merging."""
     report = measure(ml.load_model(model, quantize=quantize, dtype=dtype), ml.load_tokenizer(model), rows=data)
     print(report)

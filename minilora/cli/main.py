@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     def command(run: Any, *positional: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        sub = commands.add_parser(run.__name__.replace("_", "-"), help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
         for name in positional:
             sub.add_argument(name, help=_POSITIONAL[name])
@@ -116,15 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     checking = command(jobs.verify, "checkpoint")
     checking.add_argument("--source", help="folder of the base it was quantised from, to quantise again")
     checking.add_argument("--against", choices=["bitsandbytes"], help="the installed package; also for a dense folder")
-    text = "rows as in training: compare what --adapter on this model says in every form it can be written in"
-    checking.add_argument("--parity", metavar="DATASET", help=text)
-    checking.add_argument("--adapter", help="of --parity: folder or Hub id of an adapter in PEFT's format")
-    checking.add_argument("--quantize", choices=["nf4"], help="of --parity: the base as it was trained on")
-    checking.add_argument("--dtype", help="of --parity: of dense weights and of computing (default auto)")
-    checking.add_argument("--rows", type=int, help="of --parity: the first so many (default 8)")
-    checking.add_argument(
-        "--tolerance", type=float, help="of --parity: KL in nats that counts as rounding (default 0.01)"
-    )
+    comparing = command(jobs.compare_exports, "model", "dataset")
+    comparing.add_argument("--adapter", required=True, help="folder or Hub id of an adapter in PEFT's format")
+    comparing.add_argument("--quantize", choices=["nf4"], help="the base as it was trained on")
+    comparing.add_argument("--rows", type=int, help="the first so many (default 8)")
+    comparing.add_argument("--tolerance", type=float, help="KL in nats that counts as rounding (default 0.01)")
     command(jobs.inspect, "path").add_argument("other", nargs="?", help="a second adapter, to compare")
     pushing = command(jobs.push)
     pushing.add_argument("folder", help="of an adapter or a model")
@@ -134,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     pushing.add_argument("--message", dest="commit_message", help="of the commit")
     preview.add_options(command(preview.preview, "dataset"))
     memory.add_options(command(memory.plan, "model"))
-    testing = command(jobs.selftest, "model")
+    testing = command(jobs.check_training, "model")
     testing.add_argument("--quantize", choices=["nf4"], help="keep the base in 4 bits (QLoRA)")
     testing.add_argument("--data", help="rows to measure with (default: a few short texts)")
     drawing = command(jobs.plot)
@@ -153,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _POSITIONAL = {
     "model": "Hub id, folder or .gguf file; for train also a .toml file that holds all options",
-    "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format; with --parity a base, as `model` is",
+    "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
     "path": "folder of a model or an adapter, or .gguf file",
     "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, prompt/completion or text rows",
     "prompt": "what to answer",

@@ -88,7 +88,7 @@ class Encoder:
         if trained:
             self.tokens, self.trained_tokens = self.tokens + len(example), self.trained_tokens + trained
             self.longest = max(self.longest, len(example))
-            if (source := getattr(row, "source", None)) is not None:  # a row of minilora.mix
+            if (source := getattr(row, "source", None)) is not None:  # a row of minilora.mix_datasets
                 rows, tokens = self.sources.get(source, (0, 0))
                 self.sources[source] = rows + 1, tokens + len(example)
         it = as_messages(row, example.row)

@@ -1,7 +1,8 @@
 """Rows of several datasets by weight, and a dataset cut into a training and a test part.
 
-    mix     rows · w_i / Σw rows of set i, to the row: rounded down, the rows left over go to the largest remainders
-    split   a row is held out where hash(seed, content or group) / 2^64 < test
+    mix_datasets      rows · w_i / Σw rows of set i, to the row: rounded down, the rows left over go to the largest
+                      remainders
+    train_test_split  a row is held out where hash(seed, content or group) / 2^64 < test
 
 A hash knows nothing of the other rows: what is held out stays held out when rows are added, equal rows lie on one side,
 and so do all rows of a group. The share held out is therefore `test` on average only.
@@ -26,7 +27,7 @@ class SourcedRow(dict):
         self.source = source
 
 
-def mix(
+def mix_datasets(
     parts: Mapping[Any, float] | Sequence[tuple[Any, float]], rows: int | None = None, seed: int = 42
 ) -> list[SourcedRow]:
     """`rows` rows of several datasets, in proportion to their weights, shuffled; the same for the same seed.
@@ -39,14 +40,18 @@ def mix(
     pairs = list(parts.items() if isinstance(parts, Mapping) else parts)
     weights = [Fraction(str(weight)) for _, weight in pairs if 0 < weight < float("inf")]
     if not pairs or len(weights) < len(pairs):
-        raise ValueError(f"mix: expected (dataset, weight) pairs with weights above 0, got {[w for _, w in pairs]}.")
+        raise ValueError(
+            f"mix_datasets: expected (dataset, weight) pairs with weights above 0, got {[w for _, w in pairs]}."
+        )
     sets = [read_dataset(dataset) for dataset, _ in pairs]
     names = [str(d) if isinstance(d, str | Path) else f"set {i}" for i, (d, _) in enumerate(pairs)]
     if rows is None:
         rows = int(min(len(found) * sum(weights) / weight for found, weight in zip(sets, weights, strict=True)))
     counts = shares(rows, weights)
     if (least := min(counts)) < 1:
-        raise ValueError(f"mix: {names[counts.index(least)]} has no share in {rows} rows: raise rows, or leave it out.")
+        raise ValueError(
+            f"mix_datasets: {names[counts.index(least)]} has no share in {rows} rows: raise rows, or leave it out."
+        )
     mixed = []
     for index, (found, count, name) in enumerate(zip(sets, counts, names, strict=True)):
         rng = random.Random(f"{seed} {index}")
@@ -67,7 +72,7 @@ def shares(total: int, weights: Sequence[Fraction]) -> list[int]:
     return counts
 
 
-def split(
+def train_test_split(
     dataset: Any, test: float = 0.1, by: str | Callable[[Row], Any] = "hash", seed: int = 42
 ) -> tuple[list[Row], list[Row]]:
     """(rows to train on, rows to test on) in the dataset's order; about `test` of them, or of the groups, held out.
@@ -77,16 +82,18 @@ def split(
     ValueError: `test` not between 0 and 1, a row without the key, nothing on one side.
     """
     if not 0 < test < 1:
-        raise ValueError(f"split: test is a share between 0 and 1, got {test}.")
+        raise ValueError(f"train_test_split: test is a share between 0 and 1, got {test}.")
     parts: tuple[list[Row], list[Row]] = [], []
     for index, row in enumerate(read_dataset(dataset)):
         group = row if by == "hash" else by(row) if callable(by) else row.get(by)
         if group is None:
-            raise ValueError(f"split: row {index} has no {by!r}: its keys are {list(row)}.")
+            raise ValueError(f"train_test_split: row {index} has no {by!r}: its keys are {list(row)}.")
         text = json.dumps([seed, group], sort_keys=True, default=str)
         drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         parts[drawn < test].append(row)
     if not all(parts):
         held = len(parts[1])
-        raise ValueError(f"split: {held} of {held + len(parts[0])} rows held out. Take another test share, seed or by.")
+        raise ValueError(
+            f"train_test_split: {held} of {held + len(parts[0])} rows held out. Take another test share, seed or by."
+        )
     return parts

@@ -2,7 +2,7 @@
 
     loss        = sum over trained tokens of -log p(token) / their number           perplexity = exp(loss)
     score(l)    = sum_j log p(l_j | prompt, l_<j)       over the tokens of label l and its end of turn, not averaged
-    constrained = share of rows whose label of highest score is the reference
+    label_accuracy = share of rows whose label of highest score is the reference
 
 The score is a likelihood, so it is a sum: a mean over tokens would favour long labels whose tail is predictable.
 All labels are read on top of the prompt's KV cache in one forward, side by side as a tree (labels that begin alike
@@ -42,7 +42,7 @@ def evaluate(
 ) -> Scores:
     """Scores of `model` on the rows of `dataset` (anything `train` takes); none of them depends on `batch_size`.
 
-    labels: the closed set of answers; adds `constrained`. Every row's reference must be among them.
+    labels: the closed set of answers; adds `label_accuracy`. Every row's reference must be among them.
     max_new_tokens: room for a greedy answer; 0 leaves generation out, and with it exact match, F1 and `metrics`.
     metrics: more of them by name, each a function (prediction, reference) -> number, averaged over the rows.
     Loss and perplexity need no more than trained tokens; a `text` row has nothing else.
@@ -72,7 +72,7 @@ def evaluate(
                     "or is not tokenised as after the first row: let all prompts end alike"
                 )
         choices = [labels[index] for index in choose(model, prompts, table, batch_size)]
-        found |= {"choices": choices, "constrained": _mean(exact_match, choices, references)}
+        found |= {"choices": choices, "label_accuracy": _mean(exact_match, choices, references)}
     if max_new_tokens and asked:
         rule = Decoding(max_new_tokens, batch_size=batch_size, ends=end_tokens(model, tokenizer))
         answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generate_ids(model, prompts, rule)]

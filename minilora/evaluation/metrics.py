@@ -70,7 +70,7 @@ class Scores:
     answers: int = 0  # rows with a reference answer
     exact_match: float | None = None
     token_f1: float | None = None
-    constrained: float | None = None  # accuracy of the likeliest label
+    label_accuracy: float | None = None  # accuracy of the likeliest label
     metrics: dict[str, float] = field(default_factory=dict)  # the caller's own, by name
     predictions: list[str] = field(default_factory=list, repr=False)  # greedy answers
     references: list[str] = field(default_factory=list, repr=False)
@@ -86,7 +86,7 @@ class Scores:
         return 1.96 * math.sqrt(rate * (1 - rate) / self.answers)
 
     def __str__(self) -> str:
-        rates = {"exact_match": self.exact_match, "constrained": self.constrained}
+        rates = {"exact_match": self.exact_match, "label_accuracy": self.label_accuracy}
         lines = []
         for name, value in self.as_dict().items():
             shown = f"{value:,d}" if isinstance(value, int) else f"{value:.4f}"

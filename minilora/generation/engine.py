@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from minilora.generation.decoding_batch import joined
 from minilora.generation.generate import end_tokens, matrix_vector
 from minilora.generation.sequence import Ask, Piece, Row
-from minilora.lora.active import delete_adapter, list_adapters, use_adapter
-from minilora.lora.batched import adapter_per_row
+from minilora.lora.active import delete_adapter, list_adapters, set_adapter
+from minilora.lora.batched import per_row_adapters
 from minilora.lora.files.save_load import load_adapter
 from minilora.models.padded_batch import Context
 
@@ -168,12 +168,12 @@ class Engine:
     def _load(self, name: str, folder: str | Path) -> None:
         load_adapter(self.model, folder, name, tokenizer=self.tokenizer)
         try:
-            with adapter_per_row(self.model, [name]):
+            with per_row_adapters(self.model, [name]):
                 pass
         except ValueError:
             delete_adapter(self.model, name)
             raise
-        use_adapter(self.model, [])
+        set_adapter(self.model, [])
 
     def unload(self, name: str) -> None:
         """Refuse new requests for an adapter, and remove it when none is left. ValueError for an unknown name."""
@@ -200,7 +200,7 @@ class Engine:
         self.stack = ExitStack()
         self.stack.enter_context(matrix_vector(self.model))
         self.loaded = list_adapters(self.model)  # which walks the model, and requests are checked between two tokens
-        self.own = self.stack.enter_context(adapter_per_row(self.model, self.loaded))
+        self.own = self.stack.enter_context(per_row_adapters(self.model, self.loaded))
 
     def close(self) -> None:
         """Take from the model's layers what answers row by row."""

@@ -18,7 +18,7 @@ def list_adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*lora_configs(model), *names]))
 
 
-def use_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = False) -> None:
+def set_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = False) -> None:
     """Make one adapter, or several that add up, the active ones; only they are trainable. They come to their layers'
     device; with `offload` the others go to the CPU. An unknown name, one given twice, and DoRA beside others raise."""
     names = [name] if isinstance(name, str) else list(name)
@@ -39,7 +39,7 @@ def use_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = Fal
 
 
 @contextmanager
-def disabled_adapters(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block no adapter is active: outputs are the base model's own, bit for bit."""
     before = [(layer, layer.active) for layer in lora_layers(model).values()]
     parts = lora_configs(model).parts

@@ -39,11 +39,11 @@ class Rows:
         check_adapters(model, given)
         for name in given:
             if lora_configs(model).parts.trained.get(name):
-                raise ValueError(f"adapter {name!r} trains whole modules or biases, which all rows share: use_adapter.")
+                raise ValueError(f"adapter {name!r} trains whole modules or biases, which all rows share: set_adapter.")
             for path, layer in layers.items():
                 if name in layer.adapters and not isinstance(_plain(layer.adapters[name]), LoRAAdapter):
                     kind = type(layer.adapters[name]).__name__
-                    raise ValueError(f"{path}: {kind} cannot be chosen row by row, linear LoRA can: use_adapter.")
+                    raise ValueError(f"{path}: {kind} cannot be chosen row by row, linear LoRA can: set_adapter.")
 
     def choose(self, names: Sequence[str | None]) -> None:
         """Other rows from here on, of adapters that were named at the start."""
@@ -53,7 +53,9 @@ class Rows:
     def forward(self, layer: LoRALayer, x: Tensor) -> Tensor:
         """x (rows, …, in) -> (rows, …, out); in the place of the layer's own forward."""
         if len(x) != len(self.names):
-            raise ValueError(f"adapter_per_row: {len(self.names)} adapters were named for {len(x)} rows: one for each.")
+            raise ValueError(
+                f"per_row_adapters: {len(self.names)} adapters were named for {len(x)} rows: one for each."
+            )
         h = layer.base_layer(x)  # (rows, …, out)
         if not any(self.names):
             return h
@@ -104,7 +106,7 @@ def _plain(adapter: Any) -> Any:
 def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked: Callable[..., Tensor]) -> Factors:
     """The factors of each row; `made` are the adapters chosen, once each."""
     if any(adapter.training and not isinstance(adapter.dropout, nn.Identity) for adapter in made):
-        raise ValueError("adapter_per_row: lora_dropout is not drawn row by row. model.eval(), or train without it.")
+        raise ValueError("per_row_adapters: lora_dropout is not drawn row by row. model.eval(), or train without it.")
     plain = {adapter: _plain(adapter) for adapter in made}
     pairs = {adapter: [M.to(device) for M in (own.lora_A, own.lora_B)] for adapter, own in plain.items()}
     rank = max(len(A) for A, _ in pairs.values())
@@ -122,7 +124,7 @@ def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked:
 
 
 @contextmanager
-def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[Rows]:
+def per_row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[Rows]:
     """Inside, row b of every batch goes through the adapter `names[b]`, None for the base alone; none else is active.
 
     Ranks and layers may differ. The batch is the first dimension of what the layers get, and as long as `names`.
@@ -141,9 +143,9 @@ def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[R
 
 
 def for_prompts(model: nn.Module, names: Sequence[str | None], count: int, rule: Any) -> Any:
-    """`adapter_per_row`, of `count` prompts. ValueError for another number of names, and with CUDA graphs."""
+    """`per_row_adapters`, of `count` prompts. ValueError for another number of names, and with CUDA graphs."""
     if len(names) != count:
         raise ValueError(f"adapters: expected one name, or None, for each of {count} prompts, got {names}.")
     if rule.cuda_graph is True:
         raise ValueError("cuda_graph=True with adapters: a graph reads the same factors in each row. Leave one out.")
-    return adapter_per_row(model, names)
+    return per_row_adapters(model, names)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.common import check_options, option
-from minilora.lora.active import disabled_adapters, list_adapters
+from minilora.lora.active import disable_adapters, list_adapters
 from minilora.losses.sft import SFT, Labelled, labelled
 from minilora.models.loader import load_model
 from minilora.models.padded_batch import inference
@@ -73,7 +73,7 @@ class KLToBase(SFT):
             raise ValueError(
                 "KLToBase compares with the model without its adapter, and it has none: ml.inject one first."
             )
-        with inference(model), disabled_adapters(model):
+        with inference(model), disable_adapters(model):
             base = labelled(model, batch)
         adapted = labelled(model, batch)
         kl, nll = divergences(adapted, base, "reverse")

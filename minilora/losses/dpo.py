@@ -23,7 +23,7 @@ from minilora.common import check_options, option
 from minilora.data import Example, encode_dataset, read_dataset
 from minilora.data.dataset import Encoded
 from minilora.data.formats import shape_of
-from minilora.lora.active import disabled_adapters, list_adapters
+from minilora.lora.active import disable_adapters, list_adapters
 from minilora.losses.sft import labelled, padded
 from minilora.models.padded_batch import inference
 from minilora_kernels.ops.cross_entropy import head_logprobs
@@ -68,7 +68,7 @@ class DPO:
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if not list_adapters(model):
             raise ValueError("DPO's reference is the model without its adapter, and it has none: ml.inject one first.")
-        with inference(model), disabled_adapters(model):
+        with inference(model), disable_adapters(model):
             reference, _ = answer_logprobs(model, batch)
         answers, tokens = answer_logprobs(model, batch)  # (2B,) chosen, then rejected
         ratios = answers - reference  # (2B,) log p / p_ref

@@ -152,7 +152,7 @@ def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -
         )
     active = [name for name, module in adapted.items() if module.active]
     if adapted and not active:
-        raise ValueError("no adapter is active, so none would be merged: ml.use_adapter or ml.eject first.")
+        raise ValueError("no adapter is active, so none would be merged: ml.set_adapter or ml.eject first.")
     rounded = [name for name in active if isinstance(adapted[name].base_layer, NF4Linear)]
     if four_bit and rounded and not requantize:
         raise ValueError(

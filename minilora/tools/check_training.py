@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.data.packing import join
-from minilora.lora.active import disabled_adapters
+from minilora.lora.active import disable_adapters
 from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import eject, inject
 from minilora.lora.merging.merge import merge
@@ -50,7 +50,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Selftest:
+class TrainingCheck:
     """All checks of a model; prints as a table."""
 
     checks: tuple[Check, ...]
@@ -68,19 +68,19 @@ class Selftest:
         return "\n".join(lines)
 
 
-def selftest(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Selftest:
+def check_training(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> TrainingCheck:
     """Measure a causal language model without adapters; afterwards it is as it was.
 
     rows: at least four of different lengths, anything that `train` takes; None takes a few short texts.
     ValueError for a model that has adapters.
     """
     if lora_layers(model):
-        raise ValueError("selftest: expected a model without adapters: ml.eject(model) first, or load it anew.")
+        raise ValueError("check_training: expected a model without adapters: ml.eject(model) first, or load it anew.")
     examples = list(SFT().encode(ROWS if rows is None else rows, tokenizer, None))
     low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize == 2}
     eps = max((torch.finfo(dtype).eps for dtype in low), default=0.0)  # of the dtype that it computes in
     before, base = _hash(model), _logits(model, examples)
-    inject(model, LoRAConfig(r=4, target_modules="all-linear"), name="selftest")
+    inject(model, LoRAConfig(r=4, target_modules="all-linear"), name="check_training")
     try:
         off = _off(model, examples, base)
         config = TrainConfig(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=None,
@@ -97,7 +97,7 @@ def selftest(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Selftest:
     split = max(((g - splits[0]).norm() / splits[0].norm()).item() for g in splits)
     spread = max(abs(loss - losses[0]) / losses[0] for loss in losses)
     distance = ((merged - logits).norm() / logits.norm()).item()
-    return Selftest(
+    return TrainingCheck(
         (
             Check("split", split, 8 * eps or 1e-5, "the gradient does not depend on micro-batches"),
             Check("eval", spread, 4 * eps or 1e-6, "the eval loss does not depend on its batch size"),
@@ -146,12 +146,12 @@ def _packed(model: Any, examples: Sequence[Any]) -> Tensor:
 
 
 def _off(model: nn.Module, examples: Sequence[Any], base: Tensor) -> float:
-    with disabled_adapters(model):
+    with disable_adapters(model):
         return float((_logits(model, examples) != base).sum())
 
 
 def _ups(layer: Any) -> Tensor:
-    return layer.adapters["selftest"].lora_B.detach()
+    return layer.adapters["check_training"].lora_B.detach()
 
 
 def _hash(model: nn.Module) -> str:

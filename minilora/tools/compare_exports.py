@@ -31,7 +31,7 @@ from torch import Tensor
 from minilora.data.formats import read_dataset
 from minilora.data.loss_mask import IGNORE, Example
 from minilora.data.tokenizer import load_tokenizer
-from minilora.lora.batched import adapter_per_row
+from minilora.lora.batched import per_row_adapters
 from minilora.lora.files.save_load import load_adapter
 from minilora.lora.merging.merge import merge
 from minilora.losses.sft import SFT
@@ -66,7 +66,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Parity:
+class ExportComparison:
     """All stages; prints as a table that ends in the first different one."""
 
     stages: tuple[Stage, ...]
@@ -87,7 +87,7 @@ class Parity:
         return "\n".join([*lines, f"{found}; {self.tokens} tokens, rounded up to KL = {self.tolerance:g}"])
 
 
-def parity(
+def compare_exports(
     model: str | Path,
     adapter: str | Path,
     dataset: Any,
@@ -97,7 +97,7 @@ def parity(
     rows: int = 8,
     tolerance: float = 0.01,
     check_base: bool = True,
-) -> Parity:
+) -> ExportComparison:
     """Hold every form of `model` with `adapter` against the two as they were trained, on the answers of `dataset`.
 
     model: what load_model takes; quantize, dtype: as in training. adapter: a folder or Hub id in PEFT's format.
@@ -115,7 +115,7 @@ def parity(
     stages = [Stage("trained", "equal", 0.0, 0.0, 1.0)]
     for name, found in _stages(trained, tokenizer, some, answers):
         stages.append(found if isinstance(found, Stage) else _compare(name, told, found, tolerance))
-    return Parity(tuple(stages), len(told), tolerance)
+    return ExportComparison(tuple(stages), len(told), tolerance)
 
 
 def _stages(
@@ -162,7 +162,7 @@ def _read(
 def _answers(rows: list[Any], tokenizer: Any) -> list[Answer]:
     """The last run of trained tokens of each row, at most TOKENS in all. ValueError: no rows, or none with any."""
     if not rows:
-        raise ValueError("parity: expected at least one row to compare on, got none.")
+        raise ValueError("compare_exports: expected at least one row to compare on, got none.")
     found, room = [], TOKENS
     for example in SFT().encode(rows, tokenizer, None).examples:
         start, end = _last_run(example)
@@ -195,7 +195,7 @@ def _logits(model: Any, answers: Sequence[Answer]) -> Tensor:
 def _served(model: Any, answers: Sequence[Answer]) -> Tensor:
     """The same as a server does it: prompts of all lengths in one batch, then a token a step, the adapter by row."""
     steps = max(len(tokens) for _, tokens in answers)
-    with inference(model), adapter_per_row(model, [ADAPTER] * len(answers)):
+    with inference(model), per_row_adapters(model, [ADAPTER] * len(answers)):
         context = Context(model)
         said = [context.extend([prompt for prompt, _ in answers]).cpu()]  # (B, V)
         for step in range(steps - 1):

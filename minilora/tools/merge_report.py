@@ -67,7 +67,7 @@ def merge_report(model: nn.Module, original: nn.Module | None = None) -> MergeRe
     sums = {path: _sums(path, layer, original) for path, layer in lora_layers(model).items() if layer.active}
     sums = {path: found for path, found in sums.items() if found["float32"][0]}
     if not sums:
-        raise ValueError("no active adapter changes anything: load_adapter, use_adapter or train first.")
+        raise ValueError("no active adapter changes anything: load_adapter, set_adapter or train first.")
     total: dict[str, Tensor] = {}
     for found in sums.values():
         total |= {target: total.get(target, 0) + value for target, value in found.items()}

@@ -26,7 +26,7 @@ _SHOWN = ("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "ex
 _SHOWN += ("alpha_pattern", "layers_to_transform", "bias", "lora_bias", "modules_to_save")  # of its config, if set
 
 
-def write_card(
+def write_model_card(
     folder: str | Path,
     *figures: TrainResult | Scores | Mapping[str, Any],
     dataset: Any = None,
@@ -60,7 +60,7 @@ def render(
     base_model: str | None = None,
     license: str | None = None,
 ) -> str:
-    """The text of the card; arguments as in `write_card`."""
+    """The text of the card; arguments as in `write_model_card`."""
     from huggingface_hub import ModelCardData  # here: `import minilora` stays light
 
     hub, facts, what, code = (_adapter if (folder / CONFIG_FILE).is_file() else _model)(folder, base_model)

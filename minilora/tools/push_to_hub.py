@@ -37,7 +37,7 @@ def push_to_hub(
     repo_id: owner/name. Without `revision` it is created if missing, private or not as `private` says (None: as the
         Hub's settings have it); with one, a branch, both must be there.
     token: default that of HF_TOKEN or `hf auth login`.
-    A folder without README.md gets a card (write_card) on its way, unless the repository has one.
+    A folder without README.md gets a card (write_model_card) on its way, unless the repository has one.
     ValueError: no token, no adapter or model, a repository that is not as `private` says. OSError: the Hub refuses or
     does not answer. No commit is made then.
     """

@@ -60,7 +60,7 @@ def test_a_run_from_a_file_is_the_run_of_its_options(place):
 
 
 def test_selftest(place, capsys):
-    assert main(["selftest", f"{place}/model", "--dtype", "float32", "--data", f"{place}/rows.jsonl"]) == 0
+    assert main(["check-training", f"{place}/model", "--dtype", "float32", "--data", f"{place}/rows.jsonl"]) == 0
     out = capsys.readouterr().out
     assert {"split", "eval", "packed", "off", "frozen", "moved", "merged"} <= set(
         re.findall(r"^(\w+) +\S+ +\S+  ok", out, re.M)

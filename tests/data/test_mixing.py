@@ -46,7 +46,7 @@ def test_shares_by_hand(total, weights, expected):
 
 
 def test_a_mixture_has_its_proportions_and_says_so():
-    mixed = ml.mix([(letters("a", 100), 0.8), (letters("b", 7), 0.2)], rows=60)
+    mixed = ml.mix_datasets([(letters("a", 100), 0.8), (letters("b", 7), 0.2)], rows=60)
     assert sources(mixed) == {"a": 48, "b": 12}
     often = Counter(row["prompt"] for row in mixed)
     assert set(often.values()) == {1, 2} and len(often) == 48 + 7  # a is cut, b gone through again
@@ -57,7 +57,7 @@ def test_a_mixture_has_its_proportions_and_says_so():
 
 
 def test_without_rows_nothing_is_repeated_and_one_set_is_whole():
-    mixed = ml.mix([(letters("a", 100), 3), (letters("b", 10), 1)])
+    mixed = ml.mix_datasets([(letters("a", 100), 3), (letters("b", 10), 1)])
     assert sources(mixed) == {"a": 30, "b": 10} and len({row["prompt"] for row in mixed}) == 40
 
 
@@ -74,19 +74,19 @@ def test_shares_are_within_one_of_exact(total, weights):
 @given(st.lists(st.tuples(st.integers(10, 19), st.integers(1, 5)), min_size=1, max_size=4), st.integers(40, 90))
 def test_every_row_of_a_set_comes_equally_often_or_once_more(sets, rows):
     parts = [(letters("abcd"[i], count), weight) for i, (count, weight) in enumerate(sets)]
-    mixed = ml.mix(parts, rows=rows, seed=3)
-    assert len(mixed) == rows and ml.mix(parts, rows=rows, seed=3) == mixed
+    mixed = ml.mix_datasets(parts, rows=rows, seed=3)
+    assert len(mixed) == rows and ml.mix_datasets(parts, rows=rows, seed=3) == mixed
     for i, (count, _) in enumerate(sets):
         often = Counter(row["prompt"] for row in mixed if row["prompt"][0] == "abcd"[i])
         assert len(often) == min(count, often.total())
         assert max(often.values()) - min(often.values()) <= 1
-    whole = ml.mix(parts)
+    whole = ml.mix_datasets(parts)
     assert max(Counter(row["prompt"] for row in whole).values()) == 1
 
 
 def test_seeds_differ():
     parts = [(letters("a", 50), 1), (letters("b", 50), 1)]
-    assert ml.mix(parts, seed=1) != ml.mix(parts, seed=2)
+    assert ml.mix_datasets(parts, seed=1) != ml.mix_datasets(parts, seed=2)
 
 
 rows_of = st.lists(st.fixed_dictionaries({"text": st.text(max_size=3), "user": st.integers(0, 30)}), min_size=60)
@@ -96,7 +96,7 @@ rows_of = st.lists(st.fixed_dictionaries({"text": st.text(max_size=3), "user": s
 def test_a_split_loses_nothing_and_a_row_stays_when_rows_are_added(rows, seed):
     half = rows[: len(rows) // 2]
     try:
-        before, after = (ml.split(some, test=0.5, seed=seed) for some in (half, rows))
+        before, after = (ml.train_test_split(some, test=0.5, seed=seed) for some in (half, rows))
     except ValueError as error:
         assert "rows held out" in str(error)
         return
@@ -110,7 +110,7 @@ def test_a_split_loses_nothing_and_a_row_stays_when_rows_are_added(rows, seed):
 def test_no_group_is_on_both_sides(rows):
     for by in ("user", lambda row: row["user"] // 2):
         try:
-            train, test = ml.split(rows, test=0.5, by=by)
+            train, test = ml.train_test_split(rows, test=0.5, by=by)
         except ValueError as error:
             assert "rows held out" in str(error)
             continue
@@ -119,12 +119,16 @@ def test_no_group_is_on_both_sides(rows):
 
 
 def test_the_share_is_about_what_was_asked():
-    train, test = ml.split(letters("a", 10_000), test=0.1)
+    train, test = ml.train_test_split(letters("a", 10_000), test=0.1)
     assert abs(len(test) - 1000) < 120 and len(train) + len(test) == 10_000  # four standard deviations
-    sides = ml.split(letters("a", 20) * 5, test=0.5)
+    sides = ml.train_test_split(letters("a", 20) * 5, test=0.5)
     assert not [row for row in sides[0] if row in sides[1]]  # equal rows lie on one side
-    assert ml.split(letters("a", 50), test=0.3, seed=1) != ml.split(letters("a", 50), test=0.3, seed=2)
-    assert ml.split([{"b": 1, "a": n} for n in range(50)]) == ml.split([{"a": n, "b": 1} for n in range(50)])
+    assert ml.train_test_split(letters("a", 50), test=0.3, seed=1) != ml.train_test_split(
+        letters("a", 50), test=0.3, seed=2
+    )
+    assert ml.train_test_split([{"b": 1, "a": n} for n in range(50)]) == ml.train_test_split(
+        [{"a": n, "b": 1} for n in range(50)]
+    )
 
 
 # ---- round trip
@@ -134,11 +138,11 @@ def test_paths_and_the_command_line(tmp_path, monkeypatch):
     paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in letters(name, 40)))
-    expected = ml.mix({paths[0]: 1, paths[1]: 0.25}, rows=20, seed=7)
+    expected = ml.mix_datasets({paths[0]: 1, paths[1]: 0.25}, rows=20, seed=7)
     assert sources(expected) == {"a": 16, "b": 4} and {row.source for row in expected} == set(paths)
     seen = []
     monkeypatch.setattr(ml, "load_tokenizer", lambda _: Letters())
-    for name in ("load_model", "inject", "count_parameters", "save_adapter", "write_card"):
+    for name in ("load_model", "inject", "count_parameters", "save_adapter", "write_model_card"):
         monkeypatch.setattr(ml, name, lambda *_, **__: None)
     monkeypatch.setattr(ml, "train", lambda model, tokenizer, dataset, *_, **__: seen.append(dataset) or result())
     run = ["train", "model", paths[0], "--mix", paths[1], "0.25", "--mix_rows", "20", "--seed", "7"]
@@ -167,16 +171,16 @@ def result() -> SimpleNamespace:
 )
 def test_mix_refuses(parts, rows, message):
     with pytest.raises(ValueError, match=message):
-        ml.mix(parts, rows=rows)
+        ml.mix_datasets(parts, rows=rows)
 
 
 def test_split_refuses(capsys):
     for share in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match="test is a share between 0 and 1"):
-            ml.split(letters("a", 9), test=share)
+            ml.train_test_split(letters("a", 9), test=share)
     with pytest.raises(ValueError, match=r"row 0 has no 'user': its keys are \['prompt', 'completion'\]"):
-        ml.split(letters("a", 9), by="user")
+        ml.train_test_split(letters("a", 9), by="user")
     with pytest.raises(ValueError, match="0 of 1 rows held out. Take another"):
-        ml.split(letters("a", 1), test=0.001)
+        ml.train_test_split(letters("a", 1), test=0.001)
     assert main(["train", "model", "rows.jsonl", "--mix_rows", "3"]) == 1
     assert "there is no --mix" in capsys.readouterr().err

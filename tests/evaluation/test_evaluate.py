@@ -78,7 +78,7 @@ def test_no_batch_size_or_order_changes_a_score():
 def test_text_rows_have_a_loss_only():
     scores = evaluate(MINE, TOKENIZER, [{"text": "hello world"}, {"text": "as"}])
     assert scores.n == 2 and scores.answers == 0 and scores.loss > 0
-    assert scores.exact_match is scores.token_f1 is scores.constrained is None
+    assert scores.exact_match is scores.token_f1 is scores.label_accuracy is None
     mixed = evaluate(MINE, TOKENIZER, [{"text": "hello world"}, ROWS[0]], max_new_tokens=4)
     assert mixed.n == 2 and mixed.answers == 1 and mixed.references == ["hello"]
 
@@ -138,7 +138,7 @@ def test_constrained_is_the_argmax_of_whole_sequences(model):
     expected = [LABELS[plain_scores(model, prompt, ids).argmax()] for prompt in prompts]
     scores = evaluate(model, TOKENIZER, ROWS, labels=LABELS, max_new_tokens=0, batch_size=2)
     assert scores.choices == expected
-    assert scores.constrained == sum(c == answer for c, (_, answer) in zip(expected, pairs, strict=True)) / len(ROWS)
+    assert scores.label_accuracy == sum(c == answer for c, (_, answer) in zip(expected, pairs, strict=True)) / len(ROWS)
     assert label_table(LABELS, TOKENIZER, pairs[0][0], len(prompts[0])) == ids  # end of turn included
 
 
@@ -246,4 +246,4 @@ def test_smollm2_chooses_by_likelihood(smollm2):
     prompts = [encode_prompt(split_prompt(row)[0], tokenizer) for row in rows]
     table = label_table(labels, tokenizer, split_prompt(rows[0])[0], len(prompts[0]))
     assert scores.choices == [labels[plain_scores(model, prompt, table).argmax()] for prompt in prompts]
-    assert scores.constrained is not None and scores.constrained >= 0.6
+    assert scores.label_accuracy is not None and scores.label_accuracy >= 0.6

@@ -47,7 +47,7 @@ def exact(model: nn.Module) -> nn.Module:
 
 
 def _outputs(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
-    with torch.no_grad(), ml.plain_ops():
+    with torch.no_grad(), ml.reference_ops():
         return run(model).double()
 
 

@@ -67,7 +67,7 @@ def asks(count: int, seed: int = 0, **fields: Any) -> list[Ask]:
 def alone(model: Any, ask: Ask) -> str:
     """The text that `ml.generate` gives of one request by itself. Also asserts that no arg-max hangs on rounding."""
     text = tokenizer().decode(ask.prompt)
-    ml.use_adapter(model, [] if ask.adapter is None else ask.adapter)
+    ml.set_adapter(model, [] if ask.adapter is None else ask.adapter)
     options = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed, "stop": list(ask.stop)}
     answer = ml.generate(model, tokenizer(), RawText(text), max_new_tokens=ask.max_tokens, **options)
     if not ask.temperature:

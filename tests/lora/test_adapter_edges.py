@@ -70,9 +70,9 @@ def test_a_convolution_has_room_for_the_smaller_of_its_sides():
 def test_what_waits_follows_the_model_s_mode_when_it_comes_back():
     model = build("llama")
     ml.inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
-    ml.use_adapter(model, [])
+    ml.set_adapter(model, [])
     model.train()
-    ml.use_adapter(model, "default")
+    ml.set_adapter(model, "default")
     assert all(module.training for module in model.modules())
 
 
@@ -114,10 +114,10 @@ def test_deleting_an_adapter_leaves_the_others_at_work_and_frees_its_parts():
     model = build("llama")
     ml.inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ml.inject(model, LoRAConfig(target_modules=["q_proj"]), name="second")
-    ml.use_adapter(model, "default")
+    ml.set_adapter(model, "default")
     head = model.lm_head
     ml.inject(model, LoRAConfig(target_modules=["k_proj"]), name="third")
-    ml.use_adapter(model, "default")
+    ml.set_adapter(model, "default")
     ml.delete_adapter(model, "second")
     assert model.lm_head is head and head.weight.requires_grad
     ml.delete_adapter(model, "default")

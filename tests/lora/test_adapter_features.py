@@ -75,7 +75,7 @@ def test_a_bare_state_goes_to_the_base_and_leaves_the_adapters(llama, quantised)
     assert list(bare) == keys  # what the caller gave is not changed
     assert same(base_state_dict(model), other.state_dict())
     assert same(adapter_state_dict(model), before)
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         assert torch.equal(model(TOKENS), other(TOKENS))
 
 
@@ -164,7 +164,7 @@ def test_without_its_adapter_the_model_is_the_base(family, fields):
     trained = logits(shake(model))
     assert not torch.equal(trained, expected)
     assert same(base_state_dict(model), state)
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         assert torch.equal(logits(model), expected)
         assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(logits(model), trained)
@@ -184,20 +184,20 @@ def test_several_adapters_with_parts_take_turns(llama):
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]), name="other")
     assert torch.equal(logits(model), expected)  # its copy is of the original, not of another adapter's
     for name in ("head", "biases", "head"):
-        ml.use_adapter(model, name)
+        ml.set_adapter(model, name)
         assert torch.equal(logits(model), outputs[name])
         trainable = [path for path, p in model.named_parameters() if p.requires_grad]
         assert ("lm_head.weight" in trainable) == (name == "head")
-    ml.use_adapter(model, ["head", "biases"])  # one has the head, the other the biases: they add up
+    ml.set_adapter(model, ["head", "biases"])  # one has the head, the other the biases: they add up
     before = logits(model)
     with pytest.raises(ValueError, match="both train 'lm_head': use one at a time"):
-        ml.use_adapter(model, ["head", "other"])
+        ml.set_adapter(model, ["head", "other"])
     assert torch.equal(logits(model), before)
     ml.delete_adapter(model, "other")
     ml.delete_adapter(model, "head")
     assert model.lm_head.weight.requires_grad is False and same(base_state_dict(model), llama.state_dict())
     assert torch.equal(model.lm_head.weight, llama.lm_head.weight)  # its copy left with it
-    ml.use_adapter(model, "biases")
+    ml.set_adapter(model, "biases")
     assert torch.equal(logits(model), outputs["biases"])
     ml.delete_adapter(model, "biases")
     assert torch.equal(logits(model), expected)

@@ -147,7 +147,7 @@ def test_without_its_adapter_the_model_is_the_base(kind, fields):
     ml.inject(model, ml.LoRAConfig(**{"r": 4} | fields))
     assert torch.equal(output(model), expected)  # a new adapter changes nothing
     shake(model)
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         assert torch.equal(output(model), expected)
     found = base_state_dict(model)
     assert list(found) == list(state) and all(torch.equal(found[key], state[key]) for key in state)

@@ -115,7 +115,7 @@ def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
     model = build("images")
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["flat", "words"], lora_bias=False))
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["long"], lora_bias=True), name="biased")
-    ml.use_adapter(model, ["default", "biased"])
+    ml.set_adapter(model, ["default", "biased"])
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = new_optimizer(model, parameters, TrainConfig(loraplus_lr_ratio=16.0)).param_groups

@@ -36,13 +36,13 @@ def model() -> nn.Module:
     return twin(oracle(num_hidden_layers=2))
 
 
-def value(given: dict, seed: int = 0) -> ml.Adapter:
+def value(given: dict, seed: int = 0) -> ml.AdapterWeights:
     one = model()
     ml.inject(one, ml.LoRAConfig(**given), seed=seed)
-    return ml.Adapter.of(shake(one, seed))
+    return ml.AdapterWeights.of(shake(one, seed))
 
 
-def deltas(adapter: ml.Adapter) -> dict[str, Tensor]:
+def deltas(adapter: ml.AdapterWeights) -> dict[str, Tensor]:
     """ΔW by layer from the file's own tensors, fp64."""
     found, prefix = {}, "base_model.model."
     config = ml.LoRAConfig.from_dict(adapter.values)
@@ -79,8 +79,8 @@ def test_sums_are_exact_where_peft_s_linear_is_not(w, v):
     a, b = (value(KINDS["plain"], seed) for seed in (0, 1))
     expected = weighted([a, b], [w, v])
     same_deltas(deltas(w * a + v * b), expected)
-    same_deltas(deltas(ml.combine([a, b], [w, v])), expected)
-    assert ml.combine([a, b], [w, v]).error == 0
+    same_deltas(deltas(ml.combine_adapters([a, b], [w, v])), expected)
+    assert ml.combine_adapters([a, b], [w, v]).error == 0
     if v < 0 < w < 1:
         return  # PEFT takes a root of each weight: sign and size of 0.7 and -0.3 are in the other rows
     theirs = get_peft_model(oracle(num_hidden_layers=2), LoraConfig(**KINDS["plain"]), adapter_name="a")
@@ -97,13 +97,13 @@ def test_sums_are_exact_where_peft_s_linear_is_not(w, v):
 def test_other_ranks_strengths_and_layers_add_up_in_a_model():
     values = [value(given, seed) for seed, given in enumerate([*KINDS.values(), PISSA])]
     weights = [0.7, -0.3, 1.5, 0.25]
-    total = ml.combine(values, weights)
+    total = ml.combine_adapters(values, weights)
     same_deltas(deltas(total), weighted(values, weights))
     one, other = model(), model()
     total.put(one)
     for number, (w, adapter) in enumerate(zip(weights, values, strict=True)):
         (w * adapter).put(other, f"part{number}")
-    ml.use_adapter(other, ml.list_adapters(other))
+    ml.set_adapter(other, ml.list_adapters(other))
     close(output(one), output(other), 1e-5)
     assert (output(one) - output(model())).abs().max() > 0.1
 
@@ -112,7 +112,7 @@ def test_other_ranks_strengths_and_layers_add_up_in_a_model():
 def test_truncation_is_eckart_young_and_says_what_it_loses(rank):
     total = value(KINDS["plain"]) + value(KINDS["rslora"], 1)
     cut = total.truncate(rank)
-    assert ml.combine([total], rank=rank).error == cut.error
+    assert ml.combine_adapters([total], rank=rank).error == cut.error
     lost = whole = 0.0
     for path, delta in deltas(total).items():
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
@@ -128,7 +128,7 @@ def test_truncation_is_eckart_young_and_says_what_it_loses(rank):
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.3], [1.0, -0.5]])
 def test_ties_is_peft_s_on_delta_w(weights):
     a, b = value(KINDS["plain"]), value(KINDS["patterns"], 1)
-    found = ml.combine([a, b], weights, "ties", density=0.3, rank=64)  # every rank there is: nothing is lost
+    found = ml.combine_adapters([a, b], weights, "ties", density=0.3, rank=64)  # every rank there is: nothing is lost
     smallest = min(min(delta.shape) for delta in deltas(found).values())
     assert found.error < smallest * 2**-24  # of an SVD in fp32: p(n)·u of the norm, p(n) below n for n singular values
     first, second = deltas(a), deltas(b)
@@ -136,7 +136,7 @@ def test_ties_is_peft_s_on_delta_w(weights):
         parts = [part.get(path, torch.zeros_like(delta)).float() for part in (first, second)]
         expected = peft_ties(parts, torch.tensor(weights), 0.3).double()
         torch.testing.assert_close(delta, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    cut = ml.combine([a, b], weights, "ties", density=0.3, rank=4)
+    cut = ml.combine_adapters([a, b], weights, "ties", density=0.3, rank=4)
     off = [(deltas(cut)[path] - delta).norm() ** 2 for path, delta in deltas(found).items()]
     whole = sum(delta.norm() ** 2 for delta in deltas(found).values())
     assert cut.error == pytest.approx((sum(off) / whole).sqrt().item(), rel=1e-4)
@@ -144,13 +144,13 @@ def test_ties_is_peft_s_on_delta_w(weights):
 
 def test_dare_drops_and_scales_numbers_of_delta_w():
     a, density = value(KINDS["plain"]), 0.25
-    found = ml.combine([a], [2.0], "dare", density=density, rank=64)
+    found = ml.combine_adapters([a], [2.0], "dare", density=density, rank=64)
     for path, delta in deltas(a).items():
         there = deltas(found)[path]
         kept = there.abs() > 1e-5 * delta.abs().max()
         assert abs(kept.double().mean() - density) < 4 * (density * (1 - density) / delta.numel()) ** 0.5  # 4 sigma
         torch.testing.assert_close(there[kept], 2 / density * delta[kept], rtol=0, atol=1e-5 * there.abs().max().item())
-    again, other = (ml.combine([a], [2.0], "dare", density=density, rank=64, seed=seed) for seed in (0, 1))
+    again, other = (ml.combine_adapters([a], [2.0], "dare", density=density, rank=64, seed=seed) for seed in (0, 1))
     first, second, third = (next(iter(made.tensors.values())) for made in (found, again, other))
     assert torch.equal(first, second) and not torch.equal(first, third)
 
@@ -165,7 +165,9 @@ def test_one_adapter_with_weight_1_is_itself(given, tmp_path):
     ml.inject(one, ml.LoRAConfig(**given))
     expected = output(shake(one))
     ml.save_adapter(one, tmp_path / "saved")
-    for number, made in enumerate((1.0 * ml.Adapter.of(one), ml.combine([ml.Adapter.load(tmp_path / "saved")], [1]))):
+    for number, made in enumerate(
+        (1.0 * ml.AdapterWeights.of(one), ml.combine_adapters([ml.AdapterWeights.load(tmp_path / "saved")], [1]))
+    ):
         made.save(tmp_path / f"{number}")
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             assert (tmp_path / f"{number}" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
@@ -205,7 +207,7 @@ def test_gpt2_s_turned_weights():
     ml.inject(one, ml.LoRAConfig(r=2, target_modules=["c_attn"]))
     shake(one)
     twice = build("gpt2")
-    (0.5 * ml.Adapter.of(one) + 0.5 * ml.Adapter.of(one)).put(twice)
+    (0.5 * ml.AdapterWeights.of(one) + 0.5 * ml.AdapterWeights.of(one)).put(twice)
     close(output(twice), output(one), 1e-5)
 
 
@@ -214,7 +216,7 @@ def test_gpt2_s_turned_weights():
 
 def test_what_cannot_be_added():
     a, dora = value(KINDS["plain"]), value(DORA)
-    for bad in (lambda: 2 * dora, lambda: a + dora, lambda: dora.truncate(2), lambda: ml.combine([dora, a])):
+    for bad in (lambda: 2 * dora, lambda: a + dora, lambda: dora.truncate(2), lambda: ml.combine_adapters([dora, a])):
         with pytest.raises(ValueError, match="DoRA rescales W, so that what it adds to W depends on W"):
             bad()
     for given in ({"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "lora_bias": True}):
@@ -227,11 +229,11 @@ def test_what_cannot_be_added():
     other = twin(oracle(num_hidden_layers=2, seed=1))
     ml.inject(other, ml.LoRAConfig(**KINDS["plain"]))
     with pytest.raises(ValueError, match="trained on different bases: model.layers"):
-        a + ml.Adapter.of(shake(other))
+        a + ml.AdapterWeights.of(shake(other))
     wide = twin(oracle(num_hidden_layers=2, hidden_size=32))
     ml.inject(wide, ml.LoRAConfig(**KINDS["plain"]))
     with pytest.raises(ValueError, match=r"0.self_attn.q_proj is \(64, 64\) in one adapter, \(32, 32\) in the other"):
-        a + ml.Adapter.of(shake(wide))
+        a + ml.AdapterWeights.of(shake(wide))
 
 
 @pytest.mark.parametrize(
@@ -249,9 +251,9 @@ def test_what_cannot_be_added():
 )
 def test_options_that_do_not_fit(count, options, message):
     with pytest.raises(ValueError, match=message):
-        ml.combine([value(KINDS["plain"])] * count, **options)
+        ml.combine_adapters([value(KINDS["plain"])] * count, **options)
 
 
 def test_a_value_prints_on_one_line():
-    one = ml.Adapter({"r": 4}, {"a": torch.zeros(2, 3), "b": torch.ones(1)}, error=0.125)
-    assert repr(one) == "Adapter(r=4, 2 tensors, error=0.125)"
+    one = ml.AdapterWeights({"r": 4}, {"a": torch.zeros(2, 3), "b": torch.ones(1)}, error=0.125)
+    assert repr(one) == "AdapterWeights(r=4, 2 tensors, error=0.125)"

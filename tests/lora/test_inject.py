@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minilora.lora.active import delete_adapter, disabled_adapters, list_adapters, use_adapter
+from minilora.lora.active import delete_adapter, disable_adapters, list_adapters, set_adapter
 from minilora.lora.config import LoRAConfig, TaskType
 from minilora.lora.inject import eject, inject
 from minilora.lora.layer import LoRALayer
@@ -183,10 +183,10 @@ def test_several_adapters_live_side_by_side(llama):
     assert list_adapters(model) == ["default", "second"]
     outputs = {}
     for active in ("default", "second", ["default", "second"]):
-        use_adapter(model, active)
+        set_adapter(model, active)
         outputs[str(active)] = model(tokens).logits
     assert len({out.sum().item() for out in [base, *outputs.values()]}) == 4
-    with disabled_adapters(model):
+    with disable_adapters(model):
         assert torch.equal(model(tokens).logits, base)
     assert torch.equal(model(tokens).logits, outputs["['default', 'second']"])
     delete_adapter(model, "second")
@@ -260,9 +260,9 @@ def test_other_misuse_raises(llama, gpt2):
     with pytest.raises(ValueError, match="'default' exists already"):
         inject(model)
     with pytest.raises(ValueError, match="adapter: 'deflaut' matches nothing. Nearest: 'default'"):
-        use_adapter(model, "deflaut")
+        set_adapter(model, "deflaut")
     with pytest.raises(ValueError, match="one is named twice"):
-        use_adapter(model, ["default", "default"])
+        set_adapter(model, ["default", "default"])
     with pytest.raises(ValueError, match="shares its weight with 'transformer.wte'"):
         inject(copy.deepcopy(gpt2), LoRAConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="no default for model type None"):

@@ -16,7 +16,7 @@ import minilora as ml
 from helpers.toy import kept, noise
 from minilora.lora.fused_linear import dense, lora_linear, plain_lora_linear
 from minilora.lora.layer import LoRAAdapter
-from minilora_kernels.ops.mode import plain_ops
+from minilora_kernels.ops.mode import reference_ops
 from minilora_kernels.ops.rms_norm import rms_norm
 from minilora_kernels.ops.swiglu import gated
 
@@ -156,7 +156,7 @@ def test_what_is_made_again_gives_the_same_gradients(form, count, way):
         x, w = noise(9, 48), noise(48, seed=1)
         for one in made:
             one.zero_grad()
-        with plain_ops() if plain else nullcontext():
+        with reference_ops() if plain else nullcontext():
             y = checkpoint(form, x, w, made, use_reentrant=False) if way == "checkpointed" else form(x, w, made)
             for _ in range(2 if way == "twice" else 1):
                 y.backward(retain_graph=way == "twice")
@@ -196,7 +196,7 @@ def test_a_tensor_that_was_written_to_is_kept_as_it_is():
     results = []
     for plain in (False, True):
         made[0].zero_grad()
-        with plain_ops() if plain else nullcontext():
+        with reference_ops() if plain else nullcontext():
             form(x).sum().backward()
         results.append(made[0].adapters["default"].lora_A.grad.clone())
     assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()

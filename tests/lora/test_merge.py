@@ -9,11 +9,11 @@ from torch import nn
 
 from helpers.kinds import build, output
 from helpers.toy import llama
-from minilora.lora.active import use_adapter
+from minilora.lora.active import set_adapter
 from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
-from minilora.lora.merging.merge import dequantized, merge
+from minilora.lora.merging.merge import dequantized_weights, merge
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.quant.nf4_linear import NF4Linear, quantize_model
 from minilora_kernels import FEW
@@ -45,7 +45,7 @@ def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch
     for layer in lora_layers(model).values():
         for adapter in layer.adapters.values():
             nn.init.normal_(adapter.lora_B, std=0.1)
-    use_adapter(model, ["default", "second"])
+    set_adapter(model, ["default", "second"])
     return model
 
 
@@ -60,7 +60,7 @@ def test_the_merged_model_computes_the_same(kind, quantize):
     expected = model(TOKENS).logits
     merged = merge(model)
     torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=2e-5)  # fp32, other order of sums
-    use_adapter(model, [])
+    set_adapter(model, [])
     assert (model(TOKENS).logits - expected).abs().max() > 1e-2  # the adapters did something
     assert not any(isinstance(m, (LoRALayer, NF4Linear)) for m in merged.modules())
 
@@ -154,7 +154,7 @@ def test_a_dequantized_model_says_the_same(dtype):
         many = TOKENS.repeat(3, 1)
         expected, few = model(many), model(TOKENS[:, :1])
         assert many.numel() > FEW >= TOKENS[:, :1].numel()
-        with dequantized(model):
+        with dequantized_weights(model):
             assert not any(isinstance(module, NF4Linear) for module in model.modules())
             assert torch.equal(model(many), expected)
             # a rounding of each weight and sum, through two layers
@@ -162,7 +162,7 @@ def test_a_dequantized_model_says_the_same(dtype):
             model.train()
     for path, layer in four_bit.items():
         assert model.get_submodule(path) is layer and layer.training
-    with pytest.raises(ZeroDivisionError), dequantized(model):
+    with pytest.raises(ZeroDivisionError), dequantized_weights(model):
         1 / 0  # noqa: B018 the error is the test
     assert all(model.get_submodule(path) is layer for path, layer in four_bit.items())
 
@@ -172,9 +172,9 @@ def test_a_dequantized_model_says_the_same(dtype):
 
 def test_nothing_to_merge_raises():
     model = model_with_adapter()
-    use_adapter(model, [])
+    set_adapter(model, [])
     with pytest.raises(ValueError, match="no active adapter"):
         merge(model)
-    use_adapter(model, "default")
+    set_adapter(model, "default")
     with pytest.raises(ValueError, match="storage: expected None or one of float32, .*, got 'int8'"):
         merge(model, "int8")

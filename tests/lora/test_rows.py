@@ -1,7 +1,7 @@
 """Proves that a batch whose rows have adapters of their own is, row by row, the same batch under each adapter: in one
 pass, in generation, in training; and that an adapter can be swapped from disk, moved and switched while models run.
 
-Oracle: `use_adapter` and the whole batch. fp32 to 1e-5: batched products sum in another order.
+Oracle: `set_adapter` and the whole batch. fp32 to 1e-5: batched products sum in another order.
 """
 
 import pytest
@@ -36,7 +36,7 @@ def alone(model: nn.Module, names, tokens) -> torch.Tensor:
     """Each row of the batch, with its adapter active for all."""
     found = []
     for row, name in enumerate(names):
-        ml.use_adapter(model, [] if name is None else name)
+        ml.set_adapter(model, [] if name is None else name)
         with torch.no_grad():
             out = model(tokens)
         found.append((out if isinstance(out, torch.Tensor) else out.logits)[row])
@@ -57,7 +57,7 @@ def test_each_row_is_its_adapter_s(kind):
     expected = alone(model, names, tokens)
     assert min((a - b).abs().max() for i, a in enumerate(expected) for b in expected[:i] if names[i] != "four") > 1e-2
     fused = [layer.fused for layer in lora_layers(model).values()]
-    with ml.adapter_per_row(model, names), torch.no_grad():
+    with ml.per_row_adapters(model, names), torch.no_grad():
         out = model(tokens)
     close(out if isinstance(out, torch.Tensor) else out.logits, expected, 1e-5)
     assert [layer.fused for layer in lora_layers(model).values()] == fused
@@ -69,7 +69,7 @@ def test_rows_that_change_are_gathered_anew_in_the_memory_of_those_before():
     model = adapted()
     turns = [["two", "four", None], ["four", "two"], ["two"] * 4, [None, None], ["four", "biased"], ["pissa", None]]
     expected = [alone(model, names, TOKENS[0].repeat(len(names), 1)) for names in turns]
-    with ml.adapter_per_row(model, ["two", "four", "biased", "pissa"]) as rows:
+    with ml.per_row_adapters(model, ["two", "four", "biased", "pissa"]) as rows:
         used = []
         for names, logits in zip(turns, expected, strict=True):
             rows.choose(names)
@@ -86,7 +86,7 @@ def test_a_single_token_in_bf16_is_rounded_once():
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["0"]))
     adapter = shake(model, 1)[0].adapters["default"]
     x = torch.randn(3, 1, 48).bfloat16()
-    with torch.no_grad(), ml.adapter_per_row(model, ["default"] * 3):
+    with torch.no_grad(), ml.per_row_adapters(model, ["default"] * 3):
         found, h = model(x).double(), model[0].base_layer(x).double()
         added = adapter.scaling * x.double() @ adapter.lora_A.double().T @ adapter.lora_B.double().T
     assert found.dtype == torch.float64 and added.abs().mean() > 0.1
@@ -102,7 +102,7 @@ def test_generation_gives_each_prompt_its_adapter(batch_size):
     options = {"max_new_tokens": 12, "stop": [ord("a") + 3, ord("e") + 3, ord("t") + 3], "batch_size": batch_size}
     expected = []
     for prompt, name in zip(prompts, names, strict=True):
-        ml.use_adapter(model, [] if name is None else name)
+        ml.set_adapter(model, [] if name is None else name)
         expected.append(ml.generate(model, Letters(), prompt, **options))
     assert len({*expected}) == 5 and len({*map(len, expected)}) > 1
     assert ml.generate(model, Letters(), prompts, adapters=names, **options) == expected
@@ -113,12 +113,12 @@ def test_gradients_reach_each_row_s_adapter():
     names, tokens = ["two", "four", None], TOKENS[0].repeat(3, 1)
     for layer in lora_layers(model).values():
         layer.adapters.requires_grad_(True)
-    with ml.adapter_per_row(model, names):
+    with ml.per_row_adapters(model, names):
         model(tokens).square().sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for row, name in enumerate(names[:2]):
-        ml.use_adapter(model, name)
+        ml.set_adapter(model, name)
         model(tokens)[row].square().sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert {name for name, g in found.items() if g.any()} == {*expected}
@@ -131,12 +131,12 @@ def test_gradients_reach_each_row_s_adapter():
 
 def test_what_changes_in_place_is_seen(tmp_path):
     model = adapted()
-    ml.use_adapter(model, "four")
+    ml.set_adapter(model, "four")
     ml.save_adapter(shake(model, 7), tmp_path, name="four")
     swapped = output(model)
     ml.load_adapter(model, tmp_path, name="four")
     shake(model, 8)
-    with ml.adapter_per_row(model, ["four", "four"]) as rows, torch.no_grad():
+    with ml.per_row_adapters(model, ["four", "four"]) as rows, torch.no_grad():
         first = model(TOKENS)
         kept = {key: value[-1] for key, value in rows.kept.items()}
         assert torch.equal(model(TOKENS), first)
@@ -154,7 +154,7 @@ def test_a_swap_from_disk_leaves_the_base_and_compiles_nothing(tmp_path):
         return graph.forward
 
     model = adapted()
-    ml.use_adapter(model, "four")
+    ml.set_adapter(model, "four")
     before = output(model)
     ml.save_adapter(model, tmp_path, name="four")
     shake(model, 3)
@@ -177,11 +177,11 @@ def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch
     layer.adapters["waits"] = waiting = LoRAAdapter(8, 8, 2).requires_grad_(False)
     sent, to = [], nn.Module.to
     monkeypatch.setattr(nn.Module, "to", lambda m, d: sent.append((m, d)) if str(d) == "cpu" else to(m, d))
-    ml.use_adapter(model, "there")
+    ml.set_adapter(model, "there")
     assert waiting.lora_A.device.type == "cpu" and not sent
-    ml.use_adapter(model, "waits")
+    ml.set_adapter(model, "waits")
     assert waiting.lora_A.is_meta and not sent
-    ml.use_adapter(model, "waits", offload=True)
+    ml.set_adapter(model, "waits", offload=True)
     assert sent == [(layer.adapters["there"], torch.device("cpu"))]
 
 
@@ -198,23 +198,23 @@ def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch
 )
 def test_what_rows_share_is_refused(given, message):
     model = adapted(other={"r": 2} | given)
-    with pytest.raises(ValueError, match=message), ml.adapter_per_row(model, ["four", "other"]):
+    with pytest.raises(ValueError, match=message), ml.per_row_adapters(model, ["four", "other"]):
         pass
-    with ml.adapter_per_row(model, ["four", "two"]), torch.no_grad():  # the others are not in the way
+    with ml.per_row_adapters(model, ["four", "two"]), torch.no_grad():  # the others are not in the way
         model(TOKENS)
 
 
 def test_other_numbers_names_and_dropout_are_refused():
     model = adapted()
     with pytest.raises(ValueError, match="3 adapters were named for 2 rows"):
-        with ml.adapter_per_row(model, ["four", None, None]), torch.no_grad():
+        with ml.per_row_adapters(model, ["four", None, None]), torch.no_grad():
             model(TOKENS)
     with pytest.raises(ValueError, match="adapter: 'fuor' matches nothing. Nearest: 'four'"):
-        with ml.adapter_per_row(model, ["fuor", None]):
+        with ml.per_row_adapters(model, ["fuor", None]):
             pass
     with pytest.raises(ValueError, match="one name, or None, for each of 2 prompts"):
         ml.generate(adapted(llama()), Letters(), ["a", "b"], adapters=["four"])
     dropping = adapted(drops={"r": 2, "lora_dropout": 0.5, "target_modules": ["q_proj"]}).train()
     with pytest.raises(ValueError, match="lora_dropout is not drawn row by row"):
-        with ml.adapter_per_row(dropping, ["drops", None]):
+        with ml.per_row_adapters(dropping, ["drops", None]):
             dropping(TOKENS)

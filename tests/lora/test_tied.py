@@ -135,7 +135,7 @@ def test_off_new_merged_and_undone(tie, targets):
             close(output(merged), expected, 1e-5)
             assert (weights(merged)[0] is weights(merged)[1]) == (tie == "shared") == merged.config.tie_word_embeddings
         assert len(ml.merge_report(model).layers) == len(names)
-        with ml.disabled_adapters(model):
+        with ml.disable_adapters(model):
             assert torch.equal(output(model), base)
         found = base_state_dict(model)
         assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
@@ -185,10 +185,10 @@ def test_adapters_with_and_without_the_tie_take_turns():
     merged = ml.merge(model)
     assert weights(merged)[0] is weights(merged)[1] and merged.config.tie_word_embeddings  # it touches neither
     for name in ("both", "head", "both"):
-        ml.use_adapter(model, name)
+        ml.set_adapter(model, name)
         assert torch.equal(output(model), outputs[name])
     ml.delete_adapter(model, "both")
-    ml.use_adapter(model, "head")
+    ml.set_adapter(model, "head")
     assert torch.equal(output(model), outputs["head"]) and EMBEDDING not in lora_layers(model)
 
 

@@ -157,7 +157,7 @@ def side_by_side(given: dict, folder) -> tuple[nn.Module, nn.Module]:
             assert torch.equal(adapter.lora_A, A)
         return ours, other
     if given is LOFTQ:  # PEFT has only CUDA for it: a plain LoRA beside the same replaced base
-        with ml.disabled_adapters(ours), torch.no_grad():
+        with ml.disable_adapters(ours), torch.no_grad():
             for path, layer in lora_layers(ours).items():
                 base.get_submodule(path).weight.copy_(layer.base_layer.dequantize())
     ml.save_adapter(ours, folder)

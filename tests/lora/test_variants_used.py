@@ -58,7 +58,7 @@ def test_w_stays_and_the_start_changes_no_bit(given, quantised):
     assert torch.equal(output(model), expected)
     moved = output(shake(model))
     assert (moved - expected).abs().max() > 0.1
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         assert torch.equal(output(model), expected)
     assert torch.equal(output(model), moved)
     base = ml.base_state_dict(model)
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on(given, tmp_path):
 def test_it_runs_on_the_plain_form_and_can_be_traced_copied_and_loaded(given):
     model = shake(injected(given))
     expected = output(model)
-    with ml.plain_ops():
+    with ml.reference_ops():
         plain = output(model)
     with ml.trace(model, "layers.0.mlp.down_proj") as found, inference(model):
         traced = output(model)
@@ -201,8 +201,8 @@ def test_dora_does_not_add_up():
     ml.inject(model, ml.LoRAConfig(**DORA), name="second")
     ml.inject(model, ml.LoRAConfig(**PISSA), name="third")
     with pytest.raises(ValueError, match="'second' .DoRA. rescales W and does not add up: use one at a time"):
-        ml.use_adapter(model, ["default", "second"])
-    ml.use_adapter(model, ["default", "third"])
+        ml.set_adapter(model, ["default", "second"])
+    ml.set_adapter(model, ["default", "third"])
 
 
 @pytest.mark.parametrize("how", ["pissa_niter_4", "loftq"])

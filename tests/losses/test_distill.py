@@ -88,7 +88,7 @@ def test_an_adapter_on_the_head_is_off_in_the_base():
     batch = batch_of(ml.KLToBase())
     mask = (batch["labels"] != -100)[:, 1:]
     q = model(batch["input_ids"])[:, :-1][mask].log_softmax(-1)
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         p = model(batch["input_ids"])[:, :-1][mask].log_softmax(-1)
     expected = F.kl_div(p, q, reduction="sum", log_target=True)
     assert ml.KLToBase().loss(model, batch)[1]["kl"].item() == pytest.approx(expected.item(), rel=1e-5)

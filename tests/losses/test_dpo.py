@@ -125,7 +125,7 @@ def test_before_training_the_margin_is_zero_and_after_it_is_not():
     assert result.metrics["accuracy"][-1] >= 0.75 and result.loss < result.losses[0]
     assert result.evals[-1]["eval_accuracy"] == 1 and result.evals[-1]["eval_margin"] > 0.1
     tokens = torch.arange(9)[None]
-    with ml.disabled_adapters(model):
+    with ml.disable_adapters(model):
         assert torch.equal(model(tokens), llama()(tokens))
     fresh = lora()
     found, pairs = means(fresh, ml.DPO().encode(ROWS, Letters(), 64), 4, ml.DPO())
@@ -136,7 +136,7 @@ def test_the_reference_is_the_base_without_gradient_or_dropout():
     model = stirred(lora(dropout=0.5)).train()
     objective = ml.DPO()
     batch = batch_of(objective)
-    with ml.disabled_adapters(model), torch.no_grad():
+    with ml.disable_adapters(model), torch.no_grad():
         reference, _ = answer_logprobs(model.eval(), batch)
     answers, _ = answer_logprobs(model, batch)
     ratios = (answers - reference).chunk(2)

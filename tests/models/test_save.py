@@ -251,7 +251,7 @@ def fails(model: nn.Module, folder: Path, message: str, **arguments) -> None:
 def test_what_a_plain_checkpoint_cannot_hold(tmp_path):
     model = adapted(twin(oracle()))
     fails(model, tmp_path, r"21 layers with adapters \(first model.layers.0.*merge=True.*save_adapter")
-    ml.use_adapter(model, [])
+    ml.set_adapter(model, [])
     fails(model, tmp_path, "no adapter is active", merge=True)
     quantised = twin(oracle())
     ml.quantize_model(quantised)

@@ -47,7 +47,7 @@ def test_an_adapters_card_says_what_its_files_and_figures_hold(folder, tmp_path)
     scores = ml.Scores(n=4, tokens=9, loss=0.5, perplexity=math.exp(0.5), answers=4, exact_match=0.75)
     given = {"dataset": tmp_path / "rows.jsonl", "license": "apache-2.0"}
     assert (
-        ml.write_card(folder, result(), scores, {"JSON | valid": 1.0, "wrong": 0, "passed": False}, **given)
+        ml.write_model_card(folder, result(), scores, {"JSON | valid": 1.0, "wrong": 0, "passed": False}, **given)
         == folder / "README.md"
     )
     front, rows, text = read(folder)
@@ -94,28 +94,28 @@ def test_a_base_s_own_weight_beside_its_adapter_has_not_trained(folder):
     base = {"base_model.model.lm_head.base_layer.weight": torch.zeros(97, 64)}
     write_tensors(folder / "adapter_model.safetensors", tensors | base)
     trained = sum(tensor.numel() for tensor in tensors.values())
-    assert read(ml.write_card(folder).parent)[1]["numbers that were trained"] == f"{trained:,}"
+    assert read(ml.write_model_card(folder).parent)[1]["numbers that were trained"] == f"{trained:,}"
 
 
 def test_a_models_card(tmp_path):
     save(tmp_path)
-    ml.write_card(tmp_path, base_model="tiny/llama")
+    ml.write_model_card(tmp_path, base_model="tiny/llama")
     front, rows, _ = read(tmp_path)
     assert front == {
         **{"library_name": "transformers", "base_model": "tiny/llama", "pipeline_tag": "text-generation"},
         "tags": ["minilora"],
     }
     assert rows["architectures"] == "LlamaForCausalLM" and rows["values"].startswith("F32 ")
-    ml.write_card(tmp_path, result(), base_model="tiny/llama", dataset="owner/rows")
+    ml.write_model_card(tmp_path, result(), base_model="tiny/llama", dataset="owner/rows")
     front, rows, _ = read(tmp_path)
     assert front["base_model_relation"] == "finetune" and front["datasets"] == ["owner/rows"]
-    ml.write_card(tmp_path, result())
+    ml.write_model_card(tmp_path, result())
     assert not {"base_model", "base_model_relation", "datasets"} & read(tmp_path)[0].keys()
 
 
 def test_a_gguf_files_card(tmp_path):
     ml.save_model(toy.llama(), tmp_path / "m.gguf", format="gguf")
-    ml.write_card(tmp_path)
+    ml.write_model_card(tmp_path)
     front, rows, text = read(tmp_path)
     assert front == {"pipeline_tag": "text-generation", "tags": ["minilora"]}
     assert rows["general.architecture"] == "llama" and 'ml.load_model("m.gguf")' in text
@@ -130,7 +130,7 @@ def test_what_is_not_known_is_not_there(folder):
     config.write_text(
         config.read_text().replace('"tiny/llama"', '"/models/secret/base"').replace("CAUSAL_LM", "SEQ_CLS")
     )
-    ml.write_card(folder)
+    ml.write_model_card(folder)
     front, _, text = read(folder)
     assert front == {"library_name": "peft", "tags": ["lora", "minilora"]}
     assert re.findall("^#+ (.*)", text, flags=re.M) == ["A LoRA adapter for `base`, a local model", "What it is", "Use"]
@@ -138,11 +138,11 @@ def test_what_is_not_known_is_not_there(folder):
 
 
 def test_the_card_follows_the_files(folder):
-    ml.write_card(folder, result())
+    ml.write_model_card(folder, result())
     first = (folder / "README.md").read_text()
-    ml.write_card(folder, result())
+    ml.write_model_card(folder, result())
     assert (folder / "README.md").read_text() == first
-    ml.write_card(folder, result(interrupted=True))
+    ml.write_model_card(folder, result(interrupted=True))
     assert read(folder)[1]["training interrupted"] == "True"
 
 
@@ -150,18 +150,18 @@ def test_the_card_follows_the_files(folder):
     "edit", [lambda text: "# Mine\n", lambda text: text.replace("adapter", "Adapter"), lambda text: text + "x"]
 )
 def test_a_card_of_somebody_else_is_kept(folder, edit):
-    ml.write_card(folder)
+    ml.write_model_card(folder)
     card = folder / "README.md"
     assert is_ours(card.read_text())
     theirs = edit(card.read_text())
     card.write_text(theirs)
     with pytest.warns(UserWarning, match="README.md is kept"):
-        ml.write_card(folder, result())
+        ml.write_model_card(folder, result())
     assert card.read_text() == theirs == addressed(theirs, "me/it")
 
 
 def test_a_card_learns_where_it_lies(folder):
-    ml.write_card(folder)
+    ml.write_model_card(folder)
     text = (folder / "README.md").read_text()
     there = addressed(text, "me/it")
     assert HERE in text and HERE not in there and is_ours(there)
@@ -173,9 +173,9 @@ def test_a_card_learns_where_it_lies(folder):
 
 def test_card_errors(folder, tmp_path):
     with pytest.raises(ValueError, match=r"figures: \['evaluation loss', .* are given twice"):
-        ml.write_card(folder, result(), result())
+        ml.write_model_card(folder, result(), result())
     with pytest.raises(FileNotFoundError, match="expected a folder with .safetensors"):
-        ml.write_card(tmp_path)
+        ml.write_model_card(tmp_path)
     with pytest.raises(OSError, match="absent.jsonl"):
-        ml.write_card(folder, dataset="absent.jsonl")
+        ml.write_model_card(folder, dataset="absent.jsonl")
     assert not (folder / "README.md").exists()

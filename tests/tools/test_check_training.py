@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from helpers.toy import Letters, llama, lora, rows
-from minilora import selftest
+from minilora import check_training
 from minilora.quant.nf4_linear import quantize_model
 from minilora.training import loop
 
 
 def failed(model, **options):
-    return {check.name for check in selftest(model, Letters(), **options).checks if not check.passed}
+    return {check.name for check in check_training(model, Letters(), **options).checks if not check.passed}
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
@@ -23,7 +23,7 @@ def test_a_sound_model_passes_and_is_as_it_was(kind):
         quantize_model(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    report = selftest(model, Letters())
+    report = check_training(model, Letters())
     assert report.passed, report
     assert "FAILED" not in str(report) and len(report.checks) == str(report).count("ok ")
     after = model.state_dict()
@@ -72,7 +72,7 @@ def test_a_matrix_that_did_not_move_is_found(monkeypatch):
         return real(model, {name: p for name, p in parameters.items() if "layers.1." not in name}, config)
 
     monkeypatch.setattr(loop, "new_optimizer", forgetful)
-    report = selftest(llama(), Letters())
+    report = check_training(llama(), Letters())
     (check,) = (check for check in report.checks if not check.passed)
     assert check.name == "moved" and check.measured == 7 and "model.layers.1.self_attn.q_proj" in check.meaning
 
@@ -80,9 +80,9 @@ def test_a_matrix_that_did_not_move_is_found(monkeypatch):
 def test_the_users_rows_are_used():
     assert failed(llama(), rows=rows(5)) == set()
     with pytest.raises(ValueError, match="none of 1 rows|no known shape"):
-        selftest(llama(), Letters(), rows=[{"words": 1}])
+        check_training(llama(), Letters(), rows=[{"words": 1}])
 
 
 def test_adapters_are_refused():
     with pytest.raises(ValueError, match="expected a model without adapters"):
-        selftest(lora(), Letters())
+        check_training(lora(), Letters())

@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers import tiny
 from helpers.toy import llama, lora
-from minilora.lora.active import disabled_adapters
+from minilora.lora.active import disable_adapters
 from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import inject
 from minilora.lora.merging.merge import merge
@@ -79,7 +79,7 @@ def test_bf16_loses_a_part_of_a_small_adapter_that_fp32_keeps():
         nn.init.normal_(layer.adapters["default"].lora_B, std=1.5e-3)
     tokens = torch.arange(64)[None]
     trained = model(tokens)
-    with disabled_adapters(model):
+    with disable_adapters(model):
         effect = (trained - model(tokens)).norm() / trained.norm()
     lost = {}
     for storage in ("float32", "float16", "bfloat16"):

@@ -66,7 +66,7 @@ def place(tmp_path_factory):
     ml.save_adapter(model, place / "adapter")
     ml.save_model(model, place / "merged", merge=True)
     ml.save_model(ml.merge(model), place / "gguf", format="gguf")
-    ml.write_card(place / "gguf")
+    ml.write_model_card(place / "gguf")
     for name in JUNK:
         (place / "adapter" / name).write_text("secret")
     (place / "adapter" / "checkpoint-3").mkdir()

@@ -1,5 +1,5 @@
 """Proves that a trace tells what was computed: each step is its formula, worked out here from its parts, and outputs
-and gradients have the bits of a run inside `plain_ops` without it.
+and gradients have the bits of a run inside `reference_ops` without it.
 
 Then that any shape and block size is taken. What it leaves, keeps, shows and refuses: test_trace_limits.py.
 """
@@ -166,13 +166,13 @@ def test_a_model_has_the_bits_of_plain_ops(way):
         toy.lora(model, dropout=0.1)
     if way == "several":
         ml.inject(model, ml.LoRAConfig(r=2, target_modules=["q_proj", "down_proj"]), name="other")
-        ml.use_adapter(model, ["default", "other"])
+        ml.set_adapter(model, ["default", "other"])
     model.train().gradient_checkpointing = way == "checkpointed"
     for name, p in model.named_parameters():
         p.data.normal_(std=0.1) if name.endswith("lora_B") else None
     ids = torch.randint(3, 99, (2, 9))
     mode = torch.autocast("cpu", torch.bfloat16) if way == "autocast" else nullcontext()
-    with mode, ml.plain_ops():
+    with mode, ml.reference_ops():
         expected = run_step(model, ids)
     with mode, ml.trace(model) as t:
         found = run_step(model, ids)

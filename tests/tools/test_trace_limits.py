@@ -32,7 +32,7 @@ def test_other_layers_and_adapters():
     model[1] = ml.NF4Linear.from_linear(linear())
     with ml.trace(model) as t:
         run_step(model, torch.arange(5))
-        with ml.disabled_adapters(model):
+        with ml.disable_adapters(model):
             model(torch.arange(5))
     assert {name: set(found) & {"sum", "h", "W"} for name, found in t.items()} == {"0": set(), "1": {"W"}, "3": set()}
     assert t["3"]["xW"].maths == "Conv1d of x" and t["0"].calls == 2

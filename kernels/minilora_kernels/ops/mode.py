@@ -1,8 +1,8 @@
 """The steps inside a model, each in one file: its plain form on top, and the fast form that runs.
 
 A fast form computes the same with fewer passes over memory, and keeps less for backward: not what can be made again
-from what others keep (`Recipe`). `plain_ops` switches all of them off, to read, step through and compare the model as
-it is written.
+from what others keep (`Recipe`). `reference_ops` switches all of them off, to read, step through and compare the model
+as it is written.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _fast = True
 
 
 @contextmanager
-def plain_ops() -> Iterator[None]:
+def reference_ops() -> Iterator[None]:
     """Inside, models run on the plain forms. (Backward of a checkpointed layer must lie inside too: it runs again.)"""
     global _fast
     before, _fast = _fast, False
@@ -30,5 +30,5 @@ def fast() -> bool:
 
 
 def plain_now() -> bool:
-    """Whether the caller is inside `plain_ops`."""
+    """Whether the caller is inside `reference_ops`."""
     return not _fast

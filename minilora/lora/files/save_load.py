@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from minilora.common import ends_with, is_conv1d, read_tensors, write_text
 from minilora.hub import HUB_ID, download
-from minilora.lora.active import check_adapters, disabled_adapters, list_adapters, use_adapter
+from minilora.lora.active import check_adapters, disable_adapters, list_adapters, set_adapter
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.files.base_check import FORCE, binding, check_binding, hash_tokenizer, read_binding, write_bound
@@ -48,7 +48,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Of a 4-bit layer bitsandbytes' keys, as NF4Linear writes them. `load_state_dict` takes it before and after inject.
     """
-    with disabled_adapters(model):
+    with disable_adapters(model):
         state = model.state_dict()
     for path, layer in lora_layers(model, remove_duplicate=False).items():
         inside = {f"{path}.{key}" for key in layer.adapters.state_dict(prefix="adapters.")}
@@ -156,7 +156,7 @@ def put_contents(
         there = _keys(model, existing, lora_configs(model).parts.of([name]))
         _check_keys(tensors, there, folder)
         _fill(there, tensors, folder)
-        use_adapter(model, name)
+        set_adapter(model, name)
     lora_configs(model).seeds[name] = bound.get("seed")
     lora_configs(model).tokenizers[name] = bound.get("tokenizer")
     return list(adapters)

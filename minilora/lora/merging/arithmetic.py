@@ -2,8 +2,9 @@
 
     0.7 * a - 0.3 * b       0.7 ΔW_a − 0.3 ΔW_b = [0.7 s_a B_a, −0.3 s_b B_b] [A_a; A_b], exactly, with rank r_a + r_b
     value.truncate(r)       the best approximation of each ΔW with rank r (Eckart–Young), and what it loses
-    combine(…, "ties")      trim, elect a sign, average those who agree, of each number of ΔW (arXiv 2306.01708)
-    combine(…, "dare")      drop numbers of ΔW at random and scale up the rest, then add (arXiv 2311.03099)
+    combine_adapters(…, "ties")      trim, elect a sign, average those who agree, of each number of ΔW (arXiv
+                                     2306.01708)
+    combine_adapters(…, "dare")      drop numbers of ΔW at random and scale up the rest, then add (arXiv 2311.03099)
 
 All is done to ΔW and nothing to A and B apart, which mean nothing apart: (B_a + B_b)(A_a + A_b) has two products that
 nobody trained (PEFT's "linear" has them). Ranks and layers may differ; where an adapter has no layer, its ΔW is zero.
@@ -35,11 +36,11 @@ Layers = dict[str, tuple[Tensor, Tensor]]  # name -> s B (out, r), A (r, in), fp
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Adapter:
+class AdapterWeights:
     """What an adapter's folder holds: the config's values, tensors under PEFT's keys, fingerprints of its base.
 
     error, errors: the relative error of ΔW, ‖ΔW − what is kept‖ / ‖ΔW‖ (Frobenius), of all layers and by layer, which
-        `truncate` or `combine` made; 0 and {} where nothing was left out.
+        `truncate` or `combine_adapters` made; 0 and {} where nothing was left out.
     """
 
     values: dict[str, Any]
@@ -49,15 +50,15 @@ class Adapter:
     errors: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Adapter(r={self.values.get('r')}, {len(self.tensors)} tensors, error={self.error:.3g})"
+        return f"AdapterWeights(r={self.values.get('r')}, {len(self.tensors)} tensors, error={self.error:.3g})"
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Adapter":
+    def load(cls, folder: str | Path) -> "AdapterWeights":
         """From a folder in PEFT's format, or the Hub; on the CPU. Raises as load_adapter."""
         return cls(*read_contents(folder))
 
     @classmethod
-    def of(cls, model: nn.Module, name: str = "default") -> "Adapter":
+    def of(cls, model: nn.Module, name: str = "default") -> "AdapterWeights":
         """A copy of a model's adapter, on the CPU, as save_adapter would write it."""
         values, tensors, bound = contents(model, name)
         return cls(values, {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}, bound)
@@ -87,7 +88,7 @@ class Adapter:
                 found[path] = s * self.tensors[f"{PREFIX}{path}.lora_B.weight"].float(), A
         return found
 
-    def truncate(self, rank: int) -> "Adapter":
+    def truncate(self, rank: int) -> "AdapterWeights":
         """The best approximation with at most this rank in each layer; `error` says what that loses."""
         if rank < 1:
             raise ValueError(f"rank: expected 1 or more, got {rank}.")
@@ -101,7 +102,7 @@ class Adapter:
             lost[path] = sigma[rank:].square().sum().item(), sigma.square().sum().item()
         return _made(layers, self, lost)
 
-    def __mul__(self, weight: float) -> "Adapter":
+    def __mul__(self, weight: float) -> "AdapterWeights":
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             return NotImplemented
         if not math.isfinite(weight):
@@ -113,11 +114,11 @@ class Adapter:
 
     __rmul__ = __mul__
 
-    def __neg__(self) -> "Adapter":
+    def __neg__(self) -> "AdapterWeights":
         return -1 * self
 
-    def __add__(self, other: "Adapter") -> "Adapter":
-        if not isinstance(other, Adapter):
+    def __add__(self, other: "AdapterWeights") -> "AdapterWeights":
+        if not isinstance(other, AdapterWeights):
             return NotImplemented
         mine, its = self.layers(), other.layers()
         for path in (shared := [path for path in mine if path in its]):
@@ -133,19 +134,19 @@ class Adapter:
         }
         return _made(mine | its | both, replace(self, bound=_bound(self.bound, other.bound)))
 
-    def __sub__(self, other: "Adapter") -> "Adapter":
-        return self + -other if isinstance(other, Adapter) else NotImplemented
+    def __sub__(self, other: "AdapterWeights") -> "AdapterWeights":
+        return self + -other if isinstance(other, AdapterWeights) else NotImplemented
 
 
-def combine(
-    adapters: Sequence[Adapter],
+def combine_adapters(
+    adapters: Sequence[AdapterWeights],
     weights: Sequence[float] | None = None,
     method: str = "linear",
     *,
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
-) -> Adapter:
+) -> AdapterWeights:
     """One adapter of several, by weight (each 1 by default).
 
     method: "linear", Σ wᵢ ΔWᵢ, exactly; "svd", the same with the largest rank of the parts; "ties" and "dare", which
@@ -157,7 +158,7 @@ def combine(
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if not adapters or len(weights) != len(adapters) or method not in METHODS:
         expected = f"adapters, as many weights, and a method of {', '.join(METHODS)}"
-        raise ValueError(f"combine: expected {expected}; got {len(adapters)}, {len(weights)} and {method!r}.")
+        raise ValueError(f"combine_adapters: expected {expected}; got {len(adapters)}, {len(weights)} and {method!r}.")
     sparse = method in ("ties", "dare")
     if (density is None) == sparse or (density is not None and not 0 < density <= 1):
         raise ValueError(f"density: expected {'0 < density <= 1' if sparse else f'none for {method}'}, got {density}.")
@@ -165,7 +166,7 @@ def combine(
         return adapters[0] if rank is None else adapters[0].truncate(rank)
     parts = [adapter.layers() for adapter in adapters]
     if not sparse:
-        total = reduce(Adapter.__add__, (w * adapter for w, adapter in zip(weights, adapters, strict=True)))
+        total = reduce(AdapterWeights.__add__, (w * adapter for w, adapter in zip(weights, adapters, strict=True)))
         largest = max(len(A) for part in parts for _, A in part.values())
         return total if (rank := rank or (largest if method == "svd" else None)) is None else total.truncate(rank)
     if rank is None:
@@ -198,7 +199,7 @@ def dare(deltas: Tensor, weights: Tensor, density: float, seed: str) -> Tensor:
     return (weights * deltas * (drawn < density) / density).sum(0)
 
 
-def _made(layers: Layers, like: Adapter, lost: dict[str, tuple[float, float]] | None = None) -> Adapter:
+def _made(layers: Layers, like: AdapterWeights, lost: dict[str, tuple[float, float]] | None = None) -> AdapterWeights:
     """A value of these layers with s = 1; `lost` is (‖lost‖², ‖ΔW‖²) by layer."""
     ranks = {path: len(A) for path, (_, A) in layers.items()}
     r = max(ranks.values())
@@ -214,7 +215,7 @@ def _made(layers: Layers, like: Adapter, lost: dict[str, tuple[float, float]] | 
     }
     errors = {path: math.sqrt(part / whole) if whole else 0.0 for path, (part, whole) in (lost or {}).items()}
     parts, wholes = (sum(pair[i] for pair in (lost or {}).values()) for i in (0, 1))
-    return Adapter(values, tensors, like.bound, math.sqrt(parts / wholes) if wholes else 0.0, errors)
+    return AdapterWeights(values, tensors, like.bound, math.sqrt(parts / wholes) if wholes else 0.0, errors)
 
 
 def _bound(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

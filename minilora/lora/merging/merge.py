@@ -75,7 +75,7 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     layers = lora_layers(model).values()
     at_work = [layer for layer in layers if layer.active]
     if not at_work:
-        raise ValueError("there is no active adapter to merge: inject, load_adapter or use_adapter first.")
+        raise ValueError("there is no active adapter to merge: inject, load_adapter or set_adapter first.")
     if storage is not None and storage not in STORAGES:
         raise ValueError(f"storage: expected None or one of {', '.join(STORAGES)}, got {storage!r}.")
     if storage == "nf4":
@@ -153,7 +153,7 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 @contextmanager
-def dequantized(model: nn.Module) -> Iterator[None]:
+def dequantized_weights(model: nn.Module) -> Iterator[None]:
     """Inside, every NF4Linear of `model` is dense, of the same values: made once instead of in each forward pass.
 
     For text on a CPU, where each token would make them again. It takes the 16 bits a weight that NF4 saves, meanwhile;

@@ -32,7 +32,7 @@ def spectra(model: nn.Module, path: str | Path | None = None) -> Any:
             updates[name] = sigma = spaces(torch.cat(up, 1), torch.cat(down), 1.0)[1]  # (k,)
             shares[name] = (sigma.norm() / merged_weight(layer.base_layer).double().norm().cpu()).item()
     if not any(len(sigma) for sigma in updates.values()):
-        raise ValueError("no active adapter changes anything: load_adapter, use_adapter or train first.")
+        raise ValueError("no active adapter changes anything: load_adapter, set_adapter or train first.")
     with canvas(9, 4, path) as figure:
         curves, cells = figure.subplots(1, 2)
         by_target: dict[str, list[Tensor]] = {}

@@ -6,7 +6,7 @@
 
 Inside, each traced layer runs layer.py's equations one statement at a time and notes each value, and what comes back to
 it in backward. All else runs on the plain form of the ops, so outputs and gradients have the bits of a run inside
-`ml.plain_ops()`; the fast forms round in other places. Afterwards the layers are as they were.
+`ml.reference_ops()`; the fast forms round in other places. Afterwards the layers are as they were.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from minilora.lora.layer import LoRAAdapter, LoRALayer
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.tools.trace.nf4 import weight_rows
 from minilora.tools.trace.steps import LayerTrace, Trace
-from minilora_kernels.ops.mode import plain_ops
+from minilora_kernels.ops.mode import reference_ops
 
 TRACED = (LoRALayer, NF4Linear, nn.Linear)
 
@@ -60,7 +60,7 @@ def trace(
     for path, base in packed.items():
         for row in weight_rows(base.weight, sources.get(f"{path}.weight")):
             found[path].add(*row, "weight")
-    with plain_ops(), ExitStack() as stack:
+    with reference_ops(), ExitStack() as stack:
         for path, layer in chosen.items():
             _enter(layer, found[path])
             stack.callback(_leave, layer, found[path])
