@@ -1,14 +1,16 @@
-"""Which code runs on a device, chosen loudly.
+"""Choice of the implementation that runs on a device.
 
-    device              path        why
-    cpu                 cpu         torch_cpu.py, bit-equal to the reference; c/nf4.py goes first, once it is
-    cuda, also ROCm     triton      nf4_*.py, bit-equal to the reference; others of triton/ for training
-    other, or triton    reference   plain torch runs anywhere; announced once, because it is slow
-      not installed
-    meta                none        shapes only
+    device              path        reason
+    cpu                 cpu         torch_cpu.py has the bits of the reference; c/nf4.py comes first
+                                    where it is compiled
+    cuda, also ROCm     triton      nf4_*.py have the bits of the reference
+    cuda, no triton     reference   plain torch runs anywhere; a warning, because it is slow
+    any other           reference   the same
+    meta                -           shapes only
 
-MINILORA_NF4=reference forces the specification everywhere; =cpu (without C) and =triton insist on theirs, the latter
-also on CPU tensors if TRITON_INTERPRET=1 makes Triton run there, slowly, in numpy.
+The environment variable MINILORA_NF4 overrides the choice: "reference" forces the specification
+everywhere, "cpu" forces torch_cpu.py without C, and "triton" forces the kernels. With
+TRITON_INTERPRET=1 the kernels also run on CPU tensors, slowly, in numpy.
 """
 
 import os
@@ -22,41 +24,91 @@ ENVIRONMENT = "MINILORA_NF4"
 
 
 def path_for(device: torch.device) -> str:
-    """What runs on `device`: "cpu", "triton" or "reference". Raises ValueError if MINILORA_NF4 cannot be obeyed."""
-    wanted = os.environ.get(ENVIRONMENT, "auto")
-    if wanted not in ("auto", "reference", "cpu", "triton"):
+    """Return the implementation of NF4 that runs on a device.
+
+    Warns once for each kind of device on which the choice is slow.
+
+    Args:
+        device: Device of the tensors.
+
+    Returns:
+        "cpu", "triton" or "reference".
+
+    Raises:
+        ValueError: If MINILORA_NF4 has an unknown value, or names a path that the device cannot
+            run.
+    """
+    requested = os.environ.get(ENVIRONMENT, "auto")
+    if requested not in ("auto", "reference", "cpu", "triton"):
         raise ValueError(
-            f"{ENVIRONMENT}: expected auto, reference, cpu or triton, got {wanted!r}; unset it or choose one"
+            f"{ENVIRONMENT}: expected auto, reference, cpu or triton, got {requested!r}; unset it "
+            "or choose one of them"
         )
-    if wanted == "cpu" and device.type != "cpu":
-        raise ValueError(f"{ENVIRONMENT}=cpu: expected a CPU tensor, got one on {device}; move it, or unset it")
-    if wanted == "triton" and not (find_spec("triton") and (device.type == "cuda" or _interpreted(device))):
-        raise ValueError(
-            f"{ENVIRONMENT}=triton: got a tensor on {device}, triton {'' if find_spec('triton') else 'not '}installed; "
-            "Triton runs on a GPU, or on CPU tensors with TRITON_INTERPRET=1 set before the start; change one of them"
-        )
-    if wanted == "auto" and device.type == "cuda" and find_spec("triton"):
-        wanted = "triton"
-    elif wanted == "auto" and device.type != "cpu":
-        _announce(device.type, "in plain torch", "no triton" if device.type == "cuda" else "no kernel for it")
+    if requested == "reference":
         return "reference"
-    if wanted == "triton" and device.type == "cuda" and _interpreted():
-        _announce(device.type, "in Triton's interpreter", "TRITON_INTERPRET is set")
-    return "cpu" if wanted == "auto" else wanted
+    if requested == "cpu" and device.type != "cpu":
+        raise ValueError(
+            f"{ENVIRONMENT}=cpu: expected a CPU tensor, got one on {device}; move the tensor, or "
+            "unset the variable"
+        )
+    if requested == "cpu" or (requested == "auto" and device.type == "cpu"):
+        return "cpu"
+
+    installed = bool(find_spec("triton"))
+    if requested == "triton" and not (installed and _triton_runs_on(device)):
+        raise ValueError(
+            f"{ENVIRONMENT}=triton: got a tensor on {device}, triton "
+            f"{'installed' if installed else 'not installed'}; Triton runs on a GPU, or on CPU "
+            "tensors with TRITON_INTERPRET=1 set before the start; change one of them"
+        )
+    if requested == "auto" and device.type != "cuda":
+        _warn_slow(device.type, "in plain torch", "it has no kernel for this device")
+        return "reference"
+    if not installed:
+        _warn_slow(device.type, "in plain torch", "triton is not installed")
+        return "reference"
+    if device.type == "cuda" and _interpreter_active():
+        _warn_slow(device.type, "in Triton's interpreter", "TRITON_INTERPRET is set")
+    return "triton"
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels run on `device`, for who has a plain form that runs anywhere and nothing to announce."""
-    automatic = os.environ.get(ENVIRONMENT, "auto") == "auto"
-    return bool(device.type == "cuda" and find_spec("triton")) if automatic else path_for(device) == "triton"
+    """Return True if Triton kernels run on a device.
+
+    Unlike `path_for` it does not warn. It is for operations whose reference implementation in torch
+    runs on every device.
+
+    Args:
+        device: Device of the tensors.
+
+    Returns:
+        True for a GPU with Triton, or where MINILORA_NF4=triton applies.
+
+    Raises:
+        ValueError: If MINILORA_NF4 has a value that the device cannot run.
+    """
+    if os.environ.get(ENVIRONMENT, "auto") == "auto":
+        return device.type == "cuda" and bool(find_spec("triton"))
+    return path_for(device) == "triton"
 
 
-def _interpreted(device: torch.device | None = None) -> bool:
+def _triton_runs_on(device: torch.device) -> bool:
+    """Return True for a GPU, and for the CPU inside Triton's interpreter."""
+    if device.type == "cuda":
+        return True
+    return device.type == "cpu" and _interpreter_active()
+
+
+def _interpreter_active() -> bool:
+    """Return True if kernels run in Triton's interpreter."""
     from minilora_kernels.triton.launch import interpreted
 
-    return (device is None or device.type == "cpu") and interpreted()
+    return interpreted()
 
 
 @lru_cache
-def _announce(kind: str, how: str, why: str) -> None:
-    warnings.warn(f"minilora: NF4 on {kind!r} runs {how}, slowly: {why}", stacklevel=5)
+def _warn_slow(device_type: str, where: str, reason: str) -> None:
+    """Warn once that NF4 is slow on a kind of device."""
+    warnings.warn(
+        f"minilora: NF4 on {device_type!r} runs {where}, which is slow: {reason}", stacklevel=5
+    )

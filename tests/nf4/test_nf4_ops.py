@@ -190,15 +190,15 @@ def test_a_path_that_cannot_be_obeyed_raises(monkeypatch):
 
 def test_a_gpu_takes_triton_and_a_device_without_a_kernel_is_announced_once(monkeypatch):
     monkeypatch.setenv("MINILORA_NF4", "auto")
-    paths._announce.cache_clear()
+    paths._warn_slow.cache_clear()
     assert paths.path_for(torch.device("cuda:0")) == "triton"
-    with pytest.warns(UserWarning, match="'mps' runs in plain torch, slowly: no kernel for it"):
+    with pytest.warns(UserWarning, match="'mps' runs in plain torch, which is slow: it has no kernel"):
         assert paths.path_for(torch.device("mps")) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         paths.path_for(torch.device("mps"))
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="'cuda' runs in plain torch, slowly: no triton"):
+    with pytest.warns(UserWarning, match="'cuda' runs in plain torch, which is slow: triton is not installed"):
         assert paths.path_for(torch.device("cuda:0")) == "reference"
 
 

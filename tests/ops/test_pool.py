@@ -71,16 +71,16 @@ def test_never_many_more_than_there_were_at_once(sizes, alive):
             del kept[: max(0, len(kept) - alive + 1)]
             kept.append(big(size))
             most = max(most, sum(len(x) for x in kept))
-            assert allocator._Bytes.all <= allocator.SLACK * most
+            assert allocator._totals.allocated <= allocator.SLACK * most
     kept.clear()
-    assert waiting() == allocator._Bytes.all
+    assert waiting() == allocator._totals.allocated
 
 
 def test_counting_modes_see_torchs_own():
     with FakeTensorMode():
         assert isinstance(big(), FakeTensor)
     assert allocator.empty((1 << 20,), torch.float32, torch.device("meta")).is_meta
-    assert not allocator._Bytes.all
+    assert not allocator._totals.allocated
 
 
 def test_threads_share_it():
