@@ -1,14 +1,15 @@
 """Reuse of memory for large CPU tensors that every training step creates and frees.
 
 The first write to a page that is new to a process costs more than filling the page. malloc returns
-the memory that backward frees to the system, and the activations of the next step fault it in again.
-Memory that malloc keeps is cut into pieces, which fit few tensors. Here each large tensor has a block
-of its own, in pages of 2 MiB where Linux offers them: 16 page faults for 4096 x 4096 values in bf16
-instead of 8,192.
+the memory that backward frees to the system, and the activations of the next step fault it in
+again. Memory that malloc keeps is cut into pieces, which fit few tensors. Here each large tensor
+has a separate block, in pages of 2 MiB where Linux offers them: 16 page faults for 4096 x 4096
+values in bf16 instead of 8,192.
 
 When a tensor is freed, its block waits for the next tensor of about the same size. If no waiting
-block fits, blocks that wait too long are released, so that the total is never much more than tensors
-needed at the same time. `release` frees all waiting blocks, as torch.cuda.empty_cache does on a GPU.
+block fits, the pool releases waiting blocks, so that the total is never much more than tensors
+needed at the same time. `release` frees all waiting blocks, as torch.cuda.empty_cache does on a
+GPU.
 """
 
 import mmap

@@ -22,7 +22,7 @@ def source(tmp_path, monkeypatch):
 
 
 def answer(source, *flags: str) -> int:
-    library = Library(source, *flags).loaded(wait=True)
+    library = Library("answer", [source], flags=flags).loaded(wait=True)
     assert library is not None
     return library.answer()
 
@@ -69,7 +69,18 @@ def test_the_processor_to_compile_for_can_be_named(source, compiled, monkeypatch
     assert len(compiled) == len(kept(source)) == 2
     assert "-march=native" in compiled[0] and "-march=x86-64 " in compiled[1]
     monkeypatch.setenv("MINILORA_MARCH", "x86-64; touch made")
-    assert Library(source).loaded(wait=True) is None
+    assert Library("answer", [source]).loaded(wait=True) is None
+
+
+def test_a_second_source_and_a_header_count(source, compiled):
+    """They are compiled into the one library, and a change of either is compiled again."""
+    second, header = source.with_name("second.c"), source.with_name("number.h")
+    second.write_text('#include "number.h"\nint second(void) { return NUMBER; }\n')
+    for number in (1, 1, 2):
+        header.write_text(f"#define NUMBER {number}\n")
+        library = Library("answer", [source, second], [header]).loaded(wait=True)
+        assert library is not None and (library.answer(), library.second()) == (42, number)
+    assert len(compiled) == len(kept(source)) == 2
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])
@@ -116,8 +127,9 @@ def test_a_second_process_takes_the_steps_of_the_first(tmp_path):
     code = """
 import torch
 from minilora_kernels.c import bindings
-steps.begin(torch.float32)
-print(steps._LIBRARIES[torch.float32].process is None, steps.gated(torch.ones(8), torch.ones(8), False) is None)
+bindings.begin(torch.float32)
+process = bindings._LIBRARIES[torch.float32].process
+print(process is None, bindings.gated(torch.ones(8), torch.ones(8), False) is None)
 """
     first, second = (python(code, MINILORA_CACHE=str(tmp_path)).split() for _ in range(2))
     assert (first, second) == (["False", "False"], ["True", "False"])

@@ -58,7 +58,7 @@ def plain(tmp_path_factory):
     """The plain loops, which other processors get."""
     library = tmp_path_factory.mktemp("plain") / "nf4.so"
     options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC"]  # without -march: no wide registers
-    subprocess.run(["cc", *options, "-o", library, nf4.LIBRARY.source], check=True)
+    subprocess.run(["cc", *options, "-o", library, *nf4.LIBRARY.sources], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -161,6 +161,6 @@ import torch
 from minilora_kernels.c import bindings
 from minilora_kernels.ops.swiglu import gated, plain_gated
 x = torch.ones(2, 8)
-print(steps.gated(x, x, False), torch.equal(gated(x, x), plain_gated(x, x)))
+print(bindings.gated(x, x, False), torch.equal(gated(x, x), plain_gated(x, x)))
 """
     assert python(code, CC="nowhere").split() == ["None", "True"]

@@ -178,7 +178,7 @@ def test_what_was_made_again_is_gone_after_its_last_reader():
     made = projections(3)
     normed = rms_norm(noise(9, 48), noise(48, seed=1), 1e-5)
     gate = gated(noise(9, 48), noise(9, 48, seed=2))
-    recipes = [y.again[0] for y in (normed, gate)]
+    recipes = [y.recompute_note.recipe for y in (normed, gate)]
     (torch.stack([one(normed) for one in made]).sum() + made[0](gate).sum()).backward()
     assert [recipe.readers for recipe in recipes] == [0, 0]
     assert [recipe.value for recipe in recipes] == [None, None] and recipes[1].active is None

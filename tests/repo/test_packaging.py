@@ -20,6 +20,8 @@ from helpers.source import ROOT, constraints, sources
 pytestmark = pytest.mark.slow
 
 ABSENT = ("triton", "gguf", "matplotlib", "fastapi", "transformers", "peft", "bitsandbytes", "pytest")
+C_SOURCES = ("attention", "cross_entropy", "nf4_dequantize", "nf4_gemv", "rms_norm", "rope", "swiglu")
+C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -95,7 +97,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if ".dist-info/" not in name}
     written = {path.removeprefix("kernels/") for path in sources("minilora", "kernels")} | {
-        f"minilora_kernels/c/{name}.c" for name in ("nf4", "operations")
+        f"minilora_kernels/c/{name}" for name in C_FILES
     }
     written |= {"minilora/serving/page.html", "minilora/py.typed"}
     assert packed == written

@@ -1,8 +1,9 @@
-"""operations.c for tensors: each function gives its results, or None where nothing compiled fits.
+"""Calls of the compiled operations (rms_norm.c, rope.c, ...) with tensors.
 
-That is: no C compiler, another device than the CPU, another dtype than fp32 and bf16, or a tensor of another kind.
-The first call waits for the compiler (`begin` starts it sooner), so that a run's numbers do not hang on its speed.
-MINILORA_STEPS=torch does without.
+Each function returns its results, or None where no compiled code fits: without a C compiler, for a
+tensor on another device than the CPU, for a dtype other than fp32 and bf16, and for a subclass of
+Tensor. The first call waits for the compiler, so that the numbers of a run do not depend on the
+compiler's speed; `begin` starts it earlier. MINILORA_STEPS=torch switches the compiled code off.
 """
 
 import ctypes
@@ -17,98 +18,215 @@ from torch._subclasses.fake_tensor import FakeTensor
 from minilora_kernels import allocator
 from minilora_kernels.c.compiler import Library
 
-_SOURCE, _FLAGS = (
-    Path(__file__).with_name("operations.c"),
-    ("-fno-math-errno", "-fno-trapping-math"),
-)
-_KINDS = (Tensor, nn.Parameter, FakeTensor)
-_LIBRARIES = {torch.float32: Library(_SOURCE, *_FLAGS), torch.bfloat16: Library(_SOURCE, *_FLAGS, "-DBF16")}
+_FOLDER = Path(__file__).parent
+_NAMES = ("attention", "cross_entropy", "rms_norm", "rope", "swiglu")
+_SOURCES = [_FOLDER / f"{name}.c" for name in _NAMES]
+_HEADERS = [_FOLDER / "numbers.h"]
+_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+_LIBRARIES = {
+    torch.float32: Library("operations", _SOURCES, _HEADERS, _FLAGS),
+    torch.bfloat16: Library("operations", _SOURCES, _HEADERS, [*_FLAGS, "-DBF16"]),
+}
+_TENSOR_TYPES = (Tensor, nn.Parameter, FakeTensor)
 
 
 def begin(dtype: torch.dtype) -> None:
-    """Start the compiler for values of `dtype`, beside whatever comes next."""
+    """Start the compiler; it runs at the same time as the caller.
+
+    Args:
+        dtype: Dtype of the values that the operations will get.
+    """
     if dtype in _LIBRARIES and wanted():
         _LIBRARIES[dtype].begin()
 
 
+def wanted() -> bool:
+    """Return False if MINILORA_STEPS=torch switches the compiled code and the kernels off."""
+    return os.environ.get("MINILORA_STEPS") != "torch"
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor] | None:
-    """x (…, D), weight (D,) -> y like x, r fp32 (…, 1)."""
-    x, y = x.contiguous(), allocator.empty_like(x)
-    r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    return (y, r) if _run("rms_norm", x, weight, y, r, r.numel(), x.shape[-1], eps, gemma) else None
+    """Normalise the rows of x.
+
+    Args:
+        x: Tensor of shape (…, D).
+        weight: Vector w, or w - 1 if `gemma`, of shape (D,).
+        eps: ε of the norm.
+        gemma: The weight is stored as w - 1.
+
+    Returns:
+        y with the shape and dtype of x, and r, fp32 of shape (…, 1); or None.
+    """
+    x = x.contiguous()
+    y = allocator.empty_like(x)
+    r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)  # (…, 1)
+    if not _run("rms_norm", x, weight, y, r, r.numel(), x.shape[-1], eps, gemma):
+        return None
+    return y, r
 
 
 def rms_norm_backward(
     x: Tensor, weight: Tensor, r: Tensor, dy: Tensor, with_weight: bool, gemma: bool
 ) -> tuple[Tensor, Tensor | None] | None:
-    """x, dy (…, D), r fp32 (…, 1) -> dx like x, and dw fp32 (D,) if asked for."""
-    (x, dy), dx, D = (t.contiguous() for t in (x, dy)), allocator.empty_like(x), x.shape[-1]
-    if not _run("rms_norm_backward", x, weight, r, dy, dx, r.numel(), D, gemma):
+    """Return the gradients of x and of the weight.
+
+    Args:
+        x: Input of the norm, of shape (…, D).
+        weight: Vector w, or w - 1 if `gemma`, of shape (D,).
+        r: Result of `rms_norm`, fp32 of shape (…, 1).
+        dy: Gradient of y, of shape (…, D).
+        with_weight: Also compute the gradient of the weight.
+        gemma: The weight is stored as w - 1.
+
+    Returns:
+        dx with the shape and dtype of x, and dw, fp32 of shape (D,), or None without `with_weight`.
+        None in place of both where no compiled code fits.
+    """
+    x = x.contiguous()
+    dy = dy.contiguous()
+    dx = allocator.empty_like(x)
+    N = r.numel()
+    D = x.shape[-1]
+    if not _run("rms_norm_backward", x, weight, r, dy, dx, N, D, gemma):
         return None
-    dw = torch.empty(D, dtype=torch.float32, device=x.device) if with_weight else None
-    if dw is not None:
-        _run("rms_norm_weight", x, r, dy, dw, r.numel(), D)
+    if not with_weight:
+        return dx, None
+    dw = torch.empty(D, dtype=torch.float32, device=x.device)  # (D,)
+    _run("rms_norm_weight", x, r, dy, dw, N, D)
     return dx, dw
 
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor | None:
-    """Tensors of one shape -> y."""
-    (gate, up), y = (t.contiguous() for t in (gate, up)), allocator.empty_like(gate)
-    return y if gate.dtype == up.dtype and _run("gated", gate, up, y, gate.numel(), gelu) else None
+    """Return y = f(gate) up.
+
+    Args:
+        gate: Tensor of any shape.
+        up: Tensor with the shape of `gate`.
+        gelu: f is GELU in its tanh form; otherwise f is SiLU.
+
+    Returns:
+        y with the shape and dtype of `gate`; or None.
+    """
+    if gate.dtype != up.dtype:
+        return None
+    gate = gate.contiguous()
+    up = up.contiguous()
+    y = allocator.empty_like(gate)
+    if not _run("gated", gate, up, y, gate.numel(), gelu):
+        return None
+    return y
 
 
-def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor] | None:
-    """Tensors of one shape -> dgate, dup."""
-    gate, up, dy = (t.contiguous() for t in (gate, up, dy))
-    dgate, dup = allocator.empty_like(gate), allocator.empty_like(up)
-    done = gate.dtype == up.dtype and _run("gated_backward", gate, up, dy, dgate, dup, gate.numel(), gelu)
-    return (dgate, dup) if done else None
+def gated_backward(
+    gate: Tensor, up: Tensor, dy: Tensor, gelu: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return the gradients of the gate and of `up`.
+
+    Args:
+        gate: Tensor of any shape.
+        up: Tensor with the shape of `gate`.
+        dy: Gradient of y, with the shape of `gate`.
+        gelu: f is GELU in its tanh form; otherwise f is SiLU.
+
+    Returns:
+        dgate and dup with the shape and dtype of `gate`; or None.
+    """
+    if gate.dtype != up.dtype:
+        return None
+    gate = gate.contiguous()
+    up = up.contiguous()
+    dy = dy.contiguous()
+    dgate = allocator.empty_like(gate)
+    dup = allocator.empty_like(up)
+    if not _run("gated_backward", gate, up, dy, dgate, dup, gate.numel(), gelu):
+        return None
+    return dgate, dup
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> bool:
-    """logits (N, V), labels int64 (N,) -> loss fp32 (N,), written; if `wanted` its gradient stands in place of the
-    logits. All contiguous. False: nothing was done, also for a label outside [0, V), which C would not notice."""
-    inside = not labels.numel() or bool((labels.min() >= 0) & (labels.max() < logits.shape[1]))
-    return inside and labels.dtype == torch.int64 and _run("cross_entropy", logits, labels, loss, *logits.shape, wanted)
+    """Write the loss of each row and, on request, its gradient over the logits.
+
+    All tensors are contiguous. A label outside [0, V) is left to torch, because C would not notice
+    it.
+
+    Args:
+        logits: Matrix of shape (N, V).
+        labels: Labels, int64 of shape (N,).
+        loss: Receives the losses, fp32 of shape (N,).
+        wanted: Overwrite the logits with their gradient.
+
+    Returns:
+        False if no compiled code fits; then nothing has been written.
+    """
+    if labels.dtype != torch.int64:
+        return False
+    N, V = logits.shape
+    if N > 0 and not bool((labels.min() >= 0) & (labels.max() < V)):
+        return False
+    return _run("cross_entropy", logits, labels, loss, N, V, wanted)
 
 
 def attention_weights(scores: Tensor, dP: Tensor, start: int, G: int) -> bool:
-    """scores, dP (N, R, S) contiguous, rows from query `start` on, G a query -> the weights and the scores' gradient,
-    in their place. False: nothing was done."""
+    """Overwrite scores and dP with the weights P and the gradient of the scores dS.
+
+    Args:
+        scores: Scores of a block of queries, contiguous, of shape (N, R, S); G rows a query.
+        dP: Gradient of the weights, contiguous, with the shape of `scores`.
+        start: Position of the first query of the block.
+        G: Number of query heads that share a key head.
+
+    Returns:
+        False if no compiled code fits; then nothing has been written.
+    """
     return _run("attention_weights", scores, dP, *scores.shape, start, G)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
-    """x (B, heads, T, d), cos and sin (B or 1, 1, T, d) -> y (B, heads, T, d), contiguous as (B, T, heads, d)."""
+    """Rotate each head by the angles of its position.
+
+    Args:
+        x: Tensor of shape (B, heads, T, d).
+        cos: Cosine of the angles, of shape (B or 1, 1, T, d), each angle in both halves.
+        sin: Sine of the angles, with the shape of `cos`.
+        sign: 1.0 to rotate forward, -1.0 to rotate back.
+
+    Returns:
+        y of shape (B, heads, T, d), a view of a contiguous (B, T, heads, d); or None.
+    """
     if x.stride(-1) != 1 or x.dtype != cos.dtype:
         return None
-    (B, heads, T, d), cos, sin = x.shape, cos.contiguous(), sin.contiguous()
-    y = allocator.empty((B, T, heads, d), x.dtype, x.device).transpose(1, 2)
-    per_row = T * d if len(cos) > 1 else 0
-    done = _run("rotate", x, cos, sin, y, x.shape[:3], x.stride()[:3], y.stride()[:3], d // 2, per_row, sign)
-    return y if done else None
-
-
-def wanted() -> bool:
-    """Whether steps in one pass are: MINILORA_STEPS=torch does without."""
-    return os.environ.get("MINILORA_STEPS") != "torch"
+    B, heads, T, d = x.shape
+    cos = cos.contiguous()
+    sin = sin.contiguous()
+    y = allocator.empty((B, T, heads, d), x.dtype, x.device).transpose(1, 2)  # (B, heads, T, d)
+    batch_stride = T * d if len(cos) > 1 else 0
+    sizes = (x.shape[:3], x.stride()[:3], y.stride()[:3], d // 2, batch_stride)
+    if not _run("rotate", x, cos, sin, y, *sizes, sign):
+        return None
+    return y
 
 
 def _run(name: str, first: Tensor, *arguments: Any) -> bool:
-    if not first.is_cpu or type(first) not in _KINDS or first.dtype not in _LIBRARIES:
+    """Call a C function; return False where no compiled code fits the first tensor."""
+    if not first.is_cpu or type(first) not in _TENSOR_TYPES or first.dtype not in _LIBRARIES:
         return False
-    library = _LIBRARIES[first.dtype].loaded(wait=True) if wanted() else None
+    if not wanted():
+        return False
+    library = _LIBRARIES[first.dtype].loaded(wait=True)
     if library is None:
         return False
-    if type(first) is not FakeTensor:  # which has no values, and its results have none either
-        getattr(library, name)(*map(_c, (first, *arguments)))
+    if type(first) is not FakeTensor:  # a fake tensor has no values, nor have its results
+        function = getattr(library, name)
+        function(*map(_as_c, (first, *arguments)))
     return True
 
 
-def _c(x: Any) -> Any:
-    """An argument as C takes it: a pointer to a tensor's values, an array of sizes, a number."""
-    if isinstance(x, Tensor):
-        return ctypes.c_void_p(x.data_ptr())
-    if isinstance(x, tuple):
-        return (ctypes.c_int64 * len(x))(*x)
-    return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
+def _as_c(argument: Any) -> Any:
+    """Return an argument as C takes it: a pointer to values, an array of sizes, or a number."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, tuple):
+        return (ctypes.c_int64 * len(argument))(*argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_int64(argument)

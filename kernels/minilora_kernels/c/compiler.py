@@ -1,12 +1,15 @@
-"""C for the CPU, compiled at first use where a C compiler is; without one PyTorch does the same in more passes.
+"""Compilation of C for the CPU, at first use.
 
-The compiler runs beside Python, a process of its own. What it made is kept in `$MINILORA_CACHE`, else
-`$XDG_CACHE_HOME/minilora`, else `~/.cache/minilora`, under a hash of the source, the command, the compiler and the
-processor, and taken from there the next time if no other user could have written it. Its threads are torch's: an OpenMP
-runtime that is loaded already is not loaded again.
+Without a C compiler, PyTorch does the same work in more passes over memory.
 
-`MINILORA_MARCH` names the processor to compile for, as the compiler's `-march=` does; by default it is this one. Such a
-library may run elsewhere, and it may round other sums than this processor's own.
+The compiler is a process that runs at the same time as Python. The library that it makes is stored
+in `$MINILORA_CACHE`, or else `$XDG_CACHE_HOME/minilora`, or else `~/.cache/minilora`, under a hash
+of the sources, the command, the compiler and the processor. The next program loads it from there,
+unless another user could have written it. Its threads are those of torch: an OpenMP runtime that is
+already loaded is not loaded twice.
+
+`MINILORA_MARCH` names the processor to compile for, as the compiler's option `-march=` does; the
+default is the processor at hand. A library for another processor may round other sums.
 """
 
 import atexit
@@ -18,64 +21,115 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 
 class Library:
-    """One C file, compiled for this machine."""
+    """Some C files, compiled for this machine to one library.
 
-    def __init__(self, source: Path, *flags: str) -> None:
-        self.source, self.flags = source, flags
+    Args:
+        name: Name of the library, for its file in the cache.
+        sources: C files to compile.
+        headers: Files that the C files include; they count in the hash.
+        flags: Arguments for the compiler, in addition to those for this machine.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Path],
+        headers: Sequence[Path] = (),
+        flags: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self.sources = list(sources)
+        self.headers = list(headers)
+        self.flags = list(flags)
         self.started = False
-        self.found: ctypes.CDLL | None = None
-        self.process: subprocess.Popen | None = None
-        self.folder = ""
-        self.kept: Path | None = None
+        self.process: subprocess.Popen | None = None  # the compiler, while it runs
+        self._library: ctypes.CDLL | None = None
+        self._build_folder = ""
+        self._cached: Path | None = None
 
     def begin(self) -> None:
-        """Take what was kept, or start the compiler, once."""
+        """Load the library from the cache, or start the compiler; the first call alone has effect."""
         if not self.started:
             self.started = True
             self._start()
 
     def loaded(self, wait: bool = False) -> ctypes.CDLL | None:
-        """The library; None until the compiler is done, unless one waits; for good if there is none."""
+        """Return the library.
+
+        Args:
+            wait: Wait until the compiler is done. By default, return None while it runs.
+
+        Returns:
+            The library; None if it is not ready, or if it cannot be compiled.
+        """
         self.begin()
-        if self.process is not None and (wait or self.process.poll() is not None):
-            if self.process.wait() == 0:
-                made = Path(self.folder, "library.so")
-                self.found = ctypes.CDLL(str(made))
-                _keep(made, self.kept)
-            self._clean()
-        return self.found
+        if self.process is None:
+            return self._library
+        if not wait and self.process.poll() is None:
+            return None
+        if self.process.wait() == 0:
+            built = Path(self._build_folder, "library.so")
+            self._library = ctypes.CDLL(str(built))
+            _store(built, self._cached)
+        self._clean()
+        return self._library
 
     def _start(self) -> None:
+        """Load the library from the cache, or start the compiler."""
         compiler = shutil.which(os.environ.get("CC", "cc"))
         if compiler is None or os.name != "posix":
             return
-        flags = " ".join(["-O3 -ffp-contract=off -shared -fPIC", machine_flags(), *self.flags])
-        compile = f"{shlex.quote(compiler)} {flags} -o library.so {shlex.quote(str(self.source))} -lm"
-        command = f"{compile} -fopenmp || {compile}"  # some compilers come without OpenMP
-        self.kept = _place(self.source, command, compiler)
-        if _is_ours(self.kept):
-            with suppress(OSError):  # damaged, or of another C library: made again
-                self.found = ctypes.CDLL(str(self.kept))
+        command = self._command(compiler)
+        self._cached = self._cache_path(compiler, command)
+        if _is_trusted(self._cached):
+            with suppress(OSError):  # damaged, or for another C library: compile again
+                self._library = ctypes.CDLL(str(self._cached))
                 return
-        self.folder = tempfile.mkdtemp(prefix="minilora-")
+        self._build_folder = tempfile.mkdtemp(prefix="minilora-")
         atexit.register(self._clean)
-        self.process = subprocess.Popen(["sh", "-c", command], cwd=self.folder, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            ["sh", "-c", command], cwd=self._build_folder, stderr=subprocess.DEVNULL
+        )
+
+    def _command(self, compiler: str) -> str:
+        """Return the shell command that compiles library.so in the current folder."""
+        flags = " ".join(["-O3 -ffp-contract=off -shared -fPIC", machine_flags(), *self.flags])
+        files = " ".join(shlex.quote(str(source)) for source in self.sources)
+        compile_files = f"{shlex.quote(compiler)} {flags} -o library.so {files} -lm"
+        return f"{compile_files} -fopenmp || {compile_files}"  # some compilers lack OpenMP
+
+    def _cache_path(self, compiler: str, command: str) -> Path | None:
+        """Return the file of the library in the cache; None where there is no home folder."""
+        try:
+            folder = _cache_folder()
+            program = os.stat(compiler)
+            code = [path.read_bytes() for path in (*self.sources, *self.headers)]
+        except (OSError, RuntimeError):  # RuntimeError: a user without a home
+            return None
+        key = hashlib.sha256()
+        key.update(f"{command}\n{program.st_size} {program.st_mtime_ns}\n{_processor()}\n".encode())
+        for content in code:
+            key.update(f"{len(content)}\n".encode())
+            key.update(content)
+        return folder / "compiled" / f"{self.name}-{key.hexdigest()[:32]}.so"
 
     def _clean(self) -> None:
+        """Stop the compiler and delete its folder."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self._build_folder, ignore_errors=True)
 
 
 def machine_flags() -> str:
-    """The compiler's options for the processor: `$MINILORA_MARCH`, else what this one has."""
+    """Return the compiler's options for the processor: `$MINILORA_MARCH`, else those of this one."""
     chosen = os.environ.get("MINILORA_MARCH")
     if chosen:
         return shlex.quote(f"-march={chosen}")
@@ -84,44 +138,62 @@ def machine_flags() -> str:
     return "-mcpu=native"
 
 
-def _place(source: Path, command: str, compiler: str) -> Path | None:
-    """Where the library is kept; None where there is no home."""
-    chosen, base = os.environ.get("MINILORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(chosen).expanduser() if chosen else (Path(base) if base else Path.home() / ".cache") / "minilora"
-        program, code = os.stat(compiler), source.read_bytes()
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return None
-    made_by = f"{command}\n{program.st_size} {program.st_mtime_ns}\n{_processor()}\n".encode()
-    return folder / "compiled" / f"{source.stem}-{hashlib.sha256(made_by + code).hexdigest()[:32]}.so"
+def _cache_folder() -> Path:
+    """Return the folder for files that can be made again."""
+    chosen = os.environ.get("MINILORA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "minilora"
+    return Path.home() / ".cache" / "minilora"
 
 
 def _processor() -> str:
-    """What -march=native goes by: a home may be shared by machines."""
-    says = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
+    """Return the description of the processor on which -march=native depends.
+
+    Several machines may share a home folder.
+    """
+    fields = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "flags",
+        "Features",
+        "CPU implementer",
+        "CPU part",
+    )
     with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        return "\n".join(line for line in first.splitlines() if line.startswith(says))
+        first_core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        return "\n".join(line for line in first_core.splitlines() if line.startswith(fields))
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _is_ours(path: Path | None) -> bool:
-    """Whether the file is there, and neither it nor its folder is another's or open to others' writing."""
+def _is_trusted(path: Path | None) -> bool:
+    """Return True if the file exists, and no other user could have written it or its folder."""
+    if path is None:
+        return False
     with suppress(OSError):
-        found = [] if path is None else [os.lstat(path), os.lstat(path.parent)]
-        return bool(found) and all(one.st_uid == os.getuid() and not one.st_mode & 0o022 for one in found)
+        return _only_user_writes(path) and _only_user_writes(path.parent)
     return False
 
 
-def _keep(made: Path, place: Path | None) -> None:
-    """Copy `made` to `place`, whole or not at all; a folder that cannot be written to keeps nothing."""
-    if place is None:
+def _only_user_writes(path: Path) -> bool:
+    """Return True if the file is this user's, and closed to the group and to others."""
+    status = os.lstat(path)
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _store(built: Path, target: Path | None) -> None:
+    """Copy a library into the cache by an atomic rename; do nothing if the folder is read-only."""
+    if target is None:
         return
     with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder, open(Path(folder, place.name), "xb") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(made.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, place)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            with open(Path(folder, target.name), "xb") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(built.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, target)

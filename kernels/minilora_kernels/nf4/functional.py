@@ -2,11 +2,11 @@
 
 backend.py chooses the implementation that an op runs: the reference, torch tables, C, or Triton.
 
-The ops are opaque to the compiler and take tensors, not an NF4Weight. (The compiler would trace into
-a `triton_op`, which could not pass on enable_fp_fusion=False either.) Dequantising has two names: if
-the forward and the backward pass of a layer called one op with equal arguments, AOTAutograd would
-merge the two calls and keep the dense weight from forward to backward. That is the memory that QLoRA
-saves. The ops have no derivative, because the weight is frozen.
+The ops are opaque to the compiler and take tensors, not an NF4Weight. (The compiler would trace
+into a `triton_op`, which could not pass on enable_fp_fusion=False either.) Dequantising has two
+names: if the forward and the backward pass of a layer called one op with equal arguments,
+AOTAutograd would merge the two calls and keep the dense weight from forward to backward. That is
+the memory that QLoRA saves. The ops have no derivative, because the weight is frozen.
 """
 
 import os
@@ -80,7 +80,8 @@ def dequantize_nf4(
         ValueError: If `out` or `dtype` does not fit.
     """
     if out is None:
-        dtype = weight.dtype if dtype is None else dtype
+        if dtype is None:
+            dtype = weight.dtype
         return torch.ops.minilora.dequantize_nf4(*weight.parts(), dtype)
     if out.shape != weight.shape or out.device != weight.device or not out.is_contiguous():
         raise ValueError(
@@ -152,8 +153,9 @@ def _quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def _quantize_fake(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Return the shapes of `_quantize`."""
     n = x.numel()
+    K = (n + blocksize - 1) // blocksize
     packed = x.new_empty(((n + 1) // 2,), dtype=torch.uint8)
-    absmax = x.new_empty(((n + blocksize - 1) // blocksize,), dtype=torch.float32)
+    absmax = x.new_empty((K,), dtype=torch.float32)
     return packed, absmax
 
 
@@ -172,8 +174,9 @@ def _double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _double_quantize_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the shapes of `_double_quantize`."""
     codes = torch.empty_like(absmax, dtype=torch.uint8)
-    blocks = (absmax.numel() + reference.NESTED_BLOCKSIZE - 1) // reference.NESTED_BLOCKSIZE
-    return codes, absmax.new_empty((blocks,)), absmax.new_empty((1,))
+    K = absmax.numel()
+    J = (K + reference.NESTED_BLOCKSIZE - 1) // reference.NESTED_BLOCKSIZE
+    return codes, absmax.new_empty((J,)), absmax.new_empty((1,))
 
 
 # ---- dequantise
@@ -253,7 +256,9 @@ def _gemv(
 ) -> Tensor:
     """Return W x + bias (…, out) for x (…, in): from the codes, or else with a dense W."""
     check_format(x.dtype, blocksize)
-    if x.shape[-1:] != (shape[1],) or (bias is not None and bias.shape != (shape[0],)):
+    x_fits = x.shape[-1:] == (shape[1],)
+    bias_fits = bias is None or bias.shape == (shape[0],)
+    if not x_fits or not bias_fits:
         raise ValueError(
             f"gemv_nf4 with a weight of {tuple(shape)}: expected x of (…, {shape[1]}) and a bias "
             f"of ({shape[0]},) or None, got {tuple(x.shape)} and "
@@ -361,7 +366,12 @@ def _check_parts(parts: _Parts, shape: Sequence[int], blocksize: int) -> None:
 
 def _contiguous(*tensors: Tensor | None) -> list[Any]:
     """Return the tensors, each contiguous or None."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    result: list[Any] = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.contiguous()
+        result.append(tensor)
+    return result
 
 
 def _for_a_kernel(packed: Tensor, *others: Tensor | None) -> list[Any]:
@@ -377,7 +387,7 @@ def _for_a_kernel(packed: Tensor, *others: Tensor | None) -> list[Any]:
         raise ValueError(f"NF4: expected all tensors on one device, got {devices}; move them")
     for i, tensor in enumerate(present):
         alignment = 4 if i == 0 else tensor.element_size()  # packed is read as 32-bit words
-        if tensor.data_ptr() % alignment:
+        if tensor.data_ptr() % alignment != 0:
             raise ValueError(
                 f"NF4: expected memory that begins at a multiple of {alignment} bytes, got a "
                 f"{tensor.dtype} tensor at {tensor.data_ptr():#x}; clone it"

@@ -1,7 +1,7 @@
 """Specification of NF4: quantise, pack, dequantise and double-quantise in plain torch.
 
-Every other implementation (torch_cpu.py, c/, the Triton kernels) must give the same bits. The tensor
-x is cut into blocks of B values that share one scale, absmax (QLoRA §3, arXiv:2305.14314):
+Every other implementation (torch_cpu.py, c/, the Triton kernels) must give the same bits. The
+tensor x is cut into blocks of B values that share one scale, absmax (QLoRA §3, arXiv:2305.14314):
 
     absmax[k] = max |x| in block k            code = number of thresholds below x * (1 / absmax[k])
     x' = level[code] * absmax[k]              in fp32; x' is rounded once, to the requested dtype
@@ -84,8 +84,8 @@ def raise_not_finite(x: Tensor) -> None:
     Raises:
         ValueError: Always, with the index of the first such value.
     """
-    finite_N = torch.isfinite(x.detach().reshape(-1).float())  # (n,)
-    first = int((~finite_N).nonzero()[0])  # in the flattened tensor
+    x_N = x.detach().reshape(-1).float()  # (n,)
+    first = int((~torch.isfinite(x_N)).nonzero()[0])
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), x.shape))
     raise ValueError(
         f"quantize_nf4: expected values that are finite in fp32, got {x[index].item()} at index "
@@ -185,7 +185,8 @@ def scaled_blocks(x_N: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         The scaled blocks x * (1 / absmax), fp32 of shape (K, B), where zeros fill the last block;
         and absmax, fp32 of shape (K,).
     """
-    x_KB = F.pad(x_N, (0, -x_N.numel() % blocksize)).view(-1, blocksize)  # (K, B)
+    missing = -x_N.numel() % blocksize  # values to the end of the last block
+    x_KB = F.pad(x_N, (0, missing)).view(-1, blocksize)  # (K, B)
     absmax_K = x_KB.abs().amax(dim=1)  # (K,)
     inverse_K = torch.where(absmax_K < TINY, 0.0, 1 / absmax_K)  # (K,)
     # no clamp to [-1, 1]: rounding can pass 1 by one ulp only, and all thresholds are further in

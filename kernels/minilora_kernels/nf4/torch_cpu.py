@@ -3,17 +3,17 @@
 Eager torch pays for each pass over memory. The work is therefore done in chunks that stay in the
 cache, and each look-up moves as much data as possible:
 
-    dequantise   A byte is two codes. Their two fp32 levels are one entry of a table of 256, gathered
-                 as a single fp64: 8 bytes in one piece, never used as a number. One multiplication
-                 by absmax rounds into the result.
+    dequantise   A byte is two codes. Their two fp32 levels are one entry of a table of 256,
+                 gathered as a single fp64: 8 bytes in one piece, never used as a number. One
+                 multiplication by absmax rounds into the result.
     quantise     [-1, 1] is cut into 33 bins, each narrower than any gap between thresholds, so that
                  a bin holds at most one threshold:
                  code = (thresholds in lower bins) + (x > threshold of the bin)
                  One table of all pairs of bins gives the byte with both codes.
     scales       The same with the first 16 bits of the fp32 value as its bin.
 
-The bin is a monotone function of x, also after rounding. Comparing with the one threshold of the bin
-therefore gives exactly the number of all thresholds below x. The comparison is the sign bit of
+The bin is a monotone function of x, also after rounding. Comparing with the one threshold of the
+bin therefore gives exactly the number of all thresholds below x. The comparison is the sign bit of
 threshold - x, which is exact, and faster than torch's conversion from fp32 to bool. A 1-D
 `index_select` of one wide element is faster than the same gather by rows.
 
@@ -110,8 +110,8 @@ def double_quantize(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     offset = reference.stable_mean(absmax_K)  # (1,)
     x_KB, nested_absmax = reference.scaled_blocks(absmax_K - offset, NESTED_BLOCKSIZE)
-    codes_K = _nested_codes(x_KB.view(-1)[: absmax_K.numel()])  # (K,)
-    return codes_K, nested_absmax, offset
+    x_K = x_KB.view(-1)[: absmax_K.numel()]  # (K,)
+    return _nested_codes(x_K), nested_absmax, offset
 
 
 def double_dequantize(codes_K: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
@@ -185,10 +185,10 @@ def _bin_tables() -> tuple[Tensor, Tensor]:
     codes = lower + (keys >> 6)  # (128,), without meaning for keys that never occur
     first = keys.repeat_interleave(128)  # (16384,)
     second = keys.repeat(128)  # (16384,)
-    pairs = torch.stack([first, second], dim=1).view(torch.int16).view(-1).long()  # (16384,)
+    pairs = torch.stack([first, second], dim=1).view(torch.int16)  # (16384, 1)
     byte_of_pair = torch.zeros(1 << 15, dtype=torch.uint8, device="cpu")
     packed = codes[first.long()] << 4 | codes[second.long()]  # (16384,)
-    byte_of_pair[pairs] = packed.to(torch.uint8)
+    byte_of_pair[pairs.view(-1).long()] = packed.to(torch.uint8)
     return threshold_of_bin, byte_of_pair
 
 

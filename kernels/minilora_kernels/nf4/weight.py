@@ -39,7 +39,6 @@ DTYPES = {
     "float64": torch.float64,
 }
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_STORED = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")
 _JSON_KEY = "quant_state.bitsandbytes__nf4"
 _NESTED_FIELDS = {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
 
@@ -79,7 +78,8 @@ class NF4Weight:
         check_format(self.dtype, self.blocksize)
         if self.double_quant != (self.offset_bytes is not None):
             raise ValueError(
-                "NF4Weight: expected nested_bytes and offset_bytes both or neither, got one; pass both"
+                "NF4Weight: expected nested_bytes and offset_bytes both or neither, got one; pass "
+                "both"
             )
         for name, size in self._expected_sizes().items():
             part = getattr(self, name)
@@ -166,17 +166,23 @@ class NF4Weight:
     @property
     def scales(self) -> Tensor:
         """First-level scales as stored: fp32 absmax (K,), or uint8 codes (K,)."""
-        return self.absmax_bytes if self.double_quant else self.absmax_bytes.view(torch.float32)
+        if self.double_quant:
+            return self.absmax_bytes
+        return self.absmax_bytes.view(torch.float32)
 
     @property
     def nested_absmax(self) -> Tensor | None:
         """Second-level scales, an fp32 view (J,); None without double quantisation."""
-        return None if self.nested_bytes is None else self.nested_bytes.view(torch.float32)
+        if self.nested_bytes is None:
+            return None
+        return self.nested_bytes.view(torch.float32)
 
     @property
     def offset(self) -> Tensor | None:
         """Mean of absmax, an fp32 view (1,); None without double quantisation."""
-        return None if self.offset_bytes is None else self.offset_bytes.view(torch.float32)
+        if self.offset_bytes is None:
+            return None
+        return self.offset_bytes.view(torch.float32)
 
     @property
     def absmax(self) -> Tensor:
@@ -195,7 +201,8 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         """Number of bytes stored: codes, and scales of both levels."""
-        return sum(tensor.nbytes for tensor in self._stored().values())
+        stored = self._stored().values()
+        return sum(tensor.nbytes for tensor in stored)
 
     @property
     def device(self) -> torch.device:
@@ -217,11 +224,17 @@ class NF4Weight:
 
     def _stored(self) -> dict[str, Tensor]:
         """Return the stored tensors by name, without those that are None."""
-        tensors = {name: getattr(self, name) for name in _STORED}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        stored = {"packed": self.packed, "absmax_bytes": self.absmax_bytes}
+        if self.nested_bytes is not None:
+            stored["nested_bytes"] = self.nested_bytes
+        if self.offset_bytes is not None:
+            stored["offset_bytes"] = self.offset_bytes
+        return stored
 
     def __repr__(self) -> str:
-        bits = f"{8 * self.nbytes / self.numel:.3f} bits/value" if self.numel else "empty"
+        bits = "empty"
+        if self.numel:
+            bits = f"{8 * self.nbytes / self.numel:.3f} bits/value"
         return (
             f"NF4Weight(shape={tuple(self.shape)}, dtype={self.dtype}, blocksize={self.blocksize}, "
             f"double_quant={self.double_quant}, {bits}, device={self.device})"
@@ -339,8 +352,8 @@ def _check_keys(entries: Mapping[str, Tensor], nested: bool, prefix: str) -> Non
     unexpected = sorted(set(entries) - names)
     if missing or unexpected:
         raise ValueError(
-            f"NF4 state of {prefix!r}: missing {missing}, unexpected {unexpected}; expected exactly "
-            f"{sorted(names)} after the name ('' is the name itself); load the complete file in "
+            f"NF4 state of {prefix!r}: missing {missing}, unexpected {unexpected}; expected "
+            f"exactly {sorted(names)} after the name ('' is the name itself); load the complete file in "
             "which it was saved"
         )
 
@@ -378,7 +391,8 @@ def _read_info(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
         names |= {*_NESTED_FIELDS, "nested_offset"}
     if not isinstance(info, dict) or set(info) != names:
         raise ValueError(
-            f"NF4 state: expected the JSON fields {sorted(names)} in {prefix}.{_JSON_KEY}, got {info}"
+            f"NF4 state: expected the JSON fields {sorted(names)} in {prefix}.{_JSON_KEY}, got "
+            f"{info}"
         )
     fixed_ok = all(info[name] == value for name, value in fixed.items())
     dtype_ok = info["dtype"] in list(DTYPES)
@@ -409,7 +423,9 @@ def _parse_json(entries: Mapping[str, Tensor], prefix: str) -> Any:
 
 def _is_list_of_sizes(shape: Any) -> bool:
     """Return True for a list of integers that are not negative."""
-    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not isinstance(shape, list):
+        return False
+    return all(type(size) is int and size >= 0 for size in shape)
 
 
 def _is_finite_number(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""Operations of a model: reference PyTorch, autograd and dispatch."""
+"""Fused operations of a model: reference in PyTorch, fast form, and its backward pass."""

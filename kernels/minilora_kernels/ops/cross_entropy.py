@@ -1,20 +1,24 @@
-"""The loss of a language-model head, without ever holding the logits of a whole batch.
+"""Loss of a language-model head that never holds the logits of a whole batch.
 
-    logits = h W^T                       (N, V): 16k tokens x 128k words x 4 bytes = 8 GB
+    logits = h Wᵀ                        (N, V): 16k tokens x 128k words x 4 bytes = 8 GB
     loss   = sum_n  logsumexp(logits_n) - logits_n[y_n]
     dloss/dlogits = softmax(logits) - onehot(y)
     dloss/dh      = (softmax(logits) - onehot(y)) W
 
-The gradient needs nothing but the logits, so both are computed chunk by chunk in the forward pass, and each chunk's
-logits are overwritten by the next; only dloss/dh (N, D) is kept. Within a chunk fp32 is needed for a few rows at a
-time, which stay in a CPU's cache; on a GPU a kernel turns a chunk's logits into loss and gradient in one launch
-(minilora_kernels/triton/cross_entropy.py). That holds while W is frozen, as it is in LoRA. The gradient of a W that
-trains needs the factor that comes from outside, so backward makes each chunk's logits once more:
+The gradient needs only the logits. The forward pass therefore computes loss and gradient chunk by
+chunk, the logits of each chunk overwrite those of the chunk before, and backward keeps only dloss/dh
+(N, D). Inside a chunk, a few rows at a time are in fp32, which stay in the cache of a CPU; on a GPU
+one kernel turns the logits of a chunk into loss and gradient (triton/cross_entropy.py).
 
-    dloss/dW = sum over chunks of  (softmax(logits) - onehot(y))^T  (dloss/dloss_n h_n)
+This is possible while W is frozen, as in LoRA. The gradient of a W that is trained needs the factor
+that comes from outside. Then backward keeps h and W, and computes the logits of each chunk again:
+
+    dloss/dW = sum over chunks of  (softmax(logits) - onehot(y))ᵀ  (dloss/dloss_n h_n)
 
 A head that is not a plain matrix goes through `in_chunks`, which recomputes its chunks in backward.
-The loss is a *sum* over tokens: whoever calls divides, once, by the tokens of the whole step.
+
+The loss is a *sum* over tokens. The caller divides it once, by the number of tokens of the whole
+step.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,153 +37,295 @@ from minilora_kernels.c import bindings
 from minilora_kernels.custom_op import register
 from minilora_kernels.ops.mode import fast
 
-CHUNK_BYTES = 2**25  # of logits held at a time, whatever the vocabulary
-GPU_ROWS = 512  # and yet at least so many: with fewer a GPU reads W for longer than it multiplies (docs/LOG.md)
-IGNORE = -100  # the label of a token that is read but not learned; F.cross_entropy's, too
-LIFT = {torch.float16: 2.0**10}  # an exact factor that keeps small gradients away from underflow
+CHUNK_BYTES = 2**25  # size of the logits of a chunk, for any vocabulary
+GPU_ROWS = 512  # smallest chunk on a GPU: with fewer rows, reading W takes longer than multiplying
+IGNORE = -100  # label of a token that the loss does not count; the same as in F.cross_entropy
+LIFT = {torch.float16: 2.0**10}  # exact factor that keeps small gradients from underflow
+
+
+# ---- public functions
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """hidden (N, D), weight (V, D), labels (N,) in [0, V) or IGNORE -> the summed loss, fp32. The specification."""
+    """Return the summed loss: the reference implementation.
+
+    Args:
+        hidden: Hidden states h of shape (N, D).
+        weight: Matrix W of the head, of shape (V, D).
+        labels: Labels y in [0, V) or IGNORE, int64 of shape (N,).
+
+    Returns:
+        The loss, a scalar in fp32.
+    """
     logits = (hidden @ weight.T).float()  # (N, V)
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """`plain_cross_entropy`, `chunk` rows at a time; the gradient flows into a weight only if that requires grad."""
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Return the summed loss of a head that is a matrix, chunk by chunk.
+
+    Args:
+        hidden: Hidden states h of shape (N, D).
+        weight: Matrix W of the head, of shape (V, D). It receives a gradient if it requires one.
+        labels: Labels y in [0, V) or IGNORE, int64 of shape (N,).
+        chunk: Number of rows at a time. None stands for as many as make CHUNK_BYTES of logits.
+
+    Returns:
+        The loss, a scalar in fp32.
+
+    Raises:
+        ValueError: If the shapes do not fit, or `chunk` is less than 1.
+    """
     return _losses(hidden, weight, labels, chunk).sum()
 
 
-def head_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """The same for any output layer: a frozen `nn.Linear` takes the fast path, everything else is called in chunks."""
+def head_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Return the summed loss of any output layer.
+
+    An `nn.Linear` without bias takes the path of `linear_cross_entropy`. Any other module is called
+    in chunks.
+
+    Args:
+        hidden: Hidden states h of shape (N, D).
+        head: Output layer, from (C, D) to (C, V).
+        labels: Labels y in [0, V) or IGNORE, int64 of shape (N,).
+        chunk: Number of rows at a time. None stands for as many as make CHUNK_BYTES of logits.
+
+    Returns:
+        The loss, a scalar in fp32.
+
+    Raises:
+        ValueError: If the shapes do not fit, or `chunk` is less than 1.
+    """
     return head_logprobs(hidden, head, labels, chunk).sum().neg()
 
 
-def head_logprobs(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """log p(label) of each row, (N,) in fp32: the terms of which `head_cross_entropy` is minus the sum."""
+def head_logprobs(
+    hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Return log p(label) of each row; the loss is minus their sum.
+
+    Args:
+        hidden: Hidden states h of shape (N, D).
+        head: Output layer, from (C, D) to (C, V).
+        labels: Labels y in [0, V) or IGNORE, int64 of shape (N,).
+        chunk: Number of rows at a time. None stands for as many as make CHUNK_BYTES of logits.
+
+    Returns:
+        Log-probabilities, fp32 of shape (N,), 0 where the label is IGNORE.
+
+    Raises:
+        ValueError: If the shapes do not fit, or `chunk` is less than 1.
+    """
     if type(head) is nn.Linear and head.bias is None:
         return -_losses(hidden, head.weight, labels, chunk)
     _check(hidden, labels, chunk)
-    return -in_chunks(_row_losses(head), chunk or rows_at_a_time(head), hidden, labels)
+    size = chunk or rows_at_a_time(head)
+    return -in_chunks(_row_losses(head), size, hidden, labels)
 
 
 def in_chunks(function: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Tensor:
-    """`function(*rows)` on `chunk` rows at a time; backward computes again what it held inside.
+    """Apply a function to some rows at a time.
 
-    function: maps tensors of C rows each to (C, ...); it may use parameters, which get their gradients.
+    Backward keeps only the rows, and computes each chunk again.
+
+    Args:
+        function: Maps tensors of C rows each to (C, …). It may use parameters, which receive their
+            gradients.
+        chunk: Number of rows C at a time.
+        *rows: Tensors of N rows each.
+
+    Returns:
+        The results of all chunks, (N, …).
     """
-    parts = zip(*(tensor.split(chunk) for tensor in rows), strict=True)
-    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])  # (N, ...)
+    chunks = zip(*(tensor.split(chunk) for tensor in rows), strict=True)
+    results = [checkpoint(function, *inputs, use_reentrant=False) for inputs in chunks]
+    return torch.cat(results)
 
 
 def rows_at_a_time(head: nn.Module) -> int:
-    """How many rows of logits, in fp32, make CHUNK_BYTES; 256 for a head that does not tell its size."""
+    """Return the number of rows whose logits in fp32 make CHUNK_BYTES.
+
+    Args:
+        head: Output layer with a `weight` of shape (V, D).
+
+    Returns:
+        The number of rows, at least 1; 256 for a head without a weight.
+    """
     shape = getattr(getattr(head, "weight", None), "shape", None)
-    return max(1, CHUNK_BYTES // 4 // shape[0]) if shape is not None else 256
+    if shape is None:
+        return 256
+    return max(1, CHUNK_BYTES // 4 // shape[0])
+
+
+# ---- a head that is a matrix
 
 
 def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
-    """-log p(label) of each row (N,), for an output layer that is a plain matrix; 0 where the label is IGNORE."""
+    """Return -log p(label) of each row (N,), 0 where the label is IGNORE."""
     _check(hidden, labels, chunk)
-    autocast = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+    device = weight.device
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     if autocast:
-        hidden = hidden.to(torch.get_autocast_dtype(weight.device.type))
-    least = 1 if weight.device.type == "cpu" else GPU_ROWS
-    size = CHUNK_BYTES * (4 if weight.requires_grad else 1)  # each chunk is added to a dW as large as W
-    chunk = chunk or max(least, size // hidden.dtype.itemsize // weight.shape[0])
+        hidden = hidden.to(torch.get_autocast_dtype(device.type))
+    size = chunk or _chunk_rows(hidden, weight)
     if weight.requires_grad and weight.dtype != hidden.dtype and not autocast:
-        return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), chunk, hidden, labels)
-    if not torch.is_grad_enabled():  # no gradient is asked for: compute none
-        hidden, weight = hidden.detach(), weight.detach()
-    ignored = labels == IGNORE
-    losses: Any = _Head.apply(hidden, weight, labels.masked_fill(ignored, 0), chunk)
-    return losses.masked_fill(ignored, 0)  # which backward turns into a factor of 0
+        return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), size, hidden, labels)
+    if not torch.is_grad_enabled():  # no gradient is needed, so compute none
+        hidden = hidden.detach()
+        weight = weight.detach()
+    ignored = labels == IGNORE  # (N,)
+    losses: Any = _Head.apply(hidden, weight, labels.masked_fill(ignored, 0), size)
+    return losses.masked_fill(ignored, 0)  # in backward, this multiplies the gradient by 0
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Return the default number of rows of a chunk."""
+    size = CHUNK_BYTES
+    if weight.requires_grad:
+        size *= 4  # fewer chunks, because each one is added to a dW that is as large as W
+    rows = size // hidden.dtype.itemsize // weight.shape[0]
+    smallest = 1 if weight.device.type == "cpu" else GPU_ROWS
+    return max(smallest, rows)
 
 
 def _row_losses(head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda rows, targets: F.cross_entropy(head(rows).float(), targets, reduction="none")
+    """Return the function from rows and labels to the losses of a head."""
+
+    def losses(rows: Tensor, labels: Tensor) -> Tensor:
+        logits = head(rows).float()  # (C, V)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    return losses
 
 
 class _Head(torch.autograd.Function):
+    """The losses (N,) of a head that is a matrix.
+
+    Keeps dloss/dh if the weight is frozen; otherwise hidden, weight and labels.
+    """
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        ctx.chunk, again = chunk, ctx.needs_input_grad[1]
+        ctx.chunk = chunk
+        ctx.trains_weight = ctx.needs_input_grad[1]
+        with_gradient = ctx.needs_input_grad[0] and not ctx.trains_weight
         loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not again else None
-        W = weight.to(hidden.dtype)  # another one under autocast
-        for part, logits in _chunks(hidden, W, chunk):
-            _rows(logits, labels[part], loss[part], gradient is not None)
+        gradient = torch.empty_like(hidden) if with_gradient else None  # (N, D)
+        W = weight.to(hidden.dtype)  # (V, D); a copy under autocast
+        for rows, logits in _logits_in_chunks(hidden, W, chunk):
+            _loss_and_gradient(logits, labels[rows], loss[rows], with_gradient)
             if gradient is not None:
-                torch.mm(logits, W, out=gradient[part])  # (C, D)
-        ctx.save_for_backward(*((hidden, weight, labels) if again else (gradient,)))
+                torch.mm(logits, W, out=gradient[rows])  # (C, D)
+        if ctx.trains_weight:
+            ctx.save_for_backward(hidden, weight, labels)
+        else:
+            ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
-        kept, *rest = ctx.saved_tensors
-        factor = grads[0][:, None] / LIFT.get(kept.dtype, 1)  # (N, 1)
-        if not rest:
-            return _times(kept, factor), None, None, None
-        weight, labels = rest
-        gradient, dW, loss = torch.empty_like(kept), torch.zeros_like(weight), torch.empty_like(grads[0])
-        W = weight.to(kept.dtype)
-        for part, logits in _chunks(kept, W, ctx.chunk):
-            _rows(logits, labels[part], loss[part], True)
-            torch.mm(logits, W, out=gradient[part])  # (C, D)
-            gradient[part] = _times(gradient[part], factor[part])
-            h = _times(kept[part], factor[part])
-            dW.addmm_(logits.T, h) if W is weight else dW.add_(logits.T @ h)  # (V, D)
-        return gradient, dW, None, None
+        if ctx.trains_weight:
+            hidden, weight, labels = ctx.saved_tensors
+            dh, dW = _gradients(hidden, weight, labels, grads[0], ctx.chunk)
+            return dh, dW, None, None
+        (gradient,) = ctx.saved_tensors
+        factor = grads[0][:, None] / LIFT.get(gradient.dtype, 1)  # (N, 1)
+        return _scaled(gradient, factor), None, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows and their logits (C, V), each of which overwrites the one before."""
-    buffer = allocator.empty((min(chunk, len(hidden)), len(weight)), hidden.dtype, hidden.device, once=True)
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        yield part, torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])])
+def _gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, dloss: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Return dh (N, D) and dW (V, D) from logits that are computed again."""
+    factor = dloss[:, None] / LIFT.get(hidden.dtype, 1)  # (N, 1)
+    dh = torch.empty_like(hidden)  # (N, D)
+    dW = torch.zeros_like(weight)  # (V, D)
+    loss = torch.empty_like(dloss)  # (N,), not used
+    W = weight.to(hidden.dtype)  # (V, D)
+    for rows, logits in _logits_in_chunks(hidden, W, chunk):
+        _loss_and_gradient(logits, labels[rows], loss[rows], True)
+        torch.mm(logits, W, out=dh[rows])  # (C, D)
+        dh[rows] = _scaled(dh[rows], factor[rows])
+        h = _scaled(hidden[rows], factor[rows])  # (C, D)
+        if W is weight:
+            dW.addmm_(logits.T, h)
+        else:
+            dW.add_(logits.T @ h)
+    return dh, dW
 
 
-def _times(x: Tensor, factor: Tensor) -> Tensor:
-    """In fp32, for a loss scale of 2^16 is infinite in fp16."""
+def _logits_in_chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of rows and their logits (C, V), which overwrite those of the slice before."""
+    N = len(hidden)
+    shape = (min(chunk, N), len(weight))
+    buffer = allocator.empty(shape, hidden.dtype, hidden.device, once=True)  # (C, V)
+    for start in range(0, N, chunk):
+        rows = slice(start, start + chunk)
+        inputs = hidden[rows]  # (C, D)
+        yield rows, torch.mm(inputs, weight.T, out=buffer[: len(inputs)])
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x · factor, computed in fp32: a loss scale of 2^16 is infinite in fp16."""
     return (x.float() * factor).to(x.dtype)
 
 
-def _rows(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) -> None:
-    """Write -log p(label) (C,) and, if `wanted`, lift · (softmax(logits) - onehot(y)) in place of the logits (C, V)."""
+def _loss_and_gradient(logits: Tensor, labels: Tensor, loss: Tensor, with_gradient: bool) -> None:
+    """Write -log p(label) (C,), and lift · dloss/dlogits over the logits (C, V) if it is wanted."""
     if has_kernels(logits.device):
-        torch.ops.minilora.cross_entropy_(logits, labels, loss, wanted, LIFT.get(logits.dtype, 1))
+        lift = LIFT.get(logits.dtype, 1)
+        torch.ops.minilora.cross_entropy_(logits, labels, loss, with_gradient, lift)
         return
-    if fast() and bindings.cross_entropy(logits, labels, loss, wanted):
+    if fast() and bindings.cross_entropy(logits, labels, loss, with_gradient):
         return
-    for rows in row_blocks(len(logits), logits.shape[1], logits.device, 2**21):
+    C, V = logits.shape
+    for rows in row_blocks(C, V, logits.device, 2**21):
         targets = labels[rows, None]  # (R, 1)
         log_p = logits[rows].log_softmax(-1, dtype=torch.float32)  # (R, V)
-        log_p_y = log_p.gather(1, targets)
-        loss[rows] = -log_p_y.squeeze(1)
-        if wanted:
-            # dloss/dlogits = softmax(logits) - onehot(y)
-            error = log_p.exp_().scatter_(1, targets, log_p_y.expm1())  # p - 1 without cancellation
-            logits[rows] = error.mul_(LIFT[logits.dtype]) if logits.dtype in LIFT else error
+        log_p_label = log_p.gather(1, targets)  # (R, 1)
+        loss[rows] = -log_p_label.squeeze(1)
+        if with_gradient:
+            # dloss/dlogits = softmax(logits) - onehot(y); expm1 gives p - 1 without cancellation
+            error = log_p.exp_().scatter_(1, targets, log_p_label.expm1())  # (R, V)
+            if logits.dtype in LIFT:
+                error = error.mul_(LIFT[logits.dtype])
+            logits[rows] = error
 
 
 def _kernel(logits: Tensor, labels: Tensor, loss: Tensor, gradient: bool, lift: float) -> None:
+    """Run the GPU kernel."""
     from minilora_kernels.triton.cross_entropy import cross_entropy
 
     cross_entropy(logits, labels, loss, gradient, lift)
 
 
-# a custom op, which torch.compile takes as one piece
-_SCHEMA = "(Tensor(a!) logits, Tensor labels, Tensor(b!) loss, bool gradient, float lift) -> ()"
-register("cross_entropy_", _kernel, lambda *arguments: None, _SCHEMA)
+def _kernel_fake(logits: Tensor, labels: Tensor, loss: Tensor, gradient: bool, lift: float) -> None:
+    """Do nothing: the kernel returns nothing."""
+
+
+# a custom op, which is opaque to torch.compile
+register(
+    "cross_entropy_",
+    _kernel,
+    _kernel_fake,
+    "(Tensor(a!) logits, Tensor labels, Tensor(b!) loss, bool gradient, float lift) -> ()",
+)
 
 
 def _check(hidden: Tensor, labels: Tensor, chunk: int | None) -> None:
+    """Raise ValueError unless the arguments of a loss fit together."""
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"cross-entropy: expected hidden (N, D) and labels (N,), got {tuple(hidden.shape)} and "
             f"{tuple(labels.shape)}. Select the labelled positions first."
         )
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is the number of rows at a time and must be at least 1, got {chunk}")
+        raise ValueError(
+            f"chunk is the number of rows at a time and must be at least 1, got {chunk}"
+        )

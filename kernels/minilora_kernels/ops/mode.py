@@ -1,8 +1,10 @@
-"""The steps inside a model, each in one file: its plain form on top, and the fast form that runs.
+"""Switch between the fast operations and their reference implementations.
 
-A fast form computes the same with fewer passes over memory, and keeps less for backward: not what can be made again
-from what others keep (`Recipe`). `reference_ops` switches all of them off, to read, step through and compare the model
-as it is written.
+Each operation of a model is one file: the reference implementation first, then the fast one that
+runs. The fast one computes the same with fewer passes over memory, and keeps less for backward: it
+keeps no tensor that backward can compute again from other tensors that are kept (recompute.py).
+`reference_ops` switches all operations to their references, to read, debug and compare a model as
+it is written.
 """
 
 from collections.abc import Iterator
@@ -15,9 +17,14 @@ _fast = True
 
 @contextmanager
 def reference_ops() -> Iterator[None]:
-    """Inside, models run on the plain forms. (Backward of a checkpointed layer must lie inside too: it runs again.)"""
+    """Run models on the reference implementations inside a `with` block.
+
+    The backward pass of a checkpointed layer must be inside as well, because it runs the forward
+    pass a second time.
+    """
     global _fast
-    before, _fast = _fast, False
+    before = _fast
+    _fast = False
     try:
         yield
     finally:
@@ -25,10 +32,13 @@ def reference_ops() -> Iterator[None]:
 
 
 def fast() -> bool:
-    """Whether the fast forms run. torch.compile is given the plain ones, which it fuses by itself."""
+    """Return True if the fast implementations run.
+
+    torch.compile gets the reference implementations, because it fuses them without help.
+    """
     return _fast and not torch.compiler.is_compiling()
 
 
 def plain_now() -> bool:
-    """Whether the caller is inside `reference_ops`."""
+    """Return True inside `reference_ops`."""
     return not _fast

@@ -1,24 +1,27 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # (a kernel is Triton, not Python, and its tuples and constants are not typed)
-"""One step of AdamW with both moments in 8 bits, on a GPU, in one launch: 16 bytes of traffic a parameter and no more.
+"""GPU kernel for one step of AdamW with both moments in 8 bits: one launch, 16 bytes a parameter.
 
-The plain form is `AdamW8bit` (minilora/training/optim/adamw_8bit.py), whose bits this kernel has: every product, sum,
-root and quotient is rounded where it is rounded there. 256 values share a scale, one block a row:
+The reference implementation is `AdamW8bit` (minilora/training/optim/adamw_8bit.py). This kernel has
+its bits: it rounds every product, sum, root and quotient where the reference does. 256 values share
+a scale; such a block is a row:
 
     m, v    from codes and scales           m = map[code] * scale
-    p       AdamW's update, in fp32
-    m, v    back to codes                   y = m * (1 / max |m|)       code = number of the map's 255 midpoints below y
+    p       the update of AdamW, in fp32
+    m, v    back to codes                   y = m * (1 / max |m|)       code = midpoints below y
 
-A code takes 8 comparisons by halving. Here it takes one, as the map is seven straight lines: decade i, up to 10^(i-6),
-holds N_i = 2^i values of each sign (the unsigned map 2^(i+1)) at equal distances, so that
+A binary search would take 8 comparisons for a code. One is enough, because the map consists of
+seven straight lines. Decade i, up to 10^(i-6), has N_i = 2^i values of each sign (2^(i+1) in the
+unsigned map) at equal distances. Therefore
 
     place_i(y) = y * N_i / (0.9 * 10^(i-6))  +  N_i * 8/9 - N_0 + 1/2
 
-counts the midpoints of decade i below y, give or take a half, as if the line had no end. Slopes fall from decade to
-decade and neighbours meet where the decades do, so the least of the seven is the right one. Its whole number names a
-bin that holds one midpoint, a quarter of a bin or more from either end, and the midpoint itself settles the rest:
+is the number of midpoints below y, up to a half, as if the line of decade i had no ends. Slopes fall
+from decade to decade, and neighbouring lines cross where the decades meet, so that the smallest of
+the seven values is the right one. Its integer part is the number of a bin that holds one midpoint, a
+quarter of a bin or more away from either end. That midpoint decides:
 
-    code = bin + (y > the bin's own midpoint)
+    code = bin + (y > midpoint of the bin)
 """
 
 from collections.abc import Sequence
@@ -37,26 +40,37 @@ BLOCK = 256  # values that share a scale
 
 @triton.jit
 def _scaled(x):
-    """(rows, words, 4) fp32 -> max |x| (rows, 1, 1), and x / max |x|; what is below 2^-126 counts as that."""
-    # read as integers, positive floats keep their order, with infinity above and NaN on top: max loses neither
+    """Return max |x| (rows, 1, 1) and x / max |x| for fp32 (rows, words, 4).
+
+    A maximum below 2^-126 counts as 2^-126 in the division.
+    """
+    # read as integers, positive floats keep their order, infinity is above them and NaN above
+    # infinity: the maximum loses neither
     bits = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2), axis=1)[:, None, None]
-    least = tl.maximum(bits, 0x00800000)  # 2^-126, the smallest normal
+    least = tl.maximum(bits, 0x00800000)  # 2^-126, the smallest normal number
     inverse = tl.div_rn(1.0, least.to(tl.float32, bitcast=True))
     return bits.to(tl.float32, bitcast=True), x * inverse
 
 
 @triton.jit
 def _codes(y, midpoints_ptr, SIGNED: tl.constexpr):
-    """Scaled values -> codes, int32 of the same shape. midpoints_ptr: fp32 (256,), see `_padded_midpoints`."""
-    FIRST: tl.constexpr = 1 if SIGNED else 2  # values of each sign in decade 0
+    """Return the codes of scaled values, int32 of the same shape.
+
+    midpoints_ptr: fp32 (256,), made by `_signed_midpoints` or `_unsigned_midpoints`.
+    """
+    FIRST: tl.constexpr = 1 if SIGNED else 2  # N_0: values of each sign in decade 0
     magnitude = tl.abs(y)
     place = tl.fma(magnitude, FIRST / 0.9e-6, 8192.5 - FIRST / 9)
     for i in tl.static_range(1, 7):
-        line = tl.fma(magnitude, (FIRST << i) / (0.9 * 10.0 ** (i - 6)), 8192.5 + (FIRST << i) * 8 / 9 - FIRST)
+        line = tl.fma(
+            magnitude,
+            (FIRST << i) / (0.9 * 10.0 ** (i - 6)),
+            8192.5 + (FIRST << i) * 8 / 9 - FIRST,
+        )
         place = tl.minimum(place, line)
-    # near 2^13 the lowest ten bits of the mantissa are the fraction, the eight above them the whole number
+    # near 2^13 the lowest ten bits of the mantissa are the fraction, the eight above the integer
     bin = (place.to(tl.int32, bitcast=True) >> 10) & 255
-    if SIGNED:  # 0, 1, 2 ... upwards from zero, -1, -2, -3 ... downwards
+    if SIGNED:  # 0, 1, 2, ... upwards from zero, -1, -2, -3, ... downwards
         bin = (bin ^ (y.to(tl.int32, bitcast=True) >> 31)) + 128
     midpoint = lookup(midpoints_ptr, tl.load(midpoints_ptr + tl.arange(0, 256)), bin)
     # y > midpoint is the sign of midpoint - y, which needs no predicate: shift it down and subtract
@@ -65,93 +79,119 @@ def _codes(y, midpoints_ptr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _step(
+def _adamw_8bit(
     p_ptr,  # fp32 (n,): parameters
     g_ptr,  # fp32 (n,): gradient
     m_ptr,  # int32 (64 K,): codes of the first moment, 4 a word
     m_scale_ptr,  # fp32 (K,)
-    v_ptr,  # int32 (64 K,): codes of the second
+    v_ptr,  # int32 (64 K,): codes of the second moment, 4 a word
     v_scale_ptr,  # fp32 (K,)
-    signed_map_ptr,  # fp32 (256,): of the first moment
-    map_ptr,  # fp32 (256,): of the second
+    signed_map_ptr,  # fp32 (256,): map of the first moment
+    map_ptr,  # fp32 (256,): map of the second moment
     signed_midpoints_ptr,  # fp32 (256,)
     midpoints_ptr,  # fp32 (256,)
-    n,  # values
+    n_elements,  # n
     n_rows,  # K = ceil(n/256)
     beta1,
-    rest1,  # 1 - beta1
+    one_minus_beta1,
     beta2,
-    rest2,
+    one_minus_beta2,
     correction,  # 1 / sqrt(1 - beta2^t)
     eps,
-    decay,  # 1 - lr weight_decay
+    decay,  # 1 - lr * weight_decay
     rate,  # -lr / (1 - beta1^t)
     ROWS: tl.constexpr,  # blocks a program
 ):
-    # who am I: ROWS blocks of 64 words of 4 values
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    word = row * 64 + tl.arange(0, 64)[None, :]
-    value = word[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    inside, there = value < n, row < n_rows
+    """Update ROWS blocks of 64 words of 4 values."""
+    row_idx = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    word_offsets = row_idx * 64 + tl.arange(0, 64)[None, :]
+    offsets = word_offsets[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    mask = offsets < n_elements
+    row_mask = row_idx < n_rows
 
     # load
-    p = tl.load(p_ptr + value, mask=inside, other=0)
-    g = tl.load(g_ptr + value, mask=inside, other=0)
+    p = tl.load(p_ptr + offsets, mask=mask, other=0)
+    g = tl.load(g_ptr + offsets, mask=mask, other=0)
     shift = (tl.arange(0, 4) * 8)[None, None, :]
-    m_code = (tl.load(m_ptr + word, mask=there, other=0)[:, :, None] >> shift) & 255
-    v_code = (tl.load(v_ptr + word, mask=there, other=0)[:, :, None] >> shift) & 255
-    m_scale = tl.load(m_scale_ptr + row, mask=there, other=0)[:, :, None]
-    v_scale = tl.load(v_scale_ptr + row, mask=there, other=0)[:, :, None]
+    m_word = tl.load(m_ptr + word_offsets, mask=row_mask, other=0)
+    m_code = (m_word[:, :, None] >> shift) & 255
+    v_word = tl.load(v_ptr + word_offsets, mask=row_mask, other=0)
+    v_code = (v_word[:, :, None] >> shift) & 255
+    m_scale = tl.load(m_scale_ptr + row_idx, mask=row_mask, other=0)[:, :, None]
+    v_scale = tl.load(v_scale_ptr + row_idx, mask=row_mask, other=0)[:, :, None]
     m = lookup(signed_map_ptr, tl.load(signed_map_ptr + tl.arange(0, 256)), m_code) * m_scale
     v = lookup(map_ptr, tl.load(map_ptr + tl.arange(0, 256)), v_code) * v_scale
 
-    # compute: m = beta1 m + (1 - beta1) g; v likewise of g^2; p = p (1 - lr wd) - rate m / (sqrt(v) correction + eps)
-    m = m * beta1 + g * rest1
-    v = v * beta2 + g * g * rest2
+    # compute: m = beta1 m + (1 - beta1) g                  v = beta2 v + (1 - beta2) g^2
+    #          p = p (1 - lr wd) + rate m / (sqrt(v) correction + eps)
+    m = m * beta1 + g * one_minus_beta1
+    v = v * beta2 + g * g * one_minus_beta2
     p = p * decay + tl.div_rn(m, tl.sqrt_rn(v) * correction + eps) * rate
     m_scale, m = _scaled(m)
     v_scale, v = _scaled(v)
-    m_code = tl.sum(_codes(m, signed_midpoints_ptr, True) << shift, axis=2)
-    v_code = tl.sum(_codes(v, midpoints_ptr, False) << shift, axis=2)
+    m_word = tl.sum(_codes(m, signed_midpoints_ptr, True) << shift, axis=2)
+    v_word = tl.sum(_codes(v, midpoints_ptr, False) << shift, axis=2)
 
     # store
-    tl.store(p_ptr + value, p, mask=inside)
-    tl.store(m_ptr + word, m_code, mask=there)
-    tl.store(v_ptr + word, v_code, mask=there)
-    tl.store(m_scale_ptr + row[:, :, None], m_scale, mask=there[:, :, None])
-    tl.store(v_scale_ptr + row[:, :, None], v_scale, mask=there[:, :, None])
+    tl.store(p_ptr + offsets, p, mask=mask)
+    tl.store(m_ptr + word_offsets, m_word, mask=row_mask)
+    tl.store(v_ptr + word_offsets, v_word, mask=row_mask)
+    tl.store(m_scale_ptr + row_idx[:, :, None], m_scale, mask=row_mask[:, :, None])
+    tl.store(v_scale_ptr + row_idx[:, :, None], v_scale, mask=row_mask[:, :, None])
 
 
 # ---- launcher
 
 
 def step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
-    """Moves p, fp32 (n,), and both moments in place.
+    """Update the parameters and both moments in place.
 
-    moments: codes uint8 (K, 256) and scales fp32 (K,) of the first, then of the second, K = ceil(n/256).
-    numbers: beta1, 1 - beta1, beta2, 1 - beta2, 1 / sqrt(1 - beta2^t), eps, 1 - lr weight_decay, -lr / (1 - beta1^t).
+    Args:
+        p: Parameters, fp32 of shape (n,).
+        g: Gradient, fp32 of shape (n,).
+        moments: Codes, uint8 of shape (K, 256), and scales, fp32 of shape (K,), of the first
+            moment, then of the second, with K = ceil(n / 256).
+        numbers: beta1, 1 - beta1, beta2, 1 - beta2, 1 / sqrt(1 - beta2^t), eps,
+            1 - lr * weight_decay, and -lr / (1 - beta1^t).
     """
     m, m_scale, v, v_scale = moments
-    words = m.view(-1).view(torch.int32), m_scale, v.view(-1).view(torch.int32), v_scale
-    tables = (table(make, p.device) for make in (_signed_map, _unsigned_map, _signed_midpoints, _unsigned_midpoints))
+    m_words = m.view(-1).view(torch.int32)  # (64 K,)
+    v_words = v.view(-1).view(torch.int32)  # (64 K,)
+    tables = (
+        table(_signed_map, p.device),
+        table(_unsigned_map, p.device),
+        table(_signed_midpoints, p.device),
+        table(_unsigned_midpoints, p.device),
+    )
     rows = len(m)
-    arguments = (p, g, *words, *tables, len(p), rows, *numbers)
-    run("adamw_8bit", _step, lambda ROWS: -(-rows // ROWS), *arguments)
+    arguments = (p, g, m_words, m_scale, v_words, v_scale, *tables, len(p), rows, *numbers)
+
+    def programs(ROWS: int) -> int:
+        return triton.cdiv(rows, ROWS)
+
+    run("adamw_8bit", _adamw_8bit, programs, *arguments)
 
 
 def _signed_map() -> Tensor:
+    """Return the dynamic map of the first moment, fp32 (256,)."""
     return dynamic_map()
 
 
 def _unsigned_map() -> Tensor:
+    """Return the dynamic map of the second moment, fp32 (256,)."""
     return dynamic_map(signed=False)
 
 
 def _signed_midpoints() -> Tensor:
-    """fp32 (256,): an open end below, as the lowest bin of the negatives has no midpoint: no -1 is in the map."""
-    return torch.cat([torch.tensor([-torch.inf], device="cpu"), midpoints(dynamic_map())])
+    """Return the midpoint of each bin of the signed map, fp32 (256,).
+
+    The lowest bin of the negative values has no midpoint, because -1 is not in the map.
+    """
+    open_end = torch.tensor([-torch.inf], device="cpu")
+    return torch.cat([open_end, midpoints(dynamic_map())])
 
 
 def _unsigned_midpoints() -> Tensor:
-    """fp32 (256,): the last is never asked for."""
-    return torch.cat([midpoints(dynamic_map(signed=False)), torch.tensor([torch.inf], device="cpu")])
+    """Return the midpoint of each bin of the unsigned map, fp32 (256,); the last is never read."""
+    open_end = torch.tensor([torch.inf], device="cpu")
+    return torch.cat([midpoints(dynamic_map(signed=False)), open_end])

@@ -1,31 +1,36 @@
 # pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 # (a kernel is Triton, not Python, and its tuples and constants are not typed)
-"""NF4 -> bf16, fp16 or fp32 on a GPU, both levels of scales in one launch.
+"""GPU kernels for NF4 -> bf16, fp16, fp32 or fp64, with both levels of scales in one launch.
 
-The reference (reference.py), for element i of a weight quantised in blocks of B:
+The reference (nf4/reference.py), for element i of a weight quantised in blocks of B:
 
     code      = nibble i of packed, the first of each pair in the high half of its byte
-    absmax    = scales[i // B]                                            plain
-              = map[scales[b]] * nested_absmax[b // 256] + offset         double quantisation, b = i // B
+    absmax    = scales[i // B]                                     single quantisation
+              = map[scales[b]] * nested_absmax[b // 256] + offset  double quantisation, b = i // B
     out[i]    = level[code] * absmax      in fp32, rounded once to the dtype of out
 
-A GPU runs many *programs*, each the same function with its own number, each on a *tile* of the data. Inside a program
-names hold whole tensors, which Triton spreads over the program's threads, 32 of which make a *warp* that runs in step:
+A GPU runs many *programs*. Each is the same function with another number, on another *tile* of the
+data. Inside a program names hold tensors, which Triton spreads over the threads of the program. 32
+threads make a *warp*, whose threads run in step:
 
     tl.arange(0, 4)                             (0, 1, 2, 3); sizes are powers of two
-    tl.load(pointer + i, mask=m, other=0)       one value for each entry of i where m is true, 0 elsewhere
-    NAME: tl.constexpr                          known when the kernel is compiled: another value, another kernel
+    tl.load(pointer + i, mask=m, other=0)       one value for each entry of i where m is true, else 0
+    NAME: tl.constexpr                          known at compile time: another value, another kernel
     for s in tl.static_range(4)                 unrolled, so that a tuple can hold a tensor for each s
-    pointer.dtype.element_ty                    the dtype that is stored there
+    pointer.dtype.element_ty                    the dtype of the values in memory
 
-Dequantising well is bound by memory: 0.516 bytes (1/2 + 1/64 + 4/16384) are read and 2 written for each bf16 value. So
-what counts is how wide a thread loads and stores, and how few instructions stand between. By entry of a tensor:
+A good dequantise kernel is bound by memory: for each bf16 value it reads 0.516 bytes
+(1/2 + 1/64 + 4/16384) and writes 2. Therefore the width of the loads and stores of a thread counts,
+and the number of instructions between them:
 
-    textbook    a byte an entry, both nibbles looked up in memory, then interleaved
-    fast        8 values an entry: one 32-bit word is loaded, one 128-bit piece of bf16 stored, the 16 levels are
-                looked up in shared memory (tl.gather), and four words are under way at a time
+    textbook    One entry of a tensor is a byte. Both nibbles are looked up in memory, and the
+                values are interleaved.
+    fast        One entry is 8 values: a thread loads one 32-bit word and stores 128 bits of bf16.
+                The 16 levels are looked up in shared memory (tl.gather). Four words are in flight
+                at a time.
 
-Both have the reference's bits. The fast one covers whole words; a rest of at most 7 values takes the textbook.
+Both have the bits of the reference. The fast kernel covers full words; the textbook kernel takes
+the last values, at most 7.
 """
 
 import torch
@@ -36,31 +41,34 @@ from torch import Tensor
 from minilora_kernels.nf4.codebook import dynamic_map, nf4_codebook
 from minilora_kernels.triton.launch import rounded, run, table
 
+# Triton 3.3, which torch 2.7 brings, aborts the process while it compiles the tl.gather of `lookup`.
+# There each look-up is a load.
+_TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+GATHERS = tl.constexpr(_TRITON_VERSION >= (3, 4))
+
 
 @triton.jit
-def absmax_of(block, inside, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr):
-    """The scale of each block number in `block`; entries outside `inside` are not read."""
-    scale = tl.load(scales_ptr + block, mask=inside, other=0)
+def absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr):
+    """Return the scale of each block in `block_idx`; blocks outside `mask` are not read."""
+    scale = tl.load(scales_ptr + block_idx, mask=mask, other=0)
     if NESTED:
-        nested = tl.load(nested_ptr + block // 256, mask=inside, other=0)
-        absmax = tl.load(map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)  # rounds twice, as the reference
+        nested = tl.load(nested_ptr + block_idx // 256, mask=mask, other=0)
+        # rounds twice, as the reference does
+        absmax = tl.load(map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
     else:
         absmax = scale
     return absmax
 
 
-# Triton 3.3, which torch 2.7 brings, aborts the process while compiling this tl.gather: there each look-up is a load.
-GATHERS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
-
-
 @triton.jit
 def lookup(entries_ptr, entries, index):
-    """entries[index], for 16 or 32 of them that have been loaded from entries_ptr, and an index of any shape."""
+    """Return entries[index] for an index of any shape; `entries` was loaded from `entries_ptr`."""
     if GATHERS:
-        found = tl.reshape(tl.gather(entries, tl.reshape(index, [index.numel]), 0), index.shape)
+        flat_index = tl.reshape(index, [index.numel])
+        values = tl.reshape(tl.gather(entries, flat_index, 0), index.shape)
     else:
-        found = tl.load(entries_ptr + index)
-    return found
+        values = tl.load(entries_ptr + index)
+    return values
 
 
 # ---- textbook
@@ -76,19 +84,22 @@ def _dequantize_textbook(
     map_ptr,  # fp32 (256,), not read unless NESTED
     out_ptr,  # bf16, fp16, fp32 or fp64 (n,)
     start,  # first element to write, even
-    n,  # elements
+    n_elements,  # n
     BLOCKSIZE: tl.constexpr,  # values that share one scale
-    NESTED: tl.constexpr,  # whether scales are codes
-    BYTES: tl.constexpr,  # bytes a program reads
+    NESTED: tl.constexpr,  # True if the scales are codes
+    BYTES: tl.constexpr,  # bytes that a program reads
 ):
-    # who am I: bytes [first, first + BYTES); 64-bit, since a weight may have more than 2^31 elements
-    first = start // 2 + tl.program_id(0).to(tl.int64) * BYTES
-    byte = first + tl.arange(0, BYTES)
-    inside = byte * 2 < n
+    """Dequantise BYTES bytes, two values each."""
+    # this program reads bytes first_byte to first_byte + BYTES; in 64 bits, because a weight may
+    # have more than 2^31 elements
+    first_byte = start // 2 + tl.program_id(0).to(tl.int64) * BYTES
+    byte_offsets = first_byte + tl.arange(0, BYTES)
+    mask = byte_offsets * 2 < n_elements
 
     # load
-    pair = tl.load(packed_ptr + byte, mask=inside, other=0).to(tl.int32)
-    absmax = absmax_of(byte * 2 // BLOCKSIZE, inside, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)
+    pair = tl.load(packed_ptr + byte_offsets, mask=mask, other=0).to(tl.int32)
+    block_idx = byte_offsets * 2 // BLOCKSIZE
+    absmax = absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)
 
     # compute: level[code] * absmax
     high = tl.load(levels_ptr + (pair >> 4)) * absmax
@@ -96,8 +107,8 @@ def _dequantize_textbook(
     values = tl.interleave(high, low)  # (2 BYTES,): high0, low0, high1, low1, ...
 
     # store
-    element = first * 2 + tl.arange(0, 2 * BYTES)
-    tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=element < n)
+    offsets = first_byte * 2 + tl.arange(0, 2 * BYTES)
+    tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=offsets < n_elements)
 
 
 # ---- fast
@@ -112,40 +123,45 @@ def _dequantize_fast(
     levels_ptr,  # fp32 (16,)
     map_ptr,  # fp32 (256,), not read unless NESTED
     out_ptr,  # bf16, fp16, fp32 or fp64 (8 n_words,)
-    n_words,  # whole words
+    n_words,  # full words
     BLOCKSIZE: tl.constexpr,  # values that share one scale, 32 or more: a word never has two scales
-    NESTED: tl.constexpr,  # whether scales are codes
-    WORDS: tl.constexpr,  # words of a step: one a thread (launch.py), whose 8 bf16 values are one 128-bit store
+    NESTED: tl.constexpr,  # True if the scales are codes
+    WORDS: tl.constexpr,  # words of a step: one a thread, whose 8 bf16 values are one 128-bit store
 ):
-    # who am I: four steps of WORDS words. A step's words lie side by side, so that a warp reads and writes whole lines
+    """Dequantise four steps of WORDS words, 8 values each."""
+    # The words of a step are neighbours in memory, so that a warp reads and writes full lines.
     WORDS_PER_BLOCK: tl.constexpr = BLOCKSIZE // 8
     tl.static_assert(4 * WORDS <= 256 * WORDS_PER_BLOCK, "a program has one second-level scale")
-    first = tl.program_id(0).to(tl.int64) * (4 * WORDS)
-    left = tl.minimum(n_words - first, 4 * WORDS).to(tl.int32)  # of my words, those that exist
-    thread = tl.arange(0, WORDS)
+    first_word = tl.program_id(0).to(tl.int64) * (4 * WORDS)
+    words_left = tl.minimum(n_words - first_word, 4 * WORDS).to(tl.int32)  # for this program
+    thread_offsets = tl.arange(0, WORDS)
     nibble = tl.arange(0, 8)
 
-    # load all four words before the first store: Triton keeps loads and stores in order, and would wait in between
+    # load all four words before the first store: Triton keeps the order of loads and stores, and
+    # would wait in between
     levels = tl.load(levels_ptr + tl.arange(0, 16))
-    if NESTED:  # one for the whole program, where absmax_of would load one an entry
-        nested = tl.load(nested_ptr + first // (256 * WORDS_PER_BLOCK))
+    if NESTED:  # once for the program, where absmax_of would load once for each entry
+        nested = tl.load(nested_ptr + first_word // (256 * WORDS_PER_BLOCK))
         offset = tl.load(offset_ptr)
     words = ()
     absmax = ()
     for step in tl.static_range(4):
-        word = thread + step * WORDS
-        inside = word < left
-        words = words + (tl.load(words_ptr + first + word, mask=inside, other=0),)
-        scale = tl.load(scales_ptr + first // WORDS_PER_BLOCK + word // WORDS_PER_BLOCK, mask=inside, other=0)
+        word_offsets = thread_offsets + step * WORDS
+        mask = word_offsets < words_left
+        words = words + (tl.load(words_ptr + first_word + word_offsets, mask=mask, other=0),)
+        scale_ptrs = scales_ptr + first_word // WORDS_PER_BLOCK + word_offsets // WORDS_PER_BLOCK
+        scale = tl.load(scale_ptrs, mask=mask, other=0)
         if NESTED:
             absmax = absmax + (tl.load(map_ptr + scale.to(tl.int32)) * nested + offset,)
         else:
             absmax = absmax + (scale,)
 
-    # compute: all codes, then all levels in one gather, which fills its table in shared memory once a call. So the four
-    # words are joined before and split after it. tl.join(a, b) stacks on a new last axis, tl.split takes it apart:
+    # compute: all codes, then all levels in one gather, which fills its table in shared memory
+    # once a call. So the four words are joined before it and split after it. tl.join(a, b) stacks
+    # on a new last axis, and tl.split takes that axis apart:
     #     four[:, i, j] is the word of step 2i + j
-    # Element k sits in nibble k ^ 1 of a little-endian word: the first of each pair is the high half of its byte
+    # Element k is in nibble k ^ 1 of a little-endian word: the first of each pair is the high half
+    # of its byte.
     shift = (nibble * 4) ^ 4
     four = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))  # (WORDS, 2, 2)
     codes = (four[:, :, :, None] >> shift[None, None, None, :]) & 15  # (WORDS, 2, 2, 8)
@@ -158,11 +174,12 @@ def _dequantize_fast(
 
     # store
     for step in tl.static_range(4):
-        word = thread + step * WORDS
+        word_offsets = thread_offsets + step * WORDS
         product = values[step] * absmax[step][:, None]  # (WORDS, 8), fp32
-        element = word[:, None] * 8 + nibble[None, :]
-        inside = (word < left)[:, None]
-        tl.store(out_ptr + first * 8 + element, product.to(out_ptr.dtype.element_ty), mask=inside)
+        offsets = word_offsets[:, None] * 8 + nibble[None, :]  # (WORDS, 8)
+        mask = (word_offsets < words_left)[:, None]
+        out_ptrs = out_ptr + first_word * 8 + offsets
+        tl.store(out_ptrs, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launchers
@@ -176,15 +193,33 @@ def dequantize(
     blocksize: int,
     out: Tensor,
 ) -> None:
-    """Into a contiguous `out`; arguments as functional.py has checked them. One launch, two if out.numel() % 8 != 0."""
-    n, whole = out.numel(), out.numel() // 8  # values, words that are full
+    """Dequantise a weight by the fast kernel.
+
+    One launch, or two if the number of values is not a multiple of 8. The caller
+    (nf4/functional.py) has checked the arguments.
+
+    Args:
+        packed: Packed codes, uint8 of shape (ceil(n / 2),), aligned to 4 bytes.
+        scales: The absmax, fp32 of shape (K,); or their codes, uint8 of shape (K,).
+        nested_absmax: Second-level absmax, fp32 of shape (ceil(K / 256),), or None.
+        offset: Mean of absmax, fp32 of shape (1,), or None.
+        blocksize: Number of values that share one scale.
+        out: Contiguous tensor of n values that receives the result, in bf16, fp16, fp32 or fp64.
+    """
+    n = out.numel()
+    n_words = n // 8  # full words
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
+
+    def programs(WORDS: int) -> int:
+        return triton.cdiv(n_words, 4 * WORDS)
+
     with rounded(out) as target:
+        words = packed[: n_words * 4].view(torch.int32)
         rest = (scales, nested_absmax, offset, *tables(out.device), target)
-        arguments = (packed[: whole * 4].view(torch.int32), *rest, whole)
-        run("dequantize_nf4", _dequantize_fast, lambda WORDS: -(-whole // (4 * WORDS)), *arguments, **options)
+        run("dequantize_nf4", _dequantize_fast, programs, words, *rest, n_words, **options)
         if n % 8:
-            run("dequantize_nf4_textbook", _dequantize_textbook, 1, packed, *rest, whole * 8, n, **options)
+            arguments = (packed, *rest, n_words * 8, n)
+            run("dequantize_nf4_textbook", _dequantize_textbook, 1, *arguments, **options)
 
 
 def dequantize_textbook(
@@ -195,14 +230,35 @@ def dequantize_textbook(
     blocksize: int,
     out: Tensor,
 ) -> None:
-    """The same by the textbook kernel alone."""
+    """Dequantise a weight by the textbook kernel alone.
+
+    Args:
+        packed: Packed codes, uint8 of shape (ceil(n / 2),).
+        scales: The absmax, fp32 of shape (K,); or their codes, uint8 of shape (K,).
+        nested_absmax: Second-level absmax, fp32 of shape (ceil(K / 256),), or None.
+        offset: Mean of absmax, fp32 of shape (1,), or None.
+        blocksize: Number of values that share one scale.
+        out: Contiguous tensor of n values that receives the result, in bf16, fp16, fp32 or fp64.
+    """
     n = out.numel()
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
+
+    def programs(BYTES: int) -> int:
+        return triton.cdiv(n, 2 * BYTES)
+
     with rounded(out) as target:
-        arguments = (packed, scales, nested_absmax, offset, *tables(out.device), target, 0, n)
-        run("dequantize_nf4_textbook", _dequantize_textbook, lambda BYTES: -(-n // (2 * BYTES)), *arguments, **options)
+        rest = (scales, nested_absmax, offset, *tables(out.device), target)
+        arguments = (packed, *rest, 0, n)
+        run("dequantize_nf4_textbook", _dequantize_textbook, programs, *arguments, **options)
 
 
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 16 levels and the 256 values of the 8-bit map, kept on each device."""
+    """Return the constant tables of the kernels, cached on each device.
+
+    Args:
+        device: Device on which the kernels run.
+
+    Returns:
+        The 16 levels and the 256 values of the dynamic map, fp32.
+    """
     return table(nf4_codebook, device), table(dynamic_map, device)

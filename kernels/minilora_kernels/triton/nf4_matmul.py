@@ -1,19 +1,24 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # (a kernel is Triton, not Python, and its tuples and constants are not typed)
-"""Y = X Wᵀ straight from the packed bytes: 2 to 64 tokens through a 4-bit layer, without ever making the dense W.
+"""GPU kernel for Y = X Wᵀ from the packed codes: 2 to 64 tokens through a layer without a dense W.
 
-    y[m, o] = sum over k of  round(level[code[o, k]] * absmax[o, k])  x[m, k]  + bias[o]        in fp32, rounded once
+    W[o, k] = level[code[o, k]] * absmax[o, k]      rounded to the dtype of x
+    y[m, o] = sum over k of W[o, k] x[m, k]  + bias[o]              in fp32, rounded once
 
-Dequantising first reads 0.516 bytes a weight, writes 2 and reads 2 again; here 0.516 are read. The reference is
-functional.py's other path: dequantise, then multiply. W is rounded to x's dtype as it is there, so only the order of
-the sums differs.
+Dequantising first reads 0.516 bytes a weight, writes 2 and reads these 2 again; this kernel reads
+0.516 bytes. Its reference is the other path of nf4/functional.py: dequantise, then multiply. Both
+round W to the dtype of x, so that only the order of the sums differs.
 
-A program decodes a tile of ROWS x INNER weights and hands it to the tensor cores (tl.dot), whose least tile is 16
-tokens: fewer are padded. All tokens lie in one tile, so each weight is decoded once. What counts then is that values
-stay where they are: the eight codes of a word are joined in the order of k, so that a thread keeps the 32 weights of
-its 128-bit load, with their one scale, until it hands them on, 128 bits at a time. Reshaped into that order, each
-weight moves by itself, for twice the instructions. A layer with few rows is cut along k too, into parts whose sums are
-added in a fixed order.
+A program decodes a tile of ROWS x INNER weights and passes it to the tensor cores (tl.dot), whose
+smallest tile is 16 tokens; fewer tokens are padded. All tokens are in one tile, so each weight is
+decoded once.
+
+Values should stay in the threads that loaded them. The eight codes of a word are joined in the
+order of k. A thread therefore keeps the 32 weights of its 128-bit load, with their one scale, until
+it passes them on, 128 bits at a time. A reshape to the same order would move each weight
+separately, for twice the instructions.
+
+A layer with few rows is also cut along k, into parts whose sums are added in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -27,24 +32,26 @@ from minilora_kernels.triton import launch, nf4_gemv
 from minilora_kernels.triton.launch import BY_HAND, nearest, rounded, run
 from minilora_kernels.triton.nf4_dequantize import absmax_of, lookup, tables
 
-STEPS = 8  # chunks: whole steps of every tile; what a part has at least
-ENOUGH = 2**15  # rows, those of each part counted again: 512 programs of 64 rows, for the largest cards
+STEPS = 8  # chunks: a multiple of the step of every tile, and the smallest size of a part
+ENOUGH = 2**15  # rows, counted once for each part: 512 programs of 64 rows, for the largest cards
 
 
 @triton.jit
 def _codes(words):
-    """int32 (…) -> codes (…, 2, 2, 2) in the order of k. Element k sits in nibble k ^ 1, see nf4_dequantize.py;
-    tl.join(a, b) stacks on a new last axis."""
-    even = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))  # k = 0, 4 and 2, 6
-    odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
+    """Return the codes (…, 2, 2, 2) of int32 words (…), in the order of k.
+
+    Element k is in nibble k ^ 1, see nf4_dequantize.py. tl.join(a, b) stacks on a new last axis.
+    """
+    even = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))  # 0 4, 2 6
+    odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))  # 1 5, 3 7
     return tl.join(even, odd) & 15
 
 
 @triton.jit
-def _load(
-    start,  # chunk of the row, the first of CHUNKS
-    end,  # chunk that is no longer read
-    first,  # (ROWS, 1): each row's first chunk
+def _load_weights(
+    start,  # first chunk of the row to load
+    end,  # chunk of the row at which this program stops
+    first_chunk,  # (ROWS, 1): number of each row's first chunk
     words_ptr,
     scales_ptr,
     nested_ptr,
@@ -54,13 +61,15 @@ def _load(
     NESTED: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Words (ROWS, CHUNKS, 4) and their scales (ROWS, CHUNKS)."""
-    chunk = start + tl.arange(0, CHUNKS)[None, :]
-    inside = chunk < end
-    at = (first + chunk).to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    words = tl.load(words_ptr + at, mask=inside[:, :, None], other=0)
-    block = (first + chunk).to(tl.uint32) // (BLOCKSIZE // 32)
-    return words, absmax_of(block, inside, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)
+    """Load CHUNKS chunks of each row: words (ROWS, CHUNKS, 4) and their scales (ROWS, CHUNKS)."""
+    chunk_offsets = start + tl.arange(0, CHUNKS)[None, :]
+    mask = chunk_offsets < end
+    word_offsets = (first_chunk + chunk_offsets).to(tl.int64)[:, :, None] * 4
+    word_offsets = word_offsets + tl.arange(0, 4)[None, None, :]
+    words = tl.load(words_ptr + word_offsets, mask=mask[:, :, None], other=0)
+    block_idx = (first_chunk + chunk_offsets).to(tl.uint32) // (BLOCKSIZE // 32)
+    absmax = absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)
+    return words, absmax
 
 
 @triton.jit
@@ -77,67 +86,112 @@ def _matmul(
     n_tokens,
     n_rows,  # output size
     n_chunks,  # inner size / 32
-    part,  # chunks of a part: whole steps
+    part_chunks,  # chunks of a part: a multiple of CHUNKS
     BLOCKSIZE: tl.constexpr,  # weights that share one scale
-    NESTED: tl.constexpr,  # whether scales are codes
-    BIAS: tl.constexpr,  # whether there is a bias
+    NESTED: tl.constexpr,  # True if the scales are codes
+    BIAS: tl.constexpr,  # True if there is a bias
     TOKENS: tl.constexpr,  # a power of two from 16 on, n_tokens or more
     ROWS: tl.constexpr,  # rows a program
     CHUNKS: tl.constexpr,  # chunks of a row in a step
 ):
-    # who am I: ROWS rows, one part of their chunks; past the last row I repeat it and store nothing
-    tiles = tl.cdiv(n_rows, ROWS)
-    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    begin = tl.program_id(0) // tiles * part
-    end = tl.minimum(begin + part, n_chunks)
-    token = tl.arange(0, TOKENS)
-    x_ptr += token[None, :].to(tl.int64) * n_chunks * 32  # (1, TOKENS)
+    """Multiply one part of ROWS rows of W by all tokens."""
+    # a row past the last one repeats the last row, and is not stored
+    n_tiles = tl.cdiv(n_rows, ROWS)
+    row_idx = tl.program_id(0) % n_tiles * ROWS + tl.arange(0, ROWS)
+    begin = tl.program_id(0) // n_tiles * part_chunks
+    end = tl.minimum(begin + part_chunks, n_chunks)
+    token_idx = tl.arange(0, TOKENS)
+    x_ptr += token_idx[None, :].to(tl.int64) * n_chunks * 32  # (1, TOKENS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     levels = tl.load(levels_ptr + tl.arange(0, 16))
-    first = tl.minimum(row, n_rows - 1)[:, None] * n_chunks  # in chunks: 32 bits reach to 2^36 weights
+    # counted in chunks, 32 bits reach to 2^36 weights
+    first_chunk = tl.minimum(row_idx, n_rows - 1)[:, None] * n_chunks  # (ROWS, 1)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    words, absmax = _load(
-        begin, end, first, words_ptr, scales_ptr, nested_ptr, offset_ptr, map_ptr, BLOCKSIZE, NESTED, CHUNKS
+    words, absmax = _load_weights(
+        begin,
+        end,
+        first_chunk,
+        words_ptr,
+        scales_ptr,
+        nested_ptr,
+        offset_ptr,
+        map_ptr,
+        BLOCKSIZE,
+        NESTED,
+        CHUNKS,
     )
     for start in tl.range(begin, end, CHUNKS, num_stages=1):
-        # load: x, and the next step's weights while this step's are multiplied
+        # load: x, and the weights of the next step while those of this step are multiplied
         k = start * 32 + tl.arange(0, CHUNKS * 32)[:, None]
-        x = tl.load(x_ptr + k, mask=(k < n_chunks * 32) & (token < n_tokens)[None, :], other=0)  # (INNER, TOKENS)
-        codes, scale = _codes(words), absmax
-        after = start + CHUNKS
-        words, absmax = _load(
-            after, end, first, words_ptr, scales_ptr, nested_ptr, offset_ptr, map_ptr, BLOCKSIZE, NESTED, CHUNKS
+        x_mask = (k < n_chunks * 32) & (token_idx < n_tokens)[None, :]
+        x = tl.load(x_ptr + k, mask=x_mask, other=0)  # (INNER, TOKENS)
+        codes = _codes(words)  # (ROWS, CHUNKS, 4, 2, 2, 2)
+        scale = absmax  # (ROWS, CHUNKS)
+        words, absmax = _load_weights(
+            start + CHUNKS,
+            end,
+            first_chunk,
+            words_ptr,
+            scales_ptr,
+            nested_ptr,
+            offset_ptr,
+            map_ptr,
+            BLOCKSIZE,
+            NESTED,
+            CHUNKS,
         )
 
         # compute: one gather for all codes, one rounding, and the tensor cores
-        W = lookup(levels_ptr, levels, codes) * scale[:, :, None, None, None, None]  # (ROWS, CHUNKS, 4, 2, 2, 2)
-        W = tl.reshape(nearest(W, dtype), [ROWS, CHUNKS * 32])
-        if BY_HAND:  # the interpreter multiplies bf16 as the integers in which it keeps them
+        W = lookup(levels_ptr, levels, codes)  # (ROWS, CHUNKS, 4, 2, 2, 2)
+        W = W * scale[:, :, None, None, None, None]
+        W = tl.reshape(nearest(W, dtype), [ROWS, CHUNKS * 32])  # (ROWS, INNER)
+        if BY_HAND:  # the interpreter multiplies bf16 as the integers in which it stores them
             total += tl.dot(W.to(tl.float32), x.to(tl.float32), input_precision="ieee")
         else:
             total = tl.dot(W, x, total, input_precision="ieee")
     # store
     if BIAS:
-        total += tl.load(bias_ptr + row, mask=row < n_rows, other=0).to(tl.float32)[:, None]
-    y_ptr += (tl.program_id(0) // tiles).to(tl.int64) * n_tokens * n_rows
-    at = token[None, :].to(tl.int64) * n_rows + row[:, None]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(row < n_rows)[:, None] & (token < n_tokens)[None, :])
+        bias = tl.load(bias_ptr + row_idx, mask=row_idx < n_rows, other=0)
+        total += bias.to(tl.float32)[:, None]
+    y_ptr += (tl.program_id(0) // n_tiles).to(tl.int64) * n_tokens * n_rows
+    y_offsets = token_idx[None, :].to(tl.int64) * n_rows + row_idx[:, None]
+    y_mask = (row_idx < n_rows)[:, None] & (token_idx < n_tokens)[None, :]
+    tl.store(y_ptr + y_offsets, total.to(y_ptr.dtype.element_ty), mask=y_mask)
 
 
 # ---- launcher
 
-# Triton 3.3 stops with an error when it compiles this for sm_120; what lies between it and 3.7 was not tried.
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-# Tokens at most: their sums lie in registers. Products of fp32 are no work for tensor cores, and take 16 instructions.
+# Triton 3.3 stops with an error when it compiles this kernel for sm_120. Versions from there to 3.7
+# were not tried.
+_TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+OLD = _TRITON_VERSION < (3, 7)
+# Largest number of tokens, whose sums must fit in registers. Tensor cores do not multiply fp32:
+# each product takes 16 instructions.
 MOST = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
 
 
 def fits(dtype: torch.dtype, device: torch.device, shape: Sequence[int], tokens: int) -> bool:
-    """Whether the kernel takes so many tokens of this dtype and a weight (out, in): on cards for whose tensor cores it
-    was counted (sm_80 and newer), with a Triton that compiles it, and of a size that the GEMV takes too."""
-    cuda = device.type == "cuda" and torch.version.hip is None and not OLD
-    counted = launch.interpreted() or (cuda and torch.cuda.get_device_capability(device) >= (8, 0))
-    return counted and nf4_gemv.fits(shape) and 0 < tokens <= MOST.get(dtype, 0)
+    """Return True if the kernel takes a product.
+
+    The kernel runs on cards for whose tensor cores its instructions were counted (sm_80 and newer),
+    with a version of Triton that compiles it, and on weights that the GEMV takes too.
+
+    Args:
+        dtype: Dtype of x.
+        device: Device of x and of the weight.
+        shape: Shape (out, in) of the weight.
+        tokens: Number of rows of x.
+
+    Returns:
+        True if the kernel takes it.
+    """
+    if not nf4_gemv.fits(shape) or not 0 < tokens <= MOST.get(dtype, 0):
+        return False
+    if launch.interpreted():
+        return True
+    if device.type != "cuda" or torch.version.hip is not None or OLD:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def matmul(
@@ -150,20 +204,50 @@ def matmul(
     blocksize: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x (M, in) -> x Wᵀ + bias (M, out), in x's dtype. `fits` must hold, and what functional.py checks."""
-    (rows, k), tokens, chunks = shape, len(x), shape[1] // nf4_gemv.CHUNK
-    part = -(-chunks * rows // ENOUGH // STEPS) * STEPS  # chunks
-    parts = -(-chunks // part)
-    y = x.new_empty(tokens, rows)
-    sums = y if parts == 1 else torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
-    words = packed[: rows * k // 2].view(torch.int32)
-    options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None, "BIAS": bias is not None and parts == 1}
-    options["TOKENS"] = max(16, triton.next_power_of_2(tokens))
-    with rounded(sums) as target:
-        pointers = (x, words, scales, nested_absmax, offset, *tables(x.device), bias, target)
-        arguments = (*pointers, tokens, rows, chunks, part)
-        run("matmul_nf4", _matmul, lambda ROWS, CHUNKS: -(-rows // ROWS) * parts, *arguments, **options)
+    """Return x Wᵀ + bias.
+
+    `fits` must hold. The caller (nf4/functional.py) has checked the other arguments.
+
+    Args:
+        x: Matrix of shape (M, in), in bf16, fp16 or fp32.
+        packed: Packed codes, uint8 of shape (out * in / 2,), aligned to 4 bytes.
+        scales: The absmax, fp32 of shape (K,); or their codes, uint8 of shape (K,).
+        nested_absmax: Second-level absmax, fp32 of shape (ceil(K / 256),), or None.
+        offset: Mean of absmax, fp32 of shape (1,), or None.
+        shape: Shape (out, in) of the weight.
+        blocksize: Number of weights that share one scale.
+        bias: Vector of shape (out,), or None.
+
+    Returns:
+        Matrix of shape (M, out), in the dtype of x.
+    """
+    rows, inner = shape
+    tokens = len(x)
+    chunks = inner // nf4_gemv.CHUNK
+    part_chunks = triton.cdiv(triton.cdiv(chunks * rows, ENOUGH), STEPS) * STEPS
+    parts = triton.cdiv(chunks, part_chunks)
+    y = x.new_empty(tokens, rows)  # (M, out)
+    sums = y
     if parts > 1:
-        total = sums.sum(0)
-        y = (total if bias is None else total + bias).to(x.dtype)
-    return y
+        sums = torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
+    words = packed[: rows * inner // 2].view(torch.int32)
+    options = {
+        "BLOCKSIZE": blocksize,
+        "NESTED": nested_absmax is not None,
+        "BIAS": bias is not None and parts == 1,
+        "TOKENS": max(16, triton.next_power_of_2(tokens)),
+    }
+
+    def programs(ROWS: int, CHUNKS: int) -> int:
+        return triton.cdiv(rows, ROWS) * parts
+
+    with rounded(sums) as target:
+        weight = (words, scales, nested_absmax, offset, *tables(x.device))
+        sizes = (tokens, rows, chunks, part_chunks)
+        run("matmul_nf4", _matmul, programs, x, *weight, bias, target, *sizes, **options)
+    if parts == 1:
+        return y
+    total = sums.sum(0)  # (M, out)
+    if bias is not None:
+        total = total + bias
+    return total.to(x.dtype)

@@ -1,12 +1,14 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # (a kernel is Triton, not Python, and its tuples and constants are not typed)
-"""Rotary positions on a GPU in one launch; backward turns by the negative angle. Plain form:
-kernels/minilora_kernels/ops/rope.py.
+"""GPU kernel for rotary position embeddings, in one launch.
+
+Backward is the same kernel with negative angles. The reference implementation is in ops/rope.py.
 
     (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin)         x1, x2: the halves of a head
 
-Bound by memory: x is read and y written once, by its strides as it comes, since q and k are views. Both halves are in
-hand at once, and every product is rounded where the plain form stores it, so that the bits are the plain form's.
+The kernel is bound by memory. It reads x once, with any strides, because q and k are views, and it
+writes y once. A program has both halves of a head, and rounds every product where the reference
+stores it, so that the bits are those of the reference.
 """
 
 import triton
@@ -19,63 +21,80 @@ from minilora_kernels.triton.launch import nearest, run
 
 @triton.jit
 def _rotate(
-    x_ptr,  # bf16, fp16 or fp32: (B, heads, T, 2 half), by its strides
-    cos_ptr,  # likewise (B or 1, T, 2 half), each angle in both halves
-    sin_ptr,  # likewise
-    y_ptr,  # likewise (B, T, heads, 2 half)
-    n_heads,  # B T heads
-    heads,
-    length,  # T
-    stride_b,  # of x, in values
-    stride_h,
-    stride_t,
-    per_row,  # values of cos and sin from one b to the next; 0: all share them
+    x_ptr,  # bf16, fp16 or fp32 (B, heads, T, 2 HALF), with any strides but the last
+    cos_ptr,  # like x (B or 1, T, 2 HALF), each angle in both halves
+    sin_ptr,  # like cos
+    y_ptr,  # like x (B, T, heads, 2 HALF)
+    n_rows,  # B T heads
+    n_heads,
+    n_tokens,  # T
+    x_batch_stride,  # in values
+    x_head_stride,
+    x_token_stride,
+    angle_batch_stride,  # of cos and sin; 0 if all batch entries share them
     sign,  # of the angle
-    HALF: tl.constexpr,  # half
-    PADDED: tl.constexpr,  # the power of two from half on
-    VALUES: tl.constexpr,  # of a half, in a program
+    HALF: tl.constexpr,  # half the size of a head
+    PADDED: tl.constexpr,  # the power of two from HALF on
+    VALUES: tl.constexpr,  # values of a half, in a program
 ):
-    # who am I: ROWS heads, in the order of y; 64-bit, since there may be more than 2^31 values
+    """Rotate ROWS heads, in the order of y."""
     ROWS: tl.constexpr = VALUES // PADDED if PADDED < VALUES else 1
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    token = number // heads
-    b = token // length
-    t = token % length
-    x_ptr += b * stride_b + number % heads * stride_h + t * stride_t  # (ROWS, 1)
-    y_ptr += number * (2 * HALF)
-    angle = b * per_row + t * (2 * HALF)
+    # 64-bit, because there may be more than 2^31 values
+    row_idx = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    token = row_idx // n_heads
+    batch = token // n_tokens
+    position = token % n_tokens
+    x_offset = batch * x_batch_stride
+    head = row_idx % n_heads
+    x_ptr += x_offset + head * x_head_stride + position * x_token_stride  # (ROWS, 1)
+    y_ptr += row_idx * (2 * HALF)
+    angle_offset = batch * angle_batch_stride + position * (2 * HALF)
 
     # load
-    i = tl.arange(0, PADDED)[None, :]
-    inside = (number < n_heads) & (i < HALF)
-    x1 = tl.load(x_ptr + i, mask=inside, other=0).to(tl.float32)
-    x2 = tl.load(x_ptr + HALF + i, mask=inside, other=0).to(tl.float32)
-    cos = tl.load(cos_ptr + angle + i, mask=inside, other=0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle + i, mask=inside, other=0).to(tl.float32) * sign
+    col_offsets = tl.arange(0, PADDED)[None, :]
+    mask = (row_idx < n_rows) & (col_offsets < HALF)
+    x1 = tl.load(x_ptr + col_offsets, mask=mask, other=0).to(tl.float32)
+    x2 = tl.load(x_ptr + HALF + col_offsets, mask=mask, other=0).to(tl.float32)
+    cos = tl.load(cos_ptr + angle_offset + col_offsets, mask=mask, other=0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle_offset + col_offsets, mask=mask, other=0).to(tl.float32) * sign
 
-    # compute, store
+    # compute and store
     y1 = nearest(x1 * cos, dtype).to(tl.float32) - nearest(x2 * sin, dtype).to(tl.float32)
     y2 = nearest(x2 * cos, dtype).to(tl.float32) + nearest(x1 * sin, dtype).to(tl.float32)
-    tl.store(y_ptr + i, nearest(y1, dtype), mask=inside)
-    tl.store(y_ptr + HALF + i, nearest(y2, dtype), mask=inside)
+    tl.store(y_ptr + col_offsets, nearest(y1, dtype), mask=mask)
+    tl.store(y_ptr + HALF + col_offsets, nearest(y2, dtype), mask=mask)
 
 
 # ---- launcher
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x (B, heads, T, d), its last stride 1, cos and sin (B or 1, 1, T, d) -> y, contiguous as (B, T, heads, d).
+    """Rotate each head by the angles of its position.
 
-    All of one dtype, bf16, fp16 or fp32, on one device.
+    All tensors have one dtype (bf16, fp16 or fp32) and one device.
+
+    Args:
+        x: Tensor of shape (B, heads, T, d), whose last stride is 1.
+        cos: Cosine of the angles, of shape (B or 1, 1, T, d), each angle in both halves.
+        sin: Sine of the angles, with the shape of `cos`.
+        sign: 1.0 to rotate forward, -1.0 to rotate back.
+
+    Returns:
+        y of shape (B, heads, T, d), a view of a contiguous (B, T, heads, d).
     """
-    (B, heads, T, d), cos, sin = x.shape, cos.contiguous(), sin.contiguous()
+    B, heads, T, d = x.shape
+    cos = cos.contiguous()
+    sin = sin.contiguous()
     y = allocator.empty((B, T, heads, d), x.dtype, x.device)
-    padded = 1 << (d // 2 - 1).bit_length()
-    arguments = (x, cos, sin, y, B * heads * T, heads, T, *x.stride()[:3], T * d if len(cos) > 1 else 0, sign)
+    rows = B * heads * T
+    padded = triton.next_power_of_2(d // 2)
+    angle_batch_stride = T * d if len(cos) > 1 else 0
+    sizes = (rows, heads, T, *x.stride()[:3], angle_batch_stride)
 
     def programs(VALUES: int) -> int:
-        return -(-B * heads * T // max(1, VALUES // padded))
+        rows_per_program = max(1, VALUES // padded)
+        return triton.cdiv(rows, rows_per_program)
 
-    run("rotate", _rotate, programs, *arguments, HALF=d // 2, PADDED=padded)
+    run("rotate", _rotate, programs, x, cos, sin, y, *sizes, sign, HALF=d // 2, PADDED=padded)
     return y.transpose(1, 2)

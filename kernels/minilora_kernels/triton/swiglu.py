@@ -1,14 +1,15 @@
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # (a kernel is Triton, not Python, and its tuples and constants are not typed)
-"""The gate of an MLP on a GPU, forward and backward in one launch each; the plain form is
-kernels/minilora_kernels/ops/swiglu.py's.
+"""GPU kernels for the gate of an MLP (SwiGLU, GeGLU), forward and backward in one launch each.
+
+The reference implementation is in ops/swiglu.py.
 
     y = f(g) u,  f(g) = g s(z),  s(z) = 1 / (1 + e^-z)      SiLU: z = g
-    du = dy f(g),  dg = dy u f'(g)                          GELU's tanh form, as (1 + tanh v) / 2 = s(2 v):
+    du = dy f(g),  dg = dy u f'(g)                          GELU (tanh form): (1 + tanh v) / 2 = s(2 v)
     f'(g) = s + g s (1 - s) dz/dg                           z = sqrt(8 / pi) (g + 0.044715 g^3)
 
-Bound by memory: 6 bytes a value of bf16 forward and 10 backward. f(g) and dy u are rounded to the dtype in which the
-plain form stores them. e^-z may be infinite, whose inverse is 0.
+The kernels are bound by memory: 6 bytes a value of bf16 forward, and 10 backward. They round f(g)
+and dy u to the dtype in which the reference stores them. e^-z may be infinite; its inverse is 0.
 """
 
 import triton
@@ -23,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e)
 
 @triton.jit
 def _sigmoid_and_slope(x, GELU: tl.constexpr):
-    """s(z), dz/dx."""
+    """Return s(z) and dz/dx."""
     if GELU:
         square = x * x
         z = 1.5957691216057308 * x * (1 + 0.044715 * square)  # sqrt(8 / pi)
@@ -37,62 +38,100 @@ def _sigmoid_and_slope(x, GELU: tl.constexpr):
 @triton.jit
 def _gated(
     gate_ptr,  # bf16, fp16 or fp32 (n,)
-    up_ptr,  # likewise
-    y_ptr,  # likewise
-    n,  # values
-    GELU: tl.constexpr,  # else SiLU
-    VALUES: tl.constexpr,  # of a program
+    up_ptr,  # like gate
+    y_ptr,  # like gate
+    n_elements,  # n
+    GELU: tl.constexpr,  # True for GELU, False for SiLU
+    VALUES: tl.constexpr,  # values of a program
 ):
-    # who am I: VALUES values; 64-bit, since there may be more than 2^31
-    first = tl.program_id(0).to(tl.int64) * VALUES
-    i = tl.arange(0, VALUES)
-    inside = i < n - first
-    gate = tl.load(gate_ptr + first + i, mask=inside, other=0).to(tl.float32)
-    up = tl.load(up_ptr + first + i, mask=inside, other=0).to(tl.float32)
+    """Compute VALUES values of y."""
+    first = tl.program_id(0).to(tl.int64) * VALUES  # there may be more than 2^31 values
+    offsets = tl.arange(0, VALUES)
+    mask = offsets < n_elements - first
+    gate = tl.load(gate_ptr + first + offsets, mask=mask, other=0).to(tl.float32)
+    up = tl.load(up_ptr + first + offsets, mask=mask, other=0).to(tl.float32)
     sigmoid, _ = _sigmoid_and_slope(gate, GELU)
     active = nearest(gate * sigmoid, y_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(y_ptr + first + i, nearest(active * up, y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + first + offsets, nearest(active * up, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gated_backward(
     gate_ptr,  # bf16, fp16 or fp32 (n,)
-    up_ptr,  # likewise, as all below
-    dy_ptr,
-    dgate_ptr,
-    dup_ptr,
-    n,  # values
-    GELU: tl.constexpr,  # else SiLU
-    VALUES: tl.constexpr,  # of a program
+    up_ptr,  # like gate
+    dy_ptr,  # like gate
+    dgate_ptr,  # like gate
+    dup_ptr,  # like gate
+    n_elements,  # n
+    GELU: tl.constexpr,  # True for GELU, False for SiLU
+    VALUES: tl.constexpr,  # values of a program
 ):
+    """Compute VALUES values of dgate and dup."""
     first = tl.program_id(0).to(tl.int64) * VALUES
-    i = tl.arange(0, VALUES)
-    inside = i < n - first
+    offsets = tl.arange(0, VALUES)
+    mask = offsets < n_elements - first
     dtype: tl.constexpr = dup_ptr.dtype.element_ty
-    gate = tl.load(gate_ptr + first + i, mask=inside, other=0).to(tl.float32)
-    up = tl.load(up_ptr + first + i, mask=inside, other=0).to(tl.float32)
-    dy = tl.load(dy_ptr + first + i, mask=inside, other=0).to(tl.float32)
+    gate = tl.load(gate_ptr + first + offsets, mask=mask, other=0).to(tl.float32)
+    up = tl.load(up_ptr + first + offsets, mask=mask, other=0).to(tl.float32)
+    dy = tl.load(dy_ptr + first + offsets, mask=mask, other=0).to(tl.float32)
     sigmoid, slope = _sigmoid_and_slope(gate, GELU)
-    active = gate * sigmoid
-    tl.store(dup_ptr + first + i, nearest(dy * nearest(active, dtype).to(tl.float32), dtype), mask=inside)
-    dgate = nearest(dy * up, dtype).to(tl.float32) * (sigmoid + active * (1 - sigmoid) * slope)
-    tl.store(dgate_ptr + first + i, nearest(dgate, dtype), mask=inside)
+    active = gate * sigmoid  # f(g)
+    dup_ptrs = dup_ptr + first + offsets
+    dup = dy * nearest(active, dtype).to(tl.float32)
+    tl.store(dup_ptrs, nearest(dup, dtype), mask=mask)
+    dy_up = nearest(dy * up, dtype).to(tl.float32)
+    dgate = dy_up * (sigmoid + active * (1 - sigmoid) * slope)
+    tl.store(dgate_ptr + first + offsets, nearest(dgate, dtype), mask=mask)
 
 
-# ---- launchers: tensors of one shape, one dtype, bf16, fp16 or fp32, on one device
+# ---- launchers: all tensors have one shape, one dtype (bf16, fp16 or fp32) and one device
 
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
-    """-> y."""
-    (gate, up), y = (t.contiguous() for t in (gate, up)), allocator.empty_like(gate)
-    run("gated", _gated, lambda VALUES: -(-y.numel() // VALUES), gate, up, y, y.numel(), GELU=gelu)
+    """Return y = f(gate) up.
+
+    Args:
+        gate: Tensor g of any shape.
+        up: Tensor u with the shape of `gate`.
+        gelu: f is GELU in its tanh form; otherwise f is SiLU.
+
+    Returns:
+        y with the shape and dtype of `gate`.
+    """
+    gate = gate.contiguous()
+    up = up.contiguous()
+    y = allocator.empty_like(gate)
+    n = y.numel()
+
+    def programs(VALUES: int) -> int:
+        return triton.cdiv(n, VALUES)
+
+    run("gated", _gated, programs, gate, up, y, n, GELU=gelu)
     return y
 
 
 def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """-> dgate, dup."""
-    gate, up, dy = (t.contiguous() for t in (gate, up, dy))
-    dgate, dup, n = allocator.empty_like(gate), allocator.empty_like(up), gate.numel()
+    """Return the gradients of the gate and of `up`.
+
+    Args:
+        gate: Tensor g of any shape.
+        up: Tensor u with the shape of `gate`.
+        dy: Gradient of y, with the shape of `gate`.
+        gelu: f is GELU in its tanh form; otherwise f is SiLU.
+
+    Returns:
+        dgate and dup with the shape and dtype of `gate`.
+    """
+    gate = gate.contiguous()
+    up = up.contiguous()
+    dy = dy.contiguous()
+    dgate = allocator.empty_like(gate)
+    dup = allocator.empty_like(up)
+    n = gate.numel()
+
+    def programs(VALUES: int) -> int:
+        return triton.cdiv(n, VALUES)
+
     arguments = (gate, up, dy, dgate, dup, n)
-    run("gated_backward", _gated_backward, lambda VALUES: -(-n // VALUES), *arguments, GELU=gelu)
+    run("gated_backward", _gated_backward, programs, *arguments, GELU=gelu)
     return dgate, dup

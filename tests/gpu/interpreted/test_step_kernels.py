@@ -188,7 +188,7 @@ def test_kernels_stay_inside(shape, sizes, monkeypatch):
         present = dict(launch.TILES[name]["default"].constants)
         monkeypatch.setitem(launch._overridden, name, launch.tile(4, **present | sizes))
     for module in (norm_kernels, gate_kernels, rope):
-        monkeypatch.setattr(module.pool, "empty", marked)
+        monkeypatch.setattr(module.allocator, "empty", marked)
     x, w = normal(rows, width, scale=1.0), normal(width, scale=1.0)
     y, r = norm_kernels.rms_norm(x, w, 1e-5, False)
     found = [y, norm_kernels.rms_norm_backward(x, w, r, x, False), gate_kernels.gated(x, x, True)]
@@ -203,18 +203,18 @@ def test_kernels_stay_inside(shape, sizes, monkeypatch):
 
 def test_what_is_left_to_others(monkeypatch):
     x = torch.ones(2, 8)
-    assert dispatch._kernels(x, x) and dispatch._kernels(nn.Parameter(x).data)
+    assert dispatch.use_triton(x, x) and dispatch.use_triton(nn.Parameter(x).data)
     for other in (x.double(), x.to("meta"), x.to(torch.int64), x.bfloat16()):
-        assert not dispatch._kernels(other, x)
+        assert not dispatch.use_triton(other, x)
     with torch._subclasses.FakeTensorMode() as mode:
-        assert not dispatch._kernels(mode.from_tensor(x))
+        assert not dispatch.use_triton(mode.from_tensor(x))
     cos, sin = angles(1, 4, 8, x.dtype)
     strided = torch.ones(1, 2, 8, 4).transpose(2, 3)  # whose last stride is not 1: torch's
     assert torch.equal(rotate(strided, cos, sin), plain_rotate(strided, cos, sin))
     for name, value in (("MINILORA_STEPS", "torch"), ("MINILORA_NF4", "auto")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert not dispatch._kernels(x, x)
+            assert not dispatch.use_triton(x, x)
 
 
 ALL = {"rms_norm", "rms_norm_backward", "rms_norm_weight", "rotate", "gated", "gated_backward"}
