@@ -18,13 +18,15 @@ from minilora.lora.config import LoRAConfig, TaskType
 from minilora.lora.files.save_load import adapter_state_dict, base_state_dict, load_adapter, save_adapter
 from minilora.lora.inject import eject, inject
 from minilora.lora.layer import LoRALayer
-from minilora.lora.merging.arithmetic import AdapterWeights, combine_adapters
+from minilora.lora.merging.arithmetic import AdapterWeights
+from minilora.lora.merging.combine import combine_adapters
 from minilora.lora.merging.merge import dequantized_weights, merge
 from minilora.losses import DPO, SFT, Classify, Distill, KLToBase
 from minilora.models.loader import load_model
 from minilora.models.parameter_count import ParameterCount, count_parameters
 from minilora.models.save import save_model
-from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 from minilora.serving.config import ServeConfig
 from minilora.serving.serve import serve
 from minilora.tools import plot

@@ -1,7 +1,7 @@
-"""Atomic file writes and safetensors I/O, name suggestions, checked dataclass fields, module paths, the version.
+"""Helpers for the whole library: atomic files, name suggestions, checked config fields, modules.
 
-A file is whole or absent: write to a temporary name, fsync, rename. A crash at any moment leaves the old file or
-the new one. Nothing here reads or writes pickle.
+Files are written atomically: to a temporary name, then fsync, then rename. A crash at any moment
+leaves the old file or the new one, never a part of one. Nothing here reads or writes pickle.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
@@ -21,22 +21,33 @@ from torch import Tensor, nn
 __version__ = "0.1.0"
 
 
+# ---- atomic files
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or folder at; it takes the place of `path` on leaving.
+    """Write a file or folder atomically.
 
-    An exception removes it and leaves what was at `path`. A folder at `path` is replaced by the new one, in two
-    renames: a crash between them leaves both beside `path`, whole.
+    The `with` block writes to a temporary path, which replaces `path` at the end. An exception
+    removes the temporary path and leaves `path` unchanged. A folder at `path` is replaced in two
+    renames; a crash between them leaves both folders complete.
+
+    Args:
+        path: The file or folder to create or replace.
+
+    Yields:
+        The temporary path to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old.tmp"))
-    _remove(temporary)  # left over from a crash
+    temporary = path.with_name(f".{path.name}.tmp")
+    old = path.with_name(f".{path.name}.old.tmp")
+    _remove(temporary)  # left by an earlier crash
     try:
         with naming(path):
             yield temporary
         for part in [temporary, *temporary.rglob("*")]:
             _fsync(part)
-        if path.is_dir():  # a folder cannot be renamed over another
+        if path.is_dir():  # a folder cannot be renamed over another one
             _remove(old)
             os.replace(path, old)
         os.replace(temporary, path)
@@ -48,20 +59,35 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, an OSError says where: that of a write, such as to a full disk, does not by itself."""
+    """Add a path to an OSError of the `with` block, which may not name it (a full disk).
+
+    Args:
+        path: The path to add.
+    """
     try:
         yield
     except OSError as error:
         if error.filename is None:
-            error.errno, error.strerror = error.errno or errno.EIO, error.strerror or str(error)
+            error.errno = error.errno or errno.EIO
+            error.strerror = error.strerror or str(error)
             error.filename = str(path)
         raise
 
 
 @contextmanager
 def together(folder: Path, index: Path) -> Iterator[Path]:
-    """A temporary folder to write files in, which move to `folder` on leaving. `index`, which tells a reader of them,
-    is removed before the first one moves: a crash leaves the old files, the new ones, or no index, never a mixture."""
+    """Write several files that belong together and move them into a folder.
+
+    `index` is removed before the first file is moved. A crash therefore leaves the old files, the
+    new files, or no index, but never an index for a mixture of old and new files.
+
+    Args:
+        folder: The folder that receives the files.
+        index: The file that lists them for a reader.
+
+    Yields:
+        A temporary folder to write to.
+    """
     new = folder / ".new"
     with whole(new) as temporary:
         temporary.mkdir()
@@ -74,23 +100,42 @@ def together(folder: Path, index: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file atomically.
+
+    Args:
+        path: The file to create or replace.
+        text: Its content.
+    """
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; keys sorted, so that equal tensors give equal bytes."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically. Equal tensors give equal bytes.
+
+    Args:
+        path: The file to create or replace.
+        tensors: Tensors by name.
+        metadata: Texts by name for the header of the file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    contiguous: dict[str, Tensor] = {}
+    addresses: set[int] = set()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().contiguous()
+        address = tensor.data_ptr()
+        if address in addresses:  # safetensors refuses tensors that share memory
+            tensor = tensor.clone()
+        contiguous[key] = tensor
+        addresses.add(address)
     with whole(path) as temporary:
-        contiguous: dict[str, Tensor] = {}
-        places: set[int] = set()  # in memory: safetensors refuses what stands under two names
-        for key in sorted(tensors):
-            tensor = tensors[key].detach().contiguous()
-            contiguous[key] = tensor.clone() if tensor.data_ptr() in places else tensor
-            places.add(tensor.data_ptr())
         try:
             save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
         except SafetensorError as error:
@@ -98,17 +143,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. ValueError if it is damaged or cut off, FileNotFoundError if there is none."""
+    """Read all tensors of a safetensors file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file is damaged or incomplete.
+        FileNotFoundError: The file does not exist.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}). Copy or download it again.") from error
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}). Copy or download it again."
+        ) from error
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -116,6 +172,7 @@ def _remove(path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
+    """Wait until the disk has stored a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,113 +180,228 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---- name suggestions
+
+
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """Up to `n` of the candidates that look most like `name`, best first; module paths also match by last part."""
+    """Return the candidates that are most similar to a name, best first.
+
+    Args:
+        name: The name that was not found.
+        candidates: Possible names. Module paths are also compared by their last part.
+        n: Largest number of results.
+    """
     candidates = list(dict.fromkeys(candidates))
-    by_tail = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-    found = difflib.get_close_matches(name, candidates, n) or difflib.get_close_matches(name, by_tail, n)
-    return found or sorted(by_tail)[:n]
+    similar = difflib.get_close_matches(name, candidates, n)
+    if similar:
+        return similar
+    last_parts = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+    return difflib.get_close_matches(name, last_parts, n) or sorted(last_parts)[:n]
 
 
 def unknown(kind: str, name: str, candidates: Iterable[str]) -> ValueError:
-    """A ValueError that says what was unknown and what was probably meant."""
+    """Return a ValueError for a name that matches nothing, with the nearest names.
+
+    Args:
+        kind: The option or kind of thing that was named.
+        name: The name that matches nothing.
+        candidates: The names that exist.
+    """
     candidates = list(candidates)
-    hint = f"Nearest: {', '.join(map(repr, nearest(name, candidates)))}." if candidates else "There are none."
-    return ValueError(f"{kind}: {name!r} matches nothing. {hint}")
+    if not candidates:
+        return ValueError(f"{kind}: {name!r} matches nothing. There are none.")
+    names = ", ".join(map(repr, nearest(name, candidates)))
+    return ValueError(f"{kind}: {name!r} matches nothing. Nearest: {names}.")
 
 
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
+# ---- checked fields of a dataclass
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "a string",
+    list[str]: "a list of names",
+    list[int]: "a list of whole numbers",
+    dict[str, int]: "a dict of whole numbers",
+    dict[str, float]: "a dict of finite numbers",
+}
 
 
-_WORDS |= {list[str]: "a list of names", list[int]: "a list of whole numbers"}
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    choices: tuple = (),
+) -> Any:
+    """Return a dataclass field with a help text and the values that it may have.
 
+    `check_options` checks the limits. In a dict they hold for each value.
 
-_WORDS |= {dict[str, int]: "a dict of whole numbers", dict[str, float]: "a dict of finite numbers"}
-
-
-def option(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
-           below: float = math.inf, choices: tuple = ()) -> Any:  # fmt: skip
-    """A field whose value v obeys low <= v <= high, above < v < below (in a dict each value), and v in choices if
-    there are any."""
+    Args:
+        default: The default value.
+        help: The meaning of the field, for error messages and the command line.
+        low: Smallest value.
+        high: Largest value.
+        above: Every value is larger than this.
+        below: Every value is smaller than this.
+        choices: The only values; empty allows any value.
+    """
     bounds = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    start: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
+    start: dict[str, Any] = {"default": default}
+    if default == {}:
+        start = {"default_factory": dict}
     return field(**start, metadata={"help": help} | bounds)
 
 
 def check_options(config: Any) -> None:
-    """Bring the `option` fields of a frozen dataclass to their types, or raise ValueError for one out of its range."""
+    """Convert the `option` fields of a frozen dataclass to their types and check them.
+
+    Args:
+        config: The dataclass instance. Its fields are changed in place (int → float, path → str).
+
+    Raises:
+        ValueError: A value has the wrong type or is outside its range.
+    """
     hints = get_type_hints(type(config))
     for f in fields(config):
         if "choices" in f.metadata:
-            object.__setattr__(config, f.name, _checked(f.name, getattr(config, f.name), hints[f.name], f.metadata))
+            value = _checked(f.name, getattr(config, f.name), hints[f.name], f.metadata)
+            object.__setattr__(config, f.name, value)
 
 
-def _checked(name: str, value: Any, hint: Any, rules: Any) -> Any:
-    """The value in its field's type (int → float, path → str), or a ValueError."""
-    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+def _checked(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> Any:
+    """Return the value in the type of its field, or raise ValueError."""
+    allowed = (hint,)
+    if isinstance(hint, UnionType):
+        allowed = get_args(hint)
     if value is None and type(None) in allowed:
         return None
     if str in allowed and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if float in allowed and type(value) is int:
         value = float(value)
-    kinds = [kind for kind in allowed if kind is not type(None)]
-    if not any(_is(value, kind) for kind in kinds):
-        names = " or ".join(_WORDS[kind] for kind in kinds)
+    types = [kind for kind in allowed if kind is not type(None)]
+    if not any(_has_type(value, kind) for kind in types):
+        names = " or ".join(_TYPE_NAMES[kind] for kind in types)
         raise ValueError(f"{name}: expected {names}, got {value!r}. It is: {rules['help']}.")
     if rules["choices"] and value not in rules["choices"]:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, rules['choices']))}, got {value!r}.")
-    for number in value.values() if isinstance(value, dict) else [value]:
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            continue
-        if not (rules["low"] <= number <= rules["high"] and rules["above"] < number < rules["below"]):
-            signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
-            limits = " and ".join(f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key]))
-            raise ValueError(f"{name}: expected {limits}, got {number!r}. It is: {rules['help']}.")
+        choices = ", ".join(map(str, rules["choices"]))
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
+    numbers = value.values() if isinstance(value, dict) else [value]
+    for number in numbers:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            _check_range(name, number, rules)
     return value
 
 
-def _is(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the type `kind`, and so is what it holds; a whole number in a dict may stand for any."""
+def _check_range(name: str, number: float, rules: Mapping[str, Any]) -> None:
+    """Raise ValueError if a number is outside the limits of its field."""
+    in_closed_range = rules["low"] <= number <= rules["high"]
+    if in_closed_range and rules["above"] < number < rules["below"]:
+        return
+    signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    limits = [f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key])]
+    expected = " and ".join(limits)
+    raise ValueError(f"{name}: expected {expected}, got {number!r}. It is: {rules['help']}.")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Return True if a value, and each element that it contains, has a type of `_TYPE_NAMES`."""
     if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is(item, *get_args(kind)) for item in value)
+        (item_kind,) = get_args(kind)
+        return isinstance(value, list) and all(_has_type(item, item_kind) for item in value)
     if get_origin(kind) is dict:
-        of, to = get_args(kind)
-        pairs = value.items() if isinstance(value, dict) else [(None, None)]
-        return all(_is(key, of) and (_is(item, to) or (to is float and _is(item, int))) for key, item in pairs)
-    return type(value) is kind and (kind is not float or math.isfinite(value))
+        if not isinstance(value, dict):
+            return False
+        key_kind, item_kind = get_args(kind)
+        item_kinds = [item_kind]
+        if item_kind is float:
+            item_kinds.append(int)  # a whole number is a number too
+        return all(
+            _has_type(key, key_kind) and any(_has_type(item, k) for k in item_kinds)
+            for key, item in value.items()
+        )
+    if kind is float:
+        return type(value) is float and math.isfinite(value)
+    return type(value) is kind
+
+
+# ---- modules of a model and their paths
 
 
 def ends_with(path: str, entry: str) -> bool:
-    """Whether `entry` is the module path or its last parts: "q_proj" fits "layers.0.q_proj", not "layers.0.xq_proj"."""
+    """Return True if `entry` is a module path or its end: "q_proj" in "layers.0.q_proj".
+
+    Args:
+        path: Path of a module.
+        entry: Complete path or last parts.
+    """
     return path == entry or path.endswith(f".{entry}")
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D: a linear layer with its weight stored as (in, out)."""
-    return hasattr(module, "nx") and hasattr(module, "nf")
+def ends_with_any(path: str, entries: Iterable[str]) -> bool:
+    """Return True if `ends_with` is true for one of several entries.
 
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that turns hidden states into logits, where the model says which it is."""
-    get: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    return None if get is None else get()
+    Args:
+        path: Path of a module.
+        entries: Complete paths or last parts.
+    """
+    return any(ends_with(path, entry) for entry in entries)
 
 
 def within(path: str, module: str) -> bool:
-    """Whether `path` is the module or something in it."""
+    """Return True if `path` is the path of a module or of something inside it.
+
+    Args:
+        path: Path of a module or parameter.
+        module: Path of the module.
+    """
     return f"{path}.".startswith(f"{module}.")
 
 
-def tied_modules(model: nn.Module, originals: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
-    """Modules whose weight stands under another plain name too → those names.
+def is_conv1d(module: nn.Module) -> bool:
+    """Return True for Conv1D of transformers, a linear layer with a weight of shape (in, out).
 
-    originals: by path what stands in the place of a module of the model, for the comparison.
+    Args:
+        module: Any module.
     """
-    holders: dict[int, list[str]] = {}
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def output_layer(model: Any) -> nn.Module | None:
+    """Return the layer that computes logits; None if the model cannot name it.
+
+    Args:
+        model: A model, with `get_output_embeddings` as in transformers or without it.
+    """
+    get = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def tied_modules(
+    model: nn.Module, originals: Mapping[str, Any] | None = None
+) -> dict[str, list[str]]:
+    """Return the modules that share their weight, each with the paths of the others.
+
+    Args:
+        model: The model. `base_layer` at the end of a path is left out of the result.
+        originals: Modules by path that are compared in place of the model's own.
+    """
+    paths_of_weight: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        weight = (originals or {}).get(path, module)._parameters.get("weight")
+        module = (originals or {}).get(path, module)
+        weight = module._parameters.get("weight")
         if weight is not None:
-            holders.setdefault(id(weight), []).append(path.removesuffix(".base_layer"))
-    groups = [group for group in holders.values() if len(group) > 1]
-    return {path: [name for name in group if name != path] for group in groups for path in group}
+            path = path.removesuffix(".base_layer")
+            paths_of_weight.setdefault(id(weight), []).append(path)
+    tied: dict[str, list[str]] = {}
+    for group in paths_of_weight.values():
+        if len(group) > 1:
+            for path in group:
+                tied[path] = [other for other in group if other != path]
+    return tied

@@ -1,4 +1,7 @@
-"""Where a model's files are: a folder, a .gguf file, or a Hugging Face Hub id, fetched through the Hub's own cache."""
+"""Download of model files from the Hugging Face Hub, through the Hub's own cache.
+
+A model is named by a folder, a .gguf file, or a Hub id (owner/name).
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,12 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
-MODEL = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+TOKENIZER = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
+MODEL = [
+    "config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _REMEDIES = {  # by HTTP status
     401: "The Hub does not know this token: pass another as token=, or run `hf auth login`.",
-    403: "This token may not do that: pass one with access, or write access to push, or use a repository of yours.",
+    403: "This token may not do that: pass one with access, or write access to push, "
+    "or use a repository of yours.",
     429: "Too many requests: wait, then try again.",
 }
 
@@ -24,19 +38,35 @@ def resolve(
     *,
     weights: bool = True,
 ) -> Path:
-    """The folder or .gguf file that `source` means; a Hub id is downloaded unless it is cached.
+    """Return the local folder or .gguf file of a model. A Hub id is downloaded unless it is cached.
 
-    `weights=False` fetches the tokenizer's files only. HF_HUB_OFFLINE and the other variables of huggingface_hub hold.
-    Raises ValueError if `source` can be no model, OSError if the Hub does not give it; both say what to do.
+    HF_HUB_OFFLINE and the other environment variables of huggingface_hub apply.
+
+    Args:
+        source: A folder, a .gguf file, or a Hub id.
+        revision: Branch, tag or commit on the Hub; None is the main branch.
+        token: Access token for the Hub; None uses the token of `hf auth login`.
+        local_files_only: Use the cache only and never the network.
+        weights: Fetch the model too; False fetches only the tokenizer's files.
+
+    Raises:
+        ValueError: `source` is neither a folder, a .gguf file nor a Hub id.
+        OSError: The Hub does not provide it. The message contains the remedy.
     """
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
-        raise ValueError(f"{path} is a file: give the folder it lies in, a .gguf file, or a Hub id.")
+        raise ValueError(
+            f"{path} is a file: give the folder that contains it, a .gguf file, or a Hub id."
+        )
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(str(source)):
-        raise ValueError(f"there is no folder or .gguf file {str(source)!r}, and it is no Hub id (owner/name) either.")
-    return download(str(source), TOKENIZER + MODEL * weights, revision, token, local_files_only)
+        raise ValueError(
+            f"there is no folder or .gguf file {str(source)!r}, and it is not a Hub id "
+            "(owner/name) either."
+        )
+    patterns = TOKENIZER + MODEL if weights else TOKENIZER
+    return download(str(source), patterns, revision, token, local_files_only)
 
 
 def download(
@@ -46,46 +76,87 @@ def download(
     token: str | None = None,
     local_files_only: bool | None = None,
 ) -> Path:
-    """The folder of the Hub's cache with the files of `repo` that fit `patterns`, fetched if need be."""
-    from huggingface_hub import snapshot_download  # here: `import minilora` stays light
+    """Fetch files of a repository that are not in the cache, and return the cached folder.
 
-    asked: dict[str, Any] = {"revision": revision, "token": token, "local_files_only": bool(local_files_only)}
+    Args:
+        repo: Hub id of the repository.
+        patterns: File names, with * for any text.
+        revision: Branch, tag or commit; None is the main branch.
+        token: Access token for the Hub; None uses the token of `hf auth login`.
+        local_files_only: Use the cache only and never the network.
+
+    Raises:
+        OSError: The Hub does not provide it. The message contains the remedy.
+    """
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "local_files_only": bool(local_files_only),
+    }
     with explained(repo, revision):
-        return Path(snapshot_download(repo, allow_patterns=patterns, **asked))
+        return Path(snapshot_download(repo, allow_patterns=patterns, **options))
 
 
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Inside, what goes wrong between huggingface_hub and the Hub becomes an OSError that says what to do."""
+    """Turn errors of huggingface_hub in the `with` block into an OSError with a remedy.
+
+    Args:
+        repo: Hub id of the repository, for the message.
+        revision: Branch, tag or commit, for the message.
+
+    Raises:
+        OSError: The Hub, the network or the cache did not provide the repository.
+    """
     from huggingface_hub import errors
 
-    unanswered: Any = errors.HfHubHTTPError.__bases__[0]  # the HTTP client's: no connection, timeouts
-    of = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
+    # The base class of the HTTP client's errors: no connection, timeouts.
+    connection_error: Any = errors.HfHubHTTPError.__bases__[0]
+    subject = repr(repo)
+    if revision:
+        subject += f" at revision {revision!r}"
     try:
         yield
     except errors.GatedRepoError as error:
         raise OSError(
-            f"{of} is gated: accept its licence on the Hub, then pass token= or run `hf auth login`."
+            f"{subject} is gated: accept its licence on the Hub, "
+            "then pass token= or run `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise OSError(f"{of}: the Hub has no such revision. Give a branch, tag or commit of {repo}.") from error
+        raise OSError(
+            f"{subject}: the Hub has no such revision. Give a branch, tag or commit of {repo}."
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise OSError(
-            f"{of} is neither a folder here nor a repository that the Hub shows to you. Check the spelling; "
-            "for a private one pass token= or run `hf auth login`."
+            f"{subject} is neither a folder here nor a repository that the Hub shows to you. "
+            "Check the spelling; for a private one pass token= or run `hf auth login`."
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
-            f"{of} is not in the cache, and the Hub was not asked or did not answer (offline mode, local_files_only, "
-            "or no network). Load it once with a network, or give a local folder."
+            f"{subject} is not in the cache, and the Hub was not asked or did not answer "
+            "(offline mode, local_files_only, or no network). "
+            "Load it once with a network, or give a local folder."
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise OSError(f"{of}: the Hub is not asked in offline mode. Unset HF_HUB_OFFLINE.") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        remedy = _REMEDIES.get(status, "Try again later." if status >= 500 else "The Hub's answer says why.")
-        raise OSError(f"{of}: {' '.join(str(error).split())} {remedy}") from error
-    except unanswered as error:
         raise OSError(
-            f"{of}: no answer from the Hub ({error}). Check the network, and HF_ENDPOINT if it is set."
+            f"{subject}: the Hub is not asked in offline mode. Unset HF_HUB_OFFLINE."
         ) from error
+    except errors.HfHubHTTPError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{subject}: {reason} {_remedy(error.response.status_code)}") from error
+    except connection_error as error:
+        raise OSError(
+            f"{subject}: no answer from the Hub ({error}). "
+            "Check the network, and HF_ENDPOINT if it is set."
+        ) from error
+
+
+def _remedy(status: int) -> str:
+    """Return the advice for an HTTP status."""
+    if status in _REMEDIES:
+        return _REMEDIES[status]
+    if status >= 500:
+        return "Try again later."
+    return "The Hub's answer contains the reason."

@@ -1,1 +1,1 @@
-"""LoRA, the method: the layer, its configuration, injection, and adapters as objects."""
+"""The method LoRA: the layer, its configuration, injection into models, and adapter files."""

@@ -1,21 +1,28 @@
-"""A batch in which every row has an adapter of its own, or none: h_b = W x_b + s_b B_b A_b x_b for each row b.
+"""A batch in which every row has its own adapter, or none.
 
-W x is one product for all rows, as ever. The adapters' factors are gathered, a pair for each row, ranks padded with
-zeros to the largest, and two batched products do the rest:
+    h_b = W x_b + s_b B_b A_b x_b        for each row b of the batch
 
-    A (rows, r, in), s B (rows, out, r)  ->  z = x Aᵀ (rows, T, r),   h = W x + z (s B)ᵀ (rows, T, out)
+W x is one product for all rows. The factors of the adapters are gathered, one pair for each row,
+with smaller ranks padded by zeros to the largest one. Two batched products compute the rest:
 
-So sixteen adapters take as many products as one. Gathered factors are kept until the rows, or an adapter, change (in
-place, as load_adapter and optimisers do; writing through `.data` goes unseen), and then in the same memory: a page that
-is new to a process costs more than filling it. With gradients they are gathered anew in each forward pass, and reach
-every adapter. Factors wait wherever they are, on the CPU too, and are brought to the rows' device. Simplified: without
-a kernel that reads factors in place a row's lie in memory twice, for a 16-bit model on a CPU three times.
+    z = x Aᵀ             A (rows, r, in)       z (rows, T, r)
+    h = W x + z (s B)ᵀ   s B (rows, out, r)    h (rows, T, out)
+
+Sixteen adapters therefore take as many products as one.
+
+Gathered factors are cached until the rows change or an adapter is changed in place, as load_adapter
+and optimisers do (a change through `.data` is not noticed). New factors are written to the same
+memory, because memory pages that are new to a process cost more time than filling them. With
+gradients the factors are gathered in each forward pass, and gradients reach every adapter. Adapters
+may be on any device; their factors are copied to the device of the rows.
+
+Simplified: no kernel reads the factors in place. The factors of a row are in memory
+twice, and three times for a 16-bit model on a CPU.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,127 +32,273 @@ from minilora.lora.active import check_adapters
 from minilora.lora.layer import LoRAAdapter, LoRALayer
 from minilora.lora.registry import lora_configs, lora_layers
 
-Factors = tuple[Tensor, Tensor, Tensor | None]  # A (rows, r, in), s B (rows, out, r), s b (rows, 1, out)
+Factors = tuple[
+    Tensor, Tensor, Tensor | None
+]  # A (rows, r, in), s B (rows, out, r), s b (rows, 1, out)
+_CacheKey = tuple[int, torch.device, torch.dtype]  # id of a layer, device and dtype of its factors
 
 
-class Rows:
-    """Whose row is whose; the layers ask it in every forward pass."""
+class _CachedFactors(NamedTuple):
+    """The gathered factors of one layer, and the state of the adapters at that time."""
+
+    names: tuple[str | None, ...]
+    parameters: tuple[nn.Parameter, ...]
+    versions: tuple[int, ...]
+    factors: Factors | None
+
+    def is_valid(self, names: tuple[str | None, ...]) -> bool:
+        """Return True if the rows and the adapters have not changed."""
+        return self.names is names and self.versions == _versions(self.parameters)
+
+
+class PerRowAdapters:
+    """The adapter of each row. While it is active, every LoRALayer calls its `forward`.
+
+    Args:
+        model: A model with adapters.
+        names: Names of the adapters that the rows may have, one for each row; None is the base.
+
+    Attributes:
+        names: Name of the adapter of each row.
+        cache: Gathered factors by layer, device and dtype.
+        buffers: Memory for the factors; it has space for the largest number of rows so far.
+
+    Raises:
+        ValueError: A name is unknown, or an adapter is more than linear LoRA.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None]):
         self.names = tuple(names)
-        self.kept: dict[Any, Any] = {}  # id of a layer, place, dtype -> for whom, parameters and versions; factors
-        self.rooms: dict[Any, Tensor] = {}  # the same and which factor -> memory for as many rows as there ever were
-        given, layers = dict.fromkeys(name for name in names if name is not None), lora_layers(model)
-        check_adapters(model, given)
-        for name in given:
-            if lora_configs(model).parts.trained.get(name):
-                raise ValueError(f"adapter {name!r} trains whole modules or biases, which all rows share: set_adapter.")
-            for path, layer in layers.items():
-                if name in layer.adapters and not isinstance(_plain(layer.adapters[name]), LoRAAdapter):
-                    kind = type(layer.adapters[name]).__name__
-                    raise ValueError(f"{path}: {kind} cannot be chosen row by row, linear LoRA can: set_adapter.")
+        self.cache: dict[_CacheKey, _CachedFactors] = {}
+        self.buffers: dict[tuple[_CacheKey, str], Tensor] = {}
+        used = [name for name in dict.fromkeys(names) if name is not None]
+        check_adapters(model, used)
+        for name in used:
+            _check_linear_lora(model, name)
 
     def choose(self, names: Sequence[str | None]) -> None:
-        """Other rows from here on, of adapters that were named at the start."""
-        if tuple(names) != self.names:  # equal ones stay the same object, by which `kept` is known
+        """Change the rows.
+
+        Args:
+            names: Names of adapters that were given at the start, one for each row.
+        """
+        if (
+            tuple(names) != self.names
+        ):  # equal names remain the same object, which the cache compares
             self.names = tuple(names)
 
     def forward(self, layer: LoRALayer, x: Tensor) -> Tensor:
-        """x (rows, …, in) -> (rows, …, out); in the place of the layer's own forward."""
-        if len(x) != len(self.names):
+        """Return the output of a layer with the adapter of each row.
+
+        Args:
+            layer: The layer.
+            x: Input, (rows, …, in).
+
+        Returns:
+            Output, (rows, …, out).
+
+        Raises:
+            ValueError: The number of rows differs from the number of names.
+        """
+        rows = len(x)
+        if rows != len(self.names):
             raise ValueError(
-                f"per_row_adapters: {len(self.names)} adapters were named for {len(x)} rows: one for each."
+                f"per_row_adapters: {len(self.names)} adapters were named for {rows} rows: "
+                "give one for each."
             )
         h = layer.base_layer(x)  # (rows, …, out)
         if not any(self.names):
             return h
-        x_BTI = x.reshape(len(x), -1, x.shape[-1])
+        x_BTI = x.reshape(rows, -1, x.shape[-1])  # (rows, T, in)
         dtype = h.dtype
-        if (
-            h.is_cpu and x_BTI.shape[1] == 1
-        ):  # so small a product takes twice as long in bf16 (benchmarks/training/choices.py)
+        if h.is_cpu and x_BTI.shape[1] == 1:
+            # So small a product takes twice as long in bf16 (benchmarks/training/choices.py).
             dtype = torch.promote_types(dtype, torch.float32)
-        if (factors := self._factors(layer, h.device, dtype)) is None:
+        factors = self._factors(layer, h.device, dtype)
+        if factors is None:
             return h
         A, B, b = factors  # (rows, r, in), (rows, out, r), (rows, 1, out)
         z = torch.bmm(x_BTI.to(dtype), A.mT)  # (rows, T, r)
-        y = torch.baddbmm(h.reshape(len(x), -1, h.shape[-1]).to(dtype), z, B.mT)  # (rows, T, out)
-        return (y if b is None else y + b).to(h.dtype).view(h.shape)
+        h_BTO = h.reshape(rows, -1, h.shape[-1]).to(dtype)  # (rows, T, out)
+        y = torch.baddbmm(h_BTO, z, B.mT)  # (rows, T, out)
+        if b is not None:
+            y = y + b  # (rows, T, out)
+        return y.to(h.dtype).view(h.shape)  # (rows, …, out)
 
-    def _factors(self, layer: LoRALayer, device: torch.device, dtype: torch.dtype) -> Factors | None:
-        """The factors of all rows on this layer; None where no row has an adapter here."""
-        key, grad = (id(layer), device, dtype), torch.is_grad_enabled()
-        names, found, versions, factors = self.kept.get(key, (None, (), (), None))
-        if not grad and names is self.names and versions == tuple(p._version for p in found):
-            return factors
-        chosen = [layer.adapters[name] if name and name in layer.adapters else None for name in self.names]
-        made = [adapter for adapter in dict.fromkeys(chosen) if adapter is not None]
-        factors = _gathered(chosen, made, device, partial(self._stacked, key)) if made else None
-        if not grad:
-            found = tuple(p for adapter in made for p in adapter._parameters.values() if p is not None)
-            self.kept[key] = self.names, found, tuple(p._version for p in found), factors
+    def _factors(
+        self, layer: LoRALayer, device: torch.device, dtype: torch.dtype
+    ) -> Factors | None:
+        """Return the factors of all rows on a layer; None if no row has an adapter there."""
+        key = (id(layer), device, dtype)
+        use_cache = not torch.is_grad_enabled()
+        cached = self.cache.get(key)
+        if use_cache and cached is not None and cached.is_valid(self.names):
+            return cached.factors
+        adapters: list[Any] = []  # one for each row
+        for name in self.names:
+            has_adapter = name and name in layer.adapters
+            adapters.append(layer.adapters[name] if has_adapter else None)
+        distinct = [adapter for adapter in dict.fromkeys(adapters) if adapter is not None]
+        factors = None
+        if distinct:
+            factors = self._gather(key, adapters, distinct)
+        if use_cache:
+            parameters: list[nn.Parameter] = []
+            for adapter in distinct:
+                parameters += [p for p in adapter._parameters.values() if p is not None]
+            self.cache[key] = _CachedFactors(
+                self.names, tuple(parameters), _versions(parameters), factors
+            )
         return factors
 
-    def _stacked(self, key: tuple[Any, ...], which: int, factors: list[Tensor]) -> Tensor:
-        """(rows, …) in the key's dtype, in its room unless gradients follow."""
+    def _gather(self, key: _CacheKey, adapters: list[Any], distinct: list[Any]) -> Factors:
+        """Return the factors of each row. `distinct` lists each of the adapters once."""
+        for adapter in distinct:
+            if adapter.training and not isinstance(adapter.dropout, nn.Identity):
+                raise ValueError(
+                    "per_row_adapters: lora_dropout is not drawn row by row. "
+                    "Call model.eval(), or train without dropout."
+                )
+        plain = {adapter: _as_lora(adapter) for adapter in distinct}
+        pairs: dict[Any, tuple[Tensor, Tensor]] = _padded_pairs(plain, key[1])
+        if None in adapters:
+            A, B = pairs[distinct[0]]
+            pairs[None] = (torch.zeros_like(A), torch.zeros_like(B))
+        A = self._stack((key, "A"), [pairs[adapter][0] for adapter in adapters])  # (rows, r, in)
+        B = self._stack((key, "B"), [pairs[adapter][1] for adapter in adapters])  # (rows, out, r)
+        scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
+        s = torch.tensor(scalings, device=key[1])[:, None, None]  # (rows, 1, 1)
+        b = _stacked_biases(adapters, plain, B)  # (rows, 1, out)
+        if b is not None:
+            b = b.mul_(s)
+        return A, B.mul_(s), b
+
+    def _stack(self, buffer_key: tuple[_CacheKey, str], factors: list[Tensor]) -> Tensor:
+        """Return (rows, …) in the dtype of the key; without gradients in a buffer."""
+        dtype = buffer_key[0][2]
         if torch.is_grad_enabled():
-            return torch.stack(factors).to(key[-1])
-        room, first = self.rooms.get((key, which)), factors[0]
-        if room is None or room.shape[1:] != first.shape or len(room) < len(factors):
-            with torch.inference_mode(False):  # what is made there may not be written elsewhere
-                room = self.rooms[key, which] = first.new_empty(len(factors), *first.shape, dtype=key[-1])
-        room = room[: len(factors)]
-        return torch.stack(factors, out=room) if first.dtype == key[-1] else room.copy_(torch.stack(factors))
+            return torch.stack(factors).to(dtype)  # (rows, …)
+        rows = len(factors)
+        first = factors[0]
+        buffer = self.buffers.get(buffer_key)
+        if buffer is None or buffer.shape[1:] != first.shape or len(buffer) < rows:
+            with torch.inference_mode(False):  # an inference tensor could not be written to later
+                buffer = first.new_empty(rows, *first.shape, dtype=dtype)  # (rows, …)
+            self.buffers[buffer_key] = buffer
+        buffer = buffer[:rows]
+        if first.dtype == dtype:
+            return torch.stack(factors, out=buffer)
+        return buffer.copy_(torch.stack(factors))
 
 
-def _plain(adapter: Any) -> Any:
-    """A PiSSA as the LoRA that it is; any other as it is."""
-    return adapter.plain() if hasattr(adapter, "plain") else adapter
+def _check_linear_lora(model: nn.Module, name: str) -> None:
+    """Raise ValueError if an adapter is more than linear LoRA."""
+    if lora_configs(model).parts.trained.get(name):
+        raise ValueError(
+            f"adapter {name!r} trains whole modules or biases, which all rows share: "
+            "use set_adapter."
+        )
+    for path, layer in lora_layers(model).items():
+        if name not in layer.adapters:
+            continue
+        adapter = layer.adapters[name]
+        if not isinstance(_as_lora(adapter), LoRAAdapter):
+            raise ValueError(
+                f"{path}: {type(adapter).__name__} cannot be chosen row by row, linear LoRA can: "
+                "use set_adapter."
+            )
 
 
-def _gathered(chosen: list[Any], made: list[Any], device: torch.device, stacked: Callable[..., Tensor]) -> Factors:
-    """The factors of each row; `made` are the adapters chosen, once each."""
-    if any(adapter.training and not isinstance(adapter.dropout, nn.Identity) for adapter in made):
-        raise ValueError("per_row_adapters: lora_dropout is not drawn row by row. model.eval(), or train without it.")
-    plain = {adapter: _plain(adapter) for adapter in made}
-    pairs = {adapter: [M.to(device) for M in (own.lora_A, own.lora_B)] for adapter, own in plain.items()}
-    rank = max(len(A) for A, _ in pairs.values())
-    for adapter, (A, B) in pairs.items():
-        if len(A) < rank:
-            pairs[adapter] = [F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))]
-    if None in chosen:
-        pairs[None] = [torch.zeros_like(M) for M in pairs[made[0]]]
-    s = torch.tensor([0.0 if adapter is None else adapter.scaling for adapter in chosen], device=device)[:, None, None]
-    A, B = (stacked(i, [pairs[adapter][i] for adapter in chosen]) for i in (0, 1))
-    biases = {adapter: own.lora_bias.to(B) for adapter, own in plain.items() if own.lora_bias is not None}
-    none = B.new_zeros(B.shape[1])  # (out,)
-    b = torch.stack([biases.get(adapter, none) for adapter in chosen])[:, None].mul_(s) if biases else None
-    return A, B.mul_(s), b
+def _as_lora(adapter: Any) -> Any:
+    """Return a PiSSA adapter as an equal LoRAAdapter, and any other adapter unchanged."""
+    if hasattr(adapter, "plain"):
+        return adapter.plain()
+    return adapter
+
+
+def _versions(parameters: Sequence[nn.Parameter]) -> tuple[int, ...]:
+    """Return the version of each parameter, which every change in place increments."""
+    return tuple(parameter._version for parameter in parameters)
+
+
+def _padded_pairs(
+    plain: dict[Any, LoRAAdapter], device: torch.device
+) -> dict[Any, tuple[Tensor, Tensor]]:
+    """Return A (r, in) and B (out, r) of each adapter, with zeros up to the largest rank."""
+    rank = max(len(lora.lora_A) for lora in plain.values())
+    pairs = {}
+    for adapter, lora in plain.items():
+        A = lora.lora_A.to(device)
+        B = lora.lora_B.to(device)
+        missing = rank - len(A)
+        if missing:
+            A = F.pad(A, (0, 0, 0, missing))  # (rank, in)
+            B = F.pad(B, (0, missing))  # (out, rank)
+        pairs[adapter] = (A, B)
+    return pairs
+
+
+def _stacked_biases(adapters: list[Any], plain: dict[Any, LoRAAdapter], B: Tensor) -> Tensor | None:
+    """Return the lora_bias of each row (rows, 1, out), like B; None if no adapter has one."""
+    biases = {}
+    for adapter, lora in plain.items():
+        if lora.lora_bias is not None:
+            biases[adapter] = lora.lora_bias.to(B)  # (out,)
+    if not biases:
+        return None
+    zero = B.new_zeros(B.shape[1])  # (out,)
+    return torch.stack([biases.get(adapter, zero) for adapter in adapters])[:, None]
 
 
 @contextmanager
-def per_row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[Rows]:
-    """Inside, row b of every batch goes through the adapter `names[b]`, None for the base alone; none else is active.
+def per_row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[PerRowAdapters]:
+    """Give each row of a batch its own adapter in a `with` block.
 
-    Ranks and layers may differ. The batch is the first dimension of what the layers get, and as long as `names`.
-    ValueError: a name that is unknown; an adapter that is more than linear LoRA (DoRA, embeddings, convolutions, whole
-    modules or biases that train with it); dropout; another number of rows.
+    Ranks and adapted layers may differ. The rows are the first dimension of the layers' inputs. The
+    active adapters of `set_adapter` are ignored.
+
+    Args:
+        model: A model with adapters.
+        names: Name of the adapter of each row; None is the base alone.
+
+    Yields:
+        The object that holds the rows; its `choose` changes them.
+
+    Raises:
+        ValueError: A name is unknown; an adapter is more than linear LoRA (DoRA, embeddings,
+            convolutions, whole modules or biases that train with it); dropout is active; or the
+            batch has another number of rows.
     """
-    rows = Rows(model, names)
-    before = [(layer, layer.fused) for layer in lora_layers(model).values()]
-    for layer, _ in before:
-        layer.fused = partial(Rows.forward, rows)  # pyright: ignore[reportAttributeAccessIssue] layer.py knows no type of it
+    rows = PerRowAdapters(model, names)
+    fused_before = [(layer, layer.fused) for layer in lora_layers(model).values()]
+    for layer, _ in fused_before:
+        layer.fused = rows.forward
     try:
         yield rows
     finally:
-        for layer, fused in before:
+        for layer, fused in fused_before:
             layer.fused = fused
 
 
 def for_prompts(model: nn.Module, names: Sequence[str | None], count: int, rule: Any) -> Any:
-    """`per_row_adapters`, of `count` prompts. ValueError for another number of names, and with CUDA graphs."""
+    """Return `per_row_adapters` for the prompts of `generate`.
+
+    Args:
+        model: A model with adapters.
+        names: Name of the adapter of each prompt; None is the base alone.
+        count: Number of prompts.
+        rule: Settings of the generation (`generation.generate.Decoding`).
+
+    Raises:
+        ValueError: The number of names differs from `count`, or CUDA graphs are requested.
+    """
     if len(names) != count:
-        raise ValueError(f"adapters: expected one name, or None, for each of {count} prompts, got {names}.")
+        raise ValueError(
+            f"adapters: expected one name, or None, for each of {count} prompts, got {names}."
+        )
     if rule.cuda_graph is True:
-        raise ValueError("cuda_graph=True with adapters: a graph reads the same factors in each row. Leave one out.")
+        raise ValueError(
+            "cuda_graph=True with adapters: a graph reads the same factors in each row. "
+            "Leave one of the two out."
+        )
     return per_row_adapters(model, names)

@@ -1,17 +1,33 @@
-"""A frozen linear layer and its one adapter as one step, for dense and 4-bit weights.
+"""A frozen linear layer and its adapter in one autograd step, for dense and 4-bit weights.
 
-    z = A x                  y  = W x + b + s · B z                    LoRA §4.1, eq. 3 (arXiv 2106.09685)
-    q = s · Bᵀ dy            dx = Wᵀ dy + Aᵀ q,    dA = q xᵀ,    dB = s · dy zᵀ
+    z = A x           y  = W x + b + s · B z               LoRA §4.1, eq. 3 (arXiv:2106.09685)
+    q = s · Bᵀ dy     dx = Wᵀ dy + Aᵀ q,    dA = q xᵀ,    dB = s · dy zᵀ
 
-Written apart (layer.py), the two terms are two tensors that are added in forward, and two gradients of x that are added
-in backward. Here the second product is added into the first one's result as it is computed. Kept for backward: z
-(r numbers a token), and x or what x is made of. A dense W of a 4-bit layer lies in a buffer that all layers share, for
-as long as it is used.
+As separate steps (layer.py), W x and s · B z are two tensors that forward adds, and backward adds
+two gradients of x. Here the second product is added into the memory of the first one.
 
-There is no kernel for it, on a GPU either. With N tokens and D = in = out, z and y take 2 N D r multiply-adds beside
-the N D² of W x, but their own 6 N D bytes in 16 bits: x is read, y read and written. addmm moves no more than that, so
-a kernel of one's own for y += s · B z could not win. Only the product W x could, by adding as it stores, and would have
-to be as fast as the vendor's in all else (`python benchmarks/gpu_model/fusing.py`, docs/LOG.md).
+α. The factor s = α/r is applied in three places: to B z when it is added to y, to q, and to dB. A,
+B and z never contain it.
+
+Dtypes. A and B are fp32 parameters. Forward and backward each cast them to the dtype of x and
+compute all products in it. The gradients dA and dB are computed in that dtype too and then cast to
+fp32. W is dense in the dtype of x, or 4-bit and dequantised to that dtype.
+
+Kept for backward are
+    z                  (N, r) in the dtype of x, for dB
+    A, B               the fp32 parameters themselves, not copies, for q, dx and dA
+    W                  the dense parameter, or the 4-bit codes and scales, both stored anyway
+    x, or its recipe   for dA. A norm or gate that produced x also notes how to compute it again
+                       from its own inputs, which it keeps anyway (ops/recompute.py)
+Not kept are y, the 16-bit copies of A and B, and the dense W of a 4-bit layer. Backward dequantises
+again, into a buffer that all layers share.
+
+This step has no hand-written kernel, on a GPU either. With N tokens and D = in = out, z
+and s · B z take 2 N D r multiply-adds next to the N D² of W x, and 6 N D bytes in 16 bits: x is
+read, y is read and written. addmm moves no more bytes than that, so a kernel for y += s · B z could
+not be faster. Only the product W x could save time, if it added B z when it stores y, and it would
+have to be as fast as the vendor's product otherwise (`python benchmarks/gpu_model/fusing.py`,
+docs/LOG.md).
 """
 
 from typing import Any
@@ -28,87 +44,156 @@ from minilora_kernels.ops.recompute import Recipe, recipe_of
 
 
 def plain_lora_linear(layer: LoRALayer, x: Tensor) -> Tensor:
-    """x (…, in) -> W x + b + s · B A dropout(x), (…, out): the layer's own terms, one after the other."""
-    h = layer.base_layer(x)
+    """Return W x + b + Σ s · B A dropout(x), the reference implementation.
+
+    Args:
+        layer: The layer and its adapters.
+        x: Input, (…, in).
+
+    Returns:
+        Output, (…, out).
+    """
+    h = layer.base_layer(x)  # (…, out)
     for name in layer.active:
-        h = layer.adapters[name](x, h, layer.base_layer)
+        h = layer.adapters[name](x, h, layer.base_layer)  # (…, out)
     return h
 
 
 def lora_linear(layer: LoRALayer, x: Tensor) -> Tensor:
-    """The same. Anything but one plain adapter without dropout on a plain frozen matrix takes the plain form."""
-    base, adapter = layer.base_layer, layer.adapters[layer.active[0]] if len(layer.active) == 1 else None
-    parts = _parts(base, x)
-    if (
-        parts is None
-        or type(adapter) is not LoRAAdapter
-        or (adapter.training and not isinstance(adapter.dropout, nn.Identity))
-        or adapter.lora_bias is not None
-        or any(m._forward_hooks or m._forward_pre_hooks for m in (base, adapter))  # somebody wants to see the two terms
-        or not (fast() and torch.is_grad_enabled())
-        or torch.is_autocast_enabled(x.device.type)
-    ):
+    """Return the same as `plain_lora_linear`, in one autograd step where that is possible.
+
+    The fused step is for training with one active LoRAAdapter, without dropout and lora_bias, on a
+    frozen nn.Linear or an NF4Linear. Everything else takes the reference implementation.
+
+    Args:
+        layer: The layer and its adapters.
+        x: Input, (…, in).
+
+    Returns:
+        Output, (…, out).
+    """
+    base: Any = layer.base_layer
+    weight_parts = _weight_parts(base, x)
+    if weight_parts is None or not _can_fuse(layer, x):
         return plain_lora_linear(layer, x)
-    bias = None if base.bias is None else base.bias.to(x.dtype)  # pyright: ignore[reportCallIssue] a parameter
-    inputs = x, adapter.lora_A, adapter.lora_B, bias, adapter.scaling, recipe_of(x)
-    return _LoRALinear.apply(*inputs, *parts)  # pyright: ignore[reportReturnType] untyped
+    adapter: Any = layer.adapters[layer.active[0]]
+    bias = base.bias
+    if bias is not None:
+        bias = bias.to(x.dtype)  # (out,)
+    y: Any = _LoRALinear.apply(
+        x, adapter.lora_A, adapter.lora_B, bias, adapter.scaling, recipe_of(x), *weight_parts
+    )
+    return y  # (…, out)
 
 
-def _parts(base: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-    """(W,) of a dense layer, the parts of a 4-bit one; None for another layer, or another dtype than x's."""
+def _can_fuse(layer: LoRALayer, x: Tensor) -> bool:
+    """Return True if the adapters and the present mode allow the fused step."""
+    if len(layer.active) != 1:
+        return False
+    adapter = layer.adapters[layer.active[0]]
+    if type(adapter) is not LoRAAdapter or adapter.lora_bias is not None:
+        return False
+    if adapter.training and not isinstance(adapter.dropout, nn.Identity):
+        return False
+    for module in (layer.base_layer, adapter):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False  # a hook needs the two terms separately
+    if not fast() or not torch.is_grad_enabled():
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
+
+
+def _weight_parts(base: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
+    """Return (W,) of a dense layer, the parts of a 4-bit weight, or None if neither fits x."""
     if type(base) is NF4Linear:
         return base.weight.parts()
-    if type(base) is nn.Linear and base.weight.dtype == x.dtype and not base.weight.requires_grad:
-        return (base.weight,)
+    if type(base) is nn.Linear:
+        W = base.weight
+        if W.dtype == x.dtype and not W.requires_grad:
+            return (W,)
     return None
 
 
-def dense(parts: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    """W (out, in), valid until the next call."""
-    if len(parts) == 1:
-        return parts[0]
-    *codes, shape, blocksize = parts
-    if not codes[0].is_cpu:
-        return torch.ops.minilora.dequantize_nf4(*parts, dtype)
-    W = allocator.empty(shape, dtype, codes[0].device)
-    torch.ops.minilora.dequantize_nf4_out(*codes, blocksize, W)
+def dense(weight_parts: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """Return W (out, in). The values are valid until the next call.
+
+    On a CPU a 4-bit weight is dequantised into a buffer that the next layer uses again.
+
+    Args:
+        weight_parts: (W,), or the parts of a 4-bit weight (`NF4Weight.parts`).
+        dtype: Dtype of a dequantised weight.
+    """
+    if len(weight_parts) == 1:
+        return weight_parts[0]
+    packed, scales, nested_absmax, offset, shape, blocksize = weight_parts
+    if not packed.is_cpu:
+        return torch.ops.minilora.dequantize_nf4(*weight_parts, dtype)  # (out, in)
+    W = allocator.empty(shape, dtype, packed.device)  # (out, in)
+    torch.ops.minilora.dequantize_nf4_out(packed, scales, nested_absmax, offset, blocksize, W)
     return W
 
 
 class _LoRALinear(torch.autograd.Function):
+    """y = W x + b + s · B A x; the module's docstring lists the gradients and the kept tensors."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, s: float,
-        again: tuple[Recipe | None, list[Tensor]], *parts: Any,
-    ) -> Tensor:  # fmt: skip
-        x_NI = x.reshape(-1, x.shape[-1])
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        s: float,
+        recipe_of_x: tuple[Recipe | None, list[Tensor]],
+        *weight_parts: Any,
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])  # (N, in)
         z = x_NI @ A.to(x.dtype).T  # (N, r)
         y = allocator.empty((len(x_NI), len(B)), x.dtype, x.device)  # (N, out)
-        W = dense(parts, x.dtype)
-        torch.mm(x_NI, W.T, out=y) if bias is None else torch.addmm(bias, x_NI, W.T, out=y)
-        y.addmm_(z, B.to(x.dtype).T, alpha=s)
-        ctx.s, ctx.shape = s, x.shape
-        ctx.recipe, kept = again  # of x
-        ctx.layout = [part for part in parts if not isinstance(part, Tensor | None)]
-        ctx.codes = len(parts) - len(ctx.layout)
-        ctx.save_for_backward(z, A, B, *parts[: ctx.codes], *kept)
-        return y.view(*x.shape[:-1], len(B))
+        W = dense(weight_parts, x.dtype)  # (out, in)
+        if bias is None:
+            torch.mm(x_NI, W.T, out=y)
+        else:
+            torch.addmm(bias, x_NI, W.T, out=y)
+        y.addmm_(z, B.to(x.dtype).T, alpha=s)  # y += s · B z
+
+        weight_tensors = [part for part in weight_parts if isinstance(part, Tensor | None)]
+        ctx.weight_numbers = weight_parts[len(weight_tensors) :]  # shape and blocksize, if 4-bit
+        ctx.weight_tensor_count = len(weight_tensors)
+        ctx.recipe, inputs_of_recipe = recipe_of_x  # without a recipe the list holds x itself
+        ctx.s = s
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(z, A, B, *weight_tensors, *inputs_of_recipe)
+        return y.view(*x.shape[:-1], len(B))  # (…, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
-        z, A, B, *tensors = ctx.saved_tensors
-        codes, kept = tensors[: ctx.codes], tensors[ctx.codes :]
-        g = grads[0].reshape(len(z), len(B))  # (N, out)
-        q = (g @ B.to(g.dtype)).mul_(ctx.s)  # (N, r)
-        dx = db = None
+        z, A, B, *saved = ctx.saved_tensors
+        weight_tensors = saved[: ctx.weight_tensor_count]
+        inputs_of_recipe = saved[ctx.weight_tensor_count :]
+        dy = grads[0].reshape(len(z), len(B))  # (N, out)
+        # q = s · Bᵀ dy
+        q = (dy @ B.to(dy.dtype)).mul_(ctx.s)  # (N, r)
+        dx = None
         if ctx.needs_input_grad[0]:
             # dx = Wᵀ dy + Aᵀ q
-            dx = allocator.empty((len(g), A.shape[1]), g.dtype, g.device)  # (N, in)
-            dx = torch.mm(g, dense((*codes, *ctx.layout), g.dtype), out=dx).addmm_(q, A.to(g.dtype)).view(ctx.shape)
-        x = kept[0] if ctx.recipe is None else ctx.recipe.read(*kept)
+            dx = allocator.empty((len(dy), A.shape[1]), dy.dtype, dy.device)  # (N, in)
+            W = dense((*weight_tensors, *ctx.weight_numbers), dy.dtype)  # (out, in)
+            torch.mm(dy, W, out=dx)
+            del W  # its buffer is free again
+            dx.addmm_(q, A.to(dy.dtype))
+            dx = dx.view(ctx.x_shape)  # (…, in)
+        if ctx.recipe is None:
+            (x,) = inputs_of_recipe  # (…, in)
+        else:
+            x = ctx.recipe.read(*inputs_of_recipe)  # (…, in)
+        # dA = q xᵀ
         dA = q.T @ x.reshape(len(z), A.shape[1])  # (r, in)
-        dB = (g.T @ z).mul_(ctx.s)  # (out, r)
+        # dB = s · dy zᵀ
+        dB = (dy.T @ z).mul_(ctx.s)  # (out, r)
+        db = None
         if ctx.needs_input_grad[3]:
-            db = g.sum(0)
-        return dx, dA.to(A.dtype), dB.to(B.dtype), db, *[None] * (len(codes) + len(ctx.layout) + 2)
+            db = dy.sum(0)  # (out,)
+        no_gradient = [None] * (2 + len(weight_tensors) + len(ctx.weight_numbers))  # s, recipe, W
+        return dx, dA.to(A.dtype), dB.to(B.dtype), db, *no_gradient

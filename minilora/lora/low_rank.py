@@ -1,35 +1,68 @@
-"""Low-rank factors and singular value decompositions of products."""
+"""Singular value decompositions for low-rank factors: of a matrix, and of a product of factors."""
 
 import torch
 from torch import Tensor
 
+Spaces = tuple[Tensor, Tensor, Tensor]  # U (out, k), σ (k,), V (in, k); k is the rank
 
-def low_rank(M: Tensor, r: int, s: float, niter: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """B (out, r) and A (r, in) with s B A the best approximation of M (out, in): B = U √(σ/s), A = √(σ/s) Vᵀ.
 
-    niter: find it in a random r-dimensional range that so many iterations turned towards it (Halko et al. 2011,
-    algorithm 4.4): quicker, and nearly the best.
+def low_rank(
+    M: Tensor, r: int, s: float, niter: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return B and A such that s B A is the best approximation of M with rank r.
+
+    M = U diag(σ) Vᵀ,   B = U √(σ/s),   A = √(σ/s) Vᵀ, each cut to the r largest singular values.
+
+    Args:
+        M: The matrix, (out, in).
+        r: Rank of the approximation.
+        s: Factor of the product B A. With a negative s the sign is in B.
+        niter: None decomposes M exactly. A number uses a random range of r dimensions and improves
+            it in so many iterations, which is faster and nearly as good.
+        seed: Seed of the random range.
+
+    Returns:
+        B (out, r) and A (r, in).
+
+    Source:
+        Halko et al. 2011, algorithm 4.4, for `niter`.
     """
     if niter is None:
         U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
     else:
-        start = torch.randn(M.shape[1], r, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-        Q = torch.linalg.qr(M @ start.to(M)).Q  # (out, r)
-        for _ in range(niter):
-            Q = torch.linalg.qr(M @ torch.linalg.qr(M.T @ Q).Q).Q
-        U, sigma, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)
-        U = Q @ U
+        U, sigma, Vh = _svd_in_random_range(M, r, niter, seed)
     root = (sigma[:r] / abs(s)).sqrt()  # (r,)
-    B, A = U[:, :r] * root.copysign(torch.tensor(s)), root[:, None] * Vh[:r]
-    return B.contiguous(), A.contiguous()  # not in LAPACK's order, which an optimiser's saved state would not follow
+    B = U[:, :r] * root.copysign(torch.tensor(s))  # (out, r)
+    A = root[:, None] * Vh[:r]  # (r, in)
+    # LAPACK returns transposed memory, which the saved state of an optimiser would not reproduce.
+    return B.contiguous(), A.contiguous()
 
 
-Spaces = tuple[Tensor, Tensor, Tensor]  # Q_B U (out, k), σ (k,), Q_A V (in, k); k is the rank
+def _svd_in_random_range(M: Tensor, r: int, niter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (out, r), σ (r,) and Vᵀ (r, in) of M projected to an r-dimensional range."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(M.shape[1], r, generator=generator, device="cpu")  # (in, r)
+    Q = torch.linalg.qr(M @ start.to(M)).Q  # (out, r)
+    for _ in range(niter):
+        Q_in = torch.linalg.qr(M.T @ Q).Q  # (in, r)
+        Q = torch.linalg.qr(M @ Q_in).Q  # (out, r)
+    U, sigma, Vh = torch.linalg.svd(Q.T @ M, full_matrices=False)  # (r, r), (r,), (r, in)
+    return Q @ U, sigma, Vh
 
 
 def product_svd(B: Tensor, A: Tensor) -> Spaces:
-    """U (out, r), σ (r,) and V (in, r) of B A, fp64, without making it: of B (out, r) and A (r, in)."""
-    Q_B, R_B = torch.linalg.qr(B.double())  # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, and only the middle is (r, r)
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)
+    """Return the singular value decomposition of B A in fp64, without computing the product.
+
+    B A = Q_B (R_B R_Aᵀ) Q_Aᵀ with two QR decompositions, and only the middle (r, r) is decomposed.
+
+    Args:
+        B: Left factor, (out, r).
+        A: Right factor, (r, in).
+
+    Returns:
+        U (out, r), σ (r,) and V (in, r).
+    """
+    Q_B, R_B = torch.linalg.qr(B.double())  # (out, r), (r, r)
+    Q_A, R_A = torch.linalg.qr(A.double().T)  # (in, r), (r, r)
+    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)  # (r, r), (r,), (r, r)
     return Q_B @ U, sigma, Q_A @ Vh.T

@@ -1,5 +1,12 @@
-"""Find modules in a model: by the end of their name, the output layer, the ones that share a weight. And put copies
-that train in the place of some of them."""
+"""Modules and biases that train together with an adapter: PEFT's `modules_to_save` and `bias`.
+
+Such a part trains as a copy in fp32, which takes the place of the original while the adapter is
+active. The copy of a module in a 16-bit model computes in fp32 and returns its output in 16 bits.
+The originals never change: without the adapter the model is the base again, bit for bit.
+
+A part is known by its name in the model without `base_layer`: "lm_head" is a module,
+"model.norm.bias" a parameter.
+"""
 
 import copy
 from collections.abc import Iterable
@@ -16,143 +23,312 @@ Part = nn.Module | nn.Parameter
 
 
 class TrainedParts:
-    """What trains with an adapter beside A and B: whole modules and biases, which take the places of the originals.
+    """The parts of a model that train with an adapter, and their originals.
 
-    A part is known by its plain name, without `base_layer`: "lm_head" is a module, "model.norm.bias" a parameter. Its
-    copy trains in fp32; a module of a 16-bit model then computes in fp32 and hands its output back in 16 bits. Only
-    who stands in which place changes, so a model without the adapter is the base, bit for bit.
+    Attributes:
+        originals: The original of each part by name.
+        trained: The copies by name of the adapter, then by name of the part.
+        active: Names of the adapters whose copies are in place.
+        in_shards: True while FSDP2 shards the model and has replaced its biases.
     """
 
     def __init__(self):
         self.originals: dict[str, Part] = {}
-        self.trained: dict[str, dict[str, Part]] = {}  # adapter → name of the part → its copy
+        self.trained: dict[str, dict[str, Part]] = {}
         self.active: tuple[str, ...] = ()
-        self.in_shards = False  # FSDP2 puts tensors of its own in the places of biases
+        self.in_shards = False
 
-    def of(self, names: Iterable[str]) -> dict[str, Part]:
-        """The copies of these adapters by name; ValueError if two of them train one part, as copies do not add up."""
-        found: dict[str, Part] = {}
+    def copies_of(self, names: Iterable[str]) -> dict[str, Part]:
+        """Return the copies of several adapters by name of the part.
+
+        Args:
+            names: Names of adapters.
+
+        Raises:
+            ValueError: Two of the adapters train the same part. Copies cannot be added.
+        """
+        copies: dict[str, Part] = {}
         for name in names:
-            if both := found.keys() & self.trained.get(name, {}).keys():
-                raise ValueError(f"adapter {name!r} and another one both train {min(both)!r}: use one at a time.")
-            found |= self.trained.get(name, {})
-        return found
+            added = self.trained.get(name, {})
+            common = copies.keys() & added.keys()
+            if common:
+                raise ValueError(
+                    f"adapter {name!r} and another one both train {min(common)!r}: "
+                    "use one at a time."
+                )
+            copies |= added
+        return copies
 
-    def place(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Put the copies of these adapters in place, trainable, and the originals everywhere else, frozen."""
+    def activate(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Put the copies of these adapters in place, trainable, and all other originals, frozen.
+
+        Args:
+            model: The model.
+            names: Names of adapters.
+
+        Raises:
+            ValueError: Two of the adapters train the same part, or the biases of a sharded model
+                cannot be exchanged.
+        """
         names = tuple(names)
-        if self.in_shards and any(isinstance(part, nn.Parameter) for part in self.originals.values()):
+        has_biases = any(isinstance(part, nn.Parameter) for part in self.originals.values())
+        if self.in_shards and has_biases:
             raise ValueError(
-                "biases that train cannot be switched off while the model is in shards, as DPO and KLToBase do to "
-                'compare with the base: leave fsdp False, or inject with bias="none".'
+                "biases that train cannot be switched off while the model is sharded, as DPO and "
+                "KLToBase do to compare with the base: leave fsdp False, or inject with "
+                'bias="none".'
             )
-        wanted = self.of(names)
+        copies = self.copies_of(names)
         for path, original in self.originals.items():
             holder, leaf = part_holder(model, path)
-            now, then = getattr(holder, leaf), wanted.get(path, original)
-            now.requires_grad_(False)
-            device = now.device if isinstance(now, nn.Parameter) else next(now.parameters()).device
-            if isinstance(then, nn.Parameter):
-                then.data = then.data.to(device)  # the same object: an optimiser may hold it
-            else:
-                then.to(device).train(getattr(now, "training", False))
-            setattr(holder, leaf, then.requires_grad_(path in wanted))
+            previous = getattr(holder, leaf)
+            previous.requires_grad_(False)
+            part = copies.get(path, original)
+            _move_like(part, previous)
+            part.requires_grad_(path in copies)
+            setattr(holder, leaf, part)
         self.active = names
 
-    def add(self, model: nn.Module, name: str, parts: dict[str, Part]) -> None:
-        """Put the copies of a new adapter in place, and only them."""
-        self.place(model, [])
-        for path in parts:
+    def add(self, model: nn.Module, name: str, copies: dict[str, Part]) -> None:
+        """Register the copies of a new adapter and put them, and no others, in place.
+
+        Args:
+            model: The model.
+            name: Name of the adapter.
+            copies: Copies by name of the part, from `new_copies`.
+        """
+        self.activate(model, [])
+        for path in copies:
             holder, leaf = part_holder(model, path)
             self.originals.setdefault(path, getattr(holder, leaf))
-        self.trained[name] = parts
-        self.place(model, [name])
+        self.trained[name] = copies
+        self.activate(model, [name])
 
     def remove(self, model: nn.Module, name: str) -> None:
-        """Take an adapter's copies out for good."""
-        self.place(model, [active for active in self.active if active != name])
+        """Remove the copies of an adapter.
+
+        Args:
+            model: The model.
+            name: Name of the adapter.
+        """
+        self.activate(model, [active for active in self.active if active != name])
         self.trained.pop(name, None)
-        used = {path for parts in self.trained.values() for path in parts}
-        self.originals = {path: part for path, part in self.originals.items() if path in used}
+        still_trained: set[str] = set()
+        for copies in self.trained.values():
+            still_trained |= copies.keys()
+        self.originals = {
+            path: part for path, part in self.originals.items() if path in still_trained
+        }
 
     def tied(self, model: nn.Module) -> dict[str, list[str]]:
-        """Modules whose weight stands under another plain name too → those names; adapters and copies aside."""
+        """Return the modules of the base that share their weight, with the names of the others.
+
+        Args:
+            model: The model. Its adapters and copies are ignored.
+        """
         return tied_modules(model, self.originals)
 
-    def new(self, model: nn.Module, wanted: Iterable[str], bias: str, adapters: set[str],
-            shared: bool = False) -> dict[str, Part]:  # fmt: skip
-        """Frozen copies of the modules `wanted` (ends of names) and of the biases of all layers or of `adapters`.
+    def new_copies(
+        self,
+        model: nn.Module,
+        entries: Iterable[str],
+        bias: str,
+        adapted: set[str],
+        shared: bool = False,
+    ) -> dict[str, Part]:
+        """Return frozen fp32 copies of modules and biases, by name. The model is not changed.
 
-        shared: what shares a weight with one of them gets a copy as well, and the copies share theirs.
+        Args:
+            model: The model.
+            entries: Names, or ends of names, of modules to copy (`modules_to_save`).
+            bias: Biases to copy: "none", "all", or "lora_only" for those of `adapted`.
+            adapted: Names of the layers that the new adapter adapts.
+            shared: Also copy all modules that share a weight with a copied one. Their copies share
+                it too.
+
+        Raises:
+            ValueError: An entry matches nothing, cannot train, or conflicts with an adapter.
         """
-        modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
-        layers = {path for path, module in modules.items() if isinstance(module, LoRALayer)}
-        parts: list[str] = []
-        for entry in wanted:
-            parts += (fitting := [path for path in modules if ends_with(path, entry)])
-            if not fitting:
-                raise unknown("modules_to_save", entry, modules)
-        for path, others in self.tied(model).items() if shared else ():
-            if any(within(path, part) for part in parts):
-                parts += [name for name in others if not any(within(name, part) for part in parts)]
-        for path in parts:
-            if clash := [name for name in (*adapters, *layers, *parts) if name != path and within(name, path)]:
-                raise ValueError(
-                    f"modules_to_save: {path!r} holds {clash[0]!r}, which trains too: name one of the two."
-                )
-            if path in adapters | layers:
-                raise ValueError(f"modules_to_save: {path!r} has an adapter: leave it out of one of the two.")
-        whole = tuple(parts)
-        inside = tuple(f"{path}.adapters." for path in layers)
-        for name, _ in model.named_parameters() if bias != "none" else ():
-            if name.startswith(inside):
-                continue  # a lora_bias
-            parent, _, leaf = name.rpartition(".")
-            parent = plain if (plain := parent.removesuffix(".base_layer")) in layers else parent
-            chosen = "bias" in leaf and (bias == "all" or parent in adapters)
-            if chosen and not any(within(parent, path) for path in whole):
-                parts.append(f"{parent}.{leaf}" if parent else leaf)
-        for path in (*parts, *adapters):
-            inside = [name for name in self.originals if within(path, name) and (name != path or path in adapters)]
-            around = [name for name in self.originals if path in whole and name != path and within(name, path)]
-            if inside or around:
-                clash = (inside + around)[0]
-                raise ValueError(f"{path!r}: another adapter trains {clash!r} with it: delete_adapter that one first.")
-        memo: dict[int, Any] = {}  # what deepcopy has copied: with one for all, copies share what originals share
-        return {path: self._copy(model, path, memo if shared else {}) for path in parts}
+        modules = _matching_modules(model, entries)
+        if shared:
+            modules += self._sharing_modules(model, modules)
+        lora_paths = _lora_paths(model)
+        _check_modules(modules, adapted, lora_paths)
+        biases: list[str] = []
+        if bias == "all":
+            biases = _bias_names(model, modules, lora_paths, None)
+        elif bias == "lora_only":
+            biases = _bias_names(model, modules, lora_paths, adapted)
+        self._check_other_adapters(modules, biases, adapted)
+        copies: dict[str, Part] = {}
+        memo: dict[int, Any] = {}  # of deepcopy: with one memo, shared weights stay shared
+        for path in [*modules, *biases]:
+            if not shared:
+                memo = {}
+            copies[path] = self._copy(model, path, memo)
+        return copies
+
+    def _sharing_modules(self, model: nn.Module, modules: list[str]) -> list[str]:
+        """Return further modules that share a weight with one of `modules`."""
+        added: list[str] = []
+        for path, others in self.tied(model).items():
+            present = [*modules, *added]
+            if _within_any(path, present):
+                added += [other for other in others if not _within_any(other, present)]
+        return added
+
+    def _check_other_adapters(
+        self, modules: list[str], biases: list[str], adapted: set[str]
+    ) -> None:
+        """Raise ValueError for a part that overlaps with a part of another adapter."""
+        for path in [*modules, *biases, *adapted]:
+            for name in self.originals:
+                inside = within(path, name) and (name != path or path in adapted)
+                around = path in modules and name != path and within(name, path)
+                if inside or around:
+                    raise ValueError(
+                        f"{path!r}: another adapter trains {name!r} with it: "
+                        "delete_adapter that one first."
+                    )
 
     def _copy(self, model: nn.Module, path: str, memo: dict[int, Any]) -> Part:
-        """A frozen fp32 copy of the part `path`. ValueError for a part that cannot train."""
+        """Return a frozen fp32 copy of one part, or raise ValueError if the part cannot train."""
         holder, leaf = part_holder(model, path)
-        part = self.originals[path] if path in self.originals else getattr(holder, leaf)
+        part = self.originals.get(path)
+        if part is None:
+            part = getattr(holder, leaf)
         if isinstance(part, nn.Parameter):
-            others = [p.dtype for p in holder.parameters(recurse=False) if p is not part]
-            if part.dtype.itemsize < 4 and any(dtype.is_floating_point for dtype in others):
-                raise ValueError(
-                    f'bias: {path} is {part.dtype} and trains in fp32: load the model with dtype="float32".'
-                )
-            return nn.Parameter((part.float() if part.dtype.itemsize < 4 else part).detach().clone(), False)
-        dtypes = {parameter.dtype for parameter in part.parameters()}
-        if not dtypes or any(not dtype.is_floating_point for dtype in dtypes):
-            what = "has no parameters" if not dtypes else "is in 4 bits and cannot train: leave it out of quantising"
-            raise ValueError(f"modules_to_save: {path!r} {what}.")
-        copied = copy.deepcopy(part, memo).requires_grad_(False)
-        if low := next((dtype for dtype in dtypes if dtype.itemsize < 4), None):
-            copied.float().register_forward_pre_hook(_to_fp32)
-            copied.register_forward_hook(partial(_from_fp32, low))
-        return copied
+            return _copy_bias(holder, part, path)
+        return _copy_module(part, path, memo)
 
 
 def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds a part under its plain name, and the part's name in it."""
+    """Return the module that contains a part, and the name of the part in it.
+
+    Args:
+        model: The model.
+        path: Name of the part, without `base_layer`.
+    """
     parent, _, leaf = path.rpartition(".")
     holder = model.get_submodule(parent)
-    return (holder.base_layer if isinstance(holder, LoRALayer) else holder), leaf
+    if isinstance(holder, LoRALayer):
+        holder = holder.base_layer
+    return holder, leaf
+
+
+def _move_like(part: Part, previous: Part) -> None:
+    """Move a part to the device of the part that it replaces, in the same training mode."""
+    if isinstance(previous, nn.Parameter):
+        device = previous.device
+    else:
+        device = next(previous.parameters()).device
+    if isinstance(part, nn.Parameter):
+        part.data = part.data.to(device)  # in place, because an optimiser may hold the parameter
+    else:
+        part.to(device)
+        part.train(getattr(previous, "training", False))
+
+
+def _within_any(path: str, modules: Iterable[str]) -> bool:
+    """Return True if a path is inside one of several modules, or is one of them."""
+    return any(within(path, module) for module in modules)
+
+
+def _lora_paths(model: nn.Module) -> set[str]:
+    """Return the names of all LoRALayers."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {path for path, module in modules if path and isinstance(module, LoRALayer)}
+
+
+def _matching_modules(model: nn.Module, entries: Iterable[str]) -> list[str]:
+    """Return the modules that match an entry, or raise ValueError for an entry without any."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    matching: list[str] = []
+    for entry in entries:
+        matches = [path for path in paths if ends_with(path, entry)]
+        if not matches:
+            raise unknown("modules_to_save", entry, paths)
+        matching += matches
+    return matching
+
+
+def _check_modules(modules: list[str], adapted: set[str], lora_paths: set[str]) -> None:
+    """Raise ValueError for a module that contains, or is, something else that trains."""
+    for path in modules:
+        for other in (*adapted, *lora_paths, *modules):
+            if other != path and within(other, path):
+                raise ValueError(
+                    f"modules_to_save: {path!r} holds {other!r}, which trains too: "
+                    "name one of the two."
+                )
+        if path in adapted or path in lora_paths:
+            raise ValueError(
+                f"modules_to_save: {path!r} has an adapter: leave it out of one of the two."
+            )
+
+
+def _bias_names(
+    model: nn.Module, modules: list[str], lora_paths: set[str], adapted: set[str] | None
+) -> list[str]:
+    """Return the biases of the layers `adapted` (None: of all), but those inside `modules`."""
+    adapter_prefixes = tuple(f"{path}.adapters." for path in lora_paths)
+    names: list[str] = []
+    for name, _ in model.named_parameters():
+        if name.startswith(adapter_prefixes):
+            continue  # a lora_bias
+        parent, _, leaf = name.rpartition(".")
+        if parent.removesuffix(".base_layer") in lora_paths:
+            parent = parent.removesuffix(".base_layer")
+        if "bias" not in leaf or (adapted is not None and parent not in adapted):
+            continue
+        if not _within_any(parent, modules):
+            names.append(f"{parent}.{leaf}" if parent else leaf)
+    return names
+
+
+def _copy_bias(holder: nn.Module, bias: nn.Parameter, path: str) -> nn.Parameter:
+    """Return a frozen copy of a bias, in fp32 if it has 16 bits."""
+    if bias.dtype.itemsize >= 4:
+        return nn.Parameter(bias.detach().clone(), requires_grad=False)
+    for parameter in holder.parameters(recurse=False):
+        if parameter is not bias and parameter.dtype.is_floating_point:
+            raise ValueError(
+                f"bias: {path} is {bias.dtype} and trains in fp32: "
+                'load the model with dtype="float32".'
+            )
+    return nn.Parameter(bias.float().detach().clone(), requires_grad=False)
+
+
+def _copy_module(module: nn.Module, path: str, memo: dict[int, Any]) -> nn.Module:
+    """Return a frozen copy of a module, which computes in fp32 if the module has 16 bits."""
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    if not dtypes:
+        raise ValueError(f"modules_to_save: {path!r} has no parameters. Leave it out.")
+    if any(not dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(
+            f"modules_to_save: {path!r} is in 4 bits and cannot train: leave it out of quantising."
+        )
+    copied = copy.deepcopy(module, memo).requires_grad_(False)
+    low_precision = next((dtype for dtype in dtypes if dtype.itemsize < 4), None)
+    if low_precision is not None:
+        copied.float()
+        copied.register_forward_pre_hook(_to_fp32)
+        copied.register_forward_hook(partial(_from_fp32, low_precision))
+    return copied
 
 
 def _to_fp32(module: nn.Module, args: tuple) -> tuple:
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    """Cast the floating-point inputs of a module to fp32; a forward pre-hook."""
+    converted = []
+    for argument in args:
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            argument = argument.float()
+        converted.append(argument)
+    return tuple(converted)
 
 
 def _from_fp32(dtype: torch.dtype, module: nn.Module, args: tuple, output: Any) -> Any:
-    return output.to(dtype) if isinstance(output, Tensor) else output
+    """Cast the output of a module back to the model's dtype; a forward hook."""
+    if isinstance(output, Tensor):
+        return output.to(dtype)
+    return output

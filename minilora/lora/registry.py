@@ -1,4 +1,4 @@
-"""The registry of a model's adapters, kept on the model itself."""
+"""The registry of a model's adapters, stored on the model itself."""
 
 from torch import nn
 
@@ -7,22 +7,40 @@ from minilora.lora.layer import LoRALayer
 from minilora.lora.modules_to_save import TrainedParts
 
 
-def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
-    """The model's LoRALayers by name, in model order."""
-    modules = model.named_modules(remove_duplicate=remove_duplicate)
-    return {path: module for path, module in modules if isinstance(module, LoRALayer)}
+class AdapterRegistry(dict[str, LoRAConfig]):
+    """The config of each adapter by name, and the other facts that belong to an adapter.
 
-
-class Injected(dict[str, LoRAConfig]):
-    """What a model knows about its adapters: config by name; their seeds, tokenizers and what else trains with them."""
+    Attributes:
+        seeds: Seed of each adapter's initial values; None if it was loaded from a file without it.
+        tokenizers: Hashes of the tokenizer that each adapter was trained with.
+        parts: Modules and biases that train together with an adapter.
+    """
 
     def __init__(self):
         super().__init__()
-        self.seeds: dict[str, int | None] = {}  # None where a file did not say
-        self.tokenizers: dict[str, dict[str, str] | None] = {}  # hashes of what they were trained with
+        self.seeds: dict[str, int | None] = {}
+        self.tokenizers: dict[str, dict[str, str] | None] = {}
         self.parts = TrainedParts()
 
 
-def lora_configs(model: nn.Module) -> Injected:
-    """The config of each injected adapter, by name; kept on the model itself."""
-    return model.__dict__.setdefault("_lora_configs", Injected())
+def lora_configs(model: nn.Module) -> AdapterRegistry:
+    """Return the registry of a model's adapters, which is created at the first call.
+
+    Args:
+        model: Any model.
+    """
+    return model.__dict__.setdefault("_lora_configs", AdapterRegistry())
+
+
+def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
+    """Return the LoRALayers of a model by name, in model order.
+
+    Args:
+        model: Any model.
+        remove_duplicate: List a layer that has several names in the model only once.
+    """
+    layers = {}
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, LoRALayer):
+            layers[path] = module
+    return layers

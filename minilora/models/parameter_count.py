@@ -1,4 +1,4 @@
-"""How large a model is: three numbers that are easily taken for one another."""
+"""The size of a model in three numbers: trainable parameters, all parameters, stored bytes."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,13 @@ from minilora.quant.nf4_linear import NF4Linear
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """`trainable` and `total` count numbers, a 4-bit weight as the dense one it is for; `stored_bytes` is memory."""
+    """The size of a model.
+
+    Attributes:
+        trainable: Number of parameters that require a gradient.
+        total: Number of all parameters. A 4-bit weight counts like the dense weight it represents.
+        stored_bytes: Memory of all parameters as they are stored.
+    """
 
     trainable: int
     total: int
@@ -24,13 +30,25 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count a model's parameters, adapters included; a tensor that is used in two places (tied) counts once."""
+    """Count a model's parameters, adapters included. A tensor that is used twice counts once.
+
+    Args:
+        model: Any model.
+    """
     parameters = list(model.parameters())
-    four_bit = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    codes_and_scales = {id(p) for m in four_bit for p in m.parameters(recurse=False) if p is not m.bias}
-    total = sum(p.numel() for p in parameters if id(p) not in codes_and_scales)
+    total = 0
+    codes_and_scales = set()
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.in_features * module.out_features
+            for parameter in module.parameters(recurse=False):
+                if parameter is not module.bias:
+                    codes_and_scales.add(id(parameter))
+    for parameter in parameters:
+        if id(parameter) not in codes_and_scales:
+            total += parameter.numel()
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=total + sum(m.in_features * m.out_features for m in four_bit),
+        total=total,
         stored_bytes=sum(p.nbytes for p in parameters),
     )

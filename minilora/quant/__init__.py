@@ -1,1 +1,1 @@
-"""The frozen base in 4 bits: NF4Linear and quantize_model."""
+"""The frozen base in 4 bits: NF4Linear, quantize_model, and fingerprints of weights."""

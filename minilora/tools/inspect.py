@@ -22,7 +22,8 @@ from torch import Tensor
 
 from minilora.common import read_tensors
 from minilora.lora.config import LoRAConfig
-from minilora.lora.files.save_load import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from minilora.lora.files.adapter_tensors import PREFIX
+from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE
 from minilora.lora.layer import scaling
 from minilora.lora.low_rank import Spaces, product_svd
 from minilora.models.gguf.header import read_header

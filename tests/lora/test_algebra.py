@@ -217,7 +217,7 @@ def test_gpt2_s_turned_weights():
 def test_what_cannot_be_added():
     a, dora = value(KINDS["plain"]), value(DORA)
     for bad in (lambda: 2 * dora, lambda: a + dora, lambda: dora.truncate(2), lambda: ml.combine_adapters([dora, a])):
-        with pytest.raises(ValueError, match="DoRA rescales W, so that what it adds to W depends on W"):
+        with pytest.raises(ValueError, match="DoRA rescales W, so its change of W depends on W"):
             bad()
     for given in ({"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "lora_bias": True}):
         with pytest.raises(ValueError, match="only adapters of linear layers"):

@@ -25,7 +25,8 @@ from minilora.lora.merging.merge import dense
 from minilora.lora.registry import lora_layers
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
-from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 
 FIRST = "model.layers.0.self_attn.q_proj"
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

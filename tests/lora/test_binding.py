@@ -24,7 +24,9 @@ from minilora.lora.files.base_check import KEY, fingerprint, hash_tokenizer
 from minilora.lora.files.save_load import WEIGHTS_FILE, load_adapter, save_adapter
 from minilora.lora.inject import inject
 from minilora.lora.registry import lora_layers
-from minilora.quant.nf4_linear import ROWS, NF4Linear, quantize_model
+from minilora.quant.fingerprint import ROWS
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 

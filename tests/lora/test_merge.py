@@ -15,7 +15,8 @@ from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.merge import dequantized_weights, merge
 from minilora.lora.registry import lora_configs, lora_layers
-from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 from minilora_kernels import FEW
 
 TOKENS = torch.arange(8)[None]

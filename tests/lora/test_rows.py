@@ -75,7 +75,7 @@ def test_rows_that_change_are_gathered_anew_in_the_memory_of_those_before():
             rows.choose(names)
             with torch.inference_mode(len(used) % 2 == 0), torch.no_grad():
                 close(model(TOKENS[0].repeat(len(names), 1)), logits, 1e-5)
-            used.append({key: room.data_ptr() for key, room in rows.rooms.items()})
+            used.append({key: room.data_ptr() for key, room in rows.buffers.items()})
     assert used[1] == used[0] and used[2] != used[1]
 
 
@@ -138,9 +138,9 @@ def test_what_changes_in_place_is_seen(tmp_path):
     shake(model, 8)
     with ml.per_row_adapters(model, ["four", "four"]) as rows, torch.no_grad():
         first = model(TOKENS)
-        kept = {key: value[-1] for key, value in rows.kept.items()}
+        kept = {key: value[-1] for key, value in rows.cache.items()}
         assert torch.equal(model(TOKENS), first)
-        assert all(value[-1] is kept[key] for key, value in rows.kept.items())  # not gathered again
+        assert all(value[-1] is kept[key] for key, value in rows.cache.items())  # not gathered again
         ml.load_adapter(model, tmp_path, name="four")
         close(model(TOKENS), swapped, 1e-5)
     assert not torch.equal(first, swapped)

@@ -158,7 +158,7 @@ def test_a_plan_knows_it(given):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (DORA | {"init_lora_weights": "pissa"}, "each changes what the other starts from"),
+        (DORA | {"init_lora_weights": "pissa"}, "each changes the starting point of the other"),
         (DORA | {"lora_bias": True}, "lora_bias: PEFT has it without use_dora"),
         (PISSA | {"lora_bias": True}, "init_lora_weights=True"),
         (SOME | {"init_lora_weights": "pissa_niter_"}, "init_lora_weights: not one of"),
@@ -188,7 +188,7 @@ def test_what_has_no_room_or_no_dense_weight():
         injected(PISSA | {"r": 17}, nn.Sequential(nn.Linear(32, 64)) and twin(small(hidden_size=32)))
     model = twin(small())
     ml.quantize_model(model)
-    with pytest.raises(ValueError, match="quantises a dense layer by itself, and this is NF4Linear"):
+    with pytest.raises(ValueError, match="quantises a dense layer, and this is NF4Linear"):
         injected(LOFTQ, model)
     model = injected(SOME)
     with pytest.raises(ValueError, match="this is LoRALayer"):
@@ -211,5 +211,5 @@ def test_a_file_beside_another_base_is_refused(how, tmp_path):
     ml.save_adapter(model, tmp_path)
     values = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"init_lora_weights": how}))
-    with pytest.raises(ValueError, match=f"with init_lora_weights '{how}' PEFT trained beside another base"):
+    with pytest.raises(ValueError, match=f"with init_lora_weights '{how}' PEFT trained the adapter for another base"):
         ml.load_adapter(twin(small()), tmp_path)

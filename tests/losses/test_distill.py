@@ -142,7 +142,7 @@ def test_the_teacher_is_read_in_eval_mode_and_learns_nothing():
 
 
 def test_a_4_bit_student_comes_closer_to_its_unquantised_base():
-    from minilora.quant.nf4_linear import quantize_model
+    from minilora.quant.quantize_model import quantize_model
 
     student = llama(hidden_size=64, intermediate_size=64)
     quantize_model(student)

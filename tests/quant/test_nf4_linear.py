@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
-from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 
 CASTS = [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu", torch.float16)]
 

@@ -8,7 +8,7 @@ import torch
 
 from helpers.toy import Letters, llama, lora, rows
 from minilora import check_training
-from minilora.quant.nf4_linear import quantize_model
+from minilora.quant.quantize_model import quantize_model
 from minilora.training import loop
 
 

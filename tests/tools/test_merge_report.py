@@ -16,7 +16,8 @@ from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import inject
 from minilora.lora.merging.merge import merge
 from minilora.lora.registry import lora_layers
-from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 from minilora.tools.merge_report import SHOWN, first_difference, merge_report
 from tests.lora.test_merge import TOKENS, model_with_adapter
 

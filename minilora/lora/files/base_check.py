@@ -1,20 +1,28 @@
-"""Which base an adapter was trained on, told by fingerprints in the metadata of its safetensors file.
+"""The check that an adapter is loaded into the base that it was trained on.
 
-    "minilora": {"version": …, "seed": …, "tokenizer": {"chat_template": …, "vocabulary": …}, "layers":
-                {"model.layers.0.self_attn.q_proj": ["nf4/64", [576, 576], "nf4/64:<hash>,bf16:<hash>,fp16:<hash>"], …}}
+An adapter is a correction of one weight. On another weight of equal shape it is noise, and PEFT
+adds it without a warning. Therefore the metadata of the safetensors file stores fingerprints of the
+base:
 
-An adapter is a correction to one weight: on another of equal shape it is noise, and PEFT adds it without a word. So
-each adapted layer is told by its storage kind, its shape and hashes of 64 rows spread evenly over its weight
-(quant.hash_rows): of what it is stored as, and of its source, the rows before they were quantised.
+    "minilora": {
+      "version": …, "seed": …, "tokenizer": {"chat_template": …, "vocabulary": …},
+      "layers": {
+        "model.layers.0.self_attn.q_proj":
+          ["nf4/64", [576, 576], "nf4/64:<hash>,bf16:<hash>,fp16:<hash>"], …}}
 
-    stored             what is hashed                            compared with
-    fp32, bf16, fp16   the rows, and their roundings to 16 bits  any dtype of the same rows, and NF4 made from them
-    nf4/64             the packed codes; the rows quantised      the same; without rows (bitsandbytes' file): the codes
-    gguf-…             as above, from a GGUF file                alike where it was not quantised, else not comparable
+For each adapted layer these are the kind of storage, the shape, and hashes of 64 rows of its weight
+(quant/fingerprint.py): of the rows as they are stored, and of the rows before they were quantised.
 
-Equal rows (in the dtype of either side) or equal codes are the same base; scales are not hashed, so double quantisation
-on or off is one base, and so is a 4-bit base that was made dense. Different rows, or different codes where a source is
-not known, are an error. Nothing in common is a notice. PEFT ignores the metadata, and its own files have none.
+    stored as          hashes of                               compared with
+    fp32, bf16, fp16   the rows, and their roundings           the rows in any dtype, or in NF4
+    nf4/64             the codes, and the rows before NF4      the same; without rows: the codes
+    gguf-…             the same, of a base from a GGUF file    the same, if it is not quantised
+
+Equal rows (in the dtype of either side) or equal codes mean the same base. Scales are not hashed,
+so double quantisation on or off is the same base, and so is a 4-bit base that was made dense.
+Different rows, or different codes where the rows are unknown, are an error. If nothing can be
+compared, a warning reports it. A file from bitsandbytes has codes without rows. PEFT ignores the
+metadata, and its own files have none.
 """
 
 import json
@@ -27,65 +35,153 @@ import torch
 from torch import Tensor, nn
 
 from minilora.common import __version__, whole, write_tensors
-from minilora.lora.layer import LoRALayer
+from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.registry import lora_configs, lora_layers
-from minilora.quant.nf4_linear import NF4Linear, digest, hash_rows
+from minilora.quant.fingerprint import digest, hash_rows
+from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
 KEY = "minilora"
 FORCE = "pass check_base=False (--no_check_base on the command line) to force it"
+_GGUF = "gguf-"
+_NF4 = "nf4/"
+
+
+# ---- fingerprints of layers
 
 
 def fingerprint(layer: nn.Module, source: str | None = None) -> list[Any]:
-    """[kind, shape, hashes] of a layer's weight, adapters aside; `source` is where the model came from."""
-    base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    """Return [kind, shape, hashes] of the weight of a layer, without its adapters.
+
+    Args:
+        layer: A LoRALayer, or any layer with a weight.
+        source: The file or name from which the model was loaded.
+    """
+    base = unwrapped(layer)
     if isinstance(base, NF4Linear):
-        shape, hashes = [base.out_features, base.in_features], base.fingerprint()
+        shape = [base.out_features, base.in_features]
+        hashes = base.fingerprint()
     else:
         weight = base.get_parameter("weight")
-        shape, hashes = list(weight.shape), hash_rows(weight)
-    prefix = "gguf-" if str(source).endswith(".gguf") else ""
-    return [prefix + hashes.partition(":")[0], shape, hashes]
+        shape = list(weight.shape)
+        hashes = hash_rows(weight)
+    kind = hashes.partition(":")[0]
+    if str(source).endswith(".gguf"):
+        kind = _GGUF + kind
+    return [kind, shape, hashes]
 
 
 def same_base(then: list[Any], now: list[Any]) -> bool | None:
-    """Whether two fingerprints are of one base; None where nothing that both have can tell."""
-    (a, own_a), (b, own_b) = _hashes(then), _hashes(now)
-    both = a.keys() & b.keys()
-    rows, codes = both & {own_a, own_b}, {kind for kind in both if kind.startswith("nf4/")}
-    comparable = then[0].startswith("gguf-") == now[0].startswith("gguf-")  # else one may be a rounding of the other
-    siblings = {own_a, own_b} == {"bf16", "fp16"}  # both may be roundings of one fp32 weight
-    if any(a[kind] == b[kind] for kind in rows | codes):
-        return True
-    return False if comparable and (codes or (rows and not siblings)) else None
+    """Compare two fingerprints of a layer.
 
+    Args:
+        then: The fingerprint in the file.
+        now: The fingerprint of the model.
 
-def _converted(layer: nn.Module, kind: str) -> str:
-    """The hashes that a layer would have, were it kept as `kind`: made dense, or in 4 bits; "" where that is no change.
-
-    A 4-bit weight that was made dense quantises to the same codes again.
+    Returns:
+        True for the same base, False for another one, None if the two cannot be compared.
     """
-    base: Any = layer.base_layer if isinstance(layer, LoRALayer) else layer
-    four_bit = kind.removeprefix("gguf-").startswith("nf4/")
-    if isinstance(base, NF4Linear):
-        return "" if four_bit else hash_rows(base.dequantize(torch.float32))
-    if not four_bit or not base.weight.is_floating_point():
-        return ""
-    return NF4Linear(quantize_nf4(base.weight.detach(), int(kind.rpartition("/")[2]))).fingerprint()
+    hashes_then, dtype_then = _parse_hashes(then)
+    hashes_now, dtype_now = _parse_hashes(now)
+    common = hashes_then.keys() & hashes_now.keys()
+    codes = {kind for kind in common if kind.startswith(_NF4)}
+    rows = common & {dtype_then, dtype_now}
+    if any(hashes_then[kind] == hashes_now[kind] for kind in rows | codes):
+        return True
+    if then[0].startswith(_GGUF) != now[0].startswith(_GGUF):
+        return None  # one may be a rounding of the other
+    if codes:
+        return False
+    both_may_be_rounded = {dtype_then, dtype_now} == {"bf16", "fp16"}  # from one fp32 weight
+    if rows and not both_may_be_rounded:
+        return False
+    return None
 
 
-def _hashes(entry: list[Any]) -> tuple[dict[str, str], str | None]:
-    """Hash by kind, and the source's own dtype if it is known. Older files have one hash, of what is stored."""
+def _parse_hashes(entry: list[Any]) -> tuple[dict[str, str], str | None]:
+    """Return the hashes of a fingerprint by kind, and the dtype of the original if it is known."""
     kind, _, text = entry
-    stored = kind.removeprefix("gguf-")
-    hashes = dict(part.split(":") for part in text.split(",")) if ":" in text else {stored: text}
-    return hashes, next((name for name in hashes if not name.startswith("nf4/")), None)
+    if ":" in text:
+        hashes = dict(part.split(":") for part in text.split(","))
+    else:  # a file of an older version has one hash, of the stored weight
+        hashes = {kind.removeprefix(_GGUF): text}
+    dtypes = [name for name in hashes if not name.startswith(_NF4)]
+    return hashes, dtypes[0] if dtypes else None
+
+
+def _converted_hashes(layer: nn.Module, kind: str) -> str:
+    """Return the hashes of a layer after conversion to another storage: dense or NF4.
+
+    "" means that the layer has this storage already or cannot be converted. A 4-bit weight that was
+    made dense quantises to the same codes again.
+    """
+    base: Any = unwrapped(layer)
+    to_nf4 = kind.removeprefix(_GGUF).startswith(_NF4)
+    if isinstance(base, NF4Linear):
+        if to_nf4:
+            return ""
+        return hash_rows(base.dequantize(torch.float32))
+    if not to_nf4 or not base.weight.is_floating_point():
+        return ""
+    blocksize = int(kind.rpartition("/")[2])
+    return NF4Linear(quantize_nf4(base.weight.detach(), blocksize)).fingerprint()
+
+
+# ---- the tokenizer
+
+
+def hash_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """Return hashes of the chat template and, if it can be listed, of the vocabulary.
+
+    Args:
+        tokenizer: A tokenizer of minilora or transformers.
+    """
+    template = getattr(tokenizer, "chat_template", None)  # a text, several texts by name, or None
+    hashes = {"chat_template": digest(json.dumps(template, sort_keys=True).encode())}
+    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
+    if convert is not None:
+        tokens = []
+        ids = list(range(len(tokenizer)))
+        for token_id, token in enumerate(convert(ids)):
+            unused = f"[PAD{token_id}]"  # GGUF's name of an id without a token
+            if token is not None and token != unused:
+                tokens.append(token)
+        hashes["vocabulary"] = digest(json.dumps(tokens).encode())
+    return hashes
+
+
+def note_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Store the hashes of the tokenizer that trains the active adapters, for `save_adapter`.
+
+    Args:
+        model: The model that is trained.
+        tokenizer: Its tokenizer, or None if it is unknown.
+    """
+    hashes = None
+    if tokenizer is not None:
+        hashes = hash_tokenizer(tokenizer)
+    for layer in lora_layers(model).values():
+        for name in layer.active:
+            lora_configs(model).tokenizers[name] = hashes
+
+
+# ---- the metadata of a file
 
 
 def binding(
-    layers: Mapping[str, nn.Module], source: str | None, seed: int | None, tokenizer: dict[str, str] | None
+    layers: Mapping[str, nn.Module],
+    source: str | None,
+    seed: int | None,
+    tokenizer: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """What is written: the layers' fingerprints, the adapter's seed, the tokenizer's hashes, minilora's version."""
+    """Return the metadata of an adapter file.
+
+    Args:
+        layers: The adapted layers by name.
+        source: The file or name from which the model was loaded.
+        seed: Seed of the adapter's initial values.
+        tokenizer: Hashes of the tokenizer, from `hash_tokenizer`.
+    """
     return {
         "version": __version__,
         "seed": seed,
@@ -94,72 +190,41 @@ def binding(
     }
 
 
-def hash_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """Hashes of the chat template and, if the tokenizer can list them, of what its ids stand for."""
-    template = getattr(tokenizer, "chat_template", None)  # a text, several by name, or None
-    hashes = {"chat_template": digest(json.dumps(template, sort_keys=True).encode())}
-    if (spell := getattr(tokenizer, "convert_ids_to_tokens", None)) is not None:
-        tokens = enumerate(spell(list(range(len(tokenizer)))))
-        used = [token for i, token in tokens if token not in (None, f"[PAD{i}]")]  # GGUF's name for an id without token
-        hashes["vocabulary"] = digest(json.dumps(used).encode())
-    return hashes
-
-
-def note_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """Remember which tokenizer the active adapters are trained with, for when they are saved."""
-    names = {name for layer in lora_layers(model).values() for name in layer.active}
-    lora_configs(model).tokenizers |= dict.fromkeys(names, None if tokenizer is None else hash_tokenizer(tokenizer))
-
-
-def check_binding(
-    then: dict[str, Any], layers: Mapping[str, nn.Module], source: str | None, where: Path, tokenizer: Any = None
-) -> None:
-    """Compare what was written with the model. ValueError for another base or tokenizer; one warning, of one line, for
-    layers that nothing can tell.
-    """
-    unknown, written = [], then.get("layers", {})
-    for path in (path for path in layers if path in written):
-        before, now = written[path], fingerprint(layers[path], source)
-        same = same_base(before, now)
-        if not same and (hashes := _converted(layers[path], before[0])):
-            same = same_base(before, [*now[:2], hashes]) or same
-        if same is False:
-            raise ValueError(
-                f"{where}: the adapter was trained on another base: {path} holds other weights here (expected "
-                f"{before}, got {now}). Load the base that it was trained on, or {FORCE}."
-            )
-        if same is None:
-            unknown.append(f"{path} was {before[0]}, is {now[0]}")
-    if unknown:
-        warnings.warn(f"{where}: {len(unknown)} layers cannot be compared with the base: {unknown[0]}.", stacklevel=4)
-    told = then.get("tokenizer")
-    if tokenizer is None or not isinstance(told, dict):
-        return
-    now = hash_tokenizer(tokenizer)
-    if other := " and ".join(f"another {what}" for what in told if now.get(what, told[what]) != told[what]):
-        raise ValueError(
-            f"{where}: the adapter was trained with {other}. Use the tokenizer and template that it was trained with, "
-            f"or, where the difference is meant, {FORCE}."
-        )
-
-
 def write_bound(path: Path, tensors: Mapping[str, Tensor], bound: dict[str, Any]) -> None:
-    """Write a safetensors file with `bound` in its metadata; equal contents give equal bytes."""
+    """Write a safetensors file with metadata. Equal contents give equal bytes.
+
+    Args:
+        path: The file to create or replace.
+        tensors: Tensors by name.
+        bound: The metadata, from `binding`.
+    """
     text = json.dumps(bound, sort_keys=True, separators=(",", ":"))
     with whole(path) as temporary:
         write_tensors(temporary, tensors, {KEY: text})
-        with temporary.open("r+b") as file:  # safetensors writes metadata in a random order: sort it, in equal length
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-            file.seek(8)
-            sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            assert len(sorted_header) <= length
-            file.write(sorted_header.ljust(length))
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place; the library writes it in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.write(text.ljust(length))
 
 
 def read_binding(path: Path) -> dict[str, Any]:
-    """What was written, {} in a file of PEFT's. ValueError if it is damaged."""
+    """Return the metadata of an adapter file; an empty dict for a file of PEFT.
+
+    Args:
+        path: The safetensors file.
+
+    Raises:
+        ValueError: The metadata is damaged.
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -167,7 +232,83 @@ def read_binding(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text)
         for entry in values.get("layers", {}).values():
-            _hashes(entry)
+            _parse_hashes(entry)
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: the metadata {KEY!r} is damaged ({error}): {text[:80]!r}.") from error
+        raise ValueError(
+            f"{path}: the metadata {KEY!r} is damaged ({error}): {text[:80]!r}. "
+            "Copy or download the file again."
+        ) from error
     return values
+
+
+def check_binding(
+    then: dict[str, Any],
+    layers: Mapping[str, nn.Module],
+    source: str | None,
+    where: Path,
+    tokenizer: Any = None,
+) -> None:
+    """Compare the metadata of an adapter file with a model and a tokenizer.
+
+    One warning reports all layers that cannot be compared.
+
+    Args:
+        then: The metadata of the file.
+        layers: The layers that the adapter is for, by name.
+        source: The file or name from which the model was loaded.
+        where: The adapter's folder, for messages.
+        tokenizer: The tokenizer to compare; None compares only the layers.
+
+    Raises:
+        ValueError: The base or the tokenizer is another one.
+    """
+    stored = then.get("layers", {})
+    not_comparable = []
+    for path, layer in layers.items():
+        if path not in stored:
+            continue
+        before = stored[path]
+        now = fingerprint(layer, source)
+        same = _is_same_layer(layer, before, now)
+        if same is False:
+            raise ValueError(
+                f"{where}: the adapter was trained on another base: {path} holds other weights "
+                f"here (expected {before}, got {now}). "
+                f"Load the base that it was trained on, or {FORCE}."
+            )
+        if same is None:
+            not_comparable.append(f"{path} was {before[0]}, is {now[0]}")
+    if not_comparable:
+        warnings.warn(
+            f"{where}: {len(not_comparable)} layers cannot be compared with the base: "
+            f"{not_comparable[0]}.",
+            stacklevel=4,  # the caller of load_adapter
+        )
+    if tokenizer is not None:
+        _check_tokenizer(then.get("tokenizer"), tokenizer, where)
+
+
+def _is_same_layer(layer: nn.Module, before: list[Any], now: list[Any]) -> bool | None:
+    """Return `same_base`, also after converting the layer to the storage in the file."""
+    same = same_base(before, now)
+    if same:
+        return True
+    converted = _converted_hashes(layer, before[0])
+    if converted:
+        return same_base(before, [now[0], now[1], converted]) or same
+    return same
+
+
+def _check_tokenizer(stored: Any, tokenizer: Any, where: Path) -> None:
+    """Raise ValueError if the hashes of the tokenizer differ from the stored ones."""
+    if not isinstance(stored, dict):
+        return
+    hashes = hash_tokenizer(tokenizer)
+    different = [name for name in stored if hashes.get(name, stored[name]) != stored[name]]
+    if different:
+        names = " and ".join(f"another {name}" for name in different)
+        raise ValueError(
+            f"{where}: the adapter was trained with {names}. "
+            "Use the tokenizer and template that it was trained with, "
+            f"or, where the difference is meant, {FORCE}."
+        )

@@ -1,1 +1,1 @@
-"""Merging adapters into weights, and arithmetic on adapters."""
+"""Merging of adapters into weights, and arithmetic on adapters."""

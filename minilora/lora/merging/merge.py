@@ -1,13 +1,16 @@
-"""Merging: fold the active adapters into the weight, W' = W + Σ s · B A, and b' = b + Σ s · b_A, in a new model.
+"""Merging: add the active adapters to the weights, in a new model.
 
-Summed in fp32 and rounded once, to the dtype of the base; a 4-bit base comes out dense. There is no unmerge: rounding
-loses what it would need (in bf16, PEFT's merge and unmerge change weights of the base). Layers that share a weight
-still share it if they share its adapters too (tie="shared"); else they are no longer tied, and the config says so.
+    W' = W + Σ s · B A,    b' = b + Σ s · b_A
+
+The sum is computed in fp32 and rounded once, to the dtype of the base. A 4-bit base becomes dense.
+Merging cannot be undone: rounding loses the values that it would need (in bf16, PEFT's merge and
+unmerge change weights of the base). Layers that share a weight still share it after merging if they
+share their adapters too (tie="shared"). Otherwise the tie ends, and the config states it.
 """
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -18,146 +21,185 @@ from torch import Tensor, nn
 from minilora.common import is_conv1d, output_layer
 from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.layer import LoRALayer
-from minilora.lora.registry import Injected, lora_configs, lora_layers
+from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
-STORAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "nf4": None}
+STORAGES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "nf4": None,
+}
+
+
+# ---- one layer
 
 
 def merged_weight(layer: nn.Module) -> Tensor:
-    """W + Σ s · B A over the active adapters, fp32, laid out as the base stores W: (out, in) for most."""
+    """Return W + Σ s · B A over the active adapters, in fp32.
+
+    Args:
+        layer: A LoRALayer, an NF4Linear, or any layer with a weight.
+
+    Returns:
+        The weight in the layout of the base: (out, in) for most layers.
+    """
     if isinstance(layer, NF4Linear):
         return layer.dequantize(torch.float32)
     if not isinstance(layer, LoRALayer):
         return layer.get_parameter("weight").detach().float()
     W = merged_weight(layer.base_layer)
     for delta in deltas(layer, torch.float32):
-        W = delta.contiguous().add_(W)  # in delta's memory, which nobody else holds
+        W = delta.contiguous().add_(W)  # in the memory of delta, which is not used again
     return W
 
 
 def deltas(layer: LoRALayer, dtype: torch.dtype) -> Iterator[Tensor]:
-    """s · B A of each active adapter, computed in `dtype`, laid out as the base stores its weight."""
+    """Yield the change of the weight by each active adapter, in the layout of the base's weight.
+
+    Args:
+        layer: The layer.
+        dtype: Dtype of the computation and of the results.
+    """
     for adapter in active_adapters(layer):
-        beside = getattr(adapter, "delta_beside", None)  # of a variant whose change depends on W
-        delta = adapter.delta(dtype) if beside is None else beside(layer.base_layer, dtype)
+        delta_beside = getattr(adapter, "delta_beside", None)  # of a variant that depends on W
+        if delta_beside is None:
+            delta = adapter.delta(dtype)
+        else:
+            delta = delta_beside(layer.base_layer, dtype)
         yield delta.T if is_conv1d(layer.base_layer) else delta
 
 
 def merged_bias(layer: nn.Module) -> Tensor | None:
-    """b + Σ s · lora_bias over the active adapters (out,), fp32 where there are any; None if there is neither."""
+    """Return b + Σ s · lora_bias over the active adapters.
+
+    Args:
+        layer: A LoRALayer, or any layer.
+
+    Returns:
+        The bias (out,), in fp32 if an adapter has a lora_bias; None without any bias.
+    """
     bias: Tensor | None = getattr(unwrapped(layer), "bias", None)
-    bias = None if bias is None else bias.detach()
+    if bias is not None:
+        bias = bias.detach()
     for adapter in active_adapters(layer):
-        if adapter.lora_bias is not None:
-            delta = adapter.scaling * adapter.lora_bias.detach()
-            bias = delta if bias is None else bias.float() + delta
+        if adapter.lora_bias is None:
+            continue
+        delta = adapter.scaling * adapter.lora_bias.detach()  # (out,)
+        if bias is None:
+            bias = delta
+        else:
+            bias = bias.float() + delta
     return bias
 
 
 def merged_from(layer: nn.Module) -> tuple[int, ...]:
-    """What the merged weight is made from: layers for which it is equal have one weight, and may share it."""
-    base = unwrapped(layer)
-    return id(base._parameters.get("weight", base)), *map(id, active_adapters(layer))
+    """Return a key of the weight and adapters of a layer.
 
+    Layers with equal keys have the same merged weight and may share it.
 
-def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
-    """A new model without adapters that computes what `model` does; `model` itself is not changed.
-
-    storage: of the layers with an active adapter or in 4 bits: "float32", "bfloat16" or "float16"; None takes the
-        dtype of the weight each was made from. "nf4" quantises layers of a 4-bit base again, which costs most of a
-        small adapter: measure it first (merge_report).
-    A bias that a transformers model did not have is announced, as its config has no word for it.
-    Raises ValueError if no adapter is active, for an unknown storage, for "nf4" without a 4-bit layer under one, and
-    for a convolution with groups.
+    Args:
+        layer: A LoRALayer, or any layer.
     """
-    layers = lora_layers(model).values()
-    at_work = [layer for layer in layers if layer.active]
-    if not at_work:
-        raise ValueError("there is no active adapter to merge: inject, load_adapter or set_adapter first.")
-    if storage is not None and storage not in STORAGES:
-        raise ValueError(f"storage: expected None or one of {', '.join(STORAGES)}, got {storage!r}.")
-    if storage == "nf4":
-        if not any(isinstance(layer.base_layer, NF4Linear) for layer in at_work):
-            raise ValueError("storage='nf4': no layer with an adapter is in 4 bits; merge without it, then quantise.")
-        replaced: dict[int, Any] = {id(layer): _quantized(layer) for layer in at_work}
-    else:
-        inside = {id(layer.base_layer) for layer in layers}
-        in_4_bits = [m for m in model.modules() if isinstance(unwrapped(m), NF4Linear) and id(m) not in inside]
-        dtype = None if storage is None else STORAGES[storage]
-        replaced = {id(m): dense(m, dtype) for m in dict.fromkeys([*at_work, *in_4_bits])}
-    weights: dict[tuple[int, ...], Any] = {}
-    for layer in at_work:
-        parameters = replaced[id(layer)]._parameters
-        if "weight" in parameters:
-            parameters["weight"] = weights.setdefault(merged_from(layer), parameters["weight"])
-    replaced |= _trained_parts(lora_configs(model))
-    for layer in layers:  # the others go back to their base, copied in one go with the model: what is tied stays so
-        if id(layer) not in replaced:
-            replaced[id(layer)] = copy.deepcopy(layer.base_layer, replaced)
-    merged = copy.deepcopy(model, replaced)  # which takes the replaced ones for the modules' copies
-    for key in ("_lora_configs", "_trainable_before_lora"):
-        merged.__dict__.pop(key, None)
-    _declare_untied(merged)
-    added = [path for path, m in lora_layers(model).items() if merged_bias(m) is not None and m.base_layer.bias is None]
-    if added and hasattr(merged, "save_pretrained"):
-        warnings.warn(
-            f"{len(added)} layers have a bias now (lora_bias), first {added[0]}: what save_pretrained writes of it is "
-            "left out by from_pretrained. Keep the adapter unmerged (save_adapter) to use it elsewhere.",
-            stacklevel=2,
-        )
-    return merged
-
-
-def _trained_parts(configs: Injected) -> dict[int, Any]:
-    """id of each module that trains with an active adapter → a plain one that holds its values."""
-    found = {}
-    for name in configs.parts.active:
-        memo: dict[int, Any] = {}  # with one for all, copies share what the originals share
-        for path, part in configs.parts.trained.get(name, {}).items():
-            if isinstance(part, nn.Module):
-                memo = memo if configs[name].tie == "shared" else {}
-                found[id(part)] = plain = copy.deepcopy(cast(nn.Module, configs.parts.originals[path]), memo)
-                plain.load_state_dict(part.state_dict())  # in the original's dtype, without the hooks of training
-    return found
-
-
-def _declare_untied(model: Any) -> None:
-    """tie_word_embeddings=False where the config says True and the weights are two."""
-    config: Any = getattr(model, "config", None)
-    head = output_layer(model)
-    if head is None or not getattr(config, "tie_word_embeddings", False):
-        return
-    if getattr(head, "weight", None) is not model.get_input_embeddings().weight:
-        if hasattr(model, "declare_untied"):
-            model.declare_untied()
-        else:
-            config.tie_word_embeddings = False
+    base = unwrapped(layer)
+    weight = base._parameters.get("weight", base)
+    adapters = active_adapters(layer)
+    return (id(weight), *[id(adapter) for adapter in adapters])
 
 
 def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A LoRALayer or NF4Linear as a frozen dense layer, its active adapters merged; in the base's dtype by default."""
-    base, bias = unwrapped(layer), merged_bias(layer)
+    """Return a frozen dense copy of a layer, with its active adapters merged.
+
+    Args:
+        layer: A LoRALayer or NF4Linear.
+        dtype: Dtype of the copy; None is the dtype of the base.
+    """
+    base = unwrapped(layer)
+    bias = merged_bias(layer)
     if isinstance(base, NF4Linear):
-        own = base.dtype
+        own_dtype = base.dtype
         plain: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     else:
-        own = base.get_parameter("weight").dtype
-        plain = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # all but what is replaced below
-    weight = merged_weight(layer).to(dtype or own)
+        own_dtype = base.get_parameter("weight").dtype
+        # Copy the module but not its parameters, which are replaced below.
+        plain = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    weight = merged_weight(layer).to(dtype or own_dtype)
     plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     if bias is not None:
-        plain.register_parameter("bias", nn.Parameter(bias.to(weight.dtype, copy=True), requires_grad=False))
+        bias = bias.to(weight.dtype, copy=True)
+        plain.register_parameter("bias", nn.Parameter(bias, requires_grad=False))
     return plain.train(layer.training)
+
+
+def _quantized(layer: LoRALayer) -> nn.Module:
+    """Return the merged layer, quantised again with the settings of its base if that is 4-bit."""
+    base = layer.base_layer
+    if not isinstance(base, NF4Linear):
+        return dense(layer)
+    weight = quantize_nf4(merged_weight(layer), base.blocksize, base.weight.double_quant)
+    bias = merged_bias(layer)
+    if bias is not None:
+        bias = bias.to(base.dtype, copy=True)
+    return NF4Linear(replace(weight, dtype=base.dtype), bias).train(layer.training)
+
+
+# ---- a whole model
+
+
+def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
+    """Return a new model without adapters that computes the same. `model` is not changed.
+
+    A warning reports biases that a transformers model did not have before, because its config
+    cannot describe them.
+
+    Args:
+        model: A model with an active adapter.
+        storage: Storage of the layers that have an active adapter or are 4-bit: "float32",
+            "bfloat16" or "float16"; None is the dtype from which each weight was made. "nf4"
+            quantises merged layers of a 4-bit base again, which costs most of a small adapter:
+            measure it first (`merge_report`).
+
+    Raises:
+        ValueError: No adapter is active, the storage is unknown, "nf4" is requested without a 4-bit
+            layer under an active adapter, or an adapter of a convolution with groups is active.
+    """
+    layers = list(lora_layers(model).values())
+    active = [layer for layer in layers if layer.active]
+    _check_storage(active, storage)
+    # Replacements by the id of the module that they replace. As the memo of deepcopy below, they
+    # become the modules' copies.
+    replaced: dict[int, Any] = {}
+    if storage == "nf4":
+        for layer in active:
+            replaced[id(layer)] = _quantized(layer)
+    else:
+        dtype = STORAGES[storage] if storage else None
+        for module in dict.fromkeys([*active, *_free_4_bit_layers(model, layers)]):
+            replaced[id(module)] = dense(module, dtype)
+    _share_merged_weights(active, replaced)
+    replaced |= _trained_modules(lora_configs(model))
+    for layer in layers:
+        if id(layer) not in replaced:  # its base is copied with the same memo, so that ties remain
+            replaced[id(layer)] = copy.deepcopy(layer.base_layer, replaced)
+    merged = copy.deepcopy(model, replaced)
+    for key in ("_lora_configs", "_trainable_before_lora"):
+        merged.__dict__.pop(key, None)
+    _declare_untied(merged)
+    if hasattr(merged, "save_pretrained"):
+        _warn_of_new_biases(model)
+    return merged
 
 
 @contextmanager
 def dequantized_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, every NF4Linear of `model` is dense, of the same values: made once instead of in each forward pass.
+    """Replace every NF4Linear of a model by a dense layer with the same values in a `with` block.
 
-    For text on a CPU, where each token would make them again. It takes the 16 bits a weight that NF4 saves, meanwhile;
-    afterwards the 4-bit layers are back in place.
+    Text generation on a CPU otherwise dequantises every weight again for each token. The block
+    needs the memory that NF4 saves. The 4-bit layers are put back at its end.
+
+    Args:
+        model: The model.
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
     try:
@@ -166,15 +208,94 @@ def dequantized_weights(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for path, layer in layers.items():
-            model.set_submodule(path, layer.train(model.get_submodule(path).training))
+            layer.train(model.get_submodule(path).training)
+            model.set_submodule(path, layer)
 
 
-def _quantized(layer: LoRALayer) -> nn.Module:
-    """The layer merged and stored as its base is: a 4-bit one is quantised again, with its own block size and kind."""
-    base = layer.base_layer
-    if not isinstance(base, NF4Linear):
-        return dense(layer)
-    again = quantize_nf4(merged_weight(layer), base.blocksize, base.weight.double_quant)
-    bias = merged_bias(layer)
-    bias = None if bias is None else bias.to(base.dtype, copy=True)
-    return NF4Linear(replace(again, dtype=base.dtype), bias).train(layer.training)
+def _check_storage(active: list[LoRALayer], storage: str | None) -> None:
+    """Raise ValueError unless the layers with active adapters can be merged into this storage."""
+    if not active:
+        raise ValueError(
+            "the model has no active adapter to merge: inject, load_adapter or set_adapter first."
+        )
+    if storage is not None and storage not in STORAGES:
+        raise ValueError(
+            f"storage: expected None or one of {', '.join(STORAGES)}, got {storage!r}."
+        )
+    has_4_bit_base = any(isinstance(layer.base_layer, NF4Linear) for layer in active)
+    if storage == "nf4" and not has_4_bit_base:
+        raise ValueError(
+            "storage='nf4': no layer with an active adapter is in 4 bits; "
+            "merge without it, then quantise."
+        )
+
+
+def _free_4_bit_layers(model: nn.Module, layers: Iterable[LoRALayer]) -> list[nn.Module]:
+    """Return the 4-bit layers of a model, in a LoRALayer or without one."""
+    wrapped = {id(layer.base_layer) for layer in layers}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(unwrapped(module), NF4Linear) and id(module) not in wrapped
+    ]
+
+
+def _share_merged_weights(active: list[LoRALayer], replaced: dict[int, Any]) -> None:
+    """Give merged layers with the same weight and the same adapters one parameter."""
+    weights: dict[tuple[int, ...], Any] = {}
+    for layer in active:
+        parameters = replaced[id(layer)]._parameters
+        if "weight" in parameters:
+            shared = weights.setdefault(merged_from(layer), parameters["weight"])
+            parameters["weight"] = shared
+
+
+def _trained_modules(registry: AdapterRegistry) -> dict[int, nn.Module]:
+    """Return plain modules with the values of the trained copies, by id of the copy.
+
+    They have the dtype of the originals, and not the hooks of training.
+    """
+    plain_modules: dict[int, nn.Module] = {}
+    parts = registry.parts
+    for name in parts.active:
+        memo: dict[int, Any] = {}  # of deepcopy: with one memo, shared weights stay shared
+        for path, copied in parts.trained.get(name, {}).items():
+            if not isinstance(copied, nn.Module):
+                continue
+            shared = registry[name].tie == "shared"
+            original = cast(nn.Module, parts.originals[path])
+            if not shared:
+                memo = {}
+            plain = copy.deepcopy(original, memo)
+            plain.load_state_dict(copied.state_dict())
+            plain_modules[id(copied)] = plain
+    return plain_modules
+
+
+def _declare_untied(model: Any) -> None:
+    """Set tie_word_embeddings to False where the config claims a tie that no longer exists."""
+    config: Any = getattr(model, "config", None)
+    head = output_layer(model)
+    if head is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if getattr(head, "weight", None) is model.get_input_embeddings().weight:
+        return
+    if hasattr(model, "declare_untied"):
+        model.declare_untied()
+    else:
+        config.tie_word_embeddings = False
+
+
+def _warn_of_new_biases(model: nn.Module) -> None:
+    """Warn of layers that get a bias by merging a lora_bias."""
+    added = []
+    for path, layer in lora_layers(model).items():
+        if merged_bias(layer) is not None and layer.base_layer.bias is None:
+            added.append(path)
+    if added:
+        warnings.warn(
+            f"{len(added)} layers have a bias now (lora_bias), first {added[0]}: "
+            "save_pretrained writes it, but from_pretrained ignores it. "
+            "Keep the adapter unmerged (save_adapter) to use it elsewhere.",
+            stacklevel=3,
+        )

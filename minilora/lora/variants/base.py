@@ -1,11 +1,14 @@
-"""Methods beside plain LoRA, each in one file. LoRAConfig asks for them: `use_dora`, `init_lora_weights`.
+"""The variants of LoRA, and helpers that they share.
 
-    DoRA     W' = m ∘ (W + s B A) / ‖W + s B A‖      rows of length m; m, A and B train          dora.py
-    PiSSA    W' = W + s (B A − B₀ A₀)                s B₀ A₀ ≈ W, where A and B begin            pissa.py
-    LoftQ    W' = Q + s B A                          s B A ≈ W − Q, where A and B begin; Q in 4 bits, in the place of W
+LoRAConfig selects a variant by `use_dora` or `init_lora_weights`:
 
-Each is an adapter like LoRAAdapter (layer.py): called with a layer's input, its output so far and its base. All are for
-linear layers, dense or (but LoftQ, which makes them) in 4 bits. docs/variants.md says what they cost.
+    DoRA     W' = m ∘ (W + s B A) / ‖W + s B A‖      row lengths m, A and B train         dora.py
+    PiSSA    W' = W + s (B A − B₀ A₀)                s B₀ A₀ ≈ W at the start             pissa.py
+    LoftQ    W' = Q + s B A                          Q is W in 4 bits, s B A ≈ W − Q      loftq.py
+
+Each variant is an adapter like LoRAAdapter (layer.py): it is called with the input of a layer, its
+output so far and its base. All variants are for linear layers, dense or in 4 bits; LoftQ, which
+makes the 4 bits itself, is for dense layers only. docs/variants.md shows their cost.
 """
 
 from dataclasses import replace
@@ -19,25 +22,38 @@ from minilora.lora.merging.merge import merged_weight
 
 
 def as_plain(config: LoRAConfig, adapters: dict[str, Any]) -> tuple[LoRAConfig, dict[str, Any]]:
-    """What a file holds of an adapter that began from W: a plain LoRA beside the base that is in the model.
+    """Return a PiSSA or LoftQ adapter as a plain LoRA for the base in the model.
 
-    PiSSA's has twice the rank and the same s: α/r, or α/√r when rank-stabilised. LoftQ's is one already.
+    A PiSSA adapter becomes a LoRA of twice the rank with the same s: α/r, or α/√r if it is
+    rank-stabilised. A LoftQ adapter is a plain LoRA already.
+
+    Args:
+        config: The config of the adapter.
+        adapters: Its adapters by layer name.
+
+    Returns:
+        The config and the adapters of the plain LoRA.
     """
     if config.init_lora_weights == "loftq":
         return replace(config, init_lora_weights=True, loftq_config={}), adapters
-    stronger = 2**0.5 if config.use_rslora else 2
-    plain = replace(
+    alpha_factor = 2**0.5 if config.use_rslora else 2
+    plain_config = replace(
         config,
         init_lora_weights=True,
         r=2 * config.r,
-        lora_alpha=stronger * config.lora_alpha,
+        lora_alpha=alpha_factor * config.lora_alpha,
         rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
-        alpha_pattern={key: stronger * alpha for key, alpha in config.alpha_pattern.items()},
+        alpha_pattern={key: alpha_factor * alpha for key, alpha in config.alpha_pattern.items()},
     )
-    return plain, {path: adapter.plain() for path, adapter in adapters.items()}
+    plain_adapters = {path: adapter.plain() for path, adapter in adapters.items()}
+    return plain_config, plain_adapters
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """W (out, in) of a linear base, fp32."""
+    """Return W (out, in) of a linear layer, dense and in fp32.
+
+    Args:
+        base: nn.Linear, NF4Linear, or Conv1D of transformers.
+    """
     W = merged_weight(base)
     return W.T if is_conv1d(base) else W

@@ -1,19 +1,35 @@
-"""The adapter of the variant that a LoRAConfig asks for."""
+"""The choice of the adapter for the variant that a LoRAConfig names."""
 
 from typing import Any
 
 from torch import nn
 
 from minilora.lora.config import LoRAConfig
-from minilora.lora.embedding_conv import unwrapped
+from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.layer import LoRAAdapter
 from minilora.lora.variants import dora, loftq, pissa
 
 
-def vary(adapter: nn.Module, layer: nn.Module, config: LoRAConfig, seed: int) -> Any:
-    """The adapter that `config` asks for on `layer`, made of the plain one. ValueError: the layer is not linear."""
-    name = "dora" if config.use_dora else str(config.init_lora_weights).partition("_")[0]
+def as_variant(adapter: Adapter, layer: nn.Module, config: LoRAConfig, seed: int) -> Any:
+    """Return the adapter of the variant that a config names, made from a plain adapter.
+
+    Args:
+        adapter: A new plain adapter. The variant takes its A, B and hyperparameters.
+        layer: The layer, or a LoRALayer around it.
+        config: A config with `use_dora`, or with `init_lora_weights` of PiSSA or LoftQ.
+        seed: Seed of random decompositions.
+
+    Raises:
+        ValueError: The layer is not linear, or the variant does not fit it.
+    """
+    method = str(config.init_lora_weights).partition("_")[0]  # "pissa_niter_4" → "pissa"
+    if config.use_dora:
+        method = "dora"
     if type(adapter) is not LoRAAdapter:
-        raise ValueError(f"{name} is for linear layers, and this is {type(unwrapped(layer)).__name__}: leave it out.")
-    begin = {"dora": dora, "pissa": pissa, "loftq": loftq}[name].begin
-    return begin(adapter, layer, config, seed)
+        kind = type(unwrapped(layer)).__name__
+        raise ValueError(f"{method} is for linear layers, and this is {kind}: leave it out.")
+    if method == "dora":
+        return dora.begin(adapter, layer)
+    if method == "pissa":
+        return pissa.begin(adapter, layer, config, seed)
+    return loftq.begin(adapter, layer, config)

@@ -1,79 +1,131 @@
-"""DoRA: the length of each row of W trains by itself, and B A only turns the row (arXiv 2402.09353, §4, eq. 5).
+"""DoRA: the length of each row of W trains separately, and B A only turns the row.
 
-    W' = m ∘ V / ‖V‖,   V = W + s B A,   ‖·‖ of each row       at first m = ‖V‖, so that W' = W
-    h  = b + g ∘ (W x + s B A x),   g = m / ‖V‖                  = h₀ + (g − 1) ∘ (W x) + g ∘ (s B A x)
+    V  = W + s B A,   W' = m ∘ V / ‖V‖                    DoRA §4, eq. 5 (arXiv:2402.09353)
+    h  = b + g ∘ (W x + s B A x),   g = m / ‖V‖
+       = h₀ + (g − 1) ∘ (W x) + g ∘ (s B A x)             h₀ is the output of the frozen layer
 
-‖V‖ counts as a constant in backward (§4.3), so m's gradient is what comes back to each output, scaled. V is not made:
+‖·‖ is the norm of each row. At first m = ‖V‖, so that W' = W. In backward ‖V‖ counts as a constant
+(§4.3). V is not computed. With rows w of W and b of B:
 
-    ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ       w, b: rows of W and B
+    ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ
 
-which takes W Aᵀ (out, r) and the Gram matrix A Aᵀ (r, r). A row of zeros has no direction: ε in the place of its norm
-keeps g finite, and the row can learn. Where W and s B A cancel, the sum is exact to 2⁻²³ (‖w‖ + ‖s b A‖)² only.
+which takes W Aᵀ (out, r) and the Gram matrix A Aᵀ (r, r). A row of zeros has no direction: ε in
+place of its norm keeps g finite, so that the row can learn. Where W and s B A cancel, the sum is
+exact to 2⁻²³ (‖w‖ + ‖s b A‖)² only.
 
-QDoRA is the same beside NF4: W is dense while its norms are taken. They are taken in every forward pass, as A and B may
-have moved: that reads W once more. Merge what is to answer fast. Dropout acts on all that is rescaled, as in PEFT.
+QDoRA is the same with an NF4 base: W is dense while the norms are computed. Each forward pass
+computes them, because A and B may have changed, and reads W once more for it. Merge an adapter that
+has to answer fast. Dropout acts on everything that is rescaled, as in PEFT.
 """
-
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.lora.embedding_conv import unwrapped
-from minilora.lora.layer import LoRAAdapter
+from minilora.lora.layer import AdapterBase, LoRAAdapter
 from minilora.lora.variants.base import dense_weight
 
-EPSILON = torch.finfo(torch.float32).eps  # in the place of a row's norm that is smaller
+EPSILON = torch.finfo(torch.float32).eps  # smallest norm of a row
 
 
-class DoRAAdapter(nn.Module):
-    """A, B and m (out,) of one linear layer, fp32; made of a plain adapter, whose A and B it takes."""
+class DoRAAdapter(AdapterBase):
+    """A, B and the row lengths m (out,) of one linear layer, in fp32.
+
+    Args:
+        plain: A plain adapter, whose A, B and hyperparameters are taken over.
+        base: The frozen linear layer.
+    """
+
+    lora_bias = None
 
     def __init__(self, plain: LoRAAdapter, base: nn.Module):
         super().__init__()
-        self.scaling, self.r, self.lora_alpha, self.dropout = plain.scaling, plain.r, plain.lora_alpha, plain.dropout
-        self.lora_A, self.lora_B = plain.lora_A, plain.lora_B
-        meta = next(base.parameters()).is_meta  # shapes only, to plan with
-        m = torch.empty(len(self.lora_B)) if meta else self.norms(base)
+        self.scaling = plain.scaling
+        self.r = plain.r
+        self.lora_alpha = plain.lora_alpha
+        self.dropout = plain.dropout
+        self.lora_A = plain.lora_A
+        self.lora_B = plain.lora_B
+        if next(base.parameters()).is_meta:  # shapes only, for a memory plan
+            m = torch.empty(len(self.lora_B))  # (out,)
+        else:
+            m = self.norms(base)  # (out,)
         self.lora_magnitude_vector = nn.Parameter(m)
 
     @torch.no_grad()
     def norms(self, base: nn.Module) -> Tensor:
-        """‖W + s B A‖ of each row (out,), fp32, at least ε."""
+        """Return ‖W + s B A‖ of each row (out,), fp32, at least ε.
+
+        Args:
+            base: The frozen linear layer.
+        """
         with torch.autocast(self.lora_A.device.type, enabled=False):
             W = dense_weight(base)  # (out, in)
-            A, B = self.lora_A.to(W.device), self.scaling * self.lora_B.to(W.device)  # (r, in), (out, r)
+            A = self.lora_A.to(W.device)  # (r, in)
+            B = self.scaling * self.lora_B.to(W.device)  # (out, r), contains s
             cross = (B * (W @ A.T)).sum(1)  # (out,) s b · (A w)
             gram = (B @ (A @ A.T) * B).sum(1)  # (out,) s² b (A Aᵀ) bᵀ
-            squares = torch.linalg.vector_norm(W, dim=1).square() + 2 * cross + gram
+            squares = torch.linalg.vector_norm(W, dim=1).square() + 2 * cross + gram  # (out,)
         return squares.clamp(min=EPSILON**2).sqrt()
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y + (g − 1) ∘ (W x) + g ∘ (s B A x), computed in x.dtype, g in fp32; x (…, in), y (…, out)."""
+        """Return y + (g − 1) ∘ (W x) + g ∘ (s B A x), computed in x.dtype, with g in fp32.
+
+        Args:
+            x: Input of the layer, (…, in).
+            y: Output of the frozen layer, (…, out).
+            base: The frozen layer.
+
+        Returns:
+            The corrected output, (…, out).
+        """
         g = self.lora_magnitude_vector / self.norms(base)  # (out,)
-        dropped = self.dropout(x)
-        Wx = y if dropped is x or not self.training else base(dropped)  # (…, out)
-        if (bias := getattr(base, "bias", None)) is not None:
+        dropped = self.dropout(x)  # (…, in)
+        if dropped is x or not self.training:
+            Wx = y  # (…, out)
+        else:
+            Wx = base(dropped)  # (…, out)
+        bias = getattr(base, "bias", None)
+        if bias is not None:
             Wx = Wx - bias.to(Wx.dtype)
         z = F.linear(dropped, self.lora_A.to(x.dtype))  # (…, r)
-        turned = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (…, out)
-        return y + (g - 1).to(y.dtype) * Wx + g.to(y.dtype) * turned
+        BAx = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (…, out), contains s
+        return y + (g - 1).to(y.dtype) * Wx + g.to(y.dtype) * BAx
 
     def delta_beside(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
-        """What merging adds to W: g ∘ (W + s B A) − W (out, in)."""
-        W, g = dense_weight(base).to(dtype), (self.lora_magnitude_vector.detach() / self.norms(base)).to(dtype)[:, None]
-        return (g - 1) * W + g * LoRAAdapter.delta(cast(Any, self), dtype)
+        """Return g ∘ (W + s B A) − W, the matrix that merging adds to W.
+
+        Args:
+            base: The frozen linear layer.
+            dtype: Dtype of the computation and of the result.
+
+        Returns:
+            The change of the weight, (out, in).
+        """
+        W = dense_weight(base).to(dtype)  # (out, in)
+        g = (self.lora_magnitude_vector.detach() / self.norms(base)).to(dtype)[:, None]  # (out, 1)
+        A = self.lora_A.detach().to(dtype)  # (r, in)
+        B = self.lora_B.detach().to(dtype)  # (out, r)
+        return (g - 1) * W + g * (self.scaling * B @ A)  # (out, in)
 
     def tensors(self, base: nn.Module) -> dict[str, Tensor]:
-        """The live parameters under PEFT's names."""
-        found = LoRAAdapter.tensors(cast(Any, self), base)
-        return found | {"lora_magnitude_vector": self.lora_magnitude_vector}
+        """Return the parameters under the names that PEFT's files use.
 
-    lora_bias = None
-    _apply, extra_repr = cast(Any, LoRAAdapter._apply), LoRAAdapter.extra_repr
+        Args:
+            base: The frozen layer, which is not read.
+
+        Returns:
+            The live parameters, not copies of them.
+        """
+        return super().tensors(base) | {"lora_magnitude_vector": self.lora_magnitude_vector}
 
 
-def begin(plain: LoRAAdapter, layer: nn.Module, *_: Any) -> DoRAAdapter:
-    """A DoRA that changes nothing yet."""
+def begin(plain: LoRAAdapter, layer: nn.Module) -> DoRAAdapter:
+    """Return a DoRA adapter that changes nothing yet.
+
+    Args:
+        plain: A new plain adapter.
+        layer: The layer, or a LoRALayer around it.
+    """
     return DoRAAdapter(plain, unwrapped(layer))

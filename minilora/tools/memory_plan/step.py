@@ -23,7 +23,8 @@ from minilora.lora.registry import lora_configs
 from minilora.losses.sft import SFT
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.quant.nf4_linear import NF4Linear, quantize_model
+from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantize_model import quantize_model
 from minilora.tools.memory_plan.meter import Meter, Stretch, Unfilled
 from minilora.training import checks
 from minilora.training.config import TrainConfig
