@@ -32,9 +32,8 @@ from minilora.lora.active import check_adapters
 from minilora.lora.layer import LoRAAdapter, LoRALayer
 from minilora.lora.registry import lora_configs, lora_layers
 
-Factors = tuple[
-    Tensor, Tensor, Tensor | None
-]  # A (rows, r, in), s B (rows, out, r), s b (rows, 1, out)
+# A (rows, r, in), s B (rows, out, r) and s b (rows, 1, out)
+Factors = tuple[Tensor, Tensor, Tensor | None]
 _CacheKey = tuple[int, torch.device, torch.dtype]  # id of a layer, device and dtype of its factors
 
 
@@ -136,8 +135,10 @@ class PerRowAdapters:
             return cached.factors
         adapters: list[Any] = []  # one for each row
         for name in self.names:
-            has_adapter = name and name in layer.adapters
-            adapters.append(layer.adapters[name] if has_adapter else None)
+            if name is not None and name in layer.adapters:
+                adapters.append(layer.adapters[name])
+            else:
+                adapters.append(None)
         distinct = [adapter for adapter in dict.fromkeys(adapters) if adapter is not None]
         factors = None
         if distinct:

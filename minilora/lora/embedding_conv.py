@@ -9,10 +9,10 @@
     B       lora_B        (D, r), from N(0, 1)   (out, r/groups, 1…), zero
 
 V is the vocabulary, D the embedding dimension, k… the kernel. In an embedding A starts at zero and
-B random. The other way round B would have no gradient, and a row of A is only read for its own
-token. A convolution's A has the kernel, stride and padding of the base and reads every input
-channel. B mixes the r results within the groups of the base. Layers for which PEFT computes
-something else than the merged layer would are refused here.
+B random, as in PEFT. A column of A is read for its own token only, so the embedding of a token that
+training never meets stays exactly as it was. A convolution's A has the kernel, stride and padding
+of the base and reads every input channel. B mixes the r results within the groups of the base.
+Layers for which PEFT computes something else than the merged layer would are refused here.
 """
 
 import math

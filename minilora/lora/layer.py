@@ -19,7 +19,10 @@ at zero too, the gradient of B, which is a product with A x, would be zero, and 
     s       scaling            ()         α/r, or α/√r for rank-stabilised LoRA (arXiv:2312.03732)
     b       lora_bias          (out,)     optional: h = W x + s · (B A x + b), fp32, starts at zero
 
-A and B are stored in fp32. Each forward pass casts them to the dtype of x and computes in it.
+A and B are stored in fp32. Each forward pass casts them to the dtype of x and computes in it. The
+factor s multiplies A x, so A and B themselves do not contain it.
+
+LoRAAdapter is one pair of A and B. LoRALayer is the frozen layer together with its adapters.
 """
 
 import math
@@ -61,7 +64,7 @@ class AdapterBase(nn.Module):
         Returns:
             The live parameters, not copies of them.
         """
-        named = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+        named: dict[str, Tensor] = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
         if self.lora_bias is not None:
             named["lora_B.bias"] = self.lora_bias
         return named
@@ -290,8 +293,8 @@ class LoRALayer(nn.Module):
         """
         if not name or "." in name or hasattr(self.adapters, name):
             raise ValueError(
-                f"adapter {name!r}: expected a new, dotless name, not ModuleDict's: "
-                f"{[*self.adapters]}"
+                f"adapter {name!r}: expected a new, dotless name that is not a method of "
+                f"ModuleDict. This layer has {[*self.adapters]}."
             )
         device = next((p.device for p in self.base_layer.parameters()), None)
         adapter.to(device).train(self.training).requires_grad_(False)

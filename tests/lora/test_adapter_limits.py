@@ -201,7 +201,7 @@ def test_a_bias_with_another_start_is_refused():
 def test_a_name_that_cannot_be_changes_nothing(name):
     """The last one is a method of the nn.ModuleDict that holds the adapters."""
     model = build("llama")
-    with pytest.raises(ValueError, match=f"adapter '{name}': expected a new, dotless name, not ModuleDict's"):
+    with pytest.raises(ValueError, match=f"adapter '{name}': expected a new, dotless name that is not a method of ModuleDict"):
         ml.inject(model, name=name)
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 

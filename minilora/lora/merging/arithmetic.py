@@ -247,7 +247,7 @@ def from_layers(
     ranks = {path: len(A) for path, (_, A) in layers.items()}
     r = max(ranks.values())
     smaller = {path: rank for path, rank in ranks.items() if rank < r}
-    copied = {name: like.values.get(name) for name in _COPIED_FIELDS}
+    copied: dict[str, Any] = {name: like.values.get(name) for name in _COPIED_FIELDS}
     config = LoRAConfig(
         r=r,
         lora_alpha=r,
