@@ -1,8 +1,13 @@
-"""What else can be learned from a row than its answer: values of the form of `minilora.losses.sft.Objective`.
+"""The objectives of training, one file each, with their equations.
+
+    sft             supervised fine-tuning, the `Objective` protocol, mean losses
+    dpo             direct preference optimisation
+    distillation    distillation from a teacher; a penalty for leaving the base
+    classification  sequence classification
 
     ml.train(model, tokenizer, rows, config, objective=ml.DPO(beta=0.1))
 
-One file each, with its equation. The training loop knows none of them.
+The training loop knows the `Objective` protocol only.
 """
 
 from minilora.losses.classification import Classify
@@ -10,6 +15,12 @@ from minilora.losses.distillation import Distill, KLToBase
 from minilora.losses.dpo import DPO
 from minilora.losses.sft import SFT
 
-OBJECTIVES = {"sft": SFT, "dpo": DPO, "distill": Distill, "kl_to_base": KLToBase, "classify": Classify}
+OBJECTIVES = {
+    "sft": SFT,
+    "dpo": DPO,
+    "distill": Distill,
+    "kl_to_base": KLToBase,
+    "classify": Classify,
+}
 
 __all__ = ["DPO", "OBJECTIVES", "SFT", "Classify", "Distill", "KLToBase"]

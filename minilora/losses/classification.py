@@ -1,17 +1,21 @@
-"""Sequence classification: a label for a text, read off the last token.
+"""Sequence classification: a label for a text, read from the hidden state of its last token.
 
-    logits = W_score h_T              h_T (D,): hidden state of the text's last token, which has seen all the others
-    loss   = sum over the rows of  -log softmax(logits)[label]
+    logits = W_score · h_T       h_T (D,): hidden state of the last token, which attends to all
+    loss   = Σ over rows of −log softmax(logits)[label]
 
-The head `score`, (labels, D) without bias, is a module beside the decoder's, trained whole: the adapter file is what
-PEFT writes for its task SEQ_CLS, and PEFT loads it around transformers' ...ForSequenceClassification.
+The head `score` (labels, D), without bias, is a module of the model and is trained in full. The
+adapter file is the one that PEFT writes for its task SEQ_CLS. PEFT loads it around transformers'
+...ForSequenceClassification.
 
     objective = ml.Classify(["negative", "positive"])
     objective.add_head(model)
-    ml.inject(model, ml.LoRAConfig(target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]))
+    config = ml.LoRAConfig(
+        target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+    )
+    ml.inject(model, config)
 
-A row is {"text", "label"} or {"messages", "label"}; messages end with the template's generation prompt. No end token is
-added, as in transformers. Reported beside the loss: accuracy.
+A row is {"text", "label"} or {"messages", "label"}; messages end with the generation prompt of the
+template. No end token is added, as in transformers. The accuracy is reported next to the loss.
 """
 
 from collections import Counter
@@ -34,96 +38,214 @@ from minilora.models.padded_batch import inference
 
 @dataclass(frozen=True)
 class Classify:
-    """Learn which of `labels` a text has. ValueError for a label that is none of them, or a model without `score`."""
+    """Train a model to name the label of a text.
+
+    Attributes:
+        labels: The classes, at least two. Their order is the order of the head's outputs.
+
+    Raises:
+        ValueError: If there are fewer than two different labels.
+    """
 
     better: ClassVar[tuple[str, ...]] = ("accuracy",)
 
-    labels: list[str] = field(metadata={"help": "the classes, with commas between"})
+    labels: list[str] = field(metadata={"help": "the classes, separated by commas"})
 
     def __post_init__(self):
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels: expected at least two, all different, got {self.labels}.")
 
     def add_head(self, model: Any, seed: int = 0) -> None:
-        """Give `model` a layer `score`, N(0, 0.02²): before `inject`, which trains it, or `load_adapter`."""
+        """Add a head `score`, drawn from N(0, 0.02²), to a model.
+
+        Call it before `inject`, which makes the head trainable, or before `load_adapter`.
+
+        Args:
+            model: A model without a head `score`.
+            seed: Seed of the head's weights.
+
+        Raises:
+            ValueError: If the model has a layer `score` already.
+        """
         if hasattr(model, "score"):
-            raise ValueError(f"{type(model).__name__} has a layer `score` already: go on with that one.")
-        weight = model.get_input_embeddings().weight
+            raise ValueError(
+                f"{type(model).__name__} has a layer `score` already: continue with that layer."
+            )
+        weight = model.get_input_embeddings().weight  # (V, D)
         head = nn.Linear(weight.shape[1], len(self.labels), bias=False)
-        nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(head.weight, std=0.02, generator=generator)
         model.score = head.to(weight.device, weight.dtype).requires_grad_(False)
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Encoded:
+        """Encode labelled texts.
+
+        Args:
+            dataset: Rows with text and label, or messages and label; or a path.
+            tokenizer: The model's tokenizer.
+            max_length: Largest number of tokens of a text; longer ones are cut. None for no limit.
+
+        Returns:
+            A `LabelledText` for each row, with a report.
+
+        Raises:
+            ValueError: If a row has another shape or an unknown label.
+        """
         rows = read_dataset(dataset)
-        texts = [self._encode(row, tokenizer, max_length, i) for i, row in enumerate(rows)]
+        texts = []
+        unused: set[str] = set()
+        for index, row in enumerate(rows):
+            texts.append(self._encode_row(row, tokenizer, max_length, index))
+            unused |= extra_keys(row, index)
+        unused.discard("label")
+        return Encoded(texts, self._report(texts, unused, max_length))
+
+    def _report(self, texts: list["LabelledText"], unused: set[str], max_length: int | None) -> str:
+        """Describe encoded texts: their number, labels, cut rows and unused keys."""
         counts = Counter(self.labels[text.label] for text in texts)
-        report = f"{len(texts)} rows, {sum(map(len, texts))} tokens, longest {max(map(len, texts))}; "
-        report += ", ".join(f"{label} {counts[label]}" for label in self.labels)
-        if cut := [text.row for text in texts if text.truncated]:
-            report += f"\n  {len(cut)} rows cut at max_length {max_length}: their end is not read ({numbers(cut)})"
-        if unused := sorted(set().union(*(extra_keys(row, i) for i, row in enumerate(rows))) - {"label"}):
-            report += f"\n  keys not used: {', '.join(unused)}"
-        return Encoded(texts, report)
+        lengths = [len(text) for text in texts]
+        labels = ", ".join(f"{label} {counts[label]}" for label in self.labels)
+        lines = [f"{len(texts)} rows, {sum(lengths)} tokens, longest {max(lengths)}; {labels}"]
+        cut = [text.row for text in texts if text.truncated]
+        if cut:
+            lines.append(
+                f"  {len(cut)} rows cut at max_length {max_length}: their end is not read "
+                f"({numbers(cut)})"
+            )
+        if unused:
+            lines.append(f"  keys not used: {', '.join(sorted(unused))}")
+        return "\n".join(lines)
 
     def collate(self, examples: Sequence["LabelledText"]) -> dict[str, Tensor]:
-        return padded(examples) | {"label": torch.tensor([example.label for example in examples])}  # (B,)
+        """Return the batch of some texts, on the CPU.
+
+        Args:
+            examples: B examples of `encode`.
+
+        Returns:
+            The tensors of `padded`, (B, T) each, and `label` (B,).
+        """
+        labels = torch.tensor([example.label for example in examples])  # (B,)
+        return padded(examples) | {"label": labels}
 
     def weight(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["label"])  # rows
+        """Return the number of rows in a batch.
+
+        Args:
+            batch: A batch of `collate`.
+        """
+        return len(batch["label"])
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross-entropy of the labels, summed over the rows of a batch.
+
+        Args:
+            model: A model with a head `score`.
+            batch: A batch of `collate`.
+
+        Returns:
+            The sum, an fp32 scalar, and the number of correct labels ("accuracy").
+        """
         logits = self.logits(model, batch)  # (B, L)
         label = batch["label"].to(logits.device)  # (B,)
-        return F.cross_entropy(logits, label, reduction="sum"), {"accuracy": (logits.argmax(-1) == label).float().sum()}
+        correct = (logits.argmax(-1) == label).float().sum()
+        return F.cross_entropy(logits, label, reduction="sum"), {"accuracy": correct}
 
     def logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The score of every label, (B, L) in fp32, of `input_ids` and `attention_mask`, both (B, T)."""
+        """Return the score of every label.
+
+        Args:
+            model: A minilora or transformers model with a head `score`.
+            batch: `input_ids` and `attention_mask`, both (B, T).
+
+        Returns:
+            Logits (B, L) in fp32.
+
+        Raises:
+            ValueError: If the model has no head, or one with another number of outputs.
+        """
         if not hasattr(model, "score"):
             raise ValueError(
-                f"{type(model).__name__} has no layer `score`: objective.add_head(model) before ml.inject."
+                f"{type(model).__name__} has no layer `score`: call objective.add_head(model) "
+                "before ml.inject."
             )
         device = next(model.parameters()).device
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # (B, T)
+        ids = batch["input_ids"].to(device)  # (B, T)
+        mask = batch["attention_mask"].to(device)  # (B, T)
         if hasattr(model, "hidden"):
             hidden = model.hidden(ids)  # (B, T, D)
-        else:  # of transformers: what stands below its own score
-            hidden = getattr(model, model.base_model_prefix)(input_ids=ids, attention_mask=mask).last_hidden_state
-        logits = model.score(hidden[torch.arange(len(ids), device=device), mask.sum(1) - 1]).float()  # (B, L)
+        else:  # a transformers model: its part below `score`
+            decoder = getattr(model, model.base_model_prefix)
+            hidden = decoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
+        rows = torch.arange(len(ids), device=device)  # (B,)
+        last = hidden[rows, mask.sum(1) - 1]  # (B, D)
+        logits = model.score(last).float()  # (B, L)
         if logits.shape[1] != len(self.labels):
             raise ValueError(
-                f"labels: the model's `score` has {logits.shape[1]} outputs, and there are {len(self.labels)}."
+                f"labels: the model's `score` has {logits.shape[1]} outputs, and there are "
+                f"{len(self.labels)} labels."
             )
         return logits
 
-    def predict(self, model: Any, tokenizer: Any, texts: Sequence[Any], batch_size: int = 16) -> list[str]:
-        """The likeliest label of each text, a str or messages; `batch_size` changes no result."""
-        examples = [_example(text, tokenizer, None, i) for i, text in enumerate(texts)]
-        found = [0] * len(examples)
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]), reverse=True)  # little padding
+    def predict(
+        self, model: Any, tokenizer: Any, texts: Sequence[Any], batch_size: int = 16
+    ) -> list[str]:
+        """Return the most likely label of each text.
+
+        Args:
+            model: A model with a head `score`.
+            tokenizer: The model's tokenizer.
+            texts: Strings or lists of messages.
+            batch_size: Texts in one forward pass; changes no result.
+
+        Returns:
+            One label for each text.
+        """
+        examples = [_example(text, tokenizer, None, index) for index, text in enumerate(texts)]
+        # Longest first: texts of similar length share a batch, which saves padding.
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i]), reverse=True)
+        predicted = [0] * len(examples)
         with inference(model):
             for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                best = self.logits(model, padded([examples[i] for i in batch])).argmax(-1)
-                for i, label in zip(batch, best.tolist(), strict=True):
-                    found[i] = label
-        return [self.labels[label] for label in found]
+                indices = order[start : start + batch_size]
+                batch = padded([examples[index] for index in indices])
+                best = self.logits(model, batch).argmax(-1).tolist()
+                for index, label in zip(indices, best, strict=True):
+                    predicted[index] = label
+        return [self.labels[label] for label in predicted]
 
-    def _encode(self, row: Mapping[str, Any], tokenizer: Any, max_length: int | None, index: int) -> "LabelledText":
-        if (shape := shape_of(row, index)) not in ("text", "messages"):
-            raise ValueError(f"row {index}: expected text and label, or messages and label, got the shape {shape}.")
-        if row.get("label") not in self.labels:
-            raise unknown(f"row {index}: label", str(row.get("label")), self.labels)
-        return replace(_example(row[shape], tokenizer, max_length, index), label=self.labels.index(row["label"]))
+    def _encode_row(
+        self, row: Mapping[str, Any], tokenizer: Any, max_length: int | None, index: int
+    ) -> "LabelledText":
+        """Return one row as token ids and the number of its label."""
+        shape = shape_of(row, index)
+        if shape not in ("text", "messages"):
+            raise ValueError(
+                f"row {index}: expected text and label, or messages and label, got the shape "
+                f"{shape}."
+            )
+        label = row.get("label")
+        if label not in self.labels:
+            raise unknown(f"row {index}: label", str(label), self.labels)
+        example = _example(row[shape], tokenizer, max_length, index)
+        return replace(example, label=self.labels.index(label))
 
 
 @dataclass(frozen=True)
 class LabelledText(Example):
-    """A text as token ids, none of them trained, and the number of its label."""
+    """A text as token ids, without supervised tokens, and the number of its label.
+
+    Attributes:
+        label: Index into `Classify.labels`.
+    """
 
     label: int = 0
 
 
 def _example(text: Any, tokenizer: Any, max_length: int | None, index: int) -> LabelledText:
-    ids = encode_prompt(RawText(text) if isinstance(text, str) else text, tokenizer)
-    kept = ids[:max_length]
-    return LabelledText(kept, [IGNORE] * len(kept), row=index, truncated=len(kept) < len(ids))
+    """Return a text or conversation as token ids, cut at max_length."""
+    prompt = RawText(text) if isinstance(text, str) else text
+    ids = encode_prompt(prompt, tokenizer)
+    cut = ids[:max_length]
+    labels = [IGNORE] * len(cut)
+    return LabelledText(cut, labels, row=index, truncated=len(cut) < len(ids))

@@ -1,15 +1,21 @@
-"""Direct preference optimisation: make the chosen answer likelier than the rejected one, as seen from a reference.
+"""Direct preference optimisation: raise the chosen answer over the rejected one, from a reference.
 
-    delta = (log p(y_w|x) - log p_ref(y_w|x)) - (log p(y_l|x) - log p_ref(y_l|x))
-    sigmoid    loss = -log sigmoid(beta delta)                                    DPO §4, eq. 7 (arXiv 2305.18290)
-               where a preference is wrong with probability e ("conservative DPO", Mitchell 2023):
-               loss = -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta delta)
-    ipo        loss = (h - 1 / (2 beta))^2                                        IPO, eq. 17 (arXiv 2310.12036)
-               h: delta with each answer's part divided by its tokens, as TRL has it on its authors' word
+    delta = (log p(y_w|x) − log p_ref(y_w|x)) − (log p(y_l|x) − log p_ref(y_l|x))
 
-The reference is the same model with its adapter off: no second model, and no gradient. What was merged into the base
-before belongs to the reference. A row is {prompt, chosen, rejected}; prompts are masked as in supervised training.
-Reported beside the loss, means over pairs: accuracy (delta > 0), margin (beta delta), and both answers' log p.
+    sigmoid    loss = −log sigmoid(beta · delta)                DPO, eq. 7 (arXiv 2305.18290)
+               If a preference is wrong with probability e ("conservative DPO", Mitchell 2023):
+               loss = −(1−e) log sigmoid(beta · delta) − e log sigmoid(−beta · delta)
+    ipo        loss = (h − 1/(2 beta))²                         IPO, eq. 17 (arXiv 2310.12036)
+               h is delta with each answer's part divided by its number of tokens. TRL does the
+               same, on the advice of the paper's authors.
+
+y_w is the chosen ("won") answer, y_l the rejected ("lost") one. The reference p_ref is the same
+model with its adapters disabled, so no second model is needed. It gets no gradient. Adapters that
+were merged into the base before belong to the reference.
+
+A row is {prompt, chosen, rejected}; prompts are masked as in supervised fine-tuning. Means over the
+pairs are reported next to the loss: accuracy (share of pairs with delta > 0), margin
+(beta · delta), and log p of both answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,85 +30,180 @@ from minilora.data import Example, encode_dataset, read_dataset
 from minilora.data.dataset import Encoded
 from minilora.data.formats import shape_of
 from minilora.lora.active import disable_adapters, list_adapters
-from minilora.losses.sft import labelled, padded
+from minilora.losses.sft import labelled_positions, padded
 from minilora.models.padded_batch import inference
 from minilora_kernels.ops.cross_entropy import head_logprobs
 
 
 @dataclass(frozen=True)
 class DPO:
-    """Learn from preferences. ValueError for a row without two answers, or a model without an adapter."""
+    """Train on preferences between two answers.
+
+    Attributes:
+        beta: Strength of the tie to the reference: a smaller value lets the model move farther.
+        loss_type: "sigmoid" (DPO) or "ipo" (a squared distance).
+        label_smoothing: e, the probability that a preference is wrong ("sigmoid" only).
+
+    Raises:
+        ValueError: If a field is out of its range, a row does not have two answers, or the model
+            has no adapter.
+    """
 
     better: ClassVar[tuple[str, ...]] = ("accuracy", "margin")
 
-    beta: float = option(0.1, "how far the model may leave the reference: the smaller, the farther", above=0)
-    loss_type: str = option("sigmoid", "sigmoid (DPO) or ipo (a squared distance)", choices=("sigmoid", "ipo"))
-    label_smoothing: float = option(0.0, "probability that a preference is wrong (sigmoid)", low=0, below=0.5)
+    beta: float = option(
+        0.1, "tie to the reference: a smaller value lets the model move farther", above=0
+    )
+    loss_type: str = option(
+        "sigmoid", "sigmoid (DPO) or ipo (a squared distance)", choices=("sigmoid", "ipo")
+    )
+    label_smoothing: float = option(
+        0.0, "probability that a preference is wrong (sigmoid)", low=0, below=0.5
+    )
 
     def __post_init__(self):
         check_options(self)
         if self.label_smoothing and self.loss_type == "ipo":
-            raise ValueError("label_smoothing does nothing in loss_type ipo: leave it at 0.")
+            raise ValueError(
+                "label_smoothing does nothing with loss_type ipo: leave label_smoothing at 0."
+            )
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Encoded:
+        """Encode preference rows as pairs of answers.
+
+        Args:
+            dataset: Rows with prompt, chosen and rejected, or a path.
+            tokenizer: The model's tokenizer.
+            max_length: Largest number of tokens of prompt and answer; None for no limit.
+
+        Returns:
+            A `Pair` for each row in which both answers have a supervised token, with a report.
+
+        Raises:
+            ValueError: If a row is not a preference, or no pair is left.
+        """
         rows = read_dataset(dataset)
-        sides = [
-            encode_dataset([_side(row, i, side) for i, row in enumerate(rows)], tokenizer, max_length)
-            for side in ("chosen", "rejected")
-        ]
-        chosen, rejected = ({example.row: example for example in side} for side in sides)
+        encoded = {}
+        for side in ("chosen", "rejected"):
+            answers = [_side(row, index, side) for index, row in enumerate(rows)]
+            encoded[side] = encode_dataset(answers, tokenizer, max_length)
+        chosen = {example.row: example for example in encoded["chosen"]}
+        rejected = {example.row: example for example in encoded["rejected"]}
         pairs = [Pair(chosen[row], rejected[row]) for row in chosen if row in rejected]
         if not pairs:
             raise ValueError(
-                f"dataset: in none of {len(rows)} rows do both answers have a trained token: {sides[0].report}"
+                f"dataset: in none of {len(rows)} rows do both answers have a trained token: "
+                f"{encoded['chosen'].report}"
             )
-        report = f"{len(pairs)} pairs of {len(rows)} rows\n  chosen: {sides[0].report}\n  rejected: {sides[1].report}"
+        report = (
+            f"{len(pairs)} pairs of {len(rows)} rows\n"
+            f"  chosen: {encoded['chosen'].report}\n"
+            f"  rejected: {encoded['rejected'].report}"
+        )
         return Encoded(pairs, report)
 
     def collate(self, examples: Sequence["Pair"]) -> dict[str, Tensor]:
-        return padded([pair.chosen for pair in examples] + [pair.rejected for pair in examples])
+        """Return the batch of some pairs: all chosen answers, then all rejected ones.
+
+        Args:
+            examples: B pairs.
+
+        Returns:
+            Tensors (2B, T).
+        """
+        chosen = [pair.chosen for pair in examples]
+        rejected = [pair.rejected for pair in examples]
+        return padded(chosen + rejected)
 
     def weight(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["labels"]) // 2  # pairs
+        """Return the number of pairs in a batch.
+
+        Args:
+            batch: A batch of `collate`.
+        """
+        return len(batch["labels"]) // 2
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch, summed over its pairs.
+
+        Args:
+            model: A model with an adapter.
+            batch: A batch of `collate`.
+
+        Returns:
+            The sum, an fp32 scalar, and the sums of accuracy, margin and log p of both answers.
+
+        Raises:
+            ValueError: If the model has no adapter, and so no reference.
+
+        Source:
+            Rafailov et al. 2023, arXiv 2305.18290, eq. 7; Azar et al. 2023, arXiv 2310.12036,
+            eq. 17.
+        """
         if not list_adapters(model):
-            raise ValueError("DPO's reference is the model without its adapter, and it has none: ml.inject one first.")
+            raise ValueError(
+                "DPO's reference is the model without its adapter, and this model has no adapter: "
+                "ml.inject one first."
+            )
         with inference(model), disable_adapters(model):
-            reference, _ = answer_logprobs(model, batch)
+            reference, _ = answer_logprobs(model, batch)  # (2B,)
         answers, tokens = answer_logprobs(model, batch)  # (2B,) chosen, then rejected
-        ratios = answers - reference  # (2B,) log p / p_ref
-        chosen, rejected = (ratios / tokens if self.loss_type == "ipo" else ratios).chunk(2)
-        delta = chosen - rejected  # (B,)
+        ratios = answers - reference  # (2B,) log p/p_ref
         if self.loss_type == "ipo":
-            # (h - 1 / (2 beta))^2
-            loss = (delta - 1 / (2 * self.beta)).square()
+            chosen, rejected = (ratios / tokens).chunk(2)  # (B,)
         else:
-            # -(1-e) log sigmoid(beta delta) - e log sigmoid(-beta delta)
-            e, margin = self.label_smoothing, self.beta * delta
-            loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
-        likely, unlikely = answers.detach().chunk(2)
-        margins = self.beta * (ratios.detach()[: len(delta)] - ratios.detach()[len(delta) :])
-        return loss.sum(), {
+            chosen, rejected = ratios.chunk(2)  # (B,)
+        delta = chosen - rejected  # (B,)
+        losses = self._pair_losses(delta)  # (B,)
+
+        chosen_logprob, rejected_logprob = answers.detach().chunk(2)  # (B,)
+        chosen_ratio, rejected_ratio = ratios.detach().chunk(2)  # (B,)
+        margins = self.beta * (chosen_ratio - rejected_ratio)  # (B,)
+        return losses.sum(), {
             "accuracy": (margins > 0).float().sum(),
             "margin": margins.sum(),
-            "chosen_logprob": likely.sum(),
-            "rejected_logprob": unlikely.sum(),
+            "chosen_logprob": chosen_logprob.sum(),
+            "rejected_logprob": rejected_logprob.sum(),
         }
+
+    def _pair_losses(self, delta: Tensor) -> Tensor:
+        """Return the loss of each pair, (B,), from delta (B,)."""
+        if self.loss_type == "ipo":
+            # (h − 1/(2 beta))²
+            return (delta - 1 / (2 * self.beta)).square()
+        e = self.label_smoothing
+        margin = self.beta * delta
+        # −(1−e) log sigmoid(beta · delta) − e log sigmoid(−beta · delta)
+        return -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
 
 
 def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(log p of each row's trained tokens, summed; how many they are), both (B,) in fp32, logits in chunks."""
-    found = labelled(model, batch)
-    logprobs = head_logprobs(found.hidden, found.head, found.targets)  # (N,)
+    """Return log p of each row's supervised tokens, summed over the row.
+
+    Logits exist for one chunk of positions at a time.
+
+    Args:
+        model: The model.
+        batch: A batch with `input_ids` and `labels`, (B, T) each.
+
+    Returns:
+        The sums, fp32 (B,), and the number of supervised tokens of each row, (B,).
+    """
+    positions = labelled_positions(model, batch)
+    logprobs = head_logprobs(positions.hidden, positions.head, positions.targets)  # (N,)
     rows = len(batch["labels"])
-    sums = logprobs.new_zeros(rows).index_add(0, found.sample, logprobs)  # (B,)
-    return sums, found.sample.bincount(minlength=rows)
+    sums = logprobs.new_zeros(rows).index_add(0, positions.sample, logprobs)  # (B,)
+    return sums, positions.sample.bincount(minlength=rows)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt; its length counts the tokens of both."""
+    """Two answers to one prompt. Its length is the number of tokens of both.
+
+    Attributes:
+        chosen: The preferred answer, behind its prompt.
+        rejected: The other answer, behind the same prompt.
+    """
 
     chosen: Example
     rejected: Example
@@ -112,17 +213,37 @@ class Pair:
 
 
 def _side(row: Mapping[str, Any], index: int, side: str) -> dict[str, Any]:
-    """A preference row as the prompt/completion row of one answer; without a prompt, what two conversations share."""
-    if (shape := shape_of(row, index)) != "preference":
-        raise ValueError(f"row {index}: expected prompt, chosen and rejected, got a row of the shape {shape}.")
-    prompt, answer = row.get("prompt"), row[side]
+    """Return the prompt/completion row of one answer of a preference row."""
+    shape = shape_of(row, index)
+    if shape != "preference":
+        raise ValueError(
+            f"row {index}: expected prompt, chosen and rejected, got a row of the shape {shape}."
+        )
+    prompt = row.get("prompt")
+    answer = row[side]
     if prompt is None:
-        chosen, rejected = row["chosen"], row["rejected"]
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise ValueError(f"row {index}: chosen and rejected are texts and need a prompt: put it under `prompt`.")
-        size = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-        if size == 0:
-            raise ValueError(f"row {index}: chosen and rejected do not begin with the same messages, the prompt.")
-        prompt, answer = answer[:size], answer[size:]
+        size = _shared_messages(row, index)
+        prompt = answer[:size]
+        answer = answer[size:]
     others = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
     return others | {"prompt": prompt, "completion": answer}
+
+
+def _shared_messages(row: Mapping[str, Any], index: int) -> int:
+    """Return the number of first messages that two conversations share: the prompt."""
+    chosen = row["chosen"]
+    rejected = row["rejected"]
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise ValueError(
+            f"row {index}: chosen and rejected are texts and need a prompt: put it under `prompt`."
+        )
+    size = 0
+    for number, (message, other) in enumerate(zip(chosen, rejected, strict=False)):
+        if message != other:
+            size = number
+            break
+    if size == 0:
+        raise ValueError(
+            f"row {index}: chosen and rejected do not begin with the same messages, the prompt."
+        )
+    return size

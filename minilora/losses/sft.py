@@ -1,10 +1,10 @@
-"""What is learned from a row. Supervised fine-tuning is here, losses/ holds other values of the same form.
+"""Supervised fine-tuning, and the protocol of every objective.
 
-    loss_sum = sum over t with labels[t+1] != -100 of  -log p(labels[t+1] | tokens <= t)
+    loss_sum = Σ_t −log p(labels[t+1] | tokens ≤ t)        over t with labels[t+1] ≠ −100
 
-Sum and count are returned apart, because only they can be added up over micro-batches, eval batches or processes
-without a weighting error. Positions that carry no label never reach the head. The training loop and `evaluate` share
-these functions.
+Sum and count are returned separately, because only they can be added up over micro-batches, eval
+batches or processes without a weighting error. Positions without a label never reach the head. The
+training loop and `evaluate` share these functions.
 """
 
 from collections.abc import Sequence
@@ -19,137 +19,302 @@ from minilora.lora.layer import LoRALayer
 from minilora.models.padded_batch import inference
 from minilora_kernels.ops.cross_entropy import head_cross_entropy
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")  # of a batch, what a model reads
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
 
 
 class Objective(Protocol):
-    """From rows to a loss. All sums are over what `weight` counts (trained tokens, preference pairs, ...)."""
+    """A loss and the data that it needs.
 
-    better: ClassVar[tuple[str, ...]]  # further sums of which more is better: by them the best step may be chosen
+    All sums are over the units that `weight` counts: supervised tokens, preference pairs, rows.
+
+    Attributes:
+        better: Names of further sums of which a higher value is better; the best step may be
+            chosen by them.
+    """
+
+    better: ClassVar[tuple[str, ...]]
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
-        """A sequence of examples, each with a `len` in tokens, and a printable `report` of what became of the rows."""
+        """Encode the rows of a dataset.
+
+        Args:
+            dataset: Rows, or a path.
+            tokenizer: The model's tokenizer.
+            max_length: Largest number of tokens of an example; None for no limit.
+
+        Returns:
+            A sequence of examples, each with a `len` in tokens. Its `report` describes the rows
+            and can be printed.
+        """
         ...
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """The batch of some examples, on the CPU."""
+        """Return the batch of some examples, on the CPU.
+
+        Args:
+            examples: Examples of `encode`.
+        """
         ...
 
     def weight(self, batch: dict[str, Tensor]) -> int:
-        """How many a batch counts, without running the model."""
+        """Return the number of units in a batch, without running the model.
+
+        Args:
+            batch: A batch of `collate`.
+        """
         ...
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the summed loss, fp32 scalar; further sums to report, by name)."""
+        """Return the loss of a batch, summed over its units.
+
+        Args:
+            model: The model.
+            batch: A batch of `collate`.
+
+        Returns:
+            The sum, an fp32 scalar, and further sums to report, by name.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning: cross-entropy on the tokens with a label."""
+    """Supervised fine-tuning: cross-entropy of the tokens that have a label."""
 
     better: ClassVar[tuple[str, ...]] = ()
 
-    def encode(self, dataset: Any, tokenizer: Any, max_length: int | None, cache: str | None = None) -> EncodedDataset:
-        """`cache`: a folder in which tokenised dataset files are kept, as in `encode_dataset`."""
+    def encode(
+        self, dataset: Any, tokenizer: Any, max_length: int | None, cache: str | None = None
+    ) -> EncodedDataset:
+        """Encode the rows of a dataset.
+
+        Args:
+            dataset: Rows, or a path.
+            tokenizer: The model's tokenizer.
+            max_length: Largest number of tokens of an example; longer ones are cut. None for no
+                limit.
+            cache: Folder where tokenised dataset files are kept; None keeps none.
+
+        Returns:
+            The examples with at least one supervised token, and the report about all rows.
+        """
         return encode_dataset(dataset, tokenizer, max_length, cache=cache)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return the batch of some examples, on the CPU.
+
+        Args:
+            examples: Examples of `encode`.
+        """
         return padded(examples)
 
     def weight(self, batch: dict[str, Tensor]) -> int:
+        """Return the number of supervised tokens in a batch.
+
+        Args:
+            batch: A batch of `collate`.
+        """
         return trained_tokens(batch)
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return token_loss(model, batch)[0], {}
+        """Return the cross-entropy of a batch, summed over its supervised tokens.
+
+        Args:
+            model: The model.
+            batch: A batch of `collate`.
+
+        Returns:
+            The sum, an fp32 scalar, and no further sums.
+        """
+        loss_sum, _ = token_loss(model, batch)
+        return loss_sum, {}
 
 
 def check_supervised(objective: Objective, asked: dict[str, Any]) -> None:
-    """ValueError if something is asked for (by name) that only supervised fine-tuning and its kin can do."""
+    """Refuse options that only supervised fine-tuning and its subclasses support.
+
+    Args:
+        objective: The objective of the run.
+        asked: Options by name; a true value is a request.
+
+    Raises:
+        ValueError: If an option is requested with another objective.
+    """
     if any(asked.values()) and not isinstance(objective, SFT):
         raise ValueError(
-            f"{' and '.join(asked)} belong to supervised fine-tuning; {type(objective).__name__} has samples of "
-            "another form. Leave packing False and dataset_cache None."
+            f"{' and '.join(asked)} belong to supervised fine-tuning; {type(objective).__name__} "
+            "has samples of another form. Leave packing False and dataset_cache None."
         )
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:
-    """Tokens of each example, without reading examples that lie in a file."""
-    return examples.lengths if isinstance(examples, EncodedDataset) else [len(example) for example in examples]
+    """Return the tokens of each example, without reading examples that are stored in a file.
+
+    Args:
+        examples: Examples of an objective.
+    """
+    if isinstance(examples, EncodedDataset):
+        return examples.lengths
+    return [len(example) for example in examples]
 
 
-def token_loss(model: Any, batch: dict[str, Tensor], chunk: int | None = None) -> tuple[Tensor, int]:
-    """(summed loss, fp32 scalar; number of trained tokens) of a batch, as in `labelled`."""
-    found = labelled(model, batch)
-    return head_cross_entropy(found.hidden, found.head, found.targets, chunk), len(found.targets)
+def token_loss(
+    model: Any, batch: dict[str, Tensor], chunk: int | None = None
+) -> tuple[Tensor, int]:
+    """Return the cross-entropy of a batch, summed over its supervised tokens.
+
+    Args:
+        model: A minilora or transformers model.
+        batch: A batch as in `labelled_positions`.
+        chunk: Positions whose logits exist at a time; None chooses by size.
+
+    Returns:
+        The sum, an fp32 scalar, and the number of supervised tokens.
+    """
+    positions = labelled_positions(model, batch)
+    loss = head_cross_entropy(positions.hidden, positions.head, positions.targets, chunk)
+    return loss, len(positions.targets)
 
 
-class Labelled(NamedTuple):
-    """What a model says at the N positions of a batch whose next token has a label; nothing else reaches the head."""
+class LabelledPositions(NamedTuple):
+    """The model's output at the N positions of a batch whose next token has a label.
 
-    hidden: Tensor  # (N, D) what goes into the head
-    head: nn.Module  # (N, D) -> logits (N, V)
-    targets: Tensor  # (N,) the next token
-    sample: Tensor  # (N,) the row of the batch
+    Attributes:
+        hidden: Input of the head, (N, D).
+        head: Module that maps (N, D) to logits (N, V).
+        targets: The next token, (N,).
+        sample: Row of the batch that a position belongs to, (N,).
+    """
+
+    hidden: Tensor
+    head: nn.Module
+    targets: Tensor
+    sample: Tensor
 
 
-def labelled(model: Any, batch: dict[str, Tensor]) -> Labelled:
-    """Run `model` on a batch with `input_ids` and `labels`, both (B, T).
+def labelled_positions(model: Any, batch: dict[str, Tensor]) -> LabelledPositions:
+    """Run a model on a batch and select the positions whose next token has a label.
 
-    `labels` stand at their own token (not shifted). Optional: `attention_mask`, `position_ids`, `document_ids`.
-    A batch on the CPU is moved to the model's device; finding the labelled positions there first costs no GPU sync.
+    The positions are found where the batch is, before it moves to the model's device; on a CPU this
+    needs no synchronisation with the GPU.
+
+    Args:
+        model: A minilora or transformers model.
+        batch: `input_ids` and `labels`, both (B, T), and optionally `attention_mask`,
+            `position_ids` and `document_ids`. Labels are at their own token (not shifted).
+
+    Returns:
+        The selected positions, on the model's device.
     """
     device = next(model.parameters()).device
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()  # (B*T,) position t predicts token t + 1
+    width = batch["labels"].shape[1]  # T
+    # Position t predicts token t + 1.
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()  # (B*T,)
     positions = (targets != IGNORE).nonzero().squeeze(1)  # (N,)
-    targets, rows = targets[positions].to(device), positions.to(device)
-    inputs = {key: value.to(device) for key, value in batch.items() if key in _INPUTS}
-    if hasattr(model, "hidden"):  # our decoder needs no mask for padding on the right
-        inputs.pop("attention_mask", None)
-        hidden, head = model.hidden(**inputs), model.get_output_embeddings()  # (B, T, D)
-        if isinstance(head, LoRALayer) and not head.active:
-            head = head.base_layer  # which it stays, also when its adapters are switched on again
+    targets = targets[positions].to(device)  # (N,)
+    positions = positions.to(device)  # (N,)
+    inputs = {key: value.to(device) for key, value in batch.items() if key in _MODEL_INPUTS}
+    if hasattr(model, "hidden"):
+        hidden, head = _run_decoder(model, inputs)  # (B, T, D)
     else:
-        packed = inputs.pop("document_ids", None) is not None  # models that pass guard.check_packing go by position_ids
-        logits = model(**inputs, **({"use_cache": False} if packed else {})).logits
-        hidden, head = logits, nn.Identity()  # (B, T, V) its own logits
-    return Labelled(hidden.flatten(0, 1)[rows], head, targets, rows // batch["labels"].shape[1])
+        hidden, head = _run_transformers(model, inputs)  # (B, T, V)
+    selected = hidden.flatten(0, 1)[positions]  # (N, D or V)
+    return LabelledPositions(selected, head, targets, positions // width)
+
+
+def _run_decoder(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn.Module]:
+    """Return the hidden states (B, T, D) of minilora's decoder, and its head."""
+    inputs.pop("attention_mask", None)  # padding is on the right, where no token attends to it
+    hidden = model.hidden(**inputs)  # (B, T, D)
+    head = model.get_output_embeddings()
+    if isinstance(head, LoRALayer) and not head.active:
+        # The base layer stays the head when its adapters are enabled again before backward.
+        head = head.base_layer
+    return hidden, head
+
+
+def _run_transformers(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn.Module]:
+    """Return the logits (B, T, V) of a transformers model, and the identity as its head."""
+    options = {}
+    if inputs.pop("document_ids", None) is not None:
+        # A model that passed `check_packing` separates packed documents by position_ids.
+        options["use_cache"] = False
+    logits = model(**inputs, **options).logits  # (B, T, V)
+    return logits, nn.Identity()
 
 
 def trained_tokens(batch: dict[str, Tensor]) -> int:
-    """The N of `labelled`, without running the model."""
+    """Return the number of supervised tokens in a batch, without running the model.
+
+    Args:
+        batch: A batch with `labels` (B, T).
+    """
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The batch of some examples. Any id pads, for nothing sees what stands on its right.
+    """Return the batch of some examples, padded on the right.
 
-    Widths are multiples of 8: each new shape costs the matmul library a kernel to build and to keep (docs/LOG.md).
+    Any id can pad, because no token attends to its right. Widths are multiples of 8: the matmul
+    library builds and keeps a kernel for every new shape (docs/LOG.md).
+
+    Args:
+        examples: Examples with token ids and labels.
+
+    Returns:
+        The tensors of `minilora.data.collate`, (B, T) each.
     """
     return collate(examples, pad_id=0, pad_to_multiple_of=8)
 
 
 def mean_loss(
-    model: nn.Module, examples: Sequence[Any], batch_size: int, objective: Objective | None = None
+    model: nn.Module,
+    examples: Sequence[Any],
+    batch_size: int,
+    objective: Objective | None = None,
 ) -> tuple[float, int]:
-    """(loss per trained token, number of trained tokens); one division at the end, so any batch size gives the same."""
-    found, count = means(model, examples, batch_size, objective or SFT())
-    return found["loss"], count
+    """Return the mean loss of some examples.
+
+    Sums are divided once, at the end, so every batch size gives the same loss.
+
+    Args:
+        model: The model.
+        examples: Examples of the objective.
+        batch_size: Examples in one forward pass.
+        objective: The objective; None is supervised fine-tuning.
+
+    Returns:
+        The loss per unit (supervised token), and the number of units.
+    """
+    figures, count = means(model, examples, batch_size, objective or SFT())
+    return figures["loss"], count
 
 
 def means(
     model: nn.Module, examples: Sequence[Any], batch_size: int, objective: Objective
 ) -> tuple[dict[str, float], int]:
-    """({"loss": its mean, and what else the objective sums up: its mean}, the number that they are means over)."""
+    """Return the means of an objective's sums over some examples.
+
+    Args:
+        model: The model.
+        examples: Examples of the objective.
+        batch_size: Examples in one forward pass.
+        objective: The objective.
+
+    Returns:
+        The mean of "loss" and of each further sum, and the number of units they are means over.
+    """
     sums: dict[str, float] = {}
     count = 0
     lengths = lengths_of(examples)
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)  # little padding, longest first
+    # Longest first: examples of similar length share a batch, which saves padding.
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     with inference(model):
         for start in range(0, len(order), batch_size):
-            batch = objective.collate([examples[i] for i in order[start : start + batch_size]])
-            loss, further = objective.loss(model, batch)
-            for name, value in {"loss": loss, **further}.items():
+            indices = order[start : start + batch_size]
+            batch = objective.collate([examples[index] for index in indices])
+            loss, other_sums = objective.loss(model, batch)
+            for name, value in {"loss": loss, **other_sums}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             count += objective.weight(batch)
     return {name: value / count for name, value in sums.items()}, count

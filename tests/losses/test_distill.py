@@ -161,7 +161,7 @@ def test_errors():
     batch = batch_of(ml.SFT())
     with pytest.raises(ValueError, match="its vocabulary has 50 tokens, the student's 131"):
         ml.Distill(small).loss(llama(), batch)
-    with pytest.raises(ValueError, match="without its adapter, and it has none"):
+    with pytest.raises(ValueError, match="without its adapter, and this model has no adapter"):
         ml.KLToBase().loss(llama(), batch)
     for fields in ({"temperature": 0}, {"alpha": 1.5}, {"kind": "sideways"}, {"top_k": 0}):
         with pytest.raises(ValueError, match=next(iter(fields))):

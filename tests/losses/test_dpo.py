@@ -196,7 +196,7 @@ def test_rows_that_are_no_preferences(rows, message):
 
 
 def test_without_an_adapter_there_is_no_reference():
-    with pytest.raises(ValueError, match=r"without its adapter, and it has none"):
+    with pytest.raises(ValueError, match=r"without its adapter, and this model has no adapter"):
         train(llama(), Letters(), ROWS, TrainConfig(method="full"), objective=ml.DPO())
 
 
