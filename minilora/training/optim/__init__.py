@@ -1,1 +1,1 @@
-"""How the parameters move: the optimisers, the learning rate of each step, noise on the way in."""
+"""Optimisation: parameter groups, the learning rate of each step, 8-bit AdamW and NEFTune noise."""

@@ -1,15 +1,22 @@
-"""AdamW with its two moments in 8 bits: 2 bytes a parameter instead of 8 (Dettmers et al. 2022, arXiv:2110.02861).
+"""AdamW with both moments in 8 bits: 2 bytes a parameter instead of 8 (arXiv 2110.02861).
 
-    m = β1 m + (1 − β1) g          v = β2 v + (1 − β2) g²                      in fp32, from the dequantised moments
-    p = p − η λ p − η · m/(1 − β1ᵗ) / (√(v/(1 − β2ᵗ)) + ε)                     AdamW (arXiv:1711.05101, alg. 2)
-    store   scale = max |m| in a block of 256,  code = nearest value of the dynamic map to m · (1/scale)  the same for v
+    m = β1 m + (1 − β1) g                       v = β2 v + (1 − β2) g²       in fp32
+    p = p − η λ p − η · m/(1 − β1ᵗ) / (√(v/(1 − β2ᵗ)) + ε)                   arXiv 1711.05101
+    scale = max |m| of a block of 256 values    code = nearest value of the map to m · (1/scale)
 
-The update uses the fp32 moments, before they are rounded; only what is kept for the next step is in 8 bits. m takes the
-signed dynamic map, v, never negative, the unsigned one: seven decades each, so that small moments keep their relative
-precision. Ties take the lower code, as in double quantisation (minilora_kernels/nf4/codebook.py). Parameters with less
-than 4,096 values keep fp32 moments: their blocks would be few and save nothing. On a GPU a kernel does it all in one
-launch, with the same bits (minilora_kernels/triton/adamw_8bit.py); here is the plain form.
-Simplified against bitsandbytes: no percentile clipping. `paged` keeps the moments in pinned host memory on a GPU.
+A step dequantises the moments, updates them and the parameter in fp32, and quantises the moments
+for the next step. Codes and scales of v are computed as those of m.
+
+m has a sign and uses the signed dynamic map; v is never negative and uses the unsigned one. Each
+map spans seven decades, so small moments keep their relative precision. A tie takes the lower code,
+as in double quantisation (`minilora_kernels/nf4/codebook.py`). Parameters of fewer than 4,096
+values keep fp32 moments: 8 bits would save little there.
+
+This file is the reference implementation. On a GPU one kernel launch computes a step, with the same
+bits (`minilora_kernels/triton/adamw_8bit.py`).
+
+Simplified: no percentile clipping, which bitsandbytes has. `paged` keeps the moments in pinned host
+memory on a GPU; it does not page them on demand.
 """
 
 import math
@@ -25,125 +32,248 @@ from minilora_kernels import dynamic_map
 from minilora_kernels.backend import has_kernels
 from minilora_kernels.nf4.codebook import midpoints
 
-BLOCK, SMALLEST = 256, 4096  # values that share a scale; values of a parameter from which moments go to 8 bits
+BLOCK = 256  # values that share a scale
+SMALLEST = 4096  # smallest number of values of a parameter whose moments are stored in 8 bits
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """Parameters in fp32, of any shape and n values; ValueError for others.
+    """AdamW for fp32 parameters of any shape, with moments in 8 bits.
 
-    State of each: codes uint8 (K, 256) and scales fp32 (K,) of both moments, K = ceil(n/256); below 4,096 values fp32.
+    The state of a parameter of n values holds, for each moment, codes uint8 (K, 256) and scales
+    fp32 (K,) with K = ceil(n/256). Below 4,096 values it holds fp32 moments (n,).
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, *, paged: bool = False):  # fmt: skip
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        paged: bool = False,
+    ):
+        """Prepare the optimiser.
+
+        Args:
+            params: Parameters or parameter groups, as for `torch.optim.AdamW`.
+            lr: Learning rate η.
+            betas: Decay rates β1 and β2 of the moments.
+            eps: ε in the denominator.
+            weight_decay: Decoupled weight decay λ.
+            paged: Keep the moments of GPU parameters in pinned host memory.
+
+        Raises:
+            ValueError: If a parameter is not in fp32.
+        """
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, options)
         self.paged = paged
-        for p in (p for group in self.param_groups for p in group["params"] if p.dtype != torch.float32):
-            raise ValueError(f"AdamW8bit: expected parameters in fp32, got {p.dtype}: cast them with .float().")
+        for parameter in self._parameters():
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"AdamW8bit: expected parameters in fp32, got {parameter.dtype}: cast them "
+                    "with .float()."
+                )
+
+    def _parameters(self) -> list[Tensor]:
+        """Return the parameters of every group, in order."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Must be None; the argument exists for `torch.optim.Optimizer`'s signature.
+        """
         assert closure is None, "AdamW8bit takes no closure"
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
 
-    def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter and its moments in place."""
+        state = self.state[parameter]
         state["step"] = state.get("step", torch.zeros(())) + 1
-        t, p, g = int(state["step"]), p.view(-1), g.reshape(-1).float()  # (n,)
-        correction, decay = 1 / math.sqrt(1 - beta2**t), 1 - group["lr"] * group["weight_decay"]
-        numbers = beta1, 1 - beta1, beta2, 1 - beta2, correction, group["eps"], decay, -group["lr"] / (1 - beta1**t)
-        names, step = ("exp_avg", "exp_avg_sq"), plain_update
-        if len(p) >= SMALLEST:
+        p = parameter.view(-1)  # (n,)
+        g = gradient.reshape(-1).float()  # (n,)
+        names = ("exp_avg", "exp_avg_sq")
+        update = plain_update
+        in_8_bits = len(p) >= SMALLEST
+        if in_8_bits:
             names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-            step = gpu_step if has_kernels(p.device) else plain_step
-        kept = [state[name].to(p.device, non_blocking=True) for name in names if name in state]
-        moments = kept or zero_moments(p, len(names) == 4)
-        step(p, g, moments, numbers)
-        state.update({name: self._kept(moment) for name, moment in zip(names, moments, strict=True)})
+            update = _gpu_step if has_kernels(p.device) else plain_step
+        moments = [state[name].to(p.device, non_blocking=True) for name in names if name in state]
+        if not moments:
+            moments = zero_moments(p, in_8_bits)
+        update(p, g, moments, _step_numbers(group, int(state["step"])))
+        for name, moment in zip(names, moments, strict=True):
+            state[name] = self._stored(moment)
 
-    def _kept(self, x: Tensor) -> Tensor:
-        return x.cpu().pin_memory() if self.paged and x.is_cuda else x
+    def _stored(self, moment: Tensor) -> Tensor:
+        """Return a moment in the memory where it waits for the next step."""
+        if self.paged and moment.is_cuda:
+            return moment.cpu().pin_memory()
+        return moment
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the base class does, which would cast the uint8 codes to the parameters' fp32."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        """Load a state without changing its dtypes.
+
+        The base class would cast the uint8 codes to the parameters' fp32.
+
+        Args:
+            state_dict: A dict from `state_dict()`.
+        """
+        parameters = self._parameters()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for i, values in state_dict["state"].items():
-            moved = {key: value if key == "step" else value.to(params[i].device) for key, value in values.items()}
-            self.state[params[i]] = {key: value if key == "step" else self._kept(value) for key, value in moved.items()}
+        for index, values in state_dict["state"].items():
+            parameter = parameters[index]
+            state = {}
+            for name, value in values.items():
+                if name == "step":
+                    state[name] = value
+                else:
+                    state[name] = self._stored(value.to(parameter.device))
+            self.state[parameter] = state
+
+
+def _step_numbers(group: dict[str, Any], t: int) -> tuple[float, ...]:
+    """Return the eight numbers of step t (see `plain_update`)."""
+    beta1, beta2 = group["betas"]
+    correction = 1 / math.sqrt(1 - beta2**t)
+    decay = 1 - group["lr"] * group["weight_decay"]
+    rate = -group["lr"] / (1 - beta1**t)
+    return (beta1, 1 - beta1, beta2, 1 - beta2, correction, group["eps"], decay, rate)
 
 
 def zero_moments(p: Tensor, coded: bool) -> list[Tensor]:
-    """Both moments before the first step of p (n,): fp32 (n,) each, or codes (K, 256) and scales (K,) of each."""
+    """Return both moments as they are before the first step.
+
+    Args:
+        p: A parameter, fp32 (n,).
+        coded: True for moments in 8 bits.
+
+    Returns:
+        Two tensors fp32 (n,), or codes uint8 (K, 256) and scales fp32 (K,) of the first moment and
+        then of the second.
+    """
     if not coded:
         return [torch.zeros_like(p), torch.zeros_like(p)]
-    return [part for signed in (True, False) for part in quantize_moment(torch.zeros_like(p), signed)]
+    zeros = torch.zeros_like(p)  # (n,)
+    return [*quantize_moment(zeros, signed=True), *quantize_moment(zeros, signed=False)]
 
 
 def plain_update(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
-    """AdamW in place, all fp32 (n,). Each operation rounds once, none is fused: the same bits on a CPU and a GPU.
+    """Update a parameter and its fp32 moments in place by one step of AdamW.
 
-    numbers: β1, 1 − β1, β2, 1 − β2, 1/√(1 − β2ᵗ), ε, 1 − η λ, −η/(1 − β1ᵗ).
+    Every operation rounds once and none is fused, so a CPU and a GPU compute the same bits.
+
+    Args:
+        p: Parameter, fp32 (n,).
+        g: Gradient, fp32 (n,).
+        moments: m and v, fp32 (n,) each.
+        numbers: β1, 1 − β1, β2, 1 − β2, 1/√(1 − β2ᵗ), ε, 1 − η λ, −η/(1 − β1ᵗ).
+
+    Source:
+        Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
-    (m, v), (beta1, rest1, beta2, rest2, correction, eps, decay, rate) = moments, numbers
+    m, v = moments
+    beta1, rest1, beta2, rest2, correction, eps, decay, rate = numbers
+    # m = β1 m + (1 − β1) g
     m.mul_(beta1).add_(g * rest1)
+    # v = β2 v + (1 − β2) g²
     v.mul_(beta2).add_((g * g).mul_(rest2))
-    # MKL's root, which torch takes on a CPU, is not always the nearest number; its root in fp64, rounded, is
+    # On a CPU torch takes MKL's square root, which is not always correctly rounded. A root in fp64
+    # that is rounded to fp32 is.
     root = v.double().sqrt_().float() if v.is_cpu else v.sqrt()  # (n,)
-    p.mul_(decay).add_((m / root.mul_(correction).add_(eps)).mul_(rate))
+    # p = p (1 − η λ) − η/(1 − β1ᵗ) · m / (√v · 1/√(1 − β2ᵗ) + ε)
+    denominator = root.mul_(correction).add_(eps)  # (n,)
+    p.mul_(decay).add_((m / denominator).mul_(rate))
 
 
 def plain_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
-    """The same with moments in 8 bits: codes (K, 256) and scales (K,) of m, then of v, all in place."""
-    m, m_scale, v, v_scale = moments
-    m, v = (dequantize_moment(*kept)[: len(p)] for kept in ((m, m_scale, True), (v, v_scale, False)))
+    """Update a parameter and its 8-bit moments in place by one step of AdamW.
+
+    Args:
+        p: Parameter, fp32 (n,).
+        g: Gradient, fp32 (n,).
+        moments: Codes uint8 (K, 256) and scales fp32 (K,) of m, then of v.
+        numbers: The eight numbers of `plain_update`.
+    """
+    m_codes, m_scales, v_codes, v_scales = moments
+    m = dequantize_moment(m_codes, m_scales, signed=True)[: len(p)]  # (n,)
+    v = dequantize_moment(v_codes, v_scales, signed=False)[: len(p)]  # (n,)
     plain_update(p, g, (m, v), numbers)
-    for old, new in zip(moments, (*quantize_moment(m, True), *quantize_moment(v, False)), strict=True):
+    updated = (*quantize_moment(m, signed=True), *quantize_moment(v, signed=False))
+    for old, new in zip(moments, updated, strict=True):
         old.copy_(new)
 
 
-def gpu_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
-    """`plain_step` in one launch."""
+def _gpu_step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[float]) -> None:
+    """Compute `plain_step` in one kernel launch."""
     from minilora_kernels.triton.adamw_8bit import step
 
     step(p, g.contiguous(), moments, numbers)
 
 
 def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """fp32 (n,) -> codes uint8 (K, 256), scales fp32 (K,), K = ceil(n/256). A block of zeros has scale 0.
+    """Quantise a moment to 8-bit codes with one scale for each block of 256 values.
 
-    The upper 16 bits of an fp32 value name a bin that holds one threshold at most, so that two look-ups and one
-    comparison give what a binary search over the 255 thresholds gives, in less time.
+    The upper 16 bits of an fp32 value name a bin that contains at most one of the 255 thresholds.
+    Two look-ups and one comparison therefore give the code of a binary search, in less time.
+
+    Args:
+        moment: fp32 (n,).
+        signed: True for the signed map (m), False for the unsigned map (v).
+
+    Returns:
+        Codes uint8 (K, 256) and scales fp32 (K,), K = ceil(n/256). A block of zeros has scale 0.
     """
     blocks = F.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)  # (K, 256)
     scales = blocks.abs().amax(dim=1)  # (K,)
-    scaled = (blocks * (1 / scales.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).view(-1)
-    threshold_of_bin, code_of_bin = (table.to(moment.device) for table in _bins(signed))
-    bins = scaled.view(torch.int32).bitwise_right_shift(16).add_(32768)  # (256 K,) in [0, 65536)
-    codes = torch.index_select(code_of_bin, 0, bins)
+    inverse = 1 / scales.clamp_min(torch.finfo(torch.float32).tiny)  # (K,)
+    scaled = (blocks * inverse[:, None]).view(-1)  # (256 K,)
+    threshold_of_bin, code_of_bin = _bins(signed)
+    threshold_of_bin = threshold_of_bin.to(moment.device)  # (65536,)
+    code_of_bin = code_of_bin.to(moment.device)  # (65536,)
+    upper_bits = scaled.view(torch.int32).bitwise_right_shift(16)  # (256 K,)
+    bins = upper_bits.add_(32768)  # (256 K,) in [0, 65536)
+    codes = torch.index_select(code_of_bin, 0, bins)  # (256 K,)
     codes += scaled > torch.index_select(threshold_of_bin, 0, bins)
     return codes.view(-1, BLOCK), scales
 
 
 def dequantize_moment(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """Codes uint8 (K, 256), scales fp32 (K,) -> fp32 (256 K,)."""
-    values = torch.index_select(dynamic_map(signed).to(codes.device), 0, codes.view(-1).int())
-    return values.view(-1, BLOCK).mul_(scales[:, None]).view(-1)
+    """Return the moment that codes and scales stand for.
+
+    Args:
+        codes: uint8 (K, 256).
+        scales: fp32 (K,).
+        signed: True for the signed map (m), False for the unsigned map (v).
+
+    Returns:
+        fp32 (256 K,), of which the last values are padding.
+    """
+    values_of_code = dynamic_map(signed).to(codes.device)  # (256,)
+    values = torch.index_select(values_of_code, 0, codes.view(-1).int())  # (256 K,)
+    return values.view(-1, BLOCK).mul_(scales[:, None]).view(-1)  # (256 K,)
 
 
 @lru_cache(maxsize=2)
 def _bins(signed: bool) -> tuple[Tensor, Tensor]:
-    """By the upper 16 bits of a value (as a signed number, from -32768 on): the threshold in its bin or infinity,
-    fp32 (65536,), and the code of what is below it, uint8 (65536,)."""
-    upper = torch.arange(-32768, 32768, dtype=torch.int32, device="cpu") << 16
+    """Return the threshold in each bin, fp32 (65536,), and the code below it, uint8 (65536,).
+
+    Bin i holds the fp32 values whose upper 16 bits, read as a signed number, are i − 32768. A bin
+    without a threshold has the threshold infinity.
+    """
+    upper = torch.arange(-32768, 32768, dtype=torch.int32, device="cpu") << 16  # (65536,)
     ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32).clamp(-1, 1)  # (2, 65536)
-    ends[:, ends.isnan().any(0)] = 0.0  # bins that no scaled value falls into
+    ends[:, ends.isnan().any(0)] = 0.0  # no scaled value falls into these bins
     thresholds = midpoints(dynamic_map(signed))  # (255,)
-    below = torch.bucketize(ends.amin(0), thresholds, out_int32=True)  # thresholds below the bin
-    assert int((torch.bucketize(ends.amax(0), thresholds, out_int32=True) - below).max()) == 1
-    threshold_of_bin = torch.cat([thresholds, torch.tensor([torch.inf])])[below]
-    return threshold_of_bin, below.to(torch.uint8)
+    codes = torch.bucketize(ends.amin(0), thresholds, out_int32=True)  # (65536,) at the lower end
+    upper_codes = torch.bucketize(ends.amax(0), thresholds, out_int32=True)  # (65536,)
+    assert int((upper_codes - codes).max()) == 1
+    threshold_of_bin = torch.cat([thresholds, torch.tensor([torch.inf])])[codes]  # (65536,)
+    return threshold_of_bin, codes.to(torch.uint8)
