@@ -84,7 +84,7 @@ plans = st.builds(
 def test_an_epoch_has_every_sample_once(plan, epoch):
     steps = [plan[epoch * len(plan) + index] for index in range(len(plan))]
     assert Counter(i for step in steps for micro in step for i in micro) == Counter(range(len(plan.lengths)))
-    assert all(0 < len(micro) <= plan.micro for step in steps for micro in step)
+    assert all(0 < len(micro) <= plan.micro_batch_size for step in steps for micro in step)
     sizes = sorted(sum(map(len, step)) for step in steps)
     assert sizes[1:] == [plan.step_size] * (len(steps) - 1)  # only one step may be smaller
 
