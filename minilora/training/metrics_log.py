@@ -1,8 +1,10 @@
-"""What a run says while it goes: one JSON object a line in output_dir/log.jsonl, and a progress bar on a terminal.
+"""The log of a run: output_dir/log.jsonl, a progress bar on a terminal, and the trackers.
 
-The first line holds the config; then come {"step", "loss", "learning_rate", ...} every `logging_steps` and {"step",
-"eval_loss"}; the last line holds the totals. What belongs to a step also goes to the trackers of `report_to`. A resumed
-run keeps the lines up to its checkpoint and continues the file, so that every step stands there once.
+log.jsonl holds one JSON object a line. The first line holds the config. Lines with "step", "loss",
+"learning_rate", ... follow every `logging_steps`, and lines with "step" and "eval_loss" after each
+evaluation. The last line holds the totals. Lines with a step also go to the trackers of
+`report_to`. A resumed run keeps the lines up to its checkpoint and continues the file, so that
+every step occurs once.
 """
 
 import json
@@ -17,73 +19,120 @@ from minilora.training.trackers import trackers
 
 
 class Log:
-    """Also the clock: `tokens_per_second` of this session's steps, without evaluation and saving."""
+    """The log file, progress bar and trackers of a run, and its clock.
+
+    Attributes:
+        path: The log file, or None.
+        tokens: Tokens read in this session.
+        seconds: Duration of this session's steps, without evaluation and saving.
+    """
 
     def __init__(self, progress: Progress, total: int, config: TrainConfig, is_main: bool = True):
+        """Open the log; cut an earlier one behind the step that the run continues from.
+
+        Args:
+            progress: The run as it starts.
+            total: Steps of the run.
+            config: The run.
+            is_main: False in processes other than the main one, which write and show nothing.
+        """
         from tqdm import tqdm
 
         self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir and is_main else None
-        self.every, self.tokens, self.seconds, self.file = config.logging_steps, 0, 0.0, None
-        self.trackers: list[Any] = []
-        if is_main and config.trackers:
-            self.trackers = trackers(config, progress.step)
+        self.tokens = 0
+        self.seconds = 0.0
+        self._every = config.logging_steps
+        self._trackers = trackers(config, progress.step) if is_main else []
+        self._file: Any = None
         if self.path is not None:
             write_text(self.path, "".join(_lines_until(self.path, progress.step)))
-            self.file = self.path.open("a", buffering=1, encoding="utf-8")  # line by line: a crash loses none
+            # Buffering by line: a crash loses no complete line.
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
             if progress.step == 0:
                 self.write(config=config.to_dict(), total_steps=total, data=progress.data)
-        off = config.disable_tqdm if is_main else True
-        self.bar = tqdm(initial=progress.step, total=total, unit="step", disable=off, dynamic_ncols=True)
+        self._bar = tqdm(
+            initial=progress.step,
+            total=total,
+            unit="step",
+            disable=config.disable_tqdm if is_main else True,
+            dynamic_ncols=True,
+        )
 
     def step(self, progress: Progress, tokens: int, seconds: float, **figures: float) -> None:
-        """A step is done: in the file, `loss` and what else the objective measures are means since the line before.
+        """Record a step.
 
-        figures: of this step alone; an infinite one (fp16 skipped the step) is left out of the file.
+        In the file, the loss and further figures of the objective are means over the steps since
+        the last line.
+
+        Args:
+            progress: The run after the step.
+            tokens: Tokens read in the step.
+            seconds: Duration of the step.
+            **figures: Figures of this step alone, such as `learning_rate`. One that is not finite,
+                as the gradient norm of a step that fp16 skipped, is left out of the file.
         """
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.tokens += tokens
+        self.seconds += seconds
         shown = {
             "loss": f"{progress.losses[-1]:.4f}",
             "lr": f"{figures['learning_rate']:.1e}",
             "tok/s": f"{tokens / seconds:.0f}",
         }
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        if progress.step % self.every == 0:
-            series = {"loss": progress.losses, **progress.metrics}
-            means = {name: sum(values[-self.every :]) / self.every for name, values in series.items()}
-            figures = {name: value for name, value in figures.items() if math.isfinite(value)}
-            total = {"tokens": progress.tokens, "tokens_per_second": self.tokens_per_second}
-            self.write(step=progress.step, **means, **figures, **total)
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        if progress.step % self._every != 0:
+            return
+        record: dict[str, float] = {"step": progress.step}
+        for name, values in {"loss": progress.losses, **progress.metrics}.items():
+            record[name] = sum(values[-self._every :]) / self._every
+        for name, value in figures.items():
+            if math.isfinite(value):
+                record[name] = value
+        record["tokens"] = progress.tokens
+        record["tokens_per_second"] = self.tokens_per_second
+        self.write(**record)
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second of this session's steps; 0 before the first."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def write(self, **record: Any) -> None:
-        """One line; the numbers of a step go to the trackers too."""
-        if self.file is not None:
-            with naming(Path(self.file.name)):
-                self.file.write(json.dumps(record) + "\n")
-        if "step" in record:
-            figures = {name: value for name, value in record.items() if name != "step"}
-            for tracker in self.trackers:
-                tracker.log(record["step"], figures)
+        """Write one line; the numbers of a step also go to the trackers.
+
+        Args:
+            **record: The fields of the JSON object.
+        """
+        if self._file is not None:
+            with naming(Path(self._file.name)):
+                self._file.write(json.dumps(record) + "\n")
+        if "step" not in record:
+            return
+        figures = {name: value for name, value in record.items() if name != "step"}
+        for tracker in self._trackers:
+            tracker.log(record["step"], figures)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-        for tracker in self.trackers:
+        self._bar.close()
+        for tracker in self._trackers:
             tracker.close()
-        if self.file is not None:
-            with naming(Path(self.file.name)):
-                self.file.close()
+        if self._file is not None:
+            with naming(Path(self._file.name)):
+                self._file.close()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """An earlier log up to `step`: without later steps, the totals, or a line that a crash cut short."""
+    """Return the lines of an earlier log up to a step, without totals and incomplete lines."""
     if step == 0 or not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-    return [line for line in whole if "seconds" not in (record := json.loads(line)) and record.get("step", 0) <= step]
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("}\n"):  # cut short by a crash
+            continue
+        record = json.loads(line)
+        if "seconds" not in record and record.get("step", 0) <= step:
+            lines.append(line)
+    return lines

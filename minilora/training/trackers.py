@@ -1,8 +1,9 @@
-"""Where else a run is shown: `report_to="wandb, tensorboard, trackio"`, each an optional extra that is imported here.
+"""Experiment trackers: `report_to="wandb, tensorboard, trackio"`, each an optional extra.
 
-Every record of log.jsonl that belongs to a step goes to each of them, figure by figure under the same names. A resumed
-run goes on where the log does: TensorBoard drops later steps, W&B continues the run whose id lies in output_dir.
-W&B asks its own environment (WANDB_MODE=offline keeps everything here).
+Every record of log.jsonl that belongs to a step goes to each tracker, figure by figure, under the
+same names. A resumed run continues where the log does: TensorBoard drops later steps, and W&B
+continues the run whose id is stored in output_dir. W&B reads its own environment variables;
+WANDB_MODE=offline keeps all data on this machine.
 """
 
 import uuid
@@ -17,41 +18,86 @@ Figures = dict[str, float]
 
 
 class Tracker:
-    """`log(step, figures)` while the run goes, `close()` at its end."""
+    """A tracker of one run.
+
+    Attributes:
+        log: Function of (step, figures) that records the figures of a step.
+        close: Function that ends the run.
+    """
 
     def __init__(self, log: Callable[[int, Figures], Any], close: Callable[[], Any]):
-        self.log, self.close = log, close
+        """Store the two functions.
+
+        Args:
+            log: Records the figures of a step.
+            close: Ends the run.
+        """
+        self.log = log
+        self.close = close
 
 
 def trackers(config: TrainConfig, step: int) -> list[Tracker]:
-    """Those that `report_to` names, opened for a run that stands at `step`. ValueError for one not installed."""
-    found = []
+    """Open the trackers of a run.
+
+    Args:
+        config: The run; `report_to` names the trackers.
+        step: The step that the run continues from.
+
+    Returns:
+        The open trackers, in the order of `report_to`.
+
+    Raises:
+        ValueError: If the package of a tracker is not installed.
+    """
+    opened = []
     for name in config.trackers:
         try:
-            found.append(_OPEN[name](config, step))
+            opened.append(_OPEN[name](config, step))
         except ImportError as error:
-            raise ValueError(f"report_to: {name} is not installed ({error}): pip install 'minilora[track]'.") from error
-    return found
+            raise ValueError(
+                f"report_to: {name} is not installed ({error}): pip install 'minilora[track]'."
+            ) from error
+    return opened
 
 
 def _wandb(config: TrainConfig, step: int) -> Tracker:
+    """Open a W&B run; a resumed run continues the id that is stored in output_dir."""
     import wandb
 
     folder = Path(config.output_dir) if config.output_dir else None
-    note = folder / "wandb_run_id" if folder else None
-    run_id = note.read_text(encoding="utf-8") if note and step and note.is_file() else uuid.uuid4().hex[:8]
-    if note:
-        write_text(note, run_id)
     run = wandb.init(
-        project="minilora", id=run_id, resume="allow", dir=folder, config=config.to_dict(), name=folder and folder.name
+        project="minilora",
+        id=_wandb_id(folder, step),
+        resume="allow",
+        dir=folder,
+        config=config.to_dict(),
+        name=folder.name if folder else None,
     )
-    return Tracker(lambda at, figures: run.log(figures, step=at), run.finish)
+
+    def log(at: int, figures: Figures) -> None:
+        run.log(figures, step=at)
+
+    return Tracker(log, run.finish)
+
+
+def _wandb_id(folder: Path | None, step: int) -> str:
+    """Return the id of a W&B run: the stored one if the run is resumed, else a new one."""
+    run_id = uuid.uuid4().hex[:8]
+    if folder is None:
+        return run_id
+    file = folder / "wandb_run_id"
+    if step and file.is_file():
+        run_id = file.read_text(encoding="utf-8")
+    write_text(file, run_id)
+    return run_id
 
 
 def _tensorboard(config: TrainConfig, step: int) -> Tracker:
+    """Open a TensorBoard writer in output_dir that drops later steps of an earlier run."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(config.output_dir and str(Path(config.output_dir) / "tensorboard"), purge_step=step + 1)
+    folder = str(Path(config.output_dir) / "tensorboard") if config.output_dir else None
+    writer = SummaryWriter(folder, purge_step=step + 1)
 
     def log(at: int, figures: Figures) -> None:
         for name, value in figures.items():
@@ -61,11 +107,20 @@ def _tensorboard(config: TrainConfig, step: int) -> Tracker:
 
 
 def _trackio(config: TrainConfig, step: int) -> Tracker:
+    """Open a trackio run with the name of output_dir."""
     import trackio
 
-    name = Path(config.output_dir).name if config.output_dir else None
-    run = trackio.init(project="minilora", name=name, resume="allow" if step else "never", config=config.to_dict())
-    return Tracker(lambda at, figures: run.log(figures, step=at), run.finish)
+    run = trackio.init(
+        project="minilora",
+        name=Path(config.output_dir).name if config.output_dir else None,
+        resume="allow" if step else "never",
+        config=config.to_dict(),
+    )
+
+    def log(at: int, figures: Figures) -> None:
+        run.log(figures, step=at)
+
+    return Tracker(log, run.finish)
 
 
 _OPEN = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}
