@@ -116,12 +116,12 @@ def measure(folder: Path, sizes: dict[str, int], options: argparse.Namespace) ->
 def point(dtype: torch.dtype, folder: str, length: int, batch: int, r: int) -> None:
     """Be a process that does steps of this size."""
     import minilora as ml
-    from minilora.training import checks
+    from minilora.training import runtime
 
     model = ml.load_model(folder, quantize="nf4", dtype=dtype)
     ml.inject(model, ml.LoRAConfig(r=r, lora_alpha=r, target_modules="all-linear"))
     row = batches(length, model.config.vocab_size)[0][0]
-    with checks.training_mode(model, False):
+    with runtime.training_mode(model, False):
         serve(own_step(model, [[row] * batch]))
 
 

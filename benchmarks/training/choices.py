@@ -48,7 +48,7 @@ from benchmarks._lib.side_by_side import (
 )
 from benchmarks._lib.steps import own_step
 from benchmarks.training.bench_train import SMOLLM2
-from minilora.training import checks
+from minilora.training import runtime
 from minilora_kernels import allocator
 from minilora_kernels.ops.cross_entropy import CHUNK_BYTES, linear_cross_entropy
 
@@ -98,7 +98,7 @@ def main() -> None:
 def contend(folder: Path, dtype: torch.dtype) -> None:
     """Be a process that does steps on what `main` wrote."""
     model = adapted(folder, dtype)
-    with checks.training_mode(model, gradient_checkpointing=False):
+    with runtime.training_mode(model, gradient_checkpointing=False):
         serve(own_step(model, [json.loads((folder / "rows.json").read_text())]))
 
 

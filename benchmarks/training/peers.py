@@ -177,7 +177,7 @@ def contend(side: str, job: str, folder: Path, dtype: torch.dtype) -> None:
 def ours(job: str, folder: Path, batches: Batches, dtype: torch.dtype) -> None:
     """The library as a user drives it."""
     import minilora as ml
-    from minilora.training import checks
+    from minilora.training import runtime
 
     quantize, kept = "nf4" if job.startswith("qlora") else None, torch.float32 if job == "full" else dtype
     model = ml.load_model(folder / "base", quantize=quantize, dtype=kept)
@@ -185,7 +185,7 @@ def ours(job: str, folder: Path, batches: Batches, dtype: torch.dtype) -> None:
         model.requires_grad_(True)
     else:
         ml.load_adapter(model, folder / "adapter", allow_untrained=True)
-    with checks.training_mode(model, "checkpointing" in job):
+    with runtime.training_mode(model, "checkpointing" in job):
         serve(own_step(model, batches, autocast(kept, dtype)))
 
 

@@ -153,7 +153,7 @@ def batches(tokens: int, vocabulary: int) -> list[list[list[int]]]:
 def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
     """Load, then each job's steps on the base that the job before left behind."""
     import minilora as ml
-    from minilora.training import checks
+    from minilora.training import runtime
 
     begun = time.perf_counter()
     model = ml.load_model(folder, quantize="nf4", dtype=dtype)
@@ -161,7 +161,7 @@ def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
 
     def every_step(targets: Any, tokens: int, checkpointing: bool) -> Iterator[dict[str, float]]:
         ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules=targets))
-        with checks.training_mode(model, checkpointing):
+        with runtime.training_mode(model, checkpointing):
             step = own_step(model, batches(tokens, model.config.vocab_size))
             for _ in range(steps):
                 yield step()

@@ -1,1 +1,19 @@
-"""Training: the loop, and what it uses, one file each."""
+"""Training: the loop and its parts, one file each.
+
+    loop           `train`: steps, evaluation, checkpoints
+    run            the parts of a run and its set-up
+    config         `TrainConfig`, with the names of TrainingArguments
+    batch_sampler  the samples of each step
+    checks         errors that are raised before training or in a step
+    precision      autocast and the loss scaler
+    runtime        context managers for the run: modes, Ctrl-C, memory
+    checkpoint     checkpoints and resuming
+    validation     evaluation during training, the best step, early stopping
+    metrics_log    log.jsonl and the progress bar
+    trackers       TensorBoard, W&B and trackio
+    process        the process of a run, where there is only one
+    distributed    several processes: DDP and FSDP2
+    optim/         parameter groups, learning rate, 8-bit AdamW, NEFTune
+
+Begin with `loop`; it names the others in the order in which they are used.
+"""

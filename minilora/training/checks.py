@@ -1,11 +1,11 @@
-"""What stands around the loop: modes set and put back, Ctrl-C held off, precision chosen, the first step checked."""
+"""Errors that are raised before training starts or in a step, before anything has changed.
 
-import gc
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+A run that would be meaningless is refused with a remedy: a model that does not read text from left
+to right, a token without an embedding, packed documents that attend to each other, a parameter
+without a gradient, a loss that is not finite.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,212 +14,218 @@ from torch import Tensor, nn
 from minilora.data.report import numbers
 from minilora.lora.layer import LoRALayer
 from minilora.models.padded_batch import inference
-from minilora.training.config import TrainConfig
-from minilora_kernels import allocator
 
 
 def check_causal(model: Any) -> None:
-    """ValueError for a model that does not read token ids from left to right, such as T5 or an image encoder."""
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if encodes or getattr(model, "main_input_name", "input_ids") != "input_ids":
+    """Refuse a model that does not read token ids from left to right.
+
+    Args:
+        model: Any model; encoder-decoders such as T5 and image encoders are refused.
+
+    Raises:
+        ValueError: If the model is not a causal language model.
+    """
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if is_encoder_decoder or main_input != "input_ids":
         raise ValueError(
-            f"train trains causal language models, and {type(model).__name__} is none. Its adapter can be injected and "
-            "saved all the same: train it with a loop of your own over the parameters that require grad."
+            f"train trains causal language models, and {type(model).__name__} is not one. An "
+            "adapter can still be injected into it and saved: train it with your own loop over "
+            "the parameters that require grad."
         )
 
 
 def check_vocabulary(model: Any, tokenizer: Any, sets: Mapping[str, tuple[Any, Any]]) -> None:
-    """ValueError if a token of `sets`, {name: (objective, examples)}, has no row in the model's embedding."""
-    table: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    size = len(tokenizer) if table is None else getattr(table, "base_layer", table).weight.shape[0]
-    for name, (objective, examples) in sets.items() if len(tokenizer) > size else ():
+    """Refuse data with a token that has no row in the model's embedding.
+
+    Args:
+        model: The model; its input embedding has shape (V, D).
+        tokenizer: The tokenizer of the data. If it has at most V tokens, nothing is read.
+        sets: For each name of a dataset, its objective and its examples.
+
+    Raises:
+        ValueError: If an example contains a token id of V or more.
+    """
+    vocabulary = _embedding_rows(model)
+    if vocabulary is None or len(tokenizer) <= vocabulary:
+        return
+    for name, (objective, examples) in sets.items():
         for example in examples:
-            if (largest := int(objective.collate([example])["input_ids"].max())) >= size:
+            largest = int(objective.collate([example])["input_ids"].max())
+            if largest >= vocabulary:
+                row = getattr(example, "row", "?")
                 raise ValueError(
-                    f"{name}, row {getattr(example, 'row', '?')}: {tokenizer.decode([largest])!r} has id {largest}, "
-                    f"the model's embedding {size} rows. Use its own tokenizer, or rows without the tokens added to it."
+                    f"{name}, row {row}: {tokenizer.decode([largest])!r} has id {largest}, but the "
+                    f"model's embedding has {vocabulary} rows. Use the model's own tokenizer, or "
+                    "rows without the tokens that were added to it."
                 )
 
 
-def unfreeze(model: nn.Module) -> None:
-    """Let every parameter train. ValueError, with nothing changed, unless all are the model's own, in fp32.
+def _embedding_rows(model: Any) -> int | None:
+    """Return V of the input embedding (V, D), or None if the model does not name one."""
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    embedding: Any = None if get_embedding is None else get_embedding()
+    if embedding is None:
+        return None
+    return getattr(embedding, "base_layer", embedding).weight.shape[0]
 
-    fp32 weights that autocast rounds for each product (bf16=True), and not 16-bit weights beside fp32 masters: both
-    take 16 bytes a parameter (4 + gradient 4 + AdamW 8; or 2 + 4 + gradient 2 + AdamW 8), but 16-bit gradients round
-    at every micro-batch, so that the split of a batch would change the result.
+
+def unfreeze(model: nn.Module) -> None:
+    """Make every parameter trainable, for `method="full"`.
+
+    The weights are in fp32, and autocast rounds them for each product (bf16=True). 16-bit weights
+    next to fp32 masters would take the same 16 bytes a parameter (weight 4 + gradient 4 + AdamW 8,
+    or 2 + 4 + 2 + 8). But 16-bit gradients round at every micro-batch, so the result would depend
+    on how a batch is split.
+
+    Args:
+        model: A model without adapters whose parameters are all in fp32.
+
+    Raises:
+        ValueError: If the model has adapters or a parameter in another dtype. Nothing is changed.
     """
     if any(isinstance(module, LoRALayer) for module in model.modules()):
         raise ValueError(
-            'method="full" trains the model\'s own weights, and it has adapters: ml.merge or ml.eject first.'
+            'method="full" trains the model\'s own weights, and it has adapters: ml.merge or '
+            "ml.eject first."
         )
-    if low := [name for name, p in model.named_parameters() if p.dtype != torch.float32]:
-        raise ValueError(
-            f'method="full" trains every parameter in fp32, and {low[0]} is {model.get_parameter(low[0]).dtype}: load '
-            'it with dtype="float32" and without quantize; bf16=True then computes in 16 bits.'
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f'method="full" trains every parameter in fp32, and {name} is {parameter.dtype}: '
+                'load the model with dtype="float32" and without quantize; bf16=True then computes '
+                "in 16 bits."
+            )
     model.requires_grad_(True)
 
 
 def check_packing(model: Any) -> None:
-    """ValueError unless documents packed into one row get the logits they have alone, through position_ids only.
+    """Refuse packing for a model whose packed documents attend to each other.
 
-    Our decoder is told document_ids. Models of transformers are asked: behind a longer document, a short one must
-    differ from what it is alone by little (rounding), measured by how much it differs if it sees the longer one.
+    minilora's decoder receives document_ids and is always accepted. A transformers model is probed
+    through position_ids: behind a longer document, a short document must have the logits that it
+    has alone. The difference may be rounding only, compared with the difference where the short
+    document does attend to the longer one.
+
+    Args:
+        model: The model to be trained.
+
+    Raises:
+        ValueError: If a packed document changes the logits of another.
     """
     if hasattr(model, "hidden"):
         return
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 25, device=device)[None]  # (1, T)
-    positions = [*range(16), *range(8)]
-    try:
-        with inference(model):
-            alone, joined, packed = (
-                model(tokens, position_ids=torch.tensor([at], device=device), use_cache=False).logits[0, -8:].float()
-                for tokens, at in ((ids[:, 16:], positions[16:]), (ids, range(24)), (ids, positions))
-            )
-    except TypeError:  # takes no position_ids
-        alone = joined = packed = torch.zeros(1)
-    off, seen = (packed - alone).abs().max(), (joined - alone).abs().max()
-    if not off < seen * (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1):
+    alone, attending, packed = _probe_packing(model)
+    difference = (packed - alone).abs().max()
+    reference = (attending - alone).abs().max()
+    dtype = next(model.parameters()).dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    if not difference < reference * tolerance:
         raise ValueError(
-            f"packing: {type(model).__name__} lets packed documents see each other (logits move by {off:.2g}; by "
-            f"{seen:.2g} if nothing keeps them apart). Leave packing False, or use a model of minilora.load_model."
+            f"packing: {type(model).__name__} lets packed documents see each other (logits move by "
+            f"{difference:.2g}; without any separation they move by {reference:.2g}). Leave "
+            "packing False, or use a model of minilora.load_model."
         )
 
 
-@contextmanager
-def training_mode(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
-    """`switched_to_training`, with memory cleared before and after."""
-    with switched_to_training(model, gradient_checkpointing):
-        gc.collect()
-        gc.freeze()  # what is there before training is not looked through again for rubbish
-        try:
-            yield
-        finally:
-            gc.unfreeze()
-            allocator.release()
+def _probe_packing(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (8, V) of a document: alone, attending to the one before it, and packed."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 25, device=device)[None]  # (1, 24): documents of 16 and 8 tokens
 
+    def last_logits(tokens: Tensor, positions: list[int]) -> Tensor:
+        position_ids = torch.tensor([positions], device=device)  # (1, T)
+        logits = model(tokens, position_ids=position_ids, use_cache=False).logits  # (1, T, V)
+        return logits[0, -8:].float()  # (8, V)
 
-@contextmanager
-def switched_to_training(model: Any, gradient_checkpointing: bool) -> Iterator[None]:
-    """`model.train()`, with gradient checkpointing if asked for; afterwards every module is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    ours, theirs = hasattr(model, "gradient_checkpointing"), hasattr(model, "gradient_checkpointing_enable")
-    if gradient_checkpointing and not (ours or theirs):
-        raise ValueError(f"gradient_checkpointing: {type(model).__name__} does not offer it. Leave it False.")
-    switch = gradient_checkpointing and not (model.gradient_checkpointing if ours else model.is_gradient_checkpointing)
     try:
-        if switch and ours:
-            model.gradient_checkpointing = True
-        elif switch:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        yield
-    finally:
-        if switch and ours:
-            model.gradient_checkpointing = False
-        elif switch:
-            model.gradient_checkpointing_disable()
-        for module, training in modes:
-            module.training = training
+        with inference(model):
+            alone = last_logits(ids[:, 16:], [*range(8)])
+            attending = last_logits(ids, [*range(24)])
+            packed = last_logits(ids, [*range(16), *range(8)])
+    except TypeError:  # the model takes no position_ids; equal tensors are refused by the caller
+        zero = torch.zeros(1)
+        return zero, zero, zero
+    return alone, attending, packed
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done. (Only the main thread ever sees it.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
-        if pressed:
-            signal.raise_signal(signal.SIGINT)
+def check_finite(
+    step: int, losses: Tensor, norm: Tensor, scale: float, samples: list[list[Any]]
+) -> None:
+    """Refuse a step whose loss or gradient is not finite, before the step changes anything.
 
+    Above loss scale 1 a gradient that is not finite is an overflow of fp16's loss scaler, which
+    skips the step and lowers its scale.
 
-def precision_of(
-    model: nn.Module, config: TrainConfig, device: torch.device
-) -> tuple[AbstractContextManager, torch.amp.GradScaler]:
-    """The autocast context and the loss scaler: by default the model's own dtype; fp16 always with a scaler."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
-    asked = {"bf16": (torch.bfloat16, config.bf16), "fp16": (torch.float16, config.fp16)}
-    for name, (dtype, wish) in asked.items():
-        if wish is False and dtype in kinds:
-            raise ValueError(f'{name}=False, but the weights of the model are {dtype}: load it with dtype="float32".')
-        if wish and (other := kinds - {dtype, torch.float32}):
-            raise ValueError(f"{name}=True, but the weights of the model are {other.pop()}: leave {name} None.")
-    wanted = next((dtype for dtype, wish in asked.values() if wish and kinds != {dtype}), None)
-    autocast = torch.autocast(device.type, wanted) if wanted else nullcontext()
-    return autocast, torch.amp.GradScaler(device.type, enabled=bool(config.fp16) or torch.float16 in kinds)
+    Args:
+        step: Number of the step, for the message.
+        losses: Share of each micro-batch in the loss, fp32 (M,).
+        norm: Norm of the gradient.
+        scale: Loss scale of the step.
+        samples: The examples of each micro-batch.
 
-
-def check_finite(step: int, losses: Tensor, norm: Tensor, scale: float, samples: list[list[Any]]) -> None:
-    """ValueError if a micro-batch's loss is not finite, or the gradient's norm is not at loss scale 1.
-
-    losses (M,), samples: the M lists of examples. Before anything changes. Above loss scale 1 it is fp16's scaler that
-    overflowed: it skips the step and lowers its scale.
+    Raises:
+        ValueError: If a loss is not finite, or the norm is not at a loss scale of at most 1.
     """
-    for loss, micro in zip(losses, samples, strict=True):
+    for loss, micro_batch in zip(losses, samples, strict=True):
         if not torch.isfinite(loss):
-            packed = [row for example in micro for row, _ in getattr(example, "documents", ())]
-            rows = numbers(sorted(packed or (getattr(example, "row", i) for i, example in enumerate(micro))))
+            rows = numbers(_row_numbers(micro_batch))
             raise ValueError(
-                f"step {step}: the loss of {rows} is {loss.item()}. Look at them, lower learning_rate, or train in "
-                "bf16 or fp32; at step 1 the weights, or an adapter, already hold NaN."
+                f"step {step}: the loss of {rows} is {loss.item()}. Look at these rows, lower "
+                "learning_rate, or train in bf16 or fp32. At step 1 the weights or an adapter "
+                "already contain NaN."
             )
     if not torch.isfinite(norm) and scale <= 1:
-        raise ValueError(f"step {step}: the gradient is {norm.item()} and the loss is not. Train in fp32 to see where.")
+        raise ValueError(
+            f"step {step}: the gradient is {norm.item()} and the loss is finite. Train in fp32 to "
+            "find the cause."
+        )
+
+
+def _row_numbers(examples: list[Any]) -> list[int]:
+    """Return the dataset rows of some examples, packed or not, in order."""
+    packed = []
+    for example in examples:
+        packed += [row for row, _ in getattr(example, "documents", ())]
+    if packed:
+        return sorted(packed)
+    return sorted(getattr(example, "row", index) for index, example in enumerate(examples))
 
 
 def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """ValueError if something that should train got no gradient; run once, after the first backward pass.
+    """Refuse a run in which a trained part receives no gradient, after the first backward pass.
 
-    B starts at zero, so the gradient of A is zero at first and that of B is not: an adapter is dead if all are zero.
+    B starts at zero, so the first gradient of A is zero and that of B is not. An adapter is without
+    a gradient if the gradients of all its parameters are zero.
+
+    Args:
+        model: The model after a backward pass.
+        parameters: The trainable parameters, by name.
+
+    Raises:
+        ValueError: If a parameter has no gradient, or all gradients of an adapter are zero.
     """
     dead = [name for name, parameter in parameters.items() if parameter.grad is None]
+    dead += _adapters_with_zero_gradient(model)
+    if not dead:
+        return
+    names = ", ".join(dead[:3])
+    if len(dead) > 3:
+        names += ", ..."
+    raise ValueError(
+        f"step 1: {len(dead)} of the trained parts got no gradient: {names}. The forward pass does "
+        "not use them or cuts them off (detach, no_grad): target other modules."
+    )
+
+
+def _adapters_with_zero_gradient(model: nn.Module) -> list[str]:
+    """Return the module paths of adapters whose gradients are all zero."""
+    paths = []
     for path, layer in model.named_modules():
-        for name, adapter in layer.adapters.items() if isinstance(layer, LoRALayer) else ():
+        if not isinstance(layer, LoRALayer):
+            continue
+        for name, adapter in layer.adapters.items():
             gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
             if gradients and not any(gradient.any() for gradient in gradients):
-                dead.append(f"{path}.adapters.{name}")
-    if dead:
-        names = ", ".join(dead[:3]) + ", ..." * (len(dead) > 3)
-        raise ValueError(
-            f"step 1: {len(dead)} of the trained parts got no gradient: {names}. The forward pass does not use them "
-            "or cuts them off (detach, no_grad): target other modules."
-        )
-
-
-@contextmanager
-def memory_explained(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Where memory runs out inside, the error carries a note: what was planned, what there was, what would fit."""
-    before = peak_memory(next(model.parameters()).device)
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            from minilora.tools.memory_plan.shortage import explain
-
-            error.add_note(explain(model, config, before))
-        raise
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from here, where the device can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU since the reset, or resident in this process since its start; 0 where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":  # has no resource module
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+                paths.append(f"{path}.adapters.{name}")
+    return paths

@@ -1,17 +1,22 @@
-"""One run in several processes, on torch's own engine: copies of the model (DDP), or one that is sharded (FSDP2).
+"""One run in several processes, on torch's DDP (copies of the model) or FSDP2 (one sharded model).
 
-    g = sum over all micro-batches m of the step of  d(loss sum of m / count of the step)/dparameter
+    g = Σ_m ∂(loss sum of m / N of the step)/∂parameter       over all micro-batches m of the step
 
-A step is cut into micro-batches as in one process, and rank r takes numbers r, r + world, r + 2 world, ... so the step
-is the same for any number of ranks. All ranks make as many passes, for each ends in a collective: a rank that is left
-without a micro-batch repeats the first with weight 0. The engines average over ranks, so losses are scaled by world.
+A step is cut into micro-batches as in one process, and rank r runs numbers r, r + world size,
+r + 2 · world size, ... so the step is the same for any number of ranks. Every rank makes the same
+number of passes, because each pass ends in a collective. A rank that is left without a micro-batch
+repeats the first one with weight 0. DDP and FSDP2 average gradients over the ranks, so the loop
+multiplies losses by the world size.
 
-DDP    every rank holds the model; gradients are summed over ranks after the last micro-batch.
-FSDP2  every rank holds 1/world of each tensor. A layer's tensors, 4-bit codes and scales as the bytes they are, come
-       together while it runs and are dropped again. The model that was given waits where it fits, in host memory, and
-       gets the trained values back for each checkpoint and at the end: files and what comes after know no shards.
+DDP    Every rank has a copy of the model. Gradients are summed over the ranks after the last
+       micro-batch of a step.
+FSDP2  Every rank has 1/(world size) of each tensor. The tensors of a layer, 4-bit codes and scales
+       included, are gathered while the layer runs and are then freed. The original model stays in
+       host memory and receives the trained values for each checkpoint and at the end, so files and
+       later code do not depend on the shards.
 
-The loop knows training/process.py, the answers of one process; these are the answers of one among several.
+The loop uses `training/process.py`, which has the answers of a single process. This file has the
+answers of one process of several.
 """
 
 import copy
@@ -19,7 +24,7 @@ import hashlib
 import inspect
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -29,170 +34,345 @@ from torch import Tensor, nn
 
 from minilora.lora.registry import lora_configs
 from minilora.training.optim.adamw_8bit import AdamW8bit
-from minilora.training.process import Loss, Process, full, grouped
+from minilora.training.process import Loss, Measure, Process, full, in_process_group
 
 
 class Parallel(Process):
-    """One of the processes of a process group, as `Process` has it."""
+    """One process of a process group.
+
+    Attributes:
+        shards: Pairs of a trainable parameter of the original model and its shards (FSDP2 only).
+    """
 
     def __init__(self, device: torch.device, fsdp: bool = False):
-        self.rank, self.world, self.fsdp = dist.get_rank(), dist.get_world_size(), fsdp
+        """Read rank and world size from the process group.
+
+        Args:
+            device: Device of the trainable parameters.
+            fsdp: Shard the model instead of copying it. Shards are on the current GPU if there is
+                one.
+        """
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.fsdp = fsdp
         self.is_main = self.rank == 0
-        on_gpu = self.fsdp and torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else device
-        self.shards: list[tuple[nn.Parameter, Any]] = []  # (trained parameter of the given model, its shards)
+        self.device = device
+        if self.fsdp and torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.shards: list[tuple[nn.Parameter, Any]] = []
 
     def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks, on the device of the values.
+
+        Args:
+            values: The values of this rank, of any shape.
+        """
         summed = values.to(self.device)
         dist.all_reduce(summed)
         return summed.to(values.device)
 
     @contextmanager
     def main_first(self, wanted: bool) -> Iterator[None]:
+        """Let rank 0 finish the block before the others start it.
+
+        Args:
+            wanted: False runs the block in all processes at once.
+        """
         if wanted and not self.is_main:
             dist.barrier()
         yield
         if wanted and self.is_main:
             dist.barrier()
 
-    def agree(self, **what: object) -> None:
-        codes = [int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6]) for value in what.values()]
-        table = torch.tensor([codes if rank == self.rank else [0] * len(codes) for rank in range(self.world)])
-        same = (self.sum(table) == table[self.rank]).all(0).tolist()
-        if different := [name for name, equal in zip(what, same, strict=True) if not equal]:
+    def check_agreement(self, **values: object) -> None:
+        """Raise ValueError if the ranks were started with different values.
+
+        Args:
+            **values: Values by name; a hash of their `repr` is compared.
+
+        Raises:
+            ValueError: With the names that differ, on every rank.
+        """
+        hashes = [_hash(value) for value in values.values()]
+        table = torch.zeros(self.world_size, len(hashes), dtype=torch.long)  # (ranks, values)
+        table[self.rank] = torch.tensor(hashes)
+        equal = (self.sum(table) == table[self.rank]).all(0).tolist()
+        different = [name for name, same in zip(values, equal, strict=True) if not same]
+        if different:
             raise ValueError(
-                f"the {self.world} processes were given different {', '.join(different)}. Give all of them the same "
-                "model, dataset and config: each trains on its own share of every step."
+                f"the {self.world_size} processes were given different {', '.join(different)}. "
+                "Give all of them the same model, dataset and config: each trains on its own share "
+                "of every step."
             )
 
-    def share(self, count: int) -> list[tuple[int, int]]:
-        """Equally many on every rank."""
-        numbers = range(self.rank, -(-count // self.world) * self.world, self.world)
-        return [(number, 1) if number < count else (0, 0) for number in numbers]
+    def micro_batches(self, count: int) -> list[tuple[int, int]]:
+        """Return the micro-batches of a step that this rank runs, equally many on every rank.
 
-    def mean(self, measure: Callable[[Sequence[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
-             in_step: bool = True) -> dict[str, float]:  # fmt: skip
-        """Items are shared out.
+        Args:
+            count: Number of micro-batches in the step.
 
-        Every rank takes as many, of all lengths; what is left over, all of them measure and one counts. The same with
-        all items where the number of passes depends on the item (not in_step) and each pass needs all ranks (FSDP2).
+        Returns:
+            Pairs of a micro-batch's number and its weight. A rank that would be left without one
+            repeats number 0 with weight 0.
         """
-        self.ready()
-        even = len(items) - len(items) % self.world if in_step or not self.fsdp else 0
+        per_rank = -(-count // self.world_size)
+        assigned = []
+        for number in range(self.rank, per_rank * self.world_size, self.world_size):
+            assigned.append((number, 1) if number < count else (0, 0))
+        return assigned
+
+    def mean(
+        self, measure: Measure, items: Sequence[Any], equal_passes: bool = True
+    ) -> dict[str, float]:
+        """Return figures that are means over all items, each rank measuring its share.
+
+        Every rank takes the same number of items, of all lengths. All ranks measure the items that
+        are left over, and the main one counts them. All items are treated as left over if they need
+        different numbers of passes and each pass needs all ranks (FSDP2).
+
+        Args:
+            measure: Function of some items that returns the mean of each figure and the number that
+                the means are over.
+            items: The items of all ranks.
+            equal_passes: True if every item needs the same number of forward passes.
+        """
+        self.gather_root()
+        divided = 0  # number of items that are divided among the ranks
+        if equal_passes or not self.fsdp:
+            divided = len(items) - len(items) % self.world_size
         order = sorted(range(len(items)), key=lambda i: len(items[i]))
-        found, count = {}, 0
-        for part, weight in ((order[self.rank : even : self.world], 1), (order[even:], int(self.is_main))):
-            figures, n = measure([items[i] for i in part]) if part else ({}, 0)
-            found = {name: found.get(name, 0.0) + value * n * weight for name, value in figures.items()} or found
-            count += n * weight
-        total, *sums = self.sum(torch.tensor([count, *found.values()], dtype=torch.float64)).tolist()
-        return {name: value / total for name, value in zip(found, sums, strict=True)}
+        own_share = order[self.rank : divided : self.world_size]
+        left_over = order[divided:]
+        sums: dict[str, float] = {}
+        count = 0
+        for indices, weight in ((own_share, 1), (left_over, int(self.is_main))):
+            if not indices:
+                continue
+            figures, size = measure([items[i] for i in indices])
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0.0) + value * size * weight
+            count += size * weight
+        local = torch.tensor([count, *sums.values()], dtype=torch.float64)  # (1 + figures,)
+        total, *values = self.sum(local).tolist()
+        return {name: value / total for name, value in zip(sums, values, strict=True)}
 
     def wrap(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.loss: Any = self._sharded(model, objective, optimizer) if self.fsdp else Loss(model, objective)
-        self._runs(self.loss.model)
-        self.ready()
-        if not self.fsdp:
-            engine: Any = nn.parallel.DistributedDataParallel
-            new = "forward_sync_buffers" in inspect.signature(engine).parameters  # its name from torch 2.13 on
-            self.loss = engine(self.loss, **{"forward_sync_buffers" if new else "broadcast_buffers": False})
-        kind = "FSDP2, the model in shards" if self.fsdp else "DDP, the model in each"
-        sent = f"{traffic(model, self.world, self.fsdp):,} bytes {'a micro-batch' if self.fsdp else 'a step'}"
-        print(f"parallel: {self.world} processes, {kind}; each of them sends {sent}")
+        """Prepare DDP or FSDP2, and print the bytes that each process sends.
 
-    def ready(self) -> None:
-        """Gather what FSDP2 keeps outside the layers, so that `model` runs without `loss`; tells layers their root."""
+        Args:
+            model: The model that was passed to `train`.
+            objective: The objective of the run.
+            optimizer: The optimiser over the model's trainable parameters.
+
+        Raises:
+            ValueError: If the optimiser has 8-bit moments and the model is sharded.
+        """
+        if self.fsdp:
+            self.loss: Any = self._sharded_loss(model, objective, optimizer)
+            self._set_model(self.loss.model)
+            self.gather_root()
+            kind = "FSDP2, the model sharded"
+        else:
+            self._set_model(model)
+            self.loss = _ddp(Loss(model, objective))
+            kind = "DDP, a copy of the model in each"
+        sent = traffic(model, self.world_size, self.fsdp)
+        period = "micro-batch" if self.fsdp else "step"
+        print(
+            f"parallel: {self.world_size} processes, {kind}; each of them sends {sent:,} bytes a "
+            f"{period}"
+        )
+
+    def gather_root(self) -> None:
+        """Gather the tensors that FSDP2 keeps outside the layers, so that `model` runs alone.
+
+        The call also registers the layers with their root module.
+        """
         if self.fsdp:
             self.loss(None)
 
-    def gradients(self, last: bool) -> AbstractContextManager:
-        """DDP sums over ranks in the last one; FSDP2 in each, keeping no whole gradient."""
-        return nullcontext() if last or self.fsdp else self.loss.no_sync()
+    def gradient_sync(self, last: bool) -> AbstractContextManager:
+        """Return the context in which a micro-batch runs.
 
-    def _sharded(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> Loss:
+        DDP sums gradients over the ranks in the last micro-batch only. FSDP2 sums them in each and
+        stores no full gradient.
+
+        Args:
+            last: True for the last micro-batch of the step.
+        """
+        if last or self.fsdp:
+            return nullcontext()
+        return self.loss.no_sync()
+
+    def _sharded_loss(
+        self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer
+    ) -> Loss:
+        """Return the objective over a sharded copy of the model; move the model to the CPU."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import distribute_tensor
 
         if isinstance(optimizer, AdamW8bit):
-            raise ValueError('fsdp: blocks of 8-bit moments do not fit into shards. Set optim="adamw_torch".')
-        mesh, memo = init_device_mesh(self.device.type, (self.world,)), {id(objective): objective}
-        for p in model.parameters():  # parameters of the copy's own, on the same bytes until they are sharded
-            memo[id(p)] = nn.Parameter(p.detach(), p.requires_grad)
-        loss = copy.deepcopy(Loss(model, objective), memo)
+            raise ValueError(
+                'fsdp: blocks of 8-bit moments do not fit into shards. Set optim="adamw_torch".'
+            )
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        loss = _copy_on_same_storage(Loss(model, objective))
         lora_configs(loss.model).parts.in_shards = True
         for layer in _layers(loss):
             fully_shard(layer, mesh=mesh)
         fully_shard(loss, mesh=mesh)
         shards = dict(loss.model.named_parameters())
-        self.shards = [(p, shards[name]) for name, p in model.named_parameters() if p.requires_grad]
-        self.given, self.home = model, next(model.parameters()).device
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.shards.append((parameter, shards[name]))
+        self.original = model
+        self.original_device = next(model.parameters()).device
         model.cpu()
-
-        def sharded(value: Tensor, like: Any) -> Tensor:
-            value = value.to(self.device)
-            return distribute_tensor(value, mesh, like.placements) if value.shape == like.shape else value
-
-        states = {p: {k: sharded(v, p) for k, v in optimizer.state[whole].items()} for whole, p in self.shards}
-        _refer(optimizer, dict(self.shards), states)
+        self._shard_states(optimizer, mesh)
         return loss
 
+    def _shard_states(self, optimizer: torch.optim.Optimizer, mesh: Any) -> None:
+        """Let the optimiser work on the shards, with the moments sharded alike."""
+        from torch.distributed.tensor import distribute_tensor
+
+        states = {}
+        for parameter, shard in self.shards:
+            state = {}
+            for key, value in optimizer.state[parameter].items():
+                state[key] = value.to(self.device)
+                if value.shape == shard.shape:  # a moment, not the step number
+                    state[key] = distribute_tensor(state[key], mesh, shard.placements)
+            states[shard] = state
+        _replace_parameters(optimizer, dict(self.shards), states)
+
     @contextmanager
-    def whole(self, optimizer: torch.optim.Optimizer, for_good: bool = False) -> Iterator[None]:
-        states = {p: optimizer.state[p] for _, p in self.shards}
-        wholes = {}
+    def full_tensors(
+        self, optimizer: torch.optim.Optimizer, permanently: bool = False
+    ) -> Iterator[None]:
+        """Give the original model and the optimizer full tensors inside the block.
+
+        Args:
+            optimizer: The optimiser of the run.
+            permanently: Do not return to shards after the block.
+        """
+        shard_states = {shard: optimizer.state[shard] for _, shard in self.shards}
+        full_states = {}
         with torch.no_grad():
-            for whole, p in self.shards:
-                whole.copy_(full(p))
-                wholes[whole] = {key: full(value).to(whole.device) for key, value in states[p].items()}
-        _refer(optimizer, {p: whole for whole, p in self.shards}, wholes)
+            for parameter, shard in self.shards:
+                parameter.copy_(full(shard))
+                state = {}
+                for key, value in shard_states[shard].items():
+                    state[key] = full(value).to(parameter.device)
+                full_states[parameter] = state
+        to_parameters = {shard: parameter for parameter, shard in self.shards}
+        _replace_parameters(optimizer, to_parameters, full_states)
         yield
-        if not for_good:
-            _refer(optimizer, dict(self.shards), states)
+        if not permanently:
+            _replace_parameters(optimizer, dict(self.shards), shard_states)
         elif self.shards:
-            self.given.to(self.home)
-        dist.barrier()  # what one rank writes inside is there for all
+            self.original.to(self.original_device)
+        dist.barrier()  # files that one rank writes in the block exist for all after it
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C is only noted, in `pressed`: a step ends all ranks if it was pressed on any."""
+        """Record Ctrl-C in `interrupt_requested` inside the block.
+
+        A step ends the run on all ranks if it was requested on any of them.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "pressed", True))
+
+        def request_interrupt(number: int, frame: Any) -> None:
+            self.interrupt_requested = True
+
+        previous = signal.signal(signal.SIGINT, request_interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous)
 
 
-def traffic(model: nn.Module, world: int, fsdp: bool = False) -> int:
-    """Bytes that each rank sends, by ring collectives: a gather or a scatter sends (world - 1)/world of a tensor.
+def _hash(value: object) -> int:
+    """Return 48 bits of the SHA-256 of a value's `repr`."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
 
-    DDP, a step: gradients are scattered and gathered. FSDP2, a micro-batch: the stored model is gathered for forward,
-    its layers again for backward, and gradients are scattered.
+
+def _ddp(loss: Loss) -> nn.Module:
+    """Wrap a loss in DDP, without a broadcast of buffers in each forward pass."""
+    engine: Any = nn.parallel.DistributedDataParallel
+    option = "broadcast_buffers"
+    if (
+        "forward_sync_buffers" in inspect.signature(engine).parameters
+    ):  # its name from torch 2.13 on
+        option = "forward_sync_buffers"
+    return engine(loss, **{option: False})
+
+
+def _copy_on_same_storage(loss: Loss) -> Loss:
+    """Return a copy of the modules with new parameters on the same memory."""
+    memo: dict[int, Any] = {id(loss.objective): loss.objective}
+    for parameter in loss.model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    return copy.deepcopy(loss, memo)
+
+
+def traffic(model: nn.Module, world_size: int, fsdp: bool = False) -> int:
+    """Return the bytes that each rank sends, with ring collectives.
+
+    A gather or a scatter sends (world_size − 1)/world_size of a tensor. DDP scatters and gathers
+    the gradients once a step. FSDP2 gathers the stored model for the forward pass and its layers
+    again for the backward pass, and scatters the gradients, for each micro-batch.
+
+    Args:
+        model: The model.
+        world_size: Number of ranks.
+        fsdp: True for FSDP2, False for DDP.
+
+    Returns:
+        Bytes a step (DDP) or a micro-batch (FSDP2).
     """
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    stored, layers = (sum(p.nbytes for p in part.parameters()) for part in (model, nn.ModuleList(_layers(model))))
-    return (stored + layers + trained if fsdp else 2 * trained) * (world - 1) // world
+    if fsdp:
+        stored = sum(p.nbytes for p in model.parameters())
+        layers = sum(p.nbytes for p in nn.ModuleList(_layers(model)).parameters())
+        moved = stored + layers + trained
+    else:
+        moved = 2 * trained
+    return moved * (world_size - 1) // world_size
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The model's longest part: what FSDP2 gathers one at a time."""
+    """Return the largest ModuleList of the model: the layers that FSDP2 gathers one at a time."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()))
+    if not lists:
+        return []
+    return list(max(lists, key=_parameter_count))
 
 
-def _refer(optimizer: torch.optim.Optimizer, places: dict[Any, Any], states: dict[Any, Any]) -> None:
-    """Let the optimizer work on other parameters, with their states."""
+def _parameter_count(module: nn.Module) -> int:
+    """Return the number of parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _replace_parameters(
+    optimizer: torch.optim.Optimizer, replacements: dict[Any, Any], states: dict[Any, Any]
+) -> None:
+    """Let the optimiser work on other parameters, with the given states."""
     for group in optimizer.param_groups:
-        group["params"] = [places.get(p, p) for p in group["params"]]
-    for p, other in places.items():
-        optimizer.state.pop(p, None)
-        optimizer.state[other] = states[other]
+        group["params"] = [replacements.get(p, p) for p in group["params"]]
+    for old, new in replacements.items():
+        optimizer.state.pop(old, None)
+        optimizer.state[new] = states[new]
 
 
-def process_on(device: torch.device, fsdp: bool = False) -> "Process":
-    """This process of the run, whose trained parameters are on `device`; fsdp: several hold the model in shards."""
-    several = grouped() and dist.get_world_size() > 1
-    return Parallel(device, fsdp) if several else Process(device)
+def process_on(device: torch.device, fsdp: bool = False) -> Process:
+    """Return this process of the run.
+
+    Args:
+        device: Device of the trainable parameters.
+        fsdp: Shard the model over the processes; no effect in a single process.
+    """
+    if in_process_group() and dist.get_world_size() > 1:
+        return Parallel(device, fsdp)
+    return Process(device)

@@ -1,13 +1,29 @@
 """The training loop.
 
-    L(step) = sum of -log p(token) over the step's trained tokens / how many they are
+    L = (1/N) Σ_m Σ_{t in m} −log p(token_t)        g = ∂L/∂parameter
 
-A step is `gradient_accumulation_steps` micro-batches. Its tokens are counted before the first forward pass and every
-micro-batch's summed loss is divided by that one number, so the gradient is the same however the step is split, up to
-rounding and without dropout. What requires grad trains: the adapters, kept in fp32 and cast to x's dtype in forward.
-The order of the data and the dropout of a step follow from (seed, step, micro-batch): a resumed run equals one that
-never stopped. Below, `train` prepares and goes round, one step a turn: due evaluations, `_backward`, clip, optimiser,
-log. In a process group of torch.distributed each rank takes its share of the micro-batches (training/distributed.py).
+A step consists of micro-batches m. N is the number of supervised tokens of the whole step, over all
+micro-batches and all processes (for DPO: the number of pairs, and so on for other objectives).
+
+The objective returns the *sum* over the tokens of one micro-batch. `_backward` multiplies it by two
+factors:
+
+    weight / N    The division by N. N is counted before the first forward pass, so every
+                  micro-batch is divided by the same number. weight is 1; it is 0 for a micro-batch
+                  that only keeps a process in step with the others (training/distributed.py).
+    world size    DDP and FSDP2 average the gradients over the processes, and L is a sum over them.
+                  The factor undoes the division of the average; it is 1 in a single process.
+
+Every micro-batch is divided by the N of the step, not by its own number of tokens. The gradients of
+the micro-batches therefore add up to g, and the split of a step into micro-batches does not matter.
+Two things limit this: the sums are rounded in another order, and dropout draws other numbers.
+
+The parameters that require grad are trained: the adapters, which are stored in fp32 and cast to the
+dtype of x in the forward pass. The order of the data and the dropout of a step are functions of
+(seed, step, micro-batch), so a resumed run equals one that was never stopped.
+
+`train` shows the order of the parts: set up (training/run.py), go through the steps (evaluate,
+save, step), finish.
 """
 
 import time
@@ -19,39 +35,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.data.packing import pack
-from minilora.lora.files.base_check import note_tokenizer
-from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
-from minilora.training import checkpoint, checks
-from minilora.training.batch_sampler import BatchPlan, seed_of
+from minilora.losses.sft import Objective
+from minilora.training import checks
+from minilora.training.batch_sampler import seed_of
+from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
-from minilora.training.distributed import process_on
 from minilora.training.metrics_log import Log
-from minilora.training.optim.lr_schedule import learning_rate, total_steps
+from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.optim.neftune import noisy_embeddings
-from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.process import Process, full, main_speaks
-from minilora.training.validation import Evaluation, Figures
+from minilora.training.run import Run, set_up
+from minilora.training.runtime import (
+    memory_explained,
+    peak_memory,
+    training_mode,
+    uninterrupted,
+)
+from minilora.training.validation import Figures
 
 
 @dataclass
 class TrainResult:
-    """What came out. Losses are per trained token; tokens are those read, padding aside."""
+    """The outcome of a run. Losses are means over supervised tokens.
+
+    Attributes:
+        steps: Optimiser steps done.
+        loss: Loss of the last step, or None before the first.
+        eval_loss: Loss of the last evaluation, or None.
+        tokens: Tokens read, without padding.
+        tokens_per_second: Speed of this session's steps, without evaluation and saving.
+        seconds: Duration of the call to `train`.
+        peak_memory_bytes: Peak memory of the device, or of the process on a CPU.
+        interrupted: True if Ctrl-C ended the run.
+        checkpoint: The newest checkpoint, or None.
+        best_step: The best evaluated step by `metric_for_best_model`, or None.
+        log: The log file, or None.
+        losses: Loss of each step.
+        evals: "step" and the figures of each evaluation.
+        metrics: Further figures of the objective, one list each, with one value a step.
+    """
 
     steps: int
-    loss: float | None  # of the last step
-    eval_loss: float | None  # of the last evaluation
+    loss: float | None
+    eval_loss: float | None
     tokens: int
-    tokens_per_second: float  # of this session's steps, without evaluation and saving
+    tokens_per_second: float
     seconds: float
     peak_memory_bytes: int
     interrupted: bool
-    checkpoint: Path | None  # the newest
-    best_step: int | None  # by `metric_for_best_model`
+    checkpoint: Path | None
+    best_step: int | None
     log: Path | None
-    losses: list[float] = field(repr=False)  # one a step
-    evals: list[Figures] = field(repr=False)  # "step" and the figures of each evaluation
-    metrics: dict[str, list[float]] = field(repr=False)  # what else the objective measures, one a step
+    losses: list[float] = field(repr=False)
+    evals: list[Figures] = field(repr=False)
+    metrics: dict[str, list[float]] = field(repr=False)
 
     @property
     def eval_losses(self) -> list[tuple[int, float]]:
@@ -59,9 +96,22 @@ class TrainResult:
         return [(int(figures["step"]), figures["eval_loss"]) for figures in self.evals]
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """A matplotlib Figure of the run's log, saved to `path` if given; ValueError for a run without output_dir."""
+        """Draw the log of the run.
+
+        Args:
+            path: File to save the picture to; None saves nothing.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ValueError: If the run had no `output_dir`, and so has no log.
+        """
         if self.log is None:
-            raise ValueError("plot: a run without output_dir keeps no log to draw: give TrainConfig(output_dir=...).")
+            raise ValueError(
+                "plot: a run without output_dir keeps no log to draw: give "
+                "TrainConfig(output_dir=...)."
+            )
         from minilora.tools.plot.logs import runs
 
         return runs([self.log], path)
@@ -77,104 +127,225 @@ def train(
     objective: Objective | None = None,
     eval_dataset: Any = None,
 ) -> TrainResult:
-    """Train what requires grad in `model`, in place, on `dataset` (a list of rows, or a path; see minilora.data).
+    """Train the parameters of `model` that require grad, in place.
 
-    objective: what is learned from a row; None is supervised fine-tuning. Others: minilora/objectives.
-    eval_dataset: held-out rows; or a dict of them by name, of which all but the first are measured as text.
+    Ctrl-C ends the run: an update that has begun is completed, the last complete step is saved, and
+    the result is marked as interrupted. The call seeds torch's global generator.
 
-    Ctrl-C ends the run cleanly: the last whole step is saved, and `interrupted` says so. Raises ValueError where
-    training would be meaningless: nothing trains, no token is learned, an adapter gets no gradient at step 1, not
-    even its B, a loss is not finite. OSError where a checkpoint or the log cannot be written (a full disk): the run
-    ends, what was saved before stays whole. Seeds torch's global generator.
+    Args:
+        model: A minilora or transformers causal language model, with an adapter unless
+            `config.method` is "full".
+        tokenizer: The model's tokenizer.
+        dataset: The rows: a list or iterable of dicts, or a path (see `minilora.data`).
+        config: The options of the run; None takes the defaults.
+        objective: The loss and its data (`minilora/losses`); None is supervised fine-tuning.
+        eval_dataset: Held-out rows, or a dict of such by name, of which all but the first are
+            measured as text. None evaluates nothing.
+
+    Returns:
+        Losses, figures, checkpoint and log of the run.
+
+    Raises:
+        ValueError: If training would be meaningless: no parameter requires grad, no token is
+            supervised, an adapter (even its B) receives no gradient in step 1, or a loss is not
+            finite.
+        OSError: If a checkpoint or the log cannot be written, as on a full disk. Earlier
+            checkpoints stay valid.
     """
-    started, config, objective = time.perf_counter(), config or TrainConfig(), objective or SFT()
-    check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
-    checks.check_causal(model)
-    if config.method == "full":
-        checks.unfreeze(model)
-    parameters = checkpoint.trainable_parameters(model)
-    parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
-    device = parallel.device
-    checks.reset_peak_memory(device)
-    kept = {} if config.dataset_cache is None else {"cache": config.dataset_cache}
-    with parallel.main_first(bool(kept)):
-        examples = objective.encode(dataset, tokenizer, config.max_length, **kept)
-        evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
-    print(f"train: {examples.report}")
-    print(evaluation, end="\n" * bool(evaluation.sets))
-    checks.check_vocabulary(model, tokenizer, {"train": (objective, examples), **evaluation.sets})
-
-    lengths = lengths_of(examples)
-    if config.packing:
-        checks.check_packing(model)
-        examples = pack(examples, lengths, config.max_length)
-        lengths = examples.lengths
-        print(f"packing: {examples}")
-    plan = BatchPlan(lengths, config, parallel.world)
-    total = total_steps(config, len(plan))
-    optimizer = new_optimizer(model, parameters, config)
-    autocast, scaler = checks.precision_of(model, config, device)
-    checkpoints = checkpoint.Checkpoints(model, optimizer, scaler, config, parallel)
-    progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
-    note_tokenizer(model, tokenizer)
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    parallel.agree(data=plan.identity, step=progress.step, evaluation=str(evaluation), config=config, model=shapes)
-    parallel.wrap(model, objective, optimizer)
-    interrupted = False
+    started = time.perf_counter()
+    run = set_up(model, tokenizer, dataset, config, objective, eval_dataset)
+    config = run.config
     with (
-        Log(progress, total, config, parallel.is_main) as log,
-        checks.memory_explained(model, config),
-        checks.training_mode(parallel.model, config.gradient_checkpointing),
-        noisy_embeddings(parallel.model, config.neftune_noise_alpha),
-        parallel.interruptible(),
+        Log(run.progress, run.total_steps, config, run.parallel.is_main) as log,
+        memory_explained(model, config),
+        training_mode(run.parallel.model, config.gradient_checkpointing),
+        noisy_embeddings(run.parallel.model, config.neftune_noise_alpha),
+        run.parallel.interruptible(),
     ):
-        try:
-            while True:
-                if evaluation.due(progress.step, total, progress.evals):
-                    with autocast:
-                        progress.evals.append({"step": progress.step} | evaluation.measure())
-                    log.write(**progress.evals[-1])
-                best = evaluation.best(progress.evals)
-                if checkpoints.due(progress, best):
-                    with checks.uninterrupted():
-                        checkpoints.save(progress, best)
-                if progress.step >= total or evaluation.exhausted(progress.evals):
-                    break
+        interrupted = _run_steps(run, log)
+        _finish(run, log, interrupted)
+    return _result(run, log, interrupted, started)
 
-                begun, step = time.perf_counter(), progress.step + 1
-                rate = learning_rate(config, progress.step, total)
-                samples = [[examples[i] for i in micro] for micro in plan[progress.step]]
-                optimizer.zero_grad()
-                seed = config.seed, "dropout", step
-                losses, further = _backward(parallel, objective, samples, autocast, scaler, seed)  # (micro-batches,)
-                scaler.unscale_(optimizer)
-                # g <- g * min(1, max_grad_norm / |g|)
-                longest = config.max_grad_norm or float("inf")
-                norm = full(nn.utils.clip_grad_norm_(parallel.parameters.values(), longest))
-                checks.check_finite(step, losses, norm, scaler.get_scale(), samples)
-                if step == 1:
-                    checks.check_gradients(parallel.model, parallel.parameters)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["lr_ratio"]
-                with checks.uninterrupted():  # weights, moments and the count move together or not at all
-                    scaler.step(optimizer)
-                    scaler.update()
-                    tokens = sum(len(example) for micro in samples for example in micro)
-                    progress.step, progress.tokens = step, progress.tokens + tokens
-                    progress.losses.append(losses.sum().item())
-                    for name, value in further.items():
-                        progress.metrics.setdefault(name, []).append(value.item())
-                    seconds, memory = time.perf_counter() - begun, checks.peak_memory(device)
-                    log.step(progress, tokens, seconds, learning_rate=rate, grad_norm=norm.item(), peak_memory=memory)
-        except KeyboardInterrupt:
-            interrupted = True
-        best = evaluation.best(progress.evals)
-        with checks.uninterrupted():
-            with parallel.whole(optimizer, for_good=True):
-                checkpoints.save(progress, best)
-            log.write(steps=progress.step, tokens=progress.tokens, seconds=log.seconds, interrupted=interrupted)
-            if config.load_best_model_at_end and best is not None and not interrupted:
-                checkpoints.restore(int(best["step"]))
+
+# ---- the loop
+
+
+def _run_steps(run: Run, log: Log) -> bool:
+    """Evaluate, save and step until the run is done; return True if Ctrl-C ended it."""
+    try:
+        while True:
+            _evaluate_if_due(run, log)
+            _save_if_due(run)
+            if run.progress.step >= run.total_steps:
+                return False
+            if run.evaluation.exhausted(run.progress.evals):
+                return False
+            _step(run, log)
+    except KeyboardInterrupt:
+        return True
+
+
+def _evaluate_if_due(run: Run, log: Log) -> None:
+    """Measure the held-out sets and log the figures, if an evaluation is due."""
+    progress = run.progress
+    if not run.evaluation.due(progress.step, run.total_steps, progress.evals):
+        return
+    with run.autocast:
+        figures = {"step": progress.step, **run.evaluation.measure()}
+    progress.evals.append(figures)
+    log.write(**figures)
+
+
+def _save_if_due(run: Run) -> None:
+    """Save a checkpoint, if one is due."""
+    best = run.evaluation.best(run.progress.evals)
+    if run.checkpoints.due(run.progress, best):
+        with uninterrupted():
+            run.checkpoints.save(run.progress, best)
+
+
+def _step(run: Run, log: Log) -> None:
+    """Make one optimiser step: gradients, checks, update, log."""
+    started = time.perf_counter()
+    step = run.progress.step + 1
+    rate = learning_rate(run.config, run.progress.step, run.total_steps)
+    samples = _samples(run, run.progress.step)
+    run.optimizer.zero_grad()
+    losses, metrics = _backward(
+        run.parallel,
+        run.objective,
+        samples,
+        run.autocast,
+        run.scaler,
+        seed=(run.config.seed, "dropout", step),
+    )
+    norm = _clip_gradients(run)
+    checks.check_finite(step, losses, norm, run.scaler.get_scale(), samples)
+    if step == 1:
+        checks.check_gradients(run.parallel.model, run.parallel.parameters)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["lr_ratio"]
+
+    with uninterrupted():  # weights, moments and the step number change together or not at all
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        tokens = _count_tokens(samples)
+        _record(run.progress, tokens, losses, metrics)
+        log.step(
+            run.progress,
+            tokens,
+            seconds=time.perf_counter() - started,
+            learning_rate=rate,
+            grad_norm=norm.item(),
+            peak_memory=peak_memory(run.parallel.device),
+        )
+
+
+def _samples(run: Run, step: int) -> list[list[Any]]:
+    """Return the examples of each micro-batch of a step."""
+    samples = []
+    for indices in run.plan[step]:
+        samples.append([run.examples[index] for index in indices])
+    return samples
+
+
+def _count_tokens(samples: list[list[Any]]) -> int:
+    """Return the number of tokens of a step, without padding."""
+    return sum(len(example) for micro_batch in samples for example in micro_batch)
+
+
+def _backward(
+    parallel: Process,
+    objective: Objective,
+    samples: list[list[Any]],
+    autocast: AbstractContextManager,
+    scaler: torch.amp.GradScaler,
+    seed: tuple[Any, ...] = (),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add ∂L/∂parameter of one step to the gradients.
+
+    Returns the share of each micro-batch in L, (M,), and the means of the objective's other sums.
+    """
+    assigned = parallel.micro_batches(len(samples))  # [(number, weight)]
+    batches = [objective.collate(samples[number]) for number, _ in assigned]
+    count = _step_count(parallel, objective, assigned, batches)  # N
+    losses = torch.zeros(len(samples), device=parallel.device)  # (M,)
+    sums: dict[str, Tensor] = {}
+    for index, (number, weight) in enumerate(assigned):
+        torch.manual_seed(seed_of(*seed, number))
+        is_last = index == len(assigned) - 1
+        with parallel.gradient_sync(last=is_last):
+            with autocast:
+                loss_sum, other_sums = parallel.loss(batches[index])
+            # The factor world_size undoes the average over processes (see the module docstring).
+            factor = weight * parallel.world_size / count
+            # L += loss_sum · weight / N
+            scaler.scale(loss_sum * factor).backward()
+        losses[number] += loss_sum.detach() * (weight / count)
+        for name, value in other_sums.items():
+            sums[name] = sums.get(name, 0.0) + value.detach() * weight
+    means = {name: parallel.sum(value) / count for name, value in sums.items()}
+    return parallel.sum(losses), means
+
+
+def _step_count(
+    parallel: Process,
+    objective: Objective,
+    assigned: list[tuple[int, int]],
+    batches: list[dict[str, Tensor]],
+) -> float:
+    """Return N of the whole step; end the run if Ctrl-C was pressed in any process."""
+    count = 0
+    for (_, weight), batch in zip(assigned, batches, strict=True):
+        count += weight * objective.weight(batch)
+    local = torch.tensor([count, parallel.interrupt_requested], dtype=torch.float64)  # (2,)
+    total, interrupt_requested = parallel.sum(local).tolist()
+    if interrupt_requested:
+        raise KeyboardInterrupt
+    return total
+
+
+def _clip_gradients(run: Run) -> Tensor:
+    """Undo the loss scale and clip the gradients; return their norm before clipping."""
+    run.scaler.unscale_(run.optimizer)
+    largest = run.config.max_grad_norm or float("inf")
+    # g ← g · min(1, max_grad_norm / |g|)
+    norm = nn.utils.clip_grad_norm_(run.parallel.parameters.values(), largest)
+    return full(norm)
+
+
+def _record(progress: Progress, tokens: int, losses: Tensor, metrics: dict[str, Tensor]) -> None:
+    """Add a step to the progress."""
+    progress.step += 1
+    progress.tokens += tokens
+    progress.losses.append(losses.sum().item())
+    for name, value in metrics.items():
+        progress.metrics.setdefault(name, []).append(value.item())
+
+
+# ---- the end
+
+
+def _finish(run: Run, log: Log, interrupted: bool) -> None:
+    """Save the last step, write the totals, and load the best weights if the config asks for it."""
+    best = run.evaluation.best(run.progress.evals)
+    with uninterrupted():
+        with run.parallel.full_tensors(run.optimizer, permanently=True):
+            run.checkpoints.save(run.progress, best)
+        log.write(
+            steps=run.progress.step,
+            tokens=run.progress.tokens,
+            seconds=log.seconds,
+            interrupted=interrupted,
+        )
+        if run.config.load_best_model_at_end and best is not None and not interrupted:
+            run.checkpoints.restore(int(best["step"]))
+
+
+def _result(run: Run, log: Log, interrupted: bool, started: float) -> TrainResult:
+    """Return the outcome of the run."""
+    progress = run.progress
+    best = run.evaluation.best(progress.evals)
     return TrainResult(
         steps=progress.step,
         loss=progress.losses[-1] if progress.losses else None,
@@ -182,36 +353,12 @@ def train(
         tokens=progress.tokens,
         tokens_per_second=log.tokens_per_second,
         seconds=time.perf_counter() - started,
-        peak_memory_bytes=checks.peak_memory(device),
+        peak_memory_bytes=peak_memory(run.parallel.device),
         interrupted=interrupted,
-        checkpoint=checkpoints.newest,
+        checkpoint=run.checkpoints.newest,
         best_step=None if best is None else int(best["step"]),
         log=log.path,
         losses=progress.losses,
         evals=progress.evals,
         metrics=progress.metrics,
     )
-
-
-def _backward(
-    parallel: Process, objective: Objective, samples: list[list[Any]], autocast: AbstractContextManager, scaler: Any,
-    seed: tuple[Any, ...] = (),
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Add up dL/dparameter in .grad over the micro-batches of one step; returns what each adds to L (M,), and means."""
-    share = parallel.share(len(samples))  # of this rank: a micro-batch's number, and 1, or 0 where there are too few
-    batches = [objective.collate(samples[number]) for number, _ in share]
-    own = sum(weight * objective.weight(batch) for (_, weight), batch in zip(share, batches, strict=True))
-    count, stop = parallel.sum(torch.tensor([own, parallel.pressed], dtype=torch.float64)).tolist()  # of the whole step
-    if stop:
-        raise KeyboardInterrupt
-    losses, sums = torch.zeros(len(samples), device=parallel.device), {}
-    for (number, weight), batch in zip(share, batches, strict=True):
-        torch.manual_seed(seed_of(*seed, number))
-        with parallel.gradients(last=batch is batches[-1]):
-            with autocast:
-                loss_sum, further = parallel.loss(batch)
-            scaler.scale(loss_sum * (weight * parallel.world / count)).backward()  # world: DDP takes a mean
-        losses[number] += loss_sum.detach() * (weight / count)
-        for name, value in further.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() * weight
-    return parallel.sum(losses), {name: parallel.sum(value) / count for name, value in sums.items()}

@@ -1,4 +1,9 @@
-"""The process of a run: there is one. In a process group training/distributed.py gives the same answers for many."""
+"""The process of a run, where there is only one.
+
+The loop asks a `Process` for its share of the work and for sums over all processes. This file has
+the answers of a single process. In a process group of torch.distributed,
+`training/distributed.py` gives the same answers for one process of several.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,83 +14,178 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+Measure = Callable[[Sequence[Any]], tuple[dict[str, float], int]]
+
 
 class Process:
-    """The only one, number `rank` of `world`."""
+    """The only process of a run.
 
-    rank, world, is_main, fsdp, pressed = 0, 1, True, False, False
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        is_main: True in the process that writes and prints.
+        fsdp: True if the processes share one sharded model.
+        interrupt_requested: True after a Ctrl-C that is to end the run with its current step.
+        device: Device of the trainable parameters.
+        loss: Module that computes the objective of a batch (from `wrap` on).
+        model: The model that is run (from `wrap` on).
+        parameters: Its trainable parameters, by name (from `wrap` on).
+    """
+
+    rank = 0
+    world_size = 1
+    is_main = True
+    fsdp = False
+    interrupt_requested = False
 
     def __init__(self, device: torch.device):
+        """Store the device of the trainable parameters.
+
+        Args:
+            device: The device.
+        """
         self.device = device
 
     def sum(self, values: Tensor) -> Tensor:
-        """Added up over the processes."""
+        """Return the sum over the processes.
+
+        Args:
+            values: The values of this process, of any shape.
+        """
         return values
 
     def main_first(self, wanted: bool) -> AbstractContextManager[None]:
-        """Where it is wanted, rank 0 is through before the others begin: they find the files that it wrote."""
+        """Let the main process finish the block before the others start it.
+
+        The others then find the files that it wrote.
+
+        Args:
+            wanted: False runs the block in all processes at once.
+        """
         return nullcontext()
 
-    def agree(self, **what: object) -> None:
-        """ValueError that names what the processes were given differently."""
+    def check_agreement(self, **values: object) -> None:
+        """Raise ValueError if the processes were started with different values.
 
-    def share(self, count: int) -> list[tuple[int, int]]:
-        """(number, weight 1 or 0) of the micro-batches that this process runs, of `count`."""
+        Args:
+            **values: Values by name; their `repr` is compared.
+        """
+
+    def micro_batches(self, count: int) -> list[tuple[int, int]]:
+        """Return the micro-batches of a step that this process runs.
+
+        Args:
+            count: Number of micro-batches in the step.
+
+        Returns:
+            Pairs of a micro-batch's number and its weight, 1 or 0.
+        """
         return [(number, 1) for number in range(count)]
 
-    def mean(self, measure: Callable[[Sequence[Any]], tuple[dict[str, float], int]], items: Sequence[Any],
-             in_step: bool = True) -> dict[str, float]:  # fmt: skip
-        """What `measure` gives for all items, each figure a mean over the number beside it.
+    def mean(
+        self, measure: Measure, items: Sequence[Any], equal_passes: bool = True
+    ) -> dict[str, float]:
+        """Return figures that are means over all items.
 
-        in_step: whether the number of passes of the model is the same for every item.
+        Args:
+            measure: Function of some items that returns the mean of each figure and the number that
+                the means are over.
+            items: The items of all processes.
+            equal_passes: True if every item needs the same number of forward passes.
         """
-        return measure(items)[0]
+        figures, _ = measure(items)
+        return figures
 
     def wrap(self, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer) -> None:
-        """From here on `loss(batch)` runs `model`, its trained `parameters` are those the optimizer steps."""
-        self.loss: Any = Loss(model, objective)
-        self._runs(model)
+        """Prepare `loss`, `model` and `parameters` for the steps.
 
-    def _runs(self, model: nn.Module) -> None:
+        Args:
+            model: The model that was passed to `train`.
+            objective: The objective of the run.
+            optimizer: The optimiser over the model's trainable parameters.
+        """
+        self.loss: Any = Loss(model, objective)
+        self._set_model(model)
+
+    def _set_model(self, model: nn.Module) -> None:
+        """Store the model that is run, and its trainable parameters."""
         self.model = model
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def gradients(self, last: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch, `last` of its step."""
+    def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Return the context in which a micro-batch runs.
+
+        Args:
+            last: True for the last micro-batch of the step.
+        """
         return nullcontext()
 
-    def whole(self, optimizer: torch.optim.Optimizer, for_good: bool = False) -> AbstractContextManager[None]:
-        """Inside, the given model and the optimizer hold whole tensors. All processes enter together."""
+    def full_tensors(
+        self, optimizer: torch.optim.Optimizer, permanently: bool = False
+    ) -> AbstractContextManager[None]:
+        """Give the original model and the optimizer full tensors inside the block.
+
+        All processes enter the block together.
+
+        Args:
+            optimizer: The optimiser of the run.
+            permanently: Do not return to shards after the block.
+        """
         return nullcontext()
 
     def interruptible(self) -> AbstractContextManager[None]:
-        """Inside, Ctrl-C ends all processes after the same step."""
+        """Return the context in which Ctrl-C ends all processes after the same step."""
         return nullcontext()
 
 
 class Loss(nn.Module):
-    """The objective as a module: what DDP and FSDP2 wrap, as our decoder is called through `hidden`, not `forward`."""
+    """The objective of a model as a module.
+
+    DDP and FSDP2 wrap a module and its `forward`; minilora's decoder is called through `hidden`.
+    """
 
     def __init__(self, model: nn.Module, objective: Any):
+        """Store model and objective.
+
+        Args:
+            model: The model.
+            objective: The objective (`minilora.losses.sft.Objective`).
+        """
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model = model
+        self.objective = objective
 
     def forward(self, batch: Any) -> Any:
-        return None if batch is None else self.objective.loss(self.model, batch)
+        """Return the objective's loss and further sums; None for no batch.
+
+        Args:
+            batch: A batch of the objective, or None.
+        """
+        if batch is None:
+            return None
+        return self.objective.loss(self.model, batch)
 
 
 def full(tensor: Any) -> Tensor:
-    """All of a sharded tensor, for which every process has to ask; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """Return the full tensor of a sharded one.
+
+    Args:
+        tensor: A sharded tensor, for which every process must call this function, or a plain one,
+            which is returned unchanged.
+    """
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor
 
 
 @contextmanager
 def main_speaks() -> Iterator[None]:
-    """Inside, what is printed is seen from rank 0 only. Also a decorator."""
-    with redirect_stdout(sys.stdout if not grouped() or dist.get_rank() == 0 else None):
+    """Suppress prints outside the main process, inside the block or the decorated function."""
+    is_main = not in_process_group() or dist.get_rank() == 0
+    with redirect_stdout(sys.stdout if is_main else None):
         yield
 
 
-def grouped() -> bool:
-    """Whether this process has joined a process group."""
+def in_process_group() -> bool:
+    """Return True if this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()

@@ -1,16 +1,22 @@
-"""What is measured on held-out rows while training, and what follows: the best step, and when to stop.
+"""Evaluation during training, the best step, and early stopping.
 
-    eval_loss, eval_accuracy, …            the objective's own, on the eval rows; one division, so any batch size agrees
-    eval_exact_match, eval_token_f1, …     of greedy answers to the first `eval_answers` rows, if `eval_metrics` asks
-    eval_NAME_loss, eval_NAME_perplexity   of further sets, {"": rows, "general": prose}, as text: what was forgotten
+    eval_loss, eval_accuracy, ...          the objective's figures on the eval rows; each sum is
+                                           divided once, so the batch size changes nothing
+    eval_exact_match, eval_token_f1, ...   figures of greedy answers to the first `eval_answers`
+                                           rows, if `eval_metrics` asks for them
+    eval_NAME_loss, eval_NAME_perplexity   figures of further sets, {"": rows, "general": prose},
+                                           measured as text; they show forgetting
 
-The best step is the one with the lowest `metric_for_best_model`, or the highest where more is better (all but losses
-and perplexities). Everything is derived from the list of figures, so a resumed run decides as one that never stopped.
+The best step is the one with the lowest `metric_for_best_model` for losses and perplexities, and
+with the highest for other figures. Every decision follows from the list of figures, so a resumed
+run decides as a run that was never stopped.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +29,167 @@ from minilora.training.config import TrainConfig
 from minilora.training.process import Process
 
 ANSWERS = ("exact_match", "token_f1", "json_valid")
-Figures = dict[str, float]  # one evaluation: "step" and what was measured
+Figures = dict[str, float]  # "step" and the figures of one evaluation
 
 
 class Evaluation:
-    """The held-out sets of a run, encoded. `dataset`: rows, or a dict of them by name, the first with the objective."""
+    """The held-out sets of a run and the decisions that follow from them.
 
-    def __init__(self, parallel: Process, tokenizer: Any, dataset: Any, objective: Objective, config: TrainConfig):
-        self.parallel, self.tokenizer, self.config = parallel, tokenizer, config
-        named = dict(dataset) if isinstance(dataset, Mapping) else {"": dataset} if dataset is not None else {}
-        self.metrics = [name.strip() for name in (config.eval_metrics or "").split(",") if name.strip()]
-        for name in self.metrics:
-            if name not in ANSWERS:
-                raise unknown("eval_metrics", name, ANSWERS)
-        answered = iterate_dataset(next(iter(named.values()))) if self.metrics and named else ()
-        self.rows = list(islice(answered, config.eval_answers))
-        self.sets = {}
-        for number, (name, rows) in enumerate(named.items()):
-            kind: Any = SFT() if number else objective
-            kept = {"cache": config.dataset_cache} if config.dataset_cache and isinstance(rows, str | Path) else {}
-            examples = kind.encode(rows, tokenizer, config.max_length, **kept)
-            self.sets["eval" if not number else f"eval_{name}"] = kind, examples
-        names = [f"{name}_loss" for name in self.sets] + [f"eval_{name}" for name in self.metrics if self.rows]
+    Attributes:
+        sets: For each name ("eval", "eval_NAME"), the objective and the encoded examples.
+        metrics: Names of the figures of greedy answers.
+        rows: The rows that are answered for `metrics`.
+    """
+
+    def __init__(
+        self,
+        parallel: Process,
+        tokenizer: Any,
+        dataset: Any,
+        objective: Objective,
+        config: TrainConfig,
+    ):
+        """Encode the held-out sets.
+
+        Args:
+            parallel: This process of the run.
+            tokenizer: The tokenizer of the run.
+            dataset: Rows, or a dict of rows by name. The first set has the objective of the run;
+                further ones are measured as text. None: no evaluation.
+            objective: The objective of the run.
+            config: The run.
+
+        Raises:
+            ValueError: If `eval_metrics` or `metric_for_best_model` names an unknown figure.
+        """
+        self.parallel = parallel
+        self.tokenizer = tokenizer
+        self.config = config
+        self.metrics = _metric_names(config)
+        named = _named_datasets(dataset)
+        self.rows: list[Any] = []
+        if self.metrics and named:
+            first = next(iter(named.values()))
+            self.rows = list(islice(iterate_dataset(first), config.eval_answers))
+        self.sets: dict[str, tuple[Any, Any]] = {}
+        for name, rows in named.items():
+            is_first = not self.sets
+            kind: Any = objective if is_first else SFT()
+            options = {}
+            if config.dataset_cache and isinstance(rows, str | Path):
+                options["cache"] = config.dataset_cache
+            examples = kind.encode(rows, tokenizer, config.max_length, **options)
+            self.sets["eval" if is_first else f"eval_{name}"] = (kind, examples)
+        ranks_steps = config.load_best_model_at_end or config.early_stopping_patience is not None
+        figures = self._figure_names(objective)
+        if ranks_steps and config.metric_for_best_model not in figures:
+            raise unknown(
+                "metric_for_best_model (it needs eval_dataset)",
+                config.metric_for_best_model,
+                figures,
+            )
+
+    def _figure_names(self, objective: Objective) -> list[str]:
+        """Return the names of the figures by which a best step can be chosen."""
+        names = [f"{name}_loss" for name in self.sets]
+        if self.rows:
+            names += [f"eval_{name}" for name in self.metrics]
         names += [f"{name}_perplexity" for name in self.sets if name != "eval"]
-        names += [f"eval_{name}" for name in objective.better if self.sets]
-        chosen = config.load_best_model_at_end or config.early_stopping_patience is not None
-        if chosen and config.metric_for_best_model not in names:
-            raise unknown("metric_for_best_model (it needs eval_dataset)", config.metric_for_best_model, names)
+        if self.sets:
+            names += [f"eval_{name}" for name in objective.better]
+        return names
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {examples.report}" for name, (_, examples) in self.sets.items())
+        reports = [f"{name}: {examples.report}" for name, (_, examples) in self.sets.items()]
+        return "\n".join(reports)
 
     def due(self, step: int, total: int, evals: list[Figures]) -> bool:
-        """Whether to measure now: every `eval_steps`, at the end, and never twice."""
+        """Return True if this step is to be evaluated: every `eval_steps` and at the end, once.
+
+        Args:
+            step: Steps done.
+            total: Steps of the run.
+            evals: The evaluations so far.
+        """
+        if not self.sets or any(figures["step"] == step for figures in evals):
+            return False
         every = self.config.eval_steps
-        due = step == total or (every is not None and step > 0 and step % every == 0)
-        return bool(self.sets) and due and all(step != figures["step"] for figures in evals)
+        return step == total or (every is not None and step > 0 and step % every == 0)
 
     def measure(self) -> Figures:
-        """The figures of the model as it is now, the same on every rank."""
-        found: Figures = {}
-        size, share, model = self.config.per_device_eval_batch_size, self.parallel.mean, self.parallel.model
+        """Return the figures of the model in its present state, the same in every process."""
+        measured: Figures = {}
         for name, (objective, examples) in self.sets.items():
-            figures = share(lambda part, kind=objective: means(model, part, size, kind), examples)
-            found |= {f"{name}_{key}": value for key, value in figures.items()}
+            figures = self.parallel.mean(partial(self._means, objective=objective), examples)
+            for key, value in figures.items():
+                measured[f"{name}_{key}"] = value
             if name != "eval":
-                found[f"{name}_perplexity"] = math.exp(figures["loss"])
+                measured[f"{name}_perplexity"] = math.exp(figures["loss"])
         if self.rows:
-            found |= share(self._answers, self.rows, in_step=False)
-        return found
+            measured |= self.parallel.mean(self._answers, self.rows, equal_passes=False)
+        return measured
+
+    def _means(self, examples: Sequence[Any], objective: Objective) -> tuple[Figures, int]:
+        """Return the objective's figures of some examples, and the number they are means over."""
+        batch_size = self.config.per_device_eval_batch_size
+        return means(self.parallel.model, examples, batch_size, objective)
 
     def _answers(self, rows: Sequence[Any]) -> tuple[Figures, int]:
-        """The figures of greedy answers, and how many answers there are."""
-        size = self.config.per_device_eval_batch_size
+        """Return the figures of greedy answers to some rows, and the number of answers."""
         scores = evaluate(
-            self.parallel.model, self.tokenizer, rows, batch_size=size, metrics={"json_valid": json_valid}
+            self.parallel.model,
+            self.tokenizer,
+            rows,
+            batch_size=self.config.per_device_eval_batch_size,
+            metrics={"json_valid": json_valid},
         )
-        return {f"eval_{name}": scores.as_dict()[name] for name in self.metrics}, scores.answers
+        values = scores.as_dict()
+        return {f"eval_{name}": values[name] for name in self.metrics}, scores.answers
 
     def best(self, evals: list[Figures]) -> Figures | None:
-        """The evaluation with the best figure, the earliest of equal ones; None before the first."""
+        """Return the evaluation with the best figure, the earliest of equal ones.
+
+        Args:
+            evals: The evaluations so far.
+
+        Returns:
+            One of them, or None before the first.
+        """
         metric = self.config.metric_for_best_model
-        sign = 1 if metric.endswith(("loss", "perplexity")) else -1
         measured = [figures for figures in evals if metric in figures]
-        return min(measured, key=lambda figures: sign * figures[metric], default=None)
+        if not measured:
+            return None
+        choose = min if metric.endswith(("loss", "perplexity")) else max
+        return choose(measured, key=itemgetter(metric))
 
     def exhausted(self, evals: list[Figures]) -> bool:
-        """Whether `early_stopping_patience` evaluations in a row were not better than the best before them."""
-        patience, best = self.config.early_stopping_patience, self.best(evals)
-        return patience is not None and best is not None and len(evals) - 1 - evals.index(best) >= patience
+        """Return True if the last `early_stopping_patience` evaluations brought no improvement.
+
+        Args:
+            evals: The evaluations so far.
+        """
+        patience = self.config.early_stopping_patience
+        best = self.best(evals)
+        if patience is None or best is None:
+            return False
+        without_improvement = len(evals) - 1 - evals.index(best)
+        return without_improvement >= patience
 
 
-def _named(loss: tuple[float, int]) -> tuple[Figures, int]:
-    return {"loss": loss[0]}, loss[1]
+def _metric_names(config: TrainConfig) -> list[str]:
+    """Return the names in `eval_metrics`; ValueError for an unknown one."""
+    names = [name.strip() for name in (config.eval_metrics or "").split(",")]
+    names = [name for name in names if name]
+    for name in names:
+        if name not in ANSWERS:
+            raise unknown("eval_metrics", name, ANSWERS)
+    return names
+
+
+def _named_datasets(dataset: Any) -> dict[str, Any]:
+    """Return the held-out sets by name; a single set has the name ""."""
+    if dataset is None:
+        return {}
+    if isinstance(dataset, Mapping):
+        return dict(dataset)
+    return {"": dataset}

@@ -182,7 +182,7 @@ def test_a_token_without_a_row_in_the_embedding_is_named_before_training():
     needed = len(tokenizer) - 1  # <|endoftext|>, the last, is in no row
     config = TrainConfig(max_steps=1, save_steps=None)
     assert train(small(needed), tokenizer, data, config).steps == 1
-    with pytest.raises(ValueError, match=r"train, row 0: '<\|im_end\|>' has id 265, .* embedding 265 rows"):
+    with pytest.raises(ValueError, match=r"train, row 0: '<\|im_end\|>' has id 265, .* embedding has 265 rows"):
         train(small(needed - 1), tokenizer, data, config)
     plain = [{"text": "abc<|endoftext|>"}]
     with pytest.raises(ValueError, match=r"eval, row 0: '<\|endoftext\|>'"):

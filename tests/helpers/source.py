@@ -30,7 +30,7 @@ FLOORS: dict[str, int] = {  # imports go down these; a new room needs a line her
 # The two imports up: in functions, as one draws and the other explains what training left behind.
 UPWARD = {
     ("minilora.training.loop", "minilora.tools.plot.logs"),  # TrainResult.plot
-    ("minilora.training.checks", "minilora.tools.memory_plan.shortage"),  # the note on an out-of-memory error
+    ("minilora.training.runtime", "minilora.tools.memory_plan.shortage"),  # the note on an out-of-memory error
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from helpers.toy import llama
-from minilora.training import checks
+from minilora.training import runtime
 from minilora_kernels import allocator, dequantize_nf4, quantize_nf4
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_threads_share_it():
 
 def test_training_gives_all_back():
     model = llama()
-    with checks.training_mode(model, False):
+    with runtime.training_mode(model, False):
         del (x := [big()])[0]
         assert waiting() and not x
     assert not waiting()

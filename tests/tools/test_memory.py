@@ -23,8 +23,8 @@ from minilora.losses.sft import SFT
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.tools.memory_plan import plan as planner
 from minilora.tools.memory_plan.meter import Meter, Stretch
-from minilora.training.checks import training_mode
 from minilora.training.optim.param_groups import new_optimizer
+from minilora.training.runtime import training_mode
 
 ALL = ml.LoRAConfig(r=4, target_modules="all-linear")
 QV = ml.LoRAConfig(r=3, target_modules=["q_proj", "v_proj"])

@@ -255,14 +255,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(whole, tmp_path, ca
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(whole):
-    with pytest.raises(ValueError, match='up to step 7. Go on with it by resume_from_checkpoint="last"'):
+    with pytest.raises(ValueError, match='up to step 7. Continue it with resume_from_checkpoint="last"'):
         run(whole[0])
 
 
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         run(tmp_path, resume_from_checkpoint="last")
-    with pytest.raises(ValueError, match="is no checkpoint: expected trainer_state.json"):
+    with pytest.raises(ValueError, match="is not a checkpoint: expected trainer_state.json"):
         run(None, resume_from_checkpoint=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -296,5 +296,5 @@ def test_a_truncated_checkpoint(whole, tmp_path):
     with pytest.raises(ValueError, match="trainer_state.safetensors is damaged"):
         run(None, resume_from_checkpoint=str(broken))
     os.remove(file)
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         run(None, resume_from_checkpoint=str(broken))

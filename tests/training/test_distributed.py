@@ -183,8 +183,8 @@ def test_a_step_is_shared_out_once_and_in_equal_numbers(count):
     shares = []
     for rank in range(3):
         parallel = Parallel.__new__(Parallel)  # outside a process group
-        parallel.rank, parallel.world = rank, 3
-        shares.append(parallel.share(count))
+        parallel.rank, parallel.world_size = rank, 3
+        shares.append(parallel.micro_batches(count))
     assert len({len(share) for share in shares}) == 1
     assert sorted(number for share in shares for number, weight in share if weight) == [*range(count)]
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from helpers.toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
 from minilora.lora.layer import LoRALayer
-from minilora.training import loop
-from minilora.training.checks import precision_of, uninterrupted
+from minilora.training import run
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
+from minilora.training.precision import precision_of
+from minilora.training.runtime import uninterrupted
 
 # ---- precision
 
@@ -62,7 +63,7 @@ def test_the_loss_scaler_skips_an_overflow_and_goes_on(monkeypatch):
 
     model = lora(llama().half())
     before = adapters(model)
-    monkeypatch.setattr(loop.guard, "precision_of", huge)
+    monkeypatch.setattr(run, "precision_of", huge)
     train(model, Letters(), rows(), TrainConfig(**FAST))
     assert scalers[0].get_scale() == 2.0**115
     assert relative(adapters(model), before) == 0  # every step overflowed: nothing moved, nothing was poisoned
@@ -131,7 +132,7 @@ def test_training_works_off_the_main_thread():
 
 def test_nothing_to_train():
     model = llama().requires_grad_(False)
-    with pytest.raises(ValueError, match=r"inject an adapter first, minilora.lora.inject\(model"):
+    with pytest.raises(ValueError, match=r"inject an adapter first, minilora.inject\(model"):
         train(model, Letters(), rows())
 
 

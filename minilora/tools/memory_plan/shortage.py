@@ -5,18 +5,18 @@ from torch import nn
 
 from minilora.tools.memory_plan import fit
 from minilora.tools.memory_plan.plan import plan_memory, table
-from minilora.training import checks
 from minilora.training.config import TrainConfig
+from minilora.training.runtime import peak_memory
 
 
 def explain(model: nn.Module, config: TrainConfig, before: int) -> str:
-    """A note for the error. before: `guard.peak_memory` as it was when the model was there and training began.
+    """A note for the error. before: `peak_memory` as it was when the model was there and training began.
 
     Changes are held against what was there for tensors: on a GPU what is free or torch's own, on a CPU what this
     process came to, less what it held beside the model at the start.
     """
     device = next(model.parameters()).device
-    reached = checks.peak_memory(device)
+    reached = peak_memory(device)
     own = sum(p.nbytes for p in model.parameters())
     limit = reached - max(before - own, 0)
     had = f"memory ran out: the process had come to {reached / 1e9:,.3f} GB"

@@ -26,9 +26,10 @@ from minilora.models.decoder import CausalLM
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantize_model import quantize_model
 from minilora.tools.memory_plan.meter import Meter, Stretch, Unfilled
-from minilora.training import checks
 from minilora.training.config import TrainConfig
 from minilora.training.optim.param_groups import new_optimizer
+from minilora.training.precision import precision_of
+from minilora.training.runtime import switched_to_training
 
 STATIC = ("packed", "scales", "dense", "adapters")
 Step = tuple[list[tuple[str, Stretch]], int]  # the stretches by name, and the bytes of the optimiser's state
@@ -186,13 +187,13 @@ class _Recorder:
 def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -> tuple[dict, Counter[int]]:
     """The stretches of a step of this small model, and the bytes of the optimiser's state by sort of layer."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    autocast, _ = checks.precision_of(model, config, torch.device("cpu"))
+    autocast, _ = precision_of(model, config, torch.device("cpu"))
     optimizer = new_optimizer(model, parameters, config)
     shape = config.per_device_train_batch_size, config.max_length
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "labels")}
     recorder = _Recorder(meter, list(parameters.values()))
     recorder.attach(model, kinds)
-    with checks.switched_to_training(model, config.gradient_checkpointing):
+    with switched_to_training(model, config.gradient_checkpointing):
         for _ in range(config.gradient_accumulation_steps):
             recorder.forward = True
             recorder.begin("embedding")

@@ -1,0 +1,163 @@
+"""The parts of a training run, and its set-up.
+
+The set-up checks the inputs, encodes the data and prepares the optimiser. Then it loads a
+checkpoint, if the run is resumed. This happens before `Process.wrap`, which may shard the model and
+the moments of the optimiser.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.data.packing import pack
+from minilora.lora.files.base_check import note_tokenizer
+from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
+from minilora.training import checks
+from minilora.training.batch_sampler import BatchPlan
+from minilora.training.checkpoint import Checkpoints, Progress, trainable_parameters
+from minilora.training.config import TrainConfig
+from minilora.training.distributed import process_on
+from minilora.training.optim.lr_schedule import total_steps
+from minilora.training.optim.param_groups import new_optimizer
+from minilora.training.precision import precision_of
+from minilora.training.process import Process
+from minilora.training.runtime import reset_peak_memory
+from minilora.training.validation import Evaluation
+
+
+@dataclass
+class Run:
+    """The parts of a run, which stay the same over its steps, and its progress.
+
+    Attributes:
+        config: The options of the run.
+        objective: The loss.
+        parallel: This process of the run; it also holds the model that is run.
+        examples: The encoded samples, by index.
+        plan: The samples of each step.
+        evaluation: The held-out sets.
+        total_steps: Number of optimiser steps.
+        optimizer: The optimiser over the trainable parameters.
+        autocast: Context of the forward passes.
+        scaler: Loss scaler, enabled in fp16 only.
+        checkpoints: The checkpoints of the run.
+        progress: Steps done, losses and figures.
+    """
+
+    config: TrainConfig
+    objective: Objective
+    parallel: Process
+    examples: Any
+    plan: BatchPlan
+    evaluation: Evaluation
+    total_steps: int
+    optimizer: torch.optim.Optimizer
+    autocast: AbstractContextManager
+    scaler: torch.amp.GradScaler
+    checkpoints: Checkpoints
+    progress: Progress
+
+
+def set_up(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Any,
+    config: TrainConfig | None,
+    objective: Objective | None,
+    eval_dataset: Any,
+) -> Run:
+    """Prepare a run, and load the checkpoint from which it is resumed, if any.
+
+    Args:
+        model: The model to be trained.
+        tokenizer: The model's tokenizer.
+        dataset: The rows, or a path.
+        config: The options of the run; None takes the defaults.
+        objective: The loss; None is supervised fine-tuning.
+        eval_dataset: Held-out rows, or a dict of such by name; None evaluates nothing.
+
+    Returns:
+        The parts of the run, ready for the first step.
+
+    Raises:
+        ValueError: If training would be meaningless, or the checkpoint belongs to another run.
+    """
+    config = config or TrainConfig()
+    objective = objective or SFT()
+    parameters = _trained_parameters(model, config, objective)
+    parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
+    reset_peak_memory(parallel.device)
+
+    examples, evaluation = _encode(parallel, tokenizer, dataset, eval_dataset, objective, config)
+    sets = {"train": (objective, examples), **evaluation.sets}
+    checks.check_vocabulary(model, tokenizer, sets)
+    lengths = lengths_of(examples)
+    if config.packing:
+        checks.check_packing(model)
+        examples = pack(examples, lengths, config.max_length)
+        lengths = examples.lengths
+        print(f"packing: {examples}")
+
+    plan = BatchPlan(lengths, config, parallel.world_size)
+    optimizer = new_optimizer(model, parameters, config)
+    autocast, scaler = precision_of(model, config, parallel.device)
+    checkpoints = Checkpoints(model, optimizer, scaler, config, parallel)
+    progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
+    note_tokenizer(model, tokenizer)
+    parallel.check_agreement(
+        data=plan.identity,
+        step=progress.step,
+        evaluation=str(evaluation),
+        config=config,
+        model={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+    )
+    parallel.wrap(model, objective, optimizer)
+    return Run(
+        config=config,
+        objective=objective,
+        parallel=parallel,
+        examples=examples,
+        plan=plan,
+        evaluation=evaluation,
+        total_steps=total_steps(config, len(plan)),
+        optimizer=optimizer,
+        autocast=autocast,
+        scaler=scaler,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+
+
+def _trained_parameters(
+    model: nn.Module, config: TrainConfig, objective: Objective
+) -> dict[str, nn.Parameter]:
+    """Check that model, config and objective fit together; return the trainable parameters."""
+    check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
+    checks.check_causal(model)
+    if config.method == "full":
+        checks.unfreeze(model)
+    return trainable_parameters(model)
+
+
+def _encode(
+    parallel: Process,
+    tokenizer: Any,
+    dataset: Any,
+    eval_dataset: Any,
+    objective: Any,
+    config: TrainConfig,
+) -> tuple[Any, Evaluation]:
+    """Encode the training and the held-out rows, and print the reports about them."""
+    options = {}
+    if config.dataset_cache is not None:
+        options["cache"] = config.dataset_cache
+    with parallel.main_first(config.dataset_cache is not None):
+        examples = objective.encode(dataset, tokenizer, config.max_length, **options)
+        evaluation = Evaluation(parallel, tokenizer, eval_dataset, objective, config)
+    print(f"train: {examples.report}")
+    if evaluation.sets:
+        print(evaluation)
+    return examples, evaluation
