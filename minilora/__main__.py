@@ -1,6 +1,7 @@
-"""The command line as a program: `minilora`, `python -m minilora`, and `torchrun -m minilora train`, in processes.
+"""The program `minilora`, also in several processes: `torchrun -m minilora train`.
 
-Under torchrun this is one of its processes, on a GPU of its own or on the CPU: what it joins here, `train` finds.
+Under torchrun this file runs once in each process, each on a GPU of its own or on the CPU. It joins
+the process group that `train` then uses.
 """
 
 import os
@@ -14,18 +15,26 @@ from minilora.training.process import main_speaks
 
 
 def run() -> int:
-    """The exit status of the command in sys.argv."""
+    """Run the command in sys.argv.
+
+    Returns:
+        The exit status.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         return main()
     if sys.argv[1:2] != ["train"]:
-        print("minilora: torchrun is for train; run every other command without it.", file=sys.stderr)
+        print(
+            "minilora: torchrun is for train; run every other command without it.", file=sys.stderr
+        )
         return 2
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
     with main_speaks():
         status = main()
-    if status == 0:  # after an error others may wait for this process: torchrun ends them
+    if status == 0:  # after an error other processes may wait for this one: torchrun ends them
         dist.destroy_process_group()
     return status
 

@@ -1,1 +1,12 @@
-"""The command line."""
+"""The command line: one file a command group.
+
+main.py          the program: parse, run, print errors
+options.py       positional arguments and options that several commands share
+values.py        option values, read by the types of the fields that they set; TOML files
+train.py         train, sweep, check-training
+text.py          generate, evaluate, serve
+checkpoints.py   merge, verify, compare-exports, inspect, push
+plan.py          plan
+preview.py       preview, and the lines that train prints about its data
+plot.py          plot
+"""

@@ -1,49 +1,127 @@
-"""`minilora plan`, and what training says where memory runs out."""
+"""The command plan: the memory of a training run."""
 
-import argparse
-from dataclasses import fields
+from argparse import SUPPRESS
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from minilora.cli.options import add_command
 from minilora.cli.values import add_fields
 from minilora.lora.config import LoRAConfig
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory, table
 from minilora.training.config import TrainConfig
 
-_FIELDS = {  # what memory depends on
-    LoRAConfig: "r target_modules exclude_modules rank_pattern layers_to_transform layers_pattern lora_bias bias "
-    "modules_to_save tie",
-    TrainConfig: "method per_device_train_batch_size gradient_accumulation_steps max_length optim "
-    "gradient_checkpointing bf16 fp16",
-}
+LORA_FIELDS = (  # the fields of LoRAConfig that memory depends on
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
+    "tie",
+)
+TRAIN_FIELDS = (  # the fields of TrainConfig that memory depends on
+    "method",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "optim",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+)
 
 
-def plan(model: str, dtype: str, quantize: str | None, card: str | None, plot: str | None, **given: Any) -> None:
-    """Say how much memory training takes, by part, from config.json alone, and what fits a card."""
-    lora, run = ({f.name: given[f.name] for f in fields(c) if f.name in given} for c in _FIELDS)
-    ways: list[tuple[str | None, dict[str, Any]]] = [(quantize, {})]
-    if quantize is None and "method" not in run:
-        ways = [("nf4", {}), (None, {}), (None, {"method": "full", "bf16": "fp16" not in run})]
+@dataclass
+class _Method:
+    """A way to train that the table compares.
+
+    Attributes:
+        quantize: "nf4" or None.
+        training: fields of TrainConfig that the method sets itself.
+    """
+
+    quantize: str | None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def plan(
+    model: str, dtype: str, quantize: str | None, card: str | None, plot: str | None, **given: Any
+) -> None:
+    """Compute the memory of training, by part, from config.json alone, and the run that fits.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        dtype: dtype of dense weights, or "auto".
+        quantize: "nf4" or None.
+        card: memory of a GPU, such as "24GB"; None gives no verdict.
+        plot: file of a picture; None draws nothing.
+        given: fields of LoRAConfig and TrainConfig.
+    """
+    lora = {f.name: given[f.name] for f in fields(LoRAConfig) if f.name in given}
+    training = {f.name: given[f.name] for f in fields(TrainConfig) if f.name in given}
     plans: list[MemoryPlan] = []
-    for bits, further in ways:
-        full = (run | further).get("method") == "full"
-        adapter = LoRAConfig(**lora) if not full or (lora and not further) else None
-        kind = "auto" if further else dtype
-        plans.append(plan_memory(model, adapter, TrainConfig(**further | run), quantize=bits, dtype=kind, card=card))
+    for method in _methods(quantize, training):
+        settings = method.training | training
+        sets_itself = bool(method.training)
+        full = settings.get("method") == "full"
+        adapter = None
+        if not full or (lora and not sets_itself):
+            adapter = LoRAConfig(**lora)
+        plans.append(
+            plan_memory(
+                model,
+                adapter,
+                TrainConfig(**settings),
+                quantize=method.quantize,
+                dtype="auto" if sets_itself else dtype,
+                card=card,
+            )
+        )
     print(table(plans))
-    for found in plans if card is not None else ():
-        print(f"{found.method} {found.verdict}")
+    if card is not None:
+        for found in plans:
+            print(f"{found.method} {found.verdict}")
     if plot is not None:
         plans[0].plot(plot, *plans[1:])
         print(plot)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `minilora plan`, named as those of `minilora train`."""
-    text = "QLoRA alone; with neither this nor --method: QLoRA, LoRA and full fine-tuning (bf16) side by side"
-    parser.add_argument("--quantize", choices=["nf4"], help=text)
-    parser.add_argument("--card", help="what it is to fit in, such as 24GB (10^9 bytes) or 80GiB: says what would")
-    parser.add_argument("--plot", metavar="FILE", help="a stacked bar a method: .svg, .png or .pdf")
-    text = "samples in one forward pass"
-    parser.add_argument("--batch", dest="per_device_train_batch_size", type=int, default=argparse.SUPPRESS, help=text)
-    for config, names in _FIELDS.items():
-        add_fields(parser, config, names.split())
+def _methods(quantize: str | None, training: dict[str, Any]) -> list[_Method]:
+    """Return the methods to compare: QLoRA, LoRA and full, unless the options name one."""
+    if quantize is not None or "method" in training:
+        return [_Method(quantize)]
+    full = {"method": "full", "bf16": "fp16" not in training}
+    return [_Method("nf4"), _Method(None), _Method(None, full)]
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command; its options have the names of `minilora train`.
+
+    Args:
+        commands: the subparsers of the program.
+    """
+    parser = add_command(commands, plan, "model")
+    parser.add_argument(
+        "--quantize",
+        choices=["nf4"],
+        help="QLoRA alone; without this and --method: QLoRA, LoRA and full fine-tuning (bf16)",
+    )
+    parser.add_argument(
+        "--card",
+        help="memory of the GPU, such as 24GB (10^9 bytes) or 80GiB: prints the run that fits",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw a stacked bar a method: .svg, .png or .pdf"
+    )
+    parser.add_argument(
+        "--batch",
+        dest="per_device_train_batch_size",
+        type=int,
+        default=SUPPRESS,
+        help="samples in one forward pass",
+    )
+    add_fields(parser, LoRAConfig, LORA_FIELDS)
+    add_fields(parser, TrainConfig, TRAIN_FIELDS)

@@ -1,9 +1,9 @@
-"""`minilora preview`, and what `minilora train` says about it."""
+"""The command preview, and the lines that `minilora train` prints about its data."""
 
 import shlex
-from argparse import ArgumentParser
 from typing import Any
 
+from minilora.cli.options import add_command
 from minilora.data import dataset_facts
 from minilora.data import preview as show
 from minilora.data.tokenizer import load_tokenizer
@@ -11,32 +11,88 @@ from minilora.losses.sft import SFT
 from minilora.training.config import TrainConfig
 
 
-def preview(dataset: str, model: str, rows: str, max_length: int, packing: str, whole: bool) -> None:
-    """Show rows as training will see them, token by token, and the report about all; only the tokenizer is loaded."""
-    chosen = [int(number) for number in rows.split(",") if number] if "," in rows else int(rows)
+def preview(
+    dataset: str, model: str, rows: str, max_length: int, packing: str, whole: bool
+) -> None:
+    """Show rows as training reads them, token by token, and the report on all rows.
+
+    Only the tokenizer is loaded.
+
+    Args:
+        dataset: file of rows.
+        model: Hub id, folder or .gguf file, for its tokenizer.
+        rows: how many rows to show, or row numbers with commas.
+        max_length: longest row in tokens.
+        packing: "true" shows packed rows.
+        whole: show every token, also within long runs.
+    """
+    if "," in rows:
+        chosen: int | list[int] = [int(number) for number in rows.split(",") if number]
+    else:
+        chosen = int(rows)
     tokenizer = load_tokenizer(model)
-    found = show.preview(dataset, tokenizer, rows=chosen, max_length=max_length, packing=packing == "true")
-    print(found.text(show.on_terminal(), None if whole else show.EDGE))
+    shown = show.preview(
+        dataset, tokenizer, rows=chosen, max_length=max_length, packing=packing == "true"
+    )
+    print(shown.text(show.on_terminal(), None if whole else show.EDGE))
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """The options of `minilora preview`, named as those of `minilora train`."""
+def add_commands(commands: Any) -> None:
+    """Add the command; its options have the names of `minilora train`.
+
+    Args:
+        commands: the subparsers of the program.
+    """
     defaults = TrainConfig()
-    parser.add_argument("--model", required=True, help="Hub id, folder or .gguf file, for its tokenizer")
-    parser.add_argument("--rows", default="3", help="how many, or their numbers, with commas: 17,204 (default 3)")
-    parser.add_argument("--max_length", type=int, default=defaults.max_length, help="as in train (default %(default)s)")
-    parser.add_argument("--packing", choices=["true", "false"], default="false", help="as in train (default false)")
-    parser.add_argument("--whole", action="store_true", help="every token, also within long runs")
+    parser = add_command(commands, preview, "dataset")
+    parser.add_argument(
+        "--model", required=True, help="Hub id, folder or .gguf file, for its tokenizer"
+    )
+    parser.add_argument(
+        "--rows", default="3", help="number of rows, or row numbers with commas: 17,204 (default 3)"
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=defaults.max_length,
+        help="as in train (default %(default)s)",
+    )
+    parser.add_argument(
+        "--packing", choices=["true", "false"], default="false", help="as in train (default false)"
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="show every token, also within long runs"
+    )
 
 
-def before_training(dataset: Any, model: str, tokenizer: Any, config: TrainConfig, objective: Any) -> str:
-    """What to know about the tokenizer, and the command that shows what a run learns.
+def before_training(
+    dataset: Any, model: str, tokenizer: Any, config: TrainConfig, objective: Any
+) -> str:
+    """Return remarks about the tokenizer, and the command that shows which tokens a run supervises.
 
-    Nothing for a mixture, which is in no file, and for rows of another kind than SFT's.
+    Args:
+        dataset: the training data; a mixture, which is not a file, gets no remarks.
+        model: Hub id, folder or .gguf file of the model.
+        tokenizer: the model's tokenizer.
+        config: the run.
+        objective: the loss; losses other than SFT have rows of other shapes and get no remarks.
+
+    Returns:
+        Lines to print, or the empty string.
     """
     if not isinstance(dataset, str) or not isinstance(objective, SFT):
         return ""
-    known = "".join(f"tokenizer: {remark}\n" for remark in dataset_facts.remarks(tokenizer, chats=True))
-    packing = ["--packing", "true"] if config.packing else []
-    command = ["minilora", "preview", dataset, "--model", model, "--max_length", str(config.max_length), *packing]
-    return f"{known}token by token: {shlex.join(command)}\n"
+    lines = [f"tokenizer: {remark}" for remark in dataset_facts.remarks(tokenizer, chats=True)]
+    command = [
+        "minilora",
+        "preview",
+        dataset,
+        "--model",
+        model,
+        "--max_length",
+        str(config.max_length),
+    ]
+    if config.packing:
+        command += ["--packing", "true"]
+    lines.append(f"token by token: {shlex.join(command)}")
+    return "\n".join(lines) + "\n"

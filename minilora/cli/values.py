@@ -1,16 +1,17 @@
-"""Values of options, read by the types of the fields that they are for: from the command line, or from a TOML file.
+"""Option values, read by the types of the fields that they set, and options from TOML files.
 
     minilora train run.toml --learning_rate 1e-4
 
-A TOML file holds the options of `train` under their own names, `model` and `dataset` among them; tables only group
-them. What follows on the command line wins.
+A TOML file holds the options of `train` under their own names, `model` and `dataset` among them;
+its tables only group the options. Options after the file on the command line replace those of the
+file.
 """
 
 import argparse
 import json
 import tomllib
 from collections.abc import Collection
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -23,47 +24,92 @@ MAPPINGS = ("rank_pattern", "alpha_pattern")  # fields whose value is a table
 
 
 def from_toml(path: Path, known: Collection[str]) -> list[str]:
-    """The file as arguments of `train`. ValueError for what is no TOML, or a name that is no option."""
+    """Return the content of a TOML file as arguments of `train`.
+
+    Args:
+        path: the file.
+        known: the names of the options of `train`.
+
+    Returns:
+        The arguments: model, dataset, then options.
+
+    Raises:
+        ValueError: the file is not TOML, has an unknown name, or lacks `model` or `dataset`.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}.") from error
-    values: dict[str, Any] = {}
-    for name, value in content.items():
-        values |= value if isinstance(value, dict) and name not in MAPPINGS else {name: value}
+    values = _without_tables(content)
     for name in values:
         if name not in known:
             raise unknown(f"{path}", name, known)
-    if missing := {"model", "dataset"} - values.keys():
-        raise ValueError(f"{path}: {' and '.join(sorted(missing))} missing: what to train, and on what?")
-    first = [str(values.pop("model")), str(values.pop("dataset"))]
-    mixed = [part for pair in values.pop("mix", ()) for part in ("--mix", *map(str, pair))]
-    return [*first, *mixed, *(f"--{name}={_text(value)}" for name, value in values.items())]
+    missing = {"model", "dataset"} - values.keys()
+    if missing:
+        raise ValueError(
+            f"{path}: {' and '.join(sorted(missing))} missing: add the model and its dataset."
+        )
+    arguments = [str(values.pop("model")), str(values.pop("dataset"))]
+    for pair in values.pop("mix", ()):
+        arguments += ["--mix", *map(str, pair)]
+    for name, value in values.items():
+        arguments.append(f"--{name}={_as_argument(value)}")
+    return arguments
 
 
-def _text(value: Any) -> str:
+def _without_tables(content: dict[str, Any]) -> dict[str, Any]:
+    """Return name → value of all options; a table groups options unless its name is a field."""
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and name not in MAPPINGS:
+            values |= value
+        else:
+            values[name] = value
+    return values
+
+
+def _as_argument(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)
 
 
 def add_fields(group: Any, config: type, names: Collection[str] | None = None) -> None:
-    """One option for each field (of `names`), without a default: what is not given is not passed on."""
+    """Add one option for each field of a configuration.
+
+    The options have no default: an option that is not given is not passed on.
+
+    Args:
+        group: a parser or an argument group.
+        config: a dataclass whose fields have a help text in their metadata.
+        names: the fields to add; None adds all.
+    """
     hints = get_type_hints(config)
-    for f in (f for f in fields(config) if names is None or f.name in names):
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        default = f"default {default}" if default is not MISSING else "required"
-        text = f.metadata["help"].replace("%", "%%")
+    for field in fields(config):
+        if names is not None and field.name not in names:
+            continue
+        text = field.metadata["help"].replace("%", "%%")
         group.add_argument(
-            f"--{f.name}",
-            type=partial(_read, hint=hints[f.name]),
+            f"--{field.name}",
+            type=partial(_read, hint=hints[field.name]),
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{text} ({default})",
+            help=f"{text} ({_default_text(field)})",
         )
 
 
+def _default_text(field: Field) -> str:
+    if field.default_factory is not MISSING:
+        return f"default {field.default_factory()}"
+    if field.default is not MISSING:
+        return f"default {field.default}"
+    return "required"
+
+
 def _read(text: str, hint: Any) -> Any:
+    """Return parse_value's result, or the error that argparse expects."""
     try:
         return parse_value(text, hint)
     except ValueError:
@@ -72,13 +118,24 @@ def _read(text: str, hint: Any) -> Any:
 
 
 def parse_value(text: str, hint: Any) -> Any:
-    """`text` as a value of the type `hint`: 8, 1e-4, true, none, q_proj,v_proj, all-linear, {"q_proj": 4}.
+    """Return `text` as a value of a type.
 
-    Where both a list of names and a text are allowed, commas or a plain name make a list; "all-linear" and anything
-    with a regular expression's characters stay text. ValueError for what cannot be read so.
+    Examples: 8, 1e-4, true, none, q_proj,v_proj, all-linear, {"q_proj": 4}.
+
+    Where both a list of names and a text are allowed, commas or a plain name make a list;
+    "all-linear" and anything with a regular expression's characters stay text.
+
+    Args:
+        text: the value as written.
+        hint: the type hint of the field.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: the text is not a value of that type.
     """
-    alone = get_origin(hint) in (dict, list)
-    kinds = [get_origin(kind) or kind for kind in ((hint,) if alone else get_args(hint) or (hint,))]
+    kinds = _kinds(hint)
     if type(None) in kinds and text.lower() == "none":
         return None
     if bool in kinds and text.lower() in ("true", "false"):
@@ -90,7 +147,7 @@ def parse_value(text: str, hint: Any) -> Any:
     if list in kinds and int in kinds:
         numbers = [int(part) for part in text.split(",")]
         return numbers if len(numbers) > 1 else numbers[0]
-    if list in kinds and text != "all-linear" and text.replace(",", "").replace("_", "").replace(".", "").isalnum():
+    if list in kinds and _is_names(text):
         return text.split(",")
     for kind in (int, float):
         if kind in kinds:
@@ -98,3 +155,18 @@ def parse_value(text: str, hint: Any) -> Any:
     if str in kinds:
         return text
     raise ValueError(f"expected {hint}, got {text!r}.")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """Return the members of a type hint: list[str] | None → [list, NoneType]."""
+    if get_origin(hint) in (dict, list):
+        members = (hint,)
+    else:
+        members = get_args(hint) or (hint,)
+    return [get_origin(member) or member for member in members]
+
+
+def _is_names(text: str) -> bool:
+    """Return True for names between commas, False for "all-linear" and regular expressions."""
+    letters = text.replace(",", "").replace("_", "").replace(".", "")
+    return text != "all-linear" and letters.isalnum()

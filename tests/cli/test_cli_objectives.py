@@ -95,11 +95,11 @@ def test_every_field_of_an_objective_is_an_option_with_its_help(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--beta", "0.1"], "--beta does nothing with --objective sft"),
-        (["--objective", "dpo", "--kl_weight", "1"], "--kl_weight does nothing with --objective dpo"),
+        (["--beta", "0.1"], "--beta has no effect with --objective sft"),
+        (["--objective", "dpo", "--kl_weight", "1"], "--kl_weight has no effect with --objective dpo"),
         (["--objective", "distill"], "--objective distill needs --teacher"),
         (["--objective", "dpo", "--beta", "0"], "beta: expected > 0"),
-        (["--method", "full", "--r", "4"], "--r does nothing with --objective sft --method full"),
+        (["--method", "full", "--r", "4"], "--r has no effect with --objective sft --method full"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_loaded(options, message, capsys):

@@ -1,0 +1,244 @@
+"""The commands about checkpoints: merge, verify, compare-exports, inspect, push."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minilora as ml
+from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_quantize, load
+from minilora.data.formats import check_file
+from minilora.lora.merging.merge import STORAGES
+from minilora.tools.compare_exports import compare_exports as compare_forms
+from minilora.tools.inspect import inspect as inspect_path
+from minilora.tools.merge_report import MergeReport, first_difference, merge_report
+from minilora.tools.verify import verify as verify_checkpoint
+
+LEAST_COSINE = 0.5  # of the stored update with ΔW, below which `merge` refuses 4 bits
+LOSS_WARNING = 1.001  # factor of the loss above which `merge` warns
+
+
+def merge(
+    model: str,
+    adapter: str,
+    folder: str,
+    target: str | None,
+    data: str | None,
+    force: bool,
+    **loading: Any,
+) -> None:
+    """Merge an adapter into its base, and print what the rounding of the merged weights costs.
+
+    The command writes a folder that transformers loads, and reads it back.
+
+    Args:
+        model: Hub id, folder or .gguf file of the base.
+        adapter: folder or Hub id of the adapter.
+        folder: where to write the merged model.
+        target: storage of the result; None keeps the dtype of the loaded model.
+        data: held-out rows, to measure the loss of each target; None measures errors alone.
+        force: write 4 bits even where they lose most of the adapter.
+        loading: quantize, dtype and check_base.
+
+    Raises:
+        ValueError: the folder is the base, 4 bits would lose the adapter, or the folder differs
+            from the merged model.
+    """
+    if Path(folder).resolve() == Path(model).resolve():
+        raise ValueError(
+            f"{folder} is the base itself, which would be overwritten: give another folder."
+        )
+    if data is not None:
+        check_file(data)
+    loaded, tokenizer = load(model, adapter, **loading)
+    source = None
+    if target == "original":
+        source, _ = load(model, adapter, **(loading | {"quantize": None}))
+    if target is None:
+        target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
+    report = merge_report(loaded, source)
+    if data is not None:
+        report = _with_losses(report, loaded, source, tokenizer, data, target)
+    print(report)
+    cosine = report.total.cosine.get("nf4", 1.0)
+    if target == "nf4" and cosine < LEAST_COSINE and not force:
+        raise ValueError(
+            f"4 bits would keep little of the adapter: cosine {cosine:.2f}, "
+            f"expected {LEAST_COSINE} or more. Serve it unmerged, merge to bfloat16 or original, "
+            "or pass --force."
+        )
+    merged = _merged(loaded, source, target)
+    del loaded, source
+    layout: dict[str, Any] = {"format": "bnb-4bit"} if target == "nf4" else {}
+    ml.save_model(merged, folder, tokenizer=tokenizer, **layout)
+    _check_written(merged, folder)
+    print(f"merged into {folder}; read back, every stage gives the same bits")
+
+
+def _with_losses(
+    report: MergeReport, loaded: Any, source: Any, tokenizer: Any, data: str, target: str
+) -> MergeReport:
+    """Return the report with the loss of every target on `data`; warn where `target` raises it."""
+    losses = {"trained": _loss(loaded, tokenizer, data)}
+    targets = dict.fromkeys(
+        [*report.total.error, target]
+    )  # ml.merge refuses a target that the report lacks
+    for name in targets:
+        losses[name] = _loss(_merged(loaded, source, name), tokenizer, data)
+    if losses[target] > LOSS_WARNING * losses["trained"]:
+        print(
+            f"minilora: warning: merging to {target} raises the loss by more than 0.1 %",
+            file=sys.stderr,
+        )
+    return replace(report, losses=losses)
+
+
+def _merged(loaded: Any, source: Any, target: str) -> Any:
+    """Return the merged model as a target of the report stores it."""
+    if target == "original":
+        return ml.merge(source)
+    merged = ml.merge(loaded, target)
+    return merged if target == "nf4" else merged.to(STORAGES[target])
+
+
+def _loss(model: Any, tokenizer: Any, data: str) -> float:
+    return ml.evaluate(model, tokenizer, data, max_new_tokens=0).loss
+
+
+def _check_written(merged: Any, folder: str) -> None:
+    """Read the folder back; raise ValueError if a stage of the model differs by one bit."""
+    parameter = next(merged.parameters())
+    written = ml.load_model(folder, dtype=parameter.dtype, device=parameter.device)
+    tokens = torch.arange(min(16, parameter.shape[0]), device=parameter.device)[None]  # (1, T)
+    stage = first_difference(merged, written, tokens)
+    if stage is not None:
+        raise ValueError(
+            f"{folder}, read back, differs from the merged model, first in {stage}. Do not use it."
+        )
+
+
+def verify(checkpoint: str, source: str | None, against: str | None) -> int:
+    """Compare a 4-bit checkpoint tensor by tensor: with its source, itself or bitsandbytes.
+
+    Args:
+        checkpoint: folder of the 4-bit checkpoint.
+        source: folder of the base it was quantised from; None dequantises and quantises again.
+        against: "bitsandbytes" compares with the installed package.
+
+    Returns:
+        The exit status: 1 if a tensor differs.
+    """
+    verdicts = verify_checkpoint(checkpoint, source, against)
+    for name, verdict in verdicts.items():
+        print(f"{name:<60} {verdict}")
+    return int(any(verdict.startswith("different") for verdict in verdicts.values()))
+
+
+def compare_exports(model: str, dataset: str, adapter: str, **options: Any) -> int:
+    """Compare the answers of a trained model in every form: merged, 4-bit, GGUF, served.
+
+    Args:
+        model: Hub id, folder or .gguf file of the base.
+        dataset: rows whose prompts are answered.
+        adapter: folder or Hub id of the adapter.
+        options: options of ml.compare_exports; None leaves the default.
+
+    Returns:
+        The exit status: 1 if a form differs.
+    """
+    check_file(dataset)
+    given = {name: value for name, value in options.items() if value is not None}
+    report = compare_forms(model, adapter, dataset, **given)
+    print(report)
+    return int(report.first is not None)
+
+
+def inspect(path: str, other: str | None) -> None:
+    """Describe a model folder, GGUF file or adapter folder; or compare two adapters.
+
+    Args:
+        path: the folder or file.
+        other: a second adapter; None describes the first.
+    """
+    print(inspect_path(path, other))
+
+
+def push(folder: str, repo_id: str, **options: Any) -> None:
+    """Upload an adapter or a model, with its card, to the Hugging Face Hub.
+
+    Args:
+        folder: folder of the adapter or the model.
+        repo_id: owner/name on the Hub.
+        options: options of ml.push_to_hub.
+    """
+    print(ml.push_to_hub(folder, repo_id, **options))
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this file.
+
+    Args:
+        commands: the subparsers of the program.
+    """
+    _add_merge(commands)
+    _add_verify(commands)
+    _add_compare_exports(commands)
+    parser = add_command(commands, inspect, "path")
+    parser.add_argument("other", nargs="?", help="a second adapter to compare with")
+    _add_push(commands)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = add_command(commands, merge, "model", "adapter", "folder")
+    add_no_check_base(parser)
+    add_quantize(parser)
+    parser.add_argument(
+        "--target",
+        choices=[*STORAGES, "original"],
+        help="storage of the result: a dtype, nf4 (4 bits again), or original: merge into the base "
+        "before it was quantised (default: the dtype of the loaded model)",
+    )
+    parser.add_argument("--data", help="held-out rows: measures the loss of every target")
+    parser.add_argument(
+        "--force", action="store_true", help="write 4 bits even where they lose most of the adapter"
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    parser = add_command(commands, verify, "checkpoint")
+    parser.add_argument(
+        "--source", help="folder of the base it was quantised from, to quantise again"
+    )
+    parser.add_argument(
+        "--against",
+        choices=["bitsandbytes"],
+        help="compare with the installed package; accepts a dense folder too",
+    )
+
+
+def _add_compare_exports(commands: Any) -> None:
+    parser = add_command(commands, compare_exports, "model", "dataset")
+    parser.add_argument("--adapter", required=True, help=POSITIONAL["adapter"])
+    add_quantize(parser, "the base as it was trained on")
+    parser.add_argument("--rows", type=int, help="number of rows, from the first (default 8)")
+    parser.add_argument(
+        "--tolerance", type=float, help="KL in nats that counts as rounding (default 0.01)"
+    )
+
+
+def _add_push(commands: Any) -> None:
+    parser = add_command(commands, push)
+    parser.add_argument("folder", help="folder of an adapter or a model")
+    parser.add_argument("repo_id", help="owner/name on the Hub; created if missing")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        default=None,
+        help="visible to you and your organisation only",
+    )
+    parser.add_argument(
+        "--revision", help="an existing branch (default: main, created with the repository)"
+    )
+    parser.add_argument("--message", dest="commit_message", help="message of the commit")

@@ -1,0 +1,108 @@
+"""Positional arguments and options that several commands share, and the model that they name."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import minilora as ml
+from minilora.lora.files.save_load import find_adapter
+
+POSITIONAL = {
+    "model": "Hub id, folder or .gguf file; for train also a .toml file that holds all options",
+    "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
+    "path": "folder of a model or an adapter, or .gguf file",
+    "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, "
+    "prompt/completion or text rows",
+    "prompt": "the prompt to answer",
+    "adapter": "folder or Hub id of an adapter in PEFT's format",
+    "folder": "where to write the merged model",
+}
+
+
+def add_command(
+    commands: Any, run: Callable[..., Any], *positional: str
+) -> argparse.ArgumentParser:
+    """Add a command with the name and the help text of its function.
+
+    Args:
+        commands: the subparsers of the program.
+        run: the function to call with the options as keywords; the first paragraph of its
+            docstring is the help text.
+        positional: keys of POSITIONAL. A command with a "model" gets the option --dtype too.
+
+    Returns:
+        The parser of the command.
+    """
+    name = run.__name__.replace("_", "-")
+    text = summary(run)
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    for argument in positional:
+        parser.add_argument(argument, help=POSITIONAL[argument])
+    if "model" in positional:
+        parser.add_argument(
+            "--dtype",
+            default="auto",
+            help="dtype of dense weights and of the computation; auto follows the hardware",
+        )
+    return parser
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """Return the first paragraph of a function's docstring, as one line.
+
+    Args:
+        function: a function with a docstring.
+    """
+    paragraph = (function.__doc__ or "").partition("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def add_quantize(
+    parser: argparse.ArgumentParser, text: str = "keep the base in 4 bits (QLoRA)"
+) -> None:
+    """Add the option --quantize.
+
+    Args:
+        parser: the command's parser.
+        text: its help text.
+    """
+    parser.add_argument("--quantize", choices=["nf4"], help=text)
+
+
+def add_no_check_base(parser: argparse.ArgumentParser) -> None:
+    """Add the option --no_check_base.
+
+    Args:
+        parser: the command's parser.
+    """
+    parser.add_argument(
+        "--no_check_base",
+        dest="check_base",
+        action="store_false",
+        help="accept an adapter that was trained on another base, tokenizer or chat template",
+    )
+
+
+def load(
+    model: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool
+) -> tuple[Any, Any]:
+    """Load a model with its tokenizer and, if given, an adapter.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        adapter: folder or Hub id of an adapter; None loads the base alone.
+        quantize: "nf4", or None for a dense base.
+        dtype: a dtype's name, or "auto".
+        check_base: refuse an adapter that was trained on another base.
+
+    Returns:
+        The model and the tokenizer.
+    """
+    # The adapter is looked up before the base, because loading the base takes longer.
+    folder = None if adapter is None else find_adapter(adapter)[0]
+    loaded = ml.load_model(model, quantize=quantize, dtype=dtype)
+    tokenizer = ml.load_tokenizer(model)
+    if folder is not None:
+        ml.load_adapter(loaded, folder, tokenizer=tokenizer, check_base=check_base)
+    return loaded, tokenizer

@@ -1,0 +1,267 @@
+"""The commands that train: train, sweep, check-training."""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+
+import minilora as ml
+from minilora.cli.options import add_command, add_quantize, summary
+from minilora.cli.preview import before_training
+from minilora.cli.values import CONFIGS, add_fields
+from minilora.data.formats import check_file
+from minilora.losses import OBJECTIVES
+from minilora.tools.check_training import check_training as measure_training
+from minilora.tools.sweep import sweep as search_options
+from minilora.tools.sweep import table
+from minilora.training.distributed import process_on
+
+
+def train(
+    model: str,
+    dataset: Any,
+    adapter: str | None,
+    quantize: str | None,
+    dtype: str,
+    eval_dataset: str | None,
+    objective: str,
+    **given: Any,
+) -> None:
+    """Fine-tune an adapter, or with --method full the model, on a dataset and save it.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        dataset: file of rows.
+        adapter: folder for the trained weights; None chooses "adapter" or "model".
+        quantize: "nf4" or None.
+        dtype: a dtype's name, or "auto".
+        eval_dataset: file of held-out rows.
+        objective: a key of minilora.losses.OBJECTIVES.
+        given: the other options: fields of LoRAConfig, TrainConfig and the loss, and the datasets.
+
+    Raises:
+        ValueError: an option is invalid, missing or has no effect.
+    """
+    # Every option is checked before the model is loaded.
+    general = given.pop("general_dataset")
+    mix = given.pop("mix")
+    mix_rows = given.pop("mix_rows")
+    lora_config, train_config, goal = _configs(objective, given)
+    dataset = _mixture(dataset, mix, mix_rows, train_config.seed)
+    held_out = _held_out(eval_dataset, general)
+    for path in (dataset, eval_dataset, general):
+        if isinstance(path, str):
+            check_file(path)
+    full = train_config.method == "full"
+    if full and dtype == "auto":
+        dtype = "float32"
+    ranks = process_on(torch.device("cpu"), train_config.fsdp)
+    device = "cpu" if ranks.fsdp else None  # FSDP moves only the shards to the GPUs
+
+    loaded = ml.load_model(model, quantize=quantize, dtype=dtype, device=device)
+    tokenizer = ml.load_tokenizer(model)
+    if isinstance(goal, ml.Classify):
+        goal.add_head(loaded, train_config.seed)
+    if not full:
+        ml.inject(loaded, lora_config, seed=train_config.seed)
+        print(ml.count_parameters(loaded))
+    print(before_training(dataset, model, tokenizer, train_config, goal), end="")
+    result = ml.train(
+        loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=held_out
+    )
+
+    folder = adapter or ("model" if full else "adapter")
+    if ranks.is_main:
+        if full:
+            ml.save_model(loaded, folder, tokenizer=tokenizer)
+        else:
+            ml.save_adapter(loaded, folder)
+        ml.write_model_card(folder, result, dataset=dataset)
+    print(_summary(result, folder))
+
+
+def _configs(objective: str, given: dict[str, Any]) -> tuple[ml.LoRAConfig, ml.TrainConfig, Any]:
+    """Return the configurations and the loss; refuse an option without effect."""
+    lora, training, learned = (
+        _take_fields(config, given) for config in (*CONFIGS, OBJECTIVES[objective])
+    )
+    train_config = ml.TrainConfig(**training)
+    unused = list(given)
+    if train_config.method == "full":
+        unused += lora
+    if unused:
+        raise ValueError(
+            f"--{unused[0]} has no effect with --objective {objective} "
+            f"--method {train_config.method}."
+        )
+    for field in fields(OBJECTIVES[objective]):
+        if field.default is MISSING and field.name not in learned:
+            raise ValueError(f"--objective {objective} needs --{field.name}.")
+    if objective == "classify":
+        lora = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} | lora
+    return ml.LoRAConfig(**lora), train_config, OBJECTIVES[objective](**learned)
+
+
+def _take_fields(config: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Remove the fields of `config` from `given` and return them."""
+    return {field.name: given.pop(field.name) for field in fields(config) if field.name in given}
+
+
+def _mixture(
+    dataset: Any, mix: Sequence[tuple[str, str]] | None, mix_rows: int | None, seed: int
+) -> Any:
+    """Return the dataset, mixed with those of --mix."""
+    if mix:
+        parts = [(dataset, 1.0), *((path, float(weight)) for path, weight in mix)]
+        return ml.mix_datasets(parts, mix_rows, seed)
+    if mix_rows is not None:
+        raise ValueError("--mix_rows counts the rows of a mixture, and --mix is missing.")
+    return dataset
+
+
+def _held_out(eval_dataset: str | None, general: str | None) -> Any:
+    """Return the evaluation dataset, or a dict of it and the general text."""
+    if general is None:
+        return eval_dataset
+    if eval_dataset is None:
+        raise ValueError(
+            "--general_dataset is measured together with --eval_dataset, which is missing."
+        )
+    return {"": eval_dataset, "general": general}
+
+
+def _summary(result: ml.TrainResult, folder: str) -> str:
+    """Return the last line that `train` prints."""
+    state = "interrupted" if result.interrupted else "done"
+    figures = {"loss": result.loss}
+    if result.evals:
+        figures |= result.evals[-1]
+    shown = ""
+    for name, value in figures.items():
+        if name != "step" and value is not None:
+            shown += f", {name} {value:.4g}"
+    return f"{state} after {result.steps} steps{shown}; in {folder}"
+
+
+def sweep(
+    model: str, options: Sequence[str], search: Sequence[str], folder: str, **settings: Any
+) -> None:
+    """Search over options of train; each trial runs in a new process.
+
+    Other options are passed on to train.
+
+    Args:
+        model: as for train, or the .toml file of a run.
+        options: options of train.
+        search: OPTION=VALUES.
+        folder: folder of the study and its trials.
+        settings: further options of ml.sweep.
+
+    Raises:
+        ValueError: an item of `search` is not OPTION=VALUES, or an option occurs twice.
+    """
+    values = {}
+    for item in search:
+        name, equals, choices = item.partition("=")
+        if equals:
+            values[name] = choices
+    if len(values) < len(search):
+        raise ValueError(
+            f"--search: expected OPTION=VALUES, each option once, got {' '.join(search)}."
+        )
+    print(table(search_options([model, *options], values, folder, **settings)))
+
+
+def check_training(model: str, quantize: str | None, dtype: str, data: str | None) -> int:
+    """Check that a model trains correctly: splits, eval batches, adapter off, frozen base, merging.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        quantize: "nf4" or None.
+        dtype: a dtype's name, or "auto".
+        data: rows to measure with; None takes a few short texts.
+
+    Returns:
+        The exit status: 1 if a check fails.
+    """
+    loaded = ml.load_model(model, quantize=quantize, dtype=dtype)
+    report = measure_training(loaded, ml.load_tokenizer(model), rows=data)
+    print(report)
+    return int(not report.passed)
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this file.
+
+    Args:
+        commands: the subparsers of the program.
+    """
+    _add_train(commands)
+    parser = add_command(commands, check_training, "model")
+    add_quantize(parser)
+    parser.add_argument("--data", help="rows to measure with (default: a few short texts)")
+    _add_sweep(commands)
+
+
+def _add_train(commands: Any) -> None:
+    parser = add_command(commands, train, "model", "dataset")
+    add_quantize(parser)
+    parser.add_argument(
+        "--adapter",
+        "--folder",
+        dest="adapter",
+        help="folder for the trained weights (default: adapter, or model with --method full)",
+    )
+    parser.add_argument("--eval_dataset", help="held-out rows, measured during training")
+    parser.add_argument(
+        "--general_dataset",
+        help="text of another kind, such as prose: its perplexity, measured with eval_dataset, "
+        "shows forgetting",
+    )
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES, default="sft", help="the loss (default %(default)s)"
+    )
+    parser.add_argument(
+        "--mix",
+        nargs=2,
+        action="append",
+        metavar=("PATH", "WEIGHT"),
+        help="a further dataset and its weight, where DATASET has weight 1; may be repeated",
+    )
+    parser.add_argument(
+        "--mix_rows",
+        type=int,
+        help="rows of the mixture (default: the most that need no repetition)",
+    )
+    group = parser.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
+    for config in CONFIGS:
+        add_fields(group, config)
+    for name, kind in OBJECTIVES.items():
+        if fields(kind):
+            add_fields(parser.add_argument_group(f"--objective {name} ({kind.__name__})"), kind)
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = commands.add_parser("sweep", help=summary(sweep), allow_abbrev=False)
+    parser.set_defaults(run=sweep)
+    parser.add_argument("model", help="as for train, or the .toml file of a run")
+    parser.add_argument(
+        "--search",
+        action="append",
+        required=True,
+        metavar="OPTION=VALUES",
+        help="an option of train and its values: r=4,8,16 or learning_rate=1e-5:1e-3:log; may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--trials", type=int, default=20, help="total number of trials (default %(default)s)"
+    )
+    parser.add_argument(
+        "--metric",
+        default="eval_loss",
+        help="a figure of the last evaluation (default %(default)s)",
+    )
+    parser.add_argument(
+        "--folder", default="sweep", help="folder of study.db and the trials (default %(default)s)"
+    )
