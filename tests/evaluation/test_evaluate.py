@@ -18,7 +18,8 @@ import minilora.models.padded_batch as context_module
 from helpers.chats import chat, ours, theirs
 from helpers.tiny import oracle, tokens, twin
 from minilora.data import encode_dataset, encode_prompt, split_prompt
-from minilora.evaluation.evaluate import Labels, choose, evaluate, label_table
+from minilora.evaluation.evaluate import evaluate, label_table
+from minilora.evaluation.likeliest_label import Labels, choose
 from minilora.evaluation.metrics import Scores, exact_match, token_f1
 from minilora.generation.generate import generate
 from minilora.models.padded_batch import Context, inference
@@ -203,7 +204,7 @@ def test_memory_of_the_labels_is_bounded(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"labels": ["hello", "he", "as", "a"]}, "row 1: its answer 'hello world.*' is none of the labels"),
+        ({"labels": ["hello", "he", "as", "a"]}, "row 1: its answer 'hello world.*' is not one of the labels"),
         ({"labels": ["hello"]}, "at least two"),
         ({"labels": [*LABELS, "he"]}, "no two of them the same"),
         ({"metrics": {"loss": exact_match}}, r"\['loss'\] are measured already"),

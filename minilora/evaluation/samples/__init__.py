@@ -1,8 +1,18 @@
-"""A real model, real tasks and honest baselines for demos, examples and tests, with or without the Hub.
+"""Samples: a real model, real tasks and baselines for demos, examples and tests, without the Hub.
 
-Everything is fetched when asked for, pinned by size and sha256, and kept in a cache folder (see `download`).
-Imported eagerly on purpose: functions named like their files would else be hidden by the modules. It is cheap, for
-only the standard library comes with it.
+Every file is fetched on demand, pinned by size and sha256, and kept in a cache folder.
+
+smollm2.py     smollm2(): a chat model of 135 million parameters
+icd10.py       icd10(): diagnosis → chapter, 22 answers
+address.py     address(): US address → JSON
+prose.py       prose(): general English text
+task.py        Task, and the split by groups
+baselines.py   baselines that need no model
+scoring.py     scores of JSON answers
+download.py    pinned files from PyPI
+
+The functions are imported here at once, because functions and modules share names: the functions
+must be bound last. These imports need the standard library only.
 """
 
 from minilora.evaluation.metrics import json_valid

@@ -1,13 +1,14 @@
-"""US address → JSON: a task whose answers one can look at, scored by validity and by field.
+"""US address → JSON: a task with readable answers, scored by validity and by field.
 
-Source: `training/labeled.xml` of the sdist of `usaddress` 0.5.16 on PyPI (DataMade and contributors, MIT): 1,488
-different addresses, each word tagged by hand, of which 1,479 are used (the rest hold words that are no address).
-Fetched at run time; none of it is in here. `usaddress` has 29 tags; we fold them into the ten fields a form would
-have, so that the JSON is short enough for a small model.
+Source: `training/labeled.xml` of the sdist of `usaddress` 0.5.16 on PyPI (DataMade and
+contributors, MIT): 1,488 different addresses, each word tagged by hand, of which 1,479 are used
+(the others contain words outside the address). The file is fetched at run time and not shipped.
+`usaddress` has 29 tags; this module maps them to the ten fields of a form, so that the JSON is
+short enough for a small model.
 
-Many addresses are one another's neighbours ("222 N. LaSalle St., Chicago", "221 N. LaSalle St., Chicago"). Two that
-share 0.7 of their words, digits masked, are joined (also through a third); a group is trained on or held out, never
-both, and held out with one row.
+Many addresses are near-duplicates ("222 N. LaSalle St., Chicago", "221 N. LaSalle St., Chicago").
+Two addresses that share 0.7 of their words, digits masked, belong to one group, also through a
+third address. A group is either trained on or held out, and a held-out group has one row.
 """
 
 import json
@@ -32,7 +33,7 @@ SDIST = Pin(
     ),
 )
 INSTRUCTION = "Address to JSON."
-# Field → the beginnings of the tags it takes in. `NotAddress` is no field: such rows are left out.
+# Field → prefixes of its tags. Rows with the tag `NotAddress` are left out.
 FIELDS = {
     "recipient": ("Recipient",),
     "number": ("AddressNumber",),
@@ -45,12 +46,16 @@ FIELDS = {
     "zip": ("Zip",),
     "country": ("CountryName",),
 }
-NEAR_DUPLICATE = 0.7  # share of common words, |a ∩ b| / |a ∪ b|, from which two addresses count as the same
+NEAR_DUPLICATE = 0.7  # |a ∩ b| / |a ∪ b| of two addresses' words that makes them near-duplicates
 
 
 def read_labeled(path: Path) -> dict[str, str]:
-    """Address → compact JSON of its fields, in the order in which the address names them; each address once."""
-    from xml.etree import ElementTree  # here: `import minilora` is to stay light
+    """Return address → compact JSON of its fields, in the order of the address; each address once.
+
+    Args:
+        path: labeled.xml.
+    """
+    from xml.etree import ElementTree  # imported here to keep `import minilora` light
 
     pairs: dict[str, str] = {}
     for address in ElementTree.parse(path).getroot().findall("AddressString"):
@@ -67,31 +72,58 @@ def read_labeled(path: Path) -> dict[str, str]:
 
 
 def address(test_rows: int = 200, seed: int = 0) -> Task:
-    """The task, the same for the same arguments: 1,236 rows to train on beside the `test_rows` held out."""
+    """Return the task: 1,236 rows to train on next to the default 200 held out.
+
+    Args:
+        test_rows: number of held-out rows.
+        seed: seed of the split; equal arguments give equal tasks.
+    """
     return make_task(read_labeled(fetch(SDIST)), test_rows, seed)
 
 
 def make_task(pairs: dict[str, str], test_rows: int, seed: int) -> Task:
-    """Group near-duplicates, then split by group."""
-    groups = [[chat_row(INSTRUCTION, text, pairs[text]) for text in group] for group in near_duplicates(list(pairs))]
+    """Group near-duplicates, then split by group.
+
+    Args:
+        pairs: address → JSON.
+        test_rows: number of held-out rows.
+        seed: seed of the split.
+    """
+    groups = []
+    for texts in near_duplicates(list(pairs)):
+        groups.append([chat_row(INSTRUCTION, text, pairs[text]) for text in texts])
     train, test = split_by_group(groups, test_rows, seed)
-    return Task("address", train, test, None, f"{SDIST.project} {SDIST.version}, training/labeled.xml (MIT)")
+    source = f"{SDIST.project} {SDIST.version}, training/labeled.xml (MIT)"
+    return Task("address", train, test, None, source)
 
 
 def near_duplicates(texts: list[str], threshold: float = NEAR_DUPLICATE) -> list[list[str]]:
-    """The connected components of "shares `threshold` of its words with", over all pairs."""
-    words = [frozenset(re.findall(r"[a-z0]+", re.sub(r"\d+", "0", text.lower()))) for text in texts]
-    pairs = (
-        (i, j)
-        for i, mine in enumerate(words)
-        for j in range(i)
-        if len(mine & words[j]) >= threshold * len(mine | words[j])
-    )
-    return [[texts[i] for i in group] for group in connected(len(texts), pairs)]
+    """Return the texts in groups of near-duplicates, joined also through a third text.
+
+    Args:
+        texts: the addresses.
+        threshold: share of common words that makes two texts near-duplicates.
+    """
+    words = [_masked_words(text) for text in texts]
+    pairs = []
+    for i, mine in enumerate(words):
+        for j in range(i):
+            if len(mine & words[j]) >= threshold * len(mine | words[j]):
+                pairs.append((i, j))
+    groups = []
+    for numbers in connected(len(texts), pairs):
+        groups.append([texts[i] for i in numbers])
+    return groups
+
+
+def _masked_words(text: str) -> frozenset[str]:
+    """Return the set of words, every number replaced by 0."""
+    masked = re.sub(r"\d+", "0", text.lower())
+    return frozenset(re.findall(r"[a-z0]+", masked))
 
 
 def _field(tag: str) -> str:
     for field, beginnings in FIELDS.items():
         if tag.startswith(beginnings):
             return field
-    raise ValueError(f"the address tag {tag!r} belongs to none of the fields {list(FIELDS)}")
+    raise ValueError(f"the address tag {tag!r} belongs to no field; the fields are {list(FIELDS)}")

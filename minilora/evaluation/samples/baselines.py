@@ -1,6 +1,6 @@
-"""What needs no model: the commonest answer, and the answer of the most similar training row.
+"""Baselines without a model: the most common answer, and the answer of the most similar row.
 
-A model that was trained must beat both, else it learned nothing that a table lookup does not know.
+A trained model must beat both; otherwise a table lookup is as good.
 """
 
 import re
@@ -12,33 +12,58 @@ from minilora.evaluation.samples.task import Row, answer_of, question_of
 
 
 def majority_class(train: list[Row], test: list[Row]) -> float:
-    """Accuracy on `test` of always giving the commonest answer of `train` (of equals, the one seen first)."""
+    """Return the accuracy on `test` of the most common answer of `train`, the first of equals.
+
+    Args:
+        train: rows to count.
+        test: rows to score.
+    """
     _need_rows(train, test)
-    commonest = Counter(map(answer_of, train)).most_common(1)[0][0]
-    return sum(answer_of(row) == commonest for row in test) / len(test)
+    most_common = Counter(map(answer_of, train)).most_common(1)[0][0]
+    answers = [answer_of(row) for row in test]
+    return answers.count(most_common) / len(answers)
 
 
 def nearest_neighbour(train: list[Row], test: list[Row]) -> float:
-    """Accuracy on `test` of 1-nearest-neighbour by word overlap; of equally near rows the first one answers."""
-    near = [answer_of(train[int(overlap.argmax())]) for overlap in overlaps(train, test)]
-    return sum(answer == answer_of(row) for answer, row in zip(near, test, strict=True)) / len(test)
+    """Return the accuracy on `test` of the nearest training row by word overlap.
+
+    Of equally near rows the first one answers.
+
+    Args:
+        train: rows to search.
+        test: rows to score.
+    """
+    right = 0
+    for row, overlap in zip(test, overlaps(train, test), strict=True):
+        nearest = train[int(overlap.argmax())]
+        if answer_of(nearest) == answer_of(row):
+            right += 1
+    return right / len(test)
 
 
 def overlaps(train: list[Row], test: list[Row]) -> Iterator[Any]:
-    """For each row of `test` an array (train,): |a ∩ b| / |a ∪ b| of its question's set of words and each other's.
+    """Yield the word overlap of each test question with every training question.
 
-    Words are looked up in an inverted index: 500 × 4,600 rows take a fraction of a second.
+    The overlap of two sets of words is |a ∩ b| / |a ∪ b|. An inverted index makes it fast:
+    500 × 4,600 rows take a fraction of a second.
+
+    Args:
+        train: n training rows.
+        test: rows to compare with them.
+
+    Yields:
+        An array (n,) for each test row.
     """
-    import numpy as np  # here: `import minilora` is to stay light
+    import numpy as np  # imported here to keep `import minilora` light
 
     _need_rows(train, test)
     bags = [_words(question_of(row)) for row in train]
     sizes = np.array([len(bag) for bag in bags])  # (train,)
-    found: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for index, bag in enumerate(bags):
         for word in bag:
-            found.setdefault(word, []).append(index)
-    rows_with = {word: np.array(indices) for word, indices in found.items()}
+            positions.setdefault(word, []).append(index)
+    rows_with = {word: np.array(indices) for word, indices in positions.items()}
     for row in test:
         bag = _words(question_of(row))
         shared = np.zeros(len(train))  # (train,)
@@ -53,4 +78,7 @@ def _words(text: str) -> set[str]:
 
 def _need_rows(train: list[Row], test: list[Row]) -> None:
     if not train or not test:
-        raise ValueError(f"a baseline needs rows on both sides; got {len(train)} to learn from, {len(test)} to score")
+        raise ValueError(
+            f"a baseline needs rows on both sides; got {len(train)} to learn from, "
+            f"{len(test)} to score"
+        )

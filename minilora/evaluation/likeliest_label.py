@@ -1,0 +1,127 @@
+"""The likeliest of a closed set of answers, after each prompt.
+
+    score(l) = Σ_j log p(l_j | prompt, l_<j)     over the tokens of label l and its end of turn
+
+The score is a likelihood, so it is a sum: a mean over tokens would favour long labels with a
+predictable end. All labels are read on top of the prompt's KV cache in one forward pass, as a tree:
+labels with a common beginning share its nodes.
+
+Most rows need less: a label scores at most its first token's log-probability. So if the whole score
+of the best first token is above the first tokens of all other labels, that label wins (branch and
+bound, exact).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minilora.generation.generate import check_lengths
+from minilora.models.padded_batch import Context, inference, shared_prefix
+
+
+class Labels:
+    """Token ids of the L labels, as a tree: labels with a common beginning share nodes.
+
+    A node is a proper beginning of a label. An edge leads from a node to a label's next token.
+
+    Attributes:
+        sizes: tokens of each label, (L,).
+        padded: token ids, padded with 0 to the longest label, (L, J).
+        tokens: last token of each node, (1, N).
+        sees: True where node i has node j as a beginning, (N, N).
+        owner: label of each edge, (E,).
+        nodes: node at which each edge begins, (E,).
+        nexts: token to which each edge leads, (E,).
+    """
+
+    def __init__(self, ids: Sequence[Sequence[int]]) -> None:
+        self.sizes = torch.tensor([len(label) for label in ids])  # (L,)
+        longest = max(map(len, ids))
+        self.padded = torch.tensor(
+            [[*label, *[0] * (longest - len(label))] for label in ids]
+        )  # (L, J)
+        heads = sorted({tuple(label[:j]) for label in ids for j in range(1, len(label))})
+        number = {head: i for i, head in enumerate(heads)}
+        self.tokens = torch.tensor([[head[-1] for head in heads]])  # (1, N)
+        self.sees = torch.tensor([_beginnings(head, heads) for head in heads])  # (N, N)
+        edges = []
+        for owner, label in enumerate(ids):
+            for j in range(1, len(label)):
+                edges.append((owner, number[tuple(label[:j])], label[j]))
+        columns = torch.tensor(edges, dtype=torch.long).view(-1, 3).T  # (3, E)
+        self.owner, self.nodes, self.nexts = columns
+
+    def scores(self, context: Context, first: Tensor) -> Tensor:
+        """Return the log-likelihood of every label, (B, L).
+
+        Args:
+            context: the KV caches of the B prompts.
+            first: log-probabilities of the labels' first tokens, (B, L).
+        """
+        tails = context.branch(self.tokens, self.sees, self.nodes, self.nexts[None]).cpu()  # (B, E)
+        return first.index_add(1, self.owner, tails)  # (B, L)
+
+    def score_of(self, picked: Tensor, context: Context, first: Tensor) -> Tensor:
+        """Return the log-likelihood of one label a row, (B,).
+
+        Args:
+            picked: the label of each row, (B,).
+            context: the KV caches of the B prompts.
+            first: log-probabilities of the labels' first tokens, (B, L).
+        """
+        tokens = self.padded[picked]  # (B, J)
+        width = self.padded.shape[1] - 1
+        line = torch.ones(width, width, dtype=torch.bool).tril()  # (J-1, J-1)
+        tails = context.branch(
+            tokens[:, :-1], line, torch.arange(width), tokens[:, 1:]
+        ).cpu()  # (B, J-1)
+        inside = torch.arange(width) < self.sizes[picked, None] - 1  # (B, J-1)
+        return first.gather(1, picked[:, None])[:, 0] + tails.where(inside, 0).sum(-1)  # (B,)
+
+
+def _beginnings(head: tuple[int, ...], heads: Sequence[tuple[int, ...]]) -> list[bool]:
+    """Return for each of `heads` whether `head` begins with it."""
+    return [head[: len(other)] == other for other in heads]
+
+
+def choose(
+    model: nn.Module, prompts: Sequence[list[int]], labels: Sequence[list[int]], batch_size: int
+) -> list[int]:
+    """Return the index of the label with the highest log-likelihood after each prompt.
+
+    Args:
+        model: a decoder.
+        prompts: token ids of each prompt.
+        labels: token ids of each label, end of turn included.
+        batch_size: prompts in one forward pass; changes no result.
+
+    Returns:
+        One index a prompt; the first of equal labels.
+    """
+    check_lengths(model, prompts, max(map(len, labels)))
+    table = Labels(labels)
+    best = [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    with inference(model):
+        prefix, size = shared_prefix(model, prompts)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            context = prefix.select([0] * len(batch))
+            logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
+            first = logits.log_softmax(-1).cpu()[:, table.padded[:, 0]]  # (B, L)
+            for i, label in zip(batch, _likeliest(context, first, table), strict=True):
+                best[i] = label
+    return best
+
+
+def _likeliest(context: Context, first: Tensor, labels: Labels) -> list[int]:
+    """Return the likeliest label of each row; score all labels only where necessary."""
+    bound, best = first.max(-1)  # (B,), (B,)
+    if labels.padded.shape[1] > 1:
+        bound = labels.score_of(best, context, first)  # (B,)
+        rivals = (first >= bound[:, None]).scatter(1, best[:, None], False)  # (B, L)
+        rows = rivals.any(-1).nonzero()[:, 0]  # (b,)
+        if len(rows):
+            best[rows] = labels.scores(context.select(rows.tolist()), first[rows]).argmax(-1)
+    return best.tolist()
