@@ -141,7 +141,7 @@ def test_merge_notices_what_the_folder_does_not_hold(place, adapter, capsys, mon
     monkeypatch.setattr(ml, "save_model", damaged)
     run = ["merge", str(place / "model"), adapter, str(place / "damaged"), "--dtype", "float32"]
     assert main(run) == 1
-    assert "differs from what was merged, first in model.layers.1.mlp.up_proj." in capsys.readouterr().err
+    assert "differs from the merged model, first in model.layers.1.mlp.up_proj." in capsys.readouterr().err
     merge = ml.merge
     monkeypatch.setattr(ml, "merge", lambda *given: torch.nn.Module.apply(merge(*given), zero_norms))
     main([*run, "--data", str(place / "rows.jsonl")])

@@ -71,8 +71,8 @@ def _why_no_hub(timeout: float) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the model is not in the Hub's cache"
     # Read the first bytes of the weights, through every redirect: the site may answer where its
-    # file store does not, and a network's login page may answer in its place. A safetensors file begins
-    # with 8 bytes of length, then JSON.
+    # file store does not, and a network's login page may answer in its place. A safetensors file
+    # begins with 8 bytes of length, then JSON.
     headers = {"Range": "bytes=0-8", "User-Agent": "minilora"}
     request = Request(hf_hub_url(HUB_ID, NEEDED[0]), headers=headers)
     try:
