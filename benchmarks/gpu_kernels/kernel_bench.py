@@ -145,7 +145,8 @@ def decode(device: torch.device, tokens: int) -> dict[str, Any]:
     On a GPU each started by Python and as a CUDA graph; what reading the prompt and capturing take is not counted.
     """
     import minilora as ml
-    from minilora.generation.generate import Decoding, generate_ids
+    from minilora.generation.generate import generate_ids
+    from minilora.generation.sampling import Decoding
 
     try:
         source = ml.samples.smollm2()

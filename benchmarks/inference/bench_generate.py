@@ -98,7 +98,8 @@ def compare(
 def ours(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtype) -> None:
     """Greedy decoding here, without an end token."""
     import minilora as ml
-    from minilora.generation.generate import Decoding, generate_ids
+    from minilora.generation.generate import generate_ids
+    from minilora.generation.sampling import Decoding
 
     model = ml.load_model(folder, quantize=None if kind == "dense" else "nf4", dtype=dtype)
     with ml.dequantized_weights(model) if kind == "made dense" else nullcontext():

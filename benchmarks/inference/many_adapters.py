@@ -25,7 +25,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmark
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, machine, spread
-from minilora.generation.generate import Decoding, generate_ids
+from minilora.generation.generate import generate_ids
+from minilora.generation.sampling import Decoding
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.padded_batch import inference

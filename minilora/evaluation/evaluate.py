@@ -18,7 +18,8 @@ from minilora.data.loss_mask import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.evaluation.likeliest_label import choose
 from minilora.evaluation.metrics import Scores, exact_match, token_f1
-from minilora.generation.generate import Decoding, end_tokens, generate_ids
+from minilora.generation.generate import end_tokens, generate_ids
+from minilora.generation.sampling import Decoding
 from minilora.losses.sft import mean_loss
 
 Metric = Callable[[str, str], float]

@@ -1,1 +1,10 @@
-"""Text generation: sampling, batches, the continuous-batching engine, CUDA graphs."""
+"""Text generation: sampling, batches, continuous batching, CUDA graphs.
+
+generate.py         generate: prompts → texts, in batches
+sampling.py         the choice of the next token
+single_token.py     faster products with one token on a CPU
+engine.py           continuous batching: requests join and leave a running batch
+sequence.py         one request and its answer as it grows
+decoding_batch.py   the caches of several requests as one
+cuda_graph.py       a token's step as one CUDA graph
+"""

@@ -1,19 +1,22 @@
-"""One token's step as a CUDA graph: one call starts all of its kernels, where Python would start each by itself.
+"""A token's step as one CUDA graph: one call starts all of its kernels.
 
-    1st step    runs as ever: kernels are compiled, libraries take their workspace
-    2nd step    is captured: what the GPU is told is written down, with every address, size and number in it
-    from then   replayed
+    1st step    runs normally: kernels are compiled, libraries allocate their workspace
+    2nd step    is captured: CUDA records every kernel with its addresses, sizes and numbers
+    later       is replayed
 
-So from step to step nothing may change but what lies in tensors: no address, no shape, no number that Python knows.
-Keys go into a cache of fixed capacity, at the column `at` that the GPU counts; who is looked at is a mask (B, S):
+So between steps only the content of tensors may change: no address, no shape, no Python number.
+Keys go into a cache of fixed capacity, at the column `at`, a counter on the GPU. A mask (B, S)
+selects the columns that attention reads:
 
-    columns   0 1 2 3 4 5 6 7      at   6: where the next key goes
-    real      . . A B C D . .      padding, and what is still empty, is not looked at; where a layer has a window,
-              E F G H I J . .      what is as far back as it is not either
+    columns   0 1 2 3 4 5 6 7      at = 6: the column of the next key
+    real      . . A B C D . .      padding and empty columns are masked; in a layer with a window,
+              E F G H I J . .      columns that are too far back are masked too
 
-Finished rows stay, on token 0, until half are gone: then the others move to a step of half the rows. A cache that is
-full moves to a step of twice the columns, as KVCache grows. Steps serve one batch after another. Tokens are picked
-outside, in generate.py. Simplified: attention goes over all columns, so that a full step costs what an empty one does.
+Finished rows stay, with token 0, until half of the rows are finished: then the others move to a
+step of half the rows. A full cache moves to a step of twice the columns. Steps serve one batch
+after another. Tokens are chosen outside the graph, in generate.py.
+
+Simplified: attention reads all columns, so that a nearly empty step costs as much as a full one.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,64 +31,105 @@ from minilora.models.padded_batch import Context
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels.backend import path_for
 
-ROWS, TOKENS = 16, 16  # "auto": at most so many rows, at least so many new tokens; estimates, no GPU has been asked yet
-LEAST, UNIT = 256, 64  # columns of a step at least, and of which a multiple
+# Limits of cuda_graph="auto". They are estimates: no GPU has been measured.
+ROWS = 16  # most rows
+TOKENS = 16  # fewest new tokens
+
+LEAST = 256  # fewest columns of a step
+UNIT = 64  # the columns of a step are a multiple of this
 
 Capture = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
 
 
-def graphs(model: nn.Module, wanted: bool | str, rows: int, new_tokens: int) -> Callable[[Context], Any]:
-    """What a batch's context is read on through: `Graphs` if wanted, or "auto" and it should pay; else itself.
+def graphs(
+    model: nn.Module, wanted: bool | str, rows: int, new_tokens: int
+) -> Callable[[Context], Any]:
+    """Return a function that prepares a batch's context: `Graphs`, or the identity.
 
-    "auto" needs at most ROWS rows, TOKENS new tokens, no `obstacle`, and no module but torch's and minilora's, whose
-    code is known to run without the host. ValueError if it is True and there is an obstacle.
+    "auto" chooses `Graphs` for at most ROWS rows and at least TOKENS new tokens, without an
+    `obstacle`, and only for modules of torch and minilora, whose code is known to run without the
+    host.
+
+    Args:
+        model: the model.
+        wanted: True, False or "auto".
+        rows: rows of a batch.
+        new_tokens: longest answer in tokens.
+
+    Raises:
+        ValueError: `wanted` is True and there is an obstacle.
     """
-    if why := obstacle(model):
+    reason = obstacle(model)
+    if reason:
         if wanted is True:
-            raise ValueError(f"cuda_graph=True: {why}. Leave it at 'auto', or set it to False.")
-        return _itself
-    strange = any(type(m).__module__.partition(".")[0] not in ("torch", "minilora") for m in model.modules())
-    if wanted == "auto" and (rows > ROWS or new_tokens < TOKENS or strange):
-        return _itself
+            raise ValueError(f"cuda_graph=True: {reason}. Leave it at 'auto', or set it to False.")
+        return _identity
+    packages = {type(m).__module__.partition(".")[0] for m in model.modules()}
+    unknown = packages - {"torch", "minilora"}
+    if wanted == "auto" and (rows > ROWS or new_tokens < TOKENS or unknown):
+        return _identity
     return Graphs(model, new_tokens)
 
 
-def _itself(context: Context) -> Context:
+def _identity(context: Context) -> Context:
     return context
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why steps of this model cannot be captured; None if they can."""
+    """Return the reason why steps of a model cannot be captured, or None.
+
+    Args:
+        model: the model.
+    """
     modules = dict(model.named_modules())
-    devices = {str(tensor.device): tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    tensors = (*model.parameters(), *model.buffers())
+    devices = {str(tensor.device): tensor.device for tensor in tensors}
     device = next(iter(devices.values()))
     if not hasattr(model, "hidden"):
-        return f"{type(model).__name__} is not minilora's decoder, and keeps keys in a cache of its own"
+        return f"{type(model).__name__} is not minilora's decoder, and has its own cache of keys"
     if any(hasattr(m, "unshard") for m in modules.values()):
-        return "the model is in shards (FSDP), which move before each layer"
+        return "the model is sharded (FSDP), and its weights move before each layer"
     if len(devices) > 1:
-        return f"parts of the model lie on {' and '.join(devices)}, and copies between them wait for the host"
+        return (
+            f"parts of the model are on {' and '.join(devices)}, and copies between them wait for "
+            "the host"
+        )
     if device.type != "cuda":
-        return f"CUDA graphs need a GPU, and the model is on {device}: model.cuda(), where there is one"
+        return f"CUDA graphs need a GPU, and the model is on {device}: model.cuda() moves it"
     if torch.is_autocast_enabled("cuda"):
         return (
-            "autocast is on, whose copies of weights a graph would outlive: load the model in the dtype to compute in"
+            "autocast is on, and a graph would outlive its copies of weights: load the model in "
+            "the dtype of the computation"
         )
     if any(type(m) is NF4Linear for m in modules.values()) and path_for(device) != "triton":
-        return f"4-bit layers run on the path {path_for(device)!r}, which copies tables from the host: install triton"
-    for name, m in modules.items():
-        if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m):
-            return f"{name or 'the model'} has a hook or a forward of its own, which a replay would leave out"
-        if m._compiled_call_impl is not None:
-            return f"{name or 'the model'} is compiled, and torch.compile has CUDA graphs of its own"
+        return (
+            f"4-bit layers run on the path {path_for(device)!r}, which copies tables from the "
+            "host: install triton"
+        )
+    for name, module in modules.items():
+        label = name or "the model"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{label} has a hook or a replaced forward, which a replay would leave out"
+        if module._compiled_call_impl is not None:
+            return f"{label} is compiled, and torch.compile has CUDA graphs already"
     return None
 
 
 def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Writes down what `step` tells the GPU; the result replays that. Its tensor is written over by each replay."""
+    """Record the GPU work of a step.
+
+    Args:
+        step: a function that computes on tensors that stay at their addresses.
+        device: the GPU.
+
+    Returns:
+        A function that replays the work; each replay overwrites the tensor that it returns.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):  # a stream of its own: torch's default for it is one of the first GPU
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+    with torch.cuda.device(device):
+        # torch's default capture stream is one of the first GPU, so a stream is made here.
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = step()
 
     def replay() -> Tensor:
@@ -97,61 +141,130 @@ def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
 
 
 class StaticCache(KVCache):
-    """Of `rows` and `capacity`, for good; `at` (1,) is the column of the next key. For the layers that `like` has."""
+    """A KV cache of fixed size.
+
+    Args:
+        like: a cache with the layers, heads and dtypes to copy.
+        rows: number of rows.
+        capacity: number of columns.
+
+    Attributes:
+        at: column of the next key, (1,), on the device.
+    """
 
     def __init__(self, like: KVCache, rows: int, capacity: int) -> None:
         super().__init__()
-        for mine, theirs in ((self.keys, like.keys), (self.values, like.values)):
-            # zeros: a column that is not looked at has the weight 0, and 0 · NaN would be NaN
-            mine += [t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in theirs]
+        # Zeros: a masked column has the weight 0, and 0 · NaN would be NaN.
+        for key in like.keys:
+            self.keys.append(key.new_zeros(rows, key.shape[1], capacity, key.shape[3]))
+        for value in like.values:
+            self.values.append(value.new_zeros(rows, value.shape[1], capacity, value.shape[3]))
         self.at = torch.zeros(1, dtype=torch.long, device=self.keys[0].device)
         self.frequencies = like.frequencies
 
     def load(self, cache: KVCache) -> None:
-        """Takes the place of what was here before."""
+        """Replace the content by that of another cache.
+
+        Args:
+            cache: the other cache.
+        """
         self.length = cache.length
-        for mine, theirs in zip([*self.keys, *self.values], [*cache.keys, *cache.values], strict=True):
-            mine[:, :, : self.length].copy_(theirs[:, :, : self.length])
+        targets = [*self.keys, *self.values]
+        sources = [*cache.keys, *cache.values]
+        for target, source in zip(targets, sources, strict=True):
+            target[:, :, : self.length].copy_(source[:, :, : self.length])
         self.at.fill_(self.length)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one layer's key and value (B, kv_heads, 1, d) and returns all columns (B, kv_heads, S, d)."""
-        keys, values = self.keys[layer], self.values[layer]
+        """Write one layer's key and value; return all columns.
+
+        Args:
+            layer: number of the layer.
+            key: (B, kv_heads, 1, d).
+            value: (B, kv_heads, 1, d).
+
+        Returns:
+            All keys and all values, (B, kv_heads, S, d) each.
+        """
+        keys = self.keys[layer]
+        values = self.values[layer]
         return keys.index_copy_(2, self.at, key), values.index_copy_(2, self.at, value)
 
     def extend_documents(self, document_ids: Tensor | None, rows: int, count: int) -> None:
-        """The step's mask says who sees whom."""
+        """Do nothing: the step's mask separates documents.
+
+        Args:
+            document_ids: not used.
+            rows: not used.
+            count: not used.
+        """
 
     def advance(self, count: int, document_ids: Tensor | None) -> None:
-        """The step counts, as a replay calls nothing here."""
+        """Do nothing: the step counts, because a replay calls no Python.
+
+        Args:
+            count: not used.
+            document_ids: not used.
+        """
 
 
 class Step:
-    """One token more for each of `rows` rows."""
+    """One more token for each row.
 
-    def __init__(self, model: Any, like: KVCache, rows: int, capacity: int, capture: Capture) -> None:
-        self.model, self.rows, self.capacity, self.capture = model, rows, capacity, capture
+    Args:
+        model: the model.
+        like: a cache of the model.
+        rows: number of rows, B.
+        capacity: number of columns, S.
+        capture: a function that records the step.
+    """
+
+    def __init__(
+        self, model: Any, like: KVCache, rows: int, capacity: int, capture: Capture
+    ) -> None:
+        self.model = model
+        self.rows = rows
+        self.capacity = capacity
+        self.capture = capture
         self.cache = StaticCache(like, rows, capacity)
         device = self.cache.at.device
-        self.tokens, self.positions = torch.zeros(2, rows, 1, dtype=torch.long, device=device)  # (B, 1) each
+        buffers = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
+        self.tokens, self.positions = buffers  # (B, 1) each
         self.real = torch.zeros(rows, capacity, dtype=torch.bool, device=device)  # (B, S)
         self.columns = torch.arange(capacity, device=device)  # (S,)
         self.warm = False
         self.replay: Callable[[], Tensor] | None = None
 
     def load(self, cache: KVCache, real: Tensor, positions: Tensor) -> None:
-        """Goes on from `cache` of K columns, of which `real` (B, K) are no padding, with tokens at `positions` (B,)."""
+        """Continue from another cache.
+
+        Args:
+            cache: a cache of K columns.
+            real: True where a column is not padding, (B, K).
+            positions: position of the next token of each row, (B,).
+        """
         self.cache.load(cache)
         self.positions.copy_(positions[:, None])
         self.real.zero_()[:, : cache.length].copy_(real)
 
     def rows_of(self, places: Sequence[int]) -> tuple[KVCache, Tensor, Tensor]:
-        """What `load` takes, of some of the rows."""
+        """Return the arguments of `load` for some of the rows.
+
+        Args:
+            places: row numbers.
+        """
         index = torch.tensor(places, device=self.tokens.device)
-        return self.cache.select(index), self.real[index, : self.cache.length], self.positions[index, 0]
+        real = self.real[index, : self.cache.length]
+        return self.cache.select(index), real, self.positions[index, 0]
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
-        """The logits (B, V), fp32, that follow one token a row. The next call may write over them."""
+        """Return the logits (B, V), fp32, after one more token a row.
+
+        The next call overwrites them.
+
+        Args:
+            tokens: one token a row.
+        """
         self.tokens.copy_(torch.tensor(tokens)[:, None])
         self.cache.length += 1
         if self.warm and self.replay is None:
@@ -160,14 +273,19 @@ class Step:
         return self.read() if self.replay is None else self.replay()
 
     def read(self) -> Tensor:
-        """The work itself, on tensors that stay where they are."""
-        at, config = self.cache.at, self.model.config
-        self.real.index_fill_(1, at, True)  # a token sees itself
+        """Run the step on tensors that stay at their addresses; return the logits (B, V)."""
+        at = self.cache.at
+        config = self.model.config
+        self.real.index_fill_(1, at, True)  # a token attends to itself
         masks = {}
         for kind in dict.fromkeys(config.layer_types):
-            sees = self.real & (self.columns > at - config.sliding_window) if kind == SLIDING else self.real
-            masks[kind] = sees[:, None, None]  # (B, 1, 1, S)
-        hidden = self.model.hidden(self.tokens, self.positions, None, self.cache, masks)  # (B, 1, D)
+            visible = self.real  # (B, S)
+            if kind == SLIDING:
+                visible = self.real & (self.columns > at - config.sliding_window)
+            masks[kind] = visible[:, None, None]  # (B, 1, 1, S)
+        hidden = self.model.hidden(
+            self.tokens, self.positions, None, self.cache, masks
+        )  # (B, 1, D)
         logits = self.model.get_output_embeddings()(hidden)[:, 0].float()  # (B, V)
         at += 1
         self.positions += 1
@@ -175,40 +293,82 @@ class Step:
 
 
 class Graphs:
-    """The steps of a model, one for each number of rows; called with a batch's context it gives its `Decode`."""
+    """The steps of a model, one for each number of rows.
+
+    Args:
+        model: the model.
+        new_tokens: longest answer in tokens.
+        capture: a function that records a step.
+    """
 
     def __init__(self, model: nn.Module, new_tokens: int, capture: Capture = capture) -> None:
-        self.model, self.new_tokens, self.capture = model, new_tokens, capture
+        self.model = model
+        self.new_tokens = new_tokens
+        self.capture = capture
         self.steps: dict[int, Step] = {}
 
     def __call__(self, context: Context) -> "Decode":
+        """Return the context of a batch as one that reads single tokens by CUDA graphs.
+
+        Args:
+            context: the batch.
+        """
         most = context.cache.length + self.new_tokens
         step = self.step(context.cache, context.real, context.lengths, most)
         return Decode(self, step, range(step.rows), most)
 
     def step(self, cache: KVCache, real: Tensor, positions: Tensor, most: int) -> Step:
-        """A step that goes on from there (`Step.load`), of a capacity for twice the columns, or for `most` if less."""
-        need, rows = min(most, max(LEAST, 2 * cache.length)), len(real)
+        """Return a step that continues from a cache (`Step.load`).
+
+        Its capacity is twice the cache's columns, or `most` if that is less.
+
+        Args:
+            cache: the cache.
+            real: True where a column is not padding, (B, K).
+            positions: position of the next token of each row, (B,).
+            most: columns at the end of the longest answer.
+        """
+        needed = min(most, max(LEAST, 2 * cache.length))
+        rows = len(real)
         step = self.steps.get(rows)
-        if step is None or not need <= step.capacity <= 2 * max(LEAST, need):
-            step = self.steps[rows] = Step(self.model, cache, rows, -(-need // UNIT) * UNIT, self.capture)
+        if step is None or not needed <= step.capacity <= 2 * max(LEAST, needed):
+            capacity = -(-needed // UNIT) * UNIT  # rounded up to a multiple of UNIT
+            step = Step(self.model, cache, rows, capacity, self.capture)
+            self.steps[rows] = step
         step.load(cache, real, positions)
         return step
 
 
 class Decode:
-    """A context that is read on one token at a time: row b is row places[b] of a step. See `Context` for the methods,
-    but what `select` gives takes the place of what it was called on."""
+    """A context that reads one token a row by CUDA graphs; it has the methods of `Context`.
+
+    Unlike a Context, it must not be used after `select`: the result takes its place.
+
+    Args:
+        graphs: the steps of the model.
+        step: the current step.
+        places: row b of the batch is row places[b] of the step.
+        most: columns at the end of the longest answer.
+    """
 
     def __init__(self, graphs: Graphs, step: Step, places: Sequence[int], most: int) -> None:
-        self.graphs, self.step, self.places, self.most = graphs, step, list(places), most
-        every = self.places == list(range(step.rows))
-        self.index = None if every else torch.tensor(self.places, device=step.tokens.device)
+        self.graphs = graphs
+        self.step = step
+        self.places = list(places)
+        self.most = most
+        self.index = None  # None: the batch has all rows of the step, in order
+        if self.places != list(range(step.rows)):
+            self.index = torch.tensor(self.places, device=step.tokens.device)
 
     def extend(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Read the one token of `rows[b]` on top of row b; the logits (B, V), fp32, that follow it."""
+        """Read one token a row; return the logits (B, V), fp32, after it.
+
+        Args:
+            rows: a list of one token for each row.
+        """
         if self.step.cache.length == self.step.capacity:
-            self.step = self.graphs.step(*self.step.rows_of(range(self.step.rows)), self.most)
+            everything = self.step.rows_of(range(self.step.rows))
+            self.step = self.graphs.step(*everything, self.most)
         tokens = [0] * self.step.rows
         for place, (token,) in zip(self.places, rows, strict=True):
             tokens[place] = token
@@ -216,12 +376,17 @@ class Decode:
         return logits if self.index is None else logits[self.index]
 
     def select(self, rows: Sequence[int]) -> "Decode":
-        """Some of the rows; in a step of half as many, or a quarter …, if they fit."""
-        places, size = [self.places[row] for row in rows], self.step.rows
+        """Return some of the rows, in a step of half as many rows, a quarter and so on if they fit.
+
+        Args:
+            rows: row numbers.
+        """
+        places = [self.places[row] for row in rows]
+        size = self.step.rows
         while size // 2 >= len(places):
             size //= 2
         if size == self.step.rows:
             return Decode(self.graphs, self.step, places, self.most)
-        filled = [*places, *places[:1] * (size - len(places))]
+        filled = places + places[:1] * (size - len(places))
         step = self.graphs.step(*self.step.rows_of(filled), self.most)
         return Decode(self.graphs, step, range(len(places)), self.most)

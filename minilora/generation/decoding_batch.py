@@ -1,11 +1,12 @@
 """A running batch: contexts that rows join and leave.
 
-Rows stand right-aligned, as in models/padded_batch.py, and read one token a step, so each row's tokens are the last
-`lengths[b]` columns without a gap. Rows of several caches therefore become one cache by lining up their right ends:
+Rows are right-aligned, as in models/padded_batch.py, and read one token a step, so each row's
+tokens are the last `lengths[b]` columns without a gap. Rows of several caches become one cache by
+aligning their right ends:
 
-    . . A B C      and     F G H      ->     . . A B C        columns in which no row has a token are left away,
-    . D E F G              . K L             . D E F G        so the cache is as wide as its longest row
-                                             . . F G H
+    . . A B C      and     F G H      ->     . . A B C        columns without a token are dropped,
+    . D E F G              . K L             . D E F G        so the cache is as wide as its longest
+                                             . . F G H        row
                                              . . . K L
 """
 
@@ -19,33 +20,53 @@ from minilora.models.padded_batch import PAD, Context
 
 
 def joined(parts: Sequence[tuple[Context, Sequence[int]]]) -> Context | None:
-    """One context of the given rows of several, in their order; None of no rows. The given ones are used up."""
+    """Return one context of the chosen rows of several contexts.
+
+    Args:
+        parts: contexts, with the numbers of their rows; the contexts must not be used afterwards.
+
+    Returns:
+        The rows in their order as one context, or None without rows.
+    """
     chosen = [(context, torch.tensor(rows)) for context, rows in parts if rows]
     if not chosen:
         return None
-    whole = copy.copy(chosen[0][0])
-    whole.lengths = torch.cat([context.lengths[rows] for context, rows in chosen])  # (B,)
-    width = int(whole.lengths.max())
-    column = torch.arange(width) - (width - whole.lengths[:, None])  # (B, K) 0 at a row's first token
-    whole.real, whole.positions = column >= 0, column.clamp_min(0)
-    whole.cache = KVCache()
-    whole.cache.length, whole.cache.frequencies = width, chosen[0][0].cache.frequencies
-    if not whole.real.all():
-        whole.cache.document_ids = torch.where(whole.real, 0, PAD).to(whole.device)
-    for buffers in ("keys", "values"):
-        for layer in range(len(chosen[0][0].cache.keys)):
-            old = [(getattr(context.cache, buffers)[layer], context.cache.length, rows) for context, rows in chosen]
-            getattr(whole.cache, buffers).append(_lined_up(old, width))
-    return whole
+    first, _ = chosen[0]
+    batch = copy.copy(first)
+    batch.lengths = torch.cat([context.lengths[rows] for context, rows in chosen])  # (B,)
+    width = int(batch.lengths.max())
+    column = torch.arange(width) - (width - batch.lengths[:, None])  # (B, K): 0 at the first token
+    batch.real = column >= 0  # (B, K)
+    batch.positions = column.clamp_min(0)  # (B, K)
+    batch.cache = KVCache()
+    batch.cache.length = width
+    batch.cache.frequencies = first.cache.frequencies
+    if not batch.real.all():
+        batch.cache.document_ids = torch.where(batch.real, 0, PAD).to(batch.device)
+    for layer in range(len(first.cache.keys)):
+        keys = [(context.cache.keys[layer], context.cache.length, rows) for context, rows in chosen]
+        values = [
+            (context.cache.values[layer], context.cache.length, rows) for context, rows in chosen
+        ]
+        batch.cache.keys.append(_right_aligned(keys, width))
+        batch.cache.values.append(_right_aligned(values, width))
+    return batch
 
 
-def _lined_up(old: Sequence[tuple[torch.Tensor, int, torch.Tensor]], width: int) -> torch.Tensor:
-    """Rows of buffers (b, kv_heads, capacity, d), filled up to a length -> (B, kv_heads, width, d), zeros in front."""
-    heads, size = old[0][0].shape[1], old[0][0].shape[3]
-    new = old[0][0].new_zeros(sum(len(rows) for *_, rows in old), heads, width, size)
+def _right_aligned(
+    buffers: Sequence[tuple[torch.Tensor, int, torch.Tensor]], width: int
+) -> torch.Tensor:
+    """Return chosen rows of buffers (b, kv_heads, capacity, d), each of its own length, as one.
+
+    The result is (B, kv_heads, width, d), with zeros on the left.
+    """
+    first = buffers[0][0]
+    count = sum(len(rows) for _, _, rows in buffers)
+    joined_rows = first.new_zeros(count, first.shape[1], width, first.shape[3])
     start = 0
-    for buffer, length, rows in old:
+    for buffer, length, rows in buffers:
         taken = min(width, length)
-        new[start : start + len(rows), :, width - taken :] = buffer[rows, :, length - taken : length]
-        start += len(rows)
-    return new
+        end = start + len(rows)
+        joined_rows[start:end, :, width - taken :] = buffer[rows, :, length - taken : length]
+        start = end
+    return joined_rows

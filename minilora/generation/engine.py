@@ -1,13 +1,16 @@
-"""Requests with different adapters in one running batch: each joins at the next token and leaves when it is done.
+"""Continuous batching: requests with different adapters in one running batch.
 
-    step:   one token for every row of the batch            one forward pass, row b through adapter b (lora/batched.py)
-            the prompts that wait and fit are read          one forward pass, and with it their first token
-            who is done leaves, who is new joins            the caches become one (decoding_batch.py)
+    step:   one token for every row of the batch      one forward pass, row b through adapter b
+            read the waiting prompts that fit         one forward pass, which gives the first token
+            finished rows leave, new rows join        the caches become one (decoding_batch.py)
 
-No HTTP and no threads: `submit`, `step`, `cancel`, `load`, `unload`, all from one thread, and `step` returns all that
-a server has to pass on (engine_thread.py). An answer depends on its own request alone, rounding aside: the same prompt,
-adapter, seed and stops give `ml.generate`'s text. Simplified against vLLM: the cache is dense, as wide as its longest
-row (no pages), a long prompt is read in one go while the others wait, and a common beginning is read again each time.
+There is no HTTP and there are no threads here: `submit`, `step`, `cancel`, `load` and `unload` are
+called from one thread, and `step` returns everything that a server sends (engine_thread.py). An
+answer depends on its own request alone, up to rounding: the same prompt, adapter, seed and stops
+give `ml.generate`'s text. Per-row adapters: lora/batched.py.
+
+Simplified: unlike vLLM, the cache is dense, as wide as its longest row (no pages), a long prompt is
+read in one pass while the others wait, and a common beginning of prompts is read again each time.
 """
 
 import time
@@ -21,25 +24,31 @@ import torch
 from torch import Tensor, nn
 
 from minilora.generation.decoding_batch import joined
-from minilora.generation.generate import end_tokens, matrix_vector
+from minilora.generation.generate import end_tokens
 from minilora.generation.sequence import Ask, Piece, Row
+from minilora.generation.single_token import matrix_vector
 from minilora.lora.active import delete_adapter, list_adapters, set_adapter
 from minilora.lora.batched import per_row_adapters
 from minilora.lora.files.save_load import load_adapter
 from minilora.models.padded_batch import Context
 
-READ = 512  # tokens of new prompts in a step, padding included, unless a single one is longer: who runs waits meanwhile
+READ = 512  # most prompt tokens of a step, padding included, unless one prompt alone is longer
 
 
 class Full(Exception):
-    """As many requests wait as may: ask again later."""
+    """The queue is full: the client should ask again later."""
 
 
 class Engine:
-    """`model` (ml.load_model's; put in eval mode) answers `batch_size` requests at a time; `waiting` more may wait.
+    """A running batch of requests. Adapters that the model has already are available at once.
 
-    max_length: tokens of prompt and answer together, at most the model's context, which is the default.
-    The adapters that the model has are served at once. `close` gives the model back as it was, less its mode.
+    Args:
+        model: a model of ml.load_model; it is put into eval mode.
+        tokenizer: its tokenizer.
+        batch_size: largest number of requests answered at a time.
+        waiting: largest number of requests that wait.
+        max_length: tokens of prompt and answer together; None is the model's context.
+        clock: a function that returns seconds.
     """
 
     def __init__(
@@ -53,116 +62,189 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not hasattr(model, "hidden"):
-            raise ValueError(f"expected a model of ml.load_model, got {type(model).__name__}: rows join its cache.")
+            raise ValueError(
+                f"expected a model of ml.load_model, got {type(model).__name__}: "
+                "rows join its cache."
+            )
         self.model: Any = model.eval()
         context: int = self.model.config.max_position_embeddings
         if not 2 <= (max_length or context) <= context:
-            raise ValueError(f"max_length: expected 2 to the model's context of {context}, got {max_length}.")
+            raise ValueError(
+                f"max_length: expected 2 to the model's context of {context}, got {max_length}."
+            )
         if batch_size < 1 or waiting < 0:
-            raise ValueError(f"expected batch_size >= 1 and waiting >= 0, got {batch_size}, {waiting}.")
-        self.tokenizer, self.clock = tokenizer, clock
-        self.batch_size, self.most, self.max_length = batch_size, batch_size + waiting, max_length or context
+            raise ValueError(
+                f"expected batch_size >= 1 and waiting >= 0, got {batch_size}, {waiting}."
+            )
+        self.tokenizer = tokenizer
+        self.clock = clock
+        self.batch_size = batch_size
+        self.most = batch_size + waiting
+        self.max_length = max_length or context
         self.ends = end_tokens(model, tokenizer)
-        self.rows: list[Row] = []  # those of the batch, in the order of `context`
+        self.rows: list[Row] = []  # the rows of the batch, in the order of `context`
         self.waiting: deque[Row] = deque()
         self.context: Context | None = None
-        self.leaving: set[str] = set()  # adapters that answer what they have begun, and nothing new
+        self.leaving: set[str] = set()  # adapters that finish their answers and accept nothing new
         self._open()
 
     @property
     def adapters(self) -> list[str]:
-        """The names that a request may give."""
+        """Names that a request may give."""
         return [name for name in self.loaded if name not in self.leaving]
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """True if a step has work."""
         return bool(self.rows or self.waiting)
 
     def submit(self, asks: Sequence[Ask]) -> None:
-        """Let requests wait for the next step, all or none. Full; ValueError: an unknown adapter, too many tokens."""
+        """Add requests to the queue, all or none.
+
+        Args:
+            asks: the requests.
+
+        Raises:
+            Full: the queue has no room.
+            ValueError: a request is invalid (`check`).
+        """
         for ask in asks:
             self.check(ask)
         if len(self.rows) + len(self.waiting) + len(asks) > self.most:
-            raise Full(f"{len(self.rows)} requests are being answered and {len(self.waiting)} wait: ask again later.")
+            raise Full(
+                f"{len(self.rows)} requests are being answered and {len(self.waiting)} wait: "
+                "ask again later."
+            )
         self.waiting += [Row(ask, self.tokenizer, self.clock()) for ask in asks]
 
     def check(self, ask: Ask) -> None:
-        """ValueError for what could not be answered."""
+        """Raise ValueError for a request that cannot be answered.
+
+        Args:
+            ask: the request.
+
+        Raises:
+            ValueError: the adapter is unknown, a token is out of range, or the request is too long.
+        """
         if ask.adapter is not None and ask.adapter not in self.adapters:
-            raise ValueError(f"adapter: expected one of {self.adapters} or None, got {ask.adapter!r}.")
-        size, vocabulary = len(ask.prompt), self.model.config.vocab_size
+            raise ValueError(
+                f"adapter: expected one of {self.adapters} or None, got {ask.adapter!r}."
+            )
+        size = len(ask.prompt)
+        vocabulary = self.model.config.vocab_size
         if not ask.prompt or not all(0 <= token < vocabulary for token in ask.prompt):
-            raise ValueError(f"prompt: expected at least one token, each from 0 to {vocabulary - 1}.")
+            raise ValueError(
+                f"prompt: expected at least one token, each from 0 to {vocabulary - 1}."
+            )
         if size + ask.max_tokens > self.max_length:
             raise ValueError(
-                f"the prompt has {size} tokens, which with {ask.max_tokens} new ones exceed the {self.max_length} of "
-                "this server: shorten it, or ask for fewer."
+                f"the prompt has {size} tokens, which with {ask.max_tokens} new ones exceed the "
+                f"{self.max_length} of this server: shorten it, or ask for fewer."
             )
 
     def cancel(self, ask: Ask) -> None:
-        """Forget a request, wherever it is; one that is over is no error."""
+        """Drop a request, in the batch or in the queue; a finished one is not an error.
+
+        Args:
+            ask: the request.
+        """
         for row in (*self.rows, *self.waiting):
-            row.done = row.done or row.ask is ask
+            if row.ask is ask:
+                row.done = True
 
     @torch.no_grad()
     def step(self) -> list[Piece]:
-        """One token for every row, and the first one for those that join now."""
-        now, pieces = self.clock(), []
+        """Generate one token for every row, and the first token for those that join.
+
+        Returns:
+            The new parts of the answers.
+        """
+        pieces = self._time_out()
+        if self.context is not None and not all(row.done for row in self.rows):
+            last_tokens = [[row.text.ids[-1]] for row in self.rows]
+            pieces += self._advance(self.rows, self.context.extend(last_tokens))
+        joining = self._admit()
+        if joining:
+            read = Context(self.model)
+            read.adapters = self.own, [row.ask.adapter for row in joining]
+            pieces += self._advance(joining, read.extend([row.ask.prompt for row in joining]))
+            self._regroup([(self.context, self.rows), (read, joining)])
+        elif any(row.done for row in self.rows):
+            self._regroup([(self.context, self.rows)])
+        unused = [name for name in self.leaving if not self._used(name)]
+        for name in unused:
+            self._remove(name)
+        return pieces
+
+    def _time_out(self) -> list[Piece]:
+        """End the requests whose deadline has passed."""
+        now = self.clock()
+        pieces = []
         for row in (*self.rows, *self.waiting):
             if not row.done and now >= row.deadline:
                 row.done = True
                 pieces.append(Piece(row.ask, row.text.rest(), 0, "timeout"))
-        if self.context is not None and not all(row.done for row in self.rows):
-            last = [[row.text.ids[-1]] for row in self.rows]
-            pieces += self._say(self.rows, self.context.extend(last))
-        if fresh := self._admit():
-            read = Context(self.model)
-            read.adapters = self.own, [row.ask.adapter for row in fresh]
-            pieces += self._say(fresh, read.extend([row.ask.prompt for row in fresh]))
-            self._regroup([(self.context, self.rows), (read, fresh)])
-        elif any(row.done for row in self.rows):
-            self._regroup([(self.context, self.rows)])
-        for name in [name for name in self.leaving if not self._used(name)]:
-            self.leaving.remove(name)
-            self._change(lambda name=name: delete_adapter(self.model, name))
         return pieces
 
     def _admit(self) -> list[Row]:
-        """The requests that are read in this step."""
+        """Take the requests that this step reads from the queue."""
         self.waiting = deque(row for row in self.waiting if not row.done)
-        room, fresh, longest = self.batch_size - sum(not row.done for row in self.rows), [], 0
-        while self.waiting and len(fresh) < room:
+        active = sum(not row.done for row in self.rows)
+        joining: list[Row] = []
+        longest = 0
+        while self.waiting and len(joining) < self.batch_size - active:
             longest = max(longest, len(self.waiting[0].ask.prompt))
-            if fresh and longest * (len(fresh) + 1) > READ:
+            if joining and longest * (len(joining) + 1) > READ:
                 break
-            fresh.append(self.waiting.popleft())
-        return fresh
+            joining.append(self.waiting.popleft())
+        return joining
 
-    def _say(self, rows: Sequence[Row], logits: Tensor) -> list[Piece]:
-        """The next token of each row that goes on, by logits (B, V)."""
+    def _advance(self, rows: Sequence[Row], logits: Tensor) -> list[Piece]:
+        """Choose the next token of each unfinished row by its logits (B, V)."""
         likeliest = logits.argmax(-1).tolist()
-        tokens = [row.choose(logits[i]) if row.ask.temperature else likeliest[i] for i, row in enumerate(rows)]
-        return [row.take(token, self.ends) for row, token in zip(rows, tokens, strict=True) if not row.done]
+        tokens = []
+        for i, row in enumerate(rows):
+            tokens.append(row.choose(logits[i]) if row.ask.temperature else likeliest[i])
+        pieces = []
+        for row, token in zip(rows, tokens, strict=True):
+            if not row.done:
+                pieces.append(row.take(token, self.ends))
+        return pieces
 
     def _regroup(self, parts: Sequence[tuple[Context | None, list[Row]]]) -> None:
-        staying = [(context, [i for i, row in enumerate(rows) if not row.done]) for context, rows in parts if context]
-        self.rows = [row for _, rows in parts for row in rows if not row.done]
+        """Make one batch of the unfinished rows of several."""
+        staying = []
+        self.rows = []
+        for context, rows in parts:
+            unfinished = [i for i, row in enumerate(rows) if not row.done]
+            self.rows += [rows[i] for i in unfinished]
+            if context:
+                staying.append((context, unfinished))
         self.context = joined(staying)
-        self._name_rows()
+        self._assign_adapters()
 
-    def _name_rows(self) -> None:
+    def _assign_adapters(self) -> None:
         if self.context is not None:
             self.context.adapters = self.own, [row.ask.adapter for row in self.rows]
 
     # ---- adapters
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Read an adapter between two steps. ValueError, with nothing changed: the name is taken, load_adapter refuses
-        the folder, or it is not plain linear LoRA, which alone can be chosen row by row."""
+        """Read an adapter between two steps; an error changes nothing.
+
+        Args:
+            name: name for requests.
+            folder: the adapter.
+
+        Raises:
+            ValueError: the name is taken, load_adapter refuses the folder, or the adapter is not
+                plain linear LoRA, the only kind that can differ from row to row.
+        """
         if name in self.loaded:
             state = "is still answering" if name in self.leaving else "is already loaded"
-            raise ValueError(f"adapter {name!r} {state}: unload it first, and wait for its last answer.")
+            raise ValueError(
+                f"adapter {name!r} {state}: unload it first, and wait for its last answer."
+            )
         self._change(lambda: self._load(name, folder))
 
     def _load(self, name: str, folder: str | Path) -> None:
@@ -176,32 +258,42 @@ class Engine:
         set_adapter(self.model, [])
 
     def unload(self, name: str) -> None:
-        """Refuse new requests for an adapter, and remove it when none is left. ValueError for an unknown name."""
+        """Refuse new requests for an adapter; remove it after its last answer.
+
+        Args:
+            name: name of the adapter.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
         if name not in self.adapters:
             raise ValueError(f"adapter: expected one of {self.adapters}, got {name!r}.")
         self.leaving.add(name)
         if not self._used(name):
-            self.leaving.remove(name)
-            self._change(lambda: delete_adapter(self.model, name))
+            self._remove(name)
 
     def _used(self, name: str) -> bool:
         return any(row.ask.adapter == name and not row.done for row in (*self.rows, *self.waiting))
 
+    def _remove(self, name: str) -> None:
+        self.leaving.remove(name)
+        self._change(lambda: delete_adapter(self.model, name))
+
     def _change(self, change: Callable[[], Any]) -> None:
-        """Run `change` on the model as it is outside."""
+        """Run `change` on the model without the per-row forward of its layers."""
         self.close()
         try:
             change()
         finally:
             self._open()
-            self._name_rows()
+            self._assign_adapters()
 
     def _open(self) -> None:
         self.stack = ExitStack()
         self.stack.enter_context(matrix_vector(self.model))
-        self.loaded = list_adapters(self.model)  # which walks the model, and requests are checked between two tokens
+        self.loaded = list_adapters(self.model)  # kept, because listing walks the whole model
         self.own = self.stack.enter_context(per_row_adapters(self.model, self.loaded))
 
     def close(self) -> None:
-        """Take from the model's layers what answers row by row."""
+        """Give the layers their own forward back."""
         self.stack.close()

@@ -1,4 +1,4 @@
-"""One request: what is asked, what has been said, and the text of it as it grows."""
+"""One request of the engine, its answer, and the answer's text as it grows."""
 
 import random
 import secrets
@@ -8,14 +8,26 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.generation.generate import Decoding, pick
+from minilora.generation.sampling import Decoding, pick
 
-HALF = "\ufffd"  # what the bytes of a character decode to before all of them are there
+HALF = "\ufffd"  # the decoded form of an incomplete character
 
 
 @dataclass(eq=False, frozen=True)
 class Ask:
-    """A request; it is known by identity. `adapter` None is the base, `top_k` 0 all tokens, `seconds` None no limit."""
+    """A request. Two requests with equal fields are different: identity counts.
+
+    Attributes:
+        prompt: token ids.
+        adapter: name of the adapter; None is the base.
+        max_tokens: longest answer in tokens.
+        temperature: 0 is greedy.
+        top_p: probability mass of the nucleus.
+        top_k: number of likeliest tokens to sample from; 0 is all.
+        seed: seed of the sampling; None draws one.
+        stop: texts before which the answer ends.
+        seconds: time limit; None is no limit.
+    """
 
     prompt: list[int]
     adapter: str | None = None
@@ -28,15 +40,24 @@ class Ask:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        Decoding(self.max_tokens, self.temperature, self.top_p)  # checks their ranges
+        Decoding(self.max_tokens, self.temperature, self.top_p)  # checks the ranges
         if self.top_k < 0 or "" in self.stop:
-            raise ValueError(f"expected top_k >= 0 and no empty stop string, got {self.top_k}, {list(self.stop)}.")
+            raise ValueError(
+                f"expected top_k >= 0 and no empty stop string, got {self.top_k}, "
+                f"{list(self.stop)}."
+            )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to an answer. finish: None, or why it is over: stop, length, timeout (error:
-    engine_thread.py)."""
+    """The part of an answer that one step adds.
+
+    Attributes:
+        ask: the request.
+        text: new text.
+        tokens: number of new tokens.
+        finish: None, or the reason for the end: stop, length, timeout (or error: engine_thread.py).
+    """
 
     ask: Ask
     text: str = ""
@@ -45,59 +66,99 @@ class Piece:
 
 
 class Row:
-    """A request on its way: what it has said, and until when it may."""
+    """A request in the engine: its answer so far, its random numbers and its deadline.
+
+    Args:
+        ask: the request.
+        tokenizer: the model's tokenizer.
+        now: time of arrival, in seconds.
+
+    Attributes:
+        done: True when the answer is complete or cancelled.
+    """
 
     def __init__(self, ask: Ask, tokenizer: Any, now: float) -> None:
-        self.ask, self.text, self.done = ask, Text(tokenizer, ask.stop), False
+        self.ask = ask
+        self.text = Text(tokenizer, ask.stop)
+        self.done = False
         seed = secrets.randbits(64) if ask.seed is None else ask.seed
-        self.random = random.Random(f"{seed}, row 0")  # that of ml.generate's first row
+        self.random = random.Random(f"{seed}, row 0")  # the generator of ml.generate's first row
         self.deadline = float("inf") if ask.seconds is None else now + ask.seconds
 
     def choose(self, logits: Tensor) -> int:
-        """The next token, by logits (V,)."""
-        ask, uniform = self.ask, [self.random.random()]
-        if 0 < ask.top_k < len(logits):
-            logits, tokens = logits.topk(ask.top_k)  # (k,)
-            return int(tokens[pick(logits[None], ask.temperature, ask.top_p, uniform)[0]])
-        return pick(logits[None], ask.temperature, ask.top_p, uniform)[0]
+        """Return the next token.
+
+        Args:
+            logits: logits of this row, (V,).
+        """
+        uniform = [self.random.random()]
+        if 0 < self.ask.top_k < len(logits):
+            logits, tokens = logits.topk(self.ask.top_k)  # (k,) each
+            place = pick(logits[None], self.ask.temperature, self.ask.top_p, uniform)[0]
+            return int(tokens[place])
+        return pick(logits[None], self.ask.temperature, self.ask.top_p, uniform)[0]
 
     def take(self, token: int, ends: frozenset[int]) -> Piece:
-        """Say one more token."""
+        """Append a token to the answer.
+
+        Args:
+            token: the token.
+            ends: tokens that end an answer.
+
+        Returns:
+            The text that becomes visible, and the reason for the end if the answer ends.
+        """
         if token in ends:
             self.done = True
             return Piece(self.ask, self.text.rest(), 0, "stop")
         text, stopped = self.text.push(token)
-        finish = "stop" if stopped else "length" if len(self.text.ids) == self.ask.max_tokens else None
-        self.done = finish is not None
-        return Piece(self.ask, text + self.text.rest() if self.done else text, 1, finish)
+        finish = None
+        if stopped:
+            finish = "stop"
+        elif len(self.text.ids) == self.ask.max_tokens:
+            finish = "length"
+        if finish is not None:
+            self.done = True
+            text += self.text.rest()
+        return Piece(self.ask, text, 1, finish)
 
 
 class Text:
-    """The text of an answer, given out once and only when no later token can change it.
+    """The text of an answer, released once and only when no later token can change it.
 
-    Held back are half characters, and an end that may be the beginning of a stop string. All pieces together are what
-    `ml.generate` returns of the same tokens and stop strings.
+    Two kinds of text wait: incomplete characters, and an end that may begin a stop string. All
+    released parts together are the text that `ml.generate` returns for the same tokens and stop
+    strings.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        stops: texts before which the answer ends.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
+        self.tokenizer = tokenizer
+        self.stops = stops
         self.ids: list[int] = []
-        self.given = ""
+        self.released = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """What one more token lets out, and whether a stop string is complete."""
+        """Append a token; return the released text, and True if a stop string is complete.
+
+        Args:
+            token: the token.
+        """
         self.ids.append(token)
-        if self.stops:  # special tokens may be asked to stop, though they are not shown
+        if self.stops:  # special tokens can be stop strings although they are not shown
             shown = self.tokenizer.decode(self.ids, skip_special_tokens=False)
             if any(word in shown for word in self.stops):
                 return self.rest(), True
         text = self._text().rstrip(HALF)
-        held = max((n for word in self.stops for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
-        return self._give(text[: len(text) - held]), False
+        waiting = _stop_prefix_length(text, self.stops)
+        return self._release(text[: len(text) - waiting]), False
 
     def rest(self) -> str:
-        """What was held back, when the answer is over."""
-        return self._give(self._text())
+        """Return the text that still waits, when the answer is complete."""
+        return self._release(self._text())
 
     def _text(self) -> str:
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
@@ -105,9 +166,19 @@ class Text:
             text = text.partition(word)[0]
         return text
 
-    def _give(self, text: str) -> str:
-        if not text.startswith(self.given):
+    def _release(self, text: str) -> str:
+        if not text.startswith(self.released):
             return ""
-        new = text[len(self.given) :]
-        self.given = text
+        new = text[len(self.released) :]
+        self.released = text
         return new
+
+
+def _stop_prefix_length(text: str, stops: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` that begins a stop string."""
+    longest = 0
+    for word in stops:
+        for length in range(1, len(word)):
+            if text.endswith(word[:length]):
+                longest = max(longest, length)
+    return longest

@@ -14,7 +14,7 @@ from torch import nn
 
 import minilora as ml
 from helpers.tiny import python
-from minilora.generation.generate import matrix_vector
+from minilora.generation.single_token import matrix_vector
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import FEW, NF4Weight, dequantize_nf4, quantize_nf4
 from minilora_kernels.c import nf4

@@ -17,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, TopPLogitsWarper
 from helpers.chats import chat, ours, theirs
 from helpers.prompts import EOS, VOCABULARY, pair, ragged
 from minilora.data import RawText, Tokenizer, encode_prompt
-from minilora.generation.generate import Decoding, end_tokens, generate, generate_ids, matrix_vector, pick
+from minilora.generation.generate import end_tokens, generate, generate_ids
+from minilora.generation.sampling import Decoding, pick
+from minilora.generation.single_token import matrix_vector
 from minilora.models.padded_batch import Context
 
 

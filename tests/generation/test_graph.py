@@ -21,7 +21,8 @@ from helpers.prompts import VOCABULARY, pair, ragged
 from helpers.tiny import KINDS, oracle, tokens, twin
 from minilora.generation import cuda_graph as graph
 from minilora.generation.cuda_graph import Graphs, Step, obstacle
-from minilora.generation.generate import Decoding, generate, generate_ids
+from minilora.generation.generate import generate, generate_ids
+from minilora.generation.sampling import Decoding
 from minilora.models.kv_cache import KVCache
 from minilora.models.padded_batch import Context, inference
 
@@ -243,14 +244,14 @@ def _compile(model):
 
 OBSTACLES = {
     "has a hook": lambda model: model.model.layers[1].register_forward_hook(print),
-    "has a hook or a forward": lambda model: model.model.norm.register_forward_pre_hook(print),
-    "a forward of its own": lambda model: setattr(model.model.norm, "forward", print),
+    "has a hook or a replaced": lambda model: model.model.norm.register_forward_pre_hook(print),
+    "a replaced forward": lambda model: setattr(model.model.norm, "forward", print),
     "is compiled": _compile,
-    "in shards": lambda model: setattr(model.model, "unshard", print),
-    "parts of the model lie on cuda:0 and cpu": lambda model: setattr(
+    "the model is sharded": lambda model: setattr(model.model, "unshard", print),
+    "parts of the model are on cuda:0 and cpu": lambda model: setattr(
         model.model.norm, "weight", nn.Parameter(torch.ones(64))
     ),
-    "model lie on cuda:0 and cpu": lambda model: model.model.norm.register_buffer("left behind", torch.ones(64)),
+    "model are on cuda:0 and cpu": lambda model: model.model.norm.register_buffer("left behind", torch.ones(64)),
 }
 
 

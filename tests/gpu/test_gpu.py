@@ -15,7 +15,8 @@ from helpers.kinds import shake
 from helpers.prompts import VOCABULARY, pair, ragged
 from helpers.tiny import KINDS, oracle, twin
 from minilora.generation import cuda_graph as graph
-from minilora.generation.generate import Decoding, generate_ids
+from minilora.generation.generate import generate_ids
+from minilora.generation.sampling import Decoding
 from minilora.models.padded_batch import Context, inference
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.training.optim.adamw_8bit import AdamW8bit

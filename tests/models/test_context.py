@@ -10,7 +10,8 @@ import torch
 
 from helpers.prompts import pair, ragged
 from helpers.tiny import KINDS, oracle, twin
-from minilora.generation.generate import Decoding, generate_ids
+from minilora.generation.generate import generate_ids
+from minilora.generation.sampling import Decoding
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
 
