@@ -1,4 +1,17 @@
-"""From a dataset to batches: formats → messages → template → tokens and labels → padded batch."""
+"""Data: from rows to batches.
+
+formats.py          rows of any known shape → conversations or plain text
+chat_template.py    conversation → text
+tokenizer.py        text ↔ token ids
+loss_mask.py        conversation → token ids and labels
+prompt.py           prompt → token ids
+dataset.py          a whole dataset, with a report (report.py)
+dataset_cache.py    the same in files, for datasets of any size
+packing.py          many short examples in one row
+collate.py          examples → one padded batch
+mixture.py          several datasets by weight; a split into train and test
+preview.py          rows token by token, with facts about the dataset (dataset_facts.py)
+"""
 
 from minilora.data.chat_template import ALPACA_TEMPLATE
 from minilora.data.collate import collate

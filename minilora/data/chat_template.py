@@ -1,15 +1,17 @@
-"""Chat templates: messages → text, as transformers renders them, inside jinja2's immutable sandbox.
+"""Chat templates: messages → text, as transformers renders them, in jinja2's immutable sandbox.
 
-A checkpoint ships its chat format as a Jinja template, which is a program from a stranger: the sandbox lets it read
-messages and write text, and touch nothing else. The environment offers what the templates on the Hub rely on:
+A checkpoint ships its chat format as a Jinja template: a program from a stranger. The sandbox lets
+it read messages and write text, and nothing else. The environment offers the features that
+templates on the Hub use:
 
     trim_blocks, lstrip_blocks      a tag alone on its line leaves no blank line
     loopcontrols                    {% break %}, {% continue %}
-    tojson                          plain JSON: jinja2's own escapes < > & ' for HTML
-    raise_exception, strftime_now   for templates that refuse a conversation, or print today's date
-    {% generation %}…               transformers' mark of the assistant's words; here it only passes them through
+    tojson                          plain JSON: jinja2's filter escapes < > & ' for HTML
+    raise_exception, strftime_now   for templates that refuse a conversation, or print a date
+    {% generation %}…               transformers' mark of the assistant's text; ignored here
 
-Simpler than transformers: tools are JSON schemas (not Python functions), and no message key is renamed.
+Simplified: unlike in transformers, tools are JSON schemas (not Python functions), and no message
+key is renamed.
 """
 
 import json
@@ -18,8 +20,9 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-# Formats a conversation for a checkpoint without a template of its own: `tokenizer.chat_template = ALPACA_TEMPLATE`.
-# It needs no special token but EOS, and an answer begins behind a newline, which merges with no letter or digit.
+# A format for a checkpoint without a template: `tokenizer.chat_template = ALPACA_TEMPLATE`. It
+# needs no special token but EOS. An answer begins after a newline, which merges with no letter or
+# digit.
 ALPACA_TEMPLATE = r"""
 {{- bos_token }}
 {%- for message in messages %}
@@ -34,24 +37,41 @@ ALPACA_TEMPLATE = r"""
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """The text of a conversation. ValueError if the template is malformed, or refuses these messages."""
+    """Return the text of a conversation.
+
+    Args:
+        template: the Jinja template.
+        messages: the conversation.
+        variables: further variables of the template.
+
+    Raises:
+        ValueError: the template is malformed, or refuses these messages.
+    """
     try:
-        return compile_template(template).render(messages=[dict(m) for m in messages], **variables)
+        compiled = compile_template(template)
+        return compiled.render(messages=[dict(m) for m in messages], **variables)
     except template_errors() as error:
         roles = [m.get("role") for m in messages]
-        raise ValueError(f"the chat template cannot render a conversation of roles {roles}: {error}") from error
+        raise ValueError(
+            f"the chat template cannot render a conversation of roles {roles}: {error}"
+        ) from error
 
 
 def template_errors() -> tuple[type[Exception], ...]:
-    """What rendering raises when a template and messages do not fit, here or in transformers."""
+    """Return the exceptions of a template that does not fit its messages."""
     import jinja2
 
-    return jinja2.TemplateError, TypeError, ValueError  # TypeError: the template joined text and None, for example
+    # TypeError: for example, the template joined text and None.
+    return jinja2.TemplateError, TypeError, ValueError
 
 
 @lru_cache(maxsize=32)
 def compile_template(template: str):
-    """A jinja2.Template in the sandbox described above."""
+    """Return a jinja2.Template in the sandbox that this module describes.
+
+    Args:
+        template: the Jinja template.
+    """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -66,11 +86,20 @@ def compile_template(template: str):
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(template)
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,4 +1,7 @@
-"""A dataset → its examples and the report about its rows: in memory, or row by row into files (dataset_cache.py)."""
+"""A whole dataset as examples, with a report on its rows.
+
+The examples are in memory, or in files that are written row by row (dataset_cache.py).
+"""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,12 +15,17 @@ from minilora.data.loss_mask import Example, encode_row
 from minilora.data.report import DataReport, numbers
 from minilora.data.tokenizer import AnyTokenizer
 
-STREAM = 64 * 2**20  # bytes: the tokens of a larger file are kept in a temporary file, not in memory
+STREAM = 64 * 2**20  # bytes: the tokens of a larger file go to a temporary file, not to memory
 
 
 @dataclass(frozen=True)
 class EncodedDataset(Sequence[Example]):
-    """The examples that train something, and the report about all rows."""
+    """The examples with supervised tokens, and the report on all rows.
+
+    Attributes:
+        examples: the examples.
+        report: figures of all rows.
+    """
 
     examples: Sequence[Example]
     report: DataReport
@@ -31,48 +39,90 @@ class EncodedDataset(Sequence[Example]):
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        examples = self.examples
-        return examples.lengths if isinstance(examples, StoredExamples) else [len(example) for example in examples]
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.lengths
+        return [len(example) for example in self.examples]
 
 
 def encode_dataset(
-    dataset: Any, tokenizer: AnyTokenizer, max_length: int | None = None, *, cache: str | Path | None = None
+    dataset: Any,
+    tokenizer: AnyTokenizer,
+    max_length: int | None = None,
+    *,
+    cache: str | Path | None = None,
 ) -> EncodedDataset:
-    """Encode every row of a dataset (anything `read_dataset` takes), longer ones cut at `max_length` tokens.
+    """Encode every row of a dataset.
 
-    cache: a folder where what comes out of a dataset file is kept, so that the next call finds it. With it, or beyond
-    STREAM bytes, memory does not grow with the file (of .json all rows, of .parquet a row group is read at once).
-    ValueError: a bad row (by number), an empty dataset, or one in which no row has a trained token.
+    With a cache, or for a file above STREAM bytes, memory does not grow with the file (all rows of
+    a .json file and a row group of a .parquet file are read at once).
+
+    Args:
+        dataset: anything that `read_dataset` takes.
+        tokenizer: the model's tokenizer.
+        max_length: longest example in tokens; longer rows are cut. None does not cut.
+        cache: folder that keeps the examples of a dataset file for the next call; None keeps
+        nothing.
+
+    Raises:
+        ValueError: a row is invalid, the dataset is empty, or no row has a supervised token.
     """
     path = Path(dataset) if isinstance(dataset, str | Path) else None
     if cache is not None and path is None:
         raise ValueError(
-            f"dataset_cache: it keeps dataset files, and this dataset is a {type(dataset).__name__}. "
-            "Pass a path, or leave dataset_cache None."
+            "dataset_cache: it keeps dataset files, and this dataset is a "
+            f"{type(dataset).__name__}. Pass a path, or leave dataset_cache None."
         )
+    encoder = Encoder(dataset, tokenizer, max_length)
     if path is not None:
         check_file(path)
-    encoder = Encoder(dataset, tokenizer, max_length)
-    if path is not None and cache is not None:
-        return EncodedDataset(*load(cached(path, tokenizer, max_length, Path(cache), encoder)))
-    if path is not None and path.stat().st_size > STREAM:
-        folder = tempfile.TemporaryDirectory(prefix="minilora-")
-        store(Path(folder.name), encoder)
-        return EncodedDataset(*load(Path(folder.name), folder))
+        if cache is not None:
+            entry = cached(path, tokenizer, max_length, Path(cache), encoder)
+            return EncodedDataset(*load(entry))
+        if path.stat().st_size > STREAM:
+            folder = tempfile.TemporaryDirectory(prefix="minilora-")
+            store(Path(folder.name), encoder)
+            return EncodedDataset(*load(Path(folder.name), folder))
     examples = list(encoder)
     return EncodedDataset(examples, encoder.report())
 
 
 class Encoder:
-    """Iterating over it encodes row by row, and gives what trains something; then `report` knows about all rows."""
+    """Encode a dataset row by row: iterate over it, then call `report`.
+
+    Args:
+        dataset: anything that `read_dataset` takes.
+        tokenizer: the model's tokenizer.
+        max_length: longest example in tokens; None does not cut.
+
+    Attributes:
+        rows: number of rows.
+        tokens: tokens of the examples.
+        trained_tokens: supervised tokens.
+        longest: tokens of the longest example.
+        keys: keys of rows that are not read.
+        sources: of a mixture: (rows, tokens) of each dataset.
+        noted: row numbers for each remark of the report.
+    """
 
     def __init__(self, dataset: Any, tokenizer: AnyTokenizer, max_length: int | None):
-        self.dataset, self.tokenizer, self.max_length = dataset, tokenizer, max_length
-        self.rows = self.tokens = self.trained_tokens = self.longest = 0
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.rows = 0
+        self.tokens = 0
+        self.trained_tokens = 0
+        self.longest = 0
         self.keys: set[str] = set()
         self.sources: dict[str, tuple[int, int]] = {}
-        kinds = ("truncated", "untrained", "eos_missing", "double_bos", "dropped_turns", "empty")
-        self.noted: dict[str, list[int]] = {kind: [] for kind in kinds}
+        remarks = (
+            "truncated",
+            "untrained",
+            "eos_missing",
+            "double_bos",
+            "dropped_turns",
+            "empty",
+        )
+        self.noted: dict[str, list[int]] = {remark: [] for remark in remarks}
 
     def __iter__(self) -> Iterator[Example]:
         for index, row in enumerate(iterate_dataset(self.dataset)):
@@ -82,35 +132,56 @@ class Encoder:
                 yield example
 
     def note(self, row: Row, example: Example) -> None:
-        eos, trained = self.tokenizer.eos_token_id, example.trained_tokens
+        """Count a row for the report.
+
+        Args:
+            row: the row.
+            example: the row as tokens.
+        """
         self.rows += 1
         self.keys |= extra_keys(row, example.row)
-        if trained:
-            self.tokens, self.trained_tokens = self.tokens + len(example), self.trained_tokens + trained
-            self.longest = max(self.longest, len(example))
-            if (source := getattr(row, "source", None)) is not None:  # a row of minilora.mix_datasets
-                rows, tokens = self.sources.get(source, (0, 0))
-                self.sources[source] = rows + 1, tokens + len(example)
-        it = as_messages(row, example.row)
-        answers = [it.messages[i] for i in it.trained_turns()] if isinstance(it, Chat) else [{"content": it.completion}]
-        found = {
+        if example.trained_tokens:
+            self._count(row, example)
+        remarks = {
             "truncated": example.truncated,
-            "untrained": not trained,
-            "eos_missing": trained and not example.truncated and (eos is None or eos not in example.labels),
+            "untrained": not example.trained_tokens,
+            "eos_missing": self._lacks_eos(example),
             "double_bos": example.double_bos,
-            "dropped_turns": example.dropped_turns,
-            "empty": any(not ((m.get("content") or "").strip() or m.get("tool_calls")) for m in answers),
+            "dropped_turns": example.dropped_turns > 0,
+            "empty": _has_empty_answer(row, example.row),
         }
-        for kind in (kind for kind, yes in found.items() if yes):
-            self.noted[kind].append(example.row)
+        for remark, applies in remarks.items():
+            if applies:
+                self.noted[remark].append(example.row)
+
+    def _count(self, row: Row, example: Example) -> None:
+        self.tokens += len(example)
+        self.trained_tokens += example.trained_tokens
+        self.longest = max(self.longest, len(example))
+        source = getattr(row, "source", None)  # a row of minilora.mix_datasets has one
+        if source is not None:
+            rows, tokens = self.sources.get(source, (0, 0))
+            self.sources[source] = (rows + 1, tokens + len(example))
+
+    def _lacks_eos(self, example: Example) -> bool:
+        if not example.trained_tokens or example.truncated:
+            return False
+        eos = self.tokenizer.eos_token_id
+        return eos is None or eos not in example.labels
 
     def report(self) -> DataReport:
-        """About all rows. ValueError if none of them trains anything, or each has an empty answer."""
-        if not self.trained_tokens or len(self.noted["empty"]) == self.rows:
+        """Return the report on all rows.
+
+        Raises:
+            ValueError: no row has a supervised token, or every answer is empty.
+        """
+        empty = len(self.noted["empty"])
+        if not self.trained_tokens or empty == self.rows:
             raise ValueError(
-                f"dataset: none of {self.rows} rows has an answer to learn ({numbers(range(self.rows))}): "
-                f"{len(self.noted['empty'])} have an empty one, {len(self.noted['truncated'])} are cut at max_length "
-                f"{self.max_length}. Raise max_length, or check that the rows have answers."
+                f"dataset: none of {self.rows} rows has an answer to learn "
+                f"({numbers(range(self.rows))}): {empty} have an empty one, "
+                f"{len(self.noted['truncated'])} are cut at max_length {self.max_length}. "
+                "Raise max_length, or check that the rows have answers."
             )
         return DataReport(
             rows=self.rows,
@@ -120,12 +191,30 @@ class Encoder:
             max_length=self.max_length,
             unused_keys=tuple(sorted(self.keys)),
             sources=self.sources,
-            **{kind: tuple(rows) for kind, rows in self.noted.items()},
+            **{remark: tuple(rows) for remark, rows in self.noted.items()},
         )
 
 
+def _has_empty_answer(row: Row, index: int) -> bool:
+    """Return True if a supervised answer has neither content nor tool calls."""
+    sample = as_messages(row, index)
+    if not isinstance(sample, Chat):
+        return not sample.completion.strip()
+    for turn in sample.trained_turns():
+        message = sample.messages[turn]
+        content = message.get("content") or ""
+        if not content.strip() and not message.get("tool_calls"):
+            return True
+    return False
+
+
 class Encoded(list[Any]):
-    """Examples, each with a `len` in tokens, and a printable `report`."""
+    """Examples, each with a length in tokens, and a report to print.
+
+    Args:
+        examples: the examples.
+        report: the report as text.
+    """
 
     def __init__(self, examples: Iterable[Any], report: str):
         super().__init__(examples)

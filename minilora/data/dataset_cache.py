@@ -1,13 +1,14 @@
-"""Examples in files: written row by row, read one by one, so that a dataset of any size takes little memory.
+"""Examples in files: written row by row, read one by one, so that any dataset takes little memory.
 
-    tokens.bin    int32, little-endian: the ids of all examples, one behind another; a trained one as ~id
-    rows.bin      a record (RECORD) an example: where its tokens end, and what else an Example holds
+    tokens.bin    int32, little-endian: the ids of all examples in sequence; a supervised id as ~id
+    rows.bin      a record (RECORD) an example: the end of its tokens, and its other fields
     report.json   the DataReport
 
-A cache is a folder of such folders, each named by a hash of all that its content depends on: the file's bytes, the
-tokenizer, its template, max_length and the code itself. So an entry is never stale, only left behind: delete the folder
-to free its space. Entries appear whole or not at all, and two processes may write the same one at once.
-Reading opens a file each time: nothing to close or to share, and no page of a map that counts as memory.
+A cache is a folder of such folders. The name of each is a hash of everything that determines its
+content: the file's bytes, the tokenizer, its template, max_length and this code. So an entry is
+never stale, only unused: delete the folder to free its space. Entries appear complete or not at
+all, and two processes may write the same one at once. Reading opens a file each time: there is
+nothing to close or to share, and no mapped page counts as memory.
 """
 
 import hashlib
@@ -29,18 +30,34 @@ from minilora.common import __version__, whole
 from minilora.data.loss_mask import IGNORE, Example
 from minilora.data.report import DataReport
 
-TOKENS, ROWS, REPORT = "tokens.bin", "rows.bin", "report.json"
-RECORD = np.dtype([("end", "<i8"), ("row", "<i8"), ("dropped_turns", "<i4"), ("truncated", "?"), ("double_bos", "?")])
-DAY = 24 * 3600.0  # seconds after which what nobody wrote to was left by a process that died
+TOKENS = "tokens.bin"
+ROWS = "rows.bin"
+REPORT = "report.json"
+RECORD = np.dtype(
+    [
+        ("end", "<i8"),
+        ("row", "<i8"),
+        ("dropped_turns", "<i4"),
+        ("truncated", "?"),
+        ("double_bos", "?"),
+    ]
+)
+DAY = 24 * 3600.0  # seconds after which an unfinished entry is removed: its process died
 
 
 @dataclass(frozen=True)
 class StoredExamples(Sequence[Example]):
-    """The examples in `folder`, read when asked for."""
+    """Examples in a folder, read on access.
+
+    Attributes:
+        folder: the folder.
+        records: a RECORD for each example, (N,).
+        owner: a temporary folder that must exist as long as this object.
+    """
 
     folder: Path
-    records: np.ndarray  # (N,) of RECORD
-    owner: Any = field(default=None, repr=False)  # of a temporary folder, which lives as long as this
+    records: np.ndarray
+    owner: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,11 +66,13 @@ class StoredExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        end, start = (int(self.records["end"][i]) if i >= 0 else 0 for i in (index, index - 1))
-        stored = np.fromfile(self.folder / TOKENS, "<i4", end - start, offset=4 * start)
+        start = int(self.records["end"][index - 1]) if index > 0 else 0
+        end = int(self.records["end"][index])
+        stored = np.fromfile(self.folder / TOKENS, "<i4", end - start, offset=4 * start)  # (T,)
         ids = np.where(stored < 0, ~stored, stored)
         labels = np.where(stored < 0, ids, IGNORE)
-        fields = {name: self.records[name][index].item() for name in RECORD.names or () if name != "end"}
+        names = [name for name in RECORD.names or () if name != "end"]
+        fields = {name: self.records[name][index].item() for name in names}
         return Example(ids.tolist(), labels.tolist(), **fields)
 
     @property
@@ -63,76 +82,146 @@ class StoredExamples(Sequence[Example]):
 
 
 def store(folder: Path, examples: Any) -> None:
-    """Write the examples of an `Encoder`, as they come, and its report into an empty folder."""
+    """Write examples, one by one, and their report into an empty folder.
+
+    Args:
+        folder: the folder.
+        examples: an `Encoder`.
+    """
     end = 0
     with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as rows:
         for example in examples:
             end += len(example)
-            ids, trained = np.array(example.input_ids, "<i4"), np.array(example.labels) != IGNORE
-            tokens.write(np.where(trained, ~ids, ids).tobytes())
-            record = end, example.row, example.dropped_turns, example.truncated, example.double_bos
+            ids = np.array(example.input_ids, "<i4")
+            supervised = np.array(example.labels) != IGNORE
+            tokens.write(np.where(supervised, ~ids, ids).tobytes())
+            record = (
+                end,
+                example.row,
+                example.dropped_turns,
+                example.truncated,
+                example.double_bos,
+            )
             rows.write(np.array(record, RECORD).tobytes())
     (folder / REPORT).write_text(json.dumps(asdict(examples.report())), encoding="utf-8")
 
 
 def load(folder: Path, owner: Any = None) -> tuple[StoredExamples, DataReport]:
-    """What `store` wrote. ValueError if a file was cut off."""
+    """Read the content of a folder that `store` wrote.
+
+    Args:
+        folder: the folder.
+        owner: a temporary folder that must exist as long as the examples.
+
+    Raises:
+        ValueError: a file was cut off.
+    """
     records = np.fromfile(folder / ROWS, RECORD)
-    expected, found = 4 * int(records["end"][-1]), (folder / TOKENS).stat().st_size
-    if expected != found:
-        raise ValueError(f"{folder / TOKENS}: expected {expected} bytes, got {found}. Delete {folder}.")
+    expected = 4 * int(records["end"][-1])
+    size = (folder / TOKENS).stat().st_size
+    if expected != size:
+        raise ValueError(
+            f"{folder / TOKENS}: expected {expected} bytes, got {size}. Delete {folder}."
+        )
     fields: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
     return StoredExamples(folder, records, owner), DataReport(**fields)
 
 
 def cached(path: Path, tokenizer: Any, max_length: int | None, cache: Path, examples: Any) -> Path:
-    """The folder in `cache` of these examples of the file `path`; written now if it is not there."""
+    """Return the cache entry of a dataset file; write it if it does not exist.
+
+    Args:
+        path: the dataset file.
+        tokenizer: the model's tokenizer.
+        max_length: longest example in tokens.
+        cache: folder of the cache.
+        examples: an `Encoder` of the file.
+
+    Returns:
+        Folder of the entry.
+
+    Raises:
+        ValueError: the file changed during reading.
+    """
     before = path.stat()
     folder = cache / cache_key(path, tokenizer, max_length)
     if folder.is_dir():
         return folder
-    for stale in cache.glob(".*.tmp"):
-        if time.time() - stale.stat().st_mtime > DAY:
-            shutil.rmtree(stale)
-    mine = folder.with_name(f"{folder.name}-{uuid4().hex}")
-    with whole(mine) as temporary:
+    for unfinished in cache.glob(".*.tmp"):
+        if time.time() - unfinished.stat().st_mtime > DAY:
+            shutil.rmtree(unfinished)
+    new = folder.with_name(f"{folder.name}-{uuid4().hex}")
+    with whole(new) as temporary:
         temporary.mkdir()
         store(temporary, examples)
         after = path.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ValueError(f"{path} was changed while it was read. Start again.")
     try:
-        os.rename(mine, folder)
-    except OSError:
-        shutil.rmtree(mine)
+        os.rename(new, folder)
+    except OSError:  # another process may have written the entry first
+        shutil.rmtree(new)
         if not folder.is_dir():
             raise
-    return folder  # mine, or that of a process which was faster
+    return folder
 
 
 def cache_key(path: Path, tokenizer: Any, max_length: int | None) -> str:
-    """A hash of all that the examples depend on. ValueError if the tokenizer cannot be written down."""
-    backends = [getattr(tokenizer, name, None) for name in ("backend", "backend_tokenizer")]
-    written = [backend.to_str() for backend in backends if backend is not None and hasattr(backend, "to_str")]
-    if not written:
-        raise ValueError(
-            f"dataset_cache: a {type(tokenizer).__name__} cannot be told from one that was changed. Expected one of "
-            "minilora.load_tokenizer or a fast tokenizer of transformers; or leave dataset_cache None."
-        )
+    """Return a hash of everything that the examples depend on.
+
+    Args:
+        path: the dataset file.
+        tokenizer: the model's tokenizer.
+        max_length: longest example in tokens.
+
+    Raises:
+        ValueError: the tokenizer cannot be serialised.
+    """
     template = json.dumps(tokenizer.chat_template)
+    dated = "strftime_now" in template
+    package = type(tokenizer).__module__.partition(".")[0]  # minilora or transformers
+    serialised = _serialised(tokenizer)
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = [content, path.suffix.lower(), max_length, repr(tokenizer), template, written]
-    parts += [getattr(tokenizer, "split_special_tokens", None), date.today() if "strftime_now" in template else None]
-    package = type(tokenizer).__module__.partition(".")[0]  # minilora or transformers
-    parts += [version("tokenizers"), version("jinja2"), _version_of(package)]
-    parts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]  # of other code, another key
+    parts = [
+        content,
+        path.suffix.lower(),
+        max_length,
+        repr(tokenizer),
+        template,
+        serialised,
+        getattr(tokenizer, "split_special_tokens", None),
+        date.today() if dated else None,
+        version("tokenizers"),
+        version("jinja2"),
+        _version_of(package),
+    ]
+    # Changed code is another key.
+    parts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def _serialised(tokenizer: Any) -> list[str]:
+    """Return the tokenizer as text; raise ValueError if it has no such form."""
+    serialised = []
+    for name in ("backend", "backend_tokenizer"):
+        backend = getattr(tokenizer, name, None)
+        if backend is not None and hasattr(backend, "to_str"):
+            serialised.append(backend.to_str())
+    if not serialised:
+        raise ValueError(
+            f"dataset_cache: a changed {type(tokenizer).__name__} cannot be recognised. Expected a "
+            "tokenizer of minilora.load_tokenizer or a fast tokenizer of transformers; or leave "
+            "dataset_cache None."
+        )
+    return serialised
+
+
 def _version_of(package: str) -> str | None:
-    """The version of a package, None for a script's own tokenizer."""
+    """Return the version of a package, or None for a script's own tokenizer."""
     if package == "minilora":
         return __version__
     try:

@@ -1,11 +1,12 @@
-"""Rows of several datasets by weight, and a dataset cut into a training and a test part.
+"""Mixtures of several datasets by weight, and a split into a training and a test part.
 
-    mix_datasets      rows · w_i / Σw rows of set i, to the row: rounded down, the rows left over go to the largest
-                      remainders
+    mix_datasets      set i gets rows · w_i / Σw rows: rounded down; the remaining rows go to the
+                      largest remainders
     train_test_split  a row is held out where hash(seed, content or group) / 2^64 < test
 
-A hash knows nothing of the other rows: what is held out stays held out when rows are added, equal rows lie on one side,
-and so do all rows of a group. The share held out is therefore `test` on average only.
+The hash of a row does not depend on the other rows: held-out rows stay held out when rows are
+added, equal rows are on one side, and so are all rows of a group. Therefore the held-out share is
+`test` on average only.
 """
 
 import hashlib
@@ -20,7 +21,12 @@ from minilora.data.formats import Row, read_dataset
 
 
 class SourcedRow(dict):
-    """A row that knows where it came from: `source`, which the report before training counts."""
+    """A row of a mixture with the name of its dataset, which the report before training counts.
+
+    Args:
+        row: the row.
+        source: name of its dataset.
+    """
 
     def __init__(self, row: Row, source: str):
         super().__init__(row)
@@ -28,42 +34,72 @@ class SourcedRow(dict):
 
 
 def mix_datasets(
-    parts: Mapping[Any, float] | Sequence[tuple[Any, float]], rows: int | None = None, seed: int = 42
+    parts: Mapping[Any, float] | Sequence[tuple[Any, float]],
+    rows: int | None = None,
+    seed: int = 42,
 ) -> list[SourcedRow]:
-    """`rows` rows of several datasets, in proportion to their weights, shuffled; the same for the same seed.
+    """Return rows of several datasets, in proportion to their weights, shuffled.
 
-    parts: (dataset, weight) pairs, or {path: weight}; a dataset is anything `train` takes. Weights are relative.
-    rows: None takes as many as there are without repeating one. Of a set that has more rows than its share a seeded
-        choice is taken; one that has fewer is gone through again, so that its rows come equally often, or once more.
-    ValueError: no sets, a weight that is not above 0, a share that rounds to no row.
+    A dataset with more rows than its share gives a random choice. A dataset with fewer rows is
+    repeated, so that each of its rows occurs equally often, or once more.
+
+    Args:
+        parts: (dataset, weight) pairs, or {path: weight}. A dataset is anything that `train` takes;
+            weights are relative.
+        rows: number of rows; None takes as many as possible without repeating a row.
+        seed: seed of the choice and the order.
+
+    Raises:
+        ValueError: there are no datasets, a weight is not above 0, or a share rounds to no row.
     """
     pairs = list(parts.items() if isinstance(parts, Mapping) else parts)
     weights = [Fraction(str(weight)) for _, weight in pairs if 0 < weight < float("inf")]
     if not pairs or len(weights) < len(pairs):
+        given = [weight for _, weight in pairs]
         raise ValueError(
-            f"mix_datasets: expected (dataset, weight) pairs with weights above 0, got {[w for _, w in pairs]}."
+            f"mix_datasets: expected (dataset, weight) pairs with weights above 0, got {given}."
         )
-    sets = [read_dataset(dataset) for dataset, _ in pairs]
-    names = [str(d) if isinstance(d, str | Path) else f"set {i}" for i, (d, _) in enumerate(pairs)]
+    datasets = [read_dataset(dataset) for dataset, _ in pairs]
+    names = [_name(dataset, number) for number, (dataset, _) in enumerate(pairs)]
     if rows is None:
-        rows = int(min(len(found) * sum(weights) / weight for found, weight in zip(sets, weights, strict=True)))
+        rows = _most_rows([len(dataset) for dataset in datasets], weights)
     counts = shares(rows, weights)
-    if (least := min(counts)) < 1:
+    if min(counts) < 1:
+        name = names[counts.index(min(counts))]
         raise ValueError(
-            f"mix_datasets: {names[counts.index(least)]} has no share in {rows} rows: raise rows, or leave it out."
+            f"mix_datasets: {name} has no share in {rows} rows: raise rows, or leave it out."
         )
     mixed = []
-    for index, (found, count, name) in enumerate(zip(sets, counts, names, strict=True)):
+    for index, (dataset, count, name) in enumerate(zip(datasets, counts, names, strict=True)):
         rng = random.Random(f"{seed} {index}")
         while count > 0:
-            mixed += [SourcedRow(row, name) for row in rng.sample(found, min(count, len(found)))]
-            count -= len(found)
+            chosen = rng.sample(dataset, min(count, len(dataset)))
+            mixed += [SourcedRow(row, name) for row in chosen]
+            count -= len(dataset)
     random.Random(seed).shuffle(mixed)
     return mixed
 
 
+def _name(dataset: Any, number: int) -> str:
+    return str(dataset) if isinstance(dataset, str | Path) else f"set {number}"
+
+
+def _most_rows(sizes: Sequence[int], weights: Sequence[Fraction]) -> int:
+    """Return the largest number of rows of which no dataset has to repeat a row."""
+    total = sum(weights)
+    return int(min(size * total / weight for size, weight in zip(sizes, weights, strict=True)))
+
+
 def shares(total: int, weights: Sequence[Fraction]) -> list[int]:
-    """`total` in proportion to `weights`, in whole numbers (largest remainder; the first of equals)."""
+    """Divide a number in proportion to weights, in whole numbers, by the largest remainders.
+
+    Args:
+        total: the number.
+        weights: the weights.
+
+    Returns:
+        The shares; of equal remainders the first one counts.
+    """
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
     order = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
@@ -75,25 +111,49 @@ def shares(total: int, weights: Sequence[Fraction]) -> list[int]:
 def train_test_split(
     dataset: Any, test: float = 0.1, by: str | Callable[[Row], Any] = "hash", seed: int = 42
 ) -> tuple[list[Row], list[Row]]:
-    """(rows to train on, rows to test on) in the dataset's order; about `test` of them, or of the groups, held out.
+    """Split a dataset into rows to train on and held-out rows, both in its order.
 
-    by: "hash" goes by a row's content. A key of the rows, or a function of a row, gives its group, which is never on
-        both sides.
-    ValueError: `test` not between 0 and 1, a row without the key, nothing on one side.
+    Args:
+        dataset: anything that `train` takes.
+        test: held-out share of the rows, or of the groups; between 0 and 1.
+        by: "hash" decides by a row's content. A key of the rows, or a function of a row, gives its
+            group, which is never on both sides.
+        seed: seed of the hash.
+
+    Returns:
+        Rows to train on, held-out rows.
+
+    Raises:
+        ValueError: `test` is out of range, a row lacks the key, or one side is empty.
     """
     if not 0 < test < 1:
         raise ValueError(f"train_test_split: test is a share between 0 and 1, got {test}.")
-    parts: tuple[list[Row], list[Row]] = [], []
+    train_rows: list[Row] = []
+    test_rows: list[Row] = []
     for index, row in enumerate(read_dataset(dataset)):
-        group = row if by == "hash" else by(row) if callable(by) else row.get(by)
+        group = _group(row, by)
         if group is None:
-            raise ValueError(f"train_test_split: row {index} has no {by!r}: its keys are {list(row)}.")
+            raise ValueError(
+                f"train_test_split: row {index} has no {by!r}: its keys are {list(row)}."
+            )
         text = json.dumps([seed, group], sort_keys=True, default=str)
-        drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        parts[drawn < test].append(row)
-    if not all(parts):
-        held = len(parts[1])
+        digest = hashlib.sha256(text.encode()).digest()
+        drawn = int.from_bytes(digest[:8], "big") / 2**64  # in [0, 1)
+        if drawn < test:
+            test_rows.append(row)
+        else:
+            train_rows.append(row)
+    if not train_rows or not test_rows:
         raise ValueError(
-            f"train_test_split: {held} of {held + len(parts[0])} rows held out. Take another test share, seed or by."
+            f"train_test_split: {len(test_rows)} of {len(test_rows) + len(train_rows)} rows held "
+            "out. Take another test share, seed or by."
         )
-    return parts
+    return train_rows, test_rows
+
+
+def _group(row: Row, by: str | Callable[[Row], Any]) -> Any:
+    if by == "hash":
+        return row
+    if callable(by):
+        return by(row)
+    return row.get(by)

@@ -1,12 +1,17 @@
-"""Many short examples in one row: best-fit decreasing, so that little of a row is padding.
+"""Packing: many short examples in one row, so that little of a row is padding.
 
-    sort by length, longest first; each example goes into the fullest bin that still has room, else into a new one
+    best-fit decreasing: sort by length, longest first; put each example into the fullest bin that
+    has room for it, else into a new bin
 
-At most 11/9 of the fewest bins possible, and 6/9 of one (Johnson 1974; Dósa 2007). Only the different amounts of room
-are searched, in a sorted list that max_length bounds: one bisection an example, so O(n log n) comparisons.
+The result needs at most 11/9 of the fewest bins possible, plus 6/9 of one. Only the different
+amounts of room are searched, in a sorted list whose length max_length bounds: one bisection an
+example, so O(n log n) comparisons.
 
-A packed row is an Example as well. Each document in it keeps positions from 0 and an id of its own, and its first token
-trains nothing: what the model computes of a document is what it computes of it alone.
+A packed row is an Example too. Each document in it has positions from 0 and its own document id,
+and its first token is not supervised: the model computes for a document exactly what it computes
+for the document alone.
+
+Source: Johnson 1974; Dósa 2007 (tight bound).
 """
 
 from bisect import bisect_left, insort
@@ -18,13 +23,24 @@ from minilora.data.loss_mask import IGNORE, Example
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Bins of indices into `lengths`, each at most `room` together. ValueError if one is longer than that."""
+    """Return bins of indices into `lengths`, each of at most `room` tokens together.
+
+    Args:
+        lengths: tokens of each example.
+        room: tokens of a bin.
+
+    Raises:
+        ValueError: an example is longer than a bin.
+    """
     bins: list[list[int]] = []
     rooms: list[int] = []  # the different amounts of room left, sorted
-    with_room: dict[int, list[int]] = {}  # room left: the bins that have it
+    with_room: dict[int, list[int]] = {}  # amount of room left → the bins that have it
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if (length := lengths[index]) > room:
-            raise ValueError(f"packing: example {index} has {length} tokens, expected at most max_length {room}.")
+        length = lengths[index]
+        if length > room:
+            raise ValueError(
+                f"packing: example {index} has {length} tokens, expected at most max_length {room}."
+            )
         at = bisect_left(rooms, length)
         if at < len(rooms):
             left = rooms[at]
@@ -32,22 +48,31 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
             if not with_room[left]:
                 del with_room[left], rooms[at]
         else:
-            left, number = room, len(bins)
+            left = room
+            number = len(bins)
             bins.append([])
         bins[number].append(index)
-        if left - length not in with_room:
-            insort(rooms, left - length)
-        with_room.setdefault(left - length, []).append(number)
+        remaining = left - length
+        if remaining not in with_room:
+            insort(rooms, remaining)
+        with_room.setdefault(remaining, []).append(number)
     return bins
 
 
 @dataclass(frozen=True)
 class PackedDataset(Sequence[Example]):
-    """Examples in rows of at most `room` tokens; a row is joined when it is asked for. `str` says how full they are."""
+    """Examples in rows of at most `room` tokens; a row is joined on access.
+
+    Attributes:
+        examples: the examples.
+        bins: indices of the examples of each row.
+        lengths: tokens of each row.
+        room: most tokens of a row.
+    """
 
     examples: Sequence[Example]
     bins: list[list[int]]
-    lengths: list[int]  # of the rows
+    lengths: list[int]
     room: int
 
     def __len__(self) -> int:
@@ -58,20 +83,39 @@ class PackedDataset(Sequence[Example]):
 
     def __str__(self) -> str:
         padding = 1 - sum(self.lengths) / (len(self) * self.room)
-        return f"{len(self.examples)} examples in {len(self)} rows of {self.room} tokens, {padding:.1%} of them padding"
+        return (
+            f"{len(self.examples)} examples in {len(self)} rows of {self.room} tokens, "
+            f"{padding:.1%} of them padding"
+        )
 
 
 def pack(examples: Sequence[Example], lengths: Sequence[int], room: int) -> PackedDataset:
-    """The examples, `lengths` long, in rows of at most `room` tokens."""
+    """Return the examples in rows.
+
+    Args:
+        examples: the examples.
+        lengths: tokens of each example.
+        room: most tokens of a row.
+    """
     bins = best_fit(lengths, room)
-    return PackedDataset(examples, bins, [sum(lengths[i] for i in found) for found in bins], room)
+    row_lengths = [sum(lengths[i] for i in indices) for indices in bins]
+    return PackedDataset(examples, bins, row_lengths, room)
 
 
 def join(documents: Sequence[Example]) -> Example:
-    """One row of several documents; nothing is learned from one about the next."""
+    """Return several documents as one row; a document's first token is not supervised.
+
+    Args:
+        documents: the examples.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for document in documents:
+        input_ids += document.input_ids
+        labels += [IGNORE, *document.labels[1:]]
     return Example(
-        input_ids=[token for document in documents for token in document.input_ids],
-        labels=[label for document in documents for label in (IGNORE, *document.labels[1:])],
+        input_ids=input_ids,
+        labels=labels,
         row=documents[0].row,
         documents=tuple((document.row, len(document)) for document in documents),
     )

@@ -1,4 +1,4 @@
-r"""Rows as training will see them, token by token: id, text, trained or not, document, position.
+r"""Preview of rows as training reads them, token by token: id, text, supervised or not, position.
 
     row 0: 16 tokens, 2 trained
       not trained  '<|im_start|>user\n1 plus 1<|im_end|>\n<|im_start|>assistant\n'
@@ -6,10 +6,13 @@ r"""Rows as training will see them, token by token: id, text, trained or not, do
       position      id  trained  text
              0   49152           '<|im_start|>'
 
-The rows go through what training uses (`encode_row`, `pack`), so what is shown is what is learned. Rows that training
-leaves out can be shown too, and what would stop training is shown in place of the report.
-A token's text is what it adds behind the one before it: decoded alone, SentencePiece would lose its space. Texts are
-written as Python literals or escaped as HTML: no control character and no tag of a dataset reaches the screen.
+The rows go through the functions of training (`encode_row`, `pack`), so the preview is exact. Rows
+that training leaves out can be shown too, and an error that would stop training takes the place of
+the report.
+
+A token's text is the text that it adds after the token before it: decoded alone, a SentencePiece
+token would lose its space. Texts are written as Python literals or escaped as HTML: no control
+character and no tag of a dataset reaches the screen.
 """
 
 import html
@@ -26,18 +29,25 @@ from minilora.data.dataset_facts import Facts
 from minilora.data.formats import iterate_dataset
 from minilora.data.packing import pack
 
-EDGE = 6  # tokens shown at each end of a run of tokens that are all trained, or all not
-WIDTH = 160  # characters of a run
+EDGE = 6  # tokens shown at each end of a run: tokens that are all trained, or all not
+WIDTH = 160  # most characters of a run
 STYLE = """\
-.minilora-preview span{display:inline-block;text-align:center;margin:0 2px 4px;white-space:pre;font-family:monospace;\
-border-bottom:3px solid transparent}
+.minilora-preview span{display:inline-block;text-align:center;margin:0 2px 4px;white-space:pre;\
+font-family:monospace;border-bottom:3px solid transparent}
 .minilora-preview .trained{font-weight:bold;border-bottom-color:currentColor;background:#2e9e4a40}
 .minilora-preview small{display:block;font-size:70%;font-weight:normal;opacity:.7}
 .minilora-preview pre{white-space:pre-wrap}"""
 
 
 class ShownToken(NamedTuple):
-    """One token: its id, what it adds to the text, whether it is trained, its position in its document."""
+    """One token.
+
+    Attributes:
+        id: the token id.
+        text: the text that it adds.
+        trained: True if it is supervised.
+        position: its position in its document.
+    """
 
     id: int
     text: str
@@ -47,44 +57,65 @@ class ShownToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """One row of the dataset; `packed` is (number of the packed row, number in it) if rows are packed."""
+    """One row of the dataset.
+
+    Attributes:
+        row: its number.
+        packed: (number of the packed row, number in it) if rows are packed, else None.
+        tokens: its tokens.
+        runs: (trained, text) of neighbouring tokens that are all trained or all not.
+        note: remarks.
+    """
 
     row: int
     packed: tuple[int, int] | None
     tokens: list[ShownToken]
-    runs: list[tuple[bool, str]]  # (trained, text) of tokens that are trained, or not, together
+    runs: list[tuple[bool, str]]
     note: str
 
     def __str__(self) -> str:
-        where = "" if self.packed is None else "packed row {}, document {}, which is ".format(*self.packed)
+        place = ""
+        if self.packed is not None:
+            place = "packed row {}, document {}, which is ".format(*self.packed)
         trained = sum(token.trained for token in self.tokens)
-        return f"{where}row {self.row}: {len(self.tokens)} tokens, {trained} trained{self.note}"
+        return f"{place}row {self.row}: {len(self.tokens)} tokens, {trained} trained{self.note}"
 
 
 @dataclass(frozen=True, repr=False)
 class Preview:
-    """Some rows, and the report about all: `print` it, or let a notebook show it.
+    """Some rows, and the report on all: print it, or let a notebook show it.
 
-    report: a DataReport, or the message of the ValueError that training would raise. facts: what else was seen.
+    Attributes:
+        report: a DataReport, or the message of the error that would stop training.
+        facts: further facts about the dataset.
+        documents: the shown rows.
+        packing: how full the packed rows are.
     """
 
     report: DataReport | str
     facts: str
     documents: list[Document]
-    packing: str = ""  # how full the packed rows are
+    packing: str = ""
 
     def text(self, colour: bool = False, edge: int | None = EDGE) -> str:
-        """As text; of a long run `edge` tokens at each end, None for all. What is trained shows without colour too."""
+        """Return the preview as text; trained tokens are marked without colour too.
+
+        Args:
+            colour: use terminal colours.
+            edge: tokens shown at each end of a long run; None shows all.
+        """
         lines = [self._head()]
         for document in self.documents:
             lines += ["", str(document)]
-            shown = [(trained, f"  {_word(trained):<12} {_short(text)}") for trained, text in document.runs]
-            shown += [(False, "  position      id  trained  text"), *_table(document.tokens, edge)]
-            lines += [f"\x1b[1;32m{line}\x1b[0m" if colour and trained else line for trained, line in shown]
+            for trained, line in _lines(document, edge):
+                lines.append(f"\x1b[1;32m{line}\x1b[0m" if colour and trained else line)
         return "\n".join(lines)
 
     def _head(self) -> str:
-        return f"{self.report}\n{self.facts}" + (f"\npacking: {self.packing}" if self.packing else "")
+        head = f"{self.report}\n{self.facts}"
+        if self.packing:
+            head += f"\npacking: {self.packing}"
+        return head
 
     def __str__(self) -> str:
         return self.text(colour=on_terminal())
@@ -92,9 +123,10 @@ class Preview:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        parts = [f"<style>{STYLE}</style><pre>{html.escape(self._head())}</pre>"]
-        parts += [
-            '<p>Below a token: its id, its position. <span class="trained">Bold and underlined</span>: trained.</p>'
+        parts = [
+            f"<style>{STYLE}</style><pre>{html.escape(self._head())}</pre>",
+            "<p>Below a token: its id, its position. "
+            '<span class="trained">Bold and underlined</span>: trained.</p>',
         ]
         for document in self.documents:
             tokens = "".join(map(_html, document.tokens))
@@ -103,57 +135,111 @@ class Preview:
 
 
 def on_terminal() -> bool:
-    """Whether what is printed may be coloured (https://no-color.org)."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    """Return True if printed text may be coloured (https://no-color.org)."""
+    plain = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    return sys.stdout.isatty() and not plain
 
 
 def preview(
-    dataset: Any, tokenizer: AnyTokenizer, *, rows: int | Sequence[int] = 3, max_length: int | None = None,
+    dataset: Any,
+    tokenizer: AnyTokenizer,
+    *,
+    rows: int | Sequence[int] = 3,
+    max_length: int | None = None,
     packing: bool = False,
-) -> Preview:  # fmt: skip
-    """What training on `dataset` (anything `ml.train` takes) will read and learn. Nothing is trained.
+) -> Preview:
+    """Show the tokens that training reads and the tokens that it supervises; train nothing.
 
-    rows: how many of the first rows to show, or which, by the numbers that the report names; with packing, how many
-    packed rows, or those which hold these rows. max_length, packing: as in TrainConfig, where max_length is 1024.
-    ValueError: a row that cannot be encoded, a number beyond the dataset, packing without max_length.
+    Args:
+        dataset: anything that `ml.train` takes.
+        tokenizer: the model's tokenizer.
+        rows: how many of the first rows to show, or the numbers of rows as the report names them.
+            With packing: how many packed rows, or the packed rows that contain these rows.
+        max_length: longest row in tokens; None does not cut. TrainConfig's default is 1024.
+        packing: show packed rows; needs max_length.
+
+    Raises:
+        ValueError: a row cannot be encoded, a number is beyond the dataset, or packing has no
+            max_length.
     """
     if packing and max_length is None:
-        raise ValueError("packing: it fills rows of max_length tokens, and there is none. Give it as in TrainConfig.")
-    dataset = list(dataset) if isinstance(dataset, Iterator) else dataset  # it is read twice
-    encoder = Facts(dataset, tokenizer, max_length)
-    kept = list(deque(encoder, maxlen=None if packing else 0))
+        raise ValueError(
+            "packing: it fills rows of max_length tokens, and max_length is missing. Give it as in "
+            "TrainConfig."
+        )
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)  # it is read twice
+    facts = Facts(dataset, tokenizer, max_length)
+    examples = list(deque(facts, maxlen=None if packing else 0))
     try:
-        report = encoder.report()
+        report = facts.report()
     except ValueError as error:
         report = f"training would stop here: {error}"
-    wanted = range(min(rows, encoder.rows)) if isinstance(rows, int) else sorted(set(rows))
-    if beyond := [number for number in wanted if not 0 <= number < encoder.rows]:
-        raise ValueError(f"rows: expected numbers from 0 to {encoder.rows - 1}, got {beyond[0]}.")
-    if kept:
-        filled = pack(kept, [len(example) for example in kept], max_length or 0)
-        held = [{kept[i].row for i in bin} for bin in filled.bins]
-        chosen = wanted if isinstance(rows, int) else [i for i, found in enumerate(held) if found & set(wanted)]
-        shown = [document for i in chosen if i < len(filled) for document in _documents(filled[i], tokenizer, i)]
-        return Preview(report, str(encoder), shown, str(filled))
+    wanted = range(min(rows, facts.rows)) if isinstance(rows, int) else sorted(set(rows))
+    beyond = [number for number in wanted if not 0 <= number < facts.rows]
+    if beyond:
+        raise ValueError(f"rows: expected numbers from 0 to {facts.rows - 1}, got {beyond[0]}.")
+    if examples:
+        by_row = not isinstance(rows, int)
+        shown, packed = _packed_documents(examples, tokenizer, max_length or 0, wanted, by_row)
+        return Preview(report, str(facts), shown, packed)
+    shown = []
     last = max(wanted, default=-1)
-    picked = ((i, row) for i, row in zip(range(last + 1), iterate_dataset(dataset), strict=False) if i in wanted)
-    examples = (encode_row(row, tokenizer, max_length, index=i) for i, row in picked)
-    shown = [document for example in examples for document in _documents(example, tokenizer)]
-    return Preview(report, str(encoder), shown)
+    for number, row in zip(range(last + 1), iterate_dataset(dataset), strict=False):
+        if number in wanted:
+            shown += _documents(encode_row(row, tokenizer, max_length, index=number), tokenizer)
+    return Preview(report, str(facts), shown)
 
 
-def _documents(example: Example, tokenizer: AnyTokenizer, packed: int | None = None) -> Iterator[Document]:
+def _packed_documents(
+    examples: list[Example],
+    tokenizer: AnyTokenizer,
+    max_length: int,
+    wanted: Sequence[int],
+    by_row: bool,
+) -> tuple[list[Document], str]:
+    """Return documents of packed rows, and how full the rows are.
+
+    `wanted` are numbers of packed rows or, with `by_row`, of rows of the dataset.
+    """
+    packed = pack(examples, [len(example) for example in examples], max_length)
+    shown = []
+    for number, indices in enumerate(packed.bins):
+        members = {examples[i].row for i in indices}
+        chosen = bool(members & set(wanted)) if by_row else number in wanted
+        if chosen:
+            shown += _documents(packed[number], tokenizer, number)
+    return shown, str(packed)
+
+
+def _documents(
+    example: Example, tokenizer: AnyTokenizer, packed: int | None = None
+) -> Iterator[Document]:
+    """Yield the documents of an example; `packed` is the number of a packed row."""
     start = 0
     for number, (row, length) in enumerate(example.documents or ((example.row, len(example)),)):
-        ids, labels = (part[start : start + length] for part in (example.input_ids, example.labels))
+        ids = example.input_ids[start : start + length]
+        labels = example.labels[start : start + length]
         start += length
         trained = [label != IGNORE for label in labels]
-        tokens = [ShownToken(*token) for token in zip(ids, _spell(ids, tokenizer), trained, range(length), strict=True)]
-        runs = [(kind, [token.id for token in run]) for kind, run in groupby(tokens, key=lambda token: token.trained)]
-        note = "" if any(trained) else ": left out of training"
-        note = ", cut at max_length" * example.truncated + ", a second BOS removed" * example.double_bos + note
+        spelled = zip(ids, _spell(ids, tokenizer), trained, range(length), strict=True)
+        tokens = [ShownToken(*token) for token in spelled]
+        runs = []
+        for kind, run in groupby(tokens, key=lambda token: token.trained):
+            runs.append((kind, _decode([token.id for token in run], tokenizer)))
         place = None if packed is None else (packed, number)
-        yield Document(row, place, tokens, [(kind, _decode(run, tokenizer)) for kind, run in runs], note)
+        yield Document(row, place, tokens, runs, _note(example, any(trained)))
+
+
+def _note(example: Example, trained: bool) -> str:
+    note = ""
+    if example.truncated:
+        note += ", cut at max_length"
+    if example.double_bos:
+        note += ", a second BOS removed"
+    if not trained:
+        note += ": left out of training"
+    return note
 
 
 def _decode(ids: list[int], tokenizer: AnyTokenizer) -> str:
@@ -161,21 +247,37 @@ def _decode(ids: list[int], tokenizer: AnyTokenizer) -> str:
 
 
 def _spell(ids: list[int], tokenizer: AnyTokenizer) -> list[str]:
-    """What each token adds to the text; a part of a character, which is no text yet, is shown as U+FFFD."""
-    alone = [_decode([token], tokenizer) for token in ids]
-    pairs = [_decode([*pair], tokenizer) for pair in zip(ids, ids[1:], strict=False)]
-    behind = (
-        (pair[len(before) :] if pair.startswith(before) else "") or text
-        for before, pair, text in zip(alone, pairs, alone[1:], strict=False)
-    )
-    return [*alone[:1], *behind]
+    """Return the text that each token adds; an incomplete character is shown as U+FFFD."""
+    texts = []
+    for number, token in enumerate(ids):
+        alone = _decode([token], tokenizer)
+        added = ""
+        if number > 0:
+            before = _decode([ids[number - 1]], tokenizer)
+            pair = _decode([ids[number - 1], token], tokenizer)
+            if pair.startswith(before):
+                added = pair[len(before) :]
+        texts.append(added or alone)
+    return texts
+
+
+def _lines(document: Document, edge: int | None) -> Iterator[tuple[bool, str]]:
+    """Yield (trained, line) for the runs and the tokens of a document."""
+    for trained, text in document.runs:
+        yield trained, f"  {_word(trained):<12} {_short(text)}"
+    yield False, "  position      id  trained  text"
+    yield from _table(document.tokens, edge)
 
 
 def _table(tokens: list[ShownToken], edge: int | None) -> Iterator[tuple[bool, str]]:
-    """(trained, line) of each token, or of the middle of a run."""
-    for trained, found in groupby(tokens, key=lambda token: token.trained):
-        run = list(found)
-        first, last = (len(run), 0) if edge is None or len(run) < 2 * edge + 2 else (edge, len(run) - edge)
+    """Yield (trained, line) for each token, or for the middle of a long run."""
+    for trained, group in groupby(tokens, key=lambda token: token.trained):
+        run = list(group)
+        first = len(run)
+        last = 0
+        if edge is not None and len(run) >= 2 * edge + 2:
+            first = edge
+            last = len(run) - edge
         for i, token in enumerate(run):
             if i < first or i >= last:
                 mark = "yes" if trained else ""
@@ -189,12 +291,20 @@ def _word(trained: bool) -> str:
 
 
 def _short(text: str) -> str:
-    """A literal of a text, its middle left out if it is long."""
+    """Return a text as a literal, without its middle if it is long."""
+    if len(text) <= WIDTH:
+        return repr(text)
     half = WIDTH // 2
-    return repr(text) if len(text) <= WIDTH else f"{text[:half]!r} … {text[-half:]!r}"
+    return f"{text[:half]!r} … {text[-half:]!r}"
 
 
 def _html(token: ShownToken) -> str:
-    kind = ' class="trained"' if token.trained else ""
-    text = "".join(c if c.isprintable() else "⏎" if c == "\n" else repr(c)[1:-1] for c in token.text)
-    return f"<span{kind}>{html.escape(text) or '∅'}<small>{token.id}<br>{token.position}</small></span>"
+    attribute = ' class="trained"' if token.trained else ""
+    text = html.escape("".join(map(_visible, token.text))) or "∅"
+    return f"<span{attribute}>{text}<small>{token.id}<br>{token.position}</small></span>"
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "⏎"
+    return character if character.isprintable() else repr(character)[1:-1]

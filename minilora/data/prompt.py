@@ -1,4 +1,4 @@
-"""Prompts for generation and evaluation, encoded as training encoded what came before an answer."""
+"""Prompts for generation and evaluation, encoded as training encodes the text before an answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,29 +10,52 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: AnyTokenizer) -> list[int]:
-    """Token ids of a prompt, up to where the answer begins.
+    """Return the token ids of a prompt, up to the beginning of the answer.
 
-    Messages go through the chat template, with the generation prompt. A str is one user message if the tokenizer has
-    a chat template, else plain text. RawText is plain text always: with what the tokenizer puts in front, no EOS.
+    Messages go through the chat template, with the generation prompt. A str is one user message if
+    the tokenizer has a chat template, else plain text. RawText is always plain text: with the
+    tokens that the tokenizer puts in front, without EOS.
+
+    Args:
+        prompt: messages or a text.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ValueError: the prompt has no tokens.
     """
-    if isinstance(prompt, str) and (isinstance(prompt, RawText) or not tokenizer.chat_template):
+    is_raw = isinstance(prompt, RawText) or not tokenizer.chat_template
+    if isinstance(prompt, str) and is_raw:
         ids = opening_ids(tokenizer) + tokenizer.encode(str(prompt), add_special_tokens=False)
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = list(prompt) if not isinstance(prompt, str) else [_user_message(prompt)]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
-    ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
     if not ids:
-        raise ValueError("prompt: it has no tokens, and the model needs at least one to continue from.")
+        raise ValueError(
+            "prompt: it has no tokens, and the model needs at least one to continue from."
+        )
     return ids
 
 
-def split_prompt(row: Row, index: int = 0) -> tuple[list[Message] | RawText, str]:
-    """(what comes before a row's last answer, that answer), to be generated and compared.
+def _user_message(text: str) -> Message:
+    return {"role": "user", "content": text}
 
-    The prompt is a list of messages, or RawText for prompt/completion texts: `encode_prompt` takes both.
-    ValueError: a row without an answer (`text`), an answer that is a tool call, `tools` (part of training only).
+
+def split_prompt(row: Row, index: int = 0) -> tuple[list[Message] | RawText, str]:
+    """Split a row into the part before its last answer, and that answer.
+
+    Args:
+        row: the row.
+        index: its number, for errors.
+
+    Returns:
+        The prompt, as messages or (for prompt/completion texts) RawText, and the answer.
+
+    Raises:
+        ValueError: the row has no answer, the answer is a tool call, or the row has tools.
     """
     sample = as_messages(row, index)
     if not isinstance(sample, Chat):
@@ -49,31 +72,65 @@ def split_prompt(row: Row, index: int = 0) -> tuple[list[Message] | RawText, str
 
 
 def end_of_turn(tokenizer: AnyTokenizer) -> int | None:
-    """The token with which the chat template ends an answer; None without a template, or without such a token."""
+    """Return the token with which the chat template ends an answer.
+
+    Args:
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        The token, or None without a template or without such a token.
+    """
     if not tokenizer.chat_template:
         return None
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    ids = tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)
+    turns = [_user_message("a"), {"role": "assistant", "content": "a"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     last = ids[turn_end(tokenizer, ids, 0, len(ids)) - 1]
     return last if is_special(tokenizer, last) else None
 
 
 def turn_end(tokenizer: AnyTokenizer, ids: list[int], start: int, end: int) -> int:
-    """Where the turn in ids[start:end] ends, without the whitespace that a template puts behind its end token."""
+    """Return the end of a turn, without the whitespace that a template puts after its end token.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        ids: token ids of a conversation.
+        start: first token of the turn.
+        end: first token after the turn and its whitespace.
+    """
     last = end
-    while last > start and tokenizer.decode(ids[last - 1 : last], skip_special_tokens=False).isspace():
+    while last > start and _is_whitespace(tokenizer, ids[last - 1]):
         last -= 1
-    return last if last > start and is_special(tokenizer, ids[last - 1]) else end
+    if last > start and is_special(tokenizer, ids[last - 1]):
+        return last
+    return end
+
+
+def _is_whitespace(tokenizer: AnyTokenizer, token: int) -> bool:
+    return tokenizer.decode([token], skip_special_tokens=False).isspace()
 
 
 def is_special(tokenizer: AnyTokenizer, token: int) -> bool:
-    """Whether a token is one that decoding skips."""
-    skipped, shown = (tokenizer.decode([token], skip_special_tokens=skip) for skip in (True, False))
+    """Return True for a token that decoding skips.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        token: the token.
+    """
+    skipped = tokenizer.decode([token], skip_special_tokens=True)
+    shown = tokenizer.decode([token], skip_special_tokens=False)
     return shown != "" and skipped == ""
 
 
 def opening_ids(tokenizer: AnyTokenizer) -> list[int]:
-    """The ids that the tokenizer puts in front of a plain text: [BOS] or nothing."""
-    plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-    start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+    """Return the tokens that the tokenizer puts in front of a plain text: [BOS] or nothing.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a")
+    start = 0
+    while full[start : start + len(plain)] != plain:
+        start += 1
     return full[:start]

@@ -1,4 +1,4 @@
-"""What became of a dataset on its way to tokens: what is printed before training starts."""
+"""The report on a dataset that training prints before it starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of a dataset; the tuples hold row numbers. `print` it before training."""
+    """Figures of an encoded dataset; the tuples of ints hold row numbers.
+
+    Attributes:
+        rows: number of rows.
+        tokens: tokens of the rows that are trained on.
+        trained_tokens: supervised tokens.
+        longest: tokens of the longest row.
+        max_length: limit at which rows are cut.
+        truncated: rows whose supervised tokens were cut.
+        untrained: rows without a supervised token; they are left out.
+        eos_missing: rows that do not supervise EOS.
+        double_bos: rows with a second BOS, which was removed.
+        dropped_turns: rows with turns after the last supervised answer.
+        empty: rows with an empty answer.
+        unused_keys: keys that are not read.
+        sources: of a mixture: (rows, tokens) of each dataset.
+    """
 
     rows: int
     tokens: int
@@ -14,35 +30,54 @@ class DataReport:
     longest: int
     max_length: int | None
     truncated: tuple[int, ...]
-    untrained: tuple[int, ...]  # left out: no trained token, or none within max_length
+    untrained: tuple[int, ...]
     eos_missing: tuple[int, ...]
     double_bos: tuple[int, ...]
     dropped_turns: tuple[int, ...]
     empty: tuple[int, ...]
     unused_keys: tuple[str, ...]
-    sources: dict[str, tuple[int, int]] = field(default_factory=dict)  # of a mixture: (rows, tokens) of each set
+    sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         share = self.trained_tokens / max(self.tokens, 1)
         lines = [
-            f"{self.rows - len(self.untrained)} rows, {self.tokens} tokens, {self.trained_tokens} of them trained "
-            f"({share:.0%}), longest {self.longest}"
+            f"{self.rows - len(self.untrained)} rows, {self.tokens} tokens, "
+            f"{self.trained_tokens} of them trained ({share:.0%}), longest {self.longest}"
         ]
-        notes = [
-            (self.truncated, f"cut at max_length {self.max_length}: their end is not learned"),
-            (self.untrained, "left out: no trained token in them"),
-            (self.eos_missing, "do not train the EOS token: the model may not learn to stop (see tokenizer.eos_token)"),
-            (self.double_bos, "began with two BOS tokens: one removed"),
-            (self.dropped_turns, "end in turns after the last trained answer: those turns dropped"),
-            (self.empty, "have an empty answer: they teach to say nothing"),
-        ]
-        lines += [f"  {len(rows)} rows {what} ({numbers(rows)})" for rows, what in notes if rows]
-        lines += [f"  {rows} rows, {tokens} tokens from {name}" for name, (rows, tokens) in self.sources.items()]
+        for rows, remark in self._remarks():
+            if rows:
+                lines.append(f"  {len(rows)} rows {remark} ({numbers(rows)})")
+        for name, (rows, tokens) in self.sources.items():
+            lines.append(f"  {rows} rows, {tokens} tokens from {name}")
         if self.unused_keys:
             lines.append(f"  keys not used: {', '.join(self.unused_keys)}")
         return "\n".join(lines)
 
+    def _remarks(self) -> list[tuple[tuple[int, ...], str]]:
+        return [
+            (self.truncated, f"cut at max_length {self.max_length}: their end is not learned"),
+            (self.untrained, "left out: no trained token in them"),
+            (
+                self.eos_missing,
+                "do not train the EOS token: the model may not learn to stop "
+                "(see tokenizer.eos_token)",
+            ),
+            (self.double_bos, "began with two BOS tokens: one removed"),
+            (
+                self.dropped_turns,
+                "end in turns after the last trained answer: those turns dropped",
+            ),
+            (self.empty, "have an empty answer: the model learns to answer nothing"),
+        ]
+
 
 def numbers(rows: Sequence[int], most: int = 8) -> str:
-    """Row numbers for a message, the first few of many."""
-    return "rows " + ", ".join(map(str, rows[:most])) + (", …" if len(rows) > most else "")
+    """Return row numbers as text, at most the first few.
+
+    Args:
+        rows: the row numbers.
+        most: how many to show.
+    """
+    shown = ", ".join(map(str, rows[:most]))
+    more = ", …" if len(rows) > most else ""
+    return f"rows {shown}{more}"

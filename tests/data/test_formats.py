@@ -142,11 +142,11 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
         ("a.jsonl", '{"text": "a"}\n{"text"\n', "a.jsonl, line 2: not JSON"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', "not JSON: Extra data.*rename the file"),
         ("a.json", '{"text": "a"}', "expected a JSON list of rows, got dict"),
-        ("a.csv", "text,label\na\n", "row 0 has not as many cells"),
-        ("a.csv", "text\na,b\n", "row 0 has not as many cells"),
+        ("a.csv", "text,label\na\n", "number of cells of row 0 differs"),
+        ("a.csv", "text\na,b\n", "number of cells of row 0 differs"),
         ("a.jsonl", "", "is empty"),
         ("a.csv", "text\n", "is empty"),
-        ("a.csv", "text\n" + "a" * 200_000, r"a.csv: not CSV that Python reads: field larger .*\.jsonl has no such"),
+        ("a.csv", "text\n" + "a" * 200_000, r"a.csv: Python cannot read this CSV: field larger .*\.jsonl has no such"),
         ("a.jsonl", "\N{LATIN SMALL LETTER E WITH ACUTE}", "a.jsonl: not UTF-8 text: .* Save it as UTF-8"),
         ("a.jsonl", "3\n", "row 0: expected a dict, got int"),
         ("a.txt", "a", "expected a path to .jsonl, .json, .csv or .parquet, got .*a.txt"),
@@ -175,7 +175,7 @@ def test_bad_datasets_raise(dataset, problem):
 
 
 def test_a_missing_file_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl is no file. Expected one of rows; paths begin at /"):
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl does not exist. Expected a file of rows; paths begin at /"):
         read_dataset(tmp_path / "nowhere.jsonl")
 
 
@@ -184,9 +184,9 @@ def test_a_missing_file_raises(tmp_path):
     [
         (
             {"question": "u", "answer": "a"},
-            r"keys \['answer', 'question'\] are no known shape. Expected one of: messages",
+            r"keys \['answer', 'question'\] match no known shape. Expected one of: messages",
         ),
-        ({}, r"keys \[\] are no known shape.*instruction, output.*text"),
+        ({}, r"keys \[\] match no known shape.*instruction, output.*text"),
         ({"messages": "u"}, "'messages' must be a list of messages, got str"),
         ({"messages": []}, "'messages' must be a list of messages, got an empty one"),
         ({"messages": ["u"]}, r"messages\[0\]: expected a dict with role and content, got str"),

@@ -42,7 +42,7 @@ ERRORS = {
     "response template not found [trl#1820, trl#1183]": (
         templated(CHATML.replace("'<|im_start|>' +", "'<|im_start|>' + loop.length | string +")),
         rows(chat("a", "b", "c", "d")),
-        "row 0, turn 1: the prompt before this answer is no prefix of the whole conversation: .*character",
+        "row 0, turn 1: the prompt before this answer is not a prefix of the whole conversation: .*character",
     ),
     "the border merges into one token [trl#598]": (
         ours("chatml"), rows(chat("a", "\n\nb")), "row 0, turn 1: .* ends inside a token of the whole",
@@ -56,7 +56,7 @@ ERRORS = {
     "labels off by the generation prompt [LlamaFactory#6987]": (
         templated(CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")),
         rows(chat("a", "b")),
-        "row 0, turn 1: .* begins an answer otherwise than its generation prompt",
+        "row 0, turn 1: .* its generation prompt differs from the beginning of an answer",
     ),
     "history rewritten: earlier thoughts are dropped [gem#44, slime#330]": (
         templated(QWEN3), rows(chat("a", "<think>p</think>b", "c", "d")), "row 0, turn 1: .* rewrites earlier turns",
@@ -96,7 +96,7 @@ NOTES = {
     "padding is EOS [llm-course#33]": (
         templated(CHATML, pad="<|im_end|>"),
         rows(chat("a", "b")),
-        ["the padding token is EOS: no harm here", "answers end in: '<|im_end|>' (EOS) 1"],
+        ["the padding token is EOS: this is harmless", "answers end in: '<|im_end|>' (EOS) 1"],
     ),
     "completions truncated away [trl#1053]": (
         ours("chatml"),
@@ -125,7 +125,7 @@ NOTES = {
     "an empty answer": (
         ours("chatml"),
         rows(chat("a", "b"), chat("c", "d", "e", "")),
-        ["1 rows have an empty answer: they teach to say nothing (rows 1)"],
+        ["1 rows have an empty answer: the model learns to answer nothing (rows 1)"],
     ),
     "equal rows": (
         ours("chatml"),

@@ -246,14 +246,14 @@ def test_errors(tmp_path, monkeypatch):
         ValueError, match="it keeps dataset files, and this dataset is a list.*leave dataset_cache None"
     ):
         encode_dataset(ROWS, tokenizer, cache=cache)
-    with pytest.raises(ValueError, match="a Letters cannot be told from one that was changed"):
+    with pytest.raises(ValueError, match="a changed Letters cannot be recognised"):
         encode_dataset(path, Letters(), cache=cache)
     bad = write(tmp_path / "bad.jsonl", [*ROWS, {"question": "?"}])
-    with pytest.raises(ValueError, match="row 11: keys .'question'. are no known shape"):
+    with pytest.raises(ValueError, match="row 11: keys .'question'. match no known shape"):
         encode_dataset(bad, tokenizer, cache=cache)
     with pytest.raises(ValueError, match="none of 11 rows has an answer to learn"):
         encode_dataset(path, tokenizer, 5, cache=cache)
-    with pytest.raises(FileNotFoundError, match="none.jsonl is no file"):
+    with pytest.raises(FileNotFoundError, match="none.jsonl does not exist"):
         encode_dataset(tmp_path / "none.jsonl", tokenizer, cache=cache)
     assert list(cache.iterdir()) == []
     real = stored.store

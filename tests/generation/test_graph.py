@@ -123,7 +123,7 @@ def test_adapters_and_4_bit_layers_replay_too(tapes):
 @pytest.fixture
 def everywhere(monkeypatch, tapes) -> list[Tape]:
     """cuda_graph=True works here, with small steps that fill up."""
-    monkeypatch.setattr(graph, "graphs", lambda model, wanted, rows, new: Graphs(model, new, taped))
+    monkeypatch.setattr("minilora.generation.generate.graphs", lambda model, wanted, rows, new: Graphs(model, new, taped))
     monkeypatch.setattr(graph, "LEAST", 16)
     monkeypatch.setattr(graph, "UNIT", 4)
     return tapes
