@@ -15,7 +15,12 @@ from minilora.generation.generate import generate
 from minilora.lora.active import delete_adapter, disable_adapters, list_adapters, set_adapter
 from minilora.lora.batched import per_row_adapters
 from minilora.lora.config import LoRAConfig, TaskType
-from minilora.lora.files.save_load import adapter_state_dict, base_state_dict, load_adapter, save_adapter
+from minilora.lora.files.save_load import (
+    adapter_state_dict,
+    base_state_dict,
+    load_adapter,
+    save_adapter,
+)
 from minilora.lora.inject import eject, inject
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.arithmetic import AdapterWeights

@@ -1,6 +1,14 @@
 """NF4 and fused operations: specifications, CPU and GPU kernels, and the quantised weight.
 
 This package never imports minilora. kernels/README.md gives the order in which to read it.
+
+nf4/            the NF4 format: levels, specification, weight, custom operators
+ops/            operations of a model: reference, fast form, backward pass
+triton/         kernels for GPUs
+c/              kernels for CPUs
+backend.py      the implementation that runs on a device
+allocator.py    buffers that are reused
+custom_op.py    registration of custom operators
 """
 
 from minilora_kernels.nf4.codebook import dynamic_map, nf4_codebook, nf4_thresholds

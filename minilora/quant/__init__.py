@@ -1,1 +1,6 @@
-"""The frozen base in 4 bits: NF4Linear, quantize_model, and fingerprints of weights."""
+"""The frozen base in 4 bits.
+
+nf4_linear.py       NF4Linear: the 4-bit layer, and the backward pass that dequantises again
+quantize_model.py   quantize_model: replace the linear layers of a model
+fingerprint.py      hashes that identify a weight
+"""

@@ -24,8 +24,8 @@ SERVED = "log: many adapters in one batch, and the server"
 FIGURES: dict[str, dict[str, list[str]]] = {
     "CONTRIBUTING.md": {"Contributing": ["given: what is called slow"]},
     "README.md": {
-        "minilora": [PEERS, SERVED],
-        "See it work": ["given: versions"],
+        "Run it": ["given: versions"],
+        "How it compares": [PEERS, SERVED],
         "What the demo shows": ["test: test_demo.py"],
         "Reading order": ["test: test_pages.py"],
     },

@@ -1,62 +1,52 @@
-"""Proves that the README's map is the territory: its annotated tree is the disk, its reading order leads to files, and
-each of its claims about peers to a test."""
+"""Proves that the README, the rooms and the pages name files that exist.
+
+The README lists the rooms and one reading order. The docstring of a room's `__init__.py` lists the room's files.
+"""
 
 import re
 
-from helpers.source import ALL_FILES, LIBRARY, LIBRARY_FILES, text
+import pytest
+
+from helpers.source import ALL_FILES, LIBRARY, ROOT, text
+
+ROOMS = sorted(path.parent for folder in LIBRARY for path in (ROOT / folder).rglob("__init__.py"))
 
 
-def fenced_tree(readme: str) -> list[str]:
-    """Python files named by the README's tree: the fenced block with most of them, folders by indentation.
-
-    A line is `name.py  caption` or `folder/  caption`, indented by spaces or box characters.
-    """
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, flags=re.M | re.S)
-    block = max(blocks, key=lambda text: len(re.findall(r"^\W*[\w/]+\.py\s", text, flags=re.M)), default="")
-    files, stack = [], []  # stack: (indent, folder)
-    for line in block.splitlines():
-        if not (found := re.match(r"[\s│├└─|`+-]*", line)) or not line[found.end() :].split():
-            continue
-        indent, name = found.end(), line[found.end() :].split()[0]
-        while stack and stack[-1][0] >= indent:
-            stack.pop()
-        path = "/".join([*(folder for _, folder in stack), name.rstrip("/")])
-        if name.endswith("/"):
-            stack.append((indent, name.rstrip("/")))
-        elif name.endswith(".py"):
-            files.append(path)
-    return files
+def files_of(room) -> set[str]:
+    """Return the names of a room's files and folders, without caches and `__init__`."""
+    names = {path.name for path in room.iterdir() if path.suffix in (".py", ".html") or path.is_dir()}
+    return names - {"__init__.py", "__main__.py", "__pycache__"}
 
 
-def test_the_tree_parser():
-    """Both ways to draw it, a caption that names a file, and a folder left again."""
-    plain = "```\nminilora/          the library\n  lora.py          as inject.py needs it\n  models/\n"
-    plain += (
-        "    rope.py        turns\n  quant.py         4 bits\nkernels/minilora_kernels/\n  cpu.py           fast\n```\n"
-    )
-    boxes = "```text\nminilora/\n├── lora.py    a\n├── models/    b\n│   └── rope.py    c\n└── quant.py    d\n"
-    boxes += "kernels/minilora_kernels/\n└── cpu.py    e\n```\n"
-    want = ["minilora/lora.py", "minilora/models/rope.py", "minilora/quant.py", "kernels/minilora_kernels/cpu.py"]
-    assert fenced_tree(plain) == fenced_tree(boxes) == want
+@pytest.mark.parametrize("room", ROOMS, ids=[str(room.relative_to(ROOT)) for room in ROOMS])
+def test_a_room_lists_its_files(room):
+    """The top of the library lists its rooms in the README."""
+    listing = text((room / "__init__.py").relative_to(ROOT).as_posix())
+    if room.name == "minilora":
+        listing = text("README.md")
+    for name in files_of(room):
+        stem = name.removesuffix(".py")
+        assert re.search(rf"\b{re.escape(stem)}\b", listing), f"{room.name}/__init__.py does not list {name}"
 
 
-def test_the_readme_tree_is_the_disk():
-    drawn = fenced_tree(text("README.md"))
-    drawn = [path for path in drawn if path.startswith(LIBRARY)]
-    assert len(drawn) == len(set(drawn)), "a file stands in the tree twice"
-    missing = {path for path in LIBRARY_FILES if not path.endswith("__init__.py")} - set(drawn)
-    assert not missing, f"not in the README's tree: {sorted(missing)}"
-    assert set(drawn) <= set(LIBRARY_FILES), f"not on the disk: {sorted(set(drawn) - set(LIBRARY_FILES))}"
+def test_the_readme_lists_every_room_of_the_library():
+    for entry in files_of(ROOT / "minilora"):
+        path = f"minilora/{entry}" + ("/" if "." not in entry else "")
+        assert f"`{path}`" in text("README.md"), f"the README does not list {path}"
+
+
+def test_the_readme_is_short():
+    assert len(text("README.md").splitlines()) <= 200
 
 
 def test_the_readme_numbers_the_reading_order():
-    section = re.search(r"^#+ [^\n]*\bread(?:ing)?\b.*?(?=^#+ |\Z)", text("README.md"), flags=re.M | re.S | re.I)
-    assert section, "the README has no heading about reading"
-    steps = re.findall(r"^\s*\d+\. (.*)", section[0], flags=re.M)
-    named = [set(re.findall(r"([\w./]+\.py)", step)) for step in steps]
-    assert len(steps) >= 5 and all(named), "number the files to read, at least five"
-    for name in set().union(*named):
-        assert any(path == name or path.endswith("/" + name) for path in ALL_FILES), f"{name} is not on the disk"
+    section = text("README.md").partition("## Reading order")[2].partition("\n## ")[0]
+    steps = re.findall(r"^(\d+)\. \[`([\w./]+\.py)`\]\(([\w./]+)\)", section, flags=re.M)
+    assert [int(number) for number, _, _ in steps] == list(range(1, len(steps) + 1))
+    for _, name, link in steps:
+        assert name == link and name in ALL_FILES, f"{name} does not exist"
+    notebooks = [name for _, name, _ in steps if name.startswith("notebooks/")]
+    assert notebooks == sorted(path for path in ALL_FILES if path.startswith("notebooks/"))
 
 
 def test_every_claim_about_peers_cites_its_test():

@@ -1,1 +1,8 @@
-"""The NF4 format: codebook, reference, weight, and the custom ops."""
+"""The NF4 format.
+
+codebook.py     the 16 levels, and the map of double quantisation
+reference.py    the specification: quantise and dequantise, bit by bit
+weight.py       NF4Weight: packed codes and scales
+torch_cpu.py    the fast implementation in PyTorch for CPUs
+functional.py   the custom operators, which choose an implementation
+"""

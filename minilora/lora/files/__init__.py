@@ -1,1 +1,6 @@
-"""Adapter files in PEFT's format, and the check of the base that they belong to."""
+"""Adapter files in PEFT's format, and the check of the base that they belong to.
+
+save_load.py         save_adapter, load_adapter
+adapter_tensors.py   the tensors of a file, and their names
+base_check.py        fingerprints of the base and the tokenizer
+"""

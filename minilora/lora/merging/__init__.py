@@ -1,1 +1,6 @@
-"""Merging of adapters into weights, and arithmetic on adapters."""
+"""Merging of adapters into weights, and arithmetic on adapters.
+
+merge.py        merge: W + s · B A in a new model; dequantized_weights
+arithmetic.py   AdapterWeights: adapters as values, sums and truncation
+combine.py      combine_adapters: linear, SVD, TIES, DARE
+"""

@@ -1,1 +1,7 @@
-"""llama.cpp's format, both ways. The core opens this room only when a .gguf file is met."""
+"""llama.cpp's file format, in both directions. These modules are imported only for a .gguf file.
+
+header.py      the records before a file's data
+read.py        a file as a checkpoint
+tokenizer.py   its tokenizer
+write.py       a model and its tokenizer as one file
+"""

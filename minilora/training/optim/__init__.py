@@ -1,1 +1,7 @@
-"""Optimisation: parameter groups, the learning rate of each step, 8-bit AdamW and NEFTune noise."""
+"""Optimisation.
+
+param_groups.py   parameters in groups of equal rate and decay
+lr_schedule.py    the learning rate of each step
+adamw_8bit.py     AdamW with moments in 8 bits
+neftune.py        noise on embeddings
+"""
