@@ -240,18 +240,18 @@ sys.path.insert(0, sys.argv[1])
 import minilora as ml
 from helpers.toy import FAST, Letters, llama, lora
 model = lora(llama(hidden_size=128, intermediate_size=4096, max_position_embeddings=4096))
-rows = [{"text": "abcdefgh" * 256}] * 8
+rows = [{"text": "abcdefgh" * 128}] * 8
 ml.train(model, Letters(), rows[:1], ml.TrainConfig(max_steps=1, max_length=16))
 ml.plan_memory(model, config=ml.TrainConfig(max_length=16))  # imports what it needs
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, size + 2**29))
 try:
-    ml.train(model, Letters(), rows, ml.TrainConfig(max_steps=1, max_length=2048))
+    ml.train(model, Letters(), rows, ml.TrainConfig(max_steps=1, max_length=1024))
 except RuntimeError as error:
     print(note := error.__notes__[0])
     fields = dict(word.split("=") for word in note.split("GB: ")[-1].split(", "))
 fields = {name: int(value) for name, value in fields.items()}
-result = ml.train(model, Letters(), rows, ml.TrainConfig(**{"max_steps": 1, "max_length": 2048} | fields))
+result = ml.train(model, Letters(), rows, ml.TrainConfig(**{"max_steps": 1, "max_length": 1024} | fields))
 print("steps:", result.steps)
 """
     note = python(code, ROOT / "tests")
