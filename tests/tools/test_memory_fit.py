@@ -220,7 +220,7 @@ def test_a_shortage_plans_no_more_than_the_smallest_change(monkeypatch):
         return changed(self, **to)
 
     monkeypatch.setattr(ml.MemoryPlan, "changed", counted)
-    monkeypatch.setattr("minilora.training.runtime.peak_memory", lambda device: 10**9)
+    monkeypatch.setattr("minilora.tools.memory_plan.shortage.peak_memory", lambda device: 10**9)
     note = explain(lora(), ml.TrainConfig(per_device_train_batch_size=4, max_length=64), before=0)
     assert "smallest change that fits" in note and "per_device_train_batch_size=2" in note
     assert made == [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}]
