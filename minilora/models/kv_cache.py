@@ -1,8 +1,10 @@
-"""The KV cache: keys and values of the tokens seen so far, so that each new token costs one token's work.
+"""The KV cache: keys and values of earlier tokens, so that a new token costs one token's work.
 
-Layout: per layer one key and one value buffer (B, kv_heads, capacity, head_dim), of which the first `length` positions
-are filled; capacity doubles, so that n tokens cost O(n) copying. Simplified: under a sliding window old keys are
-masked, not dropped. For inference only: buffers are written in place, which autograd cannot follow.
+Layout: for each layer one key and one value buffer (B, kv_heads, capacity, head_dim), of which the
+first `length` positions are filled. Capacity doubles, so that n tokens cost O(n) copying.
+
+Simplified: under a sliding window old keys are masked, not dropped. The cache is for inference
+only: buffers are written in place, which autograd cannot follow.
 """
 
 import torch
@@ -10,50 +12,101 @@ from torch import Tensor
 
 
 class KVCache:
-    """Starts empty; a forward pass with `cache=` appends its tokens. `document_ids` (B, length): those of the keys."""
+    """An empty cache; a forward pass with `cache=` appends its tokens.
+
+    Attributes:
+        length: number of tokens.
+        document_ids: documents of the keys, (B, length), or None.
+        keys: a buffer for each layer.
+        values: a buffer for each layer.
+        frequencies: ω of RoPE for each kind of layer, on the device.
+    """
 
     def __init__(self) -> None:
         self.length = 0
         self.document_ids: Tensor | None = None
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.frequencies: dict[str, Tensor] = {}  # of RoPE, by the kind of layer, on the device
+        self.frequencies: dict[str, Tensor] = {}
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends one layer's key and value (B, kv_heads, T, d) and returns all (B, kv_heads, length + T, d)."""
+        """Append one layer's keys and values; return all of them.
+
+        Args:
+            layer: number of the layer.
+            key: new keys, (B, kv_heads, T, d).
+            value: new values, (B, kv_heads, T, d).
+
+        Returns:
+            All keys and all values, (B, kv_heads, length + T, d) each.
+
+        Raises:
+            ValueError: gradients are required, or the number of rows differs.
+        """
         if torch.is_grad_enabled() and key.requires_grad:
-            raise ValueError("a KVCache cannot be trained through: call the model under torch.no_grad().")
-        end = self.length + key.shape[2]
-        for buffers, new in ((self.keys, key), (self.values, value)):
-            if layer == len(buffers):
-                buffers.append(new.new_empty(*new.shape[:2], 0, new.shape[3]))
-            if buffers[layer].shape[0] != new.shape[0]:
-                raise ValueError(f"the cache holds {buffers[layer].shape[0]} rows, the new tokens {new.shape[0]}.")
-            if buffers[layer].shape[2] < end:
-                grown = new.new_empty(*new.shape[:2], max(end, 2 * self.length), new.shape[3])
-                grown[:, :, : self.length] = buffers[layer][:, :, : self.length]
-                buffers[layer] = grown
-            buffers[layer][:, :, self.length : end] = new
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+            raise ValueError(
+                "a KVCache cannot be trained through: call the model under torch.no_grad()."
+            )
+        return self._append(self.keys, layer, key), self._append(self.values, layer, value)
+
+    def _append(self, buffers: list[Tensor], layer: int, new: Tensor) -> Tensor:
+        """Append to one buffer, which grows if it is full; return its filled part."""
+        rows, heads, count, channels = new.shape
+        end = self.length + count
+        if layer == len(buffers):
+            buffers.append(new.new_empty(rows, heads, 0, channels))
+        if buffers[layer].shape[0] != rows:
+            raise ValueError(
+                f"the cache holds {buffers[layer].shape[0]} rows, the new tokens {rows}."
+            )
+        if buffers[layer].shape[2] < end:
+            capacity = max(end, 2 * self.length)
+            grown = new.new_empty(rows, heads, capacity, channels)
+            grown[:, :, : self.length] = buffers[layer][:, :, : self.length]
+            buffers[layer] = grown
+        buffers[layer][:, :, self.length : end] = new
+        return buffers[layer][:, :, :end]
 
     def extend_documents(self, document_ids: Tensor | None, rows: int, count: int) -> Tensor | None:
-        """Ids (rows, length + count) of all keys; None if all are one document, which then has the id 0."""
-        old = self.document_ids
-        if old is None:
+        """Return the documents of all keys, (rows, length + count).
+
+        Args:
+            document_ids: documents of the new tokens, (rows, count); None continues each row's last
+                document.
+            rows: number of rows.
+            count: number of new tokens.
+
+        Returns:
+            The documents; None if all tokens are one document, which has the id 0.
+        """
+        earlier = self.document_ids
+        if earlier is None:
             if document_ids is None or self.length == 0:
                 return document_ids
-            old = document_ids.new_zeros(rows, self.length)
-        if document_ids is None:  # goes on with each row's last document
-            document_ids = old[:, -1:].expand(rows, count)
-        return torch.cat((old, document_ids), dim=1)  # (B, length + count)
+            earlier = document_ids.new_zeros(rows, self.length)
+        if document_ids is None:
+            document_ids = earlier[:, -1:].expand(rows, count)
+        return torch.cat((earlier, document_ids), dim=1)  # (B, length + count)
 
     def advance(self, count: int, document_ids: Tensor | None) -> None:
-        """Called once per forward pass, when all layers have appended `count` tokens."""
+        """Count new tokens, once a forward pass, after all layers have appended them.
+
+        Args:
+            count: number of new tokens.
+            document_ids: documents of all keys.
+        """
         self.length += count
         self.document_ids = document_ids
 
     def truncate(self, length: int) -> None:
-        """Forgets all tokens after the first `length`."""
+        """Forget all tokens after the first `length`.
+
+        Args:
+            length: number of tokens to keep.
+
+        Raises:
+            ValueError: the cache has fewer tokens.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}.")
         self.length = length
@@ -61,10 +114,16 @@ class KVCache:
             self.document_ids = self.document_ids[:, :length]
 
     def select(self, rows: Tensor) -> "KVCache":
-        """A new cache of the given rows (long tensor); repeats are allowed, so one prompt serves many continuations."""
+        """Return a new cache of some rows; a row may occur several times.
+
+        Args:
+            rows: row numbers, a tensor of int64.
+        """
         chosen = KVCache()
-        chosen.length, chosen.frequencies = self.length, self.frequencies
+        chosen.length = self.length
+        chosen.frequencies = self.frequencies
         chosen.keys = [key[rows, :, : self.length] for key in self.keys]
         chosen.values = [value[rows, :, : self.length] for value in self.values]
-        chosen.document_ids = None if self.document_ids is None else self.document_ids[rows]
+        if self.document_ids is not None:
+            chosen.document_ids = self.document_ids[rows]
         return chosen

@@ -1,9 +1,11 @@
-"""Load a model with no more memory than it needs: the (quantised) model plus one tensor.
+"""Loading of a model with little memory: the (quantised) model plus one tensor.
 
-The module tree is built on the meta device, where parameters have shapes and no storage. Then each tensor is read,
-checked, cast or quantised, and put in its place; a linear layer becomes an NF4Linear at that moment. The output layer,
-embeddings and norms are never quantised. Simplified against transformers: one device, no pickle, no remote code, and
-nothing is initialised for want of a tensor: what is missing, left over, mis-shaped or not finite is an error.
+The module tree is built on the meta device, where parameters have shapes and no storage. Then each
+tensor is read, checked, cast or quantised, and put in its place; a linear layer becomes an
+NF4Linear at that moment. The output layer, embeddings and norms are never quantised.
+
+Simplified: unlike transformers, there is one device, no pickle, no remote code, and no missing
+tensor is initialised: a missing, unexpected, mis-shaped or non-finite tensor is an error.
 """
 
 import sys
@@ -23,7 +25,10 @@ from minilora_kernels import NF4Weight, quantize_nf4
 from minilora_kernels.c import bindings
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_OLD = ".rotary_emb.inv_freq"  # old Llama checkpoints store RoPE's frequencies, which the config determines
+_INV_FREQ = (
+    ".rotary_emb.inv_freq"  # old Llama checkpoints store RoPE's frequencies; the config has them
+)
+_MOST_VALUES = 2**40  # of one tensor; a config that claims more is damaged
 
 
 def load_model(
@@ -38,26 +43,43 @@ def load_model(
     token: str | None = None,
     local_files_only: bool | None = None,
 ) -> CausalLM:
-    """A model of a family that models/config.py knows, in eval mode: Llama, Mistral, Qwen2, Qwen3, Gemma 3 text.
+    """Load a model of the families Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text), in eval mode.
 
-    source: a Hub id, a folder with config.json and safetensors, or a .gguf file.
-    quantize: "nf4" keeps the linear layers in 4 bits (`double_quant` and `blocksize` as in `quantize_nf4`); None keeps
-        them in `dtype`. A checkpoint already in 4 bits (bitsandbytes' NF4) keeps its own bits, and "nf4" then only
-        checks that they are of the kind asked for.
-    dtype: of everything dense and of computing; "auto" picks what the hardware is fast in and prints it.
-    device: default a CUDA GPU if there is one, else the CPU.
-    Raises ValueError or OSError that name the file and tensor at fault and say what to do.
+    Args:
+        source: a Hub id, a folder with config.json and safetensors, or a .gguf file.
+        quantize: "nf4" keeps the linear layers in 4 bits; None keeps them in `dtype`. A checkpoint
+        in
+            4 bits (bitsandbytes' NF4) keeps its bits, and "nf4" then only checks their kind.
+        double_quant: quantise the scales too, as in `quantize_nf4`.
+        blocksize: weights that share a scale.
+        dtype: dtype of dense tensors and of the computation. "auto" chooses the dtype that is fast
+        on
+            this hardware, and prints it.
+        device: None is a CUDA GPU if there is one, else the CPU.
+        revision: branch, tag or commit on the Hub; None is its default branch.
+        token: access token of the Hub; None uses the stored one.
+        local_files_only: True asks no network; None follows HF_HUB_OFFLINE.
+
+    Raises:
+        ValueError: an argument is invalid, or a file or tensor is at fault.
+        OSError: a file cannot be read or downloaded.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
     if quantize is None and (blocksize, double_quant) != (64, True):
         raise ValueError(
-            f"blocksize={blocksize}, double_quant={double_quant}: they do nothing without quantize='nf4': add that, or "
-            "leave them out."
+            f"blocksize={blocksize}, double_quant={double_quant} have no effect without "
+            "quantize='nf4': add that, or leave them out."
         )
-    place = resolve(source, revision, token, local_files_only)
-    checkpoint: Checkpoint = GGUFCheckpoint(place) if place.is_file() else SafetensorsCheckpoint(place)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = resolve(source, revision, token, local_files_only)
+    checkpoint: Checkpoint
+    if path.is_file():
+        checkpoint = GGUFCheckpoint(path)
+    else:
+        checkpoint = SafetensorsCheckpoint(path)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     dtype = pick_dtype(dtype, device)
     if device.type == "cpu":
         bindings.begin(dtype)  # the compiler runs while weights are read
@@ -66,38 +88,61 @@ def load_model(
         model = CausalLM(checkpoint.config)
     names = _match(model, checkpoint)
     _check_skip(model, checkpoint)
+    blocks = (blocksize, double_quant) if quantize else None
     for name in names:  # sorted: a layer's bias is there before its weight is quantised
-        path, _, leaf = name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        tensor = checkpoint.read(name)
-        if isinstance(tensor, NF4Weight):
-            _check_kind(tensor, checkpoint.where(name), name, (blocksize, double_quant) if quantize else ())
-            _check(tensor.absmax.to(dtype), checkpoint.where(name), f"{name} in {dtype}")
-            model.set_submodule(path, NF4Linear(tensor.to(device), module.bias))
-            continue
-        is_linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
-        four_bit = quantize is not None and not checkpoint.four_bit and is_linear
-        _check(tensor, checkpoint.where(name), name, finite=not four_bit)
-        if four_bit:
-            try:
-                weight = quantize_nf4(tensor.to(device), blocksize, double_quant)
-            except ValueError:  # it looks at every value anyway, and names the first at fault
-                _check(tensor, checkpoint.where(name), name)
-                raise
-            weight = replace(weight, dtype=dtype)
-            model.set_submodule(path, NF4Linear(weight, module.bias, tensor))
-        else:
-            tensor = tensor.to(device, dtype, copy=True)  # a copy: what was read may be mapped from the file
-            _check(tensor, checkpoint.where(name), f"{name} in {dtype}")  # fp16 overflows where bf16 does not
-            setattr(module, leaf, nn.Parameter(tensor))
-        del tensor  # before the next one is read
+        _load_tensor(model, checkpoint, name, dtype, device, blocks)
     model.tie_weights()
     model.name_or_path = str(source)
     return model.eval()
 
 
+def _load_tensor(
+    model: CausalLM,
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    blocks: tuple[int, bool] | None,
+) -> None:
+    """Read a tensor and put it in its place; quantise it if `blocks` (block size, double_quant)."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    where = checkpoint.where(name)
+    tensor = checkpoint.read(name)
+    if isinstance(tensor, NF4Weight):
+        _check_kind(tensor, where, name, blocks)
+        _check(tensor.absmax.to(dtype), where, f"{name} in {dtype}")
+        model.set_submodule(path, NF4Linear(tensor.to(device), module.bias))
+        return
+    is_linear = leaf == "weight" and isinstance(module, nn.Linear) and module is not model.lm_head
+    if blocks is None or checkpoint.four_bit or not is_linear:
+        _check(tensor, where, name)
+        tensor = tensor.to(device, dtype, copy=True)  # a copy: the original can be a mapped file
+        _check(tensor, where, f"{name} in {dtype}")  # fp16 overflows where bf16 does not
+        setattr(module, leaf, nn.Parameter(tensor))
+        return
+    _check(tensor, where, name, finite=False)
+    try:
+        weight = quantize_nf4(tensor.to(device), *blocks)
+    except ValueError:  # quantising examines every value; _check names the first one at fault
+        _check(tensor, where, name)
+        raise
+    weight = replace(weight, dtype=dtype)
+    model.set_submodule(path, NF4Linear(weight, module.bias, tensor))
+
+
 def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """The dtype asked for; for "auto" the one this hardware is fast in, which is printed with the reason."""
+    """Return the dtype asked for, or for "auto" the one that is fast on this hardware.
+
+    The choice of "auto" is printed with its reason.
+
+    Args:
+        dtype: "auto", a dtype or its name.
+        device: the device of the model.
+
+    Raises:
+        ValueError: the dtype is unknown.
+    """
     if isinstance(dtype, torch.dtype) or dtype in _DTYPES:
         chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
         if chosen is None:
@@ -105,88 +150,140 @@ def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
         return chosen
     if dtype != "auto":
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        name, why = ("bfloat16", "this GPU has it") if fast else ("float16", "this GPU has no bfloat16")
-    elif device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        name, why = "bfloat16", "this CPU has AVX512-BF16 or AMX"
-    else:
-        name, why = "float32", f"no 16-bit arithmetic known of this {device.type}"
-    print(f"minilora: dtype auto is {name}: {why}", file=sys.stderr)
+    name, reason = _fast_dtype(device)
+    print(f"minilora: dtype auto is {name}: {reason}", file=sys.stderr)
     return _DTYPES[name]
 
 
+def _fast_dtype(device: torch.device) -> tuple[str, str]:
+    """Return the name of the fast dtype and the reason."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "this GPU has it"
+        return "float16", "this GPU has no bfloat16"
+    if device.type == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return "bfloat16", "this CPU has AVX512-BF16 or AMX"
+    return "float32", f"no 16-bit arithmetic known of this {device.type}"
+
+
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Before anything is built: a config may claim any number of layers, of any size."""
+    """Check the config before the model is built: it may claim any number of layers of any size."""
     config = checkpoint.config
-    rows = max(config.vocab_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
-    if config.num_hidden_layers > len(checkpoint.shapes) or rows * config.hidden_size > 2**40:
+    attention = config.num_attention_heads * config.head_dim
+    rows = max(config.vocab_size, config.intermediate_size, attention)
+    too_large = rows * config.hidden_size > _MOST_VALUES
+    if config.num_hidden_layers > len(checkpoint.shapes) or too_large:
         raise ValueError(
-            f"{checkpoint.where('')}: its config says {config.num_hidden_layers} layers of {rows} x "
-            f"{config.hidden_size}, which its {len(checkpoint.shapes)} tensors cannot be. Download it again."
+            f"{checkpoint.where('')}: its config describes {config.num_hidden_layers} layers of "
+            f"{rows} x {config.hidden_size}, which its {len(checkpoint.shapes)} tensors cannot be. "
+            "Download it again."
         )
-    for name, value, limit in (("rms_norm_eps", config.rms_norm_eps, 1), ("rope_theta", config.rope.theta, 1e15)):
+    limits = (("rms_norm_eps", config.rms_norm_eps, 1), ("rope_theta", config.rope.theta, 1e15))
+    for name, value, limit in limits:
         if not isinstance(value, int | float) or not 0 <= value < limit:
-            raise ValueError(f"{checkpoint.where('')}: {name} must be a number below {limit:g}, got {value!r:.50}.")
+            raise ValueError(
+                f"{checkpoint.where('')}: {name} must be a number below {limit:g}, got {value!r:.50}."
+            )
 
 
 def _match(model: CausalLM, checkpoint: Checkpoint) -> list[str]:
-    """The names to read, after checking that the checkpoint has each with the right shape, and nothing else."""
+    """Return the names to read; check that the checkpoint has each with its shape, and no others."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: shape for name, shape in checkpoint.shapes.items() if not name.endswith(_OLD)}
-    tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{checkpoint.where('')} lacks {_some(missing)}, which its config asks for.")
-    if unexpected := sorted(found.keys() - expected.keys()):
+    stored = {}
+    for name, shape in checkpoint.shapes.items():
+        if not name.endswith(_INV_FREQ):
+            stored[name] = shape
+    tied = None
+    if model.config.tie_word_embeddings:
+        tied = stored.pop("lm_head.weight", None)
+    missing = sorted(expected.keys() - stored.keys())
+    if missing:
         raise ValueError(
-            f"{checkpoint.where(unexpected[0])} has {_some(unexpected)}, which a {model.config.model_type} model of "
-            "this config has no place for. Is config.json the right one?"
+            f"{checkpoint.where('')} lacks {_some(missing)}, which its config asks for."
         )
-    for name, shape in sorted(found.items()):
+    unexpected = sorted(stored.keys() - expected.keys())
+    if unexpected:
+        raise ValueError(
+            f"{checkpoint.where(unexpected[0])} has {_some(unexpected)}, which a "
+            f"{model.config.model_type} model of this config has no place for. Is config.json the "
+            "right one?"
+        )
+    for name, shape in sorted(stored.items()):
         if shape != expected[name]:
-            raise ValueError(f"{checkpoint.where(name)}: {name} has shape {shape}, its config says {expected[name]}.")
+            raise ValueError(
+                f"{checkpoint.where(name)}: {name} has shape {shape}, its config says "
+                f"{expected[name]}."
+            )
     if tied is not None:
         _check_tied(checkpoint)
     return sorted(expected)
 
 
 def _check(tensor: Tensor, where: str, name: str, finite: bool = True) -> None:
+    """Raise ValueError for a tensor that is not floating-point, or has NaN or infinity."""
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(f"{where}: {name} is {tensor.dtype}, expected a 16- or 32-bit floating-point tensor.")
-    if (
-        finite and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all()
-    ):  # NaN passes through min and max
-        raise ValueError(f"{where}: {name} holds NaN or infinity. Download it again, or load with dtype='float32'.")
-
-
-def _check_kind(weight: NF4Weight, where: str, name: str, asked: tuple[int, bool] | tuple[()]) -> None:
-    if asked not in ((), (weight.blocksize, weight.double_quant)):
         raise ValueError(
-            f"{where}: {name} is already in 4 bits, with blocksize={weight.blocksize} and double_quant="
-            f"{weight.double_quant}, not {asked}. Leave quantize out to take it as it is, or start from 16 bits."
+            f"{where}: {name} is {tensor.dtype}, expected a 16- or 32-bit floating-point tensor."
+        )
+    if not finite or not tensor.numel():
+        return
+    extremes = torch.stack(tensor.aminmax())  # NaN passes through minimum and maximum
+    if not extremes.isfinite().all():
+        raise ValueError(
+            f"{where}: {name} holds NaN or infinity. Download it again, or load with "
+            "dtype='float32'."
+        )
+
+
+def _check_kind(weight: NF4Weight, where: str, name: str, blocks: tuple[int, bool] | None) -> None:
+    """Raise ValueError if a stored 4-bit weight differs from the kind asked for."""
+    if blocks not in (None, (weight.blocksize, weight.double_quant)):
+        raise ValueError(
+            f"{where}: {name} is already in 4 bits, with blocksize={weight.blocksize} and "
+            f"double_quant={weight.double_quant}, not {blocks}. Leave quantize out to keep its bits, "
+            "or start from 16 bits."
         )
 
 
 def _check_skip(model: CausalLM, checkpoint: Checkpoint) -> None:
-    """In a 4-bit checkpoint every linear layer is in 4 bits, but the output layer and what its config excepts."""
-    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
-    found = {name.removesuffix(".weight") for name in checkpoint.four_bit}
-    skip = {path for path in linear if any(f"{path}.".startswith(f"{e}.") or path.endswith(e) for e in checkpoint.skip)}
-    if found and (wrong := sorted(found ^ (linear - skip))):
+    """Check a 4-bit checkpoint: all linear layers but lm_head and the config's exceptions."""
+    quantised = {name.removesuffix(".weight") for name in checkpoint.four_bit}
+    if not quantised:
+        return
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear.remove("lm_head")
+    expected = {path for path in linear if not _is_skipped(path, checkpoint.skip)}
+    wrong = sorted(quantised ^ expected)
+    if wrong:
+        state = "is" if wrong[0] in quantised else "is not"
         raise ValueError(
-            f"{checkpoint.where(f'{wrong[0]}.weight')}: {_some(wrong)} {'is' if wrong[0] in found else 'is not'} in 4 "
-            f"bits, against config.json (linear layers but lm_head and llm_int8_skip_modules {checkpoint.skip} are)."
+            f"{checkpoint.where(f'{wrong[0]}.weight')}: {_some(wrong)} {state} in 4 bits, against "
+            "config.json (linear layers but lm_head and llm_int8_skip_modules "
+            f"{checkpoint.skip} are)."
         )
 
 
+def _is_skipped(path: str, skip: list[str]) -> bool:
+    return any(f"{path}.".startswith(f"{entry}.") or path.endswith(entry) for entry in skip)
+
+
 def _check_tied(checkpoint: Checkpoint) -> None:
-    head, embedding = (checkpoint.read(f"{path}.weight") for path in ("lm_head", "model.embed_tokens"))
-    if isinstance(head, NF4Weight) or isinstance(embedding, NF4Weight) or not torch.equal(head, embedding):
+    """Raise ValueError if the config ties the output layer and the file has another weight for it."""
+    head = checkpoint.read("lm_head.weight")
+    embedding = checkpoint.read("model.embed_tokens.weight")
+    four_bit = isinstance(head, NF4Weight) or isinstance(embedding, NF4Weight)
+    if four_bit or not torch.equal(head, embedding):
         raise ValueError(
-            f"{checkpoint.where('lm_head.weight')}: lm_head.weight is not the embedding, but config.json ties the two "
-            "(tie_word_embeddings). Set it to false, or remove lm_head.weight."
+            f"{checkpoint.where('lm_head.weight')}: lm_head.weight is not the embedding, but "
+            "config.json ties the two (tie_word_embeddings). Set it to false, or remove "
+            "lm_head.weight."
         )
 
 
 def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """Return the first three names, and the number of the others."""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
+    return shown

@@ -284,7 +284,7 @@ def test_a_tensor_in_two_shards(tmp_path):
 def test_arguments():
     fails(Path(), "quantize must be None or 'nf4', got 'int8'", quantize="int8")
     for unused in ({"blocksize": 128}, {"double_quant": False}):
-        fails(Path(), "do nothing without quantize='nf4': add that", **unused)
+        fails(Path(), "have no effect without quantize='nf4': add that", **unused)
     for wrong in ("int4", torch.int8, "bf16"):
         with pytest.raises(ValueError, match="float32"):
             pick_dtype(wrong, torch.device("cpu"))
