@@ -1,15 +1,20 @@
-"""Does this model train here as it should? Measured on the model itself, in a minute, before hours are spent on it.
+"""Checks that a model trains correctly on this machine, before hours are spent on a run.
 
-    split        the gradient of a step, however the step is cut into micro-batches      ‖g − g₁‖ / ‖g₁‖
-    eval         the eval loss, whatever the eval batch size                             |L − L₁| / L₁
-    packed       logits of documents in one row against each alone, ‖Δ‖ / ‖logits‖      (models of load_model)
-    off          with the adapter off, the base's logits                                 bit for bit
-    frozen       hash of everything that does not train, after training                  bit for bit
-    moved        every matrix B after training                                           none is zero
-    merged       logits of the merged model against the unmerged one, ‖Δ‖ / ‖logits‖     a rounding of the weights
+The checks are measured on the model itself and take about a minute:
 
-In fp32 the bounds are what another order of summation costs. In 16 bits rounding is 2⁻⁸ (bf16) or 2⁻¹¹ (fp16) of every
-intermediate value; the figure is printed beside a bound of a few of those, so that a real fault stands out.
+    split    the gradient of a step does not depend on the micro-batches     ‖g − g₁‖ / ‖g₁‖
+    eval     the eval loss does not depend on the eval batch size            |L − L₁| / L₁
+    packed   logits of documents in one row, compared with each alone        ‖Δ‖ / ‖logits‖
+    off      with the adapter off, the logits are those of the base          bit for bit
+    frozen   hash of all weights that do not train, after training           bit for bit
+    moved    every matrix B after training                                   not all zeros
+    merged   logits of the merged model, compared with the unmerged one      ‖Δ‖ / ‖logits‖
+
+`packed` is measured for models of `load_model` only; for other models it is zero.
+
+In fp32 the bounds allow for another order of summation. In 16 bits every intermediate value is
+rounded by 2⁻⁸ (bf16) or 2⁻¹¹ (fp16). The bound is a small multiple of that, and the measured
+figure is printed next to it, so that a real fault stands out.
 """
 
 import hashlib
@@ -31,13 +36,24 @@ from minilora.models.padded_batch import inference
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
-WORDS = ("ab", "river", "one two", "xyz", "stone", "light")
-ROWS = [{"prompt": f"{n} times {word}:", "completion": f" {word}" * n} for n, word in enumerate(WORDS, 1)]
+_WORDS = ("ab", "river", "one two", "xyz", "stone", "light")
+_ROWS = [
+    {"prompt": f"{count} times {word}:", "completion": f" {word}" * count}
+    for count, word in enumerate(_WORDS, 1)
+]
+_ADAPTER = "check_training"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement: passed if `measured` is at most `bound`."""
+    """One measurement, which passes if `measured` is at most `bound`.
+
+    Attributes:
+        name: Short name of the check, such as "split".
+        measured: The measured figure.
+        bound: The largest figure that passes.
+        meaning: The property that holds if the check passes, for the printed table.
+    """
 
     name: str
     measured: float
@@ -46,116 +62,213 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.measured <= self.bound  # False for NaN
+        """True if the figure is within its bound; False for NaN."""
+        return self.measured <= self.bound
 
 
 @dataclass(frozen=True)
 class TrainingCheck:
-    """All checks of a model; prints as a table."""
+    """All checks of a model; prints as a table.
+
+    Attributes:
+        checks: The measurements, in the order of the table in the module's docstring.
+    """
 
     checks: tuple[Check, ...]
 
     @property
     def passed(self) -> bool:
+        """True if every check passes."""
         return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
         lines = [f"{'check':<10}{'measured':>12}{'bound':>12}"]
-        for c in self.checks:
-            lines.append(
-                f"{c.name:<10}{c.measured:12.2e}{c.bound:12.2e}  {'ok    ' if c.passed else 'FAILED'}  {c.meaning}"
-            )
+        for check in self.checks:
+            verdict = "ok    " if check.passed else "FAILED"
+            figures = f"{check.name:<10}{check.measured:12.2e}{check.bound:12.2e}"
+            lines.append(f"{figures}  {verdict}  {check.meaning}")
         return "\n".join(lines)
 
 
 def check_training(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> TrainingCheck:
-    """Measure a causal language model without adapters; afterwards it is as it was.
+    """Check that a causal language model trains correctly here.
 
-    rows: at least four of different lengths, anything that `train` takes; None takes a few short texts.
-    ValueError for a model that has adapters.
+    The function trains a small adapter for three steps and removes it. Afterwards the model is
+    as it was before.
+
+    Args:
+        model: A causal language model without adapters, dense or quantised.
+        tokenizer: The model's tokenizer.
+        rows: At least four rows of different lengths, in any form that `train` accepts. None
+            uses six short texts.
+
+    Returns:
+        The measured figures and their bounds.
+
+    Raises:
+        ValueError: The model has adapters.
     """
     if lora_layers(model):
-        raise ValueError("check_training: expected a model without adapters: ml.eject(model) first, or load it anew.")
-    examples = list(SFT().encode(ROWS if rows is None else rows, tokenizer, None))
-    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize == 2}
-    eps = max((torch.finfo(dtype).eps for dtype in low), default=0.0)  # of the dtype that it computes in
-    before, base = _hash(model), _logits(model, examples)
-    inject(model, LoRAConfig(r=4, target_modules="all-linear"), name="check_training")
+        raise ValueError(
+            "check_training: expected a model without adapters. "
+            "Call ml.eject(model) first, or load the model again."
+        )
+    if rows is None:
+        rows = _ROWS
+    examples = list(SFT().encode(rows, tokenizer, None))
+    eps = _rounding(model)
+    hash_before = _hash(model)
+    base_logits = _logits(model, examples)
+    inject(model, LoRAConfig(r=4, target_modules="all-linear"), name=_ADAPTER)
     try:
-        off = _off(model, examples, base)
-        config = TrainConfig(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=None,
-                             disable_tqdm=True)  # fmt: skip
-        train(model, tokenizer, ROWS if rows is None else rows, config)
-        splits = [_gradient(model, examples[:4], size) for size in (4, 2, 1)]
-        losses = [mean_loss(model, examples, size)[0] for size in (1, 2, len(examples))]
-        still = [path for path, layer in lora_layers(model).items() if not _ups(layer).any()]
-        logits, merged = _logits(model, examples), _logits(merge(model), examples)
-        packed = ((_packed(model, examples) - logits).norm() / logits.norm()).item()
-        off += _off(model, examples, base)
+        changed_before_training = _count_changed_logits(model, examples, base_logits)
+        _train_three_steps(model, tokenizer, rows)
+        split = _split_check(model, examples, eps)
+        evaluation = _eval_check(model, examples, eps)
+        moved = _moved_check(model)
+        logits = _logits(model, examples)  # (tokens, V)
+        merged_logits = _logits(merge(model), examples)  # (tokens, V)
+        packed_logits = _packed_logits(model, examples)  # (tokens, V)
+        changed_after_training = _count_changed_logits(model, examples, base_logits)
     finally:
         eject(model)
-    split = max(((g - splits[0]).norm() / splits[0].norm()).item() for g in splits)
-    spread = max(abs(loss - losses[0]) / losses[0] for loss in losses)
-    distance = ((merged - logits).norm() / logits.norm()).item()
+
+    bound = _bound(8 * eps, fp32_bound=1e-5)
+    packed = _relative_distance(packed_logits, logits)
+    merged = _relative_distance(merged_logits, logits)
+    changed = changed_before_training + changed_after_training
+    hash_differs = float(_hash(model) != hash_before)
     return TrainingCheck(
         (
-            Check("split", split, 8 * eps or 1e-5, "the gradient does not depend on micro-batches"),
-            Check("eval", spread, 4 * eps or 1e-6, "the eval loss does not depend on its batch size"),
-            Check("packed", packed, 8 * eps or 1e-5, "packed documents do not see each other"),
-            Check("off", off, 0, "without the adapter: the base's bits"),
-            Check("frozen", float(_hash(model) != before), 0, "nothing else was changed by training"),
-            Check("moved", len(still), 0, f"every B was trained{': not ' + ', '.join(still[:3]) if still else ''}"),
-            Check("merged", distance, 8 * eps or 1e-5, "the merged model computes the same"),
+            split,
+            evaluation,
+            Check("packed", packed, bound, "packed documents do not see each other"),
+            Check("off", changed, 0, "without the adapter, the logits are the base's bit for bit"),
+            Check("frozen", hash_differs, 0, "training changed no frozen weight"),
+            moved,
+            Check("merged", merged, bound, "the merged model computes the same"),
         )
     )
 
 
+def _rounding(model: nn.Module) -> float:
+    """Return the largest eps of the model's 16-bit dtypes, or 0.0 for a model in fp32."""
+    eps = 0.0
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize == 2:
+            eps = max(eps, torch.finfo(parameter.dtype).eps)
+    return eps
+
+
+def _bound(rounding_bound: float, fp32_bound: float) -> float:
+    """Return the bound of a 16-bit model, or that of fp32 where nothing is rounded to 16 bits."""
+    return rounding_bound if rounding_bound > 0 else fp32_bound
+
+
+def _relative_distance(values: Tensor, reference: Tensor) -> float:
+    """Return ‖values − reference‖ / ‖reference‖."""
+    return ((values - reference).norm() / reference.norm()).item()
+
+
+def _train_three_steps(model: nn.Module, tokenizer: Any, rows: Any) -> None:
+    config = TrainConfig(
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        save_steps=None,
+        disable_tqdm=True,
+    )
+    train(model, tokenizer, rows, config)
+
+
+def _split_check(model: nn.Module, examples: Sequence[Any], eps: float) -> Check:
+    """Compare the gradient of one step of four examples over micro-batches of 4, 2 and 1."""
+    gradients = [_gradient(model, examples[:4], size) for size in (4, 2, 1)]
+    distance = max(_relative_distance(gradient, gradients[0]) for gradient in gradients)
+    bound = _bound(8 * eps, fp32_bound=1e-5)
+    return Check("split", distance, bound, "the gradient does not depend on micro-batches")
+
+
+def _eval_check(model: nn.Module, examples: Sequence[Any], eps: float) -> Check:
+    """Compare the eval loss at batch sizes 1, 2 and all."""
+    losses = [mean_loss(model, examples, size)[0] for size in (1, 2, len(examples))]
+    spread = max(abs(loss - losses[0]) / losses[0] for loss in losses)
+    bound = _bound(4 * eps, fp32_bound=1e-6)
+    return Check("eval", spread, bound, "the eval loss does not depend on its batch size")
+
+
+def _moved_check(model: nn.Module) -> Check:
+    """Count the layers whose B is still zero after training."""
+    unmoved = []
+    for path, layer in lora_layers(model).items():
+        lora_B = layer.adapters[_ADAPTER].lora_B.detach()  # (out, r)
+        if not lora_B.any():
+            unmoved.append(path)
+    meaning = "every B was trained"
+    if unmoved:
+        meaning += f": not {', '.join(unmoved[:3])}"
+    return Check("moved", len(unmoved), 0, meaning)
+
+
 def _gradient(model: nn.Module, examples: Sequence[Any], size: int) -> Tensor:
-    """The step's gradient over micro-batches of `size`, all parameters as one vector."""
+    """Return a step's gradient over micro-batches of `size`, all parameters as one fp64 vector."""
+    objective = SFT()
     model.zero_grad()
-    batches = [SFT().collate(examples[i : i + size]) for i in range(0, len(examples), size)]
-    count = sum(map(SFT().weight, batches))
+    batches = []
+    for start in range(0, len(examples), size):
+        batches.append(objective.collate(examples[start : start + size]))
+    count = sum(objective.weight(batch) for batch in batches)
     for batch in batches:
-        (SFT().loss(model, batch)[0] / count).backward()
-    found = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+        loss_sum = objective.loss(model, batch)[0]
+        (loss_sum / count).backward()
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.append(parameter.grad.flatten().double())  # (parameter.numel(),)
     model.zero_grad()
-    return found
+    return torch.cat(gradients)  # (all parameters,)
 
 
 @torch.no_grad()
 def _logits(model: Any, examples: Sequence[Any]) -> Tensor:
-    """fp64 logits of every example, one after the other: (tokens, V)."""
+    """Return the fp64 logits of every example, computed one after the other: (tokens, V)."""
     device = next(model.parameters()).device
-    found = []
+    parts = []
     with inference(model):
         for example in examples:
-            out = model(torch.tensor([example.input_ids], device=device))
-            found.append(getattr(out, "logits", out)[0].double().cpu())
-    return torch.cat(found)
+            input_ids = torch.tensor([example.input_ids], device=device)  # (1, T)
+            output = model(input_ids)
+            logits = getattr(output, "logits", output)  # (1, T, V)
+            parts.append(logits[0].double().cpu())  # (T, V)
+    return torch.cat(parts)  # (tokens, V)
 
 
 @torch.no_grad()
-def _packed(model: Any, examples: Sequence[Any]) -> Tensor:
-    """The logits of `_logits` from one packed row; a model of another kind is read as it is, alone."""
+def _packed_logits(model: Any, examples: Sequence[Any]) -> Tensor:
+    """Return the logits of `_logits` from one packed row; unpacked for models of other kinds."""
     if not hasattr(model, "hidden"):
         return _logits(model, examples)
+    device = next(model.parameters()).device
     batch = SFT().collate([join(examples)])
-    inputs = (batch[key].to(next(model.parameters()).device) for key in ("input_ids", "position_ids", "document_ids"))
+    input_ids = batch["input_ids"].to(device)  # (1, T)
+    position_ids = batch["position_ids"].to(device)  # (1, T)
+    document_ids = batch["document_ids"].to(device)  # (1, T)
+    tokens = sum(len(example) for example in examples)
     with inference(model):
-        return model(*inputs)[0, : sum(map(len, examples))].double().cpu()
+        logits = model(input_ids, position_ids, document_ids)  # (1, T, V)
+        return logits[0, :tokens].double().cpu()  # (tokens, V)
 
 
-def _off(model: nn.Module, examples: Sequence[Any], base: Tensor) -> float:
+def _count_changed_logits(model: nn.Module, examples: Sequence[Any], base_logits: Tensor) -> float:
+    """Count the logits that differ from the base's in any bit while the adapter is off."""
     with disable_adapters(model):
-        return float((_logits(model, examples) != base).sum())
-
-
-def _ups(layer: Any) -> Tensor:
-    return layer.adapters["check_training"].lora_B.detach()
+        return float((_logits(model, examples) != base_logits).sum())
 
 
 def _hash(model: nn.Module) -> str:
+    """Return the SHA-256 of all names and values in the model's state dict."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().contiguous().cpu().flatten()  # (value.numel(),)
+        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -110,7 +110,7 @@ def test_bad_files(place, tmp_path, capsys, text, message):
         ("r", "expected OPTION=VALUES"),
         ("r=8:4", "low < high"),
         ("r=0:4:log", "above 0 for log"),
-        ("r=a:b", "are no numbers"),
+        ("r=a:b", "are not both numbers"),
     ],
 )
 def test_bad_searches(place, tmp_path, capsys, search, message):
