@@ -1,20 +1,28 @@
-"""Does every form of a trained model say what the model said in training? Logits of one dataset, stage by stage.
+"""Comparison of every exported form of a trained model with the model as it was trained.
 
-    trained          the base as it was trained on, with the adapter                what the others are held against
-    merged           W + ΔW as one weight, in memory                                 a rounding of the weights
-    merged folder    written for transformers, read back, with the tokenizer in it
-    4 bits           that folder quantised, written as bitsandbytes has it, read back
-    gguf             one file, its own tokenizer
-    served           many prompts in one batch, token by token from a cache, the adapter chosen by row
+The comparison uses the logits of one dataset, stage by stage:
 
-At each token t of the answers, p being the trained model and q a stage, after the same tokens:
+    trained          the base with the adapter, as in training; the reference
+    merged           W + ΔW as one weight, in memory; differs by rounding only
+    merged folder    a transformers folder, written and read back, with its tokenizer
+    4 bits           that folder quantised, written in bitsandbytes' format and read back
+    gguf             one file, with its own tokenizer
+    served           many prompts in one batch, token by token from a cache, one adapter per row
 
-    KL = mean over t of  Σ p (log p − log q)   in nats        Δ = max |logits of p − of q|        top-1: equal likeliest
+At each token t of the answers, with p from the trained model and q from a stage, after the same
+tokens:
 
-A stage is *equal* if every logit has the same bits, *rounded* if KL is at most the tolerance and its tokenizer gives
-the same tokens, else *different*. The first that is different is where to look. What a stage cannot have (a kind of
-adapter that is not chosen by row, an extra that is missing) is left out, and said to be. Simplified: a stage is this
-library's reading of what it wrote; what others make of the files is held against it elsewhere (tests of formats).
+    KL = mean over t of  Σ p (log p − log q)   in nats
+    Δ  = max |logits of p − logits of q|
+    top-1 = share of tokens with the same most likely token
+
+A stage is *equal* if every logit has the same bits. It is *rounded* if KL is at most the tolerance
+and its tokenizer gives the same tokens. Otherwise it is *different*. Begin the search for a fault
+at the first stage that is different. A stage that cannot exist is reported as *left out*: the kind
+of adapter cannot be chosen by row, or an optional package is missing.
+
+Simplified: a stage is the file as this library reads it. Tests of the formats compare the files
+with other libraries.
 """
 
 import math
@@ -40,13 +48,22 @@ from minilora.models.padded_batch import Context, inference
 from minilora.models.save import save_model
 
 STAGES = ("trained", "merged", "merged folder", "4 bits", "gguf", "served")
-TOKENS = 512  # of answers that are compared, at most: their logits over the vocabulary are held
-ADAPTER = "default"
-LOST = "4 bits keep little of a small ΔW (minilora merge measures it): leave the adapter beside the base"
+MAX_TOKENS = 512  # of answers: their logits over the vocabulary are kept in memory
+_ADAPTER = "default"
+_TOKENS_AT_ONCE = 64  # whose logits are converted to fp64 at the same time
+_FOUR_BIT_NOTE = (
+    "4 bits keep little of a small ΔW (minilora merge measures it): "
+    "keep the adapter separate from the base"
+)
 
 
 class Answer(NamedTuple):
-    """The last answer of a row: what is read before it, and its tokens."""
+    """The last answer of a row.
+
+    Attributes:
+        prompt: Token ids before the answer.
+        tokens: Token ids of the answer.
+    """
 
     prompt: list[int]
     tokens: list[int]
@@ -54,8 +71,16 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One form: mean KL in nats, the largest difference of logits and its share of tokens with the likeliest one equal;
-    `note`: why it is different otherwise, or was left out (then the figures are NaN)."""
+    """The result for one form of the model.
+
+    Attributes:
+        name: An entry of STAGES.
+        verdict: "equal", "rounded", "different" or "left out".
+        kl: Mean KL in nats; NaN without logits to compare.
+        difference: The largest absolute difference of two logits; NaN without logits.
+        top1: Share of tokens with the same most likely token, 0 to 1; NaN without logits.
+        note: The reason why the stage was left out, or a hint why it is different.
+    """
 
     name: str
     verdict: str
@@ -67,7 +92,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class ExportComparison:
-    """All stages; prints as a table that ends in the first different one."""
+    """All stages; prints as a table that ends in the first different stage.
+
+    Attributes:
+        stages: The results, in the order of STAGES.
+        tokens: Number of compared tokens.
+        tolerance: The mean KL, in nats, up to which a stage counts as rounded.
+    """
 
     stages: tuple[Stage, ...]
     tokens: int
@@ -75,16 +106,27 @@ class ExportComparison:
 
     @property
     def first(self) -> Stage | None:
-        """The first stage that is different."""
-        return next((stage for stage in self.stages if stage.verdict == "different"), None)
+        """The first stage that is different, or None."""
+        for stage in self.stages:
+            if stage.verdict == "different":
+                return stage
+        return None
 
     def __str__(self) -> str:
         lines = [f"{'stage':<16}{'verdict':<12}{'KL, nats':>10}{'max |Δ|':>10}{'top-1':>8}"]
-        for s in self.stages:
-            figures = f"{s.kl:10.2e}{s.difference:10.2e}{s.top1:8.1%}" if s.kl == s.kl else " " * 28
-            lines.append(f"{s.name:<16}{s.verdict:<12}{figures}  {s.note}".rstrip())
-        found = f"first different: {self.first.name}" if self.first else "no stage is different"
-        return "\n".join([*lines, f"{found}; {self.tokens} tokens, rounded up to KL = {self.tolerance:g}"])
+        for stage in self.stages:
+            if math.isnan(stage.kl):
+                figures = " " * 28
+            else:
+                figures = f"{stage.kl:10.2e}{stage.difference:10.2e}{stage.top1:8.1%}"
+            line = f"{stage.name:<16}{stage.verdict:<12}{figures}  {stage.note}"
+            lines.append(line.rstrip())
+        if self.first is None:
+            summary = "no stage is different"
+        else:
+            summary = f"first different: {self.first.name}"
+        lines.append(f"{summary}; {self.tokens} tokens, rounded up to KL = {self.tolerance:g}")
+        return "\n".join(lines)
 
 
 def compare_exports(
@@ -98,83 +140,141 @@ def compare_exports(
     tolerance: float = 0.01,
     check_base: bool = True,
 ) -> ExportComparison:
-    """Hold every form of `model` with `adapter` against the two as they were trained, on the answers of `dataset`.
+    """Compare every form of a model and its adapter with the two as they were trained.
 
-    model: what load_model takes; quantize, dtype: as in training. adapter: a folder or Hub id in PEFT's format.
-    dataset: what `train` takes; its first `rows` rows are read, up to 512 tokens of answers.
-    tolerance: the mean KL, in nats a token, up to which a stage counts as rounded.
-    What is written goes to a temporary folder, a dense model and a 4-bit one, then a GGUF file, and is removed.
-    ValueError: no rows, a row that training would refuse, an adapter that does not fit (load_adapter).
+    The exported forms are written to a temporary folder and removed: first a dense and a 4-bit
+    model, then a GGUF file.
+
+    Args:
+        model: The base, as `load_model` accepts it: Hub id, folder or .gguf file.
+        adapter: Folder or Hub id of an adapter in PEFT's format.
+        dataset: Rows with answers, in any form that `train` accepts.
+        quantize: As in training: "nf4", or None for a dense base.
+        dtype: As in training; "auto" chooses by the hardware.
+        rows: Number of rows, from the start of the dataset; at most 512 tokens of their answers
+            are compared.
+        tolerance: The mean KL, in nats per token, up to which a stage counts as rounded.
+        check_base: False skips the check that the adapter was trained on this base.
+
+    Returns:
+        The verdict and the figures of every stage.
+
+    Raises:
+        ValueError: There are no rows, training would refuse a row, or the adapter does not fit
+            the base.
     """
     tokenizer = load_tokenizer(model)
-    some = read_dataset(dataset)[: max(rows, 0)]
-    answers = _answers(some, tokenizer)
+    selected_rows = read_dataset(dataset)[: max(rows, 0)]
+    answers = _answers(selected_rows, tokenizer)
     trained = load_model(model, quantize=quantize, dtype=dtype)
-    load_adapter(trained, adapter, ADAPTER, tokenizer=tokenizer, check_base=check_base)
-    told = _logits(trained, answers)
+    load_adapter(trained, adapter, _ADAPTER, tokenizer=tokenizer, check_base=check_base)
+    reference = _logits(trained, answers)  # (N, V)
     stages = [Stage("trained", "equal", 0.0, 0.0, 1.0)]
-    for name, found in _stages(trained, tokenizer, some, answers):
-        stages.append(found if isinstance(found, Stage) else _compare(name, told, found, tolerance))
-    return ExportComparison(tuple(stages), len(told), tolerance)
+    for name, result in _stages(trained, tokenizer, selected_rows, answers):
+        if isinstance(result, Stage):
+            stages.append(result)
+        else:
+            stages.append(_compare(name, reference, result, tolerance))
+    return ExportComparison(tuple(stages), len(reference), tolerance)
 
 
 def _stages(
     trained: Any, tokenizer: Any, rows: list[Any], answers: list[Answer]
 ) -> Iterator[tuple[str, Tensor | Stage]]:
-    """Each form after the first: its logits (N, V), or its Stage where there are none to compare."""
-    dtype = trained.model.norm.weight.dtype  # what it computes in
+    """Yield each form after the first: its logits (N, V), or its Stage if it has no logits."""
     yield "merged", _logits(merge(trained), answers)
+    # Each form is written and removed before the next one, so that the disk holds few of them.
+    yield from _folder_stages(trained, tokenizer, rows, answers)
+    yield "gguf", _gguf_stage(trained, tokenizer, rows, answers)
+    try:
+        served = _served(trained, answers)  # (N, V)
+    except ValueError as error:  # a kind of adapter that cannot be chosen by row
+        yield "served", Stage("served", "left out", note=str(error))
+    else:
+        yield "served", served
+
+
+def _folder_stages(
+    trained: Any, tokenizer: Any, rows: list[Any], answers: list[Answer]
+) -> Iterator[tuple[str, Tensor | Stage]]:
+    """Yield the merged folder, and that folder in 4 bits."""
+    dtype = _compute_dtype(trained)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        save_model(trained, place / "merged", merge=True, tokenizer=tokenizer)
-        yield _read("merged folder", place / "merged", dtype, None, rows, answers)
-        save_model(load_model(place / "merged", quantize="nf4", dtype=dtype), place / "4", format="bnb-4bit")
-        yield _read("4 bits", place / "4", dtype, tokenizer, rows, answers)
+        merged_folder = Path(folder) / "merged"
+        save_model(trained, merged_folder, merge=True, tokenizer=tokenizer)
+        result = _read_back("merged folder", merged_folder, dtype, None, rows, answers)
+        yield "merged folder", result
+
+        four_bit_folder = Path(folder) / "4"
+        quantized = load_model(merged_folder, quantize="nf4", dtype=dtype)
+        save_model(quantized, four_bit_folder, format="bnb-4bit")
+        del quantized
+        yield "4 bits", _read_back("4 bits", four_bit_folder, dtype, tokenizer, rows, answers)
+
+
+def _gguf_stage(
+    trained: Any, tokenizer: Any, rows: list[Any], answers: list[Answer]
+) -> Tensor | Stage:
+    """Write a GGUF file and return the logits of the model in it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         try:
             save_model(trained, file, format="gguf", merge=True, tokenizer=tokenizer)
-        except (ImportError, ValueError) as error:  # no gguf package; what llama.cpp has no field for
-            yield "gguf", Stage("gguf", "left out", note=str(error))
-        else:
-            yield _read("gguf", file, dtype, None, rows, answers)
-    try:
-        yield "served", _served(trained, answers)
-    except ValueError as error:  # adapters of a kind that is not chosen by row
-        yield "served", Stage("served", "left out", note=str(error))
+        except (ImportError, ValueError) as error:
+            # The gguf package is missing, or llama.cpp cannot express the model.
+            return Stage("gguf", "left out", note=str(error))
+        return _read_back("gguf", file, _compute_dtype(trained), None, rows, answers)
 
 
-def _read(
-    name: str, path: Path, dtype: torch.dtype, tokenizer: Any, rows: list[Any], answers: list[Answer]
-) -> tuple[str, Tensor | Stage]:
-    """A form that was written, read back; with its own tokenizer, unless one is given."""
+def _compute_dtype(model: Any) -> torch.dtype:
+    return model.model.norm.weight.dtype
+
+
+def _read_back(
+    name: str,
+    path: Path,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    rows: list[Any],
+    answers: list[Answer],
+) -> Tensor | Stage:
+    """Return the logits of a written form; a tokenizer of None reads the form's own."""
     try:
-        again = _answers(rows, tokenizer or load_tokenizer(path))
-        found = _logits(load_model(path, dtype=dtype), answers)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(path)
+        answers_again = _answers(rows, tokenizer)
+        logits = _logits(load_model(path, dtype=dtype), answers)  # (N, V)
     except ValueError as error:
-        return name, Stage(name, "different", note=f"cannot be read back: {error}")
-    if again != answers:
-        row = next(i for i, pair in enumerate(zip_longest(again, answers)) if pair[0] != pair[1])
-        return name, Stage(name, "different", note=f"its tokenizer gives answer {row} other tokens")
-    return name, found
+        return Stage(name, "different", note=f"cannot be read back: {error}")
+    for row, (again, answer) in enumerate(zip_longest(answers_again, answers)):
+        if again != answer:
+            note = f"its tokenizer gives answer {row} other tokens"
+            return Stage(name, "different", note=note)
+    return logits
 
 
 def _answers(rows: list[Any], tokenizer: Any) -> list[Answer]:
-    """The last run of trained tokens of each row, at most TOKENS in all. ValueError: no rows, or none with any."""
+    """Return the last answer of each row, at most MAX_TOKENS tokens in all."""
     if not rows:
         raise ValueError("compare_exports: expected at least one row to compare on, got none.")
-    found, room = [], TOKENS
+    answers = []
+    tokens_left = MAX_TOKENS
     for example in SFT().encode(rows, tokenizer, None).examples:
-        start, end = _last_run(example)
-        if tokens := example.input_ids[start : min(end, start + room)]:
-            found.append(Answer(example.input_ids[:start], tokens))
-            room -= len(tokens)
-    return found
+        start, end = _last_answer(example)
+        tokens = example.input_ids[start : min(end, start + tokens_left)]
+        if tokens:
+            answers.append(Answer(example.input_ids[:start], tokens))
+            tokens_left -= len(tokens)
+    return answers
 
 
-def _last_run(example: Example) -> tuple[int, int]:
-    """[start, end) of the last tokens in a row that train; the first token of a text has nothing before it."""
-    end = max(i for i, label in enumerate(example.labels) if label != IGNORE) + 1
+def _last_answer(example: Example) -> tuple[int, int]:
+    """Return [start, end) of the last run of supervised tokens.
+
+    The run never starts at the first token, which the model cannot predict.
+    """
+    supervised = [i for i, label in enumerate(example.labels) if label != IGNORE]
+    end = max(supervised) + 1
     start = end
     while start > 1 and example.labels[start - 1] != IGNORE:
         start -= 1
@@ -182,35 +282,57 @@ def _last_run(example: Example) -> tuple[int, int]:
 
 
 def _logits(model: Any, answers: Sequence[Answer]) -> Tensor:
-    """(N, V) in fp32, on the CPU: what `model` says at the tokens of the answers, each row by itself."""
+    """Return the fp32 logits at the tokens of the answers, row after row, on the CPU: (N, V)."""
     device = next(model.parameters()).device
+    parts = []
     with inference(model):
-        parts = []
         for prompt, tokens in answers:
-            ids = torch.tensor([prompt + tokens[:-1]], device=device)  # (1, T)
-            parts.append(model(ids)[0, len(prompt) - 1 :].float().cpu())  # (n, V)
-    return torch.cat(parts)
+            input_ids = torch.tensor([prompt + tokens[:-1]], device=device)  # (1, T)
+            logits = model(input_ids)[0, len(prompt) - 1 :]  # (n, V)
+            parts.append(logits.float().cpu())  # (n, V)
+    return torch.cat(parts)  # (N, V)
 
 
 def _served(model: Any, answers: Sequence[Answer]) -> Tensor:
-    """The same as a server does it: prompts of all lengths in one batch, then a token a step, the adapter by row."""
+    """Return the same logits (N, V) from one batch with a cache and an adapter per row.
+
+    As in a server, prompts of all lengths are read together; then each row reads a token a step.
+    """
     steps = max(len(tokens) for _, tokens in answers)
-    with inference(model), per_row_adapters(model, [ADAPTER] * len(answers)):
+    prompts = [prompt for prompt, _ in answers]
+    with inference(model), per_row_adapters(model, [_ADAPTER] * len(answers)):
         context = Context(model)
-        said = [context.extend([prompt for prompt, _ in answers]).cpu()]  # (B, V)
+        logits_by_step = [context.extend(prompts).cpu()]  # each (B, V)
         for step in range(steps - 1):
-            # a row that is over reads its last token again, for the batch's sake: nothing of it is compared
-            said.append(context.extend([[tokens[min(step, len(tokens) - 1)]] for _, tokens in answers]).cpu())
-    return torch.cat([said[i][b][None] for b, (_, tokens) in enumerate(answers) for i in range(len(tokens))])
+            next_tokens = []
+            for _, tokens in answers:
+                # A finished row repeats its last token to stay in the batch; it is not compared.
+                next_tokens.append([tokens[min(step, len(tokens) - 1)]])
+            logits_by_step.append(context.extend(next_tokens).cpu())
+    logits = []
+    for row, (_, tokens) in enumerate(answers):
+        for step in range(len(tokens)):
+            logits.append(logits_by_step[step][row])  # (V,)
+    return torch.stack(logits)  # (N, V)
 
 
-def _compare(name: str, told: Tensor, found: Tensor, tolerance: float) -> Stage:
+def _compare(name: str, reference: Tensor, logits: Tensor, tolerance: float) -> Stage:
+    """Compare the logits (N, V) of a stage with those of the trained model."""
     kl = 0.0
-    for p, q in zip(told.split(64), found.split(64), strict=True):  # (n, V): in fp64 a few at a time
-        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl += (p.exp() * (p - q)).sum().item()
-    kl = max(kl / len(told), 0.0)
-    top1 = (told.argmax(-1) == found.argmax(-1)).float().mean().item()
-    verdict = "equal" if torch.equal(told, found) else "rounded" if kl <= tolerance else "different"
-    note = LOST if name == "4 bits" and verdict == "different" else ""
-    return Stage(name, verdict, kl, (told - found).abs().max().item(), top1, note)
+    chunks = zip(reference.split(_TOKENS_AT_ONCE), logits.split(_TOKENS_AT_ONCE), strict=True)
+    for reference_chunk, chunk in chunks:
+        log_p = reference_chunk.double().log_softmax(-1)  # (n, V)
+        log_q = chunk.double().log_softmax(-1)  # (n, V)
+        # Σ p (log p − log q)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+    kl = max(kl / len(reference), 0.0)
+    same_top1 = reference.argmax(-1) == logits.argmax(-1)  # (N,)
+    top1 = same_top1.float().mean().item()
+    difference = (reference - logits).abs().max().item()
+    verdict = "different"
+    if torch.equal(reference, logits):
+        verdict = "equal"
+    elif kl <= tolerance:
+        verdict = "rounded"
+    note = _FOUR_BIT_NOTE if name == "4 bits" and verdict == "different" else ""
+    return Stage(name, verdict, kl, difference, top1, note)
