@@ -164,7 +164,7 @@ def test_what_is_nothing_says_what_was_expected(tmp_path, capsys):
         inspect(tmp_path)
     A, B = torch.randn(4, 16), torch.randn(12, 4)
     folder, narrow = write_adapter(tmp_path / "a", (A, B)), write_adapter(tmp_path / "n", (A[:, :8], B))
-    with pytest.raises(ValueError, match="different bases: 16 rows, 8"):
+    with pytest.raises(ValueError, match="different bases: 16 rows in the first, 8 in the second"):
         inspect(folder, narrow)
     with pytest.raises(ValueError, match="no A that fits"):
         inspect(write_adapter(tmp_path / "b", (A[:3], B)))
