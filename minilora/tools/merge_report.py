@@ -1,14 +1,18 @@
-"""What merging costs, measured on the weights before anything is written.
+"""Measurement of the loss from merging, on the weights, before anything is written.
 
-With W the weight the adapter was trained on, ΔW = Σ s · B A, and M(t) what would be stored at target t:
+Let W be the weight that the adapter was trained on, ΔW = Σ s · B A, and M(t) the weight that a
+merge would store at target t:
 
-    size      ‖ΔW‖ / ‖W‖                     how much there is to lose
-    error(t)  ‖M(t) − (W + ΔW)‖ / ‖ΔW‖        distance from the model that was trained; 1 = the adapter's whole effect
-    cosine(t) of M(t) − base(t) with ΔW       how much of ΔW's direction is left
+    size       ‖ΔW‖ / ‖W‖                      the size of the update relative to the weight
+    error(t)   ‖M(t) − (W + ΔW)‖ / ‖ΔW‖         distance from the trained model; at 1 it is as large
+                                               as the adapter's whole effect
+    cosine(t)  of M(t) − base(t) with ΔW       the share of ΔW's direction that remains
 
-Targets: float32, bfloat16, float16 and nf4 (4-bit bases only) round W + ΔW, base(t) = W. "original" is the 16-bit
-weight that W was quantised from, base(t) = W₁₆: M = W₁₆ + ΔW keeps ΔW and takes back the quantisation error, which the
-adapter was trained to live with; its error is that error. Frobenius norms; W + ΔW in fp64, M as `merge` computes it.
+The targets float32, bfloat16, float16 and nf4 (4-bit bases only) round W + ΔW, with base(t) = W.
+The target "original" uses W₁₆, the 16-bit weight that W was quantised from, with base(t) = W₁₆.
+There M = W₁₆ + ΔW keeps ΔW but removes the quantisation error, which was present during training;
+the error of this target is the quantisation error. All norms are Frobenius norms. W + ΔW is
+computed in fp64, and M as `merge` computes it.
 """
 
 import math
@@ -24,12 +28,19 @@ from minilora.lora.registry import lora_layers
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import dequantize_nf4, quantize_nf4
 
-SHOWN = 10  # layers in the table
+SHOWN = 10  # layers in the printed table
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer, or all of them as one long vector: size, and error and cosine by target (see above)."""
+    """The figures of one layer, or of all layers as one long vector.
+
+    Attributes:
+        name: Path of the layer in the model, or "all layers".
+        size: ‖ΔW‖ / ‖W‖.
+        error: Maps a target to its error.
+        cosine: Maps a target to its cosine.
+    """
 
     name: str
     size: float
@@ -39,96 +50,189 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Layers worst first, their total, and losses where someone measured them (by target, and "trained")."""
+    """The figures of all layers; prints as a table.
+
+    Attributes:
+        layers: The layers with an effective adapter, largest error first.
+        total: All layers as one long vector.
+        losses: Maps a target, or "trained", to a measured loss; empty if no loss was measured.
+    """
 
     layers: tuple[LayerReport, ...]
     total: LayerReport
     losses: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [f"{'error / cosine, by target':<34}‖ΔW‖/‖W‖" + "".join(f"{target:>16}" for target in self.total.error)]
-        for layer in (*self.layers[:SHOWN], self.total):
-            cells = (
-                f"{layer.error[t]:.2g} / {layer.cosine[t]:.3f}" if t in layer.error else "" for t in self.total.error
-            )
-            rows.append(f"{layer.name[-33:]:<34}{layer.size:8.2%}" + "".join(f"{cell:>16}" for cell in cells))
-        if len(self.layers) > SHOWN:
-            rows.insert(-1, f"… {len(self.layers) - SHOWN} layers with a smaller error")
-        return "\n".join(rows + [f"loss {target:<12}{loss:.4f}" for target, loss in self.losses.items()])
+        targets = list(self.total.error)
+        columns = "".join(f"{target:>16}" for target in targets)
+        lines = [f"{'error / cosine, by target':<34}‖ΔW‖/‖W‖{columns}"]
+        for layer in self.layers[:SHOWN]:
+            lines.append(_table_line(layer, targets))
+        omitted = len(self.layers) - SHOWN
+        if omitted > 0:
+            lines.append(f"… {omitted} layers with a smaller error")
+        lines.append(_table_line(self.total, targets))
+        for target, loss in self.losses.items():
+            lines.append(f"loss {target:<12}{loss:.4f}")
+        return "\n".join(lines)
+
+
+def _table_line(layer: LayerReport, targets: list[str]) -> str:
+    """Return a layer's line; a cell is empty where the layer lacks the target."""
+    line = f"{layer.name[-33:]:<34}{layer.size:8.2%}"
+    for target in targets:
+        cell = ""
+        if target in layer.error:
+            cell = f"{layer.error[target]:.2g} / {layer.cosine[target]:.3f}"
+        line += f"{cell:>16}"
+    return line
 
 
 @torch.no_grad()
 def merge_report(model: nn.Module, original: nn.Module | None = None) -> MergeReport:
-    """Measure every layer with an active adapter; layers whose ΔW is zero are left out. Nothing is changed.
+    """Measure every layer with an active adapter, without changing the model.
 
-    original: a model with the same layer names that holds the weights `model` was quantised from.
-    Raises ValueError if no active adapter does anything, or `original` lacks a layer or has it in another shape.
+    Layers whose ΔW is zero are left out.
+
+    Args:
+        model: A model with an active adapter.
+        original: A model with the same layer names that contains the weights `model` was
+            quantised from; it adds the target "original". None leaves that target out.
+
+    Returns:
+        The figures by layer and in total.
+
+    Raises:
+        ValueError: No active adapter changes a weight, or `original` lacks a layer or contains it
+            in another shape.
     """
-    sums = {path: _sums(path, layer, original) for path, layer in lora_layers(model).items() if layer.active}
-    sums = {path: found for path, found in sums.items() if found["float32"][0]}
-    if not sums:
-        raise ValueError("no active adapter changes anything: load_adapter, set_adapter or train first.")
+    sums_by_layer: dict[str, dict[str, Tensor]] = {}
+    for path, layer in lora_layers(model).items():
+        if not layer.active:
+            continue
+        sums = _sums(path, layer, original)
+        delta_square = sums["float32"][0]
+        if delta_square:
+            sums_by_layer[path] = sums
+    if not sums_by_layer:
+        raise ValueError(
+            "no active adapter changes anything: call load_adapter, set_adapter or train first."
+        )
+
     total: dict[str, Tensor] = {}
-    for found in sums.values():
-        total |= {target: total.get(target, 0) + value for target, value in found.items()}
-    layers = sorted((_report(*item) for item in sums.items()), key=lambda layer: -max(layer.error.values()))
+    for sums in sums_by_layer.values():
+        for target, values in sums.items():
+            total[target] = total.get(target, 0) + values  # (5,)
+    layers = [_report(path, sums) for path, sums in sums_by_layer.items()]
+    layers.sort(key=lambda layer: -max(layer.error.values()))
     return MergeReport(tuple(layers), _report("all layers", total))
 
 
+@torch.inference_mode()
+def first_difference(model: nn.Module, other: nn.Module, *inputs: Tensor) -> str | None:
+    """Return the first module without children whose output differs between two models.
+
+    Args:
+        model: A model.
+        other: A model with the same modules, which run in the same order.
+        *inputs: Positional inputs of both models.
+
+    Returns:
+        The name of the first module, in order of execution, whose outputs differ in any bit; None
+        if all outputs are equal.
+    """
+    outputs = _leaf_outputs(model, inputs)
+    other_outputs = _leaf_outputs(other, inputs)
+    for (name, output), (other_name, other_output) in zip(outputs, other_outputs, strict=True):
+        if name != other_name or not torch.equal(output, other_output):
+            return name
+    return None
+
+
 def _sums(path: str, layer: LoRALayer, original: nn.Module | None) -> dict[str, Tensor]:
-    """Target -> fp64 (‖ΔW‖², ‖error‖², ‖what is left‖², ⟨what is left, ΔW⟩, ‖W‖²), which add up over layers."""
-    W, delta = merged_weight(layer.base_layer).double(), sum(deltas(layer, torch.float64))
+    """Return by target the fp64 sums that the figures need; they add up over layers.
+
+    The five sums are ‖ΔW‖², ‖M − W − ΔW‖², ‖M − base‖², ⟨M − base, ΔW⟩ and ‖W‖².
+    """
+    W = merged_weight(layer.base_layer).double()  # (out, in)
+    delta = sum(deltas(layer, torch.float64))  # (out, in)
     assert isinstance(delta, Tensor)
-    found = {}
+    sums = {}
     for target, M, base in _targets(path, layer, W, original):
-        left, error = M - base, M - W - delta
-        pairs = (delta, delta), (error, error), (left, left), (left, delta), (W, W)
-        found[target] = torch.stack([a.flatten() @ b.flatten() for a, b in pairs]).cpu()
-    return found
+        stored = M - base  # (out, in)
+        error = M - W - delta  # (out, in)
+        values = [
+            _inner(delta, delta),
+            _inner(error, error),
+            _inner(stored, stored),
+            _inner(stored, delta),
+            _inner(W, W),
+        ]
+        sums[target] = torch.stack(values).cpu()  # (5,)
+    return sums
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of two tensors of one shape."""
+    return a.flatten() @ b.flatten()
 
 
 def _targets(
     path: str, layer: LoRALayer, W: Tensor, original: nn.Module | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(target, M, base) in fp64; a layer that is not in 4 bits has no "nf4"."""
-    merged, base = merged_weight(layer), layer.base_layer
+    """Yield (target, M, base) in fp64; only a layer in 4 bits has the target "nf4"."""
+    merged = merged_weight(layer)  # (out, in)
+    base = layer.base_layer
     for target, dtype in STORAGES.items():
         if dtype is not None:
             yield target, merged.to(dtype).double(), W
         elif isinstance(base, NF4Linear):
-            again = quantize_nf4(merged, base.blocksize, base.weight.double_quant)
-            yield target, dequantize_nf4(again, torch.float32).double(), W
-    if original is not None:
-        weight = getattr(dict(original.named_modules(remove_duplicate=False)).get(path), "weight", None)
-        if not isinstance(weight, Tensor) or weight.shape != W.shape:
-            raise ValueError(f"original: expected a dense weight of shape {tuple(W.shape)} at {path}, got {weight}.")
-        M = sum(deltas(layer, torch.float32), weight.detach().float()).to(weight.dtype)
-        yield "original", M.double(), weight.detach().double()
+            quantized = quantize_nf4(merged, base.blocksize, base.weight.double_quant)
+            yield target, dequantize_nf4(quantized, torch.float32).double(), W
+    if original is None:
+        return
+    module = dict(original.named_modules(remove_duplicate=False)).get(path)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape != W.shape:
+        raise ValueError(
+            f"original: expected a dense weight of shape {tuple(W.shape)} at {path}, got {weight}."
+        )
+    merged_original = sum(deltas(layer, torch.float32), weight.detach().float())  # (out, in)
+    yield "original", merged_original.to(weight.dtype).double(), weight.detach().double()
 
 
 def _report(name: str, sums: dict[str, Tensor]) -> LayerReport:
-    error = {target: math.sqrt(e / d) for target, (d, e, *_) in sums.items()}
-    cosine = {target: (dot / (d * left).sqrt()).nan_to_num(0).item() for target, (d, _, left, dot, _) in sums.items()}
-    d, *_, w = sums["float32"]
-    return LayerReport(name, (d / w).sqrt().item(), error, cosine)
+    """Compute the figures from the sums of `_sums`."""
+    error = {}
+    cosine = {}
+    for target, values in sums.items():
+        delta_square, error_square, stored_square, stored_delta, _ = values
+        error[target] = math.sqrt(error_square / delta_square)
+        norms = (delta_square * stored_square).sqrt()
+        cosine[target] = (stored_delta / norms).nan_to_num(0).item()
+    delta_square, _, _, _, weight_square = sums["float32"]
+    size = (delta_square / weight_square).sqrt().item()
+    return LayerReport(name, size, error, cosine)
 
 
-@torch.inference_mode()
-def first_difference(model: nn.Module, other: nn.Module, *inputs: Tensor) -> str | None:
-    """The first module without children, in order of execution, whose output differs by a bit; None if none does."""
-    outputs: list[tuple[str, object]] = []
-    runs = []
-    for one in (model, other):
-        leaves = [(name, module) for name, module in one.named_modules() if not any(module.children())]
-        hooks = [m.register_forward_hook(lambda _m, _i, y, n=name: outputs.append((n, y))) for name, m in leaves]
-        try:
-            one(*inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        runs.append([(name, y) for name, y in outputs if isinstance(y, Tensor)])
-        outputs.clear()
-    for (name, y), (again, z) in zip(*runs, strict=True):
-        if name != again or not torch.equal(y, z):
-            return name
-    return None
+def _leaf_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:
+    """Run the model and return the output of each module without children, as they run."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def add_hook(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def record(module: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output))
+
+        return module.register_forward_hook(record)
+
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            hooks.append(add_hook(name, module))
+    try:
+        model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs

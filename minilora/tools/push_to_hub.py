@@ -1,13 +1,15 @@
-"""Upload an adapter or a model to the Hugging Face Hub, in one commit: the files that belong to it, and no others.
+"""Upload of an adapter or a model to the Hugging Face Hub, in one commit.
 
-FILES names them, at the top of the folder only. What lies beside them (checkpoints, optimiser states, logs, pickles,
-tokens, hidden files) stays here, and is listed.
+Only files that belong to an adapter or a model are uploaded. FILES lists their names; they are
+taken from the top level of the folder. All other files (checkpoints, optimiser states, logs,
+pickles, tokens, hidden files) are not uploaded, and their names are printed.
 """
 
 import sys
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,9 +19,26 @@ from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE, save_adapte
 from minilora.tools.model_card import CARD, addressed, render
 
 _WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "[!.]*.gguf"]
-FILES = [CONFIG_FILE, WEIGHTS_FILE, "config.json", "generation_config.json", "model.safetensors.index.json", *_WEIGHTS]
-FILES += [*TOKENIZER, "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"]
-FILES += [CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"]
+FILES = [
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    *_WEIGHTS,
+    *TOKENIZER,
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    CARD,
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+]
 
 
 def push_to_hub(
@@ -32,65 +51,145 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload a folder of save_adapter or save_model, or a model's adapter `name`; returns the address of the commit.
+    """Upload an adapter or a model to the Hub in one commit.
 
-    repo_id: owner/name. Without `revision` it is created if missing, private or not as `private` says (None: as the
-        Hub's settings have it); with one, a branch, both must be there.
-    token: default that of HF_TOKEN or `hf auth login`.
-    A folder without README.md gets a card (write_model_card) on its way, unless the repository has one.
-    ValueError: no token, no adapter or model, a repository that is not as `private` says. OSError: the Hub refuses or
-    does not answer. No commit is made then.
+    If the folder has no README.md, a card (`write_model_card`) is uploaded with it, unless the
+    repository already has one. If anything fails, no commit is made.
+
+    Args:
+        folder_or_model: A folder written by `save_adapter` or `save_model`, or a model with an
+            adapter.
+        repo_id: Name of the repository: "owner/name", or "name" for the owner of the token.
+        name: The adapter to upload, if a model is given.
+        private: True or False creates the repository as private or public, and requires this of
+            an existing one. None follows the settings of the Hub.
+        token: Access token. None uses HF_TOKEN or the token of `hf auth login`.
+        revision: Branch to commit to; the repository and the branch must exist. None commits to
+            the main branch and creates a missing repository.
+        commit_message: None writes one with the number of files.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: There is no token, no adapter or no model, or the repository's visibility is
+            not the one that `private` requires.
+        OSError: The Hub refuses the upload or does not answer.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token  # here: `import minilora` stays light
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # here: `import minilora` stays light
 
     validate_repo_id(repo_id)
-    if isinstance(folder_or_model, nn.Module):
-        if not list_adapters(folder_or_model):
-            raise ValueError("the model has no adapter: write the model with save_model, then push that folder.")
-        with tempfile.TemporaryDirectory() as place:
-            save_adapter(folder_or_model, place, name)
-            options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
-            return push_to_hub(place, repo_id, **options)
-    folder = Path(folder_or_model)
-    files = _files(folder)
-    if not (token := token or get_token()):
-        raise ValueError("not logged in to the Hub: pass token=, set HF_TOKEN, or run `hf auth login`.")
+    options = {
+        "private": private,
+        "token": token,
+        "revision": revision,
+        "commit_message": commit_message,
+    }
+    if not isinstance(folder_or_model, nn.Module):
+        return _push_folder(Path(folder_or_model), repo_id, **options)
+    if not list_adapters(folder_or_model):
+        raise ValueError(
+            "the model has no adapter: write the model with save_model, then push that folder."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(folder_or_model, folder, name)
+        return _push_folder(Path(folder), repo_id, **options)
+
+
+def _push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str | None,
+) -> str:
+    """Upload the files of a folder; return the address of the commit."""
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    files = _files_to_upload(folder)
+    token = token or get_token()
+    if not token:
+        raise ValueError(
+            "not logged in to the Hub: pass token=, set HF_TOKEN, or run `hf auth login`."
+        )
     card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else render(folder)
+    has_card = card.is_file()
+    card_text = card.read_text(encoding="utf-8") if has_card else render(folder)
     api = HfApi(token=token)
     with explained(repo_id, revision):
         if revision is None:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private is not None and bool(api.model_info(repo_id).private) != private:
-            there = "public" if private else "private"
-            raise ValueError(f"{repo_id!r} is there and {there}: change that on the Hub, or leave `private` out.")
-        additions = [CommitOperationAdd(file.name, file) for file in files if file.name != CARD]
-        if card.is_file() or not api.file_exists(repo_id, CARD, revision=revision):
-            additions.append(CommitOperationAdd(CARD, addressed(text, repo_id).encode()))
+        _check_visibility(api, repo_id, private)
+        additions = []
+        for file in files:
+            if file.name != CARD:
+                additions.append(CommitOperationAdd(file.name, file))
+        if has_card or not api.file_exists(repo_id, CARD, revision=revision):
+            content = addressed(card_text, repo_id).encode()
+            additions.append(CommitOperationAdd(CARD, content))
         message = commit_message or f"Upload {len(additions)} files with minilora"
-        try:
-            commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
-        except RuntimeError as error:  # so huggingface_hub wraps what goes wrong with a large file
-            why = " ".join(str(error.__cause__ or "").split())
-            raise OSError(f"{repo_id!r}: {error} {why} Try again: files that arrived are not sent twice.") from error
+        return _commit(api, repo_id, additions, message, revision)
+
+
+def _check_visibility(api: Any, repo_id: str, private: bool | None) -> None:
+    """Raise ValueError if the repository is not as private as required."""
+    if private is None:
+        return
+    is_private = bool(api.model_info(repo_id).private)
+    if is_private != private:
+        visibility = "private" if is_private else "public"
+        raise ValueError(
+            f"{repo_id!r} exists and is {visibility}. "
+            "Change its visibility on the Hub, or leave `private` out."
+        )
+
+
+def _commit(
+    api: Any, repo_id: str, additions: list[Any], message: str, revision: str | None
+) -> str:
+    """Make the commit and return its address."""
+    try:
+        commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
+    except RuntimeError as error:
+        # huggingface_hub raises RuntimeError for all errors in the upload of a large file.
+        cause = " ".join(str(error.__cause__ or "").split())
+        raise OSError(
+            f"{repo_id!r}: {error} {cause} Try again: files that arrived are not sent twice."
+        ) from error
     return commit.commit_url
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files to upload, by name. Says which others there are."""
+def _files_to_upload(folder: Path) -> list[Path]:
+    """Return the files to upload, sorted by name, and print the names of all others."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give one that save_adapter or save_model has written.")
-    inside = sorted(folder.iterdir())
-    files = [path for path in inside if path.is_file() and any(fnmatchcase(path.name, p) for p in FILES)]
-    names = {path.name for path in files}
-    weights = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)]
-    model = weights if "config.json" in names else [name for name in weights if name.endswith(".gguf")]
-    if not names >= {CONFIG_FILE, WEIGHTS_FILE} and not model:
         raise ValueError(
-            f"{folder} holds neither an adapter ({CONFIG_FILE}, {WEIGHTS_FILE}) nor a model (config.json and "
-            "model.safetensors, or a .gguf file): write it with save_adapter or save_model."
+            f"{folder} is not a folder: expected one that save_adapter or save_model has written."
         )
-    if others := [path.name for path in inside if path not in files]:
+    entries = sorted(folder.iterdir())
+    files = [path for path in entries if path.is_file() and _matches(path.name, FILES)]
+    names = {path.name for path in files}
+    has_adapter = names >= {CONFIG_FILE, WEIGHTS_FILE}
+    if not has_adapter and not _has_model(names):
+        raise ValueError(
+            f"{folder} holds neither an adapter ({CONFIG_FILE}, {WEIGHTS_FILE}) nor a model "
+            "(config.json and model.safetensors, or a .gguf file): "
+            "write it with save_adapter or save_model."
+        )
+    others = [path.name for path in entries if path not in files]
+    if others:
         print(f"minilora: not uploaded: {', '.join(others)}", file=sys.stderr)
     return files
+
+
+def _has_model(names: set[str]) -> bool:
+    """Return True for config.json with weights, or for a .gguf file."""
+    weights = [name for name in names if _matches(name, _WEIGHTS)]
+    if "config.json" in names:
+        return len(weights) > 0
+    return any(name.endswith(".gguf") for name in weights)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
