@@ -184,15 +184,21 @@ def _train_three_steps(model: nn.Module, tokenizer: Any, rows: Any) -> None:
 def _split_check(model: nn.Module, examples: Sequence[Any], eps: float) -> Check:
     """Compare the gradient of one step of four examples over micro-batches of 4, 2 and 1."""
     gradients = [_gradient(model, examples[:4], size) for size in (4, 2, 1)]
-    distance = max(_relative_distance(gradient, gradients[0]) for gradient in gradients)
+    distances = [_relative_distance(gradient, gradients[0]) for gradient in gradients]
+    distance = max(distances)
     bound = _bound(8 * eps, fp32_bound=1e-5)
     return Check("split", distance, bound, "the gradient does not depend on micro-batches")
 
 
 def _eval_check(model: nn.Module, examples: Sequence[Any], eps: float) -> Check:
     """Compare the eval loss at batch sizes 1, 2 and all."""
-    losses = [mean_loss(model, examples, size)[0] for size in (1, 2, len(examples))]
-    spread = max(abs(loss - losses[0]) / losses[0] for loss in losses)
+    losses = []
+    for size in (1, 2, len(examples)):
+        loss, _ = mean_loss(model, examples, size)
+        losses.append(loss)
+    # |L − L₁| / L₁, NaN if L₁ is
+    distances = [abs(loss - losses[0]) / losses[0] for loss in losses]
+    spread = max(distances)
     bound = _bound(4 * eps, fp32_bound=1e-6)
     return Check("eval", spread, bound, "the eval loss does not depend on its batch size")
 
@@ -201,8 +207,8 @@ def _moved_check(model: nn.Module) -> Check:
     """Count the layers whose B is still zero after training."""
     unmoved = []
     for path, layer in lora_layers(model).items():
-        lora_B = layer.adapters[_ADAPTER].lora_B.detach()  # (out, r)
-        if not lora_B.any():
+        adapter: Any = layer.adapters[_ADAPTER]
+        if not adapter.lora_B.detach().any():
             unmoved.append(path)
     meaning = "every B was trained"
     if unmoved:

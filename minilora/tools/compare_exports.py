@@ -160,8 +160,8 @@ def compare_exports(
         The verdict and the figures of every stage.
 
     Raises:
-        ValueError: There are no rows, training would refuse a row, or the adapter does not fit
-            the base.
+        ValueError: `rows` or the dataset is empty, training would refuse a row, or the adapter
+            does not fit the base.
     """
     tokenizer = load_tokenizer(model)
     selected_rows = read_dataset(dataset)[: max(rows, 0)]
@@ -334,5 +334,7 @@ def _compare(name: str, reference: Tensor, logits: Tensor, tolerance: float) -> 
         verdict = "equal"
     elif kl <= tolerance:
         verdict = "rounded"
-    note = _FOUR_BIT_NOTE if name == "4 bits" and verdict == "different" else ""
+    note = ""
+    if name == "4 bits" and verdict == "different":
+        note = _FOUR_BIT_NOTE
     return Stage(name, verdict, kl, difference, top1, note)

@@ -103,7 +103,8 @@ class Inspection:
         if not self.layers:
             return []
         columns = next(iter(self.layers.values()))
-        lines = [" " * 42 + "".join(f"{name:>16}" for name in columns)]
+        header = "".join(f"{name:>16}" for name in columns)
+        lines = [f"{'':<42}{header}"]
         for layer, figures in self.layers.items():
             cells = "".join(f"{value:16.4g}" for value in figures.values())
             lines.append(f"{layer[-41:]:<42}{cells}")
@@ -280,7 +281,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
 
 def _shown(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that the description shows."""
-    return {name: value for name, value in facts.items() if _SHOWN.fullmatch(name) and value}
+    shown = {}
+    for name, value in facts.items():
+        if value and _SHOWN.fullmatch(name):
+            shown[name] = value
+    return shown
 
 
 def _sizes(tensors: Shapes, files: Iterable[Path]) -> dict[str, Any]:
@@ -299,7 +304,10 @@ def _metadata(folder: Path) -> dict[str, str]:
 
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         metadata = file.metadata() or {}
-    return {f"metadata {key}": value[:80] for key, value in sorted(metadata.items())}
+    facts = {}
+    for key, value in sorted(metadata.items()):
+        facts[f"metadata {key}"] = value[:80]
+    return facts
 
 
 def _adapter_spaces(folder: Path) -> dict[str, Spaces]:
@@ -317,8 +325,9 @@ def _adapter_spaces(folder: Path) -> dict[str, Spaces]:
         match = _LORA_B.fullmatch(key)
         if match is None:
             continue
-        key_A = f"{match['layer']}.lora_{match['kind'] or ''}A{match['suffix'] or ''}"
-        lora_A = tensors.get(key_A)
+        kind = match["kind"] or ""
+        suffix = match["suffix"] or ""
+        lora_A = tensors.get(f"{match['layer']}.lora_{kind}A{suffix}")
         if lora_A is not None:
             lora_B = _ungrouped(lora_B, lora_A)
         if lora_A is None or lora_A.shape[0] != lora_B.shape[1]:
@@ -340,9 +349,11 @@ def _adapter_spaces(folder: Path) -> dict[str, Spaces]:
 
 def _ungrouped(lora_B: Tensor, lora_A: Tensor) -> Tensor:
     """Return the B of a grouped convolution as one (out, r) matrix; any other B unchanged."""
-    if lora_B.dim() <= 2 or lora_A.shape[0] % lora_B.shape[1] != 0:
+    if lora_B.dim() <= 2:
         return lora_B
-    groups = lora_A.shape[0] // lora_B.shape[1]
+    groups, remainder = divmod(lora_A.shape[0], lora_B.shape[1])
+    if remainder != 0:
+        return lora_B
     blocks = lora_B.flatten(1).chunk(groups)  # each (out / groups, r / groups)
     return torch.block_diag(*blocks)  # (out, r)
 

@@ -185,13 +185,16 @@ def _relation(hub: Mapping[str, Any], figures: Sequence[Figures]) -> str | None:
     if hub["base_model"] is None:
         return None
     relation = hub["base_model_relation"]
-    if relation is None and any(isinstance(figure, TrainResult) for figure in figures):
-        return "finetune"
-    return relation
+    if relation is not None:
+        return relation
+    for figure in figures:
+        if isinstance(figure, TrainResult):
+            return "finetune"
+    return None
 
 
 def _section(title: str, facts: Mapping[str, Any]) -> list[str]:
-    """Return a section with a table of the known facts; an empty list if there are none."""
+    """Return a section with a table of the known facts; an empty list without facts."""
     rows = []
     for name, value in facts.items():
         if value is not None:
@@ -280,7 +283,9 @@ def _adapter_code(base: str, kinds: list[str]) -> list[str]:
 
 def _model_content(folder: Path, base_model: str | None) -> _Content:
     """Describe a dense, 4-bit or GGUF model."""
-    gguf = None if (folder / "config.json").is_file() else _first_gguf(folder)
+    gguf = _first_gguf(folder)
+    if (folder / "config.json").is_file():
+        gguf = None
     inspected = inspect(gguf or folder).facts
     facts = {name: inspected.get(name) for name in _MODEL_FACTS}
     origin = f" made from {_link(base_model)}" if base_model else ""

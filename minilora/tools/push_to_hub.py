@@ -72,8 +72,8 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        ValueError: There is no token, no adapter or no model, or the repository's visibility is
-            not the one that `private` requires.
+        ValueError: The token is missing, the folder or model contains nothing to upload, or the
+            repository's visibility is not the one that `private` requires.
         OSError: The Hub refuses the upload or does not answer.
     """
     from huggingface_hub.utils import validate_repo_id  # here: `import minilora` stays light
@@ -168,7 +168,13 @@ def _files_to_upload(folder: Path) -> list[Path]:
             f"{folder} is not a folder: expected one that save_adapter or save_model has written."
         )
     entries = sorted(folder.iterdir())
-    files = [path for path in entries if path.is_file() and _matches(path.name, FILES)]
+    files = []
+    others = []
+    for path in entries:
+        if path.is_file() and _matches(path.name, FILES):
+            files.append(path)
+        else:
+            others.append(path.name)
     names = {path.name for path in files}
     has_adapter = names >= {CONFIG_FILE, WEIGHTS_FILE}
     if not has_adapter and not _has_model(names):
@@ -177,7 +183,6 @@ def _files_to_upload(folder: Path) -> list[Path]:
             "(config.json and model.safetensors, or a .gguf file): "
             "write it with save_adapter or save_model."
         )
-    others = [path.name for path in entries if path not in files]
     if others:
         print(f"minilora: not uploaded: {', '.join(others)}", file=sys.stderr)
     return files

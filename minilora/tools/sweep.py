@@ -99,7 +99,7 @@ def sweep(
     finished_states = (complete, optuna.trial.TrialState.PRUNED)
     finished = study.get_trials(deepcopy=False, states=finished_states)
     study.optimize(run_trial, n_trials=max(0, trials - len(finished)))
-    if not any(trial.state == complete for trial in study.trials):
+    if not study.get_trials(deepcopy=False, states=(complete,)):
         raise ValueError(
             f"sweep: none of {len(study.trials)} trials gave {metric!r}. "
             f"See {folder}/trial-*.txt for the reasons."
@@ -160,8 +160,10 @@ def _parse_search(name: str, text: str) -> _Choices | _Range:
             f"search: {name}={text}: {low_text!r} and {high_text!r} are not both numbers."
         ) from None
     log = scale == ["log"]
-    known_scale = log or not scale
-    if not known_scale or low >= high or (log and low <= 0):
+    valid = low < high and (log or not scale)
+    if log and low <= 0:
+        valid = False
+    if not valid:
         raise ValueError(
             f"search: {name}={text}: expected low:high or low:high:log with low < high, "
             "and low above 0 for log."

@@ -1,4 +1,4 @@
-"""Check that a 4-bit checkpoint is valid for bitsandbytes.
+"""Comparison of 4-bit checkpoints with bitsandbytes' format.
 
 The check reads tensor by tensor, without loading a model. It makes one of four comparisons:
 
@@ -58,7 +58,9 @@ def verify(
     if against and source is not None:
         raise ValueError("source and against are two comparisons: give one of them at a time.")
     headers = safetensors_headers(Path(checkpoint))
-    source_headers = None if source is None else safetensors_headers(Path(source))
+    source_headers = None
+    if source is not None:
+        source_headers = safetensors_headers(Path(source))
 
     verdicts = {}
     for name in _four_bit_weights(headers):
@@ -104,7 +106,7 @@ def compare(ours: NF4Weight, theirs: NF4Weight) -> str:
 
 
 def _four_bit_weights(headers: _Headers) -> list[str]:
-    """Return the names of all weights of which any part besides the codes is stored."""
+    """Return the names of all weights for which a scale or another 4-bit entry is stored."""
     names = {}  # a dict keeps the order
     for entry in headers:
         if match := _PART.fullmatch(entry):
@@ -181,7 +183,10 @@ def _have_equal_entries(ours: NF4Weight, theirs: NF4Weight) -> bool:
     their_state = theirs.state_dict()
     if our_state.keys() != their_state.keys():
         return False
-    return all(torch.equal(value, their_state[key]) for key, value in our_state.items())
+    for key, value in our_state.items():
+        if not torch.equal(value, their_state[key]):
+            return False
+    return True
 
 
 def _have_close_scales(ours: NF4Weight, theirs: NF4Weight) -> bool:

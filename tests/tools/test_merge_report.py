@@ -192,5 +192,5 @@ def test_what_cannot_be_measured_or_merged_says_so():
     with pytest.raises(ValueError, match="storage: expected None or one of"):
         merge(model, "int8")
     dense, _ = layer_with(0.1, quantize=False)
-    with pytest.raises(ValueError, match="no layer with an adapter is in 4 bits"):
+    with pytest.raises(ValueError, match="no layer with an active adapter is in 4 bits"):
         merge(dense, "nf4")
