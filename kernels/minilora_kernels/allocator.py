@@ -107,7 +107,7 @@ def release() -> None:
 def row_blocks(
     rows: int, width: int, device: torch.device, elements: int = 2**17
 ) -> Iterator[slice]:
-    """Return slices over the rows of a matrix for work that should stay in the cache.
+    """Yield slices over the rows of a matrix, for work that should stay in the cache.
 
     Args:
         rows: Number of rows.
@@ -116,17 +116,22 @@ def row_blocks(
             slice has all rows.
         elements: Number of values in a slice. The default is 0.5 MB in fp32.
 
-    Returns:
+    Yields:
         Consecutive slices that cover all rows.
     """
-    size = max(1, elements // width) if device.type == "cpu" else max(1, rows)
-    return (slice(start, start + size) for start in range(0, rows, size))
+    if device.type == "cpu":
+        size = max(1, elements // width)
+    else:
+        size = max(1, rows)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
 
 
 def _reused_block(size: int) -> mmap.mmap:
     """Return a waiting block of about this size, or a new one."""
-    fitting = [waiting for waiting in list(_waiting) if size <= waiting <= SLACK * size]
-    for block_size in sorted(fitting):
+    for block_size in sorted(list(_waiting)):  # a copy: other threads may add blocks
+        if not size <= block_size <= SLACK * size:
+            continue
         try:
             return _waiting[block_size].pop()
         except (IndexError, KeyError):  # no block of this size, or another thread took it
@@ -139,7 +144,7 @@ def _reused_block(size: int) -> mmap.mmap:
 def _release_excess(size: int) -> None:
     """Free waiting blocks, the largest first, until `size` more bytes stay near the peak."""
     waiting = 0
-    for block_size, blocks in list(_waiting.items()):  # a copy: other threads may add blocks
+    for block_size, blocks in list(_waiting.items()):
         waiting += block_size * len(blocks)
     _totals.peak = max(_totals.peak, _totals.allocated - waiting + size)
     limit = _totals.peak + SPARE

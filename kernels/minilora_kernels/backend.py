@@ -51,7 +51,7 @@ def path_for(device: torch.device) -> str:
             f"{ENVIRONMENT}=cpu: expected a CPU tensor, got one on {device}; move the tensor, or "
             "unset the variable"
         )
-    if requested == "cpu" or (requested == "auto" and device.type == "cpu"):
+    if requested != "triton" and device.type == "cpu":
         return "cpu"
 
     installed = bool(find_spec("triton"))

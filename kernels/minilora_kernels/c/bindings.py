@@ -161,7 +161,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, loss: Tensor, wanted: bool) ->
     if labels.dtype != torch.int64:
         return False
     N, V = logits.shape
-    if N > 0 and not bool((labels.min() >= 0) & (labels.max() < V)):
+    outside = (labels < 0) | (labels >= V)  # (N,)
+    if bool(outside.any()):
         return False
     return _run("cross_entropy", logits, labels, loss, N, V, wanted)
 
@@ -199,7 +200,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
     cos = cos.contiguous()
     sin = sin.contiguous()
     y = allocator.empty((B, T, heads, d), x.dtype, x.device).transpose(1, 2)  # (B, heads, T, d)
-    batch_stride = T * d if len(cos) > 1 else 0
+    batch_stride = 0
+    if len(cos) > 1:
+        batch_stride = T * d
     sizes = (x.shape[:3], x.stride()[:3], y.stride()[:3], d // 2, batch_stride)
     if not _run("rotate", x, cos, sin, y, *sizes, sign):
         return None

@@ -54,7 +54,7 @@ class Library:
         self._cached: Path | None = None
 
     def begin(self) -> None:
-        """Load the library from the cache, or start the compiler; the first call alone has effect."""
+        """Load the library from the cache, or start the compiler; only the first call does it."""
         if not self.started:
             self.started = True
             self._start()
@@ -100,7 +100,7 @@ class Library:
     def _command(self, compiler: str) -> str:
         """Return the shell command that compiles library.so in the current folder."""
         flags = " ".join(["-O3 -ffp-contract=off -shared -fPIC", machine_flags(), *self.flags])
-        files = " ".join(shlex.quote(str(source)) for source in self.sources)
+        files = shlex.join(str(source) for source in self.sources)
         compile_files = f"{shlex.quote(compiler)} {flags} -o library.so {files} -lm"
         return f"{compile_files} -fopenmp || {compile_files}"  # some compilers lack OpenMP
 
@@ -109,14 +109,15 @@ class Library:
         try:
             folder = _cache_folder()
             program = os.stat(compiler)
-            code = [path.read_bytes() for path in (*self.sources, *self.headers)]
+            files = self.sources + self.headers
+            contents = [path.read_bytes() for path in files]
         except (OSError, RuntimeError):  # RuntimeError: a user without a home
             return None
         key = hashlib.sha256()
-        key.update(f"{command}\n{program.st_size} {program.st_mtime_ns}\n{_processor()}\n".encode())
-        for content in code:
-            key.update(f"{len(content)}\n".encode())
-            key.update(content)
+        version = f"{program.st_size} {program.st_mtime_ns}"  # of the compiler
+        key.update(f"{command}\n{version}\n{_processor()}\n".encode())
+        for content in contents:
+            key.update(hashlib.sha256(content).digest())
         return folder / "compiled" / f"{self.name}-{key.hexdigest()[:32]}.so"
 
     def _clean(self) -> None:
@@ -164,8 +165,9 @@ def _processor() -> str:
         "CPU part",
     )
     with suppress(OSError):
-        first_core = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        return "\n".join(line for line in first_core.splitlines() if line.startswith(fields))
+        cores = Path("/proc/cpuinfo").read_text().split("\n\n")
+        lines = cores[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(fields))
     return f"{platform.machine()} {platform.processor()}"
 
 
@@ -181,7 +183,8 @@ def _is_trusted(path: Path | None) -> bool:
 def _only_user_writes(path: Path) -> bool:
     """Return True if the file is this user's, and closed to the group and to others."""
     status = os.lstat(path)
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+    others_write = status.st_mode & 0o022
+    return status.st_uid == os.getuid() and not others_write
 
 
 def _store(built: Path, target: Path | None) -> None:

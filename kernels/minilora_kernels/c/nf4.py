@@ -1,18 +1,18 @@
 r"""Calls of the compiled NF4 code: dequantisation in one pass, and products without a dense W.
 
-Dequantisation (nf4_dequantize.c) has the bits of the reference. A block has one scale and 16 levels,
-so that 16 products are enough, and the rest is copying by code:
+Dequantisation (nf4_dequantize.c) has the bits of the reference. A block has one scale and 16
+levels, so that 16 products are enough, and the rest is copying by code:
 
     value[c] = round(level[c] * absmax)      c = 0 … 15, once a block
-    out[i]   = value[code[i]]                with AVX-512, 32 at a time: the codes permute a register
+    out[i]   = value[code[i]]                with AVX-512, 32 at a time by a permuted register
 
 The product (nf4_gemv.c) looks up the levels in the same way, in fp32, and multiplies them by x at
 once. It reads 0.516 bytes a weight and writes none, so that it is faster as long as x has few rows.
 The result differs from dequantise-then-multiply by one rounding less: W is not rounded to the dtype
 of x. The sums are in fp32 in both.
 
-The compiler starts with the first weight. Until it is done, torch dequantises, with the same bits. A
-product waits for it, so that the numbers of a run do not depend on the compiler's speed.
+The compiler starts with the first weight. Until it is done, torch dequantises, with the same bits.
+A product waits for it, so that the numbers of a run do not depend on the compiler's speed.
 """
 
 import ctypes
@@ -173,7 +173,9 @@ def multiplier(
     def multiply(x: Tensor, bias: Tensor | None, _alive: Any = used_memory) -> Tensor:
         y = x.new_empty((*x.shape[:-1], rows))  # (…, out)
         count = x.numel() // inner
-        bias_address = None if bias is None else bias.data_ptr()
+        bias_address = None
+        if bias is not None:
+            bias_address = bias.data_ptr()
         is_bf16 = x.dtype == torch.bfloat16
         done = c_multiply(address, x.data_ptr(), count, bias_address, y.data_ptr(), is_bf16)
         if not done:

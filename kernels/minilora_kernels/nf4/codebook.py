@@ -82,7 +82,8 @@ def _nf4_levels() -> tuple[float, ...]:
     negative = -_normal_quantiles(8)  # (7,)
     zero = torch.zeros(1, device="cpu")
     levels = torch.cat([negative, zero, positive]).sort().values  # (16,)
-    return tuple((levels / levels.max()).tolist())
+    levels = levels / levels.max()  # (16,)
+    return tuple(levels.tolist())
 
 
 def _normal_quantiles(steps: int) -> Tensor:
@@ -96,7 +97,9 @@ def _dynamic_values(signed: bool) -> tuple[float, ...]:
     """Compute the 256 values of the dynamic map: 0, 1, and the values of seven decades."""
     values = [0.0, 1.0]
     for decade in range(7):
-        count = 2**decade if signed else 2 ** (decade + 1)
+        count = 2**decade
+        if not signed:
+            count *= 2
         edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32, device="cpu")  # (count + 1,)
         means = midpoints(edges) * 10 ** (decade - 6)  # (count,)
         values += means.tolist()

@@ -355,7 +355,9 @@ def _check_parts(parts: _Parts, shape: Sequence[int], blocksize: int) -> None:
         expected_parts["nested_absmax"] = (torch.float32, nested_blocks)
         expected_parts["offset"] = (torch.float32, 1)
     for (name, expected), part in zip(expected_parts.items(), parts, strict=True):
-        actual = None if part is None else (part.dtype, part.numel())
+        actual = None
+        if part is not None:
+            actual = (part.dtype, part.numel())
         if actual != expected:
             raise ValueError(
                 f"NF4 weight of shape {tuple(shape)} in blocks of {blocksize}: expected {name} to "
@@ -382,11 +384,13 @@ def _for_a_kernel(packed: Tensor, *others: Tensor | None) -> list[Any]:
     """
     tensors = _contiguous(packed, *others)
     present = [tensor for tensor in tensors if tensor is not None]
-    if len({tensor.device for tensor in present}) > 1:
-        devices = [str(tensor.device) for tensor in present]
+    devices = [str(tensor.device) for tensor in present]
+    if len(set(devices)) > 1:
         raise ValueError(f"NF4: expected all tensors on one device, got {devices}; move them")
     for i, tensor in enumerate(present):
-        alignment = 4 if i == 0 else tensor.element_size()  # packed is read as 32-bit words
+        alignment = tensor.element_size()
+        if i == 0:
+            alignment = 4  # packed is read as 32-bit words
         if tensor.data_ptr() % alignment != 0:
             raise ValueError(
                 f"NF4: expected memory that begins at a multiple of {alignment} bytes, got a "

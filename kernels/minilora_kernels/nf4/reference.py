@@ -55,8 +55,10 @@ def quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(absmax_K).all():
         raise_not_finite(x)
     # blocksize is even: if n is odd, the next code is that of a padded zero, which is 7
-    n_even = x_N.numel() + x_N.numel() % 2
-    return pack(codes_KB.reshape(-1)[:n_even]), absmax_K
+    n = x_N.numel()
+    n_even = n + n % 2
+    codes_N = codes_KB.reshape(-1)[:n_even]  # (n or n + 1,)
+    return pack(codes_N), absmax_K
 
 
 def dequantize(packed: Tensor, absmax_K: Tensor, blocksize: int, out: Tensor) -> None:
@@ -70,7 +72,8 @@ def dequantize(packed: Tensor, absmax_K: Tensor, blocksize: int, out: Tensor) ->
     """
     n = out.numel()
     codes_N = unpack(packed)[:n].int()  # (n,)
-    levels_N = nf4_codebook().to(packed.device)[codes_N]  # (n,)
+    levels = nf4_codebook().to(packed.device)  # (16,)
+    levels_N = levels[codes_N]  # (n,)
     scales_N = absmax_K.repeat_interleave(blocksize)[:n]  # (n,)
     out.copy_((levels_N * scales_N).view(out.shape))
 
@@ -85,8 +88,9 @@ def raise_not_finite(x: Tensor) -> None:
         ValueError: Always, with the index of the first such value.
     """
     x_N = x.detach().reshape(-1).float()  # (n,)
-    first = int((~torch.isfinite(x_N)).nonzero()[0])
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), x.shape))
+    bad_N = ~torch.isfinite(x_N)  # (n,)
+    first = bad_N.nonzero()[0, 0].cpu()
+    index = tuple(int(i) for i in torch.unravel_index(first, x.shape))
     raise ValueError(
         f"quantize_nf4: expected values that are finite in fp32, got {x[index].item()} at index "
         f"{index} of a tensor of shape {tuple(x.shape)}; the source is damaged, or it needs "
@@ -115,7 +119,9 @@ def unpack(packed: Tensor) -> Tensor:
     Returns:
         Codes from 0 to 15, uint8 of shape (2m,).
     """
-    return torch.stack([packed >> 4, packed & 0xF], dim=1).reshape(-1)
+    high = packed >> 4  # (m,)
+    low = packed & 0xF  # (m,)
+    return torch.stack([high, low], dim=1).reshape(-1)
 
 
 def double_quantize(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +153,8 @@ def double_dequantize(codes_K: Tensor, nested_absmax: Tensor, offset: Tensor) ->
         Scales, fp32 of shape (K,).
     """
     scales_K = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: codes_K.numel()]  # (K,)
-    values_K = dynamic_map().to(codes_K.device)[codes_K.int()]  # (K,)
+    map_values = dynamic_map().to(codes_K.device)  # (256,)
+    values_K = map_values[codes_K.int()]  # (K,)
     return values_K * scales_K + offset
 
 

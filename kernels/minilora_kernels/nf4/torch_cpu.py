@@ -59,14 +59,17 @@ def quantize(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         values, buffer1, buffer2 = scratch[:, : stop - start].unbind()  # (N',) each
         values.copy_(x_N[start:stop])
         chunk_absmax_K = absmax_K[start // blocksize : stop // blocksize]  # (K',)
-        _scale_chunk(values.view(-1, blocksize), chunk_absmax_K, buffer1.view(-1, blocksize))
+        values_KB = values.view(-1, blocksize)  # (K', B)
+        buffer_KB = buffer1.view(-1, blocksize)  # (K', B)
+        _scale_chunk(values_KB, chunk_absmax_K, buffer_KB)
         if not torch.isfinite(chunk_absmax_K).all():
             reference.raise_not_finite(x)
         _pack_chunk(values, buffer1, buffer2, packed[start // 2 : stop // 2])
     if n_full < n:
-        if not torch.isfinite(x_N[n_full:].float()).all():
+        short_block = x_N[n_full:]
+        if not torch.isfinite(short_block.float()).all():
             reference.raise_not_finite(x)
-        packed[n_full // 2 :], absmax_K[-1:] = reference.quantize(x_N[n_full:], blocksize)
+        packed[n_full // 2 :], absmax_K[-1:] = reference.quantize(short_block, blocksize)
     return packed, absmax_K
 
 
@@ -93,9 +96,11 @@ def dequantize(packed: Tensor, absmax_K: Tensor, blocksize: int, out: Tensor) ->
         levels_KB = chunk_levels.view(torch.float32).view(-1, blocksize)  # (K', B)
         scale_K1 = absmax_K[start // blocksize : stop // blocksize, None]  # (K', 1)
         # x' = level[code] * absmax in fp32; the copy rounds once (mul(out=) would cast one by one)
-        out_N[start:stop].view(-1, blocksize).copy_(levels_KB.mul_(scale_K1))
+        levels_KB.mul_(scale_K1)
+        out_N[start:stop].view(-1, blocksize).copy_(levels_KB)
     if n_full < n:
-        reference.dequantize(packed[n_full // 2 :], absmax_K[-1:], blocksize, out_N[n_full:])
+        short_bytes = packed[n_full // 2 :]
+        reference.dequantize(short_bytes, absmax_K[-1:], blocksize, out_N[n_full:])
 
 
 def double_quantize(absmax_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,14 +186,17 @@ def _bin_tables() -> tuple[Tensor, Tensor]:
     threshold_of_bin.index_put_((bins.long(),), nf4_thresholds())
 
     keys = torch.arange(128, dtype=torch.int8, device="cpu")  # bin + 64 * above
-    lower = (bins < (keys[:, None] & 63)).sum(1)  # (128,), thresholds in lower bins
+    key_bins = keys & 63  # (128,)
+    lower = (bins < key_bins[:, None]).sum(1)  # (128,), thresholds in lower bins
     codes = lower + (keys >> 6)  # (128,), without meaning for keys that never occur
     first = keys.repeat_interleave(128)  # (16384,)
     second = keys.repeat(128)  # (16384,)
     pairs = torch.stack([first, second], dim=1).view(torch.int16)  # (16384, 1)
     byte_of_pair = torch.zeros(1 << 15, dtype=torch.uint8, device="cpu")
-    packed = codes[first.long()] << 4 | codes[second.long()]  # (16384,)
-    byte_of_pair[pairs.view(-1).long()] = packed.to(torch.uint8)
+    high = codes[first.long()]  # (16384,)
+    low = codes[second.long()]  # (16384,)
+    packed = (high << 4 | low).to(torch.uint8)  # (16384,)
+    byte_of_pair[pairs.view(-1).long()] = packed
     return threshold_of_bin, byte_of_pair
 
 

@@ -353,8 +353,8 @@ def _check_keys(entries: Mapping[str, Tensor], nested: bool, prefix: str) -> Non
     if missing or unexpected:
         raise ValueError(
             f"NF4 state of {prefix!r}: missing {missing}, unexpected {unexpected}; expected "
-            f"exactly {sorted(names)} after the name ('' is the name itself); load the complete file in "
-            "which it was saved"
+            f"exactly {sorted(names)} after the name ('' is the name itself); load the complete "
+            "file in which it was saved"
         )
 
 

@@ -4,14 +4,14 @@ r"""Causal grouped-query attention: reference implementation, and the fast form 
     M = 0 where a query may see a key, -∞ elsewhere
 
 G = heads / kv_heads consecutive query heads share one key and value head (GQA, arXiv:2305.13245).
-The queries are the last T of the S positions that have keys; with a cache, S > T. A query sees a key
-that is not after it, that belongs to its own document, and that is fewer than `window` positions
-before it.
+The queries are the last T of the S positions that have keys; with a cache, S > T. A query sees a
+key that is not after it, that belongs to the same document, and that is fewer than `window`
+positions before it.
 
-Packed documents are kept apart in one of two ways. A mask M can forbid each query to see the keys of
-other documents. Or `Documents` names the runs of tokens, and attention is called once for each
-document, with the queries and keys of that document only. The second way needs no mask, and a row of
-n equal documents costs an n-th of its T x T scores.
+Packed documents are kept apart in one of two ways. A mask M can forbid each query to see the keys
+of other documents. Or `Documents` names the runs of tokens, and attention is called once for each
+document, with the queries and keys of that document only. The second way needs no mask, and a row
+of n equal documents costs an n-th of its T x T scores.
 
 Backward keeps Q, K and V and computes the weights again. PyTorch's own backward is slow on a CPU.
 There `_Causal` works on blocks of queries, each with the keys up to the end of the block.
@@ -102,9 +102,11 @@ def document_runs(document_ids: Tensor) -> list[tuple[int, bool]] | None:
         for document, tokens in groupby(row):
             if document in seen:
                 return None
-            if document >= 0:
+            is_document = document >= 0
+            if is_document:
                 seen.add(document)
-            runs.append((len(list(tokens)), document >= 0))
+            size = len(list(tokens))
+            runs.append((size, is_document))
     return runs
 
 
@@ -191,9 +193,10 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, packed: Documents, scale: floa
     """
     B = q.shape[0]
     sizes = [size for size, _ in packed.runs]
-    # one list for each of q, k, v, with a tensor (1, heads, tokens, d) for each run; the backward
-    # of a split is one cat
-    q_runs, k_runs, v_runs = (_one_row(x).split(sizes, dim=2) for x in (q, k, v))
+    # a tensor (1, heads, tokens, d) for each run; the backward of a split is one cat
+    q_runs = _one_row(q).split(sizes, dim=2)
+    k_runs = _one_row(k).split(sizes, dim=2)
+    v_runs = _one_row(v).split(sizes, dim=2)
     outputs = []
     for i, (size, is_document) in enumerate(packed.runs):
         if is_document:
@@ -225,7 +228,9 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
 
 def _scale(q: Tensor, scale: float | None) -> float:
     """Return the factor on the scores, 1/√d by default."""
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    return scale
 
 
 # ---- own backward, on a CPU
@@ -251,7 +256,8 @@ class _Causal(torch.autograd.Function):
 
     Keeps q, k and v. Backward computes the weights P again, BLOCK queries at a time:
 
-        dV = Pᵀ dO,   dP = dO Vᵀ,   dS = P · (dP - rowsum(P · dP)),   dQ = s · dS K,   dK = s · dSᵀ Q
+        dV = Pᵀ dO,      dP = dO Vᵀ,      dS = P · (dP - rowsum(P · dP))
+        dQ = s · dS K,   dK = s · dSᵀ Q
     """
 
     @staticmethod
@@ -317,7 +323,8 @@ def _weights(S: Tensor, dP: Tensor, start: int, G: int) -> tuple[Tensor, Tensor]
         return S, dP
     size = S.shape[2] - start
     later = ~causal_mask(size, size, device=S.device)[0, 0]  # (size, size)
-    S[:, :, start:].masked_fill_(later.repeat_interleave(G, 0), float("-inf"))
+    later = later.repeat_interleave(G, 0)  # (R', size)
+    S[:, :, start:].masked_fill_(later, float("-inf"))
     P = S.softmax(-1)
     # dS = P · (dP - rowsum(P · dP))
     dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)

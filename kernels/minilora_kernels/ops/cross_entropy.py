@@ -6,9 +6,10 @@
     dloss/dh      = (softmax(logits) - onehot(y)) W
 
 The gradient needs only the logits. The forward pass therefore computes loss and gradient chunk by
-chunk, the logits of each chunk overwrite those of the chunk before, and backward keeps only dloss/dh
-(N, D). Inside a chunk, a few rows at a time are in fp32, which stay in the cache of a CPU; on a GPU
-one kernel turns the logits of a chunk into loss and gradient (triton/cross_entropy.py).
+chunk, the logits of each chunk overwrite those of the chunk before, and backward keeps only
+dloss/dh (N, D). Inside a chunk, a few rows at a time are in fp32, which stay in the cache of a
+CPU; on a GPU one kernel turns the logits of a chunk into loss and gradient
+(triton/cross_entropy.py).
 
 This is possible while W is frozen, as in LoRA. The gradient of a W that is trained needs the factor
 that comes from outside. Then backward keeps h and W, and computes the logits of each chunk again:
@@ -142,8 +143,10 @@ def in_chunks(function: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Ten
     Returns:
         The results of all chunks, (N, …).
     """
-    chunks = zip(*(tensor.split(chunk) for tensor in rows), strict=True)
-    results = [checkpoint(function, *inputs, use_reentrant=False) for inputs in chunks]
+    splits = [tensor.split(chunk) for tensor in rows]
+    results = []
+    for inputs in zip(*splits, strict=True):
+        results.append(checkpoint(function, *inputs, use_reentrant=False))
     return torch.cat(results)
 
 
@@ -174,7 +177,8 @@ def _losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     size = chunk or _chunk_rows(hidden, weight)
     if weight.requires_grad and weight.dtype != hidden.dtype and not autocast:
-        return in_chunks(_row_losses(lambda rows: F.linear(rows, weight)), size, hidden, labels)
+        row_losses = _row_losses(lambda rows: F.linear(rows, weight))
+        return in_chunks(row_losses, size, hidden, labels)
     if not torch.is_grad_enabled():  # no gradient is needed, so compute none
         hidden = hidden.detach()
         weight = weight.detach()
@@ -215,7 +219,9 @@ class _Head(torch.autograd.Function):
         ctx.trains_weight = ctx.needs_input_grad[1]
         with_gradient = ctx.needs_input_grad[0] and not ctx.trains_weight
         loss = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)  # (N,)
-        gradient = torch.empty_like(hidden) if with_gradient else None  # (N, D)
+        gradient = None
+        if with_gradient:
+            gradient = torch.empty_like(hidden)  # (N, D)
         W = weight.to(hidden.dtype)  # (V, D); a copy under autocast
         for rows, logits in _logits_in_chunks(hidden, W, chunk):
             _loss_and_gradient(logits, labels[rows], loss[rows], with_gradient)

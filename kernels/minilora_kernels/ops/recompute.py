@@ -1,8 +1,8 @@
 """Tensors that backward computes again instead of keeping them.
 
-A LoRA layer needs its input y in backward. If y is the output of a norm or of a gate, it can be
-computed again from the inputs of that operation, which the operation keeps for its own backward. The
-operation attaches a `Recipe` to y; the layer asks `recipe_of(y)` and keeps these inputs instead of y.
+A LoRA layer needs its input y in backward. If y is the output of a norm or of a gate, backward can
+compute y again from the inputs of that operation, which the operation keeps anyway. The operation
+attaches a `Recipe` to y; the layer calls `recipe_of(y)` and keeps these inputs instead of y.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,12 @@ class Recipe:
         Returns:
             The tensor. Readers must not write to it.
         """
-        value = self.compute(*inputs) if self.value is None else self.value
+        if self.value is None:
+            self.value = self.compute(*inputs)
+        value = self.value
         self.readers -= 1
-        self.value = value if self.readers > 0 else None
+        if self.readers <= 0:
+            self.value = None
         return value
 
 
@@ -62,7 +65,8 @@ def attach_recipe(y: Tensor, recipe: Recipe, *inputs: Tensor) -> Tensor:
         y itself.
     """
     if torch.is_grad_enabled():
-        note = _Note(recipe, [x.detach() for x in inputs], y._version)
+        detached = [x.detach() for x in inputs]
+        note = _Note(recipe, detached, y._version)
         y.recompute_note = note  # pyright: ignore[reportAttributeAccessIssue] an extra attribute
     return y
 

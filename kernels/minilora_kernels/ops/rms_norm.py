@@ -38,7 +38,8 @@ def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool = False) -
         y of shape (…, D), in the dtype of x (Llama: of x times weight).
     """
     h = x.to(_wide_dtype(x))
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    mean = h.square().mean(-1, keepdim=True)  # (…, 1)
+    h = h * torch.rsqrt(mean + eps)
     return _times_weight(h, weight, gemma, x.dtype)
 
 
@@ -116,7 +117,8 @@ def _forward_in_torch(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tup
     r_N1 = r.reshape(-1, 1)  # (N, 1)
     for rows in row_blocks(len(x_ND), D, x.device):
         h = x_ND[rows].to(r.dtype)  # (R, D)
-        r_N1[rows] = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        mean = h.square().mean(-1, keepdim=True)  # (R, 1)
+        r_N1[rows] = torch.rsqrt(mean + eps)
         y_ND[rows] = _times_weight(h * r_N1[rows], weight, gemma, x.dtype)
     return y, r
 
@@ -129,7 +131,9 @@ def _backward(
         from minilora_kernels.triton import rms_norm as kernels
 
         dx = kernels.rms_norm_backward(x, weight, r, dy, gemma)
-        dw = kernels.rms_norm_weight(x, r, dy) if with_weight else None
+        dw = None
+        if with_weight:
+            dw = kernels.rms_norm_weight(x, r, dy)
         return dx, dw
     compiled = bindings.rms_norm_backward(x, weight, r, dy, with_weight, gemma)
     if compiled is not None:
@@ -145,10 +149,13 @@ def _backward_in_torch(
     x_ND = x.reshape(-1, D)  # (N, D)
     dy_ND = dy.reshape(-1, D)  # (N, D)
     r_N1 = r.reshape(-1, 1)  # (N, 1)
-    w = weight.to(_wide_dtype(x)) + (1 if gemma else 0)  # (D,)
+    shift = 1 if gemma else 0
+    w = weight.to(_wide_dtype(x)) + shift  # (D,)
     dx = allocator.empty_like(x)
     dx_ND = dx.view(x_ND.shape)  # (N, D)
-    dw = torch.zeros_like(w) if with_weight else None  # (D,)
+    dw = None
+    if with_weight:
+        dw = torch.zeros_like(w)  # (D,)
     for rows in row_blocks(len(x_ND), D, x.device):
         g = dy_ND[rows].to(w.dtype, copy=True)  # (R, D)
         h = x_ND[rows] * r_N1[rows]  # (R, D), in fp32 because r is
@@ -157,7 +164,8 @@ def _backward_in_torch(
         dh = g.mul_(w)
         # dx = r · (dh - h · mean(dh · h))
         mean = (dh * h).mean(-1, keepdim=True)  # (R, 1)
-        dx_ND[rows] = dh.sub_(h.mul_(mean)).mul_(r_N1[rows])
+        dh.sub_(h.mul_(mean))
+        dx_ND[rows] = dh.mul_(r_N1[rows])
     return dx, dw
 
 

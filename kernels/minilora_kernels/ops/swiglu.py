@@ -3,9 +3,9 @@
     y = f(g) · u,    f = SiLU (SwiGLU) or GELU in its tanh form (GeGLU)    (arXiv:2002.05202, eq. 6)
     du = dy · f(g)        dg = dy · u · f'(g)
 
-Backward keeps g and u. It computes f(g), which autograd would keep, from g again. A layer that reads
-y computes y again from g and u as well (recompute.py); its backward comes first, and the f(g) of that
-computation serves the backward of the gate too.
+Backward keeps g and u. It computes f(g), which autograd would keep, from g again. A layer that
+reads y computes y again from g and u as well (recompute.py). Its backward comes first, and the
+backward of the gate then uses the f(g) of that computation.
 """
 
 from typing import Any

@@ -16,10 +16,10 @@ unsigned map) at equal distances. Therefore
 
     place_i(y) = y * N_i / (0.9 * 10^(i-6))  +  N_i * 8/9 - N_0 + 1/2
 
-is the number of midpoints below y, up to a half, as if the line of decade i had no ends. Slopes fall
-from decade to decade, and neighbouring lines cross where the decades meet, so that the smallest of
-the seven values is the right one. Its integer part is the number of a bin that holds one midpoint, a
-quarter of a bin or more away from either end. That midpoint decides:
+is the number of midpoints below y, up to a half, as if the line of decade i had no ends. Slopes
+fall from decade to decade, and neighbouring lines cross where the decades meet, so that the
+smallest of the seven values is the right one. Its integer part is the number of a bin that holds
+one midpoint, a quarter of a bin or more away from either end. That midpoint decides:
 
     code = bin + (y > midpoint of the bin)
 """
@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels.nf4.codebook import dynamic_map, midpoints
-from minilora_kernels.triton.launch import run, table
+from minilora_kernels.triton.launch import cdiv, run, table
 from minilora_kernels.triton.nf4_dequantize import lookup
 
 BLOCK = 256  # values that share a scale
@@ -46,7 +46,8 @@ def _scaled(x):
     """
     # read as integers, positive floats keep their order, infinity is above them and NaN above
     # infinity: the maximum loses neither
-    bits = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2), axis=1)[:, None, None]
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # of |x|
+    bits = tl.max(tl.max(bits, axis=2), axis=1)[:, None, None]
     least = tl.maximum(bits, 0x00800000)  # 2^-126, the smallest normal number
     inverse = tl.div_rn(1.0, least.to(tl.float32, bitcast=True))
     return bits.to(tl.float32, bitcast=True), x * inverse
@@ -72,7 +73,8 @@ def _codes(y, midpoints_ptr, SIGNED: tl.constexpr):
     bin = (place.to(tl.int32, bitcast=True) >> 10) & 255
     if SIGNED:  # 0, 1, 2, ... upwards from zero, -1, -2, -3, ... downwards
         bin = (bin ^ (y.to(tl.int32, bitcast=True) >> 31)) + 128
-    midpoint = lookup(midpoints_ptr, tl.load(midpoints_ptr + tl.arange(0, 256)), bin)
+    entries = tl.load(midpoints_ptr + tl.arange(0, 256))
+    midpoint = lookup(midpoints_ptr, entries, bin)
     # y > midpoint is the sign of midpoint - y, which needs no predicate: shift it down and subtract
     above = (midpoint - y).to(tl.int32, bitcast=True) >> 31  # -1 or 0
     return bin - above - (1 if SIGNED else 0)
@@ -103,7 +105,8 @@ def _adamw_8bit(
     ROWS: tl.constexpr,  # blocks a program
 ):
     """Update ROWS blocks of 64 words of 4 values."""
-    row_idx = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    program = tl.program_id(0).to(tl.int64)  # there may be more than 2^31 values
+    row_idx = program * ROWS + tl.arange(0, ROWS)[:, None]
     word_offsets = row_idx * 64 + tl.arange(0, 64)[None, :]
     offsets = word_offsets[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     mask = offsets < n_elements
@@ -119,14 +122,17 @@ def _adamw_8bit(
     v_code = (v_word[:, :, None] >> shift) & 255
     m_scale = tl.load(m_scale_ptr + row_idx, mask=row_mask, other=0)[:, :, None]
     v_scale = tl.load(v_scale_ptr + row_idx, mask=row_mask, other=0)[:, :, None]
-    m = lookup(signed_map_ptr, tl.load(signed_map_ptr + tl.arange(0, 256)), m_code) * m_scale
-    v = lookup(map_ptr, tl.load(map_ptr + tl.arange(0, 256)), v_code) * v_scale
+    m_map = tl.load(signed_map_ptr + tl.arange(0, 256))
+    m = lookup(signed_map_ptr, m_map, m_code) * m_scale
+    v_map = tl.load(map_ptr + tl.arange(0, 256))
+    v = lookup(map_ptr, v_map, v_code) * v_scale
 
     # compute: m = beta1 m + (1 - beta1) g                  v = beta2 v + (1 - beta2) g^2
     #          p = p (1 - lr wd) + rate m / (sqrt(v) correction + eps)
     m = m * beta1 + g * one_minus_beta1
     v = v * beta2 + g * g * one_minus_beta2
-    p = p * decay + tl.div_rn(m, tl.sqrt_rn(v) * correction + eps) * rate
+    p = p * decay
+    p = p + tl.div_rn(m, tl.sqrt_rn(v) * correction + eps) * rate
     m_scale, m = _scaled(m)
     v_scale, v = _scaled(v)
     m_word = tl.sum(_codes(m, signed_midpoints_ptr, True) << shift, axis=2)
@@ -167,7 +173,7 @@ def step(p: Tensor, g: Tensor, moments: Sequence[Tensor], numbers: Sequence[floa
     arguments = (p, g, m_words, m_scale, v_words, v_scale, *tables, len(p), rows, *numbers)
 
     def programs(ROWS: int) -> int:
-        return triton.cdiv(rows, ROWS)
+        return cdiv(rows, ROWS)
 
     run("adamw_8bit", _adamw_8bit, programs, *arguments)
 

@@ -6,14 +6,14 @@
     z_j      <- lift * (p_j - [j = y])                   p = softmax(z)
 
 The logits come from a matrix product, and the gradient goes into another one. Both products are
-those of the vendor's library, chunk by chunk (ops/cross_entropy.py, whose `_rows` is the reference
-implementation). The step between them is bound by memory: the kernel reads a row twice and writes
-it once, and keeps nothing of its size.
+those of the vendor's library, chunk by chunk (ops/cross_entropy.py, whose `_loss_and_gradient` has
+the reference implementation). The step between them is bound by memory: the kernel reads a row
+twice and writes it once, and keeps nothing of its size.
 
-First pass: each thread keeps the largest logit m that it has read, and sum exp(z - m) over all words
-but the label; it rescales the sum when m grows. Because the label is not in that sum,
-p_y - 1 = -(sum of the others) / (sum of all) loses no digit when p_y is near 1, where a subtraction
-would cancel. Second pass: exp(z - m) / sum, written over the logit.
+First pass: each thread keeps the largest logit m that it has read, and sum exp(z - m) over all
+words but the label; it rescales the sum when m grows. Because the label is not in that sum,
+p_y - 1 = -(sum of the others) / (sum of all) loses no digit when p_y is near 1, where a
+subtraction would cancel. Second pass: exp(z - m) / sum, written over the logit.
 """
 
 from contextlib import nullcontext
@@ -62,7 +62,8 @@ def _cross_entropy(
         z = tl.load(logits_ptr + col_offsets, mask=mask, other=float("-inf")).to(tl.float32)
         z = tl.where(col_offsets == label, float("-inf"), z)
         smaller = _exp(-tl.abs(z - thread_max))
-        thread_sum = tl.where(z > thread_max, thread_sum * smaller + 1, thread_sum + smaller)
+        grows = z > thread_max
+        thread_sum = tl.where(grows, thread_sum * smaller + 1, thread_sum + smaller)
         thread_max = tl.maximum(thread_max, z)
     max_others = tl.max(thread_max, axis=0)
     sum_others = tl.sum(thread_sum * _exp(thread_max - max_others), axis=0)
@@ -79,7 +80,8 @@ def _cross_entropy(
             col_offsets = start + tl.arange(0, WIDTH)
             mask = col_offsets < n_cols
             z = tl.load(logits_ptr + col_offsets, mask=mask, other=0).to(tl.float32)
-            gradient = tl.where(col_offsets == label, -sum_others, _exp(z - max_all)) * scale
+            is_label = col_offsets == label
+            gradient = tl.where(is_label, -sum_others, _exp(z - max_all)) * scale
             tl.store(out_ptr + col_offsets, gradient.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -6,8 +6,8 @@ BLOCK_SIZE; here each has a name with its unit, because "block size" is a term o
 
 The entries of TILES were chosen by counting the machine code to which they compile:
 `python benchmarks/gpu_model/kernel_report.py` prints the counts. On a GPU,
-`python benchmarks/gpu_kernels/kernel_bench.py --tune` measures them, and prints a better entry where
-it finds one. No entry has been timed on a GPU yet.
+`python benchmarks/gpu_kernels/kernel_bench.py --tune` measures them, and prints a better entry
+where it finds one. No entry has been timed on a GPU yet.
 
 Every launch passes enable_fp_fusion=False. With fusion, the second level of scales,
 `map[code] * a2 + offset`, would become one multiply-add that rounds once instead of twice, and the
@@ -25,6 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
+
+_MAJOR, _MINOR = triton.__version__.split(".")[:2]
+TRITON_VERSION = (int(_MAJOR), int(_MINOR))
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def tile(num_warps: int, **constants: int) -> Tile:
     return Tile(tuple(constants.items()), num_warps)
 
 
-# kernel -> architecture -> tile. "gfx9" are the CDNA cards of AMD. Their warps have 64 lanes instead
-# of 32, so half as many warps do the same work.
+# kernel -> architecture -> tile. "gfx9" are the CDNA cards of AMD. Their warps have 64 lanes
+# instead of 32, so half as many warps do the same work.
 TILES: dict[str, dict[str, Tile]] = {
     "dequantize_nf4": {
         # one word a thread is one 128-bit store; 4 words in flight hide the latency of memory, in
@@ -138,6 +141,31 @@ TILES: dict[str, dict[str, Tile]] = {
 _overridden: dict[str, Tile] = {}
 
 
+def cdiv(n: int, size: int) -> int:
+    """Return n / size, rounded up.
+
+    Args:
+        n: Number of elements.
+        size: Number of elements of a program, or of a block.
+
+    Returns:
+        The number of programs or blocks.
+    """
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is not below n.
+
+    Args:
+        n: Number, 1 or more.
+
+    Returns:
+        The power of two.
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def run(
     name: str,
     kernel: Any,
@@ -159,7 +187,9 @@ def run(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         chosen = tile_for(name)
         sizes = dict(chosen.constants)
-        count = programs(**sizes) if callable(programs) else programs
+        count = programs
+        if callable(count):
+            count = count(**sizes)
         if count == 0:
             return
         kernel[(count,)](
@@ -261,7 +291,7 @@ def _probe():
 
 @contextmanager
 def rounded(out: Tensor) -> Iterator[Tensor]:
-    """Yield the tensor to which a kernel should write, so that `out` gets values rounded to nearest.
+    """Yield the tensor to which a kernel writes, so that `out` gets values rounded to nearest.
 
     On a GPU that is `out`. The interpreter's cast from fp32 to bf16 cuts off instead of rounding.
     There the kernel writes to an fp32 tensor, which torch rounds into `out`.
@@ -289,6 +319,7 @@ def nearest(x, dtype: tl.constexpr):
     if BY_HAND:
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            bits = bits + 0x7FFF + ((bits >> 16) & 1)
+            bits = bits & -0x10000
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)

@@ -14,9 +14,9 @@ data. Inside a program names hold tensors, which Triton spreads over the threads
 threads make a *warp*, whose threads run in step:
 
     tl.arange(0, 4)                             (0, 1, 2, 3); sizes are powers of two
-    tl.load(pointer + i, mask=m, other=0)       one value for each entry of i where m is true, else 0
+    tl.load(pointer + i, mask=m, other=0)       a value for each entry of i where m is true, else 0
     NAME: tl.constexpr                          known at compile time: another value, another kernel
-    for s in tl.static_range(4)                 unrolled, so that a tuple can hold a tensor for each s
+    for s in tl.static_range(4)                 unrolled, so that a tuple can hold a tensor for an s
     pointer.dtype.element_ty                    the dtype of the values in memory
 
 A good dequantise kernel is bound by memory: for each bf16 value it reads 0.516 bytes
@@ -39,12 +39,11 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels.nf4.codebook import dynamic_map, nf4_codebook
-from minilora_kernels.triton.launch import rounded, run, table
+from minilora_kernels.triton.launch import TRITON_VERSION, cdiv, rounded, run, table
 
-# Triton 3.3, which torch 2.7 brings, aborts the process while it compiles the tl.gather of `lookup`.
-# There each look-up is a load.
-_TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-GATHERS = tl.constexpr(_TRITON_VERSION >= (3, 4))
+# Triton 3.3, which torch 2.7 brings, aborts the process while it compiles the tl.gather of
+# `lookup`. There each look-up is a load.
+GATHERS = tl.constexpr(TRITON_VERSION >= (3, 4))
 
 
 @triton.jit
@@ -53,8 +52,8 @@ def absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NEST
     scale = tl.load(scales_ptr + block_idx, mask=mask, other=0)
     if NESTED:
         nested = tl.load(nested_ptr + block_idx // 256, mask=mask, other=0)
-        # rounds twice, as the reference does
-        absmax = tl.load(map_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
+        value = tl.load(map_ptr + scale.to(tl.int32))
+        absmax = value * nested + tl.load(offset_ptr)  # rounds twice, as the reference does
     else:
         absmax = scale
     return absmax
@@ -152,7 +151,8 @@ def _dequantize_fast(
         scale_ptrs = scales_ptr + first_word // WORDS_PER_BLOCK + word_offsets // WORDS_PER_BLOCK
         scale = tl.load(scale_ptrs, mask=mask, other=0)
         if NESTED:
-            absmax = absmax + (tl.load(map_ptr + scale.to(tl.int32)) * nested + offset,)
+            value = tl.load(map_ptr + scale.to(tl.int32))
+            absmax = absmax + (value * nested + offset,)
         else:
             absmax = absmax + (scale,)
 
@@ -211,7 +211,7 @@ def dequantize(
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
 
     def programs(WORDS: int) -> int:
-        return triton.cdiv(n_words, 4 * WORDS)
+        return cdiv(n_words, 4 * WORDS)
 
     with rounded(out) as target:
         words = packed[: n_words * 4].view(torch.int32)
@@ -244,7 +244,7 @@ def dequantize_textbook(
     options = {"BLOCKSIZE": blocksize, "NESTED": nested_absmax is not None}
 
     def programs(BYTES: int) -> int:
-        return triton.cdiv(n, 2 * BYTES)
+        return cdiv(n, 2 * BYTES)
 
     with rounded(out) as target:
         rest = (scales, nested_absmax, offset, *tables(out.device), target)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilora_kernels.triton.launch import rounded, run
+from minilora_kernels.triton.launch import cdiv, rounded, run
 from minilora_kernels.triton.nf4_dequantize import absmax_of, lookup, tables
 
 CHUNK = 32  # weights: the smallest block size, and one 128-bit load
@@ -146,7 +146,8 @@ def _gemv_fast(
     # store
     y = tl.sum(total, axis=1)
     if BIAS:
-        y += tl.load(bias_ptr + row_idx, mask=row_idx < n_rows, other=0).to(tl.float32)
+        bias = tl.load(bias_ptr + row_idx, mask=row_idx < n_rows, other=0)
+        y += bias.to(tl.float32)
     tl.store(y_ptr + row_idx, y.to(y_ptr.dtype.element_ty), mask=row_idx < n_rows)
 
 
@@ -165,7 +166,8 @@ def fits(shape: Sequence[int]) -> bool:
         True if the kernel takes it.
     """
     rows, inner = shape
-    return inner % CHUNK == 0 and 0 < rows * inner // CHUNK < 2**31
+    chunks = rows * inner // CHUNK
+    return inner % CHUNK == 0 and 0 < chunks < 2**31
 
 
 def gemv(
@@ -207,7 +209,7 @@ def gemv(
     name = "gemv_nf4_small" if inner <= SMALL else "gemv_nf4"
 
     def programs(ROWS: int, CHUNKS: int) -> int:
-        return triton.cdiv(rows, ROWS)
+        return cdiv(rows, ROWS)
 
     with rounded(y) as target:
         weight = (words, scales, nested_absmax, offset, *tables(x.device))

@@ -29,7 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels.triton import launch, nf4_gemv
-from minilora_kernels.triton.launch import BY_HAND, nearest, rounded, run
+from minilora_kernels.triton.launch import (
+    BY_HAND,
+    TRITON_VERSION,
+    cdiv,
+    nearest,
+    next_power_of_2,
+    rounded,
+    run,
+)
 from minilora_kernels.triton.nf4_dequantize import absmax_of, lookup, tables
 
 STEPS = 8  # chunks: a multiple of the step of every tile, and the smallest size of a part
@@ -42,8 +50,12 @@ def _codes(words):
 
     Element k is in nibble k ^ 1, see nf4_dequantize.py. tl.join(a, b) stacks on a new last axis.
     """
-    even = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))  # 0 4, 2 6
-    odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))  # 1 5, 3 7
+    k04 = tl.join(words >> 4, words >> 20)
+    k26 = tl.join(words >> 12, words >> 28)
+    even = tl.join(k04, k26)
+    k15 = tl.join(words, words >> 16)
+    k37 = tl.join(words >> 8, words >> 24)
+    odd = tl.join(k15, k37)
     return tl.join(even, odd) & 15
 
 
@@ -153,7 +165,8 @@ def _matmul(
     if BIAS:
         bias = tl.load(bias_ptr + row_idx, mask=row_idx < n_rows, other=0)
         total += bias.to(tl.float32)[:, None]
-    y_ptr += (tl.program_id(0) // n_tiles).to(tl.int64) * n_tokens * n_rows
+    part = (tl.program_id(0) // n_tiles).to(tl.int64)
+    y_ptr += part * n_tokens * n_rows
     y_offsets = token_idx[None, :].to(tl.int64) * n_rows + row_idx[:, None]
     y_mask = (row_idx < n_rows)[:, None] & (token_idx < n_tokens)[None, :]
     tl.store(y_ptr + y_offsets, total.to(y_ptr.dtype.element_ty), mask=y_mask)
@@ -163,8 +176,7 @@ def _matmul(
 
 # Triton 3.3 stops with an error when it compiles this kernel for sm_120. Versions from there to 3.7
 # were not tried.
-_TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-OLD = _TRITON_VERSION < (3, 7)
+OLD = TRITON_VERSION < (3, 7)
 # Largest number of tokens, whose sums must fit in registers. Tensor cores do not multiply fp32:
 # each product takes 16 instructions.
 MOST = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}
@@ -185,7 +197,8 @@ def fits(dtype: torch.dtype, device: torch.device, shape: Sequence[int], tokens:
     Returns:
         True if the kernel takes it.
     """
-    if not nf4_gemv.fits(shape) or not 0 < tokens <= MOST.get(dtype, 0):
+    most = MOST.get(dtype, 0)
+    if not nf4_gemv.fits(shape) or not 0 < tokens <= most:
         return False
     if launch.interpreted():
         return True
@@ -224,8 +237,9 @@ def matmul(
     rows, inner = shape
     tokens = len(x)
     chunks = inner // nf4_gemv.CHUNK
-    part_chunks = triton.cdiv(triton.cdiv(chunks * rows, ENOUGH), STEPS) * STEPS
-    parts = triton.cdiv(chunks, part_chunks)
+    part_chunks = cdiv(chunks * rows, ENOUGH)
+    part_chunks = cdiv(part_chunks, STEPS) * STEPS  # rounded up to a multiple of STEPS
+    parts = cdiv(chunks, part_chunks)
     y = x.new_empty(tokens, rows)  # (M, out)
     sums = y
     if parts > 1:
@@ -235,11 +249,11 @@ def matmul(
         "BLOCKSIZE": blocksize,
         "NESTED": nested_absmax is not None,
         "BIAS": bias is not None and parts == 1,
-        "TOKENS": max(16, triton.next_power_of_2(tokens)),
+        "TOKENS": max(16, next_power_of_2(tokens)),
     }
 
     def programs(ROWS: int, CHUNKS: int) -> int:
-        return triton.cdiv(rows, ROWS) * parts
+        return cdiv(rows, ROWS) * parts
 
     with rounded(sums) as target:
         weight = (words, scales, nested_absmax, offset, *tables(x.device))

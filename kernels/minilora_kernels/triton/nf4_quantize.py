@@ -32,7 +32,7 @@ from torch import Tensor
 
 from minilora_kernels.nf4.codebook import dynamic_map, midpoints, nf4_thresholds
 from minilora_kernels.nf4.reference import NESTED_BLOCKSIZE, stable_mean
-from minilora_kernels.triton.launch import run, table
+from minilora_kernels.triton.launch import cdiv, run, table
 from minilora_kernels.triton.nf4_dequantize import lookup
 
 BINS = 32
@@ -45,7 +45,8 @@ def _scaled(x):
     """Return absmax (rows, 1) and x / absmax (rows, B), which is zero if absmax is below 2^-126."""
     # read as integers, positive floats keep their order, infinity is above them and NaN above
     # infinity: the maximum loses neither
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)[:, None]
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # of |x|
+    bits = tl.max(bits, axis=1)[:, None]
     absmax = bits.to(tl.float32, bitcast=True)
     # 0x00800000 is 2^-126, the smallest normal number
     inverse = tl.where(bits < 0x00800000, 0.0, tl.div_rn(1.0, absmax))
@@ -68,7 +69,8 @@ def _load_rows(x_ptr, n_elements, ROWS: tl.constexpr, BLOCKSIZE: tl.constexpr):
     most those of the program), and the values as fp32 (ROWS, BLOCKSIZE).
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
-    n_left = tl.minimum(n_elements - first_row * BLOCKSIZE, ROWS * BLOCKSIZE).to(tl.int32)
+    n_left = n_elements - first_row * BLOCKSIZE
+    n_left = tl.minimum(n_left, ROWS * BLOCKSIZE).to(tl.int32)
     row_idx = tl.arange(0, ROWS)[:, None]
     col_offsets = tl.arange(0, BLOCKSIZE)[None, :]
     offsets = row_idx * BLOCKSIZE + col_offsets
@@ -118,7 +120,8 @@ def _quantize_textbook(
     absmax, y = _scaled(x)
     codes = tl.zeros([ROWS, BLOCKSIZE], tl.int32)
     for i in tl.static_range(15):
-        codes += (y > tl.load(thresholds_ptr + i)).to(tl.int32)
+        threshold = tl.load(thresholds_ptr + i)
+        codes += (y > threshold).to(tl.int32)
     _store_rows(words_ptr, absmax_ptr, codes, absmax, first_row, n_left, ROWS, BLOCKSIZE)
 
 
@@ -128,7 +131,8 @@ def _quantize_textbook(
 @triton.jit
 def _bin(y):
     """Return floor(y * 15.5 + 16), rounded to eighths first: 0 to 31 for y in [-1, 1] ± 1 ulp."""
-    return (tl.fma(y, 15.5, 1048592.0).to(tl.int32, bitcast=True) >> 3) & 31  # 2^20 + 16
+    eighths = tl.fma(y, 15.5, 1048592.0)  # 2^20 + 16
+    return (eighths.to(tl.int32, bitcast=True) >> 3) & 31
 
 
 @triton.jit
@@ -145,7 +149,8 @@ def _quantize_fast(
     ROWS: tl.constexpr = VALUES // BLOCKSIZE if VALUES > BLOCKSIZE else 1
     first_row, n_left, x = _load_rows(x_ptr, n_elements, ROWS, BLOCKSIZE)
     absmax, y = _scaled(x)
-    entry = lookup(bins_ptr, tl.load(bins_ptr + tl.arange(0, 32)), _bin(y))
+    bins = tl.load(bins_ptr + tl.arange(0, 32))
+    entry = lookup(bins_ptr, bins, _bin(y))
     threshold = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     # y > threshold is the sign of threshold - y, which needs no predicate: shift it down and add
     above = (threshold - y).to(tl.uint32, bitcast=True) >> 31
@@ -228,7 +233,7 @@ def double_quantize(
         and the offset, fp32 of shape (1,).
     """
     n = len(absmax_K)
-    rows = triton.cdiv(n, NESTED_BLOCKSIZE)
+    rows = cdiv(n, NESTED_BLOCKSIZE)
     if offset is None:
         offset = stable_mean(absmax_K)
     codes = torch.empty_like(absmax_K, dtype=torch.uint8)  # (K,)
@@ -237,7 +242,7 @@ def double_quantize(
     arguments = (absmax_K.contiguous(), offset, thresholds, codes, nested, n, rows)
 
     def programs(ROWS: int) -> int:
-        return triton.cdiv(rows, ROWS)
+        return cdiv(rows, ROWS)
 
     run("double_quantize_nf4", _double_quantize, programs, *arguments)
     return codes, nested, offset
@@ -248,17 +253,17 @@ def _quantize(
 ) -> tuple[Tensor, Tensor]:
     """Launch one of the two kernels with its table."""
     n = x.numel()
-    blocks = triton.cdiv(n, blocksize)
+    blocks = cdiv(n, blocksize)
     x_N = x.detach().reshape(-1).contiguous()  # (n,)
     if x.dtype == torch.float64:
         x_N = x_N.float()
-    words = torch.empty(triton.cdiv(n, 8), dtype=torch.int32, device=x.device)
+    words = torch.empty(cdiv(n, 8), dtype=torch.int32, device=x.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=x.device)  # (K,)
     arguments = (x_N, words, absmax, table(make_table, x.device), n)
 
     def programs(VALUES: int) -> int:
         rows = max(VALUES // blocksize, 1)
-        return triton.cdiv(blocks, rows)
+        return cdiv(blocks, rows)
 
     run(name, kernel, programs, *arguments, BLOCKSIZE=blocksize)
     packed = words.view(torch.uint8)[: (n + 1) // 2]
@@ -278,10 +283,11 @@ def _bin_table() -> Tensor:
     """
     thresholds = nf4_thresholds()  # (15,)
     # exact in fp64, then rounded once: this is the result of tl.fma
-    sums = (thresholds.double() * 15.5 + 1048592.0).float()
-    bins = (sums.view(torch.int32) >> 3) & 31  # (15,)
+    eighths = (thresholds.double() * 15.5 + 1048592.0).float()
+    bins = (eighths.view(torch.int32) >> 3) & 31  # (15,)
     threshold_of_bin = torch.full((BINS,), torch.inf, device="cpu")
     threshold_of_bin.index_put_((bins.long(),), thresholds)
     all_bins = torch.arange(BINS, device="cpu")[:, None]  # (32, 1)
     below = (bins[None, :] < all_bins).sum(1)  # (32,)
-    return threshold_of_bin.view(torch.int32).long() << 32 | below
+    threshold_bits = threshold_of_bin.view(torch.int32).long()  # (32,)
+    return threshold_bits << 32 | below

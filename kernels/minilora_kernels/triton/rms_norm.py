@@ -10,10 +10,10 @@ The reference implementation is in ops/rms_norm.py.
 Gemma stores w - 1, and does not round h before the product.
 
 The kernels are bound by memory. Forward reads x and writes y; backward reads x and dy and writes
-dx; no other tensor of their size exists. A program has a few complete rows. A row longer than VALUES
-is read in pieces, twice; the second read comes from the cache. One program sums a row. dw, for a
-weight that is trained, is summed in strips of rows and then over the strips, in a fixed order, so
-that the same values give the same bits.
+dx; no other tensor of their size exists. A program has a few complete rows. A row longer than
+VALUES is read in pieces, twice; the second read comes from the cache. One program sums a row. dw,
+for a weight that is trained, is summed in strips of rows and then over the strips, in a fixed
+order, so that the same values give the same bits.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels import allocator
-from minilora_kernels.triton.launch import nearest, run, tile_for
+from minilora_kernels.triton.launch import cdiv, nearest, next_power_of_2, run, tile_for
 
 STEPS = 16  # a strip of rms_norm_weight has STEPS times ROWS rows
 
@@ -45,8 +45,8 @@ def _rms_norm(
     """Normalise ROWS rows."""
     WIDTH: tl.constexpr = PADDED if PADDED < VALUES else VALUES
     ROWS: tl.constexpr = VALUES // WIDTH
-    # 64-bit, because there may be more than 2^31 values
-    row_idx = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    program = tl.program_id(0).to(tl.int64)  # there may be more than 2^31 values
+    row_idx = program * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = row_idx < n_rows
     x_ptr += row_idx * D  # (ROWS, 1)
     y_ptr += row_idx * D
@@ -67,7 +67,8 @@ def _rms_norm(
     for start in range(0, D, WIDTH):
         col_offsets = start + tl.arange(0, WIDTH)[None, :]
         mask = row_mask & (col_offsets < D)
-        h = tl.load(x_ptr + col_offsets, mask=mask, other=0).to(tl.float32) * r
+        x = tl.load(x_ptr + col_offsets, mask=mask, other=0)
+        h = x.to(tl.float32) * r
         w = tl.load(w_ptr + col_offsets, mask=col_offsets < D, other=0).to(tl.float32)
         if GEMMA:
             y = (1 + w) * h
@@ -92,7 +93,8 @@ def _rms_norm_backward(
     """Compute dx of ROWS rows."""
     WIDTH: tl.constexpr = PADDED if PADDED < VALUES else VALUES
     ROWS: tl.constexpr = VALUES // WIDTH
-    row_idx = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    program = tl.program_id(0).to(tl.int64)
+    row_idx = program * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = row_idx < n_rows
     x_ptr += row_idx * D  # (ROWS, 1)
     dy_ptr += row_idx * D
@@ -104,9 +106,12 @@ def _rms_norm_backward(
     for start in range(0, D, WIDTH):
         col_offsets = start + tl.arange(0, WIDTH)[None, :]
         mask = row_mask & (col_offsets < D)
-        w = tl.load(w_ptr + col_offsets, mask=col_offsets < D, other=0).to(tl.float32) + GEMMA
-        dh = tl.load(dy_ptr + col_offsets, mask=mask, other=0).to(tl.float32) * w
-        h = tl.load(x_ptr + col_offsets, mask=mask, other=0).to(tl.float32) * r
+        w = tl.load(w_ptr + col_offsets, mask=col_offsets < D, other=0)
+        w = w.to(tl.float32) + GEMMA
+        dy = tl.load(dy_ptr + col_offsets, mask=mask, other=0)
+        dh = dy.to(tl.float32) * w
+        x = tl.load(x_ptr + col_offsets, mask=mask, other=0)
+        h = x.to(tl.float32) * r
         products += dh * h
     mean = tl.sum(products, axis=1)[:, None] / D
 
@@ -114,9 +119,12 @@ def _rms_norm_backward(
     for start in range(0, D, WIDTH):
         col_offsets = start + tl.arange(0, WIDTH)[None, :]
         mask = row_mask & (col_offsets < D)
-        w = tl.load(w_ptr + col_offsets, mask=col_offsets < D, other=0).to(tl.float32) + GEMMA
-        dh = tl.load(dy_ptr + col_offsets, mask=mask, other=0).to(tl.float32) * w
-        h = tl.load(x_ptr + col_offsets, mask=mask, other=0).to(tl.float32) * r
+        w = tl.load(w_ptr + col_offsets, mask=col_offsets < D, other=0)
+        w = w.to(tl.float32) + GEMMA
+        dy = tl.load(dy_ptr + col_offsets, mask=mask, other=0)
+        dh = dy.to(tl.float32) * w
+        x = tl.load(x_ptr + col_offsets, mask=mask, other=0)
+        h = x.to(tl.float32) * r
         dx_ptrs = dx_ptr + col_offsets
         dx = (dh - h * mean) * r
         tl.store(dx_ptrs, nearest(dx, dx_ptr.dtype.element_ty), mask=mask)
@@ -139,7 +147,8 @@ def _rms_norm_weight(
     strip = tl.program_id(0) // n_pieces
     first_row = strip.to(tl.int64) * (STEPS * ROWS)
     n_steps = tl.minimum(tl.cdiv(n_rows - first_row, ROWS), STEPS).to(tl.int32)
-    col_offsets = tl.program_id(0) % n_pieces * COLUMNS + tl.arange(0, COLUMNS)
+    piece = tl.program_id(0) % n_pieces
+    col_offsets = piece * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(n_steps):
         row_idx = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
@@ -217,8 +226,8 @@ def rms_norm_weight(x: Tensor, r: Tensor, dy: Tensor) -> Tensor:
     N = r.numel()
     D = x.shape[-1]
     constants = dict(tile_for("rms_norm_weight").constants)
-    strips = triton.cdiv(N, constants["ROWS"] * STEPS)
-    pieces = triton.cdiv(D, constants["COLUMNS"])
+    strips = cdiv(N, constants["ROWS"] * STEPS)
+    pieces = cdiv(D, constants["COLUMNS"])
     sums = torch.empty(strips, D, dtype=torch.float32, device=x.device)  # (strips, D)
     arguments = (x, r, dy, sums, N)
     run("rms_norm_weight", _rms_norm_weight, strips * pieces, *arguments, D=D, STEPS=STEPS)
@@ -230,7 +239,7 @@ def _programs(r: Tensor, x: Tensor) -> Callable[..., int]:
 
     def programs(VALUES: int) -> int:
         rows_per_program = max(1, VALUES // _sizes(x)["PADDED"])
-        return triton.cdiv(r.numel(), rows_per_program)
+        return cdiv(r.numel(), rows_per_program)
 
     return programs
 
@@ -238,4 +247,4 @@ def _programs(r: Tensor, x: Tensor) -> Callable[..., int]:
 def _sizes(x: Tensor) -> dict[str, int]:
     """Return the kernel's constants for the length of a row."""
     D = x.shape[-1]
-    return {"D": D, "PADDED": triton.next_power_of_2(D)}
+    return {"D": D, "PADDED": next_power_of_2(D)}

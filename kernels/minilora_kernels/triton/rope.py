@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels import allocator
-from minilora_kernels.triton.launch import nearest, run
+from minilora_kernels.triton.launch import cdiv, nearest, next_power_of_2, run
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def _rotate(
     """Rotate ROWS heads, in the order of y."""
     ROWS: tl.constexpr = VALUES // PADDED if PADDED < VALUES else 1
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    # 64-bit, because there may be more than 2^31 values
-    row_idx = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    program = tl.program_id(0).to(tl.int64)  # there may be more than 2^31 values
+    row_idx = program * ROWS + tl.arange(0, ROWS)[:, None]
     token = row_idx // n_heads
     batch = token // n_tokens
     position = token % n_tokens
@@ -57,11 +57,16 @@ def _rotate(
     x1 = tl.load(x_ptr + col_offsets, mask=mask, other=0).to(tl.float32)
     x2 = tl.load(x_ptr + HALF + col_offsets, mask=mask, other=0).to(tl.float32)
     cos = tl.load(cos_ptr + angle_offset + col_offsets, mask=mask, other=0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle_offset + col_offsets, mask=mask, other=0).to(tl.float32) * sign
+    sin = tl.load(sin_ptr + angle_offset + col_offsets, mask=mask, other=0).to(tl.float32)
+    sin = sin * sign
 
     # compute and store
-    y1 = nearest(x1 * cos, dtype).to(tl.float32) - nearest(x2 * sin, dtype).to(tl.float32)
-    y2 = nearest(x2 * cos, dtype).to(tl.float32) + nearest(x1 * sin, dtype).to(tl.float32)
+    x1_cos = nearest(x1 * cos, dtype).to(tl.float32)
+    x2_sin = nearest(x2 * sin, dtype).to(tl.float32)
+    y1 = x1_cos - x2_sin
+    x2_cos = nearest(x2 * cos, dtype).to(tl.float32)
+    x1_sin = nearest(x1 * sin, dtype).to(tl.float32)
+    y2 = x2_cos + x1_sin
     tl.store(y_ptr + col_offsets, nearest(y1, dtype), mask=mask)
     tl.store(y_ptr + HALF + col_offsets, nearest(y2, dtype), mask=mask)
 
@@ -88,13 +93,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     sin = sin.contiguous()
     y = allocator.empty((B, T, heads, d), x.dtype, x.device)
     rows = B * heads * T
-    padded = triton.next_power_of_2(d // 2)
-    angle_batch_stride = T * d if len(cos) > 1 else 0
+    padded = next_power_of_2(d // 2)
+    angle_batch_stride = 0
+    if len(cos) > 1:
+        angle_batch_stride = T * d
     sizes = (rows, heads, T, *x.stride()[:3], angle_batch_stride)
 
     def programs(VALUES: int) -> int:
         rows_per_program = max(1, VALUES // padded)
-        return triton.cdiv(rows, rows_per_program)
+        return cdiv(rows, rows_per_program)
 
     run("rotate", _rotate, programs, x, cos, sin, y, *sizes, sign, HALF=d // 2, PADDED=padded)
     return y.transpose(1, 2)

@@ -5,8 +5,9 @@
 The reference implementation is in ops/swiglu.py.
 
     y = f(g) u,  f(g) = g s(z),  s(z) = 1 / (1 + e^-z)      SiLU: z = g
-    du = dy f(g),  dg = dy u f'(g)                          GELU (tanh form): (1 + tanh v) / 2 = s(2 v)
-    f'(g) = s + g s (1 - s) dz/dg                           z = sqrt(8 / pi) (g + 0.044715 g^3)
+    du = dy f(g),  dg = dy u f'(g)                          GELU in its tanh form:
+    f'(g) = s + g s (1 - s) dz/dg                           z = sqrt(8 / pi) (g + 0.044715 g^3),
+                                                            because (1 + tanh v) / 2 = s(2 v)
 
 The kernels are bound by memory: 6 bytes a value of bf16 forward, and 10 backward. They round f(g)
 and dy u to the dtype in which the reference stores them. e^-z may be infinite; its inverse is 0.
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilora_kernels import allocator
-from minilora_kernels.triton.launch import nearest, run
+from minilora_kernels.triton.launch import cdiv, nearest, run
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e)
 
@@ -32,7 +33,8 @@ def _sigmoid_and_slope(x, GELU: tl.constexpr):
     else:
         z = x
         slope = 1.0
-    return 1 / (1 + tl.exp2(z * -LOG2_E)), slope
+    sigmoid = 1 / (1 + tl.exp2(z * -LOG2_E))
+    return sigmoid, slope
 
 
 @triton.jit
@@ -104,7 +106,7 @@ def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     n = y.numel()
 
     def programs(VALUES: int) -> int:
-        return triton.cdiv(n, VALUES)
+        return cdiv(n, VALUES)
 
     run("gated", _gated, programs, gate, up, y, n, GELU=gelu)
     return y
@@ -130,7 +132,7 @@ def gated_backward(gate: Tensor, up: Tensor, dy: Tensor, gelu: bool) -> tuple[Te
     n = gate.numel()
 
     def programs(VALUES: int) -> int:
-        return triton.cdiv(n, VALUES)
+        return cdiv(n, VALUES)
 
     arguments = (gate, up, dy, dgate, dup, n)
     run("gated_backward", _gated_backward, programs, *arguments, GELU=gelu)
