@@ -81,9 +81,8 @@ class PerRowAdapters:
         Args:
             names: Names of adapters that were given at the start, one for each row.
         """
-        if (
-            tuple(names) != self.names
-        ):  # equal names remain the same object, which the cache compares
+        # Equal names remain the same object, which the cache compares.
+        if tuple(names) != self.names:
             self.names = tuple(names)
 
     def forward(self, layer: LoRALayer, x: Tensor) -> Tensor:

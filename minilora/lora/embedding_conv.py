@@ -77,14 +77,12 @@ class EmbeddingAdapter(AdapterBase):
         self.r = r
         self.lora_alpha = lora_alpha
         self.dropout = dropout_layer(lora_dropout)
-        self.lora_A = nn.Parameter(
-            torch.zeros(r, base.num_embeddings, dtype=torch.float32)
-        )  # (r, V)
-        self.lora_B = nn.Parameter(
-            torch.empty(base.embedding_dim, r, dtype=torch.float32)
-        )  # (D, r)
+        A = torch.zeros(r, base.num_embeddings, dtype=torch.float32)  # (r, V)
+        B = torch.empty(base.embedding_dim, r, dtype=torch.float32)  # (D, r)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
         generator = torch.Generator("cpu").manual_seed(seed)  # the same values on every device
-        values = torch.randn(self.lora_B.shape, device="cpu", generator=generator)  # (D, r)
+        values = torch.randn(B.shape, device="cpu", generator=generator)  # (D, r)
         self.lora_B.data.copy_(values)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:

@@ -307,7 +307,7 @@ class NF4Linear(nn.Module):
         self._load(weight, bias, local_metadata.get("assign_to_params_buffers", False))
 
     def _load(self, weight: NF4Weight, bias: Tensor | None, assign: bool) -> None:
-        """Take over a checked weight and bias: the tensors themselves if `assign`, else copies."""
+        """Take over a checked weight and bias; with `assign` without copying the 4-bit tensors."""
         if assign:
             self._store(weight)
         else:

@@ -80,9 +80,9 @@ for module, constant, bend, kernels in (
     (nf4_quantize, "_bin_table", bits_up, ["quantize_nf4"]),
     (nf4_quantize, "nf4_thresholds", up, ["quantize_nf4_textbook"]),
     (nf4_quantize, "_nested_thresholds", lambda table: table * 0.999, ["double_quantize_nf4"]),
-    (adam8bit, "_signed_midpoints", up, ["adamw_8bit"]),
-    (adam8bit, "_unsigned_midpoints", lambda table: table * 0.999, ["adamw_8bit"]),
-    (adam8bit, "_signed_map", up, ["adamw_8bit"]),
+    (adamw_8bit, "_signed_midpoints", up, ["adamw_8bit"]),
+    (adamw_8bit, "_unsigned_midpoints", lambda table: table * 0.999, ["adamw_8bit"]),
+    (adamw_8bit, "_signed_map", up, ["adamw_8bit"]),
     (
         nf4_dequantize,
         "nf4_codebook",
@@ -112,12 +112,12 @@ def off(module, launcher, kernel, bend):
 head = cross_entropy, "cross_entropy", "cross_entropy"
 off(*head, lambda logits, labels, loss, *_: (logits, labels, loss, True, 1.0001))
 off(*head, lambda logits, labels, loss, *_: (logits, labels + 1, loss, True, 1))
-off(norm, "rms_norm", "rms_norm", lambda x, w, eps, gemma: (x, w, eps + 1e-3, gemma))
-off(norm, "rms_norm_backward", "rms_norm_backward", lambda x, w, r, dy, gemma: (x, w, r * 1.0001, dy, gemma))
-off(norm, "rms_norm_weight", "rms_norm_weight", lambda x, r, dy: (x, r * 1.0001, dy))
-off(rotation, "rotate", "rotate", lambda x, cos, sin, sign: (x, cos, sin, sign * (1 + 2**-20)))
-off(gates, "gated", "gated", lambda gate, up, gelu: (gate, up, not gelu))
-off(gates, "gated_backward", "gated_backward", lambda gate, up, dy, gelu: (gate, up, dy * (1 + 2**-7), gelu))
+off(rms_norm, "rms_norm", "rms_norm", lambda x, w, eps, gemma: (x, w, eps + 1e-3, gemma))
+off(rms_norm, "rms_norm_backward", "rms_norm_backward", lambda x, w, r, dy, gemma: (x, w, r * 1.0001, dy, gemma))
+off(rms_norm, "rms_norm_weight", "rms_norm_weight", lambda x, r, dy: (x, r * 1.0001, dy))
+off(rope, "rotate", "rotate", lambda x, cos, sin, sign: (x, cos, sin, sign * (1 + 2**-20)))
+off(swiglu, "gated", "gated", lambda gate, up, gelu: (gate, up, not gelu))
+off(swiglu, "gated_backward", "gated_backward", lambda gate, up, dy, gelu: (gate, up, dy * (1 + 2**-7), gelu))
 kernel_bench.main(["--check"])
 """
 
