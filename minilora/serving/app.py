@@ -1,4 +1,10 @@
-"""The routes: OpenAI's endpoints, vLLM's two for adapters, ours, and what operators look at."""
+"""The HTTP routes of the server.
+
+OpenAI     POST /v1/chat/completions, POST /v1/completions, GET /v1/models
+vLLM       POST /v1/load_lora_adapter, POST /v1/unload_lora_adapter
+minilora   POST /generate
+operators  GET /, GET /healthz, GET /metrics
+"""
 
 import asyncio
 import base64
@@ -18,84 +24,149 @@ from minilora.serving.engine_client import Desk, Pieces
 from minilora.serving.engine_thread import Worker
 from minilora.serving.metrics import Metrics
 from minilora.serving.middleware import Guard, Refused
-from minilora.serving.responses import Shape, Stream, whole
+from minilora.serving.responses import EventStream, ResponseFormat, collect
 from minilora.serving.schema import Chat, Completion, Error, Generate, Load, Unload
 
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
+COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+GENERATE_TOKENS = 64  # the default of ml.generate
+CLIENT_LEFT = 499  # nginx's status of a request whose client closed the connection
 
 
 def create_app(worker: Worker, config: ServeConfig, name: str, token: str | None = None) -> Guard:
-    """The application, behind its guard; `worker` must run. `name` is the base's, `token` what clients must send."""
+    """Return the ASGI application, wrapped in the middleware that checks each request.
+
+    Args:
+        worker: the engine thread; it must run when the first request arrives.
+        config: the options of the server.
+        name: the model name of the base.
+        token: the token that clients must send; None accepts requests without one.
+
+    Returns:
+        The application.
+    """
     metrics = Metrics()
     desk = Desk(worker, config, name, metrics)
     app = FastAPI(title="minilora", docs_url=None, redoc_url=None, responses=ERRORS)
-    _errors(app)
-    _answering(app, desk)
-    _adapters(app, desk)
+    _add_error_handlers(app)
+    _add_answer_routes(app, desk)
+    _add_model_routes(app, desk)
     guard = Guard(app, config, token, metrics)
-    _operating(app, desk, guard)
+    _add_page(app)
+    _add_operator_routes(app, desk, guard)
     return guard
 
 
-def _answering(app: FastAPI, desk: Desk) -> None:
+def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the three routes that answer prompts."""
+
     @app.post("/v1/chat/completions", responses=STREAM)
     async def chat(body: Chat, request: Request) -> Response:
-        given = {body.max_tokens, body.max_completion_tokens} - {None}
-        if len(given) > 1:
-            raise Refused(400, "max_tokens and max_completion_tokens differ: give one.", param="max_tokens")
+        max_tokens = _chat_limit(body)
         messages = [message.plain() for message in body.messages]
-        ask = await desk.ask(messages, desk.adapter(body.model), body, given.pop() if given else None, None)
-        return await _answer(request, await desk.begin([ask]), _shape("chat", body), body.stream)
+        adapter = desk.adapter_of(body.model)
+        ask = await desk.prepare(messages, adapter, body, max_tokens)
+        pieces = await desk.begin([ask])
+        return await _answer(request, pieces, _response_format("chat", body), body.stream)
 
     @app.post("/v1/completions", responses=STREAM)
     async def completions(body: Completion, request: Request) -> Response:
-        adapter, prompts = desk.adapter(body.model), body.prompt
-        if isinstance(prompts, str) or isinstance(prompts[0], int):
-            prompts = [prompts]
-        raw = [RawText(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        asks = [await desk.ask(prompt, adapter, body, body.max_tokens, 16) for prompt in raw]  # 16: OpenAI's default
-        return await _answer(request, await desk.begin(asks), _shape("completion", body), body.stream)
+        adapter = desk.adapter_of(body.model)
+        asks = []
+        for prompt in _prompts(body):
+            ask = await desk.prepare(prompt, adapter, body, body.max_tokens, COMPLETION_TOKENS)
+            asks.append(ask)
+        pieces = await desk.begin(asks)
+        return await _answer(request, pieces, _response_format("completion", body), body.stream)
 
     @app.post("/generate", responses=STREAM)
     async def generate(body: Generate, request: Request) -> Response:
-        adapter = None if body.adapter is None else desk.adapter(body.adapter)
-        prompt = body.prompt if isinstance(body.prompt, str) else [message.plain() for message in body.prompt]
-        greedy = body if body.temperature is not None else body.model_copy(update={"temperature": 0.0})
-        ask = await desk.ask(prompt, adapter, greedy, body.max_new_tokens, 64)  # 64: ml.generate's default
-        return await _answer(request, await desk.begin([ask]), Shape("generate", desk.base), body.stream)
+        adapter = None
+        if body.adapter is not None:
+            adapter = desk.adapter_of(body.adapter)
+        prompt: Any = body.prompt
+        if not isinstance(prompt, str):
+            prompt = [message.plain() for message in prompt]
+        if body.temperature is None:
+            body = body.model_copy(update={"temperature": 0.0})
+        ask = await desk.prepare(prompt, adapter, body, body.max_new_tokens, GENERATE_TOKENS)
+        pieces = await desk.begin([ask])
+        return await _answer(request, pieces, ResponseFormat("generate", desk.base), body.stream)
 
 
-def _shape(kind: str, body: Chat | Completion) -> Shape:
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    if usage and not body.stream:
-        raise Refused(400, "stream_options: only with stream true.", param="stream_options")
-    return Shape(kind, body.model, usage)
+def _chat_limit(body: Chat) -> int | None:
+    """Return the token limit of a chat, which has two names: the old one and the new one."""
+    if body.max_tokens is None:
+        return body.max_completion_tokens
+    if body.max_completion_tokens not in (None, body.max_tokens):
+        message = "max_tokens and max_completion_tokens differ: give one."
+        raise Refused(400, message, param="max_tokens")
+    return body.max_tokens
 
 
-async def _answer(request: Request, pieces: Pieces, shape: Shape, stream: bool | None) -> Response:
+def _prompts(body: Completion) -> list[RawText | list[int]]:
+    """Return the prompts of a completion as a list of raw texts or lists of token ids."""
+    prompts: Any = body.prompt
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+        prompts = [prompts]
+    result = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            prompt = RawText(prompt)
+        result.append(prompt)
+    return result
+
+
+def _response_format(kind: str, body: Chat | Completion) -> ResponseFormat:
+    """Return the format of an answer to one of OpenAI's endpoints."""
+    options = body.stream_options
+    include_usage = options is not None and bool(options.include_usage)
+    if include_usage and not body.stream:
+        message = "stream_options: allowed only with stream true."
+        raise Refused(400, message, param="stream_options")
+    return ResponseFormat(kind, body.model, include_usage)
+
+
+async def _answer(
+    request: Request, pieces: Pieces, response_format: ResponseFormat, stream: bool | None
+) -> Response:
+    """Return a stream, or wait for the complete answer or for the client to leave."""
     if stream:
-        return Stream(pieces, shape)
-    answer, gone = asyncio.ensure_future(whole(pieces, shape)), asyncio.ensure_future(_gone(request))
+        return EventStream(pieces, response_format)
+    answer = asyncio.ensure_future(collect(pieces, response_format))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(answer.result()) if answer.done() else Response(status_code=499)  # nobody reads it
+        await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return Response(status_code=CLIENT_LEFT)
+        return JSONResponse(answer.result())
     finally:
         answer.cancel()
-        gone.cancel()
+        disconnect.cancel()
         pieces.close()
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _wait_for_disconnect(request: Request) -> None:
+    """Return when the client has closed the connection."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
 
 
-def _adapters(app: FastAPI, desk: Desk) -> None:
+def _add_model_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the routes that list, load and unload models: the base and its adapters."""
+
     def entry(name: str) -> dict[str, Any]:
-        parent = None if desk.adapter(name) is None else desk.base
-        return {"id": name, "object": "model", "created": desk.created, "owned_by": "minilora", "parent": parent}
+        parent = None if desk.adapter_of(name) is None else desk.base
+        return {
+            "id": name,
+            "object": "model",
+            "created": desk.created,
+            "owned_by": "minilora",
+            "parent": parent,
+        }
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
@@ -116,33 +187,60 @@ def _adapters(app: FastAPI, desk: Desk) -> None:
         return JSONResponse({"id": body.lora_name, "object": "model", "deleted": True})
 
 
-def _operating(app: FastAPI, desk: Desk, guard: Guard) -> None:
-    page = files("minilora.serving.serve").joinpath("page.html").read_text(encoding="utf-8")
-    inline = {kind: re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.S) for kind in ("script", "style")}
-    policy = "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    for kind, bodies in inline.items():  # what the page holds runs, what an answer holds never does
-        hashes = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies)
-        policy += f"; {kind}-src " + " ".join(f"'sha256-{value}'" for value in hashes)
+def _add_page(app: FastAPI) -> None:
+    """Add the page that compares two models."""
+    page = files("minilora.serving").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {
+        "content-security-policy": _content_security_policy(page),
+        "referrer-policy": "no-referrer",
+    }
 
     @app.get("/", include_in_schema=False)
     async def home() -> HTMLResponse:
-        return HTMLResponse(page, headers={"content-security-policy": policy, "referrer-policy": "no-referrer"})
+        return HTMLResponse(page, headers=headers)
+
+
+def _content_security_policy(page: str) -> str:
+    """Return a policy that runs the page's own script and style, and nothing inside an answer."""
+    policy = (
+        "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    for tag in ("script", "style"):
+        hashes = []
+        for source in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S):
+            digest = hashlib.sha256(source.encode()).digest()
+            hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+        policy += f"; {tag}-src " + " ".join(hashes)
+    return policy
+
+
+def _add_operator_routes(app: FastAPI, desk: Desk, guard: Guard) -> None:
+    """Add the health check and the metrics."""
 
     @app.get("/healthz")
     async def health() -> JSONResponse:
-        state = "failed" if desk.worker.failed else "stopping" if guard.draining else "ok"
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        if desk.worker.failed:
+            return JSONResponse({"status": "failed"}, 503)
+        if guard.draining:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ok"}, 200)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         engine = desk.worker.engine
-        gauges = {"requests_running": len(engine.rows), "requests_waiting": len(engine.waiting)}
-        gauges |= {"requests_open": guard.open, "adapters": len(desk.names) - 1}
-        return PlainTextResponse(desk.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+        gauges = {
+            "requests_running": len(engine.rows),
+            "requests_waiting": len(engine.waiting),
+            "requests_open": guard.open,
+            "adapters": len(desk.names) - 1,  # without the base
+        }
+        media_type = "text/plain; version=0.0.4; charset=utf-8"
+        return PlainTextResponse(desk.metrics.text(gauges), media_type=media_type)
 
 
-def _errors(app: FastAPI) -> None:
-    """Everything that is no answer comes in OpenAI's shape."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Give every error the form of OpenAI's errors."""
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
@@ -150,18 +248,28 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = []
-        for one in error.errors():
-            where = ".".join(str(part) for part in one["loc"][1:]) or "the body"
-            known = "unknown field, which this server would have to ignore: leave it out"
-            found.append((where, known if one["type"] == "extra_forbidden" else one["msg"]))
-        text = "; ".join(f"{where}: {message}" for where, message in found[:4])
-        return JSONResponse(Refused(400, text, "invalid_request", found[0][0]).content, 400)
+        return JSONResponse(_invalid_request(error).content, 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(Refused(error.status_code, str(error.detail)).content, error.status_code, error.headers)
+        content = Refused(error.status_code, str(error.detail)).content
+        return JSONResponse(content, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(Refused(500, "the server has an error, which is in its log.").content, 500)
+        content = Refused(500, "the server has an internal error: see its log.").content
+        return JSONResponse(content, 500)
+
+
+def _invalid_request(error: RequestValidationError) -> Refused:
+    """Return a refusal that names the first four invalid fields of a body."""
+    fields = []
+    messages = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"][1:]) or "the body"
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            message = "unknown field, which this server does not support: remove it"
+        fields.append(field)
+        messages.append(f"{field}: {message}")
+    return Refused(400, "; ".join(messages[:4]), "invalid_request", fields[0])

@@ -1,7 +1,8 @@
-"""Between the routes and the engine's thread: requests go in, pieces come out, names of models are known.
+"""The connection between the HTTP routes and the engine thread.
 
-Everything here runs in the event loop's thread; the engine's own (engine_thread.py) hands pieces over by
-call_soon_threadsafe.
+Requests go to the engine thread, pieces of answers come back, and model names become adapters.
+Everything in this file runs in the thread of the event loop. The engine thread
+(engine_thread.py) hands pieces over with `call_soon_threadsafe`.
 """
 
 import asyncio
@@ -18,126 +19,273 @@ from minilora.generation.sequence import Ask, Piece
 from minilora.serving.config import ServeConfig
 from minilora.serving.engine_thread import Ended, Worker
 from minilora.serving.metrics import Metrics
-from minilora.serving.middleware import Refused, inside
+from minilora.serving.middleware import Refused, adapter_path
 
 
 class Desk:
-    """`names`: model name -> its adapter, None for the base, which comes first."""
+    """The client of the engine thread.
+
+    Args:
+        worker: the engine thread.
+        config: the options of the server.
+        name: the model name of the base.
+        metrics: the counters of the server.
+
+    Attributes:
+        names: model name -> its adapter; the base comes first and has None.
+        base: the model name of the base.
+        created: Unix time of the start, in seconds.
+    """
 
     def __init__(self, worker: Worker, config: ServeConfig, name: str, metrics: Metrics) -> None:
-        self.worker, self.config, self.metrics = worker, config, metrics
-        self.names: dict[str, str | None] = {name: None} | {own: own for own in worker.engine.adapters}
+        self.worker = worker
+        self.config = config
+        self.metrics = metrics
+        self.names: dict[str, str | None] = {name: None}
+        for adapter in worker.engine.adapters:
+            self.names[adapter] = adapter
         self.base = name
         self.created = int(time.time())
 
-    def adapter(self, name: str) -> str | None:
-        """The adapter of a model's name. Refused for an unknown one."""
-        if name not in self.names:
-            message = f"model {name!r} is not served here. Expected one of {', '.join(self.names)}."
-            raise Refused(404, message, "model_not_found", "model")
-        return self.names[name]
+    def adapter_of(self, model: str) -> str | None:
+        """Return the adapter of a model name.
 
-    async def ask(self, prompt: Any, adapter: str | None, body: Any, given: int | None, usual: int | None) -> Ask:
-        """A request of `prompt` (token ids, or what encode_prompt takes) with the options of `body`; `given` tokens at
-        most, `usual` (None: all that fit) if it does not say. Refused for what cannot be encoded, or asks too much."""
-        ids = prompt if isinstance(prompt, list) and isinstance(prompt[0], int) else None
+        Args:
+            model: the model name.
+
+        Returns:
+            The name of the adapter; None for the base.
+
+        Raises:
+            Refused: the name is unknown (status 404).
+        """
+        if model not in self.names:
+            names = ", ".join(self.names)
+            message = f"model {model!r} is not served here. Expected one of {names}."
+            raise Refused(404, message, "model_not_found", "model")
+        return self.names[model]
+
+    async def prepare(
+        self,
+        prompt: Any,
+        adapter: str | None,
+        body: Any,
+        max_tokens: int | None,
+        default_tokens: int | None = None,
+    ) -> Ask:
+        """Return the engine's request for a prompt.
+
+        Args:
+            prompt: token ids, or a prompt of `encode_prompt`.
+            adapter: the name of the adapter; None is the base.
+            body: the client's sampling options, a model of schema.py.
+            max_tokens: the client's limit of the answer; None takes the default.
+            default_tokens: the default of that limit; None is all that fits.
+
+        Returns:
+            The request.
+
+        Raises:
+            Refused: the prompt has no encoding, an option is out of range, or the client wants
+                more tokens than the server allows (status 400).
+        """
         try:
-            tokenizer = self.worker.engine.tokenizer
-            ids = ids or await asyncio.to_thread(encode_prompt, prompt, tokenizer)
-            room = max(1, self.worker.engine.max_length - len(ids))
-            most = given or min(self.config.max_tokens, room, usual or room)
-            if most > self.config.max_tokens:
-                raise ValueError(f"max_tokens: this server gives at most {self.config.max_tokens}, got {most}.")
-            stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-            temperature = 1.0 if body.temperature is None else body.temperature
-            top_p, top_k = 1.0 if body.top_p is None else body.top_p, max(0, body.top_k or 0)
-            return Ask(ids, adapter, most, temperature, top_p, top_k, body.seed, tuple(stop), self.config.timeout)
+            token_ids = await self._encode(prompt)
+            limit = self._token_limit(len(token_ids), max_tokens, default_tokens)
+            stop = body.stop or []
+            if isinstance(stop, str):
+                stop = [stop]
+            return Ask(
+                token_ids,
+                adapter,
+                limit,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                top_k=max(0, body.top_k or 0),  # -1, all tokens in vLLM, is 0 here
+                seed=body.seed,
+                stop=tuple(stop),
+                seconds=self.config.timeout,
+            )
         except ValueError as error:
             raise Refused(400, str(error)) from error
 
+    async def _encode(self, prompt: Any) -> list[int]:
+        """Return the token ids of a prompt; a long text does not block the event loop."""
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return prompt
+        return await asyncio.to_thread(encode_prompt, prompt, self.worker.engine.tokenizer)
+
+    def _token_limit(
+        self, prompt_length: int, max_tokens: int | None, default_tokens: int | None
+    ) -> int:
+        """Return the limit of an answer, in tokens."""
+        if max_tokens is None:
+            remaining = max(1, self.worker.engine.max_length - prompt_length)
+            return min(self.config.max_tokens, remaining, default_tokens or remaining)
+        if max_tokens > self.config.max_tokens:
+            raise ValueError(
+                f"max_tokens: this server gives at most {self.config.max_tokens}, got {max_tokens}."
+            )
+        return max_tokens
+
     async def begin(self, asks: Sequence[Ask]) -> "Pieces":
-        """Hand requests to the engine. Refused with 429 if too many wait."""
+        """Hand requests to the engine.
+
+        Args:
+            asks: the requests; the engine accepts all of them or none.
+
+        Returns:
+            The pieces of the answers as they come.
+
+        Raises:
+            Refused: the queue is full (status 429), the engine does not accept a request (400),
+                or the engine has ended (503).
+        """
         pieces = Pieces(self, asks)
         try:
             await self.call(self.worker.submit(asks, pieces.listener()))
         except Full as error:
-            waiting = len(self.worker.engine.waiting) + 1
-            refusal = Refused(429, str(error), "too_many_requests")
-            refusal.headers["retry-after"] = str(math.ceil(self.metrics.pace * waiting / self.config.batch_size))
-            raise refusal from error
-        except asyncio.CancelledError:  # the request's time is over (middleware.py), and the engine may have accepted
+            raise self._queue_full(error) from error
+        except asyncio.CancelledError:
+            # The time limit of middleware.py has ended, and the engine may have accepted.
             pieces.close()
             raise
         self.metrics.tokens["prompt"] += sum(len(ask.prompt) for ask in asks)
         return pieces
 
+    def _queue_full(self, error: Full) -> Refused:
+        """Return a refusal with an estimate of the time until the queue has a free place."""
+        position = len(self.worker.engine.waiting) + 1
+        seconds = math.ceil(self.metrics.pace * position / self.config.batch_size)
+        refusal = Refused(429, str(error), "too_many_requests")
+        refusal.headers["retry-after"] = str(seconds)
+        return refusal
+
     async def call(self, future: Future[Any]) -> Any:
-        """Wait for the engine's thread; what a client is to blame for comes as Refused."""
+        """Wait for the engine thread.
+
+        Args:
+            future: a result of the engine thread.
+
+        Returns:
+            The value of the future.
+
+        Raises:
+            Refused: the client caused the error (status 400), or the engine has ended (503).
+            Full: the queue is full.
+        """
         try:
             return await asyncio.wrap_future(future)
         except (ValueError, OSError) as error:
             raise Refused(400, str(error)) from error
         except Ended as error:
-            raise Refused(503, "the server has ended: ask again.", "ended") from error
+            message = "the server has stopped: send the request again."
+            raise Refused(503, message, "ended") from error
 
     async def load(self, name: str, path: str) -> None:
-        """An adapter from the allowed folder, from now on a model of its own."""
-        folder = inside(self.config.adapter_folder, path)
+        """Load an adapter and serve it as a model.
+
+        Args:
+            name: the name of the adapter and of the model.
+            path: the adapter's folder inside the server's `adapter_folder`.
+
+        Raises:
+            Refused: the folder is not allowed, the name is in use, the server has its largest
+                number of adapters, or the files are not an adapter of this base.
+        """
+        folder = adapter_path(self.config.adapter_folder, path)
         if name in self.names:
-            raise Refused(400, f"lora_name: {name!r} is already served: unload it first.", param="lora_name")
-        if len(self.names) > self.config.max_adapters:
-            raise Refused(400, f"{self.config.max_adapters} adapters are served, as many as may: unload one.")
+            message = f"lora_name: {name!r} is already served: unload it first."
+            raise Refused(400, message, param="lora_name")
+        limit = self.config.max_adapters
+        if len(self.names) > limit:  # `names` has the base too
+            raise Refused(400, f"{limit} adapters are served, which is the limit: unload one.")
         await self.call(self.worker.call(self.worker.engine.load, name, folder))
         self.names[name] = name
 
     async def unload(self, name: str) -> None:
-        """No new requests for an adapter; those that are under way are answered."""
-        if self.adapter(name) is None:
-            raise Refused(400, f"lora_name: {name!r} is the base itself.", param="lora_name")
+        """Accept no new requests for an adapter; running answers finish.
+
+        Args:
+            name: the name of the adapter.
+
+        Raises:
+            Refused: the name is unknown (status 404), or is the base's (400).
+        """
+        if self.adapter_of(name) is None:
+            message = f"lora_name: {name!r} is the base itself, which stays loaded."
+            raise Refused(400, message, param="lora_name")
         del self.names[name]
         await self.call(self.worker.call(self.worker.engine.unload, name))
 
 
 class Pieces:
-    """The pieces of several answers, (number of the request, piece), as they come; `close` forgets what is not done."""
+    """The pieces of several answers, as an asynchronous iterator.
+
+    It yields pairs: the index of the request and its next piece.
+
+    Args:
+        desk: the client that makes the requests.
+        asks: the requests.
+
+    Attributes:
+        unfinished: request -> its index, for requests whose answer is not complete.
+        generated: number of tokens generated so far.
+    """
 
     def __init__(self, desk: Desk, asks: Sequence[Ask]) -> None:
-        self.desk, self.asks = desk, asks
-        self.queue: asyncio.Queue[Piece] = asyncio.Queue()  # at most as long as the answers
-        self.left, self.begun = {ask: number for number, ask in enumerate(asks)}, time.monotonic()
-        self.quiet, self.generated = set(asks), 0
+        self.desk = desk
+        self.asks = asks
+        self.queue: asyncio.Queue[Piece] = asyncio.Queue()  # the answers' lengths limit its size
+        self.unfinished = {ask: index for index, ask in enumerate(asks)}
+        self.without_token = set(asks)
+        self.start_time = time.monotonic()
+        self.generated = 0
 
     def listener(self) -> Callable[[Piece], Any]:
-        """What the engine's thread calls with each piece."""
-        return partial(asyncio.get_running_loop().call_soon_threadsafe, self.queue.put_nowait)
+        """Return the function that the engine thread calls with each piece."""
+        loop = asyncio.get_running_loop()
+        return partial(loop.call_soon_threadsafe, self.queue.put_nowait)
 
     def __aiter__(self) -> "Pieces":
         return self
 
     async def __anext__(self) -> tuple[int, Piece]:
-        if not self.left:
+        if not self.unfinished:
             raise StopAsyncIteration
-        piece, metrics = await self.queue.get(), self.desk.metrics
-        number, seconds = self.left[piece.ask], time.monotonic() - self.begun
+        piece = await self.queue.get()
+        index = self.unfinished[piece.ask]
+        self._count(piece)
+        if piece.finish:
+            del self.unfinished[piece.ask]
+        return index, piece
+
+    def _count(self, piece: Piece) -> None:
+        """Add a piece to the metrics."""
+        metrics = self.desk.metrics
+        seconds = time.monotonic() - self.start_time
         self.generated += piece.tokens
         metrics.tokens["generated"] += piece.tokens
-        if piece.ask in self.quiet and piece.finish not in ("timeout", "error"):
-            self.quiet.remove(piece.ask)
-            metrics.began(seconds)
+        if piece.ask in self.without_token and piece.finish not in ("timeout", "error"):
+            self.without_token.remove(piece.ask)
+            metrics.record_first_token(seconds)
         if piece.finish:
-            del self.left[piece.ask]
-            metrics.ended(piece.finish, seconds)
-        return number, piece
+            metrics.record_end(piece.finish, seconds)
 
     @property
     def usage(self) -> dict[str, int]:
-        """Tokens so far."""
-        read = sum(len(ask.prompt) for ask in self.asks)
-        return {"prompt_tokens": read, "completion_tokens": self.generated, "total_tokens": read + self.generated}
+        """The number of tokens so far, in OpenAI's fields."""
+        prompt_tokens = sum(len(ask.prompt) for ask in self.asks)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": self.generated,
+            "total_tokens": prompt_tokens + self.generated,
+        }
 
     def close(self) -> None:
-        """Nobody wants to hear more."""
-        if self.left:
-            self.desk.worker.cancel([*self.left])
-            self.desk.metrics.finished["left"] += len(self.left)
-            self.left = {}
+        """Cancel the requests whose answers are not complete, because the client has left."""
+        if not self.unfinished:
+            return
+        self.desk.worker.cancel([*self.unfinished])
+        self.desk.metrics.finished["left"] += len(self.unfinished)
+        self.unfinished = {}

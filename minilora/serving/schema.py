@@ -1,38 +1,59 @@
-"""What clients may send, as pydantic models: OpenAI's fields, and vLLM's where OpenAI has none (top_k, lora_name).
+"""The request bodies, as pydantic models.
 
-A field that would change the answer and is not supported is here with the only values that change nothing (`n` 1, a
-penalty of 0), and a field that is not here at all is refused: nothing a client sends is ignored, but for the few that
-are about the client and not the answer. From these models FastAPI writes /openapi.json, so it says the same.
+The fields are OpenAI's. Where OpenAI lacks a field, it is vLLM's (`top_k`, `lora_name`). A field
+that would change the answer and is not supported accepts only the values that change nothing: `n`
+1, a penalty of 0. An unknown field is refused. So the server ignores no field, except the few that
+describe the client and not the answer. FastAPI writes /openapi.json from these models.
+
+Source: https://platform.openai.com/docs/api-reference
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+# Fields that accept only the value that changes nothing.
 Zero = Annotated[float, Field(ge=0, le=0)] | None
 One = Annotated[int, Field(ge=1, le=1)] | None
-Nothing = Annotated[list[Any], Field(max_length=0)] | None
-Empty = Annotated[dict[str, Any], Field(max_length=0)] | None
+EmptyList = Annotated[list[Any], Field(max_length=0)] | None
+EmptyDict = Annotated[dict[str, Any], Field(max_length=0)] | None
+
+PositiveInt = Annotated[int, Field(ge=1)] | None
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompts = Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=64)]
 
 
 class Strict(BaseModel):
-    """No unknown fields, and no value of another type made to fit."""
+    """A model that refuses unknown fields and converts no types, except 2.0 to the integer 2."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def whole(cls, value: Any) -> Any:
-        """2.0 is an integer to JSON, which knows one kind of number."""
-        if isinstance(value, list):
-            return [cls.whole(one) for one in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def convert_integers(cls, value: Any) -> Any:
+        """Return a value whose integral floats are integers: JSON has one type of number.
+
+        Args:
+            value: the value of a field, before its validation.
+
+        Returns:
+            The converted value.
+        """
+        return _convert_integers(value)
+
+
+def _convert_integers(value: Any) -> Any:
+    """Return integral floats as integers, in nested lists too."""
+    if isinstance(value, list):
+        return [_convert_integers(element) for element in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 class Sampling(Strict):
-    """How tokens are chosen and when an answer is over."""
+    """The options for the choice of tokens and the end of an answer."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, description="-1 and 0: all tokens")] | None = None
@@ -42,29 +63,32 @@ class Sampling(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream says besides the answer."""
+    """The additional contents of a stream."""
 
     include_usage: bool | None = None
 
 
 class OpenAI(Sampling):
-    """What both of OpenAI's endpoints have in common."""
+    """The fields that OpenAI's two endpoints share."""
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, description="default 1, as OpenAI's; 0 is greedy")] | None = None
+    max_tokens: PositiveInt = None
+    temperature: (
+        Annotated[float, Field(ge=0, le=2, description="default 1, as OpenAI's; 0 is greedy")]
+        | None
+    ) = None
     stream_options: StreamOptions | None = None
     # about the client, not the answer
     user: str | None = None
-    # only what changes nothing
+    # only values that change nothing
     n: One = None
     presence_penalty: Zero = None
     frequency_penalty: Zero = None
-    logit_bias: Empty = None
+    logit_bias: EmptyDict = None
 
 
 class Part(Strict):
-    """A piece of a message: only text."""
+    """A part of a message: only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -77,22 +101,24 @@ class Message(Strict):
     content: str | Annotated[list[Part], Field(min_length=1)]
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """Return the message in the form of chat templates, with its parts joined."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
         return {"role": self.role, "content": content}
 
 
 class Plain(Strict):
-    """The format that every answer has."""
+    """The only supported format of an answer."""
 
     type: Literal["text"]
 
 
 class Chat(OpenAI):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: PositiveInt = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -101,15 +127,15 @@ class Chat(OpenAI):
     logprobs: Literal[False] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: Plain | None = None
-    tools: Nothing = None
+    tools: EmptyList = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
 
 class Completion(OpenAI):
-    """POST /v1/completions: texts to go on with, or their token ids."""
+    """The body of POST /v1/completions: texts to continue, or their token ids."""
 
-    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1, max_length=64)]
+    prompt: Text | TokenIds | Prompts
     best_of: One = None
     echo: Literal[False] | None = None
     logprobs: None = None
@@ -117,29 +143,31 @@ class Completion(OpenAI):
 
 
 class Generate(Sampling):
-    """POST /generate: `ml.generate`, with its names and defaults (greedy)."""
+    """The body of POST /generate: `ml.generate` with its names and defaults (greedy)."""
 
     prompt: Text | Annotated[list[Message], Field(min_length=1)]
     adapter: Annotated[str, Field(description="null: the base")] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: PositiveInt = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
 
 
 class Load(Strict):
-    """POST /v1/load_lora_adapter."""
+    """The body of POST /v1/load_lora_adapter."""
 
     lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-    lora_path: Annotated[str, Field(min_length=1, description="inside the server's --adapter_folder")]
+    lora_path: Annotated[
+        str, Field(min_length=1, description="a folder inside the server's --adapter_folder")
+    ]
 
 
 class Unload(Strict):
-    """POST /v1/unload_lora_adapter."""
+    """The body of POST /v1/unload_lora_adapter."""
 
     lora_name: str
 
 
 class ErrorBody(Strict):
-    """What went wrong: OpenAI's error."""
+    """The fields of OpenAI's errors."""
 
     message: str
     type: str
@@ -148,6 +176,6 @@ class ErrorBody(Strict):
 
 
 class Error(Strict):
-    """Every answer whose status is 400 or more."""
+    """The body of every response whose status is 400 or more."""
 
     error: ErrorBody

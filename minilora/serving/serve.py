@@ -1,9 +1,10 @@
-"""One base and many adapters behind OpenAI's HTTP interface: `minilora serve`, `ml.serve` (docs/serve.md).
+"""The server of one base and many adapters: `minilora serve` and `ml.serve` (docs/serve.md).
 
-    socket -> middleware.py (token, limits) -> app.py (routes) -> engine_client.py | engine_thread.py -> engine.py (the
-    batch) a thread for HTTP ------------------------------------------------ | the caller's
+thread for HTTP   socket -> middleware.py (token, limits) -> app.py (routes) -> engine_client.py
+caller's thread   engine_thread.py -> generation/engine.py (the batch)
 
-FastAPI and uvicorn are an extra (pip install 'minilora[serve]') and imported when a server starts.
+FastAPI and uvicorn are an extra (pip install 'minilora[serve]'). They are imported when a server
+starts.
 """
 
 import os
@@ -19,7 +20,8 @@ from minilora.generation.engine import Engine
 from minilora.lora.files.save_load import load_adapter
 from minilora.serving.config import ServeConfig
 
-TOKEN = "MINILORA_API_KEY"  # the variable
+TOKEN = "MINILORA_API_KEY"  # the environment variable
+MIN_TOKEN_LENGTH = 8
 
 
 def serve(
@@ -30,51 +32,91 @@ def serve(
     *,
     check_base: bool = True,
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; then finish those under way, refuse new ones, and return.
+    """Answer requests until SIGTERM or Ctrl-C, finish the running answers, and return.
 
-    model, tokenizer: of ml.load_model and ml.load_tokenizer. Adapters that the model has are served as well.
-    adapters: name -> folder or Hub id, loaded first; clients ask for them as models beside the base.
-    check_base: False accepts adapters that were trained on another base, tokenizer or template.
+    While running answers finish, new requests are refused. The token that clients must send comes
+    from the environment variable MINILORA_API_KEY.
 
-    The token that clients must send is read from the environment, MINILORA_API_KEY.
-    ValueError: an address beyond this machine without a token, a name given twice, an adapter that is not linear LoRA.
-    ImportError without the extra. What the engine failed with, so that a supervisor starts a new process.
+    Args:
+        model: a model of `ml.load_model`; the adapters that it has are served too.
+        tokenizer: the tokenizer of `ml.load_tokenizer`.
+        adapters: name -> folder or Hub id of adapters to load first; a client selects an adapter
+            by its name as the model. None loads nothing.
+        config: the options of the server; None takes the defaults.
+        check_base: False accepts adapters that were trained on another base, tokenizer or template.
+
+    Raises:
+        ValueError: other machines can reach the address without a token, a name occurs twice, or an
+        adapter is not a LoRA of linear layers. ImportError: the extra is not installed. Exception:
+        an exception that ended the engine, so that a supervisor starts a new process.
     """
     config = config or ServeConfig()
     token = check(config)
     from minilora.serving.server import run
 
     name = config.name or base_name(getattr(model, "name_or_path", ""))
-    for own, folder in (adapters or {}).items():
-        load_adapter(model, folder, own, tokenizer=tokenizer, check_base=check_base)
-    limits = {"batch_size": config.batch_size, "waiting": config.waiting, "max_length": config.max_length}
-    engine = Engine(model, tokenizer, **limits)
+    for adapter, folder in (adapters or {}).items():
+        load_adapter(model, folder, adapter, tokenizer=tokenizer, check_base=check_base)
+    engine = Engine(
+        model,
+        tokenizer,
+        batch_size=config.batch_size,
+        waiting=config.waiting,
+        max_length=config.max_length,
+    )
     if name in engine.adapters:
         engine.close()
-        raise ValueError(f"name: {name!r} is the base's and an adapter's. Give the base another (--name).")
+        raise ValueError(
+            f"name: {name!r} names the base and an adapter. Give the base another name (--name)."
+        )
     print(f"minilora serves {', '.join([name, *engine.adapters])}", file=sys.stderr)
     run(engine, config, name, token)
 
 
 def check(config: ServeConfig) -> str | None:
-    """The token, if there is one. Raises what `serve` raises before there is a model."""
+    """Check the options and the environment before a model is loaded.
+
+    Args:
+        config: the options of the server.
+
+    Returns:
+        The token that clients must send; None if clients need no token.
+
+    Raises:
+        ValueError: the token is too short, a token is missing, or `adapter_folder` is not a folder.
+        ImportError: the extra is not installed.
+    """
     token = os.environ.get(TOKEN)
-    if token is not None and (size := len(token.strip())) < 8:
-        raise ValueError(f"{TOKEN} is set, to {size} characters: expected 8 or more, or no such variable.")
+    if token is not None:
+        token = token.strip()
+        if len(token) < MIN_TOKEN_LENGTH:
+            raise ValueError(
+                f"{TOKEN} has {len(token)} characters: expected {MIN_TOKEN_LENGTH} or more. "
+                "Set a longer token, or remove the variable."
+            )
     if not config.is_local and token is None and not config.allow_no_token:
         raise ValueError(
-            f"host {config.host}: others could ask without a token. Set {TOKEN}, listen at 127.0.0.1, or allow it "
-            "with allow_no_token."
+            f"host {config.host}: other machines could send requests without a token. "
+            f"Set {TOKEN}, listen at 127.0.0.1, or allow it with allow_no_token."
         )
     if config.adapter_folder is not None and not Path(config.adapter_folder).is_dir():
-        raise ValueError(f"adapter_folder: {config.adapter_folder} is no folder.")
-    if absent := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
-        raise ImportError(f"serve needs {' and '.join(absent)}: pip install 'minilora[serve]'")
-    return None if token is None else token.strip()
+        raise ValueError(f"adapter_folder: {config.adapter_folder} is not a folder.")
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"serve needs {' and '.join(missing)}: pip install 'minilora[serve]'")
+    return token
 
 
 def base_name(source: str) -> str:
-    """What a base is called: its Hub id, or the last part of a path, which says nothing about this machine."""
+    """Return the model name of a base.
+
+    Args:
+        source: a Hub id, a path, or "".
+
+    Returns:
+        The Hub id, or the last part of the path, so that clients do not see the server's folders;
+        "base" for "".
+    """
     if source and Path(source).exists():
         return Path(source).resolve().name.removesuffix(".gguf")
     return source or "base"

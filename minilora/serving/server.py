@@ -1,11 +1,12 @@
-"""The server as a process: HTTP has a thread of its own, the engine the caller's, and both stop in good order.
+"""The server process: HTTP has its own thread, the engine has the caller's, and both stop in order.
 
-SIGTERM, Ctrl-C     new requests get 503, answers under way are finished, for `drain` seconds at most; status 0
-the engine fails    every request is told, its error is printed and raised, so a status that is not 0
+SIGTERM, Ctrl-C    new requests get 503, running answers finish within `drain` seconds; status 0
+engine exception   every request gets an error, the exception is printed and raised; status not 0
 
-Not the other way round: the thread that read the model has used OpenMP, and GNU's waits between two operations by
-sleeping, not spinning, when a second one uses it too, because the process then has more of its threads than cores
-(gomp_throttled_spin_count). That made a step of SmolLM2 on two cores a quarter longer (docs/LOG.md).
+The engine does not get the new thread, for a reason of speed. The caller's thread has loaded the
+model and has used OpenMP. If a second thread uses OpenMP too, the process has more OpenMP threads
+than cores, and GNU's threads then sleep between two operations and do not spin
+(gomp_throttled_spin_count). A step of SmolLM2 on two cores took a quarter longer (docs/LOG.md).
 """
 
 import socket
@@ -26,32 +27,75 @@ from minilora.serving.middleware import Guard
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which goes on listening while it drains: a client is told 503 and not refused a connection."""
+    """uvicorn's server, which still listens while running answers finish.
+
+    A new client then receives status 503, not a refused connection.
+
+    Attributes:
+        guard: the middleware.
+        worker: the engine thread.
+        drain_deadline: the time at which the server stops waiting for running answers.
+    """
 
     guard: Guard
     worker: Worker
-    until = float("inf")  # when draining is over
+    drain_deadline = float("inf")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: the first begins to drain, the second ends it. uvicorn would raise it again at the end."""
-        self.until = 0.0 if self.guard.draining else time.monotonic() + self.guard.config.drain
+        """Handle a signal: the first one starts draining, the second one ends it.
+
+        uvicorn's own method would raise the signal again at the end.
+
+        Args:
+            sig: the signal's number.
+            frame: the interrupted frame, which is not used.
+        """
+        if self.guard.draining:
+            self.drain_deadline = 0.0
+        else:
+            self.drain_deadline = time.monotonic() + self.guard.config.drain
         self.guard.draining = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Listen, and print the address.
+
+        Args:
+            sockets: open sockets; None opens one at the configured address.
+        """
         await super().startup(sockets)
         host, port, *_ = self.servers[0].sockets[0].getsockname()
-        address = f"[{host}]" if ":" in host else host
+        address = f"[{host}]" if ":" in host else host  # IPv6 needs brackets
         print(f"minilora listens at http://{address}:{port}", file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to stop."""
-        drained = self.guard.draining and (not self.guard.open or time.monotonic() > self.until)
-        return await super().on_tick(counter) or drained or self.worker.failed
+        """Return True if the server must stop; uvicorn calls it ten times a second.
+
+        Args:
+            counter: the number of the tick.
+
+        Returns:
+            True at the end of draining, after an engine's exception, or for uvicorn's reasons.
+        """
+        if await super().on_tick(counter):
+            return True
+        if self.worker.failed:
+            return True
+        deadline_is_over = time.monotonic() > self.drain_deadline
+        return self.guard.draining and (self.guard.open == 0 or deadline_is_over)
 
 
 def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> Server:
-    """A server, which answers while its worker runs."""
+    """Return a server. It answers while its worker runs.
+
+    Args:
+        engine: the engine.
+        config: the options of the server.
+        name: the model name of the base.
+        token: the token that clients must send; None accepts requests without one.
+
+    Returns:
+        The server.
+    """
     worker = Worker(engine)
     guard: Any = create_app(worker, config, name, token)
     settings = uvicorn.Config(
@@ -62,23 +106,37 @@ def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> 
         server_header=False,
         proxy_headers=False,
         ws="none",
-        timeout_graceful_shutdown=2,  # for what is still open when draining is over
-        limit_concurrency=4 * (config.batch_size + config.waiting) + 16,  # connections; beyond: 503
+        timeout_graceful_shutdown=2,  # seconds for requests still open at the end of draining
+        limit_concurrency=4 * (config.batch_size + config.waiting) + 16,  # connections; more: 503
     )
     server = Server(settings)
-    server.guard, server.worker = guard, worker
+    server.guard = guard
+    server.worker = worker
     return server
 
 
 def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> None:
-    """Serve until told to stop, by a signal if this is the main thread. Raises what the engine failed with."""
+    """Serve until a signal arrives. Only the main thread receives signals.
+
+    Args:
+        engine: the engine; it runs in the calling thread.
+        config: the options of the server.
+        name: the model name of the base.
+        token: the token that clients must send; None accepts requests without one.
+
+    Raises:
+        Exception: an exception that ended the engine.
+        SystemExit: the server cannot listen at its address.
+    """
     server = build(engine, config, name, token)
     with server.capture_signals(), ThreadPoolExecutor(1, "minilora http") as pool:
-        listening = pool.submit(server.run)
-        listening.add_done_callback(lambda _: server.worker.stop())
+        http_thread = pool.submit(server.run)
+        http_thread.add_done_callback(lambda _: server.worker.stop())
         try:
             server.worker.run()
-        except Exception:  # which the server's next tick sees; a command line shows no traceback of some
+        except Exception:
+            # The server stops at its next tick. The command line prints no traceback for some
+            # exceptions, so the traceback is printed here.
             traceback.print_exc()
             raise
-    listening.result()  # raises what kept it from listening
+    http_thread.result()  # raises the error that kept the server from listening

@@ -171,7 +171,7 @@ def test_adapters_are_loaded_and_unloaded_at_run_time(tmp_path, expect):
             assert client.chat.completions.create(**given).choices[0].message.content == wanted
             assert [model.id for model in client.models.list()] == ["base", NAMES[0], "new"]
             assert "already served" in post("load", lora_name="new", lora_path="two").text
-            assert "as many as may" in post("load", lora_name="more", lora_path="two").text
+            assert "which is the limit" in post("load", lora_name="more", lora_path="two").text
             assert post("unload", lora_name="new").json()["deleted"]
             with pytest.raises(openai.NotFoundError):
                 client.chat.completions.create(**given)
@@ -230,7 +230,7 @@ REFUSED = [
     ({"temperature": 2.1}, "temperature: "),
     ({"top_p": 0}, "top_p: "),
     ({"stop": ""}, "stop"),
-    ({"stream_options": {"include_usage": True}}, "stream_options: only with stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options: allowed only with stream"),
 ]
 
 

@@ -70,11 +70,15 @@ def test_a_page_under_another_name_is_refused(server, url):
 @pytest.mark.parametrize(
     ("given", "environment", "message"),
     [
-        ({"host": "0.0.0.0"}, {}, "host 0.0.0.0: others could ask without a token. Set MINILORA_API_KEY"),
-        ({"host": "example.org"}, {}, "others could ask"),
-        ({}, {"MINILORA_API_KEY": ""}, "is set, to 0 characters: expected 8 or more"),
-        ({}, {"MINILORA_API_KEY": " short "}, "to 5 characters"),
-        ({"adapter_folder": "nowhere"}, {}, "adapter_folder: nowhere is no folder"),
+        (
+            {"host": "0.0.0.0"},
+            {},
+            "host 0.0.0.0: other machines could send requests without a token. Set MINILORA_API_KEY",
+        ),
+        ({"host": "example.org"}, {}, "other machines could send requests"),
+        ({}, {"MINILORA_API_KEY": ""}, "MINILORA_API_KEY has 0 characters: expected 8 or more"),
+        ({}, {"MINILORA_API_KEY": " short "}, "has 5 characters"),
+        ({"adapter_folder": "nowhere"}, {}, "adapter_folder: nowhere is not a folder"),
         ({"port": 70000}, {}, "port: expected >= 0 and <= 65535"),
         ({"timeout": 0.0}, {}, "timeout: expected > 0"),
     ],
@@ -102,7 +106,7 @@ def test_names_of_bases_say_nothing_of_the_machine(tmp_path):
 
 
 def test_two_of_one_name_are_refused(model):
-    with pytest.raises(ValueError, match="'adapter0' is the base's and an adapter's"):
+    with pytest.raises(ValueError, match="'adapter0' names the base and an adapter"):
         ml.serve(model, tokenizer(), config=ServeConfig(name=NAMES[0]))
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -170,7 +174,7 @@ def test_adapters_come_from_the_allowed_folder_alone(model, folders):
         for path in outside + nowhere:
             refused = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": path})
             assert refused.status_code == 400
-            message = f"lora_path: {path!r} is no adapter's folder inside the server's."
+            message = f"lora_path: {path!r} is not an adapter folder inside the server's folder."
             assert not path or error(refused)["message"] == message
         for name in ("", "a.b", "../a", "a" * 65, "keys"):
             refused = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "inside"})

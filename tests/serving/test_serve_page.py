@@ -126,7 +126,7 @@ def test_stop_ends_both_answers(model, tmp_path):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"timeout": 0.1}, "the answer was not complete when its time was over: ask for fewer tokens."),
+        ({"timeout": 0.1}, "the answer was not complete at the time limit: ask for fewer tokens."),
         ({"max_tokens": 11}, "max_tokens: this server gives at most 11, got 400."),
     ],
 )
