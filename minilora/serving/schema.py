@@ -2,8 +2,9 @@
 
 The fields are OpenAI's. Where OpenAI lacks a field, it is vLLM's (`top_k`, `lora_name`). A field
 that would change the answer and is not supported accepts only the values that change nothing: `n`
-1, a penalty of 0. An unknown field is refused. So the server ignores no field, except the few that
-describe the client and not the answer. FastAPI writes /openapi.json from these models.
+equal to 1, a penalty equal to 0. An unknown field is refused. So the server ignores no field,
+except the few that describe the client and not the answer. FastAPI writes /openapi.json from these
+models.
 
 Source: https://platform.openai.com/docs/api-reference
 """
