@@ -124,7 +124,7 @@ def test_errors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"wandb is not installed .* pip install 'minilora\[track\]'"):
         trackers(TrainConfig(report_to="wandb"), 0)
-    with pytest.raises(ValueError, match="no such log"):
+    with pytest.raises(ValueError, match="no such log exists"):
         runs([tmp_path])
     (tmp_path / "log.jsonl").write_text('{"config": {}}\n')
     with pytest.raises(ValueError, match="holds no step yet"):

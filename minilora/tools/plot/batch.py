@@ -1,4 +1,4 @@
-"""A packed batch as a picture: whose tokens stand where, what is learned of them, and who sees whom."""
+"""Picture of a packed batch: its documents, its supervised tokens and its attention mask."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,51 +10,126 @@ from torch import Tensor
 from minilora.data.loss_mask import IGNORE
 from minilora.tools.plot.style import canvas, ink
 
-SHADES = ("#56b4e9", "#f0e442", "#0072b2")  # of neighbouring documents
+SHADES = ("#56b4e9", "#f0e442", "#0072b2")  # colours of neighbouring documents
 
 
 def packed(batch: Mapping[str, Tensor], row: int = 0, path: str | Path | None = None) -> Any:
-    """Rows of a batch as strips of documents, the learned tokens dark below them; beside it the mask of one `row`.
+    """Draw the rows of a packed batch, and the attention mask of one row.
 
-    batch: what `collate` makes of packed rows, with document_ids and labels (B, T). ValueError for any other.
+    The left panel shows each row as a strip of documents, with the supervised tokens in black below
+    them. The right panel shows which tokens each token of `row` attends to.
+
+    Args:
+        batch: A batch that `collate` made of packed rows, with `document_ids` and `labels` (B, T).
+        row: Index of the row whose mask is drawn; the first by default.
+        path: File to save the figure to; None saves nothing.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: If the batch is not packed, or has no such row.
     """
-    if missing := [name for name in ("document_ids", "labels") if name not in batch]:
-        raise ValueError(f"packed: expected a batch of packed rows, this one has no {missing[0]}: collate pack(...)'s.")
-    documents, labels = batch["document_ids"].cpu(), batch["labels"].cpu()  # (B, T)
+    for name in ("document_ids", "labels"):
+        if name not in batch:
+            raise ValueError(
+                f"packed: expected a batch of packed rows, got one with no {name}. "
+                "Collate the rows that pack(...) returns."
+            )
+    documents = batch["document_ids"].cpu()  # (B, T)
+    labels = batch["labels"].cpu()  # (B, T)
     B, T = documents.shape
     if not 0 <= row < B:
         raise ValueError(f"row: expected 0 to {B - 1}, the rows of this batch, got {row}.")
     with canvas(9, 3.2, path) as figure:
         strips, mask = figure.subplots(1, 2, width_ratios=(5, 3))
-        for place in range(B):
-            for document, start, end in _stretches(documents[place]):
-                pad, shade = document < 0, "#ffffff" if document < 0 else SHADES[document % 3]
-                style = {"color": shade, "hatch": "////" * pad, "edgecolor": "black", "linewidth": 0.5}
-                strips.barh(place, end - start, 0.8, start, **style)
-                if end - start >= T / 12:  # wide enough for it
-                    paper = {"facecolor": shade, "edgecolor": "none", "pad": 1}
-                    text, middle = "padding" if pad else f"{document}", (start + end) / 2
-                    strips.text(middle, place - 0.1, text, color=ink(shade), ha="center", va="center", bbox=paper)
-            for learned, start, end in _stretches(labels[place] != IGNORE):
-                if learned:
-                    strips.barh(place + 0.3, end - start, 0.2, start, color="black", linewidth=0)
+        for index in range(B):
+            _draw_documents(strips, index, documents[index])
+            _draw_supervised(strips, index, labels[index])
         strips.set(xlim=(0, T), yticks=range(B), xlabel="token", ylabel="row of the batch")
         strips.invert_yaxis()
-        real, learned = (documents >= 0).sum().item(), (labels != IGNORE).sum().item()
-        count = sum(len(set(ids.tolist()) - {-1}) for ids in documents)
-        strips.set_title(f"{count} documents; {1 - real / (B * T):.0%} padding; learned (black): {learned / real:.0%}")
-        for document, start, end in _stretches(documents[row]):
-            if document >= 0:
-                seen = torch.arange(start, end + 1)  # the query in place q sees start … q of its own
-                style = {"facecolor": SHADES[document % 3], "edgecolor": "black", "linewidth": 0.5}
-                mask.fill_betweenx(seen, start, (seen + 1).clamp(max=end), step="post", **style)
-        mask.set(xlim=(0, T), ylim=(T, 0), aspect="equal", xlabel="… sees these", ylabel="a token in place …")
+        strips.set_title(_summary(documents, labels))
+        _draw_mask(mask, documents[row])
+        mask.set(
+            xlim=(0, T),
+            ylim=(T, 0),
+            aspect="equal",
+            xlabel="… sees these",
+            ylabel="a token in place …",
+        )
         mask.set_title(f"who sees whom in row {row}")
     return figure
 
 
-def _stretches(values: Tensor) -> list[tuple[int, int, int]]:
-    """(value, start, end) of each run of equal values in a vector."""
-    found, counts = torch.unique_consecutive(values, return_counts=True)
+def _draw_documents(axes: Any, index: int, documents: Tensor) -> None:
+    """Draw one row as a strip of documents with their numbers; padding is hatched."""
+    T = len(documents)
+    for document, start, end in _segments(documents):
+        is_padding = document < 0
+        shade = "#ffffff" if is_padding else SHADES[document % 3]
+        hatch = "////" if is_padding else ""
+        axes.barh(
+            index,
+            end - start,
+            0.8,
+            start,
+            color=shade,
+            hatch=hatch,
+            edgecolor="black",
+            linewidth=0.5,
+        )
+        if end - start < T / 12:  # too narrow for a label
+            continue
+        axes.text(
+            (start + end) / 2,
+            index - 0.1,
+            "padding" if is_padding else f"{document}",
+            color=ink(shade),
+            ha="center",
+            va="center",
+            bbox={"facecolor": shade, "edgecolor": "none", "pad": 1},
+        )
+
+
+def _draw_supervised(axes: Any, index: int, labels: Tensor) -> None:
+    """Draw a black bar below each segment of supervised tokens of one row."""
+    for supervised, start, end in _segments(labels != IGNORE):
+        if supervised:
+            axes.barh(index + 0.3, end - start, 0.2, start, color="black", linewidth=0)
+
+
+def _draw_mask(axes: Any, documents: Tensor) -> None:
+    """Draw the causal attention mask of one row, a triangle for each document."""
+    for document, start, end in _segments(documents):
+        if document < 0:
+            continue
+        queries = torch.arange(start, end + 1)  # (n + 1,)
+        # query q attends to the keys start … q of its document
+        axes.fill_betweenx(
+            queries,
+            start,
+            (queries + 1).clamp(max=end),
+            step="post",
+            facecolor=SHADES[document % 3],
+            edgecolor="black",
+            linewidth=0.5,
+        )
+
+
+def _summary(documents: Tensor, labels: Tensor) -> str:
+    """Return the title: number of documents, shares of padding and of supervised tokens."""
+    real = (documents >= 0).sum().item()
+    supervised = (labels != IGNORE).sum().item()
+    count = 0
+    for ids in documents:
+        count += len(set(ids.tolist()) - {-1})
+    padding = 1 - real / documents.numel()
+    return f"{count} documents; {padding:.0%} padding; learned (black): {supervised / real:.0%}"
+
+
+def _segments(values: Tensor) -> list[tuple[int, int, int]]:
+    """Return (value, start, end) of each run of equal values in a vector."""
+    segment_values, counts = torch.unique_consecutive(values, return_counts=True)
     ends = counts.cumsum(0).tolist()
-    return [*zip(found.tolist(), [0, *ends[:-1]], ends, strict=True)]
+    starts = [0, *ends[:-1]]
+    return list(zip(segment_values.tolist(), starts, ends, strict=True))

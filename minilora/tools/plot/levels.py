@@ -1,4 +1,4 @@
-"""NF4 as pictures: where the levels lie and what rounding to them costs; how real weights use them."""
+"""Pictures of NF4: its levels and their rounding error, and the codes of a real weight."""
 
 import math
 from collections.abc import Mapping
@@ -13,85 +13,165 @@ from minilora_kernels import NF4Weight, dequantize_nf4, nf4_codebook, nf4_thresh
 from minilora_kernels.nf4.codebook import P_MAX, midpoints
 from minilora_kernels.nf4.reference import TINY, unpack
 
-BINS = 96  # of the fine histogram
+BINS = 96  # bins of the fine histogram
 
 
 def codebook(others: Mapping[str, Tensor] | None = None, path: str | Path | None = None) -> Any:
-    """NF4's 16 levels on the normal law they are quantiles of, and the error of rounding to them over [-1, 1].
+    """Draw NF4's 16 levels on the normal distribution, and the rounding error over [-1, 1].
 
-    others: further codebooks whose error is drawn beside it, by name, each ascending (n,); None is Int4's even steps.
+    Args:
+        others: Further codebooks by name, each ascending (n,), whose rounding error is drawn for
+            comparison. None is the 15 even steps of Int4.
+        path: File to save the figure to; None saves nothing.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: If the levels of a codebook do not ascend.
     """
-    others = {"Int4: 15 even steps": torch.linspace(-1, 1, 15)} if others is None else others
+    if others is None:
+        others = {"Int4: 15 even steps": torch.linspace(-1, 1, 15)}
     for name, levels in others.items():
         if levels.dim() != 1 or len(levels) < 2 or not (levels.diff() > 0).all():
             raise ValueError(
-                f"others[{name!r}]: expected ascending levels (n,), got shape {tuple(levels.shape)}: sort."
+                f"others[{name!r}]: expected ascending levels (n,), got shape "
+                f"{tuple(levels.shape)}. Sort them."
             )
-    levels, sigma = nf4_codebook(), 1 / torch.special.ndtri(torch.tensor(P_MAX)).item()  # of what is 1 at Q(p_max)
-
-    def density(x: Tensor) -> Tensor:
-        return (-0.5 * (x / sigma) ** 2).exp() / (sigma * math.sqrt(2 * math.pi))
-
     with canvas(9, 3.2, path) as figure:
-        law, error = figure.subplots(1, 2)
-        edges = [-1.2, *nf4_thresholds().tolist(), 1.2]
-        for code, level in enumerate(levels):
-            x = torch.linspace(edges[code], edges[code + 1], 9)
-            law.fill_between(x, density(x), color=("#dddddd", "#f3f3f3")[code % 2], linewidth=0)
-            side = (code > 7) - (code < 7)  # of the curve, where it falls off
-            style = {"textcoords": "offset points", "ha": ("center", "left", "right")[side], "fontsize": 7}
-            law.annotate(f"{code}", (level, density(level)), (side, 2), **style)
-        law.vlines(levels, 0, density(levels), colors=line(0)["color"], label="a level and its code")
-        x = torch.linspace(-1.2, 1.2, 97)
-        law.plot(x, density(x), color="black", linewidth=0.8, label="normal law")
-        law.set(title="NF4: levels at even quantiles of a normal law", xlabel="value / absmax of its block")
-        law.set(yticks=[], ylim=(0, 1.3 * density(torch.zeros(())).item()))
-        law.legend(loc="upper left", fontsize="small")
-        for number, (name, found) in enumerate({"NF4": levels, **others}.items()):
-            error.plot(*_rounding(found), label=name, linewidth=1.2, **line(number))
-        error.axhline(0, color="black", linewidth=0.5)
-        error.set(title="what rounding to the nearest level adds", xlabel="value / absmax of its block", ylabel="error")
-        low, high = error.get_ylim()
-        error.set_ylim(low, high + 0.25 * (high - low))
-        error.legend(loc="upper center", ncols=3)
+        distribution, error = figure.subplots(1, 2)
+        _draw_levels(distribution)
+        _draw_rounding_errors(error, {"NF4": nf4_codebook(), **others})
     return figure
+
+
+def _draw_levels(axes: Any) -> None:
+    """Draw the normal density, the area that each code covers, and the levels."""
+    levels = nf4_codebook()  # (16,)
+    edges = [-1.2, *nf4_thresholds().tolist(), 1.2]
+    for code, level in enumerate(levels):
+        x = torch.linspace(edges[code], edges[code + 1], 9)  # (9,)
+        shade = "#dddddd" if code % 2 == 0 else "#f3f3f3"
+        axes.fill_between(x, _density(x), color=shade, linewidth=0)
+        # the label stands outside the curve: left of it for low codes, right of it for high ones
+        offset, alignment = 0, "center"
+        if code < 7:
+            offset, alignment = -1, "right"
+        elif code > 7:
+            offset, alignment = 1, "left"
+        axes.annotate(
+            f"{code}",
+            (level, _density(level)),
+            (offset, 2),
+            textcoords="offset points",
+            ha=alignment,
+            fontsize=7,
+        )
+    axes.vlines(levels, 0, _density(levels), colors=line(0)["color"], label="a level and its code")
+    x = torch.linspace(-1.2, 1.2, 97)  # (97,)
+    axes.plot(x, _density(x), color="black", linewidth=0.8, label="normal law")
+    axes.set(
+        title="NF4: levels at even quantiles of a normal law", xlabel="value / absmax of its block"
+    )
+    axes.set(yticks=[], ylim=(0, 1.3 * _density(torch.zeros(())).item()))
+    axes.legend(loc="upper left", fontsize="small")
+
+
+def _density(x: Tensor) -> Tensor:
+    """Return the density of the normal distribution whose quantile at P_MAX is 1."""
+    sigma = 1 / torch.special.ndtri(torch.tensor(P_MAX)).item()
+    return (-0.5 * (x / sigma) ** 2).exp() / (sigma * math.sqrt(2 * math.pi))
+
+
+def _draw_rounding_errors(axes: Any, codebooks: Mapping[str, Tensor]) -> None:
+    """Draw the error of rounding to the nearest level, a line for each codebook."""
+    for number, (name, levels) in enumerate(codebooks.items()):
+        axes.plot(*_rounding(levels), label=name, linewidth=1.2, **line(number))
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(
+        title="what rounding to the nearest level adds",
+        xlabel="value / absmax of its block",
+        ylabel="error",
+    )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.25 * (high - low))
+    axes.legend(loc="upper center", ncols=3)
 
 
 def _rounding(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """The corners of (x, level(x) - x) over [-1, 1], two a level: (2 n,) each."""
-    edges = torch.cat([-torch.ones(1), midpoints(levels.float()).clamp(-1, 1), torch.ones(1)])  # (n + 1,)
+    """Return the corners of the line (x, level(x) - x) over [-1, 1], two for each level: (2 n,)."""
+    levels = levels.float()
+    one = torch.ones(1)
+    edges = torch.cat([-one, midpoints(levels).clamp(-1, 1), one])  # (n + 1,)
     x = torch.stack([edges[:-1], edges[1:]], dim=1)  # (n, 2)
-    return x.flatten(), (levels.float()[:, None] - x).flatten()
+    return x.flatten(), (levels[:, None] - x).flatten()  # (2 n,), (2 n,)
 
 
-def histogram(weight: NF4Weight, source: Tensor | None = None, path: str | Path | None = None) -> Any:
-    """The values of a 4-bit weight against the 16 levels, and how often each code is used.
+def histogram(
+    weight: NF4Weight, source: Tensor | None = None, path: str | Path | None = None
+) -> Any:
+    """Draw the values of a 4-bit weight at the 16 levels, and how often each code occurs.
 
-    source: the tensor it was made from, in its shape: drawn as a fine histogram, with the error of the whole.
+    Args:
+        weight: A 4-bit weight.
+        source: The tensor that was quantised, in the same shape. It is drawn as a fine histogram,
+            and the title states the relative error. None draws the codes alone.
+        path: File to save the figure to; None saves nothing.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: If `weight` is not an NF4Weight, or `source` has another shape.
     """
     if not isinstance(weight, NF4Weight):
-        raise ValueError(f"histogram: expected an NF4Weight (quantize_nf4, or .weight of a layer), got {type(weight)}.")
+        raise ValueError(
+            "histogram: expected an NF4Weight (the result of quantize_nf4, or .weight of a layer), "
+            f"got {type(weight)}."
+        )
     if source is not None and source.shape != weight.shape:
-        raise ValueError(f"source: expected the tensor that was quantised, {tuple(weight.shape)}, got {source.shape}.")
+        raise ValueError(
+            f"source: expected the tensor that was quantised, {tuple(weight.shape)}, "
+            f"got {tuple(source.shape)}."
+        )
     codes = unpack(weight.packed.cpu())[: weight.numel].long()  # (n,)
     shares = torch.bincount(codes, minlength=16) / len(codes)  # (16,)
-    edges = torch.cat([-torch.ones(1), nf4_thresholds(), torch.ones(1)])  # (17,)
     title = f"{weight.numel:,} values in blocks of {weight.blocksize}"
     with canvas(9, 3.2, path) as figure:
-        values, used = figure.subplots(1, 2, width_ratios=(3, 2))
-        values.bar(edges[:-1], shares / edges.diff(), edges.diff(), align="edge", label="as codes", **area(0))
-        values.vlines(nf4_codebook(), 0, (shares / edges.diff()), colors="black", label="level")
+        values, usage = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_code_density(values, shares)
         if source is not None:
-            absmax = weight.absmax.cpu().repeat_interleave(weight.blocksize)[: weight.numel]  # (n,)
-            x = source.detach().cpu().float().flatten() / absmax.clamp_min(TINY)
-            counts = torch.histc(x.clamp(-1, 1), BINS, -1, 1)
-            values.stairs(counts / len(x) * BINS / 2, torch.linspace(-1, 1, BINS + 1), color="#d55e00", label="before")
-            lost = (dequantize_nf4(weight, torch.float32).cpu() - source.detach().cpu().float()).norm()
-            title += f"; ‖error‖ / ‖W‖ = {(lost / source.detach().float().norm()).item():.2%}"
+            source = source.detach().cpu().float()
+            _draw_source_density(values, weight, source)
+            error = (dequantize_nf4(weight, torch.float32).cpu() - source).norm()
+            title += f"; ‖error‖ / ‖W‖ = {(error / source.norm()).item():.2%}"
         values.set(title=title, xlabel="value / absmax of its block", ylabel="density")
         values.legend(loc="upper right", fontsize="small")
-        used.bar(range(16), 100 * shares, **area(0))
-        used.axhline(100 / 16, color="black", linestyle="--", linewidth=0.8)
-        used.set(title="how often a code is used (dashes: 1/16)", xlabel="code", ylabel="%", xticks=range(16))
-        used.tick_params("x", labelsize="small")
+        usage.bar(range(16), 100 * shares, **area(0))
+        usage.axhline(100 / 16, color="black", linestyle="--", linewidth=0.8)
+        usage.set(
+            title="how often a code is used (dashes: 1/16)",
+            xlabel="code",
+            ylabel="%",
+            xticks=range(16),
+        )
+        usage.tick_params("x", labelsize="small")
     return figure
+
+
+def _draw_code_density(axes: Any, shares: Tensor) -> None:
+    """Draw the share of each code, spread over the values that are rounded to it."""
+    one = torch.ones(1)
+    edges = torch.cat([-one, nf4_thresholds(), one])  # (17,)
+    widths = edges.diff()  # (16,)
+    axes.bar(edges[:-1], shares / widths, widths, align="edge", label="as codes", **area(0))
+    axes.vlines(nf4_codebook(), 0, shares / widths, colors="black", label="level")
+
+
+def _draw_source_density(axes: Any, weight: NF4Weight, source: Tensor) -> None:
+    """Draw a fine histogram of the values before quantisation, divided by their block's absmax."""
+    absmax = weight.absmax.cpu().repeat_interleave(weight.blocksize)[: weight.numel]  # (n,)
+    x = source.flatten() / absmax.clamp_min(TINY)  # (n,)
+    counts = torch.histc(x.clamp(-1, 1), BINS, -1, 1)  # (BINS,)
+    edges = torch.linspace(-1, 1, BINS + 1)  # (BINS + 1,)
+    axes.stairs(counts / len(x) * BINS / 2, edges, color="#d55e00", label="before")

@@ -1,11 +1,11 @@
-"""Runs as pictures: the lines of log.jsonl.
+"""Curves of training runs, drawn from their log.jsonl.
 
-A panel a figure: the training loss with the eval loss as dots on it, learning rate, gradient norm, speed, and the other
-figures of evaluations.
+Each quantity has a panel: the training loss with the evaluation loss as dots, the learning rate,
+the gradient norm, the speed, and the other metrics of evaluations.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,55 @@ PANELS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """The records of a run: its output_dir, or a log.jsonl. ValueError if there is none or it is damaged."""
+    """Read the records of a run.
+
+    Args:
+        run: The run's output_dir, or its log.jsonl.
+
+    Returns:
+        One dictionary for each line of the log.
+
+    Raises:
+        ValueError: If the file does not exist, or is not a log.
+    """
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise ValueError(f"{path}: no such log. Expected the output_dir of a run, or its log.jsonl.")
+        raise ValueError(
+            f"{path}: no such log exists. Expected the output_dir of a run, or its log.jsonl."
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
     try:
-        return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(text) for text in lines]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not one JSON object a line ({error}).") from error
+        raise ValueError(f"{path}: expected one JSON object a line ({error}).") from error
 
 
 def runs(runs: Sequence[str | Path], path: str | Path | None = None) -> Any:
-    """The logs of one or several runs in one picture; each is an output_dir, or its log.jsonl.
+    """Draw the logs of one or several runs in one picture.
 
-    ValueError for a run without a log or without a step in it.
+    Args:
+        runs: The output_dir or log.jsonl of each run; a single one needs no list.
+        path: File to save the figure to; None saves nothing.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: If a run has no log, or its log has no training step.
     """
-    records = {str(run): read_log(run) for run in ([runs] if isinstance(runs, str | Path) else runs)}
-    if empty := [run for run, lines in records.items() if not any("loss" in found for found in lines)]:
-        raise ValueError(f"{empty[0]}: its log holds no step yet (logging_steps says how often one is written).")
-    names = {name for lines in records.values() for found in lines for name in found if name.startswith("eval_")}
-    panels = [*PANELS, *sorted(names - {"eval_loss"})]
+    paths = [runs] if isinstance(runs, str | Path) else runs
+    records = {str(run): read_log(run) for run in paths}
+    for run, lines in records.items():
+        if not any("loss" in record for record in lines):
+            raise ValueError(
+                f"{run}: the log holds no step yet. logging_steps sets how often one is written."
+            )
+    panels = [*PANELS, *_evaluation_metrics(records)]
     rows = -(-len(panels) // 2)
     with canvas(9, 2.6 * rows + 0.3 * len(records), path) as figure:
-        for axes, name in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
-            for number, (run, lines) in enumerate(records.items()):
-                marker = MARKERS[number % len(MARKERS)] if name.startswith("eval") else ""
-                axes.plot(*_series(lines, name), label=run, marker=marker, **line(number))
-                if name == "loss":
-                    style = {"color": line(number)["color"], "marker": MARKERS[number % len(MARKERS)]}
-                    axes.plot(*_series(lines, "eval_loss"), linestyle="", **style)
-            axes.set(title=name.replace("_", " ") + " (dots: eval)" * (name == "loss"), xlabel="step")
-            axes.grid(alpha=0.3)
+        grid = figure.subplots(rows, 2, squeeze=False).flat
+        for axes, name in zip(grid, panels, strict=False):
+            _draw_panel(axes, name, records)
         for axes in figure.axes[len(panels) :]:
             axes.remove()
         if len(records) > 1:
@@ -53,6 +71,40 @@ def runs(runs: Sequence[str | Path], path: str | Path | None = None) -> Any:
     return figure
 
 
+def _evaluation_metrics(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Return the names of all evaluation metrics but the loss, in alphabetical order."""
+    names = set()
+    for lines in records.values():
+        for record in lines:
+            names.update(name for name in record if name.startswith("eval_"))
+    return sorted(names - {"eval_loss"})
+
+
+def _draw_panel(axes: Any, name: str, records: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Draw one quantity of all runs; the panel of the loss also shows eval_loss as dots."""
+    for number, (run, lines) in enumerate(records.items()):
+        marker = MARKERS[number % len(MARKERS)]
+        style = line(number)
+        axes.plot(
+            *_series(lines, name),
+            label=run,
+            marker=marker if name.startswith("eval") else "",
+            **style,
+        )
+        if name == "loss":
+            axes.plot(
+                *_series(lines, "eval_loss"), linestyle="", color=style["color"], marker=marker
+            )
+    title = name.replace("_", " ")
+    if name == "loss":
+        title += " (dots: eval)"
+    axes.set(title=title, xlabel="step")
+    axes.grid(alpha=0.3)
+
+
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(found["step"], found[name]) for found in lines if found.get(name) is not None and "step" in found]
-    return [step for step, _ in points], [value for _, value in points]
+    """Return the steps and values of the records that contain a quantity."""
+    records = [record for record in lines if "step" in record and record.get(name) is not None]
+    steps = [record["step"] for record in records]
+    values = [record[name] for record in records]
+    return steps, values
