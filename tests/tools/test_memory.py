@@ -231,7 +231,7 @@ def walks(monkeypatch) -> list[ml.TrainConfig]:
         return step(model, config)
 
     monkeypatch.setattr(planner, "step", counted)
-    monkeypatch.setattr(planner, "_steps", OrderedDict())
+    monkeypatch.setattr(planner, "_step_cache", OrderedDict())
     return seen
 
 
@@ -244,7 +244,7 @@ def quick(monkeypatch) -> None:
 def test_what_is_remembered_is_what_a_walk_finds(walks: list):
     plan = ml.plan_memory(**BASE)
     assert ml.plan_memory(**BASE) == plan and len(walks) == 1
-    planner._steps.clear()
+    planner._step_cache.clear()
     assert ml.plan_memory(**BASE) == plan and len(walks) == 2
 
 
@@ -268,11 +268,11 @@ def test_other_steps_are_walked_each(quick: None, walks: list, monkeypatch):
 
 
 def test_no_more_is_remembered_than_allowed(quick: None, walks: list, monkeypatch):
-    monkeypatch.setattr(planner, "KEPT", 2)
+    monkeypatch.setattr(planner, "_CACHE_SIZE", 2)
     for length in (8, 16, 8, 24, 8, 16):  # 24 takes the place of 16, which was used longest ago
         ml.plan_memory(**BASE | {"config": replace(SMALL, max_length=length)})
     assert [config.max_length for config in walks] == [8, 16, 24, 16]
-    assert len(planner._steps) == 2
+    assert len(planner._step_cache) == 2
 
 
 def test_nothing_of_a_plan_stays():

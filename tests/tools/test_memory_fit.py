@@ -291,7 +291,7 @@ def test_what_cannot_be_planned_says_why(how: dict, message: str):
 
 
 def test_a_loaded_model_is_planned_as_it_is():
-    with pytest.raises(ValueError, match="plans what is there"):
+    with pytest.raises(ValueError, match="determines its adapter and quantisation"):
         ml.plan_memory(lora(), ALL)
     with pytest.raises(ValueError, match="has no adapter"):
         ml.plan_memory(llama())

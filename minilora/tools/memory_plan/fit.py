@@ -1,115 +1,229 @@
-"""The inverse of a plan: what fits a card.
+"""Search for the largest run, or the smallest change to a run, that fits a limit of memory.
 
-Memory grows with length, batch and rank nearly in a straight line, so two plans tell about where the limit lies, and a
-few more find the last number that fits. Of single changes that make a plan fit, the smallest comes first:
+Memory grows nearly linearly with length, batch size and rank. Two plans therefore locate the limit,
+and a few more find the last number that fits. Single changes that make a plan fit come in this
+order, the smallest first:
 
-    smaller micro-batches, as many more of them      the same gradients, in more passes
-    gradient_checkpointing                           the same gradients, the forward pass computed twice
-    optim="adamw_8bit"                               moments rounded to 8 bits
-    quantize="nf4"                                   the base rounded to 4 bits
-    a shorter max_length                             longer rows are cut
+    smaller micro-batches, and more of them    the same gradients, in more passes
+    gradient_checkpointing                     the same gradients, the forward pass computed twice
+    optim="adamw_8bit"                         moments rounded to 8 bits
+    quantize="nf4"                             the base rounded to 4 bits
+    a shorter max_length                       longer rows are truncated
 """
 
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minilora.common import unknown
 from minilora.lora.registry import lora_layers
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+if TYPE_CHECKING:
+    from minilora.tools.memory_plan.plan import MemoryPlan
+
+_BYTES_BY_UNIT = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+_MAX_BATCH_SIZE = 2**16  # upper end of the search
 WIDTH = 8  # lengths are padded to multiples of it
-Plan = Any  # a MemoryPlan, whose module imports this one
+
+
+class _Point(NamedTuple):
+    """A value of a field, and the bytes of the plan with it."""
+
+    value: int
+    size: int
 
 
 def parse_bytes(size: int | str) -> int:
-    """24_000_000_000, "24GB" (10⁹) or "24 GiB" (2³⁰) in bytes; ValueError for anything else."""
+    """Return a size in bytes.
+
+    Args:
+        size: Bytes, or a text such as "24GB" (10⁹ bytes) or "24 GiB" (2³⁰ bytes).
+
+    Raises:
+        ValueError: If the text is not a size.
+    """
     if isinstance(size, int):
         return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", size)
-    if found is None or found[2].upper() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", size)
+    if match is None or match[2].upper() not in _BYTES_BY_UNIT:
         raise ValueError(f"card: expected a size such as 24GB or 16GiB, got {size!r}.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(match[1]) * _BYTES_BY_UNIT[match[2].upper()])
 
 
 def largest(total: Callable[[int], int], limit: int, start: int, most: int) -> int:
-    """The largest n in 1 … most with total(n) <= limit, 0 if there is none; `total` never falls. `start`: any n."""
-    low, high = (1, total(1)), (start, total(start))
-    if low[1] > limit:
-        return 0
-    if start == 1:
-        high = min(2, most), total(min(2, most))
-    while high[1] <= limit:
-        if high[0] == most:
-            return most
-        # one beyond where the straight line through both meets the limit
-        slope = max((high[1] - low[1]) / max(high[0] - low[0], 1), 1)
-        n = min(high[0] + int((limit - high[1]) / slope) + 1, 64 * high[0], most)
-        low, high = high, (n, total(n))
-    turn = 0
-    while high[0] - low[0] > 1:
-        turn += 1  # a straight line says where, and whether it is the next one; every third time the middle, if not
-        share = (limit - low[1]) / (high[1] - low[1]) if turn % 3 else 0.5
-        n = min(max(low[0] + int(share * (high[0] - low[0])), low[0] + 1), high[0] - 1)
-        point = (n, total(n))
-        low, high = (point, high) if point[1] <= limit else (low, point)
-    return low[0]
+    """Return the largest n in 1 … most with total(n) <= limit, or 0 if total(1) exceeds the limit.
 
-
-def most(plan: Plan, name: str, limit: int) -> int:
-    """The largest value of `name` with which the plan takes at most `limit` bytes, 0 if none."""
-    unit, now = 1, getattr(plan.config, name, 1)
-    if name == "max_length":
-        unit, now, highest = WIDTH, -(-now // WIDTH), plan.shapes.config.max_position_embeddings // WIDTH
-    elif name == "per_device_train_batch_size":
-        highest = 2**16
-    elif name == "r" and plan.lora is not None:
-        now = plan.lora.r
-        highest = min(min(layer.in_features, layer.out_features) for layer in lora_layers(plan.shapes).values())
-    else:
-        raise unknown("most", name, ("max_length", "per_device_train_batch_size", *(["r"] if plan.lora else [])))
-    total = cache(lambda n: plan.total if n == now else plan.changed(**{name: unit * n}).total)
-    return unit * largest(total, limit, min(max(now, 1), highest), highest)
-
-
-def fixes(plan: Plan, limit: int) -> Iterator[tuple[str, Plan]]:
-    """Single changes with which the plan fits, in words, each with its plan; the smallest first.
-
-    Each is planned when it is asked for: who needs the first waits for no other.
+    Args:
+        total: A function that never decreases. The search is fast if it is nearly linear.
+        limit: Largest permitted value of `total`.
+        start: First n to try, in 1 … most.
+        most: Largest n.
     """
-    config = plan.config
-    batch = config.per_device_train_batch_size
-    for n in (n for n in range(batch - 1, 0, -1) if batch % n == 0):
-        steps = config.gradient_accumulation_steps * batch // n
-        other = plan.changed(per_device_train_batch_size=n, gradient_accumulation_steps=steps)
-        if other.total <= limit:
-            yield f"per_device_train_batch_size={n}, gradient_accumulation_steps={steps}", other
-            break
-    changes = []
-    if not config.gradient_checkpointing:
-        changes.append({"gradient_checkpointing": True})
-    if config.optim == "adamw_torch":
-        changes.append({"optim": "adamw_8bit"})
-    if plan.method == "lora":
-        changes.append({"quantize": "nf4"})
-    for change in changes:
+    low = _Point(1, total(1))
+    if low.size > limit:
+        return 0
+    first = start if start > 1 else min(2, most)
+    high = _Point(first, total(first))
+    while high.size <= limit:
+        if high.value == most:
+            return most
+        # one beyond the point where the straight line through both points meets the limit
+        slope = max((high.size - low.size) / max(high.value - low.value, 1), 1)
+        n = high.value + int((limit - high.size) / slope) + 1
+        n = min(n, 64 * high.value, most)
+        low = high
+        high = _Point(n, total(n))
+    return _last_that_fits(total, limit, low, high)
+
+
+def _last_that_fits(total: Callable[[int], int], limit: int, low: _Point, high: _Point) -> int:
+    """Return the largest n that fits, between a point that fits and one that does not."""
+    turn = 0
+    while high.value - low.value > 1:
+        turn += 1
+        # Interpolate linearly. Every third time bisect, in case `total` is not linear.
+        share = 0.5
+        if turn % 3:
+            share = (limit - low.size) / (high.size - low.size)
+        n = low.value + int(share * (high.value - low.value))
+        n = min(max(n, low.value + 1), high.value - 1)
+        point = _Point(n, total(n))
+        if point.size <= limit:
+            low = point
+        else:
+            high = point
+    return low.value
+
+
+def most(plan: "MemoryPlan", name: str, limit: int) -> int:
+    """Return the largest value of a field with which the plan fits, or 0 if no value fits.
+
+    Args:
+        plan: A memory plan.
+        name: "max_length", "per_device_train_batch_size" or, with an adapter, "r".
+        limit: Memory in bytes.
+
+    Raises:
+        ValueError: If memory is not searched by this field.
+    """
+    unit = 1
+    if name == "max_length":
+        unit = WIDTH
+        current = -(-plan.config.max_length // WIDTH)
+        highest = plan.shapes.config.max_position_embeddings // WIDTH
+    elif name == "per_device_train_batch_size":
+        current = plan.config.per_device_train_batch_size
+        highest = _MAX_BATCH_SIZE
+    elif name == "r" and plan.lora is not None:
+        current = plan.lora.r
+        layers = lora_layers(plan.shapes).values()
+        highest = min(min(layer.in_features, layer.out_features) for layer in layers)
+    else:
+        raise unknown("most", name, _searchable(plan))
+
+    @cache
+    def total(n: int) -> int:
+        if n == current:
+            return plan.total
+        return plan.changed(**{name: unit * n}).total
+
+    start = min(max(current, 1), highest)
+    return unit * largest(total, limit, start, highest)
+
+
+def _searchable(plan: "MemoryPlan") -> list[str]:
+    """Return the fields that `most` accepts for a plan."""
+    names = ["max_length", "per_device_train_batch_size"]
+    if plan.lora:
+        names.append("r")
+    return names
+
+
+def fixes(plan: "MemoryPlan", limit: int) -> "Iterator[tuple[str, MemoryPlan]]":
+    """Generate single changes with which a plan fits, the smallest first.
+
+    Each change is planned when the iterator reaches it, so a caller that takes only the first one
+    waits for no other.
+
+    Args:
+        plan: A memory plan.
+        limit: Memory in bytes.
+
+    Yields:
+        The change as text, and the plan with it.
+    """
+    for change in _micro_batches(plan):
         other = plan.changed(**change)
         if other.total <= limit:
-            (words,) = (f"{name}={value!r}" for name, value in change.items())
-            yield words, other
+            yield _as_text(change), other
+            break
+    for change in _switches(plan):
+        other = plan.changed(**change)
+        if other.total <= limit:
+            yield _as_text(change), other
     length = most(plan, "max_length", limit)
-    if 0 < length < config.max_length:
+    if 0 < length < plan.config.max_length:
         yield f"max_length={length}", plan.changed(max_length=length)
 
 
-def verdict(plan: Plan, limit: int) -> str:
-    """Whether the plan fits, and how far it would go; or what would make it fit."""
-    size, spare = f"{limit / 1e9:,.1f} GB", limit - plan.total
+def _micro_batches(plan: "MemoryPlan") -> Iterator[dict[str, Any]]:
+    """Generate changes to smaller micro-batches with the same number of rows a step."""
+    batch = plan.config.per_device_train_batch_size
+    for size in range(batch - 1, 0, -1):
+        if batch % size == 0:
+            yield {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": (
+                    plan.config.gradient_accumulation_steps * batch // size
+                ),
+            }
+
+
+def _switches(plan: "MemoryPlan") -> list[dict[str, Any]]:
+    """Return the changes of one option that save memory in this plan."""
+    changes: list[dict[str, Any]] = []
+    if not plan.config.gradient_checkpointing:
+        changes.append({"gradient_checkpointing": True})
+    if plan.config.optim == "adamw_torch":
+        changes.append({"optim": "adamw_8bit"})
+    if plan.method == "lora":
+        changes.append({"quantize": "nf4"})
+    return changes
+
+
+def _as_text(change: dict[str, Any]) -> str:
+    """Return a change in the form of keyword arguments."""
+    return ", ".join(f"{name}={value!r}" for name, value in change.items())
+
+
+def verdict(plan: "MemoryPlan", limit: int) -> str:
+    """Return a text that states if a plan fits, and its limits or the changes that make it fit.
+
+    Args:
+        plan: A memory plan.
+        limit: Memory in bytes.
+    """
+    card = f"{limit / 1e9:,.1f} GB"
+    spare = limit - plan.total
     if spare >= 0:
-        names = ["max_length", "per_device_train_batch_size", *(["r"] if plan.lora else [])]
-        far = ", ".join(f"{name} {most(plan, name, limit):,}" for name in names)
-        return f"fits {size}, {spare / 1e9:,.1f} GB to spare; one of these at most: {far}"
-    lines = [f"does not fit {size}: {-spare / 1e9:,.1f} GB too much"]
-    lines += [f"  fits with {words}: {other.total / 1e9:,.1f} GB" for words, other in fixes(plan, limit)]
-    return "\n".join(lines if len(lines) > 1 else [*lines, "  no single change makes it fit"])
+        limits = [f"{name} {most(plan, name, limit):,}" for name in _searchable(plan)]
+        return (
+            f"fits {card}, {spare / 1e9:,.1f} GB to spare; one of these at most: "
+            f"{', '.join(limits)}"
+        )
+    lines = [f"does not fit {card}: {-spare / 1e9:,.1f} GB too much"]
+    for text, other in fixes(plan, limit):
+        lines.append(f"  fits with {text}: {other.total / 1e9:,.1f} GB")
+    if len(lines) == 1:
+        lines.append("  no single change makes it fit")
+    return "\n".join(lines)

@@ -1,10 +1,14 @@
-"""What a piece of code holds while it runs, byte by byte, without running it.
+"""Measurement of the memory that code holds, without running it on data.
 
-Inside a `FakeTensorMode` tensors have shapes and no storage, and autograd keeps and drops them as ever. The meter sees
-each operation, adds the bytes of every new storage, and takes them off when its last user lets go: the graph that the
-code builds is what is counted, so that there is no formula here to fall behind the code. Values are never known. Where
-code asks for one it is told 1, and of a search for what is not zero that all is: every token is learned.
-What a kernel takes for itself is not seen (a few MB on a CPU), but for logsumexp's, which is as large as its input.
+Inside a `FakeTensorMode` tensors have shapes but no storage, and autograd keeps and frees them as
+usual. The meter sees each operation, adds the bytes of every new storage, and subtracts them when
+the last reference is dropped. It measures the graph that the code builds, so there is no formula
+that could become outdated.
+
+Simplified: values are never known. Code that asks for a value receives 1, and a search for nonzero
+elements finds all of them, so every token is supervised. The buffers that a kernel allocates for
+its own use are not seen (a few MB on a CPU), except those of logsumexp, which are as large as its
+input.
 """
 
 import weakref
@@ -23,67 +27,107 @@ _device = torch.ops.prim.device.default
 
 
 class Stretch(NamedTuple):
-    """A part of a step, in bytes: the most that it holds above what there was before, and what it leaves behind."""
+    """Memory of one part of a training step, in bytes.
+
+    Attributes:
+        rise: Peak above the memory at the beginning of the part.
+        change: Difference between the end and the beginning of the part.
+        gradients: Share of `change` that is gradients.
+        freed: Bytes that this part freed, by the kind of layer that allocated them.
+    """
 
     rise: int
     change: int
-    gradients: int  # of the change
-    freed: Mapping[int, int]  # of what other parts of the step had made, by their sort
+    gradients: int
+    freed: Mapping[int, int]
 
 
 class Meter(TorchDispatchMode):
-    """`live` bytes of the storages made inside, by the operations that the mode sees."""
+    """Counter of the live bytes of all storages that are made inside the mode.
+
+    Attributes:
+        live: Bytes that are alive.
+        layer_kind: Kind of layer that runs, for `Stretch.freed`; -1 outside all layers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self._peak = self._before = self._gradients = 0
-        self.sort = -1  # of the stretch that goes on
-        self._storages: dict[int, tuple[int, int]] = {}  # size and sort
+        self.live = 0
+        self.layer_kind = -1
+        self._peak = 0
+        self._before = 0  # `live` at the beginning of the part
+        self._gradients = 0  # bytes of gradients at the beginning of the part
+        self._storages: dict[int, tuple[int, int]] = {}  # address -> size, kind of layer
         self._freed: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _device and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
-            return args[0].fake_device  # what the mode below would say; most of what a step asks is this
+        if func is _device and isinstance(args[0], FakeTensor):
+            if not args[0].fake_mode.in_kernel_invocation:
+                # The most frequent call by far. FakeTensorMode would return the same, but slower.
+                return args[0].fake_device
         if func is _aten._local_scalar_dense.default:
             return 1
         if func is _aten.nonzero.default:
-            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-        found = func(*args, **(kwargs or {}))
-        self.count(found)
+            tensor = args[0]
+            return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+        result = func(*args, **(kwargs or {}))
+        self.count(result)
         self.inside(func, args)
-        return found
+        return result
 
     def inside(self, func: Any, args: Any) -> None:
-        """Add what is known of a kernel's own buffers, for as long as it runs."""
-        if func is _aten.logsumexp.default:  # exp(x - max)
+        """Add the known buffers of a kernel to the peak.
+
+        Args:
+            func: The operation.
+            args: Its positional arguments.
+        """
+        if func is _aten.logsumexp.default:  # exp(x - max), as large as x
             self._peak = max(self._peak, self.live + args[0].nbytes)
 
     def count(self, made: Any) -> None:
-        """Add the storages that an operation made; each takes itself off when it is freed."""
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._storages:
-                self._storages[storage._cdata] = storage.nbytes(), self.sort
-                self.live += storage.nbytes()
-                self._peak = max(self._peak, self.live)
-                weakref.finalize(storage, self._free, storage._cdata)
+        """Add the storages of new tensors; each subtracts its bytes when it is freed.
 
-    def _free(self, storage: int) -> None:
-        size, sort = self._storages.pop(storage)
+        Args:
+            made: Result of an operation: a tensor, or a nested structure that contains tensors.
+        """
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            address = storage._cdata
+            if address in self._storages:
+                continue
+            self._storages[address] = (storage.nbytes(), self.layer_kind)
+            self.live += storage.nbytes()
+            self._peak = max(self._peak, self.live)
+            weakref.finalize(storage, self._free, address)
+
+    def _free(self, address: int) -> None:
+        """Subtract the bytes of a storage that was freed."""
+        size, layer_kind = self._storages.pop(address)
         self.live -= size
-        self._freed[sort] += size
+        self._freed[layer_kind] += size
 
     def stretch(self, gradients: int) -> Stretch:
-        """What happened since the last call; `gradients`: the bytes of all .grad now."""
+        """Return the memory of the part of the step since the last call, and begin a new part.
+
+        Args:
+            gradients: Bytes of all `.grad` at this moment.
+        """
         change = self.live - self._before
-        found = Stretch(self._peak - self._before, change, gradients - self._gradients, self._freed)
+        result = Stretch(
+            self._peak - self._before, change, gradients - self._gradients, self._freed
+        )
         self._freed = Counter()
-        self._peak = self._before = self.live
+        self._peak = self.live
+        self._before = self.live
         self._gradients = gradients
-        return found
+        return result
 
 
 class Unfilled(TorchDispatchMode):
-    """Inside, random numbers are not drawn: of weights that have no storage only the shapes matter."""
+    """Mode in which random initialisation does nothing, for weights that have shapes only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (_aten.normal_.default, _aten.uniform_.default):

@@ -1,8 +1,9 @@
-"""The parts of a memory plan, and how tables and plots name them."""
+"""Parts of a memory plan, with their captions in tables and pictures."""
 
 from typing import Any
 
-PARTS = {  # of a plan, and how the table and the picture name them
+# Field of MemoryPlan -> its caption in the table and the picture.
+PARTS = {
     "packed": "4-bit codes",
     "scales": "their scales",
     "dense": "dense weights",
@@ -16,10 +17,17 @@ PARTS = {  # of a plan, and how the table and the picture name them
 
 
 def about(plan: Any) -> str:
-    """What is planned, in a line."""
+    """Return one line that describes the planned run: rank, batch, length and optimiser.
+
+    Args:
+        plan: A `MemoryPlan`.
+    """
     config = plan.config
-    rank = f"r {plan.lora.r}, " if plan.lora else ""
-    return (
-        f"{rank}{config.per_device_train_batch_size} x {config.max_length} tokens, {config.optim}"
-        f"{', gradient checkpointing' * config.gradient_checkpointing}"
-    )
+    words = []
+    if plan.lora:
+        words.append(f"r {plan.lora.r}")
+    words.append(f"{config.per_device_train_batch_size} x {config.max_length} tokens")
+    words.append(config.optim)
+    if config.gradient_checkpointing:
+        words.append("gradient checkpointing")
+    return ", ".join(words)

@@ -1,11 +1,14 @@
-"""plan_memory: the bytes of a training run by part, from config.json alone.
+"""Memory of a training run by part, from config.json alone.
 
-    total = weights + optimiser's state + max over the step of (activations kept + gradients + what is in use)
+    total = weights + optimiser state + max over the step of (activations kept + gradients + in use)
 
-Weights and state are exact to the byte: the model is built, quantised and given its adapters on the meta device, and
-its parameters are counted. The maximum is found by walking through one step (step.py); the parts are what they are at
-that moment, so they add up. Rows are taken to be full, each `max_length` tokens, all of them learned. Not in it:
-Python and torch themselves, a CUDA context, what an allocator holds back, evaluation.
+Weights and optimiser state are exact to the byte: the model is built, quantised and given its
+adapters on the meta device, and its parameters are counted. The maximum is found by walking through
+one training step (step.py). The parts are those of the moment of the maximum, so they add up.
+
+Simplified: all rows are full, each with `max_length` tokens, all of them supervised. The plan does
+not contain Python and torch themselves, a CUDA context, memory that an allocator holds in reserve,
+or evaluation.
 """
 
 import json
@@ -15,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,77 +32,138 @@ from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.models.loader import pick_dtype
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.tools.memory_plan import fit
+from minilora.tools.memory_plan.meter import Stretch
 from minilora.tools.memory_plan.parts import PARTS, about
 from minilora.tools.memory_plan.step import Step, shapes, step, stored, walked_as
 from minilora.tools.plot.machine import memory
 from minilora.training.config import TrainConfig
 from minilora_kernels.backend import ENVIRONMENT
 
-KEPT = 128  # steps whose stretches are remembered; each is a few numbers for a layer
-_steps: OrderedDict[str, Step] = OrderedDict()  # the one used last stands last
+_CACHE_SIZE = 128  # steps to remember; each is a few numbers for a layer
+_step_cache: OrderedDict[str, Step] = OrderedDict()  # the most recently used step is the last
+_NF4 = tuple[int, bool]  # (blocksize, double_quant)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part at the moment when all together are most; str() is a table, with `card` also what would fit."""
+    """Bytes of a training run by part, at the moment of the peak.
 
-    packed: int  # codes of the 4-bit layers
-    scales: int  # of both levels
-    dense: int  # all other weights of the base: embeddings, head, norms; without quantize the linear layers too
-    adapters: int  # what trains beside the base: fp32 masters
+    `str()` of a plan is a table, with a verdict if `card` is given.
+
+    Attributes:
+        packed: Codes of the 4-bit layers.
+        scales: Scales of the 4-bit layers, at both levels.
+        dense: All other weights of the base: embeddings, head and norms, and without
+            quantisation the linear layers too.
+        adapters: Trainable parameters that are added to the base, as fp32 masters.
+        optimizer: State of the optimiser on the device.
+        gradients: Gradients of the trainable parameters.
+        activations: Activations that forward keeps for backward.
+        workspace: Memory in use within a layer: a dequantised W, buffers, and with gradient
+            checkpointing the recomputed activations.
+        logits: Memory in use within the output layer and the loss.
+        moment: Part of the step in which the peak occurs.
+        trainable: Number of trainable parameters.
+        card: Bytes that the run should fit into, or None.
+        shapes: The model on the meta device.
+        lora: Config of the adapter; None trains every parameter.
+        config: Config of the run.
+        dtype: dtype of dense weights.
+        nf4: (blocksize, double_quant) of 4-bit layers, or None.
+    """
+
+    packed: int
+    scales: int
+    dense: int
+    adapters: int
     optimizer: int
     gradients: int
-    activations: int  # kept from forward for backward
-    workspace: int  # in use within a layer: a dense W, buffers; with gradient checkpointing its activations, recomputed
-    logits: int  # the same in the output layer and the loss
-    moment: str  # when that is
-    trainable: int  # how many numbers train
-    card: int | None  # bytes it is to fit in
+    activations: int
+    workspace: int
+    logits: int
+    moment: str
+    trainable: int
+    card: int | None
     shapes: CausalLM = field(repr=False, compare=False)
     lora: LoRAConfig | None = field(repr=False, compare=False)
     config: TrainConfig = field(repr=False, compare=False)
     dtype: torch.dtype = field(repr=False, compare=False)
-    nf4: tuple[int, bool] | None = field(repr=False, compare=False)  # (blocksize, double_quant)
+    nf4: _NF4 | None = field(repr=False, compare=False)
 
     @property
     def total(self) -> int:
-        """The most bytes held at a time."""
+        """Peak memory in bytes."""
         return sum(getattr(self, part) for part in PARTS)
 
     @property
     def method(self) -> str:
-        """qlora, lora or full."""
-        return "full" if self.lora is None else "lora" if self.nf4 is None else "qlora"
+        """Method of training: "qlora", "lora" or "full"."""
+        if self.lora is None:
+            return "full"
+        return "lora" if self.nf4 is None else "qlora"
 
     def changed(self, **to: Any) -> "MemoryPlan":
-        """The plan with other values of `r`, `quantize` or fields of TrainConfig."""
-        lora, nf4 = self.lora, self.nf4
+        """Return the plan with other settings.
+
+        Args:
+            to: New values of `r`, `quantize` ("nf4") or fields of TrainConfig.
+        """
+        lora = self.lora
+        nf4 = self.nf4
+        model = self.shapes
         if "r" in to and lora is not None:
             lora = replace(lora, r=to.pop("r"))
-        if to.pop("quantize", None):
-            nf4 = nf4 or (64, True)
-        same = lora is self.lora and nf4 is self.nf4
-        model = self.shapes if same else shapes(self.shapes.config, lora, self.dtype, nf4)
+        if to.pop("quantize", None) and nf4 is None:
+            nf4 = (64, True)
+        if lora is not self.lora or nf4 is not self.nf4:
+            model = shapes(model.config, lora, self.dtype, nf4)
         return _plan(model, lora, replace(self.config, **to), self.dtype, nf4, self.card)
 
     def most(self, name: str, card: int | str) -> int:
-        """The largest `max_length`, `per_device_train_batch_size` or `r` with which the plan fits; 0 if none does."""
+        """Return the largest value of a field with which the plan fits, or 0 if no value fits.
+
+        Args:
+            name: "max_length", "per_device_train_batch_size" or "r".
+            card: Memory in bytes, or a text such as "24GB".
+
+        Raises:
+            ValueError: If `name` is another field, or `card` is not a size.
+        """
         return fit.most(self, name, fit.parse_bytes(card))
 
     def fixes(self, card: int | str) -> "dict[str, MemoryPlan]":
-        """Each single change with which the plan fits `card`, in words, the smallest first; see fit.py."""
+        """Return each single change with which the plan fits, the smallest first; see fit.py.
+
+        Args:
+            card: Memory in bytes, or a text such as "24GB".
+
+        Returns:
+            Plans by their change, written as keyword arguments.
+
+        Raises:
+            ValueError: If `card` is not a size.
+        """
         return dict(fit.fixes(self, fit.parse_bytes(card)))
 
     @cached_property
     def verdict(self) -> str:
-        """Whether it fits `card`, and what else would."""
+        """Text that states if the plan fits `card`; empty without a card."""
         return "" if self.card is None else fit.verdict(self, self.card)
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (table([self]), self.verdict)))
+        text = table([self])
+        return f"{text}\n{self.verdict}" if self.verdict else text
 
     def plot(self, path: str | Path | None = None, *others: "MemoryPlan") -> Any:
-        """A matplotlib Figure, saved to `path` if given: a bar a plan, stacked by part; see plot.memory."""
+        """Draw this plan and others as bars that are stacked by part; see plot.memory.
+
+        Args:
+            path: File to save the figure to; None saves nothing.
+            others: Further plans, a bar each.
+
+        Returns:
+            The matplotlib Figure.
+        """
         return memory([self, *others], path)
 
 
@@ -114,124 +178,208 @@ def plan_memory(
     dtype: torch.dtype | str = "auto",
     card: int | str | None = None,
 ) -> MemoryPlan:
-    """What training `model` would take, in bytes by part; nothing is loaded, and no weight need be there.
+    """Compute the memory of training a model, in bytes by part. No weight is loaded.
 
-    model: a Hub id or folder, of which config.json alone is read; a .gguf file; a config.json as a dict; or a loaded
-        model, whose adapter, 4 bits and dtype then say what is planned.
-    lora: as for `inject`; None is LoRAConfig(). With TrainConfig(method="full") every parameter trains, in fp32.
-    config: as for `train`; batch size, length, accumulation, checkpointing, optimiser and precision count.
-    quantize, double_quant, blocksize, dtype: as for `load_model`; "auto" is for this machine.
-    card: bytes, or "24GB" (10⁹; "GiB" is 2³⁰): then str() says what fits it.
+    Args:
+        model: A Hub id or folder, of which only config.json is read; a .gguf file; a config.json
+            as a dict; or a loaded model, which determines adapter, quantisation and dtype.
+        lora: Config for `inject`. None is LoRAConfig(), or every parameter with
+            TrainConfig(method="full"), which trains in fp32.
+        config: Config for `train`; None is TrainConfig(). Memory depends on batch size, length,
+            accumulation, checkpointing, optimiser and precision.
+        quantize: "nf4" for 4-bit linear layers; None keeps them dense.
+        double_quant: Quantise the scales too; the default is True.
+        blocksize: Number of weights that share a scale.
+        dtype: dtype of dense weights; "auto" chooses one for this machine.
+        card: Memory of the GPU in bytes, or a text such as "24GB" (10⁹ bytes) or "24GiB" (2³⁰).
+            With it, str() of the plan states if the run fits. None gives no verdict.
 
-    ValueError for what `load_model`, `inject` or `train` would refuse, and for a model that is not of our families.
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If `load_model`, `inject` or `train` would refuse the settings, or the
+            architecture is not supported.
     """
-    config, full = config or TrainConfig(), config is not None and config.method == "full"
+    config = config or TrainConfig()
+    full = config.method == "full"
     if isinstance(model, nn.Module):
         if lora or quantize or not isinstance(model, CausalLM):
             raise ValueError(
-                "plan_memory: of a loaded model, one of load_model's, it plans what is there: only config."
+                "plan_memory: a loaded model, which load_model must have made, determines its "
+                "adapter and quantisation. Give only config."
             )
-        lora, nf4, dtype = _of(model)
-        if not (lora or full):
-            raise ValueError("plan_memory: the model has no adapter: inject one, or plan its config.json.")
-        shape = model.config
+        lora, nf4, dtype = _settings_of(model)
+        if lora is None and not full:
+            raise ValueError(
+                "plan_memory: the model has no adapter. Inject one, or plan its config.json."
+            )
+        decoder_config = model.config
     else:
-        shape, four_bit = _read(model)
+        decoder_config, four_bit = _read_config(model)
         nf4 = (blocksize, double_quant) if quantize == "nf4" or four_bit else None
-        lora = lora or (None if full else LoRAConfig())
+        if lora is None and not full:
+            lora = LoRAConfig()
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
-    if full and (lora or nf4):
-        raise ValueError('method="full" trains every parameter in fp32: leave out lora and quantize.')
-    if full and dtype not in ("auto", "float32", torch.float32):
-        raise ValueError(f'method="full" keeps weights in fp32, got dtype {dtype}: bf16=True computes in 16 bits.')
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if full else pick_dtype(dtype, device)
+    if full:
+        _check_full(lora, nf4, dtype)
+        dtype = torch.float32
+    else:
+        dtype = pick_dtype(dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     limit = None if card is None else fit.parse_bytes(card)
-    return _plan(shapes(shape, lora, dtype, nf4), lora, config, dtype, nf4, limit)
+    return _plan(shapes(decoder_config, lora, dtype, nf4), lora, config, dtype, nf4, limit)
+
+
+def _check_full(lora: LoRAConfig | None, nf4: _NF4 | None, dtype: torch.dtype | str) -> None:
+    """Refuse settings that contradict method="full"."""
+    if lora or nf4:
+        raise ValueError(
+            'method="full" trains every parameter in fp32: leave out lora and quantize.'
+        )
+    if dtype not in ("auto", "float32", torch.float32):
+        raise ValueError(
+            f'method="full" keeps weights in fp32, got dtype {dtype}. '
+            "bf16=True computes in 16 bits."
+        )
+
+
+class _Peak(NamedTuple):
+    """The moment of a step in which most memory is in use, in bytes."""
+
+    total: int
+    moment: str
+    activations: int
+    gradients: int
+    rise: int
 
 
 def _plan(
-    model: CausalLM, lora: LoRAConfig | None, config: TrainConfig, dtype: torch.dtype, nf4: Any, card: int | None
+    model: CausalLM,
+    lora: LoRAConfig | None,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    nf4: _NF4 | None,
+    card: int | None,
 ) -> MemoryPlan:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    stretches, state = _step(model, lora, config, dtype, nf4)
-    kept, gradients = 0, sum(p.nbytes for p in trained) * (config.gradient_accumulation_steps > 1)
-    most = (-1, "", 0, 0, 0)
-    for name, stretch in stretches:
-        most = max(most, (kept + gradients + stretch.rise, name, kept, gradients, stretch.rise), key=lambda m: m[0])
-        gradients += stretch.gradients
-        kept += stretch.change - stretch.gradients
-    buffers = kept  # what is left at the end is kept for the next step
-    _, moment, kept, gradients, rise = most
-    logits = moment in ("logits", "head")
-    paged = config.optim.startswith("paged")  # in host memory
+    """Return the plan of a model on the meta device."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    stretches, optimizer_state = _step(model, lora, config, dtype, nf4)
+    # with accumulation, the gradients exist before the second micro-batch begins
+    gradients = 0
+    if config.gradient_accumulation_steps > 1:
+        gradients = sum(p.nbytes for p in trainable)
+    peak, buffers = _find_peak(stretches, gradients)
+    workspace = buffers
+    logits = 0
+    if peak.moment in ("logits", "head"):
+        logits = peak.rise
+    else:
+        workspace += peak.rise
+    in_host_memory = config.optim.startswith("paged")
     return MemoryPlan(
         **stored(model),
-        optimizer=0 if paged else state,
-        gradients=gradients,
-        activations=kept - buffers,
-        workspace=buffers if logits else buffers + rise,
-        logits=rise if logits else 0,
-        moment=moment,
-        trainable=sum(p.numel() for p in trained),
+        optimizer=0 if in_host_memory else optimizer_state,
+        gradients=peak.gradients,
+        activations=peak.activations - buffers,
+        workspace=workspace,
+        logits=logits,
+        moment=peak.moment,
+        trainable=sum(p.numel() for p in trainable),
         card=card,
-        **{"shapes": model, "lora": lora, "config": config, "dtype": dtype, "nf4": nf4},
+        shapes=model,
+        lora=lora,
+        config=config,
+        dtype=dtype,
+        nf4=nf4,
     )
 
 
-def _step(model: CausalLM, lora: LoRAConfig | None, config: TrainConfig, dtype: torch.dtype, nf4: Any) -> Step:
-    """`step`, which walks once for everything that determines a walk.
+def _find_peak(stretches: list[tuple[str, Stretch]], gradients: int) -> tuple[_Peak, int]:
+    """Return the peak of a step, and the bytes of buffers that remain for the next step."""
+    activations = 0
+    peak = _Peak(-1, "", 0, 0, 0)
+    for name, stretch in stretches:
+        total = activations + gradients + stretch.rise
+        if total > peak.total:
+            peak = _Peak(total, name, activations, gradients, stretch.rise)
+        gradients += stretch.gradients
+        activations += stretch.change - stretch.gradients
+    return peak, activations
 
-    The key is text, since a config may hold lists. What is written the same is walked the same.
+
+def _step(
+    model: CausalLM,
+    lora: LoRAConfig | None,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    nf4: _NF4 | None,
+) -> Step:
+    """Return `step` from a cache, whose key is everything that determines the result.
+
+    The key is text, because a config may hold lists, which are not hashable.
     """
     config = walked_as(config)
     key = repr((model.config, lora, config, dtype, nf4, os.environ.get(ENVIRONMENT)))
-    found = _steps.pop(key, None) or step(model, config)
-    _steps[key] = found
-    while len(_steps) > KEPT:
-        _steps.popitem(last=False)
-    return found
+    result = _step_cache.pop(key, None) or step(model, config)
+    _step_cache[key] = result
+    while len(_step_cache) > _CACHE_SIZE:
+        _step_cache.popitem(last=False)
+    return result
 
 
-def _read(source: Any) -> tuple[DecoderConfig, bool]:
-    """The shape of a model, and whether its checkpoint is in 4 bits already."""
+def _read_config(source: Any) -> tuple[DecoderConfig, bool]:
+    """Return the config of a model, and True if its checkpoint is in 4 bits already."""
     if isinstance(source, DecoderConfig):
         return source, False
     if not isinstance(source, Mapping):
-        place = Path(source).expanduser()
-        if not place.exists() and HUB_ID.fullmatch(str(source)) and place.suffix != ".gguf":
-            place = download(str(source), ["config.json"])
-        place = resolve(place)  # says what is wrong with anything else
-        if place.is_file():
-            return GGUFCheckpoint(place).config, False
-        source = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        path = Path(source).expanduser()
+        if not path.exists() and HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
+            path = download(str(source), ["config.json"])
+        path = resolve(path)  # raises for anything but a folder or a .gguf file
+        if path.is_file():
+            return GGUFCheckpoint(path).config, False
+        source = json.loads((path / "config.json").read_text(encoding="utf-8"))
     content = dict(source)
-    four_bit = bool((content.pop("quantization_config", None) or {}).get("load_in_4bit"))
-    return DecoderConfig.from_hf(content), four_bit
+    quantization = content.pop("quantization_config", None) or {}
+    return DecoderConfig.from_hf(content), bool(quantization.get("load_in_4bit"))
 
 
-def _of(model: CausalLM) -> tuple[LoRAConfig | None, tuple[int, bool] | None, torch.dtype]:
-    """What a loaded model says of itself: adapter, 4 bits, dtype."""
-    four_bit = next((m for m in model.modules() if isinstance(m, NF4Linear)), None)
-    nf4 = None if four_bit is None else (four_bit.blocksize, four_bit.nested_bytes is not None)
+def _settings_of(model: CausalLM) -> tuple[LoRAConfig | None, _NF4 | None, torch.dtype]:
+    """Return the adapter config, quantisation and dtype of a loaded model."""
     lora = next(iter(lora_configs(model).values()), None)
+    nf4 = None
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            nf4 = (module.blocksize, module.nested_bytes is not None)
+            break
     return lora, nf4, model.model.norm.weight.dtype
 
 
 def table(plans: list[MemoryPlan]) -> str:
-    """Plans side by side, in GB of 10⁹ bytes."""
+    """Return a table of plans, a column each, in GB of 10⁹ bytes.
+
+    Args:
+        plans: At least one plan. The first one gives the title.
+    """
     rows = [["", *(plan.method for plan in plans)]]
     for part, caption in PARTS.items():
         values = [getattr(plan, part) for plan in plans]
         if any(values):
-            rows.append([caption, *(f"{value / 1e9:,.3f}" if value else "-" for value in values)])
-    rows.append(["total, GB", *(f"{plan.total / 1e9:,.3f}" for plan in plans)])
+            rows.append([caption, *(_gigabytes(value) for value in values)])
+    rows.append(["total, GB", *(_gigabytes(plan.total) for plan in plans)])
     rows.append(["fullest in", *(plan.moment for plan in plans)])
     rows.append(["numbers that train", *(f"{plan.trainable:,}" for plan in plans)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))])
-        for first, *rest in rows
-    ]
-    return "\n".join([about(plans[0]), *lines])
+    lines = [about(plans[0])]
+    for caption, *values in rows:
+        cells = [caption.ljust(widths[0])]
+        for value, width in zip(values, widths[1:], strict=True):
+            cells.append(value.rjust(width))
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _gigabytes(size: int) -> str:
+    """Return a number of bytes in GB, or a dash for zero."""
+    return f"{size / 1e9:,.3f}" if size else "-"

@@ -1,17 +1,22 @@
-"""One step of training, stretch by stretch: what is held when.
+"""Memory of one training step, part by part.
 
-    embedding · layer 0 … layer L-1 forward · logits · head's backward · layer L-1 … layer 0 backward · optimiser
+    embedding · layer 0 … layer L-1 forward · logits · backward of the head
+    · layer L-1 … layer 0 backward · optimiser
 
-The model is built whole on the meta device, as load_model builds it. Layers that are alike in every shape, and in
-whether something below them trains, hold the same, so one of each sort is run (meter.py) and counted as often as it
-stands there: a model of 80 layers takes the time of three. It is the CPU's code that runs, on any machine.
+The model is built on the meta device in the way of load_model. Two layers take the same memory if
+they agree in all shapes, and in having a trainable parameter below them or not. One layer of each
+kind runs under the meter (meter.py) and counts as often as the kind occurs: a model of 80 layers
+takes the time of three.
+
+Simplified: the CPU's code path runs, on any machine.
 """
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,166 +36,260 @@ from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.runtime import switched_to_training
 
-STATIC = ("packed", "scales", "dense", "adapters")
-Step = tuple[list[tuple[str, Stretch]], int]  # the stretches by name, and the bytes of the optimiser's state
+Step = tuple[list[tuple[str, Stretch]], int]  # parts by name, and bytes of the optimiser's state
+
+_Key = tuple[str, int]  # name of a part, and kind of its layer (-1 outside all layers)
+
+
+class _Measured(NamedTuple):
+    """Parts of a step of the small model, and bytes of optimiser state by kind of layer."""
+
+    stretches: dict[_Key, Stretch]
+    optimizer_state: Counter[int]
 
 
 def shapes(
-    config: DecoderConfig, lora: LoRAConfig | None, dtype: torch.dtype, nf4: tuple[int, bool] | None
+    config: DecoderConfig,
+    lora: LoRAConfig | None,
+    dtype: torch.dtype,
+    nf4: tuple[int, bool] | None,
 ) -> CausalLM:
-    """The model on the meta device; nf4: (blocksize, double_quant) or None; lora: None trains every parameter."""
+    """Build a model on the meta device.
+
+    Args:
+        config: Shape of the model.
+        lora: Config of its adapter; None trains every parameter.
+        dtype: dtype of dense weights.
+        nf4: (blocksize, double_quant) of its 4-bit layers; None keeps them dense.
+
+    Returns:
+        The model without storage.
+    """
     with torch.device("meta"), Unfilled():
         model = CausalLM(config).to(dtype)
         model.tie_weights()
         if nf4 is not None:
-            quantize_model(model, *nf4)
+            blocksize, double_quant = nf4
+            quantize_model(model, blocksize, double_quant)
         if lora is not None:
             inject(model, lora)
     return model
 
 
 def stored(model: CausalLM) -> dict[str, int]:
-    """Bytes of the weights by STATIC part: 4-bit codes, their scales, what is dense, what trains beside them."""
-    found: dict[str, int] = dict.fromkeys(STATIC, 0)
-    full = not lora_configs(model)
+    """Return the bytes of a model's weights.
+
+    Args:
+        model: A model, on the meta device or loaded.
+
+    Returns:
+        Bytes by part: "packed" (4-bit codes), "scales", "dense" and "adapters" (trainable
+        parameters that are added to the base).
+    """
+    sizes = {"packed": 0, "scales": 0, "dense": 0, "adapters": 0}
+    configs = lora_configs(model)
+    full = not configs
     codes = {id(m.packed) for m in model.modules() if isinstance(m, NF4Linear)}
-    replaced = {p for part in lora_configs(model).parts.originals.values() for p in _parameters(part)}
-    for p in {*model.parameters(), *replaced}:
+    parameters = set(model.parameters())
+    for original in configs.parts.originals.values():  # replaced by modules_to_save
+        parameters.update(_parameters(original))
+    for p in parameters:
         if p.dtype == torch.uint8:
-            found["packed" if id(p) in codes else "scales"] += p.nbytes
+            part = "packed" if id(p) in codes else "scales"
         else:
-            found["adapters" if p.requires_grad and not full else "dense"] += p.nbytes
-    return found
+            part = "adapters" if p.requires_grad and not full else "dense"
+        sizes[part] += p.nbytes
+    return sizes
 
 
 def _parameters(part: Any) -> list[nn.Parameter]:
+    """Return the parameters of a module, or a parameter as a list."""
     return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
 
 
 def walked_as(config: TrainConfig) -> TrainConfig:
-    """The config whose step takes the same memory, and which is the same for all configs that walk alike."""
+    """Return a representative of all configs whose step takes the same memory.
+
+    Args:
+        config: Config of a run.
+    """
     return replace(
         config,
-        max_length=-(-config.max_length // 8) * 8,  # padded, as in losses/sft.py
-        gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),  # the second adds to gradients
-        optim=config.optim.removeprefix("paged_"),  # the same state, in host memory
+        # rows are padded, as in losses/sft.py
+        max_length=-(-config.max_length // 8) * 8,
+        # the second micro-batch adds to existing gradients; a third one takes the same memory
+        gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2),
+        # the same state, in host memory
+        optim=config.optim.removeprefix("paged_"),
     )
 
 
 def step(model: CausalLM, config: TrainConfig) -> Step:
-    """The stretches of a step from the second on, in order, and the bytes of the optimiser's state.
+    """Measure a training step after the first one.
 
-    A batch of per_device_train_batch_size rows of max_length tokens, each of which is learned.
+    The batch has per_device_train_batch_size rows of max_length tokens, all of them supervised.
+
+    Args:
+        model: A model on the meta device.
+        config: Config of the run.
+
+    Returns:
+        The parts of the step in order, by name, and the bytes of the optimiser's state.
     """
-    alike = _alike(model)
+    layer_kinds = _layer_kinds(model)
     config = walked_as(config)
-    _make_tables(config)
-    with ThreadPoolExecutor(1) as thread:  # buffers that code keeps, one a thread, have no values here, and end with it
-        found, state = thread.submit(_walk, model, sorted(set(alike)), config).result()
-    layers = list(enumerate(alike))
-    casts = found["casts", -1]  # autocast's 16-bit copies of weights, of every layer, go at its end
-    further = sum((alike.count(kind) - 1) * size for kind, size in casts.freed.items() if kind >= 0)
-    found["casts", -1] = casts._replace(change=casts.change - further)
-    order = [("embedding", "embedding", -1), *((f"layer {i}, forward", "forward", kind) for i, kind in layers)]
-    order += [(name, name, -1) for name in ("logits", "casts", "head")]
-    order += [(f"layer {i}, backward", "backward", kind) for i, kind in reversed(layers)]
-    order += [(name, name, -1) for name in ("embedding, backward", "optimiser")]
-    total = state[-1] + sum(state[kind] for kind in alike)
-    return [(name, found[key, kind]) for name, key, kind in order if (key, kind) in found], total
+    _fill_optimizer_tables(config)
+    # Some code keeps buffers for each thread. In a thread of its own those without values end here.
+    with ThreadPoolExecutor(1) as thread:
+        measured = thread.submit(_walk, model, sorted(set(layer_kinds)), config).result()
+    stretches = measured.stretches
+    # At its end, autocast frees the 16-bit copies of the weights of every layer.
+    casts = stretches["casts", -1]
+    further = 0
+    for kind, size in casts.freed.items():
+        if kind >= 0:
+            further += (layer_kinds.count(kind) - 1) * size
+    stretches["casts", -1] = casts._replace(change=casts.change - further)
+    parts = [(name, stretches[key]) for name, key in _order(layer_kinds) if key in stretches]
+    state = measured.optimizer_state
+    return parts, state[-1] + sum(state[kind] for kind in layer_kinds)
 
 
-def _make_tables(config: TrainConfig) -> None:
-    """What an optimiser looks up and keeps, made by a step with values."""
-    p = nn.Parameter(torch.zeros(4096, device="cpu"))
+def _order(layer_kinds: list[int]) -> list[tuple[str, _Key]]:
+    """Return the parts of a step in order: the name of each, and the key of its measurement."""
+    layers = list(enumerate(layer_kinds))
+    order: list[tuple[str, _Key]] = [("embedding", ("embedding", -1))]
+    for number, kind in layers:
+        order.append((f"layer {number}, forward", ("forward", kind)))
+    for name in ("logits", "casts", "head"):
+        order.append((name, (name, -1)))
+    for number, kind in reversed(layers):
+        order.append((f"layer {number}, backward", ("backward", kind)))
+    for name in ("embedding, backward", "optimiser"):
+        order.append((name, (name, -1)))
+    return order
+
+
+def _fill_optimizer_tables(config: TrainConfig) -> None:
+    """Run an optimiser on real values, so that the tables that it keeps have values."""
+    p = nn.Parameter(torch.zeros(4096, device="cpu"))  # (4096,)
     p.grad = torch.zeros_like(p)
     new_optimizer(nn.Module(), {"p": p}, config).step()
 
 
-def _walk(model: CausalLM, kinds: list[int], config: TrainConfig) -> tuple[dict, Counter[int]]:
+def _walk(model: CausalLM, kinds: list[int], config: TrainConfig) -> _Measured:
+    """Measure a step of a small model with one layer of each kind."""
     sample = _sample(model, kinds)
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-        _without_values(sample)
+        _move_to_fake_cpu(sample)
         return _run(sample, kinds, config, meter)
 
 
-def _alike(model: CausalLM) -> list[int]:
-    """For each layer the number of the first one like it, and after one like it: what a layer leaves is freed there."""
-    below = _trains(model.get_input_embeddings())
+def _layer_kinds(model: CausalLM) -> list[int]:
+    """Return the kind of each layer: the number of the first layer that takes the same memory.
+
+    The layer before must be of the same sort too, because its output is freed in this layer.
+    """
+    trains_below = _is_trainable(model.get_input_embeddings())
     first: dict[Any, int] = {}
-    found, before = [], -1
-    for number, (layer, kind) in enumerate(zip(model.model.layers, model.config.layer_types, strict=True)):
-        parts = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-        sort = first.setdefault((kind, below, parts), number)
-        found.append(first.setdefault((before, sort), number))
-        below, before = below or _trains(layer), sort
-    return found
+    kinds = []
+    sort_before = -1
+    layers = zip(model.model.layers, model.config.layer_types, strict=True)
+    for number, (layer, layer_type) in enumerate(layers):
+        parts = tuple(
+            (name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()
+        )
+        sort = first.setdefault((layer_type, trains_below, parts), number)
+        kinds.append(first.setdefault((sort_before, sort), number))
+        trains_below = trains_below or _is_trainable(layer)
+        sort_before = sort
+    return kinds
 
 
-def _trains(module: nn.Module) -> bool:
+def _is_trainable(module: nn.Module) -> bool:
+    """Return True if any parameter of a module requires a gradient."""
     return any(p.requires_grad for p in module.parameters())
 
 
 def _sample(model: CausalLM, numbers: list[int]) -> CausalLM:
-    """A model of these layers only, sharing nothing with `model`."""
+    """Return a model of some layers only, which shares nothing with `model`."""
     small = copy.copy(model)
     small._modules = dict(model._modules)
     small.model = copy.copy(model.model)
     small.model._modules = dict(model.model._modules)
     small.model.layers = nn.ModuleList(model.model.layers[i] for i in numbers)
-    kinds = tuple(model.config.layer_types[i] for i in numbers)
-    small.config = replace(model.config, num_hidden_layers=len(numbers), layer_types=kinds)
+    layer_types = tuple(model.config.layer_types[i] for i in numbers)
+    small.config = replace(model.config, num_hidden_layers=len(numbers), layer_types=layer_types)
     return copy.deepcopy(small)
 
 
-def _without_values(model: CausalLM) -> None:
-    """Parameters that say they are on the CPU, in a FakeTensorMode; what was shared stays shared."""
-    made: dict[int, nn.Parameter] = {}
+def _move_to_fake_cpu(model: CausalLM) -> None:
+    """Replace all parameters by ones on the CPU, in a FakeTensorMode; shared ones stay shared."""
+    replacements: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None:
-                if id(p) not in made:
-                    made[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"), p.requires_grad)
-                module._parameters[name] = made[id(p)]
+            if p is None:
+                continue
+            if id(p) not in replacements:
+                data = torch.empty(p.shape, dtype=p.dtype, device="cpu")
+                replacements[id(p)] = nn.Parameter(data, p.requires_grad)
+            module._parameters[name] = replacements[id(p)]
 
 
 class _Recorder:
-    """Cuts what the meter sees into stretches, each under its name and the sort of layer (-1: none)."""
+    """Divides the measurements of the meter into the parts of a step."""
 
     def __init__(self, meter: Meter, parameters: list[nn.Parameter]) -> None:
-        self.meter, self.parameters = meter, parameters
-        self.found: dict[tuple[str, int], Stretch] = {}
-        self.forward, self._now = True, ("start", -1)
+        self.meter = meter
+        self.parameters = parameters
+        self.stretches: dict[_Key, Stretch] = {}
+        self.forward = True
+        self._current: _Key = ("start", -1)
 
-    def begin(self, name: str, kind: int = -1, *_: Any) -> None:
+    def begin(self, name: str, kind: int = -1) -> None:
+        """End the current part, and begin the next one."""
         gradients = sum(p.grad.nbytes for p in self.parameters if p.grad is not None)
-        self.found[self._now], self._now = self.meter.stretch(gradients), (name, kind)
-        self.meter.sort = kind
+        self.stretches[self._current] = self.meter.stretch(gradients)
+        self._current = (name, kind)
+        self.meter.layer_kind = kind
 
     def attach(self, model: CausalLM, kinds: list[int]) -> None:
-        """Hooks where one layer ends and the next begins; in backward that is where a gradient arrives."""
+        """Add hooks between layers; in backward they run when the gradient of an output arrives."""
         layers = [model.get_input_embeddings(), *model.model.layers]
-        following = [*(("forward", kind) for kind in kinds), ("logits", -1)]
-        within = [("embedding, backward", -1), *(("backward", kind) for kind in kinds)]
-        for layer, after, before in zip(layers, following, within, strict=True):
-            layer.register_forward_hook(self._passed(after, before))
+        following: list[_Key] = [*(("forward", kind) for kind in kinds), ("logits", -1)]
+        backward: list[_Key] = [
+            ("embedding, backward", -1),
+            *(("backward", kind) for kind in kinds),
+        ]
+        for layer, after, before in zip(layers, following, backward, strict=True):
+            layer.register_forward_hook(self._boundary(after, before))
 
-    def _passed(self, after: tuple[str, int], before: tuple[str, int]) -> Any:
+    def _boundary(self, after: _Key, before: _Key) -> Callable[..., None]:
+        """Return a hook that begins `after` in forward, and `before` in backward."""
+
+        def arrive(gradient: Tensor) -> None:
+            self.begin(*before)
+
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self.forward:  # and not in backward, once more, for gradient checkpointing
-                self.begin(*after)
-                if output.requires_grad:
-                    output.register_hook(lambda gradient: self.begin(*before))
+            if not self.forward:  # gradient checkpointing runs forward again, within backward
+                return
+            self.begin(*after)
+            if output.requires_grad:
+                output.register_hook(arrive)
 
         return hook
 
 
-def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -> tuple[dict, Counter[int]]:
-    """The stretches of a step of this small model, and the bytes of the optimiser's state by sort of layer."""
+def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -> _Measured:
+    """Run a step of the small model under the meter."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     autocast, _ = precision_of(model, config, torch.device("cpu"))
     optimizer = new_optimizer(model, parameters, config)
-    shape = config.per_device_train_batch_size, config.max_length
-    batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "labels")}
+    shape = (config.per_device_train_batch_size, config.max_length)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),  # (B, T)
+        "labels": torch.zeros(shape, dtype=torch.long),  # (B, T)
+    }
     recorder = _Recorder(meter, list(parameters.values()))
     recorder.attach(model, kinds)
     with switched_to_training(model, config.gradient_checkpointing):
@@ -205,13 +304,24 @@ def _run(model: CausalLM, kinds: list[int], config: TrainConfig, meter: Meter) -
             loss.backward()
             del loss
             recorder.begin("between")
-        optimizer.step()  # makes its state, which the measured one then has
+        optimizer.step()  # allocates the state, which exists before the step that is measured
         recorder.begin("optimiser")
         nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm or float("inf"))
         optimizer.step()
         recorder.begin("end")
-    owner = {id(p): kind for kind, layer in zip(kinds, model.model.layers, strict=True) for p in layer.parameters()}
-    state: Counter[int] = Counter()
+    return _Measured(recorder.stretches, _optimizer_state(optimizer, model, kinds))
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, model: CausalLM, kinds: list[int]
+) -> Counter[int]:
+    """Return the bytes of the optimiser's state by kind of layer, -1 outside all layers."""
+    kind_by_parameter = {}
+    for kind, layer in zip(kinds, model.model.layers, strict=True):
+        for p in layer.parameters():
+            kind_by_parameter[id(p)] = kind
+    sizes: Counter[int] = Counter()
     for p, values in optimizer.state.items():
-        state[owner.get(id(p), -1)] += sum(t.nbytes for t in values.values() if isinstance(t, Tensor))
-    return recorder.found, state
+        size = sum(t.nbytes for t in values.values() if isinstance(t, Tensor))
+        sizes[kind_by_parameter.get(id(p), -1)] += size
+    return sizes

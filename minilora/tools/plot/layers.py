@@ -70,7 +70,7 @@ def _singular_values(adapters: Sequence[Adapter]) -> Tensor:
 
 
 def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and s · B (out, r) as matrices; block-diagonal B for grouped convolutions."""
+    """Return A (r, in) and s · B (out, r); B is block-diagonal for grouped convolutions."""
     A = adapter.lora_A.detach().cpu()
     B = adapter.lora_B.detach().cpu().flatten(1)  # (out, r / groups)
     groups = len(A) // B.shape[1]

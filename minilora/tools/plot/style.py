@@ -1,8 +1,8 @@
 """Common look of all pictures, readable without colour.
 
 The colours are those of Okabe and Ito, which colour-blind readers can distinguish, in an order in
-which the lightness of neighbours differs by at least 20 of the 100 steps of CIE L*. Series differ in
-form as well: lines by dashes, points by markers, areas by hatches.
+which the lightness of neighbours differs by at least 20 of the 100 steps of CIE L*. Series differ
+in form as well: lines by dashes, points by markers, areas by hatches.
 
 An SVG file stores its letters as text, which is smaller and can be searched and read by a screen
 reader. It contains neither a date nor a random id, so equal figures give equal bytes.
