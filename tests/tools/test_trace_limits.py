@@ -18,7 +18,7 @@ import minilora as ml
 from helpers import toy
 from helpers.source import text
 from helpers.toy import noise
-from minilora.tools.trace import run
+from minilora.tools.trace import forward
 from minilora_kernels.ops.mode import plain_now
 from tests.tools.test_trace import layer, linear, run_step
 
@@ -38,7 +38,7 @@ def test_other_layers_and_adapters():
     assert t["3"]["xW"].maths == "Conv1d of x" and t["0"].calls == 2
     with ml.trace(model) as t:
         run_step(model, torch.arange(5))
-    assert t["0"]["sum"].maths == "xW + what EmbeddingAdapter adds: its steps are not shown" and t["0"]["x"].max == 4
+    assert t["0"]["sum"].maths == "xW + the update of EmbeddingAdapter, whose steps are not shown" and t["0"]["x"].max == 4
     with ml.trace(model, "3", tensors=True) as t:
         x = noise(5, 40, 1)
         model[3].adapters["default"].lora_B.data.normal_()
@@ -90,7 +90,7 @@ def state(model: nn.Module) -> Any:
     """Everything a trace could leave behind."""
     hooks = len(optimizers._global_optimizer_pre_hooks) + len(optimizers._global_optimizer_post_hooks)
     inside = [(set(vars(m)), [len(v) for k, v in vars(m).items() if "hooks" in k]) for m in model.modules()]
-    return inside, hooks, [len(p._backward_hooks or ()) for p in model.parameters()], plain_now(), dict(run._taps)
+    return inside, hooks, [len(p._backward_hooks or ()) for p in model.parameters()], plain_now(), dict(forward._taps)
 
 
 def test_nothing_is_left():
@@ -216,7 +216,7 @@ def test_sources_that_are_not_the_weight():
     made = layer()
     wrong = linear().weight + 0.01 * noise(40, 48)
     cases = [
-        (made, wrong, r"source: \d+ of 1920 of its codes are others"),
+        (made, wrong, r"source: \d+ of its 1920 codes differ from the stored ones"),
         (made, linear().weight.T, r"expected the shape \(40, 48\), got \(48, 40\)"),
         (made, {}, "expected LoRALayer.weight too"),
         (layer("dense"), linear().weight, "no 4-bit layer is traced"),

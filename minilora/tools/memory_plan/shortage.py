@@ -44,8 +44,8 @@ def _usage_and_limit(model: nn.Module, device: torch.device, before: int) -> tup
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         usage = (
-            f"memory ran out: at most {peak / 1e9:,.3f} GB were allocated, and {free / 1e9:,.3f} of "
-            f"{total / 1e9:,.3f} GB are free"
+            f"memory ran out: at most {peak / 1e9:,.3f} GB were allocated, and "
+            f"{free / 1e9:,.3f} of {total / 1e9:,.3f} GB are free"
         )
         return usage, free + torch.cuda.memory_reserved(device)
     model_bytes = sum(p.nbytes for p in model.parameters())
