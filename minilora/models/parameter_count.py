@@ -34,6 +34,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
     Args:
         model: Any model.
+
+    Returns:
+        The number of trainable parameters, of all parameters, and the stored bytes.
     """
     parameters = list(model.parameters())
     total = 0

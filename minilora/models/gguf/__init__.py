@@ -1,7 +1,10 @@
-"""llama.cpp's file format, in both directions. These modules are imported only for a .gguf file.
+"""GGUF, the file format of llama.cpp: reading and writing.
 
-header.py      the records before a file's data
-read.py        a file as a checkpoint
-tokenizer.py   its tokenizer
-write.py       a model and its tokenizer as one file
+These modules are imported only for a .gguf file.
+
+header.py            the pairs and records before a file's data
+read.py              a file as a checkpoint
+tokenizer.py         the tokenizer of a file
+tokenizer_export.py  the fields that a file stores for a tokenizer
+write.py             a model and its tokenizer as one file
 """
