@@ -23,7 +23,7 @@ def text(value: bytes) -> bytes:
     [
         (struct.pack("<QQ", 2**63, 0), "cut off or damaged"),
         (struct.pack("<QQ", 0, 2**63), "cut off or damaged"),
-        (struct.pack("<QQ", 0, 10**6) + bytes(13 * 10**6), "is in it twice"),
+        (struct.pack("<QQ", 0, 10**6) + bytes(13 * 10**6), "it contains '' twice"),
         (struct.pack("<QQ", 0, 1) + struct.pack("<Q", 10**10), "cut off or damaged"),
         (struct.pack("<QQ", 0, 1) + text(b"k") + struct.pack("<IIQ", 9, 6, 10**10), "cut off or damaged"),
         (struct.pack("<QQ", 0, 1) + text(b"k") + struct.pack("<IIQ", 9, 8, 10**10), "or of 10000000000 elements"),

@@ -1,10 +1,12 @@
 """The layout of a GGUF file's header, which comes before the tensors' data.
 
     magic "GGUF" · version · number of tensors · number of pairs      u32, u64, u64
-    pairs      key string · value type u32 · value                     string: u64 length, then UTF-8
-    records    name · dims count u32 · dims u64 · type u32 · offset    array: element type u32,
-                                                                              u64 count, elements
-    data       from the next multiple of general.alignment on; a record's offset counts from there
+    pairs      key string · value type u32 · value
+    records    name string · dims count u32 · dims u64 · type u32 · offset u64
+    data       from the next multiple of general.alignment on; offsets count from there
+
+    string     u64 length, then UTF-8
+    array      element type u32, u64 count, then the elements
 
 Every number is little-endian. The dims are written innermost first: the record of a torch weight of
 shape (rows, columns) stores [columns, rows].

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minilora.common import whole
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf.read import ARCHITECTURES, NAMES, ROPE_FACTORS, SIZES, TOP, TokenizerFields, permuted_heads
+from minilora.models.gguf.config import ARCHITECTURES, ROPE_FACTORS, SIZES
+from minilora.models.gguf.read import NAMES, TOP, TokenizerFields, permuted_heads
 from minilora.models.rope_config import Rope, frequencies
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
