@@ -1,8 +1,9 @@
-"""Write a model as one GGUF file for llama.cpp: the reverse of gguf.py, tensor by tensor.
+"""One GGUF file for llama.cpp from a model: the reverse of read.py, tensor by tensor.
 
-Names, the order of q_proj's and k_proj's rows, and the keys are those of llama.cpp's own converter, which also keeps
-vectors (norms, biases) in fp32 and falls back to fp16 where Q8_0's blocks of 32 do not fit a row. Llama and Mistral are
-both the architecture "llama" there. It has no sliding window: a model that uses one is refused.
+Names, the order of q_proj's and k_proj's rows, and the keys are those of llama.cpp's converter. It
+keeps vectors (norms, biases) in fp32, and uses fp16 where a row is not divisible into the blocks of
+32 values that Q8_0 has. Llama and Mistral are both the architecture "llama" there. That
+architecture has no sliding window, so a model that uses one is an error.
 """
 
 import math
@@ -20,30 +21,41 @@ from minilora.models.gguf.read import NAMES, TOP, TokenizerFields, permuted_head
 from minilora.models.rope_config import Rope, frequencies
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-_GGUF_NAMES = {hf: own for own, hf in (NAMES | TOP).items()}
+_GGUF_NAMES = {hf_name: gguf_name for gguf_name, hf_name in (NAMES | TOP).items()}
+_Q8_BLOCK = 32  # values that share a scale in Q8_0
+_Q8_MAX = 127  # Q8_0's scale is the largest magnitude of a block / 127, stored in fp16
 
-Source = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # Hugging Face name, shape, and what computes the tensor
+# Hugging Face name, shape, and the function that computes the tensor
+Source = tuple[str, tuple[int, ...], Callable[[], Tensor]]
 
 
 def write_gguf(
-    path: Path, config: DecoderConfig, sources: Iterable[Source], dtype: str, tokenizer: TokenizerFields | None
+    path: Path,
+    config: DecoderConfig,
+    sources: Iterable[Source],
+    dtype: str,
+    tokenizer: TokenizerFields | None,
 ) -> None:
-    """Write `path`, whole or not at all; matrices as `dtype` (a key of KINDS). Without a tokenizer llama.cpp cannot
-    take text. ValueError for what GGUF has no place for, or a value that is not finite in `dtype`."""
+    """Write a model to a GGUF file, which appears only when it is complete.
+
+    Args:
+        path: The file to write.
+        config: The model's config.
+        sources: Name, shape and function of each tensor; one tensor is in memory at a time.
+        dtype: Type of the matrices, a key of KINDS; vectors are fp32.
+        tokenizer: Fields of the tokenizer; without them llama.cpp takes ids but not text.
+
+    Raises:
+        ImportError: If the gguf package is not installed.
+        ValueError: If GGUF cannot represent the model, or a value is not finite in `dtype`.
+    """
     try:
         import gguf
-        import numpy as np  # here: `import minilora` is to stay light
     except ImportError as error:
-        raise ImportError(f"{path}: writing GGUF needs the gguf package: pip install 'minilora[gguf]'") from error
-    for what, value, known in (("dtype", dtype, KINDS), ("model_type", config.model_type, ARCHITECTURES)):
-        if value not in known:
-            raise ValueError(f"{what} of a GGUF file must be one of {', '.join(known)}, got {value!r}.")
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        raise ValueError(
-            f"llama.cpp would ignore sliding_window {config.sliding_window}: texts up to max_position_embeddings "
-            f"{config.max_position_embeddings} would be computed otherwise. Set that to the window first, or use "
-            "format='safetensors'."
-        )
+        raise ImportError(
+            f"{path}: writing GGUF needs the gguf package: pip install 'minilora[gguf]'"
+        ) from error
+    _check_options(config, dtype)
     heads = permuted_heads(config)
     sources = [*_rope_factors(config), *sources]
     with whole(path) as temporary:
@@ -52,16 +64,15 @@ def write_gguf(
             _add_fields(writer, config, KINDS[dtype])
             _add_tokenizer(writer, config, tokenizer)
             kinds = [gguf.GGMLQuantizationType[_kind(shape, dtype)] for _, shape, _ in sources]
-            for (name, shape, _), kind in zip(sources, kinds, strict=True):
-                nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
-                writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+            _add_records(writer, sources, kinds)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for (name, _, make), kind in zip(sources, kinds, strict=True):
                 tensor = make().float().cpu()
-                if module_heads := heads.get(name.split(".")[-2]):
-                    tensor = permute(tensor, module_heads)
+                module = name.split(".")[-2]
+                if module in heads:
+                    tensor = permute(tensor, heads[module])
                 _check_range(name, tensor, kind.name)
                 writer.write_tensor_data(gguf.quantize(tensor.contiguous().numpy(), kind))
                 del tensor  # before the next one is made
@@ -70,12 +81,30 @@ def write_gguf(
 
 
 def permute(rows: Tensor, heads: int) -> Tensor:
-    """llama.cpp's order of a head's rows: (h, half, i) to (h, i, half). rows (heads·d, …); unpermute undoes it."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+    """Put a head's rows in llama.cpp's order: (h, half, i) becomes (h, i, half).
+
+    `unpermute` of read.py is the inverse.
+
+    Args:
+        rows: Weight or bias in Hugging Face's order, shape (heads · d, …).
+        heads: Number of heads.
+
+    Returns:
+        The same rows in llama.cpp's order, same shape.
+    """
+    halves = rows.unflatten(0, (heads, 2, -1))  # (heads, 2, d / 2, …)
+    return halves.transpose(1, 2).reshape(rows.shape)  # (heads · d, …)
 
 
 def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
+    """Translate model.layers.3.mlp.up_proj.weight to blk.3.ffn_up.weight.
+
+    Args:
+        name: Hugging Face name of a tensor.
+
+    Returns:
+        Its name in a GGUF file.
+    """
     if name == ROPE_FACTORS:
         return name
     path, _, leaf = name.rpartition(".")
@@ -85,69 +114,120 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_NAMES[module]}.{leaf}"
 
 
+def _check_options(config: DecoderConfig, dtype: str) -> None:
+    """Check that GGUF has the dtype, the architecture and the attention of the model."""
+    message = "{} of a GGUF file must be one of {}, got {!r}."
+    if dtype not in KINDS:
+        raise ValueError(message.format("dtype", ", ".join(KINDS), dtype))
+    if config.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(message.format("model_type", known, config.model_type))
+    window = config.sliding_window
+    if window is not None and window < config.max_position_embeddings:
+        raise ValueError(
+            f"llama.cpp would ignore sliding_window {window} and compute texts of up to "
+            f"max_position_embeddings {config.max_position_embeddings} tokens differently. Set "
+            "max_position_embeddings to the window first, or use format='safetensors'."
+        )
+
+
+def _add_records(writer: Any, sources: list[Source], kinds: list[Any]) -> None:
+    """Add the name, shape, type and size of each tensor to the header."""
+    import gguf
+    import numpy as np  # not at the top: `import minilora` must stay light
+
+    for (name, shape, _), kind in zip(sources, kinds, strict=True):
+        nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(gguf_name(name), shape, dtype, nbytes, raw_dtype=kind)
+
+
 def _kind(shape: tuple[int, ...], dtype: str) -> str:
+    """Return the name of the GGUF type for a tensor of this shape."""
     if len(shape) < 2:
         return "F32"
-    return "F16" if dtype == "q8_0" and shape[-1] % 32 else KINDS[dtype]
+    if dtype == "q8_0" and shape[-1] % _Q8_BLOCK != 0:
+        return "F16"
+    return KINDS[dtype]
 
 
 def _check_range(name: str, tensor: Tensor, kind: str) -> None:
-    stored = {"F32": torch.float32, "BF16": torch.bfloat16}.get(kind, torch.float16)  # Q8_0: its scale, max / 127
-    if not (tensor.abs().max() / (127 if kind == "Q8_0" else 1)).to(stored).isfinite():
+    """Check that every value is finite in the stored type."""
+    stored_dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    stored_dtype = stored_dtypes.get(kind, torch.float16)  # of Q8_0's scales too
+    divisor = _Q8_MAX if kind == "Q8_0" else 1
+    largest = tensor.abs().max() / divisor  # ()
+    if not largest.to(stored_dtype).isfinite():
         raise ValueError(f"{name} holds NaN or infinity in {kind}: nothing was written.")
 
 
 def _rope_factors(config: DecoderConfig) -> list[Source]:
-    """Llama 3.1's scaling is stored as a tensor ω / ω', (head_dim / 2,)."""
+    """Return Llama 3.1's scaling as a tensor ω / ω', shape (head_dim / 2,)."""
     if config.rope.kind != "llama3":
         return []
-    plain, scaled = (frequencies(rope, config.head_dim) for rope in (Rope(config.rope.theta), config.rope))
+    plain = frequencies(Rope(config.rope.theta), config.head_dim)  # (head_dim / 2,)
+    scaled = frequencies(config.rope, config.head_dim)  # (head_dim / 2,)
     return [(ROPE_FACTORS, (config.head_dim // 2,), lambda: plain / scaled)]
 
 
 def _add_fields(writer: Any, config: DecoderConfig, kind: str) -> None:
+    """Add the config to the header; the order of the keys is that of the file."""
     import gguf
 
-    arch, rope = ARCHITECTURES[config.model_type], config.rope
-    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
+    arch = ARCHITECTURES[config.model_type]
+    share = "ALL" if kind == "F32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{share}_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     numbers = {key: getattr(config, name) for key, name in SIZES.items()}
-    numbers |= dict.fromkeys(
-        ("attention.key_length", "attention.value_length", "rope.dimension_count"), config.head_dim
-    )
-    numbers |= {"attention.head_count_kv": config.num_key_value_heads, "vocab_size": config.vocab_size}
+    numbers["attention.key_length"] = config.head_dim
+    numbers["attention.value_length"] = config.head_dim
+    numbers["rope.dimension_count"] = config.head_dim
+    numbers["attention.head_count_kv"] = config.num_key_value_heads
+    numbers["vocab_size"] = config.vocab_size
     for key, number in numbers.items():
         writer.add_uint32(f"{arch}.{key}", number)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.kind == "linear":
+    writer.add_rope_freq_base(config.rope.theta)
+    if config.rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_factor(config.rope.factor)
 
 
 def _add_tokenizer(writer: Any, config: DecoderConfig, fields: TokenizerFields | None) -> None:
-    """The tokenizer's fields; without one, the ids which the config names. ValueError if neither names an EOS."""
-    ids = {name: getattr(fields or config, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
-    eos = config.eos_token_id if ids["eos"] is None else ids["eos"]
-    if fields and eos is None:
+    """Add the tokenizer, or without one only the ids that the config names."""
+    _add_special_ids(writer, config, fields)
+    if fields is None:
+        writer.add_tokenizer_model("none")
+        return
+    writer.add_tokenizer_model(fields.model)
+    writer.add_tokenizer_pre(fields.pre)
+    writer.add_token_list(fields.tokens)
+    writer.add_token_types(fields.token_types)
+    if fields.model == "llama":
+        writer.add_token_scores(fields.scores)
+    else:
+        writer.add_token_merges(fields.merges)
+    writer.add_add_bos_token(fields.add_bos)
+    writer.add_add_eos_token(fields.add_eos)
+    writer.add_add_space_prefix(fields.add_space_prefix)
+    if fields.chat_template is not None:
+        writer.add_chat_template(fields.chat_template)
+
+
+def _add_special_ids(writer: Any, config: DecoderConfig, fields: TokenizerFields | None) -> None:
+    """Add the ids of BOS, EOS, UNK and padding; a tokenizer needs an EOS."""
+    ids = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        ids[name] = getattr(fields or config, f"{name}_token_id", None)
+    if ids["eos"] is None:
+        ids["eos"] = config.eos_token_id
+    if fields is not None and ids["eos"] is None:
         raise ValueError(
-            "GGUF: neither tokenizer nor config names an EOS: llama.cpp would take some other token for it."
+            "GGUF: neither tokenizer nor config names an EOS: llama.cpp would take some other "
+            "token for it."
         )
-    ids["eos"] = eos[0] if isinstance(eos, tuple) else eos  # llama.cpp finds the others by their text
+    if isinstance(ids["eos"], tuple):
+        ids["eos"] = ids["eos"][0]  # llama.cpp finds the others by their text
     for name, number in ids.items():
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_tokenizer_model(fields.model if fields else "none")
-    if fields is not None:
-        writer.add_tokenizer_pre(fields.pre)
-        writer.add_token_list(fields.tokens)
-        writer.add_token_types(fields.token_types)
-        if fields.model == "llama":
-            writer.add_token_scores(fields.scores)
-        else:
-            writer.add_token_merges(fields.merges)
-        writer.add_add_bos_token(fields.add_bos)
-        writer.add_add_eos_token(fields.add_eos)
-        writer.add_add_space_prefix(fields.add_space_prefix)
-        if fields.chat_template is not None:
-            writer.add_chat_template(fields.chat_template)
