@@ -29,7 +29,7 @@ from minilora.lora.merging.merge import merged_bias, merged_from, merged_weight
 from minilora.lora.registry import lora_configs
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.models.gguf.tokenizer import to_fields
+from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.gguf.write import write_gguf
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4

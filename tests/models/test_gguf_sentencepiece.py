@@ -23,7 +23,8 @@ from helpers.chats import CHATML
 from helpers.tiny import oracle, twin
 from minilora.data import Tokenizer, load_tokenizer
 from minilora.models.gguf.read import TokenizerFields, read_tokenizer_fields
-from minilora.models.gguf.tokenizer import BYTES, WORDS, _cut_words, _escape_spaces, build, to_fields
+from minilora.models.gguf.tokenizer import BYTES, WORDS, build, cut_words, escape_spaces
+from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.save import save_model
 
 FORMS = ("prefix", "plain", "never", "first", "always")  # of SentencePiece's: how it comes to its ▁
@@ -38,13 +39,13 @@ def trained(kind: str) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind in WORDS:
         made.model.ignore_merges = kind == "llama-bpe"
-        _cut_words(made, kind)
+        cut_words(made, kind)
     else:
         alphabet = []
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         made.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (kind not in ("plain", "never")))
         if kind in ("prefix", "plain"):
-            _escape_spaces(made, kind == "prefix")
+            escape_spaces(made, kind == "prefix")
         else:
             made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     size, limit, special = (600, 80, SPECIAL + BYTES) if kind in FORMS else (560, 256, SPECIAL)
@@ -186,7 +187,7 @@ def test_transformers_llama_tokenizers_are_taken(tmp_path):
 def of_merges(merges: list[tuple[str, str]], letters: str = "abc") -> Tokenizer:
     vocabulary = dict.fromkeys([*SPECIAL, *BYTES, "▁", *letters, *map("".join, merges)])
     made = Backend(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, byte_fallback=True))
-    _escape_spaces(made, False)
+    escape_spaces(made, False)
     return Tokenizer(made, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
 
 

@@ -125,7 +125,7 @@ def test_smollm2_from_gguf_gives_the_ids_of_transformers():
         ({"model": "bert"}, "x.gguf: expected a byte-level BPE tokenizer .*'bert'"),
         ({"pre": "mine"}, "x.gguf: unknown pre-tokenizer 'mine'. Expected one of gpt-2, smollm, llama-bpe, qwen2"),
         ({"pre": None}, "unknown pre-tokenizer None"),
-        ({"merges": ["h e", "h missing"]}, "the merge .*'missing'.* is not of its tokens"),
+        ({"merges": ["h e", "h missing"]}, "the merge .*'missing'.* does not join two of its tokens"),
     ],
 )
 def test_gguf_of_an_unknown_kind_raises(changes, problem):

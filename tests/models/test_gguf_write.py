@@ -21,7 +21,8 @@ from helpers.tiny import LLAMA3, oracle, tokens, twin
 from minilora.data import Tokenizer, load_tokenizer
 from minilora.models.gguf import write as gguf_write
 from minilora.models.gguf.read import GGUFCheckpoint, read_tokenizer_fields, unpermute
-from minilora.models.gguf.tokenizer import WORDS, _cut_words, to_fields
+from minilora.models.gguf.tokenizer import WORDS, cut_words
+from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.gguf.write import permute
 from minilora.models.save import save_model
 
@@ -171,7 +172,7 @@ def test_qwen2_is_neither_permuted_nor_renamed():
 def tokenizer(pre: str, bos: bool = False) -> Tokenizer:
     made = backend(["<s>", "</s>"], "<s>" if bos else None)
     made.add_tokens(["<tool>"])
-    _cut_words(made, pre)
+    cut_words(made, pre)
     if pre == "llama-bpe":
         made.model.ignore_merges = True
     return Tokenizer(made, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}, CHATML)
