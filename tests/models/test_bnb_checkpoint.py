@@ -209,7 +209,7 @@ def test_config_and_weights_must_agree(copy, tmp_path):
     dense = json.loads((tmp_path / "dense" / "config.json").read_text())
     dense["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "dense" / "config.json").write_text(json.dumps(dense))
-    fails(tmp_path / "dense", "says load_in_4bit, but no weight is in 4 bits")
+    fails(tmp_path / "dense", "has load_in_4bit, but no weight is in 4 bits")
 
 
 # ---- out

@@ -35,7 +35,7 @@ def index(folder: Path, **places: str) -> None:
 
 def test_two_files_that_each_name_the_other(folder):
     index(folder, **{NORM: "a.safetensors", EMBEDDING: "b.safetensors"})
-    refused(folder, "tensor .* is in [ab].safetensors, but .*index.json says [ab].safetensors")
+    refused(folder, "tensor .* is in [ab].safetensors, but .*index.json names [ab].safetensors")
 
 
 def test_a_tensor_in_two_shards(folder):

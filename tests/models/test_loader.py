@@ -267,8 +267,8 @@ def test_shards_and_index_must_agree(tmp_path):
     case(f"{name} is in {first}, but .* says {second}", lambda i: i["weight_map"].update({name: second}))
     case("tensor ghost is in None", lambda i: i["weight_map"].update({"ghost": first}))
     case(f"tensor {name} is in {first}, but .* says None", lambda i: i["weight_map"].pop(name))
-    case("weight_map must say", lambda i: i.update({"weight_map": None}))
-    case("weight_map must say", lambda i: i["weight_map"].update({name: 3}))
+    case("weight_map must map", lambda i: i.update({"weight_map": None}))
+    case("weight_map must map", lambda i: i["weight_map"].update({name: 3}))
     for outside in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "..\\secret", "sub/x", "..", ""):
         case("outside its folder", lambda i, outside=outside: i["weight_map"].update({name: outside}))
 

@@ -185,7 +185,7 @@ def _sentencepiece(fields: TokenizerFields, vocabulary: dict[str, int], where: s
 def _merges_by_score(
     fields: TokenizerFields, vocabulary: dict[str, int], where: str
 ) -> list[tuple[str, str]]:
-    """List each way to cut each token into two parts, with the tokens in the order of their score."""
+    """List each way to cut each token into two parts, best score first."""
     scores = {}
     tokens = zip(fields.tokens, fields.token_types, fields.scores, strict=True)
     for token, kind, score in tokens:
