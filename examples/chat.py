@@ -1,10 +1,12 @@
 """Instruction tuning with a chat template: conversations in which every answer is learned. python examples/chat.py
 
-One idea: of a conversation the assistant's words are trained and nothing else, in each of its turns. What is learned
-shows twice: with three turns to imitate, and without any, where an untrained model has nothing to go by.
+One idea: of a conversation the assistant's words are trained and nothing else, in each of its
+turns. What is learned shows twice: with three turns to imitate, and without any, where an untrained
+model has nothing to go by.
 
-Task: a misspelt word, answered in one fixed sentence. Data: the dictionary of PyPI's codespell (its words CC-BY-SA-3.0,
-from Wikipedia), held out by the first five letters of the right word. The last line printed is one JSON document.
+Task: a misspelt word, answered in one fixed sentence. Data: the dictionary of PyPI's codespell (its
+words CC-BY-SA-3.0, from Wikipedia), held out by the first five letters of the right word. The last
+line printed is one JSON document.
 """
 
 import difflib
@@ -20,9 +22,13 @@ from minilora.evaluation.samples.task import Row, question_of
 
 SHA256 = "af2505b335e8573dbd2d384d1c4ef498f4006f4ba2d6fceca01e55b91f52628a"
 WORDS = FilePin(
-    "codespell_lib/data/dictionary.txt", 1496821, "a457564a466120c728361e9c759b6a6ef05c2acc05c7e12d1ba0eb251036f42d"
+    "codespell_lib/data/dictionary.txt",
+    1496821,
+    "a457564a466120c728361e9c759b6a6ef05c2acc05c7e12d1ba0eb251036f42d",
 )
-WHEEL = Pin("codespell", "2.4.3", FilePin("codespell-2.4.3-py3-none-any.whl", 340736, SHA256), WORDS)
+WHEEL = Pin(
+    "codespell", "2.4.3", FilePin("codespell-2.4.3-py3-none-any.whl", 340736, SHA256), WORDS
+)
 ANSWER = "I would write **{}**."
 TURNS = 4
 
@@ -75,7 +81,9 @@ def main() -> dict:
         for name, rows in (("alone", alone), ("after three turns", held_out)):
             metrics, room = {"in style": in_style, "word right": word_right}, 2 if short else 20
             with ml.dequantized_weights(model):
-                scores = ml.evaluate(model, tokenizer, rows, metrics=metrics, max_new_tokens=room, batch_size=50)
+                scores = ml.evaluate(
+                    model, tokenizer, rows, metrics=metrics, max_new_tokens=room, batch_size=50
+                )
             found |= {f"{metric}, {name}": value for metric, value in scores.metrics.items()}
         return found
 
@@ -88,17 +96,30 @@ def main() -> dict:
     vocabulary, right = sorted({right for group in groups.values() for _, right in group}), 0
     for row in alone:  # among words of the same first letter and about the same length
         wrong, expected = question_of(row), row["messages"][-1]["content"].split("**")[1]
-        near = [word for word in vocabulary if word[0] == wrong[0] and abs(len(word) - len(wrong)) < 2]
+        near = [
+            word for word in vocabulary if word[0] == wrong[0] and abs(len(word) - len(wrong)) < 2
+        ]
         right += difflib.get_close_matches(wrong, near, 1, 0)[:1] == [expected]
     print(f"\n{'':<32}{'before':>8}{'after':>8}")
     for name in before:
         print(f"{name:<32}{before[name]:8.3f}{after[name]:8.3f}")
-    print(f"{'nearest in the dictionary':<32}{'':8}{right / len(alone):8.3f}   a list that holds the answer, no model")
-    assert short or after["in style, alone"] > 0.9 > before["in style, alone"], "the style was not learned"
+    print(
+        f"{'nearest in the dictionary':<32}{'':8}{right / len(alone):8.3f}   a list that holds the answer, no model"
+    )
+    assert short or after["in style, alone"] > 0.9 > before["in style, alone"], (
+        "the style was not learned"
+    )
 
-    document = {f"{k}, {when}": v for when, found in (("before", before), ("after", after)) for k, v in found.items()}
+    document = {
+        f"{k}, {when}": v
+        for when, found in (("before", before), ("after", after))
+        for k, v in found.items()
+    }
     document |= {"dictionary": right / len(alone), "rows_test": len(alone), "steps": result.steps}
-    document |= {"tokens_per_second": result.tokens_per_second, "seconds": time.perf_counter() - started}
+    document |= {
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": time.perf_counter() - started,
+    }
     print(json.dumps(document))
     return document
 

@@ -1,7 +1,8 @@
 """QLoRA on a real model and a real task, measured before and after. `make demo`, or: python examples/demo.py
 
-One idea: a figure after training means nothing without the one before, without what the model knew already (the
-likeliest of the allowed answers), without what a table lookup reaches, and without what was forgotten.
+One idea: a figure after training means nothing without the one before, without what the model knew
+already (the likeliest of the allowed answers), without what a table lookup reaches, and without
+what was forgotten.
 
     --task icd10      a diagnosis → its chapter of ICD-10-CM, 22 answers; held out by disease category
     --task address    a US address → JSON; scored as JSON too
@@ -33,16 +34,25 @@ def settings(task: str, short: bool) -> tuple[ml.samples.Task, dict, dict]:
         rows = ml.samples.address(test_rows=20 if short else 200)
         metrics = {"json_valid": ml.samples.json_valid, "field_f1": ml.samples.field_f1}
         scoring = {"metrics": metrics, "max_new_tokens": 96}
-    training = {"learning_rate": 5e-4, "warmup_ratio": 0.1, "max_steps": 4 if short else steps, "save_steps": 20}
+    training = {
+        "learning_rate": 5e-4,
+        "warmup_ratio": 0.1,
+        "max_steps": 4 if short else steps,
+        "save_steps": 20,
+    }
     training |= {"per_device_train_batch_size": batch, "save_total_limit": 1}
     return rows, scoring | {"batch_size": 64}, training
 
 
 def main(arguments: list[str] | None = None) -> dict:
     """Run the demo; returns the document it prints. MINILORA_SHORT=1 cuts steps and rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=("icd10", "address"), default="icd10")
-    parser.add_argument("--resume", action="store_true", help="go on with the training that Ctrl-C stopped")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the training that Ctrl-C stopped"
+    )
     options = parser.parse_args(arguments)
     started, folder = time.perf_counter(), Path("out/demo") / options.task
     if not options.resume:
@@ -54,7 +64,9 @@ def main(arguments: list[str] | None = None) -> dict:
     prose = ml.samples.prose()
     model = ml.load_model(source, quantize="nf4")
     tokenizer = ml.load_tokenizer(source)
-    print(f"{rows.name}: {len(rows.train)} rows to train on, {len(rows.test)} held out. {rows.source}")
+    print(
+        f"{rows.name}: {len(rows.train)} rows to train on, {len(rows.test)} held out. {rows.source}"
+    )
 
     # 2. What it knows already.
     shown = [row["messages"][:-1] for row in rows.test[:PROMPTS]]
@@ -70,7 +82,9 @@ def main(arguments: list[str] | None = None) -> dict:
     config = ml.TrainConfig(output_dir=str(folder), resume_from_checkpoint=resume, **training)
     result = ml.train(model, tokenizer, rows.train, config)
     if result.interrupted:
-        raise SystemExit(f"stopped after step {result.steps}, kept in {result.checkpoint}: go on with --resume")
+        raise SystemExit(
+            f"stopped after step {result.steps}, kept in {result.checkpoint}: go on with --resume"
+        )
 
     # 4. What it knows now, and what it forgot.
     after = ml.evaluate(model, tokenizer, rows.test, **scoring)
@@ -96,21 +110,37 @@ def main(arguments: list[str] | None = None) -> dict:
     neighbour = ml.samples.nearest_neighbour(rows.train, rows.test)
     print(f"\n{'':<22}{'before':>8}{'after':>8}")
     for name, values in figures.items():
-        print(f"{name:<22}" + "".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in values))
+        print(
+            f"{name:<22}"
+            + "".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in values)
+        )
     print(f"{'majority class':<22}{'':8}{majority:8.3f}   the commonest training answer, no model")
-    print(f"{'nearest neighbour':<22}{'':8}{neighbour:8.3f}   the most similar training row, no model")
-    print(f"{after.answers} rows held out, 95 % interval ± {after.interval(after.exact_match or 0):.3f}")
+    print(
+        f"{'nearest neighbour':<22}{'':8}{neighbour:8.3f}   the most similar training row, no model"
+    )
+    print(
+        f"{after.answers} rows held out, 95 % interval ± {after.interval(after.exact_match or 0):.3f}"
+    )
     for prompt, old, new, row in zip(shown, answers_before, answers_after, rows.test, strict=False):
         expected = row["messages"][-1]["content"]
-        print(f"\n{prompt[-1]['content']}\n  before: {old!r}\n  after:  {new!r}\n  answer: {expected!r}")
+        print(
+            f"\n{prompt[-1]['content']}\n  before: {old!r}\n  after:  {new!r}\n  answer: {expected!r}"
+        )
 
     document = {"model": "SmolLM2-135M-Instruct", "source": Path(source).name, "task": rows.name}
     document |= {"rows_train": len(rows.train), "rows_test": len(rows.test)}
     for name, (value_before, value_after) in figures.items():
         document |= {f"{name}_before": value_before, f"{name}_after": value_after}
-    document |= {"majority": majority, "nearest_neighbour": neighbour, "trainable_parameters": count.trainable}
+    document |= {
+        "majority": majority,
+        "nearest_neighbour": neighbour,
+        "trainable_parameters": count.trainable,
+    }
     document |= {"total_parameters": count.total, "stored_bytes": count.stored_bytes}
-    document |= {"tokens_per_second": result.tokens_per_second, "peak_memory_bytes": result.peak_memory_bytes}
+    document |= {
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
     document |= {"seconds": time.perf_counter() - started, "adapter_reload_equal": same}
     print(json.dumps(document))
     return document

@@ -1,10 +1,11 @@
 """Give back what 4 bits took: the model in bf16 teaches its own NF4 copy. python examples/distill.py
 
-One idea: quantising moves every next-token distribution a little, and how far is a number, KL(teacher || student). An
-adapter trained on that number, with nothing but plain text, closes part of the gap; on topics it never saw.
+One idea: quantising moves every next-token distribution a little, and how far is a number,
+KL(teacher || student). An adapter trained on that number, with nothing but plain text, closes part
+of the gap; on topics it never saw.
 
-Text: paragraphs of Python's own help, every second topic to train on, the others held out. The last line printed is
-one JSON document.
+Text: paragraphs of Python's own help, every second topic to train on, the others held out. The last
+line printed is one JSON document.
 """
 
 import json
@@ -59,11 +60,20 @@ def main() -> dict:
         assert after["kl"] < 0.9 * before["kl"], "the student did not come closer to its teacher"
 
     document = {
-        f"{name}_{when}": values[name] for when, values in (("before", before), ("after", after)) for name in values
+        f"{name}_{when}": values[name]
+        for when, values in (("before", before), ("after", after))
+        for name in values
     }
-    document |= {"loss_teacher": best["loss"], "kl_closed": closed["kl"], "loss_closed": closed["loss"]}
+    document |= {
+        "loss_teacher": best["loss"],
+        "kl_closed": closed["kl"],
+        "loss_closed": closed["loss"],
+    }
     document |= {"rows_train": len(train), "rows_test": len(held_out), "steps": result.steps}
-    document |= {"tokens_per_second": result.tokens_per_second, "seconds": time.perf_counter() - started}
+    document |= {
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": time.perf_counter() - started,
+    }
     print(json.dumps(document))
     return document
 

@@ -1,10 +1,12 @@
 """Preferences instead of answers: DPO on pairs of a right and a wrong answer. python examples/dpo.py
 
-One idea: a pair says which answer is better and never how to write one. So the model learns to tell them apart, which
-the likeliest of the allowed answers shows (`label_accuracy`); what it writes freely is another matter.
+One idea: a pair says which answer is better and never how to write one. So the model learns to tell
+them apart, which the likeliest of the allowed answers shows (`label_accuracy`); what it writes
+freely is another matter.
 
-A row: a diagnosis, its chapter of ICD-10-CM (chosen), another chapter (rejected); held out by disease category. The
-reference is the model with its adapter off. The last line printed is one JSON document.
+A row: a diagnosis, its chapter of ICD-10-CM (chosen), another chapter (rejected); held out by
+disease category. The reference is the model with its adapter off. The last line printed is one JSON
+document.
 """
 
 import json
@@ -53,7 +55,9 @@ def main() -> dict:
     objective = ml.DPO(beta=0.1)
 
     def measure() -> dict[str, float]:
-        scores = ml.evaluate(model, tokenizer, task.test, labels=task.labels, max_new_tokens=0, batch_size=32)
+        scores = ml.evaluate(
+            model, tokenizer, task.test, labels=task.labels, max_new_tokens=0, batch_size=32
+        )
         return {
             "preferred": preferred(model, tokenizer, held_out, objective),
             "constrained": scores.label_accuracy or 0.0,
@@ -63,7 +67,11 @@ def main() -> dict:
     before = measure()
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
     config = ml.TrainConfig(
-        max_steps=steps, per_device_train_batch_size=batch, learning_rate=5e-4, warmup_ratio=0.1, logging_steps=5
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=5e-4,
+        warmup_ratio=0.1,
+        logging_steps=5,
     )
     result = ml.train(model, tokenizer, train, config, objective=objective, eval_dataset=held_out)
     after = measure()
@@ -76,7 +84,10 @@ def main() -> dict:
     majority = ml.samples.majority_class(task.train, task.test)
     print(f"{'majority class':<22}{'':8}{majority:8.3f}   the commonest training answer, no model")
     if not short:
-        assert after["preferred"] > before["preferred"] + 0.1 and after["constrained"] > before["constrained"] + 0.1
+        assert (
+            after["preferred"] > before["preferred"] + 0.1
+            and after["constrained"] > before["constrained"] + 0.1
+        )
 
     document = {
         f"{name}_{when}": value
@@ -85,7 +96,10 @@ def main() -> dict:
     }
     document |= {"majority": majority, **result.evals[-1]}
     document |= {"pairs_train": len(train), "pairs_test": len(held_out), "steps": result.steps}
-    document |= {"tokens_per_second": result.tokens_per_second, "seconds": time.perf_counter() - started}
+    document |= {
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": time.perf_counter() - started,
+    }
     print(json.dumps(document))
     return document
 

@@ -1,8 +1,9 @@
 """One adapter through every door, and what each door costs: bytes, logits, held-out loss. python examples/interop.py
 
-One idea: an adapter is a small file that loses nothing; merged weights are for readers that know no adapters, and what
-merging costs depends on how the result is stored. So measure each file as it comes back, not as it went in.
-Everything computes in fp32, so that a difference is the file's. The last line printed is one JSON document.
+One idea: an adapter is a small file that loses nothing; merged weights are for readers that know no
+adapters, and what merging costs depends on how the result is stored. So measure each file as it
+comes back, not as it went in. Everything computes in fp32, so that a difference is the file's. The
+last line printed is one JSON document.
 """
 
 import importlib.util
@@ -50,7 +51,9 @@ def main() -> dict:
     tokenizer = ml.load_tokenizer(source)
     text = "\n".join(message["content"] for row in rows.test[:4] for message in row["messages"])
     tokens = torch.tensor([tokenizer.encode(text)])
-    table: dict[str, tuple[int | None, float, float]] = {}  # door -> bytes, largest logit difference, loss
+    table: dict[
+        str, tuple[int | None, float, float]
+    ] = {}  # door -> bytes, largest logit difference, loss
 
     def load(path: str | Path, **options):
         return ml.load_model(path, dtype="float32", **options)
@@ -68,7 +71,12 @@ def main() -> dict:
     ml.save_model(model, FOLDER / "dense", merge=True)  # the same values in fp32, for PEFT below
     before = ml.evaluate(model, tokenizer, rows.test, max_new_tokens=0).loss
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    steps = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 5e-4, "save_steps": None}
+    steps = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-4,
+        "save_steps": None,
+    }
     ml.train(model, tokenizer, rows.train, ml.TrainConfig(**steps))
     reference = logits(model.eval(), tokens)
     with ml.disable_adapters(model):
@@ -82,15 +90,25 @@ def main() -> dict:
     ml.load_adapter(again, FOLDER / "adapter")
     assert measure("adapter", again, FOLDER / "adapter") == 0  # every bit
     if importlib.util.find_spec("peft"):
-        moved = measure("adapter, in PEFT", in_peft(FOLDER / "adapter", FOLDER / "dense"), FOLDER / "adapter")
+        moved = measure(
+            "adapter, in PEFT", in_peft(FOLDER / "adapter", FOLDER / "dense"), FOLDER / "adapter"
+        )
         assert moved < 1e-3  # fp32, the same products added in another order
     learned = ml.inspect(FOLDER / "adapter")
     print(f"\n{learned.kind}: {learned.facts['tensors']} tensors; first layers' updates:")
-    print("\n".join(f"  {layer}: rank {s['rank']}, norm {s['norm']:.2f}" for layer, s in [*learned.layers.items()][:3]))
+    print(
+        "\n".join(
+            f"  {layer}: rank {s['rank']}, norm {s['norm']:.2f}"
+            for layer, s in [*learned.layers.items()][:3]
+        )
+    )
 
     # 3. Merged. What storing it will lose is known before anything is written.
     report = ml.merge_report(model)
-    print("\nlost by storing W + ΔW, relative to ΔW:", {t: f"{e:.2g}" for t, e in report.total.error.items()})
+    print(
+        "\nlost by storing W + ΔW, relative to ΔW:",
+        {t: f"{e:.2g}" for t, e in report.total.error.items()},
+    )
     ml.save_model(model, FOLDER / "bf16", merge=True, dtype=torch.bfloat16)
     measure("merged, bf16", load(FOLDER / "bf16"), FOLDER / "bf16")
     try:
@@ -107,11 +125,20 @@ def main() -> dict:
 
     print(f"\n{'':<24}{'MB':>8}{'logits move':>14}{'held-out loss':>16}")
     for door, (size_, difference, loss) in table.items():
-        print(f"{door:<24}{'-' if size_ is None else f'{size_ / 1e6:.1f}':>8}{difference:14.2g}{loss:16.3f}")
+        print(
+            f"{door:<24}{'-' if size_ is None else f'{size_ / 1e6:.1f}':>8}{difference:14.2g}{loss:16.3f}"
+        )
     document = {
-        "doors": {door: dict(zip(("bytes", "difference", "loss"), row, strict=True)) for door, row in table.items()}
+        "doors": {
+            door: dict(zip(("bytes", "difference", "loss"), row, strict=True))
+            for door, row in table.items()
+        }
     }
-    document |= {"rows_test": len(rows.test), "steps": STEPS, "seconds": time.perf_counter() - started}
+    document |= {
+        "rows_test": len(rows.test),
+        "steps": STEPS,
+        "seconds": time.perf_counter() - started,
+    }
     print(json.dumps(document))
     return document
 

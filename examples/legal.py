@@ -1,10 +1,12 @@
 """Which kind of clause is this? Licences and terms of use, clause by clause. python examples/legal.py
 
-One idea: a figure over all rows hides the rare classes, so every kind of clause has an F1 of its own. A clause's label
-is its own heading ("7. Disclaimer of Warranty"), which neither the model nor the table lookup gets to see.
+One idea: a figure over all rows hides the rare classes, so every kind of clause has an F1 of its
+own. A clause's label is its own heading ("7. Disclaimer of Warranty"), which neither the model nor
+the table lookup gets to see.
 
-Data: the licences and terms in PyPI's licensedcode-data (ScanCode, CC-BY-4.0). Lawyers copy: clauses with eight
-words in a row in common are one group, trained on or held out. The last line printed is one JSON document.
+Data: the licences and terms in PyPI's licensedcode-data (ScanCode, CC-BY-4.0). Lawyers copy:
+clauses with eight words in a row in common are one group, trained on or held out. The last line
+printed is one JSON document.
 """
 
 import json
@@ -19,7 +21,11 @@ from minilora.evaluation.samples.download import FilePin, Pin, fetch
 from minilora.evaluation.samples.task import Row, chat_row, connected, split_by_group
 
 SHA256 = "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96"
-WHEEL = Pin("licensedcode-data", "32.1.0", FilePin("licensedcode_data-32.1.0-py3-none-any.whl", 26671146, SHA256))
+WHEEL = Pin(
+    "licensedcode-data",
+    "32.1.0",
+    FilePin("licensedcode_data-32.1.0-py3-none-any.whl", 26671146, SHA256),
+)
 KINDS = {
     "warranty": r"warrant|as is",
     "liability": r"liabilit|damages",
@@ -35,8 +41,11 @@ KINDS = {
     "indemnity": r"indemni",
     "agreement": r"entire agreement|integration",
 }
-# "7. Disclaimer of Warranty. The software …", "b) TERMINATION\nThis licence …": the heading, and what follows it
-HEADING = re.compile(r"\W*(?:\d+(?:\.\d+)*|[ivxIVX]+|[a-hA-H])[.):]* ([A-Z][\w'’,/ &-]{2,50}?)[.:\n] *(.+)", re.S)
+# "7. Disclaimer of Warranty. The software …", "b) TERMINATION\nThis licence …": the heading, and
+# what follows it
+HEADING = re.compile(
+    r"\W*(?:\d+(?:\.\d+)*|[ivxIVX]+|[a-hA-H])[.):]* ([A-Z][\w'’,/ &-]{2,50}?)[.:\n] *(.+)", re.S
+)
 
 
 def clauses() -> Iterator[tuple[str, str]]:
@@ -82,7 +91,9 @@ def main() -> dict:
 
     def measure() -> ml.Scores:
         with ml.dequantized_weights(model):
-            return ml.evaluate(model, tokenizer, held_out, labels=list(KINDS), max_new_tokens=6, batch_size=50)
+            return ml.evaluate(
+                model, tokenizer, held_out, labels=list(KINDS), max_new_tokens=6, batch_size=50
+            )
 
     before = measure()
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
@@ -91,21 +102,36 @@ def main() -> dict:
     after = measure()
 
     figures = {f"f1 {kind}": [f1(scores, kind) for scores in (before, after)] for kind in KINDS}
-    figures["macro f1"] = [sum(column) / len(KINDS) for column in zip(*figures.values(), strict=True)]
-    figures |= {name: [getattr(s, name) for s in (before, after)] for name in ("label_accuracy", "exact_match")}
+    figures["macro f1"] = [
+        sum(column) / len(KINDS) for column in zip(*figures.values(), strict=True)
+    ]
+    figures |= {
+        name: [getattr(s, name) for s in (before, after)]
+        for name in ("label_accuracy", "exact_match")
+    }
     print(f"\n{'':<22}{'before':>8}{'after':>8}")
     for name, (old, new) in figures.items():
         rows = before.references.count(name.removeprefix("f1 ")) or len(held_out)
         print(f"{name:<22}{old:8.3f}{new:8.3f}   {rows} clauses")
-    baselines = {f.__name__: f(train, held_out) for f in (ml.samples.majority_class, ml.samples.nearest_neighbour)}
+    baselines = {
+        f.__name__: f(train, held_out)
+        for f in (ml.samples.majority_class, ml.samples.nearest_neighbour)
+    }
     for name, value in baselines.items():
         print(f"{name:<22}{'':8}{value:8.3f}   exact match, no model")
     print(f"95 % interval of exact match: ± {after.interval(after.exact_match or 0):.3f}")
-    assert short or figures["exact_match"][1] > baselines["majority_class"] + 0.2, "no more than the commonest kind"
+    assert short or figures["exact_match"][1] > baselines["majority_class"] + 0.2, (
+        "no more than the commonest kind"
+    )
 
-    document = baselines | {name: dict(zip(("before", "after"), row, strict=True)) for name, row in figures.items()}
+    document = baselines | {
+        name: dict(zip(("before", "after"), row, strict=True)) for name, row in figures.items()
+    }
     document |= {"rows_train": len(train), "rows_test": len(held_out), "steps": result.steps}
-    document |= {"tokens_per_second": result.tokens_per_second, "seconds": time.perf_counter() - started}
+    document |= {
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": time.perf_counter() - started,
+    }
     print(json.dumps(document))
     return document
 

@@ -1,11 +1,12 @@
 """Pre-training, continued: plain text, packed, of one kind. python examples/pretraining.py
 
-One idea: what plain text teaches is a way of writing. So perplexity is measured where it should fall (other files of
-the same kind), where it may (the same language by another hand) and where it may rise (English prose).
+One idea: what plain text teaches is a way of writing. So perplexity is measured where it should
+fall (other files of the same kind), where it may (the same language by another hand) and where it
+may rise (English prose).
 
-Text: functions and classes of Python's own standard library, every third module held out whole; by another hand is
-minilora's own source. Figures differ a little from one Python to the next, as its library does. The last line printed
-is one JSON document.
+Text: functions and classes of Python's own standard library, every third module held out whole; by
+another hand is minilora's own source. Figures differ a little from one Python to the next, as its
+library does. The last line printed is one JSON document.
 """
 
 import json
@@ -46,7 +47,10 @@ def main() -> dict:
 
     def measure() -> dict[str, float]:
         with ml.dequantized_weights(model):
-            return {name: ml.evaluate(model, tokenizer, rows, batch_size=8).perplexity for name, rows in texts.items()}
+            return {
+                name: ml.evaluate(model, tokenizer, rows, batch_size=8).perplexity
+                for name, rows in texts.items()
+            }
 
     # 2. Before, training on rows that are full, after.
     before = measure()
@@ -64,12 +68,24 @@ def main() -> dict:
 
     print(f"\n{'perplexity':<22}{'before':>8}{'after':>8}{'change':>8}")
     for name in texts:
-        print(f"{name:<22}{before[name]:8.2f}{after[name]:8.2f}{after[name] / before[name] - 1:8.1%}")
-    assert short or after["held-out modules"] < before["held-out modules"], "nothing was learned of the library"
+        print(
+            f"{name:<22}{before[name]:8.2f}{after[name]:8.2f}{after[name] / before[name] - 1:8.1%}"
+        )
+    assert short or after["held-out modules"] < before["held-out modules"], (
+        "nothing was learned of the library"
+    )
 
     document = {name: {"before": before[name], "after": after[name]} for name in texts}
-    document |= {"rows_train": len(train), "rows_test": few, "steps": result.steps, "tokens": result.tokens}
-    document |= {"tokens_per_second": result.tokens_per_second, "seconds": time.perf_counter() - started}
+    document |= {
+        "rows_train": len(train),
+        "rows_test": few,
+        "steps": result.steps,
+        "tokens": result.tokens,
+    }
+    document |= {
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": time.perf_counter() - started,
+    }
     print(json.dumps(document))
     return document
 

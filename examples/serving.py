@@ -1,8 +1,9 @@
 """Two adapters served from one base, asked over HTTP at the same time. python examples/serving.py
 
-One idea: an adapter is a model of its own to whoever asks, and a few megabytes to the server. So train two for two
-tasks, serve both beside their base from one process, and ask each question three times: the base, the right adapter,
-the wrong one. Requests for all three run in one batch. The last line printed is one JSON document.
+One idea: an adapter is a model of its own to whoever asks, and a few megabytes to the server. So
+train two for two tasks, serve both beside their base from one process, and ask each question three
+times: the base, the right adapter, the wrong one. Requests for all three run in one batch. The last
+line printed is one JSON document.
 """
 
 import json
@@ -39,7 +40,9 @@ def train(source: str, name: str, rows: ml.samples.Task) -> None:
     """One adapter, on a base of its own for as long as it learns."""
     model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    config = ml.TrainConfig(max_steps=STEPS, per_device_train_batch_size=8, learning_rate=5e-4, save_steps=None)
+    config = ml.TrainConfig(
+        max_steps=STEPS, per_device_train_batch_size=8, learning_rate=5e-4, save_steps=None
+    )
     ml.train(model, tokenizer, rows.train, config)
     ml.save_adapter(model, FOLDER / name)
 
@@ -47,7 +50,16 @@ def train(source: str, name: str, rows: ml.samples.Task) -> None:
 @contextmanager
 def serving(source: str) -> Iterator[str]:
     """`minilora serve` in a process of its own, for as long as it is needed; it says where it listens."""
-    command = [sys.executable, "-m", "minilora", "serve", source, "--quantize=nf4", "--name=base", "--port=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "minilora",
+        "serve",
+        source,
+        "--quantize=nf4",
+        "--name=base",
+        "--port=0",
+    ]
     command += [f"--adapter={name}={FOLDER / name}" for name in TOKENS]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -67,7 +79,9 @@ def serving(source: str) -> Iterator[str]:
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """What any client of OpenAI's interface sends; here without one."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
     with urllib.request.urlopen(request) as answer:
         return json.load(answer)
 
@@ -75,7 +89,9 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 def score(task: str, said: str, row: dict[str, Any]) -> float:
     """Whether the chapter is right; how much of the address is."""
     expected = row["messages"][-1]["content"]
-    return float(said.strip() == expected) if task == "icd10" else ml.samples.field_f1(said, expected)
+    return (
+        float(said.strip() == expected) if task == "icd10" else ml.samples.field_f1(said, expected)
+    )
 
 
 def main() -> dict[str, Any]:
@@ -93,7 +109,12 @@ def main() -> dict[str, Any]:
 
     def ask(url: str, job: tuple[str, dict[str, Any], str]) -> str:
         task, row, model = job
-        body = {"model": model, "messages": row["messages"][:-1], "max_tokens": TOKENS[task], "temperature": 0}
+        body = {
+            "model": model,
+            "messages": row["messages"][:-1],
+            "max_tokens": TOKENS[task],
+            "temperature": 0,
+        }
         return post(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
     with serving(source) as url:
@@ -110,12 +131,16 @@ def main() -> dict[str, Any]:
     for task in rows:
         for model in models:
             asked = [
-                (said, job[1]) for job, said in zip(jobs, answers, strict=True) if (job[0], job[2]) == (task, model)
+                (said, job[1])
+                for job, said in zip(jobs, answers, strict=True)
+                if (job[0], job[2]) == (task, model)
             ]
             found = [score(task, said, row) for said, row in asked]
             table[task][model] = sum(found) / len(found)
         print(f"{task:<10}" + "".join(f"{value:12.3f}" for value in table[task].values()))
-    print(f"{HELD_OUT} rows held out of each task; {len(jobs)} questions by {CLIENTS} clients in {seconds:.1f} s")
+    print(
+        f"{HELD_OUT} rows held out of each task; {len(jobs)} questions by {CLIENTS} clients in {seconds:.1f} s"
+    )
     document = {"scores": table, "rows_test": HELD_OUT, "steps": STEPS, "questions": len(jobs)}
     document |= {"seconds_asking": seconds, "seconds": time.perf_counter() - started}
     print(json.dumps(document))

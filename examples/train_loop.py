@@ -17,7 +17,9 @@ IGNORE = -100  # a label with this value adds nothing to the loss
 
 def encode(tokenizer, messages):
     """Return the token ids of a conversation, and labels that supervise only its last message."""
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tokenize=False, add_generation_prompt=True
+    )
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answer_ids = tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
     answer_ids = answer_ids + [tokenizer.eos_token_id]  # the model must learn to stop

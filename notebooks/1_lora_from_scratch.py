@@ -30,7 +30,9 @@ from torch import nn
 
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer steps and rows, every assertion
 torch.manual_seed(0)
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
@@ -48,7 +50,9 @@ class LoRA(nn.Module):
     def __init__(self, base: nn.Linear, r: int, s: float):
         super().__init__()
         self.base, self.s = base.requires_grad_(False), s
-        self.A = nn.Parameter((2 * torch.rand(r, base.in_features) - 1) / base.in_features**0.5)  # (r, in)
+        self.A = nn.Parameter(
+            (2 * torch.rand(r, base.in_features) - 1) / base.in_features**0.5
+        )  # (r, in)
         self.B = nn.Parameter(torch.zeros(base.out_features, r))  # (out, r)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, in) → (…, out)
@@ -86,7 +90,9 @@ layer.zero_grad()
 layer(x).square().mean().backward()
 theirs(x).square().mean().backward()
 assert torch.equal(layer(x), theirs(x)) and layer.s == adapter.scaling
-assert torch.equal(layer.A.grad, adapter.lora_A.grad) and torch.equal(layer.B.grad, adapter.lora_B.grad)
+assert torch.equal(layer.A.grad, adapter.lora_A.grad) and torch.equal(
+    layer.B.grad, adapter.lora_B.grad
+)
 
 # %% [markdown]
 # $W$ has out · in numbers, $A$ and $B$ together r · (out + in). The share that trains is r / in + r / out.
@@ -108,12 +114,16 @@ for r in (1, 8, 64):
 # %%
 sigma = torch.tensor([4.0, 3.0, 2.0, 1.5])
 base = nn.Linear(96, 64, bias=False)
-left, right = (torch.linalg.qr(torch.randn(n, 4)).Q for n in (64, 96))  # (out, 4), (in, 4), orthonormal
+left, right = (
+    torch.linalg.qr(torch.randn(n, 4)).Q for n in (64, 96)
+)  # (out, 4), (in, 4), orthonormal
 x = 64 * torch.linalg.qr(torch.randn(4096, 96)).Q  # xᵀ x / 4096 is the identity, exactly
 y = base(x).detach() + x @ (left * sigma @ right.T).T + 0.01 * torch.randn(4096, 64)
 
 
-def fit(layer: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 120, lr: float = 5e-2) -> float:
+def fit(
+    layer: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int = 120, lr: float = 5e-2
+) -> float:
     """Train what trains in `layer` by Adam on batches of 256; the squared error a row afterwards."""
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -155,7 +165,12 @@ for name, s in SCALES.items():
         (before := (layer(inputs) - goal).square().mean()).backward()
         gradients[name].append(layer.B.grad.norm().item())
         learned[name].append(1 - fit(layer, inputs, goal, 20, 3e-3) / (256 * before.item()))
-    print(f"{name:5}", *(f"{g:.4f}" for g in gradients[name]), " learned", *(f"{v:.2f}" for v in learned[name]))
+    print(
+        f"{name:5}",
+        *(f"{g:.4f}" for g in gradients[name]),
+        " learned",
+        *(f"{v:.2f}" for v in learned[name]),
+    )
 fall = gradients["α/r"][-1] / gradients["α/r"][0]  # r grew 64 times, √64 = 8
 assert 0.8 < 8 * fall < 1.25 and 0.8 < gradients["α/√r"][-1] / gradients["α/√r"][0] < 1.25
 assert learned["α/r"][-1] < 1.2 * learned["α/r"][3] and learned["α/√r"][-1] > 2 * learned["α/√r"][3]
@@ -163,14 +178,25 @@ assert learned["α/r"][-1] < 1.2 * learned["α/r"][3] and learned["α/√r"][-1]
 # %%
 fig, (elbow, gradient, after) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
 elbow.plot(toy_ranks, losses, "o", color=BLUE, label="trained")
-elbow.plot([0, *toy_ranks], [sigma.square().sum(), *least], "-", color="0.6", zorder=0, label="the least there is")
+elbow.plot(
+    [0, *toy_ranks],
+    [sigma.square().sum(), *least],
+    "-",
+    color="0.6",
+    zorder=0,
+    label="the least there is",
+)
 elbow.set(title="an update of rank 4", xlabel="r", ylabel="squared error a row")
 elbow.legend(frameon=False)
-for (name, found), colour, style in zip(gradients.items(), (ORANGE, BLUE), ("s--", "o-"), strict=True):
+for (name, found), colour, style in zip(
+    gradients.items(), (ORANGE, BLUE), ("s--", "o-"), strict=True
+):
     gradient.semilogx(ranks, found, style, color=colour, ms=4, label=name)
     after.semilogx(ranks, learned[name], style, color=colour, ms=4, label=name)
 gradient.set(title="gradient of B at step 0", xlabel="r", ylabel="‖dB‖", ylim=(0, None))
-after.set(title="after 20 steps of Adam", xlabel="r", ylabel="share of the loss taken off", ylim=(0, None))
+after.set(
+    title="after 20 steps of Adam", xlabel="r", ylabel="share of the loss taken off", ylim=(0, None)
+)
 for axis in (gradient, after):
     axis.set_xticks(ranks, ranks)
     axis.minorticks_off()
@@ -200,7 +226,11 @@ def held_out() -> float:
 
 
 def train(learning_rate: float) -> None:
-    batch = {"max_steps": 4 if SHORT else 24, "per_device_train_batch_size": 4 if SHORT else 8, "warmup_ratio": 0.1}
+    batch = {
+        "max_steps": 4 if SHORT else 24,
+        "per_device_train_batch_size": 4 if SHORT else 8,
+        "warmup_ratio": 0.1,
+    }
     ml.train(model, tokenizer, task.train, ml.TrainConfig(learning_rate=learning_rate, **batch))
 
 
@@ -225,7 +255,9 @@ for r in real_ranks:
     print(f"r = {r:3}: {missing[-1]:.3f} of ΔW missing, loss {untrained - gains[-1]:.2f}")
 weight.copy_(start)
 eight = (kept := [gain / gains[-1] for gain in gains])[real_ranks.index(8)]
-print(f"loss {untrained:.2f} -> {untrained - gains[-1]:.2f}; 8 of 576 directions have {eight:.0%} of that gain")
+print(
+    f"loss {untrained:.2f} -> {untrained - gains[-1]:.2f}; 8 of 576 directions have {eight:.0%} of that gain"
+)
 assert gains[-1] > 0 and eight > 0.8 and missing == sorted(missing, reverse=True)
 
 # %% [markdown]
@@ -238,7 +270,9 @@ ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=8, target_modules=[path]))
 count = ml.count_parameters(model).trainable
 train(5e-3)
 lora_gain = untrained - held_out()
-print(f"{count:,} numbers instead of {weight.numel():,}, and {lora_gain / gains[-1]:.0%} of the gain")
+print(
+    f"{count:,} numbers instead of {weight.numel():,}, and {lora_gain / gains[-1]:.0%} of the gain"
+)
 assert count == 8 * sum(weight.shape) and lora_gain > 0
 ml.eject(model)
 assert torch.equal(weight, start)  # never touched
@@ -250,14 +284,23 @@ assert torch.equal(weight, start)  # never touched
 
 # %%
 def draw(axis, r: int) -> None:
-    axis.imshow(cut(r)[:64, :64].cpu(), cmap="PuOr", vmin=-3 * delta.std().item(), vmax=3 * delta.std().item())
-    axis.set(title=f"r = {r}\n{(delta - cut(r)).norm() / delta.norm():.0%} missing", xticks=[], yticks=[])
+    axis.imshow(
+        cut(r)[:64, :64].cpu(),
+        cmap="PuOr",
+        vmin=-3 * delta.std().item(),
+        vmax=3 * delta.std().item(),
+    )
+    axis.set(
+        title=f"r = {r}\n{(delta - cut(r)).norm() / delta.norm():.0%} missing", xticks=[], yticks=[]
+    )
 
 
 if importlib.util.find_spec("ipywidgets"):
     import ipywidgets
 
-    @ipywidgets.interact(r=ipywidgets.SelectionSlider(options=[2**i for i in range(10)] + [576], value=8))
+    @ipywidgets.interact(
+        r=ipywidgets.SelectionSlider(options=[2**i for i in range(10)] + [576], value=8)
+    )
     def turn(r: int) -> None:
         draw(plt.subplots(figsize=(4, 4))[1], r)
         plt.show()
@@ -268,10 +311,16 @@ for axis, r in zip(axes, (1, 2, 8, 32, 128, 576), strict=True):
     draw(axis, r)
 fig, (spectrum, kept_axis) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 spectrum.plot(range(1, 65), sigma[:64].cpu(), ".", color=BLUE)
-spectrum.set(title=f"the update of {path}", xlabel="which, largest first", ylabel="singular value", ylim=0)
+spectrum.set(
+    title=f"the update of {path}", xlabel="which, largest first", ylabel="singular value", ylim=0
+)
 kept_axis.semilogx(real_ranks, kept, "o-", color=BLUE, label="trained whole, cut to r")
-kept_axis.semilogx([8], [lora_gain / gains[-1]], "X", color=ORANGE, ms=9, label="trained as LoRA, r = 8")
-kept_axis.set(title="what is left of the gain on held-out rows", xlabel="r", ylabel="share", ylim=(0, 1.08))
+kept_axis.semilogx(
+    [8], [lora_gain / gains[-1]], "X", color=ORANGE, ms=9, label="trained as LoRA, r = 8"
+)
+kept_axis.set(
+    title="what is left of the gain on held-out rows", xlabel="r", ylabel="share", ylim=(0, 1.08)
+)
 kept_axis.set_xticks(real_ranks, real_ranks)
 kept_axis.minorticks_off()
 kept_axis.legend(frameon=False, loc="lower right")

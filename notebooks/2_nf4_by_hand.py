@@ -30,15 +30,23 @@ import torch
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora_kernels import nf4_codebook
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: less of all, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: less of all, every assertion
 torch.manual_seed(0)
 source = ml.samples.smollm2()
 dense = ml.load_model(source, dtype="float32", device="cpu")
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-real = {path: m.weight.detach().clone() for path, m in dense.model.named_modules() if path.rpartition(".")[2] in KINDS}
+real = {
+    path: m.weight.detach().clone()
+    for path, m in dense.model.named_modules()
+    if path.rpartition(".")[2] in KINDS
+}
 weight = real["layers.0.mlp.up_proj"]  # (1536, 576)
 normal = torch.randn(2**17 if SHORT else 2**21)
-print(f"{len(real)} matrices of SmolLM2-135M-Instruct, {sum(W.numel() for W in real.values()):,} weights")
+print(
+    f"{len(real)} matrices of SmolLM2-135M-Instruct, {sum(W.numel() for W in real.values()):,} weights"
+)
 distinct = max(len(block.unique()) for block in weight.flatten()[: 32 * 200].view(-1, 32))
 print(f"at most {distinct} different values among 32 neighbours")
 assert distinct <= 16 or not str(source).endswith(".gguf")
@@ -69,8 +77,21 @@ places = levels * side(8).max()
 for place in places:
     p = torch.special.ndtr(place)
     axes.plot([-2.2, place, place], [p, p, 0], color="#0072b2", lw=0.8)
-axes.plot(places, torch.zeros(16), "v", color="#0072b2", clip_on=False, label="levels, before the division")
-axes.set(title="equal steps of p, unequal steps of weight", xlabel="weight", ylabel="p", xlim=(-2.2, 4), ylim=(0, 1))
+axes.plot(
+    places,
+    torch.zeros(16),
+    "v",
+    color="#0072b2",
+    clip_on=False,
+    label="levels, before the division",
+)
+axes.set(
+    title="equal steps of p, unequal steps of weight",
+    xlabel="weight",
+    ylabel="p",
+    xlim=(-2.2, 4),
+    ylim=(0, 1),
+)
 axes.legend(frameon=False, loc="center right")
 plt.show()
 
@@ -84,11 +105,22 @@ plt.show()
 # %%
 blocks = weight.reshape(-1, 64)  # (K, 64)
 absmax = blocks.abs().amax(dim=1)  # (K,)
-normalised = blocks * (1 / absmax)[:, None]  # (K, 64), in [-1, 1]; bitsandbytes multiplies by the reciprocal, so do we
-codes = torch.bucketize(normalised, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)  # (K, 64), 0 to 15
-for name, row in {"weight": blocks, "normalised": normalised, "code": codes, "level": levels[codes.int()]}.items():
+normalised = (
+    blocks * (1 / absmax)[:, None]
+)  # (K, 64), in [-1, 1]; bitsandbytes multiplies by the reciprocal, so do we
+codes = torch.bucketize(normalised, (levels[:-1] + levels[1:]) / 2).to(
+    torch.uint8
+)  # (K, 64), 0 to 15
+for name, row in {
+    "weight": blocks,
+    "normalised": normalised,
+    "code": codes,
+    "level": levels[codes.int()],
+}.items():
     print(f"{name:<12}", *(f"{value:8.4g}" for value in row[0, :8].tolist()), " …")
-assert (codes == (normalised[..., None] - levels).abs().argmin(dim=-1)).float().mean() > 0.9999  # ties aside
+assert (
+    codes == (normalised[..., None] - levels).abs().argmin(dim=-1)
+).float().mean() > 0.9999  # ties aside
 
 # %% [markdown]
 # ## 3. Two codes in a byte
@@ -103,8 +135,12 @@ packed = flat[0::2] << 4 | flat[1::2]  # (n / 2,)
 library = ml.quantize_nf4(weight, blocksize=64, double_quant=False)
 assert torch.equal(packed, library.packed) and torch.equal(absmax, library.absmax)
 a, b = codes[0, :2].tolist()
-print(f"codes {a} and {b} -> {a:04b} and {b:04b} -> byte {packed[0]:08b} = 16 · {a} + {b} = {packed[0]}")
-print(f"{weight.nbytes:,} bytes in fp32, {library.nbytes:,} in NF4: {8 * library.nbytes / weight.numel()} bits each")
+print(
+    f"codes {a} and {b} -> {a:04b} and {b:04b} -> byte {packed[0]:08b} = 16 · {a} + {b} = {packed[0]}"
+)
+print(
+    f"{weight.nbytes:,} bytes in fp32, {library.nbytes:,} in NF4: {8 * library.nbytes / weight.numel()} bits each"
+)
 assert library.nbytes == packed.nbytes + absmax.nbytes == weight.numel() * (4 + 32 / 64) / 8
 codes_again = torch.stack([packed >> 4, packed & 0b1111], dim=1).view(-1, 64)
 restored = (levels[codes_again.int()] * absmax[:, None]).view(weight.shape)
@@ -132,10 +168,18 @@ TYPES = {
     "Int4": mirrored(1, 2, 3, 4, 5, 6, 7),
     "FP4 E3M0": mirrored(0.25, 0.5, 1, 2, 4, 8, 16),
 }
-STYLES = dict(zip(TYPES, [("#0072b2", "o-"), ("#d55e00", "s--"), ("0.3", "^:"), ("#cc79a7", "d-.")], strict=True))
+STYLES = dict(
+    zip(
+        TYPES,
+        [("#0072b2", "o-"), ("#d55e00", "s--"), ("0.3", "^:"), ("#cc79a7", "d-.")],
+        strict=True,
+    )
+)
 
 
-def encode(W: torch.Tensor, levels: torch.Tensor, blocksize: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    W: torch.Tensor, levels: torch.Tensor, blocksize: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (K, B) and absmax (K, 1) of section 2, for any levels."""
     blocks = W.reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
@@ -154,11 +198,18 @@ def errors(W: torch.Tensor, levels: torch.Tensor, blocksize: int = 64) -> tuple[
     return (off.norm() / W.norm()).item(), (off.abs().sum() / W.abs().sum()).item()
 
 
-print(f"{'':16}normal weights    up_proj of layer 0\n{'':10}" + f"{'squares':>12}{'absolute':>10}" * 2)
+print(
+    f"{'':16}normal weights    up_proj of layer 0\n{'':10}" + f"{'squares':>12}{'absolute':>10}" * 2
+)
 table = {name: (errors(normal, of), errors(weight, of)) for name, of in TYPES.items()}
 for name, row in table.items():
     print(f"{name:10}" + "".join(f"{square:12.4f}{absolute:10.4f}" for square, absolute in row))
-for where, measure in ((0, 0), (0, 1), (1, 0), (1, 1)):  # on normal weights and on real ones, in either measure
+for where, measure in (
+    (0, 0),
+    (0, 1),
+    (1, 0),
+    (1, 1),
+):  # on normal weights and on real ones, in either measure
     nf4, e2m1, int4, _ = (row[where][measure] for row in table.values())
     assert nf4 < e2m1 < int4
 assert table["FP4 E3M0"][0][0] > 1.5 * table["Int4"][0][0]
@@ -179,9 +230,15 @@ left.set(xlabel="normalised value", xticks=[-1, -0.5, 0, 0.5, 1], yticks=[])
 y = torch.linspace(-1, 1, 41)[:-1] + 1 / 40  # middles of 40 bins
 for name, of in TYPES.items():
     square = (of[encode(normal, of)[0]] - scaled).square().flatten()
-    share = torch.histogram(scaled.flatten(), 40, range=(-1, 1), weight=square).hist / normal.numel()
+    share = (
+        torch.histogram(scaled.flatten(), 40, range=(-1, 1), weight=square).hist / normal.numel()
+    )
     right.plot(y, 1e4 * share, STYLES[name][1], ms=3, lw=1, color=STYLES[name][0], label=name)
-right.set(title="where the error comes from", xlabel="normalised value", ylabel="squared error a weight, ×10⁻⁴")
+right.set(
+    title="where the error comes from",
+    xlabel="normalised value",
+    ylabel="squared error a weight, ×10⁻⁴",
+)
 right.legend(frameon=False, fontsize=9)
 plt.show()
 
@@ -224,11 +281,20 @@ assert sorted(losses, key=lambda name: losses[name]) == ["as it came", *TYPES]
 
 # %%
 sizes = [32, 64, 128, 256, 512, 1024]
-curves = {name: [[errors(W, TYPES[name], B)[0] for B in sizes] for W in (normal, weight)] for name in list(TYPES)[:3]}
+curves = {
+    name: [[errors(W, TYPES[name], B)[0] for B in sizes] for W in (normal, weight)]
+    for name in list(TYPES)[:3]
+}
 for name, (curve, _) in curves.items():
-    print(f"{name:10}" + "".join(f"{B:>7}: {error:.4f}" for B, error in zip(sizes, curve, strict=True)))
+    print(
+        f"{name:10}"
+        + "".join(f"{B:>7}: {error:.4f}" for B, error in zip(sizes, curve, strict=True))
+    )
     assert curve == sorted(curve)
-assert curves["NF4"][0][-1] < 1.35 * curves["NF4"][0][0] and curves["Int4"][0][0] < curves["FP4 E2M1"][0][0]
+assert (
+    curves["NF4"][0][-1] < 1.35 * curves["NF4"][0][0]
+    and curves["Int4"][0][0] < curves["FP4 E2M1"][0][0]
+)
 
 # %% [markdown]
 # ## 7. Outliers
@@ -243,10 +309,19 @@ for name in ("NF4", "FP4 E3M0", "Int4"):
     others[name] = []
     for height in heights:
         blocks = torch.cat([torch.full((len(rest), 1), float(height)), rest], dim=1)  # (K, 64)
-        others[name].append(((rounded(blocks, TYPES[name])[:, 1:] - rest).norm() / rest.norm()).item())
-    print(f"{name:10}" + "".join(f"{h:>6} σ: {error:.2f}" for h, error in zip(heights, others[name], strict=True)))
-assert others["NF4"][4] > 3 * others["NF4"][1] and others["NF4"][5] > 0.9  # at 64 σ nearly all the others become 0
-assert others["FP4 E3M0"][5] < 0.6 * others["Int4"][5]  # powers of two reach far down: what E3M0 is good for
+        others[name].append(
+            ((rounded(blocks, TYPES[name])[:, 1:] - rest).norm() / rest.norm()).item()
+        )
+    print(
+        f"{name:10}"
+        + "".join(f"{h:>6} σ: {error:.2f}" for h, error in zip(heights, others[name], strict=True))
+    )
+assert (
+    others["NF4"][4] > 3 * others["NF4"][1] and others["NF4"][5] > 0.9
+)  # at 64 σ nearly all the others become 0
+assert (
+    others["FP4 E3M0"][5] < 0.6 * others["Int4"][5]
+)  # powers of two reach far down: what E3M0 is good for
 
 # %% [markdown]
 # ## 8. Layer by layer
@@ -257,25 +332,43 @@ assert others["FP4 E3M0"][5] < 0.6 * others["Int4"][5]  # powers of two reach fa
 # %%
 chosen = dict(list(real.items())[:: 29 if SHORT else 1]) | {"normal": normal}
 rms = {path: W.square().mean().sqrt() for path, W in chosen.items()}
-reach = [(W.reshape(-1, 64).abs().amax(dim=1).square().mean().sqrt() / rms[path]).item() for path, W in chosen.items()]
+reach = [
+    (W.reshape(-1, 64).abs().amax(dim=1).square().mean().sqrt() / rms[path]).item()
+    for path, W in chosen.items()
+]
 found = [errors(W, levels)[0] for W in chosen.values()]
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 for name, (curve, curve_real) in curves.items():
     (colour, line), price = STYLES[name], [4 + 32 / B for B in sizes]
     left.plot(price, curve, line, color=colour, ms=4, label=f"{name}, normal weights")
     left.plot(price, curve_real, "x", color=colour, ms=6)
-left.set(title="blocks of 1024 … 32 (×: up_proj of layer 0)", xlabel="bits a weight", ylabel="‖W' - W‖ / ‖W‖")
-for kind, marker, colour in zip(KINDS, "osv^D<>", plt.colormaps["viridis"](torch.linspace(0, 0.9, 7)), strict=True):
+left.set(
+    title="blocks of 1024 … 32 (×: up_proj of layer 0)",
+    xlabel="bits a weight",
+    ylabel="‖W' - W‖ / ‖W‖",
+)
+for kind, marker, colour in zip(
+    KINDS, "osv^D<>", plt.colormaps["viridis"](torch.linspace(0, 0.9, 7)), strict=True
+):
     at = [i for i, path in enumerate(chosen) if path.endswith(kind)]
-    right.plot([reach[i] for i in at], [found[i] for i in at], marker, color=colour, ms=4, label=kind)
+    right.plot(
+        [reach[i] for i in at], [found[i] for i in at], marker, color=colour, ms=4, label=kind
+    )
 right.plot(reach[-1], found[-1], "x", color="#d55e00", ms=11, mew=3, label="normal")
-right.set(title="every matrix of the model, blocks of 64", xlabel="absmax of a block / rms of the matrix")
+right.set(
+    title="every matrix of the model, blocks of 64", xlabel="absmax of a block / rms of the matrix"
+)
 left.legend(frameon=False)
 right.legend(frameon=False, fontsize=8, ncols=2)
 plt.show()
 hardest = max(zip(found, chosen, strict=True))
-print(f"normal {found[-1]:.4f}, median {sorted(found)[len(found) // 2]:.4f}, hardest {hardest[0]:.4f}: {hardest[1]}")
-assert torch.corrcoef(torch.tensor([reach, found]))[0, 1] > 0.8 and found[-1] < sorted(found)[len(found) // 2]
+print(
+    f"normal {found[-1]:.4f}, median {sorted(found)[len(found) // 2]:.4f}, hardest {hardest[0]:.4f}: {hardest[1]}"
+)
+assert (
+    torch.corrcoef(torch.tensor([reach, found]))[0, 1] > 0.8
+    and found[-1] < sorted(found)[len(found) // 2]
+)
 
 # %% [markdown]
 # **Exercise.** NF4 wastes no codes, but is its error the smallest? Move each level to the mean of the normalised values

@@ -31,11 +31,15 @@ import torch
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora_kernels import dynamic_map
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer matrices, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer matrices, every assertion
 torch.manual_seed(0)
 dense = ml.load_model(ml.samples.smollm2(), dtype="float32", device="cpu")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-matrices = {path: m.weight.detach() for path, m in dense.model.named_modules() if path.endswith(KINDS)}
+matrices = {
+    path: m.weight.detach() for path, m in dense.model.named_modules() if path.endswith(KINDS)
+}
 if SHORT:
     matrices = dict(list(matrices.items())[:14])  # two layers
 n = sum(W.numel() for W in matrices.values())
@@ -53,11 +57,19 @@ normal = torch.randn(1536, 576)
 # %%
 once = {path: ml.quantize_nf4(W, blocksize=64, double_quant=False) for path, W in matrices.items()}
 twice = {path: ml.quantize_nf4(W, blocksize=64, double_quant=True) for path, W in matrices.items()}
-assert all(torch.equal(once[path].packed, twice[path].packed) for path in matrices)  # the codes are the same
+assert all(
+    torch.equal(once[path].packed, twice[path].packed) for path in matrices
+)  # the codes are the same
 bits = {}
 for name, weights in {"once": once.values(), "twice": twice.values()}.items():
-    codes, scales = (8 * sum(getattr(w, part).nbytes for w in weights) / n for part in ("packed", "absmax_bytes"))
-    bits[name] = codes, scales, 8 * sum(w.nbytes for w in weights) / n - codes - scales  # the rest: scales of scales
+    codes, scales = (
+        8 * sum(getattr(w, part).nbytes for w in weights) / n for part in ("packed", "absmax_bytes")
+    )
+    bits[name] = (
+        codes,
+        scales,
+        8 * sum(w.nbytes for w in weights) / n - codes - scales,
+    )  # the rest: scales of scales
     print(
         f"{name:8}{sum(bits[name]):.4f} bits: codes {codes:.3f}, scales {scales:.4f}, their scales {bits[name][2]:.4f}"
     )
@@ -98,7 +110,9 @@ for decade in range(7):  # 10^(decade - 7) to 10^(decade - 6)
     values += [middles, -middles]
 table = torch.cat(values).sort().values  # (256,)
 assert torch.equal(table, dynamic_map())
-print(f"from {table[0]:.5f} to {table[-1]:.5f}; the smallest above zero is {table[table > 0][0]:.2g}")
+print(
+    f"from {table[0]:.5f} to {table[-1]:.5f}; the smallest above zero is {table[table > 0][0]:.2g}"
+)
 assert (table.abs() > 0.1).sum() == 129 and table[0] > -1
 
 # %%
@@ -110,7 +124,9 @@ left.set_yscale("symlog", linthresh=1e-6)
 left.set(title="code → value", xlabel="code", yticks=[-1, -1e-2, -1e-4, 0, 1e-4, 1e-2, 1])
 left.legend(frameon=False)
 positive = table[table > 0]
-right.loglog(positive[1:], positive.diff() / positive[1:], "o", color="#0072b2", ms=3, label="dynamic map")
+right.loglog(
+    positive[1:], positive.diff() / positive[1:], "o", color="#0072b2", ms=3, label="dynamic map"
+)
 right.loglog(linear[128:], (2 / 254) / linear[128:], "-", color="0.6", lw=1, label="evenly spaced")
 right.set(title="step between neighbours, over the value", xlabel="value")
 right.legend(frameon=False)
@@ -124,14 +140,20 @@ plt.show()
 
 # %%
 count = -(-len(centred) // 256)
-blocks = torch.nn.functional.pad(centred, (0, count * 256 - len(centred))).view(count, 256)  # the last one may be short
+blocks = torch.nn.functional.pad(centred, (0, count * 256 - len(centred))).view(
+    count, 256
+)  # the last one may be short
 nested = blocks.abs().amax(dim=1)  # (J,)
-codes = torch.bucketize(blocks * (1 / nested)[:, None], (table[:-1] + table[1:]) / 2).to(torch.uint8)
+codes = torch.bucketize(blocks * (1 / nested)[:, None], (table[:-1] + table[1:]) / 2).to(
+    torch.uint8
+)
 library = twice["layers.0.mlp.up_proj"]
 assert torch.equal(codes.flatten()[: len(absmax)], library.absmax_bytes)
 assert torch.equal(nested.view(torch.uint8), library.nested_bytes)
 assert torch.equal(offset.view(1).view(torch.uint8), library.offset_bytes)
-print(f"{len(absmax):,} scales -> {len(library.absmax_bytes):,} bytes, {len(nested)} nested scales, 1 offset")
+print(
+    f"{len(absmax):,} scales -> {len(library.absmax_bytes):,} bytes, {len(nested)} nested scales, 1 offset"
+)
 
 # %% [markdown]
 # And back, from three kinds of numbers: map[code] · nested + offset. Among 256 scales the one furthest from the mean
@@ -160,7 +182,9 @@ def parts(W: torch.Tensor, once: ml.NF4Weight, twice: ml.NF4Weight) -> list[floa
 
 
 rows = {path: parts(W, once[path], twice[path]) for path, W in matrices.items()}
-rows["normal"] = parts(normal, *(ml.quantize_nf4(normal, double_quant=nest) for nest in (False, True)))
+rows["normal"] = parts(
+    normal, *(ml.quantize_nf4(normal, double_quant=nest) for nest in (False, True))
+)
 print(f"{'':28}{'NF4 alone':>11}{'moved':>10}{'together':>11}")
 for path in [*list(rows)[:7], "normal"]:
     own, moved, both = rows[path]
@@ -182,16 +206,25 @@ curves: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
 for nest, curve in curves.items():
     for size in sizes:
         q = ml.quantize_nf4(normal, blocksize=size, double_quant=nest)
-        curve.append((8 * q.nbytes / normal.numel(), ((ml.dequantize_nf4(q) - normal).norm() / normal.norm()).item()))
+        curve.append(
+            (
+                8 * q.nbytes / normal.numel(),
+                ((ml.dequantize_nf4(q) - normal).norm() / normal.norm()).item(),
+            )
+        )
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
 (_, plain, _), (_, scales, rest) = bits.values()
 left.bar(["once", "twice"], [plain, scales], 0.5, color="0.7", label="scales")
 left.bar(["once", "twice"], [0, rest], 0.5, bottom=[0, scales], color="k", label="their scales")
-left.set(title="beside the 4 bits of a code, blocks of 64", ylabel="bits a weight", xlim=(-0.6, 1.9))
+left.set(
+    title="beside the 4 bits of a code, blocks of 64", ylabel="bits a weight", xlim=(-0.6, 1.9)
+)
 left.legend(frameon=False)
 for (nest, curve), style in zip(curves.items(), ("s--", "o-"), strict=True):
     label = "double quantisation" if nest else "fp32 scales"
-    right.plot(*zip(*curve, strict=True), style, color="#0072b2" if nest else "0.5", ms=4, label=label)
+    right.plot(
+        *zip(*curve, strict=True), style, color="#0072b2" if nest else "0.5", ms=4, label=label
+    )
     for size, (x, y) in zip(sizes, curve, strict=True):
         right.annotate(str(size), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
 right.set(title="normal weights, by size of block", xlabel="bits a weight", ylabel="‖W' - W‖ / ‖W‖")

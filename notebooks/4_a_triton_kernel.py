@@ -38,7 +38,9 @@ from minilora_kernels import dynamic_map, nf4_codebook, nf4_thresholds
 from minilora_kernels.nf4 import reference
 from minilora_kernels.triton import nf4_dequantize, nf4_quantize
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: smaller tensors, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: smaller tensors, every assertion
 torch.manual_seed(0)
 
 # %% [markdown]
@@ -53,9 +55,13 @@ torch.manual_seed(0)
 def add(x_ptr, y_ptr, out_ptr, n, TILE: tl.constexpr):
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = i < n
-    x = tl.load(x_ptr + i, mask=inside, other=0)  # x_ptr + i: a vector of addresses; `other` stands in outside
+    x = tl.load(
+        x_ptr + i, mask=inside, other=0
+    )  # x_ptr + i: a vector of addresses; `other` stands in outside
     y = tl.load(y_ptr + i, mask=inside, other=0)
-    print("program", tl.program_id(0), " i", i, " inside", inside, " x", x)  # on a GPU: tl.device_print
+    print(
+        "program", tl.program_id(0), " i", i, " inside", inside, " x", x
+    )  # on a GPU: tl.device_print
     tl.store(out_ptr + i, x + y, mask=inside)
 
 
@@ -87,11 +93,28 @@ def textbook(packed_ptr, absmax_ptr, levels_ptr, out_ptr, n, BYTES: tl.constexpr
     inside = byte * 2 < n
     pair = tl.load(packed_ptr + byte, mask=inside, other=0)
     high, low = (pair >> 4).to(tl.int32), (pair & 15).to(tl.int32)
-    level_high, level_low = tl.load(levels_ptr + high), tl.load(levels_ptr + low)  # a table of 16 in memory
-    absmax = tl.load(absmax_ptr + byte * 2 // 64, mask=inside, other=0)  # both values lie in one block
+    level_high, level_low = (
+        tl.load(levels_ptr + high),
+        tl.load(levels_ptr + low),
+    )  # a table of 16 in memory
+    absmax = tl.load(
+        absmax_ptr + byte * 2 // 64, mask=inside, other=0
+    )  # both values lie in one block
     values = tl.interleave(level_high * absmax, level_low * absmax)  # high0, low0, high1, low1, ...
     if tl.program_id(0) == 0:
-        print("bytes", pair, "\nhigh", high, "low", low, "\nlevels", level_high, level_low, "\nvalues", values)
+        print(
+            "bytes",
+            pair,
+            "\nhigh",
+            high,
+            "low",
+            low,
+            "\nlevels",
+            level_high,
+            level_low,
+            "\nvalues",
+            values,
+        )
     element = tl.program_id(0) * 2 * BYTES + tl.arange(0, 2 * BYTES)
     tl.store(out_ptr + element, values, mask=element < n)
 
@@ -110,12 +133,19 @@ assert torch.equal(out[:n], expected) and out[n:].isnan().all()
 # %%
 BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256) + 2  # read and written
 assert round(BYTES, 3) == 2.516
-CARDS = {"RTX 3060": (28, 1.777, 360, 1536), "H100 SXM": (132, 1.83, 3352, 2048)}  # SMs, GHz, GB/s, threads an SM
+CARDS = {
+    "RTX 3060": (28, 1.777, 360, 1536),
+    "H100 SXM": (132, 1.83, 3352, 2048),
+}  # SMs, GHz, GB/s, threads an SM
 budget = {}
-print(f"{'card':10}{'values / us':>13}{'budget':>9}{'life of a thread, us: 1 word':>31}{'4 words':>9}")
+print(
+    f"{'card':10}{'values / us':>13}{'budget':>9}{'life of a thread, us: 1 word':>31}{'4 words':>9}"
+)
 for card, (sms, ghz, gb_per_s, threads) in CARDS.items():
     values_per_us = gb_per_s * 1e3 / BYTES
-    budget[card] = sms * ghz * 1e3 * 128 / values_per_us  # an SM (streaming multiprocessor) starts 128 in a clock
+    budget[card] = (
+        sms * ghz * 1e3 * 128 / values_per_us
+    )  # an SM (streaming multiprocessor) starts 128 in a clock
     life = sms * threads * 8 / values_per_us  # see section 5
     print(f"{card:10}{values_per_us:13,.0f}{budget[card]:9.1f}{life:31.1f}{4 * life:9.1f}")
 
@@ -143,8 +173,12 @@ for axis, (title, (width, stride)) in zip(axes, ACCESSES.items(), strict=True):
     thread[address] = torch.arange(32.0)[:, None].expand_as(address)
     axis.imshow(thread.view(4, 128), cmap="turbo", aspect="auto", extent=(0, 128, 4, 0))
     axis.vlines([32, 64, 96], 0, 4, color="black", lw=1)
-    axis.set_title("{}: bytes {}, sectors {}, lines {}".format(title, *counts[-1]), fontsize=10, loc="left")
-    axis.set(xticks=range(0, 129, 16), yticks=[0.5, 1.5, 2.5, 3.5], yticklabels=range(4), ylabel="line")
+    axis.set_title(
+        "{}: bytes {}, sectors {}, lines {}".format(title, *counts[-1]), fontsize=10, loc="left"
+    )
+    axis.set(
+        xticks=range(0, 129, 16), yticks=[0.5, 1.5, 2.5, 3.5], yticklabels=range(4), ylabel="line"
+    )
 axes[-1].set_xlabel("byte in the 128-byte line; black rules part its four sectors")
 fig.colorbar(axes[0].images[0], ax=axes, label="thread of the warp")
 plt.show()
@@ -191,14 +225,20 @@ assert torch.equal(out, levels[codes.int()])
 
 # %%
 words = (torch.arange(4)[:, None] * 128 + torch.arange(128)).view(4, 4, 32)  # (step, warp, thread)
-assert (words * 4 // 128 == torch.arange(16).view(4, 4, 1)).all()  # the line of a thread's word: one a warp and step
+assert (
+    words * 4 // 128 == torch.arange(16).view(4, 4, 1)
+).all()  # the line of a thread's word: one a warp and step
 scale_codes, nested, offset = reference.double_quantize(torch.rand(4096) + 0.5)
 mapped, nested_K = dynamic_map()[scale_codes.int()], nested.repeat_interleave(256)
 twice = mapped * nested_K + offset
-once = (mapped.double() * nested_K.double() + offset.double()).float()  # fp64 holds the product exactly
+once = (
+    mapped.double() * nested_K.double() + offset.double()
+).float()  # fp64 holds the product exactly
 assert torch.equal(twice, reference.double_dequantize(scale_codes, nested, offset))
 differ = twice != once
-print(f"{differ.sum()} of 4096 scales differ, e.g. {twice[differ][0].item():.9f} and {once[differ][0].item():.9f}")
+print(
+    f"{differ.sum()} of 4096 scales differ, e.g. {twice[differ][0].item():.9f} and {once[differ][0].item():.9f}"
+)
 assert differ.any() and (twice - once).abs().max() <= 2.0**-23  # the last bit of a number in [1, 2)
 n = 64 * (9 if SHORT else 700) + 13
 packed, absmax = reference.quantize(torch.randn(n) * 0.02, 64)
@@ -241,22 +281,41 @@ for name, types in {"fast": f"*i32 {rest}", "textbook": f"*u8 {rest} i32"}.items
     found[name] = re.findall(r"/[*][0-9a-f]{4}[*]/ +(@!?[A-Z0-9]+|) *([A-Z][^ ;]*) *(.*?) *;", text)
 print(json.dumps(found))
 """
-code = json.loads(subprocess.check_output(["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", CHILD]))
+code = json.loads(
+    subprocess.check_output(["env", "-u", "TRITON_INTERPRET", sys.executable, "-c", CHILD])
+)
 
 # %%
-KINDS = {"LDG": "global load", "STG": "global store", "LDS": "shared load", "FMUL": "fp32 multiply", "FADD": "fp32 add"}
-KINDS |= {"F2FP": "round to bf16", "SHF": "shift", "LOP3": "and, or", "LEA": "address", "IADD3": "integer add"}
+KINDS = {
+    "LDG": "global load",
+    "STG": "global store",
+    "LDS": "shared load",
+    "FMUL": "fp32 multiply",
+    "FADD": "fp32 add",
+}
+KINDS |= {
+    "F2FP": "round to bf16",
+    "SHF": "shift",
+    "LOP3": "and, or",
+    "LEA": "address",
+    "IADD3": "integer add",
+}
 per_value = {}
 for name, lines in code.items():
     lines = lines[: 1 + max(i for i, (_, opcode, _) in enumerate(lines) if opcode == "EXIT")]
     opcodes = [opcode for _, opcode, _ in lines]
     memory = [opcode for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
     loads, stores = memory[: memory.index("STG.E.128")], memory[memory.index("STG.E.128") :]
-    assert all("LDG" in load for load in loads) and set(stores) == {"STG.E.128"}  # all loads before the first store
+    assert all("LDG" in load for load in loads) and set(stores) == {
+        "STG.E.128"
+    }  # all loads before the first store
     values = 8 * len(stores)
     kinds = Counter(KINDS.get(opcode.partition(".")[0], "other") for opcode in opcodes)
     per_value[name] = len(opcodes) / values
-    print(f"{name}: {values} values a thread, {per_value[name]:.2f} instructions a value;", dict(Counter(memory)))
+    print(
+        f"{name}: {values} values a thread, {per_value[name]:.2f} instructions a value;",
+        dict(Counter(memory)),
+    )
     print(*(f"    {kind:16}{count / values:6.2f}" for kind, count in kinds.most_common()), sep="\n")
     print("the last lines:", *(" ".join(line) for line in lines[-5:]), sep="\n    ")
 assert per_value["fast"] <= 8.5 < budget["H100 SXM"] < per_value["textbook"] < budget["RTX 3060"]
@@ -280,18 +339,30 @@ below = (bin_of(thresholds) < torch.arange(32)[:, None]).sum(dim=1)  # (32,)
 own = torch.full((32,), torch.inf).index_put((bin_of(thresholds),), thresholds)  # (32,)
 y = torch.linspace(-1, 1, 4001)
 fig, axis = plt.subplots(figsize=(11, 3.6), layout="constrained")
-axis.fill_between(y, -1, 16, where=bin_of(y) % 2 == 0, color="0.9", lw=0, label="bins, every other one")
+axis.fill_between(
+    y, -1, 16, where=bin_of(y) % 2 == 0, color="0.9", lw=0, label="bins, every other one"
+)
 axis.vlines(thresholds, -1, 16, color="C3", lw=1, label="threshold")
 axis.step(y, torch.bucketize(y, thresholds), color="C0", label="code")
 axis.plot(levels, range(16), "o", color="C0", label="level")
-axis.set(xlabel="y = x / absmax", ylabel="code", xlim=(-1.02, 1.02), ylim=(-1, 16), yticks=range(0, 16, 3))
+axis.set(
+    xlabel="y = x / absmax",
+    ylabel="code",
+    xlim=(-1.02, 1.02),
+    ylim=(-1, 16),
+    yticks=range(0, 16, 3),
+)
 axis.legend(loc="lower right", framealpha=1)
 plt.show()
-near = [thresholds.nextafter(torch.tensor(to)) for to in (-torch.inf, torch.inf)]  # an ulp away: the hardest cases
+near = [
+    thresholds.nextafter(torch.tensor(to)) for to in (-torch.inf, torch.inf)
+]  # an ulp away: the hardest cases
 y = torch.cat([torch.rand(10_000) * 2 - 1, thresholds, *near, torch.tensor([-1.0, 0.0, 1.0])])
 assert torch.equal(below[bin_of(y)] + (y > own[bin_of(y)]), (y[:, None] > thresholds).sum(dim=1))
 x = torch.randn(64 * (32 if SHORT else 320) - 59)
-assert all(map(torch.equal, nf4_quantize.quantize(x, 64), reference.quantize(x, 64)))  # the library's kernel
+assert all(
+    map(torch.equal, nf4_quantize.quantize(x, 64), reference.quantize(x, 64))
+)  # the library's kernel
 
 # %% [markdown]
 # **Exercise.** What does `eight_a_word` write if it forgets the `^ 4`? And why would 16 bins not do in section 7?

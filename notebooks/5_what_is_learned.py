@@ -30,7 +30,9 @@ from minilora.data import IGNORE, encode_dataset, encode_row
 from minilora.data.packing import pack
 from minilora.models.padded_batch import inference
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer steps and rows, every assertion
 BLUE, ORANGE = "#0072b2", "#d55e00"
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)
@@ -64,7 +66,9 @@ talk = [
     {"role": "assistant", "content": "No: 4."},
 ]
 example = encode_row({"messages": talk}, tokenizer)
-learned = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORE]
+learned = [
+    token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORE
+]
 print(repr(tokenizer.decode(example.input_ids)), "\nlearned:", repr(tokenizer.decode(learned)))
 assert tokenizer.decode(learned) == "No: 4.<|im_end|>"
 
@@ -78,7 +82,9 @@ assert tokenizer.decode(learned) == "No: 4.<|im_end|>"
 
 # %%
 steps = 6 if SHORT else 24
-plain = [{"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)} for row in task.train]
+plain = [
+    {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)} for row in task.train
+]
 shares, curves, loss = {}, {}, {}
 for name, rows in {"answers": task.train, "every token": plain}.items():
     model = ml.load_model(source, quantize="nf4")
@@ -86,18 +92,31 @@ for name, rows in {"answers": task.train, "every token": plain}.items():
         loss["untrained"] = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
     ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=8, target_modules="all-linear"))
     config = ml.TrainConfig(
-        max_steps=steps, per_device_train_batch_size=4 if SHORT else 8, learning_rate=1e-3, warmup_ratio=0.1, seed=1
+        max_steps=steps,
+        per_device_train_batch_size=4 if SHORT else 8,
+        learning_rate=1e-3,
+        warmup_ratio=0.1,
+        seed=1,
     )
     curves[name] = ml.train(model, tokenizer, rows, config).losses
     loss[name] = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
-    shares[name] = encode_dataset(rows, tokenizer).report.trained_tokens / encode_dataset(rows, tokenizer).report.tokens
+    shares[name] = (
+        encode_dataset(rows, tokenizer).report.trained_tokens
+        / encode_dataset(rows, tokenizer).report.tokens
+    )
 print({name: f"{share:.0%} of tokens learned" for name, share in shares.items()})
 print({name: round(value, 3) for name, value in loss.items()})
 assert loss["answers"] < loss["every token"] and shares["answers"] < 0.1 and len(task.labels) == 22
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2)
+)
 for (name, curve), colour, dash in zip(curves.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
     left.plot(range(1, steps + 1), curve, dash, color=colour, label=f"learning {name}")
-left.set(title="training loss: means over other tokens, so not to be compared", xlabel="step", ylabel="nats a token")
+left.set(
+    title="training loss: means over other tokens, so not to be compared",
+    xlabel="step",
+    ylabel="nats a token",
+)
 left.legend(frameon=False)
 right.bar(list(loss), list(loss.values()), 0.6, color=["0.8", BLUE, ORANGE])
 right.set(title="the answers of held-out rows", ylabel="nats a token")
@@ -117,7 +136,10 @@ packed = pack(examples.examples, lengths, 256)
 stacked = 1 - sum(lengths) / (len(lengths) * longest)
 print(packed, f"(stacked by {longest}: {stacked:.0%} padding)")
 batch = ml.SFT().collate([packed[i] for i in range(4)])
-documents, positions = batch["document_ids"], batch["position_ids"]  # (4, T), (4, T); padding is document -1
+documents, positions = (
+    batch["document_ids"],
+    batch["position_ids"],
+)  # (4, T), (4, T); padding is document -1
 padding = (documents < 0).float().mean().item()
 print(f"the first four rows: {padding:.0%} padding")
 assert padding < stacked
@@ -133,7 +155,9 @@ ml.plot.packed(batch)
 # %%
 model = ml.load_model(source, dtype="float32")
 device = next(model.parameters()).device
-ids, places, owners = (batch[name][:1].to(device) for name in ("input_ids", "position_ids", "document_ids"))
+ids, places, owners = (
+    batch[name][:1].to(device) for name in ("input_ids", "position_ids", "document_ids")
+)
 with inference(model):
     together, careless = model(ids, places, owners)[0], model(ids)[0]
     apart, mixed = [], []

@@ -31,7 +31,9 @@ import torch
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora.lora.low_rank import product_svd
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer steps and rows, every assertion
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)
@@ -62,7 +64,11 @@ assert not {str(row) for row in task.train} & {str(row) for row in task.test}
 
 # %%
 SCORING = {"labels": task.labels, "max_new_tokens": 4, "batch_size": 64}
-QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea."]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+]
 prose = ml.samples.prose(rows=2 if SHORT else 12, characters=300 if SHORT else 600)
 
 
@@ -88,7 +94,11 @@ with torch.no_grad():
 # %%
 names = ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
 count = ml.count_parameters(model)
-assert len(names) == 7 * 30 and count.trainable == 4_884_480 and round(count.total - count.trainable, -5) == 134_500_000
+assert (
+    len(names) == 7 * 30
+    and count.trainable == 4_884_480
+    and round(count.total - count.trainable, -5) == 134_500_000
+)
 layers = {path: m for path, m in model.named_modules() if isinstance(m, ml.LoRALayer)}
 starts = {path: layer.adapters["default"].lora_A.detach().clone() for path, layer in layers.items()}
 folder = Path(tempfile.mkdtemp())
@@ -108,7 +118,9 @@ assert plan.packed + plan.scales + plan.dense + plan.adapters == count.stored_by
 lora = ml.plan_memory(source, ml.LoRAConfig(r=16, target_modules="all-linear"), config)
 full = ml.plan_memory(source, config=ml.TrainConfig(method="full", **shape))
 print(count)
-print(f"GB in all: QLoRA {plan.total / 1e9:.2f}, LoRA {lora.total / 1e9:.2f}, full {full.total / 1e9:.2f}")
+print(
+    f"GB in all: QLoRA {plan.total / 1e9:.2f}, LoRA {lora.total / 1e9:.2f}, full {full.total / 1e9:.2f}"
+)
 assert plan.total < lora.total < full.total
 ml.plot.memory([plan, lora, full])
 
@@ -145,14 +157,25 @@ assert SHORT or after.label_accuracy - interval > max(before.label_accuracy, maj
 # are one: it has learned which words there are. Which word is right, it has learned as far as `label_accuracy` rose.
 
 # %%
-assert before.exact_match < 0.1 and (SHORT or abs(after.exact_match - after.label_accuracy) < interval)
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
+assert before.exact_match < 0.1 and (
+    SHORT or abs(after.exact_match - after.label_accuracy) < interval
+)
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2)
+)
 bars = {"exact match\nbefore": before.exact_match, "exact match\nafter": after.exact_match}
 bars |= {"constrained\nbefore": before.label_accuracy, "constrained\nafter": after.label_accuracy}
 bars |= {"majority\nclass": majority, "nearest\nneighbour": neighbour}
 shades = ["#56b4e9", "#0072b2", "#56b4e9", "#0072b2", "0.8", "0.6"]
 left.bar(list(bars), list(bars.values()), color=shades)
-left.errorbar([1, 3], [after.exact_match, after.label_accuracy], interval, fmt="none", color="black", capsize=3)
+left.errorbar(
+    [1, 3],
+    [after.exact_match, after.label_accuracy],
+    interval,
+    fmt="none",
+    color="black",
+    capsize=3,
+)
 left.set(title="held-out rows answered rightly", ylabel="share", ylim=(0, 1))
 left.tick_params("x", labelsize=9)
 right.bar(["before", "after"], [prose_before, prose_after], 0.6, color=["#56b4e9", "#0072b2"])
@@ -185,13 +208,24 @@ ml.plot.spectra(model)
 # %%
 sizes, moved = defaultdict(list), []
 for path, layer in layers.items():
-    W, delta = layer.base_layer.dequantize(torch.float32), layer.adapters["default"].delta(torch.float32)
+    W, delta = (
+        layer.base_layer.dequantize(torch.float32),
+        layer.adapters["default"].delta(torch.float32),
+    )
     sizes[path.rpartition(".")[2]].append((delta.norm() / W.norm()).item())
-    moved.append(((layer.adapters["default"].lora_A - starts[path]).norm() / starts[path].norm()).item())
+    moved.append(
+        ((layer.adapters["default"].lora_A - starts[path]).norm() / starts[path].norm()).item()
+    )
 for kind, found in sizes.items():
-    print(f"{kind:10} ‖ΔW‖ / ‖W‖ from {min(found):.3f} to {max(found):.3f}, mean {sum(found) / len(found):.3f}")
-print(f"A has moved from its random start by {max(moved):.2f} of its length at most, {sum(moved) / 210:.2f} on average")
-assert max(max(found) for found in sizes.values()) < 0.1 and sum(moved) / 210 < 0.5  # small beside W, and A mostly A
+    print(
+        f"{kind:10} ‖ΔW‖ / ‖W‖ from {min(found):.3f} to {max(found):.3f}, mean {sum(found) / len(found):.3f}"
+    )
+print(
+    f"A has moved from its random start by {max(moved):.2f} of its length at most, {sum(moved) / 210:.2f} on average"
+)
+assert (
+    max(max(found) for found in sizes.values()) < 0.1 and sum(moved) / 210 < 0.5
+)  # small beside W, and A mostly A
 
 # %% [markdown]
 # ## 8. Which directions of W it touches
@@ -205,13 +239,21 @@ assert max(max(found) for found in sizes.values()) < 0.1 and sum(moved) / 210 < 
 # %%
 def shares(layer: ml.LoRALayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Of ‖ΔW‖², what the first i of W's directions have, i = 1 … in and i = 1 … out: (reads, writes)."""
-    U, _, Vh = torch.linalg.svd(layer.base_layer.dequantize(torch.float32).cpu(), full_matrices=False)
+    U, _, Vh = torch.linalg.svd(
+        layer.base_layer.dequantize(torch.float32).cpu(), full_matrices=False
+    )
     adapter = layer.adapters["default"]
-    left, sigma, right = product_svd(adapter.lora_B.detach().cpu(), adapter.lora_A.detach().cpu())  # of B A, fp64
+    left, sigma, right = product_svd(
+        adapter.lora_B.detach().cpu(), adapter.lora_A.detach().cpu()
+    )  # of B A, fp64
     found = []
     for V, side in ((Vh, right), (U.T, left)):  # (n, in) with (in, r), and (n, out) with (out, r)
-        share = (V @ (side * sigma).float()).square().sum(1).cumsum(0) / sigma.square().sum()  # (n,)
-        rest = torch.linspace(share[-1].item(), 1, V.shape[1] - len(share) + 1)[1:]  # what W leaves alone, evenly
+        share = (V @ (side * sigma).float()).square().sum(1).cumsum(
+            0
+        ) / sigma.square().sum()  # (n,)
+        rest = torch.linspace(share[-1].item(), 1, V.shape[1] - len(share) + 1)[
+            1:
+        ]  # what W leaves alone, evenly
         found.append(torch.cat([share, rest]))
     return found[0], found[1]
 
@@ -220,7 +262,9 @@ fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=Tru
 colours = plt.colormaps["viridis"](torch.linspace(0, 0.9, 7))
 leans = {kind: [] for kind in KINDS}  # how far a curve lies above the diagonal, on average
 for kind, colour, dash in zip(KINDS, colours, ["-", "--", "-.", ":"] * 2, strict=False):
-    found = [shares(layers[path]) for path in list(layers) if path.endswith(kind)][:: 30 if SHORT else 10]
+    found = [shares(layers[path]) for path in list(layers) if path.endswith(kind)][
+        :: 30 if SHORT else 10
+    ]
     for axis, side in zip(axes, zip(*found, strict=True), strict=True):
         mean = torch.stack(side).mean(0)  # (n,)
         place = torch.arange(1, len(mean) + 1) / len(mean)
@@ -229,7 +273,10 @@ for kind, colour, dash in zip(KINDS, colours, ["-", "--", "-.", ":"] * 2, strict
     print("{:10} above the diagonal: reads {:+.3f}, writes {:+.3f}".format(kind, *leans[kind]))
 for axis, title in zip(axes, ("reads", "writes"), strict=True):
     axis.plot([0, 1], [0, 1], color="0.7", zorder=0)
-    axis.set(title=f"what ΔW {title}, by W's own directions", xlabel="share of the directions, largest σ first")
+    axis.set(
+        title=f"what ΔW {title}, by W's own directions",
+        xlabel="share of the directions, largest σ first",
+    )
 axes[0].set_ylabel("share of ‖ΔW‖²")
 fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center")
 plt.show()

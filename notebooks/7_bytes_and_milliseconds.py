@@ -37,7 +37,9 @@ from minilora_kernels.ops.rms_norm import plain_rms_norm, rms_norm
 from minilora_kernels.ops.rope import plain_rotate, rotate
 from minilora_kernels.ops.swiglu import gated, plain_gated
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer tokens, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer tokens, every assertion
 ROWS, LENGTH, TURNS = (1, 64, 2) if SHORT else (4, 512, 5)
 source = ml.samples.smollm2()
 model = ml.load_model(source, quantize="nf4", device="cpu")
@@ -61,10 +63,19 @@ weights = sum(linear.in_features * linear.out_features for linear in linears)
 assert codes == weights / 2 and len(linears) == 7 * config.num_hidden_layers
 run = ml.TrainConfig(per_device_train_batch_size=ROWS, max_length=LENGTH)
 plan = ml.plan_memory(model, config=run)
-assert plan.packed == codes and plan.adapters == 4 * count.trainable and plan.optimizer >= 8 * count.trainable
-full = ml.plan_memory(source, config=ml.TrainConfig(method="full", per_device_train_batch_size=ROWS, max_length=LENGTH))
+assert (
+    plan.packed == codes
+    and plan.adapters == 4 * count.trainable
+    and plan.optimizer >= 8 * count.trainable
+)
+full = ml.plan_memory(
+    source,
+    config=ml.TrainConfig(method="full", per_device_train_batch_size=ROWS, max_length=LENGTH),
+)
 print(plan)
-print(f"\nwith every parameter trained: {full.total / 1e9:.2f} GB, of which {full.optimizer / 1e9:.2f} GB moments")
+print(
+    f"\nwith every parameter trained: {full.total / 1e9:.2f} GB, of which {full.optimizer / 1e9:.2f} GB moments"
+)
 assert full.optimizer > 20 * plan.optimizer
 
 # %% [markdown]
@@ -96,14 +107,20 @@ def kept(forward) -> int:
 
 layer = model.model.layers[0]
 x = torch.randn(ROWS, LENGTH, D).to(dtype).requires_grad_()
-rope = rotation(frequencies(config.rope_of("full_attention"), config.head_dim), torch.arange(LENGTH)[None], dtype)
+rope = rotation(
+    frequencies(config.rope_of("full_attention"), config.head_dim),
+    torch.arange(LENGTH)[None],
+    dtype,
+)
 fast_bytes = kept(lambda: layer(x, rope, None, None))
 with ml.reference_ops():
     plain_bytes = kept(lambda: layer(x, rope, None, None))
 size = dtype.itemsize
 # x, q, k, v, attention's output, x again, gate and up
 needed = N * size * (4 * D + 2 * config.num_key_value_heads * config.head_dim + 2 * inner)
-print(f"a layer keeps {plain_bytes / 1e6:.1f} MB in plain forms, {fast_bytes / 1e6:.1f} MB in fast ones")
+print(
+    f"a layer keeps {plain_bytes / 1e6:.1f} MB in plain forms, {fast_bytes / 1e6:.1f} MB in fast ones"
+)
 print(f"q, k, v, gate, up and the three inputs of its sums alone are {needed / 1e6:.1f} MB")
 assert needed <= fast_bytes <= 1.1 * needed < plain_bytes / 1.5
 
@@ -113,7 +130,9 @@ assert needed <= fast_bytes <= 1.1 * needed < plain_bytes / 1.5
 
 # %%
 checkpointed = N * D * size
-print(f"with gradient checkpointing {checkpointed / 1e6:.1f} MB: {fast_bytes / checkpointed:.1f} times less")
+print(
+    f"with gradient checkpointing {checkpointed / 1e6:.1f} MB: {fast_bytes / checkpointed:.1f} times less"
+)
 assert fast_bytes > 8 * checkpointed
 
 # %% [markdown]
@@ -161,7 +180,11 @@ def turned(count: int) -> torch.Tensor:
 w = noise(D).detach()
 up_proj = layer.mlp.up_proj
 ops = {
-    "norm": (lambda x: plain_rms_norm(x, w, 1e-5), lambda x: rms_norm(x, w, 1e-5), [noise(ROWS, LENGTH, D)]),
+    "norm": (
+        lambda x: plain_rms_norm(x, w, 1e-5),
+        lambda x: rms_norm(x, w, 1e-5),
+        [noise(ROWS, LENGTH, D)],
+    ),
     "rotate": (lambda x: plain_rotate(x, *rope), lambda x: rotate(x, *rope), [turned(heads)]),
     "attention": (plain_attention, attention, [turned(heads), turned(kv_heads), turned(kv_heads)]),
     "gate": (plain_gated, gated, [noise(ROWS, LENGTH, inner), noise(ROWS, LENGTH, inner)]),
@@ -212,16 +235,26 @@ for _ in range(2 if SHORT else 4):
     (total / N).backward()
     seconds.append(time.perf_counter() - started)
 step = statistics.median(seconds[1:])
-print(f"{products / 1e12:.2f} TFLOP of products; one alone runs at {rate / 1e9:.0f} GFLOP/s: {products / rate:.2f} s")
-print(f"a step takes {step:.2f} s, {step * rate / products:.1f} times that: {N / step:,.0f} tokens a second")
+print(
+    f"{products / 1e12:.2f} TFLOP of products; one alone runs at {rate / 1e9:.0f} GFLOP/s: {products / rate:.2f} s"
+)
+print(
+    f"a step takes {step:.2f} s, {step * rate / products:.1f} times that: {N / step:,.0f} tokens a second"
+)
 
 figure, left = plt.subplots(figsize=(8, 3.4), layout="constrained")
 places = range(len(milliseconds))
 for offset, (form, colour) in enumerate({"plain": "0.75", "fast": "#0072b2"}.items()):
     left.barh(
-        [p + 0.4 * offset for p in places], [m[offset] for m in milliseconds.values()], 0.4, label=form, color=colour
+        [p + 0.4 * offset for p in places],
+        [m[offset] for m in milliseconds.values()],
+        0.4,
+        label=form,
+        color=colour,
     )
-left.set(title="one layer's ops, forward and backward", xlabel="ms", yticks=[p + 0.2 for p in places])
+left.set(
+    title="one layer's ops, forward and backward", xlabel="ms", yticks=[p + 0.2 for p in places]
+)
 left.set_yticklabels(milliseconds)
 left.invert_yaxis()
 left.legend()
@@ -242,15 +275,22 @@ ml.plot.memory([plan, full])
 
 # %%
 lengths = [256, 512, 1024, 2048]
-grown = [ml.plan_memory(model, config=ml.TrainConfig(per_device_train_batch_size=1, max_length=n)) for n in lengths]
+grown = [
+    ml.plan_memory(model, config=ml.TrainConfig(per_device_train_batch_size=1, max_length=n))
+    for n in lengths
+]
 per_token = [p.activations / n for p, n in zip(grown, lengths, strict=True)]
 print("kept a token, KB:", [f"{b / 1e3:.1f}" for b in per_token])
 assert max(per_token) < 1.05 * min(per_token)
 ranks = {
-    r: ml.plan_memory(source, ml.LoRAConfig(r=r, target_modules="all-linear"), run, quantize="nf4") for r in (8, 64)
+    r: ml.plan_memory(source, ml.LoRAConfig(r=r, target_modules="all-linear"), run, quantize="nf4")
+    for r in (8, 64)
 }
 print({r: f"{p.total / 1e9:.3f} GB" for r, p in ranks.items()})
-assert ranks[64].activations < 1.1 * ranks[8].activations and ranks[64].adapters == 8 * ranks[8].adapters
+assert (
+    ranks[64].activations < 1.1 * ranks[8].activations
+    and ranks[64].adapters == 8 * ranks[8].adapters
+)
 
 # %% [markdown]
 # **Exercise.** From which length on does a row keep more for backward than everything that stands still, weights,

@@ -28,7 +28,9 @@ from torch import nn
 import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
 from minilora.tools.merge_report import merge_report
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer steps and rows, every assertion
 torch.manual_seed(0)
 
 # %% [markdown]
@@ -71,8 +73,15 @@ for target in reports[0].error:
 axes[0].axhline(1, color="0.7", lw=0.8)
 axes[0].set(title="distance from the trained model", xlabel="‖ΔW‖ / ‖W‖", ylabel="error / ‖ΔW‖")
 for target, colour in (("bfloat16", "#d55e00"), ("nf4", "#0072b2")):
-    axes[1].semilogx(sizes, [report.cosine[target] for report in reports], "o-", ms=3, color=colour, label=target)
-axes[1].set(title="what is left of the update", xlabel="‖ΔW‖ / ‖W‖", ylabel="cosine with ΔW", ylim=(-0.05, 1.05))
+    axes[1].semilogx(
+        sizes, [report.cosine[target] for report in reports], "o-", ms=3, color=colour, label=target
+    )
+axes[1].set(
+    title="what is left of the update",
+    xlabel="‖ΔW‖ / ‖W‖",
+    ylabel="cosine with ΔW",
+    ylim=(-0.05, 1.05),
+)
 axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(0, 0.4))
 axes[1].legend(frameon=False)
 plt.tight_layout()
@@ -114,8 +123,13 @@ for size in sizes:
     report_at(size)
     again = ml.quantize_nf4(W + (adapter.lora_B @ adapter.lora_A).detach())
     changed = again.packed ^ codes
-    shares.append((((changed & 15) != 0).float().mean() + ((changed >> 4) != 0).float().mean()).item() / 2)
-print("codes that change:", ", ".join(f"{size:.1%}: {share:.2%}" for size, share in zip(sizes, shares, strict=True)))
+    shares.append(
+        (((changed & 15) != 0).float().mean() + ((changed >> 4) != 0).float().mean()).item() / 2
+    )
+print(
+    "codes that change:",
+    ", ".join(f"{size:.1%}: {share:.2%}" for size, share in zip(sizes, shares, strict=True)),
+)
 assert shares[1] < 0.001 and reports[1].error["nf4"] > 1 and shares[3] > 0.1
 
 # %% [markdown]
@@ -153,7 +167,9 @@ model = ml.load_model(source, quantize="nf4")
 ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj"]))
 untrained = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
 steps = 6 if SHORT else 60
-config = ml.TrainConfig(max_steps=steps, per_device_train_batch_size=8, learning_rate=2e-3, warmup_ratio=0.1)
+config = ml.TrainConfig(
+    max_steps=steps, per_device_train_batch_size=8, learning_rate=2e-3, warmup_ratio=0.1
+)
 ml.train(model, tokenizer, task.train, config)
 report = merge_report(model)
 print(report)
@@ -167,9 +183,14 @@ ml.plot.merge_error(report)
 
 # %%
 dtype = model.lm_head.weight.dtype
-losses = {"base": untrained, "trained": ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss}
+losses = {
+    "base": untrained,
+    "trained": ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss,
+}
 for target in ("bfloat16", "nf4"):
-    losses[target] = ml.evaluate(ml.merge(model, target).to(dtype), tokenizer, task.test, max_new_tokens=0).loss
+    losses[target] = ml.evaluate(
+        ml.merge(model, target).to(dtype), tokenizer, task.test, max_new_tokens=0
+    ).loss
 for name, loss in losses.items():
     print(f"{name:<10}{loss:.4f}")
 gain = losses["base"] - losses["trained"]
@@ -182,7 +203,12 @@ fig, axes = plt.subplots(1, 2, figsize=(11, 3.6))
 for target, colour in (("bfloat16", "#d55e00"), ("nf4", "#0072b2")):
     axes[0].plot([layer.size for layer in report.layers], [layer.cosine[target] for layer in report.layers], ".",
                  color=colour, label=target)  # fmt: skip
-axes[0].set(title="each layer of the trained model", xlabel="‖ΔW‖ / ‖W‖", ylabel="cosine with ΔW", ylim=(-0.05, 1.05))
+axes[0].set(
+    title="each layer of the trained model",
+    xlabel="‖ΔW‖ / ‖W‖",
+    ylabel="cosine with ΔW",
+    ylim=(-0.05, 1.05),
+)
 axes[0].legend(frameon=False)
 axes[1].bar(list(losses), list(losses.values()), color=["0.8", "0.4", "#d55e00", "#0072b2"])
 axes[1].set(title="held-out loss", ylabel="nats per token")

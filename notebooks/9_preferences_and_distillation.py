@@ -31,7 +31,9 @@ from minilora.losses.dpo import answer_logprobs
 from minilora.losses.sft import means
 from minilora.models.padded_batch import inference
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # tests run this in a short form: fewer steps and rows, every assertion
+SHORT = bool(
+    os.environ.get("MINILORA_SHORT")
+)  # tests run this in a short form: fewer steps and rows, every assertion
 BLUE, ORANGE = "#0072b2", "#d55e00"
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)
@@ -80,14 +82,20 @@ def rewards(rows: list[dict]) -> torch.Tensor:
             batch = objective.collate(examples[start : start + 16])
             with ml.disable_adapters(model):
                 reference, _ = answer_logprobs(model, batch)
-            found.append(objective.beta * (answer_logprobs(model, batch)[0] - reference).view(2, -1).cpu())
+            found.append(
+                objective.beta * (answer_logprobs(model, batch)[0] - reference).view(2, -1).cpu()
+            )
     return torch.cat(found, dim=1)
 
 
 assert rewards(held_out).abs().max() == 0
 steps = 4 if SHORT else 40
 config = ml.TrainConfig(
-    max_steps=steps, per_device_train_batch_size=4 if SHORT else 6, learning_rate=5e-4, warmup_ratio=0.1, seed=1
+    max_steps=steps,
+    per_device_train_batch_size=4 if SHORT else 6,
+    learning_rate=5e-4,
+    warmup_ratio=0.1,
+    seed=1,
 )
 result = ml.train(model, tokenizer, train, config, objective=objective)
 log2 = torch.tensor(2.0).log().item()
@@ -106,11 +114,18 @@ chosen, rejected = rewards(held_out)
 accuracy = (chosen > rejected).float().mean().item()
 window = max(1, steps // 8)
 series = {"loss": result.losses, **result.metrics}
-means_of = {name: torch.tensor(values).unfold(0, window, 1).mean(-1).tolist() for name, values in series.items()}
+means_of = {
+    name: torch.tensor(values).unfold(0, window, 1).mean(-1).tolist()
+    for name, values in series.items()
+}
 for name, values in means_of.items():
     print(f"{name:18}{values[0]:9.3f} -> {values[-1]:.3f}")
-print(f"held-out pairs told apart: {accuracy:.0%}; rewards {chosen.mean():.2f} and {rejected.mean():.2f} on average")
-assert chosen.mean() > 0 and (SHORT or (accuracy > 0.6 and means_of["loss"][-1] < log2 < 0.1 + means_of["loss"][0]))
+print(
+    f"held-out pairs told apart: {accuracy:.0%}; rewards {chosen.mean():.2f} and {rejected.mean():.2f} on average"
+)
+assert chosen.mean() > 0 and (
+    SHORT or (accuracy > 0.6 and means_of["loss"][-1] < log2 < 0.1 + means_of["loss"][0])
+)
 fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
 for axis, name, label, colour, dash in (
     (left, "loss", "loss", BLUE, "-"),
@@ -126,7 +141,9 @@ middle.set(title="log p of the answers", xlabel="step", ylabel="nats")
 ends = [min(chosen.min(), rejected.min()).item(), max(chosen.max(), rejected.max()).item()]
 right.plot(ends, ends, ":", color="0.6", label="no preference")
 right.plot(rejected, chosen, "o", color=BLUE, ms=4, alpha=0.7, label="a held-out pair")
-right.set(title="rewards on held-out pairs", xlabel="of the rejected answer", ylabel="of the chosen one")
+right.set(
+    title="rewards on held-out pairs", xlabel="of the rejected answer", ylabel="of the chosen one"
+)
 for axis in (left, middle, right):
     axis.legend(frameon=False, fontsize=8)
 plt.show()
@@ -150,7 +167,10 @@ curves = {
 lowest = {name: h[curve.argmin()].item() for name, curve in curves.items()}
 print({name: round(value, 2) for name, value in lowest.items()})
 assert lowest["sigmoid"] == 80  # the end of the picture
-assert abs(lowest["sigmoid, e = 0.1"] - 10 * torch.tensor((1 - e) / e).log()) < 0.25 and abs(lowest["ipo"] - 5) < 0.25
+assert (
+    abs(lowest["sigmoid, e = 0.1"] - 10 * torch.tensor((1 - e) / e).log()) < 0.25
+    and abs(lowest["ipo"] - 5) < 0.25
+)
 slope = torch.autograd.grad(curves["sigmoid"].sum(), h, retain_graph=True)[0]
 torch.testing.assert_close(slope, -0.1 * torch.sigmoid(-0.1 * h.detach()))
 
@@ -164,18 +184,32 @@ away = ml.KLToBase(kl_weight=1.0)
 prose = ml.samples.prose(rows=8 if SHORT else 32, characters=300)
 learn, unseen = prose[::2], prose[1::2]
 texts = {"answers": task.test, "prose": unseen}
-strayed = {name: means(model, away.encode(rows, tokenizer, 256), 8, away)[0]["kl"] for name, rows in texts.items()}
+strayed = {
+    name: means(model, away.encode(rows, tokenizer, 256), 8, away)[0]["kl"]
+    for name, rows in texts.items()
+}
 print("KL to the base, nats a token:", {name: round(kl, 4) for name, kl in strayed.items()})
 with ml.disable_adapters(model):
     assert rewards(held_out[:4]).abs().max() == 0
 assert strayed["answers"] > 0 and (SHORT or strayed["answers"] > strayed["prose"])
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2))
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2)
+)
 for (name, curve), style in zip(curves.items(), ("-", "--", "-."), strict=True):
-    left.plot(h.detach(), curve.detach(), style, label=name, color={"-": BLUE, "--": "black", "-.": ORANGE}[style])
+    left.plot(
+        h.detach(),
+        curve.detach(),
+        style,
+        label=name,
+        color={"-": BLUE, "--": "black", "-.": ORANGE}[style],
+    )
     if lowest[name] < 80:
         left.plot(lowest[name], curve.min().item(), "o", color="black", ms=5)
 left.set(
-    title="three losses, β = 0.1, and their lowest points", xlabel="Δ = m / β", ylabel="loss (ipo: / 400)", ylim=(0, 3)
+    title="three losses, β = 0.1, and their lowest points",
+    xlabel="Δ = m / β",
+    ylabel="loss (ipo: / 400)",
+    ylim=(0, 3),
 )
 left.legend(frameon=False)
 right.bar(list(strayed), list(strayed.values()), 0.5, color=[BLUE, "0.7"])
@@ -212,37 +246,58 @@ def by_token() -> torch.Tensor:
 gap, tokens_before = means(student, examples, 4, objective)[0]["kl"], by_token()
 assert teacher.config.vocab_size == 49_152 and (SHORT or len(learn) == 16)
 config = ml.TrainConfig(
-    max_steps=2 if SHORT else 28, per_device_train_batch_size=4, learning_rate=4e-4, warmup_ratio=0.1, seed=1
+    max_steps=2 if SHORT else 28,
+    per_device_train_batch_size=4,
+    learning_rate=4e-4,
+    warmup_ratio=0.1,
+    seed=1,
 )
 result = ml.train(student, tokenizer, learn, config, objective=objective)
 left_over, tokens_after = means(student, examples, 4, objective)[0]["kl"], by_token()
-print(f"KL on held-out texts, nats a token: {gap:.4f} -> {left_over:.4f}, {1 - left_over / gap:.0%} of it closed")
+print(
+    f"KL on held-out texts, nats a token: {gap:.4f} -> {left_over:.4f}, {1 - left_over / gap:.0%} of it closed"
+)
 assert tokens_before.min() > -1e-5 and gap > 0  # a divergence is never negative
-assert len({row["text"] for row in learn} & {row["text"] for row in unseen}) == 0 and (SHORT or left_over < 0.9 * gap)
+assert len({row["text"] for row in learn} & {row["text"] for row in unseen}) == 0 and (
+    SHORT or left_over < 0.9 * gap
+)
 
 # %% [markdown]
 # The gap is no haze over all tokens: half of it lies in a few. With its adapter the student is closer to its teacher at
 # most tokens, and further off at some. And 16 texts are few: on them the gap closes further than on the others.
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 5))
+fig, (left, right) = plt.subplots(
+    1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 5)
+)
 left.plot(range(1, 1 + len(result.losses)), result.losses, color=BLUE, label="training")
 left.plot([0, len(result.losses)], [gap, left_over], "D", color="black", label="held out")
-left.set(title="KL(teacher ‖ student)", xlabel="step", ylabel="nats a token", ylim=(0, 1.1 * max(gap, *result.losses)))
+left.set(
+    title="KL(teacher ‖ student)",
+    xlabel="step",
+    ylabel="nats a token",
+    ylim=(0, 1.1 * max(gap, *result.losses)),
+)
 left.legend(frameon=False)
 places = torch.arange(len(tokens_before))
 right.vlines(places, tokens_before, tokens_after, color="0.8", zorder=0)
 right.semilogy(places, tokens_before, "s", color="0.5", ms=5, label="4 bits, before")
 right.semilogy(places, tokens_after, "o", color=BLUE, ms=5, label="with its adapter")
-right.set_xticks(places, [repr(tokenizer.decode([i]))[1:-1] for i in ids[0].tolist()], rotation=90, fontsize=8)
+right.set_xticks(
+    places, [repr(tokenizer.decode([i]))[1:-1] for i in ids[0].tolist()], rotation=90, fontsize=8
+)
 right.set(title="what comes next, after each token of a held-out text", ylabel="KL, nats")
 right.margins(x=0.01)
 right.legend(frameon=False)
 plt.show()
 sizes, order = tokens_before.sort(descending=True)
-few = order[: int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + 1]  # the largest, until half of all is reached
+few = order[
+    : int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + 1
+]  # the largest, until half of all is reached
 closer = (tokens_after < tokens_before).float().mean().item()
-print(f"half of the gap is in {len(few)} of {len(order)} tokens; the student is closer at {closer:.0%} of all")
+print(
+    f"half of the gap is in {len(few)} of {len(order)} tokens; the student is closer at {closer:.0%} of all"
+)
 assert len(few) < 0.35 * len(order)
 assert SHORT or (closer > 0.5 and sum(result.losses[-4:]) / 4 < left_over)
 

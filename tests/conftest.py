@@ -9,7 +9,9 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and pytest-xdist's processes do not mix
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # its threads and pytest-xdist's processes do not mix
 
 import hypothesis
 import pytest
@@ -17,8 +19,8 @@ import torch
 
 from helpers.source import constraints
 
-# No deadline, no health check of speed: machines are shared. Derandomised: the same examples everywhere, so that
-# a failure seen in CI is seen at home.
+# No deadline, no health check of speed: machines are shared. Derandomised: the same examples
+# everywhere, so that a failure seen in CI is seen at home.
 hypothesis.settings.register_profile(
     "house",
     deadline=None,
@@ -35,10 +37,15 @@ def off_the_pin() -> str:
     """Which of torch and triton differ from constraints.txt, as text; empty if none does."""
     pinned = constraints()
     found = {name: version(name).partition("+")[0] for name in ("torch", "triton")}
-    return ", ".join(f"{name} {got} instead of {pinned[name]}" for name, got in found.items() if got != pinned[name])
+    return ", ".join(
+        f"{name} {got} instead of {pinned[name]}"
+        for name, got in found.items()
+        if got != pinned[name]
+    )
 
 
-# Kernels in Triton's interpreter: tests/gpu/test_interpreter.py runs them, in a process that has it switched on.
+# Kernels in Triton's interpreter: tests/gpu/test_interpreter.py runs them, in a process that has it
+# switched on.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpreted"]
 
 
@@ -48,7 +55,11 @@ def processor() -> str:
 
     kind = platform.processor() or platform.machine()
     with suppress(OSError):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         kind = names[0].partition(":")[2].strip() if names else kind
     return f"cpu: {kind}; torch: {torch.backends.cpu.get_cpu_capability()}; C: {machine_flags()}"
 
@@ -57,7 +68,9 @@ def pytest_report_header() -> str:
     return processor()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """The processor where -q left the header out. Which Triton: tests/gpu/test_interpreter.py looks for it."""
     if config.get_verbosity() < 0:
         terminalreporter.write_line(processor())
@@ -67,7 +80,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"in the interpreter of triton {triton.__version__}")
 
 
-SLOW_SECONDS = 900  # limit of a slow test that sets none; pyproject.toml has the limit of the others
+SLOW_SECONDS = (
+    900  # limit of a slow test that sets none; pyproject.toml has the limit of the others
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,7 +92,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
         if item.get_closest_marker("gpu") and not accelerator:
-            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine: NOT TESTED here"))
+            item.add_marker(
+                pytest.mark.skip(reason="no accelerator on this machine: NOT TESTED here")
+            )
         if item.get_closest_marker("strict") and (why := off_the_pin()):
             item.add_marker(pytest.mark.skip(reason=f"strict, and here is {why}"))
 

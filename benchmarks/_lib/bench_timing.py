@@ -3,10 +3,11 @@
     clock = GpuClock(torch.device("cuda"))
     times = measure(clock, {"ours": lambda turn: ..., "theirs": lambda turn: ...}, rounds=21)    # us, a list for each
 
-A call gets the number of its turn and takes that turn's buffers: there are enough that together they exceed three
-times the L2 cache, or as many as a batch has calls, since a copy of four times the L2 runs before each batch. The copy
-also keeps the GPU busy while the host queues the batch, so that Python's time to launch a kernel is not measured.
-What a batch on a small layer writes may still sit in the L2 at its end: such a layer can come out faster than memory.
+A call gets the number of its turn and takes that turn's buffers: there are enough that together
+they exceed three times the L2 cache, or as many as a batch has calls, since a copy of four times
+the L2 runs before each batch. The copy also keeps the GPU busy while the host queues the batch, so
+that Python's time to launch a kernel is not measured. What a batch on a small layer writes may
+still sit in the L2 at its end: such a layer can come out faster than memory.
 """
 
 import math
@@ -49,7 +50,9 @@ def layers(model: str) -> list[tuple[int, int]]:
     Raises ValueError for a model that MODELS does not have.
     """
     if model not in MODELS:
-        raise ValueError(f"models: expected names out of {', '.join(MODELS)}, got {model!r}; or add its sizes there")
+        raise ValueError(
+            f"models: expected names out of {', '.join(MODELS)}, got {model!r}; or add its sizes there"
+        )
     m = MODELS[model]
     queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
     every = [
@@ -113,7 +116,9 @@ class GpuClock:
     def __init__(self, device: torch.device) -> None:
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size
         if torch.version.hip:
-            self.cache = max(self.cache, 256 << 20)  # AMD's Infinity Cache behind the L2 is not reported
+            self.cache = max(
+                self.cache, 256 << 20
+            )  # AMD's Infinity Cache behind the L2 is not reported
         size = max(2 * self.cache, COPIED)
         self._source, self._target = torch.zeros(2, size, dtype=torch.uint8, device=device)
         self._copy_us = math.inf
@@ -126,7 +131,9 @@ class GpuClock:
     def batch(self, call: Call, first: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for turn in range(first, first + self.turns):  # untimed: how long does the host take to queue them?
+        for turn in range(
+            first, first + self.turns
+        ):  # untimed: how long does the host take to queue them?
             call(turn)
         host_us = (time.perf_counter() - start) * 1e6
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -156,7 +163,11 @@ def measure(clock: Clock, calls: Mapping[str, Call], rounds: int) -> dict[str, l
 
 def copy_gb_per_s(clock: Clock, rounds: int) -> float:
     """10^9 bytes a second, read and written, of copying a large buffer: what the memory really gives."""
-    return clock.copy(0) / statistics.median(measure(clock, {"copy": clock.copy}, rounds)["copy"]) / 1e3
+    return (
+        clock.copy(0)
+        / statistics.median(measure(clock, {"copy": clock.copy}, rounds)["copy"])
+        / 1e3
+    )
 
 
 def buffers(bytes_of_one: int, clock: Clock) -> int:
@@ -169,10 +180,16 @@ def card(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         found: dict[str, Any] = {"device": p.name, "sms": p.multi_processor_count}
-        found |= {"l2_mib": round(p.L2_cache_size / 2**20, 1), "memory_gib": round(p.total_memory / 2**30, 1)}
+        found |= {
+            "l2_mib": round(p.L2_cache_size / 2**20, 1),
+            "memory_gib": round(p.total_memory / 2**30, 1),
+        }
         found |= {"cuda": torch.version.cuda, "rocm": torch.version.hip}
     else:
-        found = {"device": f"CPU, {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads()}
+        found = {
+            "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
+        }
     return found | {name: _version(name) for name in ("torch", "triton", "bitsandbytes")}
 
 

@@ -4,10 +4,11 @@
     found = take_turns({"a": a, "b": b}, rounds=5)        # name -> what each of its answers said
     report("seconds a step", found, "seconds", own="a")   # medians, min-max, ratios of the same round
 
-A contender is a Python program that calls `serve`. It stays alive between its turns and sleeps meanwhile, so nothing of
-one side is in the other's memory, and a machine that is slower for a minute is so for both: only ratios within one
-round are compared. Its memory is read from outside (Linux), every 10 ms while it works: resident at the peak, and
-anonymous, which leaves out the pages of mapped files, as they can be dropped at any time.
+A contender is a Python program that calls `serve`. It stays alive between its turns and sleeps
+meanwhile, so nothing of one side is in the other's memory, and a machine that is slower for a
+minute is so for both: only ratios within one round are compared. Its memory is read from outside
+(Linux), every 10 ms while it works: resident at the peak, and anonymous, which leaves out the pages
+of mapped files, as they can be dropped at any time.
 
 All sides of a benchmark compute in one dtype. `--dtype auto` takes the one that this hardware is
 fast in, by the rule of `load_model`, because an emulated dtype takes many times as long.
@@ -57,7 +58,9 @@ class Contender:
     """A process that answers. `resident`, `anonymous`: its bytes at the peak so far; `now`: its anonymous ones at the
     last look. All are 0 where they cannot be known."""
 
-    def __init__(self, name: str, command: Sequence[object], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, command: Sequence[object], env: Mapping[str, str] | None = None
+    ) -> None:
         self.name, self.resident, self.anonymous, self.now = name, 0, 0, 0
         self._begun = time.perf_counter()
         self._process = subprocess.Popen(
@@ -70,7 +73,9 @@ class Contender:
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self.ready = self._answer()
-        self.ready["start_seconds"] = time.perf_counter() - self._begun  # from nothing to its first answer
+        self.ready["start_seconds"] = (
+            time.perf_counter() - self._begun
+        )  # from nothing to its first answer
 
     def step(self) -> dict[str, Any]:
         """Let it work once; its answer, and the memory so far."""
@@ -121,10 +126,15 @@ def memory(process: int) -> dict[str, int]:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:  # or it has just ended
         return {}
-    return {name: int(kb) * 1024 for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)}
+    return {
+        name: int(kb) * 1024
+        for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)
+    }
 
 
-def take_turns(contenders: Mapping[str, Any], rounds: int, warm_up: int = 2) -> dict[str, list[dict[str, Any]]]:
+def take_turns(
+    contenders: Mapping[str, Any], rounds: int, warm_up: int = 2
+) -> dict[str, list[dict[str, Any]]]:
     """Name -> the answers of `rounds` rounds, after some that are not counted; every other round goes backwards."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -139,27 +149,39 @@ def take_turns(contenders: Mapping[str, Any], rounds: int, warm_up: int = 2) -> 
 def check_close(what: str, values: Mapping[str, float], tolerance: float) -> None:
     """SystemExit unless all contenders found the same, so that no time is compared of work that is not."""
     first = next(iter(values.values()))
-    if not all(abs(value - first) <= tolerance * abs(first) for value in values.values()):  # NaN is close to nothing
-        raise SystemExit(f"{what}: the contenders do not do the same work: {values}, tolerance {tolerance:.1%}")
+    if not all(
+        abs(value - first) <= tolerance * abs(first) for value in values.values()
+    ):  # NaN is close to nothing
+        raise SystemExit(
+            f"{what}: the contenders do not do the same work: {values}, tolerance {tolerance:.1%}"
+        )
     print(f"{what}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and largest."""
-    rounded = [float(f"{value:.5g}") for value in (statistics.median(values), min(values), max(values))]
+    rounded = [
+        float(f"{value:.5g}") for value in (statistics.median(values), min(values), max(values))
+    ]
     return dict(zip(("median", "min", "max"), rounded, strict=True))
 
 
-def ratios(found: Mapping[str, Sequence[Mapping[str, Any]]], key: str, own: str) -> dict[str, dict[str, float]]:
+def ratios(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], key: str, own: str
+) -> dict[str, dict[str, float]]:
     """Each other contender's figure over that of `own` in the same round."""
     return {
-        name: spread([other[key] / mine[key] for other, mine in zip(answers, found[own], strict=True)])
+        name: spread(
+            [other[key] / mine[key] for other, mine in zip(answers, found[own], strict=True)]
+        )
         for name, answers in found.items()
         if name != own
     }
 
 
-def report(title: str, found: Mapping[str, Sequence[Mapping[str, Any]]], key: str, own: str) -> dict[str, Any]:
+def report(
+    title: str, found: Mapping[str, Sequence[Mapping[str, Any]]], key: str, own: str
+) -> dict[str, Any]:
     """Print a table of `key`, with the ratio of others to `own` (above 1: own is better where less is); its figures."""
     compared = ratios(found, key, own)
     print(
@@ -184,7 +206,9 @@ def report(title: str, found: Mapping[str, Sequence[Mapping[str, Any]]], key: st
 def fresh(*command: object, env: Mapping[str, str] | None = None) -> Any:
     """What a Python program's last line says, as JSON, of a process of its own: a peak of memory is a process's."""
     given = [sys.executable, *map(str, command)]
-    done = subprocess.run(given, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {}))
+    done = subprocess.run(
+        given, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {})
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(given[1:])}: ended with status {done.returncode}: see above.")
     return json.loads(done.stdout.splitlines()[-1])
@@ -196,7 +220,11 @@ def fresh(*command: object, env: Mapping[str, str] | None = None) -> Any:
 def missing_peers(*names: str) -> str:
     """A sentence that says which peers are not installed; empty if all are."""
     absent = [name for name in names or PEERS if find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[test]'" if absent else ""
+    return (
+        f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[test]'"
+        if absent
+        else ""
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str] = DTYPES) -> None:
@@ -237,7 +265,11 @@ def machine(dtype: "torch.dtype") -> dict[str, Any]:
     """What the figures belong to: dtype and class of CPU first; how busy the machine was when it was asked."""
     import torch
 
-    found: dict[str, Any] = {"dtype": dtype_name(dtype), "cpu": cpu_class(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {
+        "dtype": dtype_name(dtype),
+        "cpu": cpu_class(),
+        "cores": os.cpu_count(),
+    }
     found |= {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
     for name in ("torch", *PEERS):
         try:
@@ -259,15 +291,21 @@ def small_chat_model(folder: Path, dtype: "torch.dtype") -> Path:
     tokenizer = ml.load_tokenizer(ml.samples.smollm2())
     torch.manual_seed(0)
     sizes: dict[str, Any] = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 2048}
-    ml.save_model(CausalLM(DecoderConfig(**sizes, dtype=dtype_name(dtype))).to(dtype), folder, tokenizer=tokenizer)
+    ml.save_model(
+        CausalLM(DecoderConfig(**sizes, dtype=dtype_name(dtype))).to(dtype),
+        folder,
+        tokenizer=tokenizer,
+    )
     return folder
 
 
-def checkpoint(folder: Path, short: bool, rows: int, length: int, dtype: "torch.dtype") -> list[list[int]]:
+def checkpoint(
+    folder: Path, short: bool, rows: int, length: int, dtype: "torch.dtype"
+) -> list[list[int]]:
     """Write SmolLM2 (short: a random model of two layers) to `folder`; `rows` rows of `length` real tokens.
 
-    The text is English reference prose (minilora/evaluation/samples/prose.py), one long stream that is cut without
-    padding.
+    The text is English reference prose (minilora/evaluation/samples/prose.py), one long stream that
+    is cut without padding.
     """
     import torch
 
@@ -278,7 +316,11 @@ def checkpoint(folder: Path, short: bool, rows: int, length: int, dtype: "torch.
         from minilora.models.config import DecoderConfig
         from minilora.models.decoder import CausalLM
 
-        config: dict[str, Any] = {**TINY, "dtype": dtype_name(dtype), "max_position_embeddings": 2048}
+        config: dict[str, Any] = {
+            **TINY,
+            "dtype": dtype_name(dtype),
+            "max_position_embeddings": 2048,
+        }
         ml.save_model(CausalLM(DecoderConfig(**config)).to(dtype), folder)
         return torch.randint(0, TINY["vocab_size"], (rows, length)).tolist()
     source = ml.samples.smollm2()

@@ -20,7 +20,9 @@ Batches = list[list[list[int]]]  # of rows of token ids, all as long
 Step = Callable[[], dict[str, float]]
 
 
-def own_step(model: nn.Module, batches: Batches, autocast: AbstractContextManager | None = None) -> Step:
+def own_step(
+    model: nn.Module, batches: Batches, autocast: AbstractContextManager | None = None
+) -> Step:
     """Steps over the batches in turn, of a model that `load_model` made; what requires grad trains."""
     import minilora as ml
     from minilora.data.loss_mask import Example
@@ -81,7 +83,9 @@ def trained_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _step(
-    forward_backward: Callable[[int], float], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+    forward_backward: Callable[[int], float],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> Step:
     for group in optimizer.param_groups:
         group["lr"] = RATE

@@ -2,9 +2,10 @@
 
     python benchmarks/docs/pictures.py docs/speed.svg peers.out
 
-what bench_train.py or peers.py found: the last line of each file (- is stdin), the document of a benchmark; pieces of
-one, measured one by one with --only, are joined. The figures stay in the picture (SVG's description), so an .svg drawn
-here may stand for them: without arguments cost.svg and speed.svg are drawn again out of themselves.
+what bench_train.py or peers.py found: the last line of each file (- is stdin), the document of a
+benchmark; pieces of one, measured one by one with --only, are joined. The figures stay in the
+picture (SVG's description), so an .svg drawn here may stand for them: without arguments cost.svg
+and speed.svg are drawn again out of themselves.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
 from benchmarks.docs.explorer import config
@@ -32,7 +35,11 @@ from minilora.tools.plot import style
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SHADES = ("#dddddd", "#a6bddb", "#3690c0")  # of a fit's parts, from light to dark also in grey
-AXES = {"length": "T, tokens in a row", "batch": "B, rows in a batch", "r": "r, rank of the adapter"}
+AXES = {
+    "length": "T, tokens in a row",
+    "batch": "B, rows in a batch",
+    "r": "r, rank of the adapter",
+}
 AXES |= {"width": "d, width of the model (hidden_size)"}
 YLABELS = {"seconds": "seconds a step", "megabytes": "MB that a step needs"}
 TITLES = {"qlora": "QLoRA", "qlora-checkpointing": "QLoRA,\ncheckpointing", "lora": "LoRA, {dtype}"}
@@ -50,9 +57,15 @@ SIDES = {  # contender -> how its bars look: dark, light, hatched, empty
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", nargs="?", type=Path, help="the picture of a benchmark (default: all in docs/)")
-    parser.add_argument("outputs", nargs="*", help="what the benchmark printed, in a file or several; - is stdin")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "picture", nargs="?", type=Path, help="the picture of a benchmark (default: all in docs/)"
+    )
+    parser.add_argument(
+        "outputs", nargs="*", help="what the benchmark printed, in a file or several; - is stdin"
+    )
     options = parser.parse_args()
     if options.picture is None:
         for name, draw in PLAIN.items():
@@ -79,8 +92,12 @@ def join(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One document of the pieces of one benchmark, of one machine and the same versions; SystemExit otherwise."""
     found: dict[str, Any] = {}
     for one in documents:
-        both = {name for name in found.keys() & one.keys() - VARIES if not isinstance(one[name], dict)}
-        if differ := {name: (found[name], one[name]) for name in sorted(both) if found[name] != one[name]}:
+        both = {
+            name for name in found.keys() & one.keys() - VARIES if not isinstance(one[name], dict)
+        }
+        if differ := {
+            name: (found[name], one[name]) for name in sorted(both) if found[name] != one[name]
+        }:
             raise SystemExit(f"these pieces are not of one measurement: {differ}")
         grows = found.get("grows", {}) | one.get("grows", {})
         found |= {**one, **({"grows": grows} if grows else {})}
@@ -100,7 +117,10 @@ def plan(file: Path) -> None:
     run: dict[str, Any] = {"per_device_train_batch_size": 4, "max_length": 512}
     full = ml.TrainConfig(method="full", bf16=True, **run)
     kept: dict[str, Any] = {"dtype": "bfloat16", "card": "24GB"}
-    plans = [ml.plan_memory(shape, lora, ml.TrainConfig(**run), quantize=bits, **kept) for bits in ("nf4", None)]
+    plans = [
+        ml.plan_memory(shape, lora, ml.TrainConfig(**run), quantize=bits, **kept)
+        for bits in ("nf4", None)
+    ]
     ml.plot.memory([*plans, ml.plan_memory(shape, None, full, card="24GB")], file)
 
 
@@ -142,7 +162,10 @@ def cost(found: Mapping[str, Any], figure: Any) -> None:
     for column, (kind, grown) in enumerate(grows.items()):
         others = ", ".join(f"{name} {grown['points'][0][name]:,}" for name in AXES if name != kind)
         for axes, unit in zip(panels[:, column], UNITS, strict=True):
-            axes.set(xlabel=f"{AXES[kind]}\n({others})" if unit == UNITS[-1] else AXES[kind], ylabel=YLABELS[unit])
+            axes.set(
+                xlabel=f"{AXES[kind]}\n({others})" if unit == UNITS[-1] else AXES[kind],
+                ylabel=YLABELS[unit],
+            )
             _grown(axes, kind, grown, unit)
     _legend(figure, panels.flat, "outside lower center", max(1, 5 * len(grows) // 4))
 
@@ -158,19 +181,43 @@ def _grown(axes: Any, kind: str, grown: Mapping[str, Any], unit: str) -> None:
         above = below + part * u**power
         axes.fill_between(u * xs[-1], below, above, color=shade, linewidth=0, label=label)
         below = above
-    axes.plot(u * xs[-1], ys[-1] * u**order, "k--", linewidth=0.7, label="the algorithm's own order, no fixed part")
-    bars = [[one["median"] - one["min"] for one in spreads], [one["max"] - one["median"] for one in spreads]]
-    axes.errorbar(xs, ys, bars, fmt="ko", markersize=3.5, elinewidth=1, capsize=2.5, label="measured (min–max)")
+    axes.plot(
+        u * xs[-1],
+        ys[-1] * u**order,
+        "k--",
+        linewidth=0.7,
+        label="the algorithm's own order, no fixed part",
+    )
+    bars = [
+        [one["median"] - one["min"] for one in spreads],
+        [one["max"] - one["median"] for one in spreads],
+    ]
+    axes.errorbar(
+        xs,
+        ys,
+        bars,
+        fmt="ko",
+        markersize=3.5,
+        elinewidth=1,
+        capsize=2.5,
+        label="measured (min–max)",
+    )
     letter = AXES[kind].partition(",")[0]
-    words = [f"{part / sum(parts):.0%} {of}" for part, of in zip(parts, powers(letter), strict=False)]
+    words = [
+        f"{part / sum(parts):.0%} {of}" for part, of in zip(parts, powers(letter), strict=False)
+    ]
     axes.set_title(f"at {xs[-1]:,}: {' + '.join(words)}", fontsize="small")
-    axes.set(xlim=(0, 1.04 * xs[-1]), ylim=(0, 1.1 * max(one["max"] for one in spreads)), xticks=xs[-3:])
+    axes.set(
+        xlim=(0, 1.04 * xs[-1]), ylim=(0, 1.1 * max(one["max"] for one in spreads)), xticks=xs[-3:]
+    )
 
 
 def speed(found: Mapping[str, Any], figure: Any) -> None:
     """Bars: seconds with min-max and ratios, and resident memory, a group a job."""
     dtype = SHORT[found.get("dtype", "bfloat16")]  # older documents do not say it: they are in bf16
-    titles = {job: title.format(dtype=dtype) for job, title in TITLES.items()} | {"full": FULL[dtype]}
+    titles = {job: title.format(dtype=dtype) for job, title in TITLES.items()} | {
+        "full": FULL[dtype]
+    }
     groups = {title: (found[job], "seconds") for job, title in titles.items() if job in found}
     loads = found.get("load", {}).get("nf4", {})
     groups |= {LOADS[name]: (rows, f"{name}_seconds") for name, rows in loads.items()}
@@ -182,12 +229,20 @@ def speed(found: Mapping[str, Any], figure: Any) -> None:
         ticks.append(place + (len(rows) - 1) / 2)
         for side, row in rows.items():
             name = "peers" if side == "transformers" else side
-            style = {"edgecolor": "black", "linewidth": 0.6, "height": 0.9, "label": name} | SIDES[name]
+            style = {"edgecolor": "black", "linewidth": 0.6, "height": 0.9, "label": name} | SIDES[
+                name
+            ]
             _bar(time, place, row[key], style, _times(row.get("ratio")))
             if name != "limit":
                 share = rows["minilora"]["resident_mb"] / row["resident_mb"]
                 text = "" if side == "minilora" else f"{share:.2f}"
-                _bar(memory, place, dict.fromkeys(("median", "min", "max"), row["resident_mb"] / 1e3), style, text)
+                _bar(
+                    memory,
+                    place,
+                    dict.fromkeys(("median", "min", "max"), row["resident_mb"] / 1e3),
+                    style,
+                    text,
+                )
             place += 1
         place += 1
     time.set_yticks(ticks, groups)
@@ -202,16 +257,29 @@ def speed(found: Mapping[str, Any], figure: Any) -> None:
     _legend(figure, [time], "outside upper center", 5)
 
 
-def _bar(axes: Any, place: float, found: Mapping[str, float], style: Mapping[str, Any], text: str) -> None:
+def _bar(
+    axes: Any, place: float, found: Mapping[str, float], style: Mapping[str, Any], text: str
+) -> None:
     median, least, most = (found[name] for name in ("median", "min", "max"))
     axes.barh(place, median, **style)
     if most > least:
-        axes.errorbar(median, place, xerr=[[median - least], [most - median]], color="black", elinewidth=1, capsize=2)
-    axes.annotate(text, (most, place), (4, 0), textcoords="offset points", va="center", fontsize="small")
+        axes.errorbar(
+            median,
+            place,
+            xerr=[[median - least], [most - median]],
+            color="black",
+            elinewidth=1,
+            capsize=2,
+        )
+    axes.annotate(
+        text, (most, place), (4, 0), textcoords="offset points", va="center", fontsize="small"
+    )
 
 
 def _times(ratio: Mapping[str, float] | None) -> str:
-    return "" if ratio is None else f"× {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+    return (
+        "" if ratio is None else f"× {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+    )
 
 
 def _legend(figure: Any, panels: Iterable[Any], place: str, columns: int) -> None:
@@ -222,7 +290,12 @@ def _legend(figure: Any, panels: Iterable[Any], place: str, columns: int) -> Non
 
 
 DRAWN = {"bench_train": cost, "peers": speed}
-PLAIN = {"codebook": lambda file: ml.plot.codebook(path=file), "packed": packed, "plan": plan, "roofline": roofline}
+PLAIN = {
+    "codebook": lambda file: ml.plot.codebook(path=file),
+    "packed": packed,
+    "plan": plan,
+    "roofline": roofline,
+}
 
 if __name__ == "__main__":
     main()

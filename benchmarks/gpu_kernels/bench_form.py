@@ -21,10 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def form(document: Mapping[str, Any]) -> str:
     """The block of a document of kernel_bench.py. Right after the last kernel, clocks are a busy card's."""
     parts = {key: value for key, value in document.items() if key not in ("rows", "benchmark")}
-    machine = {"python": platform.python_version(), "system": platform.platform(), "commit": commit()}
+    machine = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "commit": commit(),
+    }
     lines = [{"form": "minilora", **machine}, {"smi": smi()}]
     lines += [{key: value} for key, value in parts.items() if isinstance(value, dict | list)]
-    lines[1:1] = [{key: value for key, value in parts.items() if not isinstance(value, dict | list)}]
+    lines[1:1] = [
+        {key: value for key, value in parts.items() if not isinstance(value, dict | list)}
+    ]
     lines += [{"row": row} for row in document.get("rows", ())]
     return "\n".join([f"{FENCE}json", *map(json.dumps, lines), FENCE])
 
@@ -44,7 +50,8 @@ def smi() -> dict[str, str] | str:
 def commit() -> str | None:
     """Of this copy, with a + if it was changed since; None where git knows of none."""
     head, changed = (
-        _said(["git", "-C", str(ROOT), *words]) for words in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])
+        _said(["git", "-C", str(ROOT), *words])
+        for words in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])
     )
     return None if head is None else head.strip() + "+" * bool(changed)
 

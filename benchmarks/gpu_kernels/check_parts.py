@@ -23,8 +23,12 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     x = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(0)) * 0.02
     edges = nf4_thresholds()
     beside = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-1.0, 1.0)]
-    tiny = x[:64] * (2.0**-126 if dtype == torch.float32 else 0)  # Triton's interpreter misreads subnormal bf16
-    special = torch.cat([torch.zeros(64), tiny, edges, *beside, torch.ones(19)])  # blocks; the last is scaled by 1
+    tiny = x[:64] * (
+        2.0**-126 if dtype == torch.float32 else 0
+    )  # Triton's interpreter misreads subnormal bf16
+    special = torch.cat(
+        [torch.zeros(64), tiny, edges, *beside, torch.ones(19)]
+    )  # blocks; the last is scaled by 1
     x[: len(special)] = special[: len(x)]
     return x.to(dtype).view(shape)
 
@@ -34,12 +38,16 @@ def same_bits(what: str, got: Tensor, expected: Tensor) -> None:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
     got, expected = got.cpu().reshape(-1), expected.reshape(-1)
     if (got.dtype, len(got)) != (expected.dtype, len(expected)):
-        raise Mismatch(f"{what}: {len(got)} of {got.dtype}, expected {len(expected)} of {expected.dtype}")
+        raise Mismatch(
+            f"{what}: {len(got)} of {got.dtype}, expected {len(expected)} of {expected.dtype}"
+        )
     wrong = (got.view(bits) != expected.view(bits)).nonzero()
     if len(wrong):
         i = int(wrong[0])
         values = f"got {got[i].item()!r}, expected {expected[i].item()!r}"
-        raise Mismatch(f"{what}: {len(wrong)} of {len(got)} differ from the reference, first [{i}]: {values}")
+        raise Mismatch(
+            f"{what}: {len(wrong)} of {len(got)} differ from the reference, first [{i}]: {values}"
+        )
 
 
 def within(what: str, got: Tensor, expected: Tensor, bound: Tensor) -> None:

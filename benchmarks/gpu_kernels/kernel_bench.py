@@ -1,6 +1,7 @@
 """The NF4 kernels on a GPU (CUDA or ROCm): right first, then how fast, against torch and bitsandbytes in the same run.
 
-    python benchmarks/gpu_kernels/kernel_bench.py [--models Llama-3-8B,SmolLM2-135M] [--rounds 21] [--plot roofline.png]
+    python benchmarks/gpu_kernels/kernel_bench.py [--models Llama-3-8B,SmolLM2-135M] [--rounds 21]
+    [--plot roofline.png]
     python benchmarks/gpu_kernels/kernel_bench.py --tune                      # other tiles; prints entries for
                                                                               launch.TILES
     python benchmarks/gpu_kernels/kernel_bench.py --form                      # the last line as a block to send back:
@@ -8,18 +9,19 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_kernels/kernel_bench.py --check  # without a GPU: only whether the kernels
                                                                               are right
 
-Every kernel must pass kernel_check.py, or the script stops with exit status 1. The table has a row for each job and
-layer: our median time, the bytes that must move (inputs and results; what passes between two launches is not counted)
-a second, their share of what copying gives on this card, and how many times as long as we the others take:
+Every kernel must pass kernel_check.py, or the script stops with exit status 1. The table has a row
+for each job and layer: our median time, the bytes that must move (inputs and results; what passes
+between two launches is not counted) a second, their share of what copying gives on this card, and
+how many times as long as we the others take:
 
     eager, compile    the same in plain torch, and that compiled by torch.compile
     bitsandbytes      dequantize_4bit, quantize_4bit, and matmul_4bit, which its Linear4bit calls; gemv_4bit beside it
     dequantised       of 16 tokens: W by our kernel, then F.linear, as it was done without a kernel for few tokens
     dense             of the products: F.linear with a bf16 weight, 3.9 times the bytes
 
-Then SmolLM2 decodes, one token at a time, with the GEMV kernel and without, with a CUDA graph and without. The last
-line is one JSON document.
-Weights are bf16, N(0, 0.02), in blocks of 64; buffers are used in turn, so that no cache holds them (bench_timing.py).
+Then SmolLM2 decodes, one token at a time, with the GEMV kernel and without, with a CUDA graph and
+without. The last line is one JSON document. Weights are bf16, N(0, 0.02), in blocks of 64; buffers
+are used in turn, so that no cache holds them (bench_timing.py).
 """
 
 import argparse
@@ -38,9 +40,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
-from benchmarks._lib.bench_timing import MODELS, Clock, CpuClock, GpuClock, card, copy_gb_per_s, measure, shapes_of
+from benchmarks._lib.bench_timing import (
+    MODELS,
+    Clock,
+    CpuClock,
+    GpuClock,
+    card,
+    copy_gb_per_s,
+    measure,
+    shapes_of,
+)
 from benchmarks.gpu_kernels.bench_form import form
 from benchmarks.gpu_kernels.check_parts import Mismatch
 from benchmarks.gpu_kernels.kernel_check import check_all
@@ -64,11 +77,13 @@ CAPTURED = 3  # new tokens after which a step has been captured, and replayed on
 # ---- the table
 
 
-def row_of(job: Job, shape: tuple[int, int], models: Sequence[str], clock: Clock, rounds: int) -> dict[str, Any]:
+def row_of(
+    job: Job, shape: tuple[int, int], models: Sequence[str], clock: Clock, rounds: int
+) -> dict[str, Any]:
     """Every contender's values or packed codes checked against ours, then timed.
 
-    Raises Mismatch where plain torch has other bits than we. Not compared: second-level codes, for which bitsandbytes
-    takes another mean; kernel_check.py holds ours against the reference.
+    Raises Mismatch where plain torch has other bits than we. Not compared: second-level codes, for
+    which bitsandbytes takes another mean; kernel_check.py holds ours against the reference.
     """
     results, missing = {}, {}
     for name, call in job.calls.items():
@@ -80,12 +95,22 @@ def row_of(job: Job, shape: tuple[int, int], models: Sequence[str], clock: Clock
             missing[name] = shorten(str(error), 150) or type(error).__name__
     differs = {name: difference(result, results[OURS]) for name, result in results.items()}
     if job.name not in PRODUCTS and differs.get("eager"):
-        raise Mismatch(f"{job.name}, {shape}: plain torch on this device has other results than our kernel")
+        raise Mismatch(
+            f"{job.name}, {shape}: plain torch on this device has other results than our kernel"
+        )
     times = measure(clock, {name: job.calls[name] for name in results}, rounds)
     us = {name: statistics.median(found) for name, found in times.items()}
-    figures = {"bytes": job.bytes, "operations": job.operations, "gb_per_s": job.bytes / us[OURS] / 1e3}
+    figures = {
+        "bytes": job.bytes,
+        "operations": job.operations,
+        "gb_per_s": job.bytes / us[OURS] / 1e3,
+    }
     figures |= {"us": us, "us_min": {name: min(found) for name, found in times.items()}}
-    figures |= {"ratio": {name: us[name] / us[OURS] for name in us}, "differs": differs, "missing": missing}
+    figures |= {
+        "ratio": {name: us[name] / us[OURS] for name in us},
+        "differs": differs,
+        "missing": missing,
+    }
     return {"job": job.name, "shape": shape, "models": models} | figures
 
 
@@ -99,13 +124,25 @@ def difference(got: Tensor, expected: Tensor) -> float:
 def print_row(row: dict[str, Any]) -> None:
     """One line of the table, and below it who is missing or has other numbers."""
     out, inner = row["shape"]
-    print(f"{row['job']:20}{f'{out} x {inner}':>14}{row['us'][OURS]:10.1f}{row['gb_per_s']:8.0f}", end="")
+    print(
+        f"{row['job']:20}{f'{out} x {inner}':>14}{row['us'][OURS]:10.1f}{row['gb_per_s']:8.0f}",
+        end="",
+    )
     print(f"{row['of_copy']:7.0%} ", end="")
-    print("".join(f"{row['ratio'][name]:13.2f}" if name in row["ratio"] else f"{'-':>13}" for name in COLUMNS))
+    print(
+        "".join(
+            f"{row['ratio'][name]:13.2f}" if name in row["ratio"] else f"{'-':>13}"
+            for name in COLUMNS
+        )
+    )
     for name, reason in row["missing"].items():
         print(f"    {name} NOT TIMED: {reason}")
-    close = 0.02 if row["job"] in PRODUCTS else 0  # others round W to bf16, and add up in another order
-    if others := [f"{name} ({share:.1g})" for name, share in row["differs"].items() if not share <= close]:
+    close = (
+        0.02 if row["job"] in PRODUCTS else 0
+    )  # others round W to bf16, and add up in another order
+    if others := [
+        f"{name} ({share:.1g})" for name, share in row["differs"].items() if not share <= close
+    ]:
         print(f"    other numbers than ours: {', '.join(others)}")
 
 
@@ -117,7 +154,11 @@ def peers_here(asked: Sequence[str], device: torch.device) -> list[str]:
     if not reason and device.type == "cuda":
         from bitsandbytes.cextension import lib
 
-        reason = None if getattr(lib, "compiled_with_cuda", False) else "its library for this GPU did not load"
+        reason = (
+            None
+            if getattr(lib, "compiled_with_cuda", False)
+            else "its library for this GPU did not load"
+        )
     if reason:
         print(f"bitsandbytes NOT TIMED: {reason}")
     return [name for name in asked if name != "bitsandbytes" or not reason]
@@ -142,7 +183,8 @@ def dense_weights() -> Iterator[None]:
 def decode(device: torch.device, tokens: int) -> dict[str, Any]:
     """Tokens a second of SmolLM2-135M, greedy, one row: 4-bit with our GEMV, 4-bit through dense weights, bf16.
 
-    On a GPU each started by Python and as a CUDA graph; what reading the prompt and capturing take is not counted.
+    On a GPU each started by Python and as a CUDA graph; what reading the prompt and capturing take
+    is not counted.
     """
     import minilora as ml
     from minilora.generation.generate import generate_ids
@@ -151,28 +193,38 @@ def decode(device: torch.device, tokens: int) -> dict[str, Any]:
     try:
         source = ml.samples.smollm2()
         prompt = ml.load_tokenizer(source).encode("The capital of France is")
-        models = {kind: ml.load_model(source, quantize=kind, dtype="bfloat16", device=device) for kind in ("nf4", None)}
+        models = {
+            kind: ml.load_model(source, quantize=kind, dtype="bfloat16", device=device)
+            for kind in ("nf4", None)
+        }
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"\ndecoding NOT TIMED: SmolLM2 cannot be loaded: {error}")
         return {"skipped": str(error)}
 
     def seconds(kind: str | None, graph: bool, count: int) -> float:
         start = time.perf_counter()
-        generate_ids(models[kind], [prompt], Decoding(count, cuda_graph=graph))  # a list of ids: the GPU is done
+        generate_ids(
+            models[kind], [prompt], Decoding(count, cuda_graph=graph)
+        )  # a list of ids: the GPU is done
         return time.perf_counter() - start
 
     def rates(name: str, kind: str | None) -> dict[str, float]:
         found = {}
         for graph in (False, True) if device.type == "cuda" else (False,):
             seconds(kind, graph, CAPTURED)  # warm up
-            alone = [seconds(kind, graph, CAPTURED + tokens) - seconds(kind, graph, CAPTURED) for _ in range(3)]
+            alone = [
+                seconds(kind, graph, CAPTURED + tokens) - seconds(kind, graph, CAPTURED)
+                for _ in range(3)
+            ]
             found[name + ", graph" * graph] = tokens / statistics.median(alone)
         return found
 
     speeds = rates("nf4", "nf4") | rates("bf16", None)
     with dense_weights():
         speeds |= rates("nf4, dense weights", "nf4")
-    print(f"\ndecoding, SmolLM2-135M, {tokens} tokens one by one, NF4 path {path_for(device)!r}: tokens a second")
+    print(
+        f"\ndecoding, SmolLM2-135M, {tokens} tokens one by one, NF4 path {path_for(device)!r}: tokens a second"
+    )
     print(*(f"  {name:26}{speed:8.1f}" for name, speed in speeds.items()), sep="\n")
     if device.type != "cuda":
         print("CUDA graphs NOT TIMED: they need a GPU")
@@ -186,20 +238,32 @@ def decode(device: torch.device, tokens: int) -> dict[str, Any]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda is also ROCm's name")
-    parser.add_argument("--models", help=f"out of {','.join(MODELS)}; default: all but tiny, on a CPU only tiny")
-    parser.add_argument("--peers", default=",".join(PEERS), help="whom to compare with, default all; '' for none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cuda is also ROCm's name"
+    )
+    parser.add_argument(
+        "--models", help=f"out of {','.join(MODELS)}; default: all but tiny, on a CPU only tiny"
+    )
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), help="whom to compare with, default all; '' for none"
+    )
     parser.add_argument("--rounds", type=int, default=21, help="batches to take the median of")
     parser.add_argument("--tokens", type=int, default=128, help="to decode; 0: do not decode")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline, .png or .svg")
-    parser.add_argument("--form", action="store_true", help="print the results as a block to send back: docs/gpu.md")
+    parser.add_argument(
+        "--form", action="store_true", help="print the results as a block to send back: docs/gpu.md"
+    )
     parser.add_argument("--check", action="store_true", help="check the kernels and stop")
     parser.add_argument("--tune", action="store_true", help="check and time other tiles and stop")
     args = parser.parse_args(argv)
     args.peers = [name for name in args.peers.split(",") if name]
     if unknown := set(args.peers) - set(PEERS):
-        parser.error(f"--peers: expected names out of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--peers: expected names out of {', '.join(PEERS)}, got {', '.join(sorted(unknown))}"
+        )
     if args.tune and args.device == "cpu":
         parser.error("--tune: expected --device cuda: a CPU says nothing about tiles")
     if args.rounds < 1:
@@ -218,7 +282,9 @@ def checked(device: torch.device) -> list[str]:
         print("Triton's kernels NOT CHECKED: that takes a GPU, or TRITON_INTERPRET=1")
         return []
     names = check_all(device)
-    print(f"checked against the reference on {device.type}, all as they must be: {', '.join(names)}")
+    print(
+        f"checked against the reference on {device.type}, all as they must be: {', '.join(names)}"
+    )
     return names
 
 
@@ -234,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({"benchmark": "kernel_bench", "device": None, "rows": []}))
         return
     if args.device == "cuda" and launch.interpreted():
-        raise SystemExit("TRITON_INTERPRET=1 makes Triton run on the CPU; unset it to time a GPU, or add --check")
+        raise SystemExit(
+            "TRITON_INTERPRET=1 makes Triton run on the CPU; unset it to time a GPU, or add --check"
+        )
     device = torch.device(args.device)
     document: dict[str, Any] = {"benchmark": "kernel_bench", **card(device)}
     print(*(f"{name}: {value}" for name, value in document.items()), sep="\n")
@@ -261,7 +329,9 @@ def timed(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         return {"copy_gb_per_s": ceiling, "tiles": tune(device, clock, args.rounds)}
     peers, rows = peers_here(args.peers, device), []
     print(f"\n{'':58}the others' time / ours")
-    print(f"{'job':20}{'out x in':>14}{'us':>10}{'GB/s':>8}{'copy':>6}  {''.join(f'{name:>13}' for name in COLUMNS)}")
+    print(
+        f"{'job':20}{'out x in':>14}{'us':>10}{'GB/s':>8}{'copy':>6}  {''.join(f'{name:>13}' for name in COLUMNS)}"
+    )
     for shape, models in args.shapes.items():
         for job in jobs(shape, device, clock, peers):
             row = row_of(job, shape, models, clock, args.rounds)
@@ -270,8 +340,17 @@ def timed(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if args.plot:
         from minilora.tools.plot import roofline
 
-        drawn = [row | {"us": {name: us for name, us in row["us"].items() if name in DRAWN}} for row in rows]
-        roofline(drawn, ceiling, None, f"NF4 kernels on {card(device)['device']}; a point a layer", args.plot)
+        drawn = [
+            row | {"us": {name: us for name, us in row["us"].items() if name in DRAWN}}
+            for row in rows
+        ]
+        roofline(
+            drawn,
+            ceiling,
+            None,
+            f"NF4 kernels on {card(device)['device']}; a point a layer",
+            args.plot,
+        )
         print(f"\nroofline: {args.plot}")
     decoded = decode(device, args.tokens) if args.tokens else {"skipped": "--tokens 0"}
     if device.type == "cpu":

@@ -8,8 +8,9 @@
     few tokens                              both of these
     what a layer, a head and AdamW do       step_check.py
 
-The shapes end in the middle of a block, of a word and of a byte; the weights hold a block of zeros, one below fp32's
-normal numbers, and every threshold with its neighbours. On a GPU a large matrix comes on top, where many programs run.
+The shapes end in the middle of a block, of a word and of a byte; the weights hold a block of zeros,
+one below fp32's normal numbers, and every threshold with its neighbours. On a GPU a large matrix
+comes on top, where many programs run.
 """
 
 import itertools
@@ -44,7 +45,9 @@ def cases(device: torch.device) -> list[tuple[tuple[int, ...], int]]:
 
 
 @cache
-def codes_of(shape: tuple[int, ...], blocksize: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def codes_of(
+    shape: tuple[int, ...], blocksize: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """packed, absmax."""
     return reference.quantize(sample(shape, dtype), blocksize)
 
@@ -71,7 +74,10 @@ def check_dequantize(name: str, run: Run, device: torch.device) -> None:
     """run(packed, scales, nested_absmax, offset, blocksize, out), plain and double, to every dtype."""
     for shape, blocksize in cases(device):
         for double in (False, True):
-            parts = [None if part is None else part.to(device) for part in parts_of(shape, blocksize, double)]
+            parts = [
+                None if part is None else part.to(device)
+                for part in parts_of(shape, blocksize, double)
+            ]
             for dtype in DTYPES:
                 what = f"{name} {shape} in blocks of {blocksize} to {dtype}{', double quantised' * double}"
                 buffer = torch.full((math.prod(shape) + 64,), 7, dtype=dtype, device=device)
@@ -84,7 +90,10 @@ def check_quantize(name: str, run: Run, device: torch.device) -> None:
     """run(x, blocksize) -> packed, absmax, from every dtype."""
     for shape, blocksize in cases(device):
         for dtype in DTYPES:
-            found, expected = run(sample(shape, dtype).to(device), blocksize), codes_of(shape, blocksize, dtype)
+            found, expected = (
+                run(sample(shape, dtype).to(device), blocksize),
+                codes_of(shape, blocksize, dtype),
+            )
             for part, *pair in zip(("codes", "absmax"), found, expected, strict=True):
                 same_bits(f"{name} {shape} in blocks of {blocksize} from {dtype}, {part}", *pair)
 
@@ -92,13 +101,18 @@ def check_quantize(name: str, run: Run, device: torch.device) -> None:
 def check_double_quantize(name: str, run: Run, device: torch.device) -> None:
     """run(absmax) -> codes, nested absmax, offset."""
     for count in (1, 256, 3000, *[math.prod(LARGE) // 64] * (device.type == "cuda")):
-        for kind, absmax in (("random", sample((count,)).abs()), ("equal", torch.full((count,), 0.1))):
+        for kind, absmax in (
+            ("random", sample((count,)).abs()),
+            ("equal", torch.full((count,), 0.1)),
+        ):
             found, expected = run(absmax.to(device)), reference.double_quantize(absmax)
             for part, *pair in zip(("codes", "nested", "offset"), found, expected, strict=True):
                 same_bits(f"{name} of {count} {kind} scales, {part}", *pair)
 
 
-def check_gemv(name: str, run: Run, shapes: tuple[tuple[int, int], ...], device: torch.device) -> None:
+def check_gemv(
+    name: str, run: Run, shapes: tuple[tuple[int, int], ...], device: torch.device
+) -> None:
     """run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias=None) -> y (out,), in every dtype."""
     if device.type == "cuda":
         shapes = (*shapes, (1536, 576) if shapes[0][1] <= nf4_gemv.SMALL else LARGE)
@@ -129,14 +143,18 @@ def check_matmul(name: str, run: Run, device: torch.device) -> None:
             count = min(tokens, nf4_matmul.MOST[dtype])
             if cuda and not nf4_matmul.fits(dtype, device, shape, count):
                 continue  # on this card W is made dense
-            parts = [None if part is None else part.to(device) for part in parts_of(shape, 64, double)]
+            parts = [
+                None if part is None else part.to(device) for part in parts_of(shape, 64, double)
+            ]
             W = dense_of(shape, 64, double, dtype)
             what = f"{name} {shape}, {count} tokens in {dtype}{', double quantised' * double}"
             x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
             bias = x.new_ones(shape[0])
             found = run(x.to(device), *parts, shape, 64, bias.to(device))
             for token, got in zip(x, found.cpu(), strict=True):
-                within_bound(what, got, W.float(), token, bias, ulp=4 if cuda and dtype.itemsize == 2 else 1)
+                within_bound(
+                    what, got, W.float(), token, bias, ulp=4 if cuda and dtype.itemsize == 2 else 1
+                )
             columns = torch.arange(count) * (shape[1] - 1) // (count - 1)
             one = torch.zeros_like(x).scatter_(1, columns[:, None], 1)
             found = run(one.to(device), *parts, shape, 64)
@@ -146,29 +164,43 @@ def check_matmul(name: str, run: Run, device: torch.device) -> None:
 def within_bound(what: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor, ulp: int = 1) -> None:
     """Raises Mismatch unless got (out,) is W x + bias up to fp32 sums and one rounding to x's dtype; W fp32 (out, in).
 
-    Each of a row's terms passes at most one rounding an addition, in + 1 of them in whatever order, and 3 more: W to
-    fp32 (here), level * x, and * absmax. n roundings by 1 + u or less make a factor of 1 + n u / (1 - n u) or less.
-    ulp: of u, how many a rounding may be off. Tensor cores align the terms of a sum to the largest and cut off (Fasi
-    et al., 2021, doi.org/10.7717/peerj-cs.330): 2 u a term, and again for the sum of 8 or more so far, which makes 4.
+    Each of a row's terms passes at most one rounding an addition, in + 1 of them in whatever order,
+    and 3 more: W to fp32 (here), level * x, and * absmax. n roundings by 1 + u or less make a
+    factor of 1 + n u / (1 - n u) or less. ulp: of u, how many a rounding may be off. Tensor cores
+    align the terms of a sum to the largest and cut off (Fasi et al., 2021,
+    doi.org/10.7717/peerj-cs.330): 2 u a term, and again for the sum of 8 or more so far, which
+    makes 4.
     """
-    y, size = (t(W.double()) @ t(x.double()) + t(bias.double()) for t in (torch.clone, torch.abs))  # (out,) each
+    y, size = (
+        t(W.double()) @ t(x.double()) + t(bias.double()) for t in (torch.clone, torch.abs)
+    )  # (out,) each
     n_u = (W.shape[1] + 4) * ulp * torch.finfo(torch.float32).eps / 2
     info = torch.finfo(x.dtype)
     bound = n_u / (1 - n_u) * size
-    bound += info.eps / 2 * (y.abs() + bound) + info.smallest_normal * info.eps  # the last: subnormal results
+    bound += (
+        info.eps / 2 * (y.abs() + bound) + info.smallest_normal * info.eps
+    )  # the last: subnormal results
     within(what, got, y, bound)
 
 
 # by their names in launch.TILES; a launcher is looked up as its check runs
 CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     "dequantize_nf4": lambda name, on: check_dequantize(name, nf4_dequantize.dequantize, on),
-    "dequantize_nf4_textbook": lambda name, on: check_dequantize(name, nf4_dequantize.dequantize_textbook, on),
+    "dequantize_nf4_textbook": lambda name, on: check_dequantize(
+        name, nf4_dequantize.dequantize_textbook, on
+    ),
     "quantize_nf4": lambda name, on: check_quantize(name, nf4_quantize.quantize, on),
-    "quantize_nf4_textbook": lambda name, on: check_quantize(name, nf4_quantize.quantize_textbook, on),
-    "double_quantize_nf4": lambda name, on: check_double_quantize(name, nf4_quantize.double_quantize, on),
+    "quantize_nf4_textbook": lambda name, on: check_quantize(
+        name, nf4_quantize.quantize_textbook, on
+    ),
+    "double_quantize_nf4": lambda name, on: check_double_quantize(
+        name, nf4_quantize.double_quantize, on
+    ),
     "gemv_nf4": lambda name, on: check_gemv(name, nf4_gemv.gemv, ((3, 2080),), on),
     "gemv_nf4_small": lambda name, on: check_gemv(name, nf4_gemv.gemv, ((17, 96), (3, 32)), on),
-    "gemv_nf4_textbook": lambda name, on: check_gemv(name, nf4_gemv.gemv_textbook, ((3, 1030), (5, 2)), on),
+    "gemv_nf4_textbook": lambda name, on: check_gemv(
+        name, nf4_gemv.gemv_textbook, ((3, 1030), (5, 2)), on
+    ),
     "matmul_nf4": lambda name, on: check_matmul(name, nf4_matmul.matmul, on),
     **step_check.CHECKS,
 }

@@ -2,9 +2,10 @@
 
     for job in jobs((4096, 14336), torch.device("cuda"), clock, PEERS): job.calls["minilora"](turn)
 
-Ours are the launchers, called directly; on a CPU without Triton's interpreter what runs there instead. Plain torch is
-the reference's arithmetic with its tables on the device, so that nothing waits for a copy from the host. bitsandbytes
-gets the very bits that we dequantise. All take bf16 and double-quantised weights in blocks of 64.
+Ours are the launchers, called directly; on a CPU without Triton's interpreter what runs there
+instead. Plain torch is the reference's arithmetic with its tables on the device, so that nothing
+waits for a copy from the host. bitsandbytes gets the very bits that we dequantise. All take bf16
+and double-quantised weights in blocks of 64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +27,19 @@ from minilora_kernels.triton.launch import interpreted
 BLOCKSIZE = 64
 OURS = "minilora"
 PEERS = ("eager", "compile", "bitsandbytes")
-DEQUANTISE, QUANTISE, QUANTISE_TWICE, GEMV = "dequantise, double", "quantise", "quantise, double", "GEMV"
+DEQUANTISE, QUANTISE, QUANTISE_TWICE, GEMV = (
+    "dequantise, double",
+    "quantise",
+    "quantise, double",
+    "GEMV",
+)
 FEW, TOKENS = "16 tokens", 16
-PRODUCTS = (GEMV, FEW)  # each contender adds up in an order of its own, and a GEMV rounds W or does not
-# of the formula, for one weight: level * absmax; max, * 1/absmax, 15 thresholds halved 4 times; level * x, add
+PRODUCTS = (
+    GEMV,
+    FEW,
+)  # each contender adds up in an order of its own, and a GEMV rounds W or does not
+# of the formula, for one weight: level * absmax; max, * 1/absmax, 15 thresholds halved 4 times;
+# level * x, add
 OPERATIONS = {DEQUANTISE: 1, QUANTISE: 6, QUANTISE_TWICE: 6, GEMV: 2, FEW: 2 * TOKENS}
 Calls = dict[str, dict[str, Call]]  # job -> contender -> call of a turn
 
@@ -44,7 +54,9 @@ class Job:
     calls: dict[str, Call]  # contender -> call of a turn, ours first; they return what is compared
 
 
-def jobs(shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequence[str]) -> Iterator[Job]:
+def jobs(
+    shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequence[str]
+) -> Iterator[Job]:
     """The jobs on a layer (out, in), with buffers that are used in turn. `peers`: some of PEERS."""
     b = Buffers(shape, device, clock)
     every: list[Calls] = [our_calls(b)]
@@ -52,10 +64,14 @@ def jobs(shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequ
         every.append(plain_calls(b, "eager", lambda function: function))
     if "compile" in peers:
         torch.compiler.reset()  # else the shapes add up to the limit of recompilations
-        every.append(plain_calls(b, "compile", lambda function: torch.compile(function, dynamic=False)))
+        every.append(
+            plain_calls(b, "compile", lambda function: torch.compile(function, dynamic=False))
+        )
     if "bitsandbytes" in peers:
         every.append(bitsandbytes_calls(b))
-    every.append({job: {"dense": lambda turn, x=x: F.linear(x, at(b.outs, turn))} for job, x in b.xs.items()})
+    every.append(
+        {job: {"dense": lambda turn, x=x: F.linear(x, at(b.outs, turn))} for job, x in b.xs.items()}
+    )
 
     dense, weight = b.dense[0].nbytes, sum(part.nbytes for part in b.weights[0])
     plain = b.weights[0][0].nbytes + 4 * len(b.weights[0][1])  # packed codes and fp32 absmax
@@ -68,7 +84,9 @@ def jobs(shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequ
         FEW: weight + TOKENS * vectors,
     }
     for name, operations in OPERATIONS.items():
-        calls = {contender: call for group in every for contender, call in group.get(name, {}).items()}
+        calls = {
+            contender: call for group in every for contender, call in group.get(name, {}).items()
+        }
         yield Job(name, moved[name], operations * b.dense[0].numel(), calls)
 
 
@@ -83,9 +101,13 @@ class Buffers:
         self.xs = {GEMV: x[0].clone(), FEW: x}
         parts = quantize_twice(W)
         count = buffers(sum(part.nbytes for part in parts), clock)
-        self.weights = [tuple(part.clone() for part in parts) for _ in range(count)]  # packed, scales, nested, offset
+        self.weights = [
+            tuple(part.clone() for part in parts) for _ in range(count)
+        ]  # packed, scales, nested, offset
         self.dense = [W.clone() for _ in range(buffers(W.nbytes, clock))]
-        self.outs = [dequantize(parts, torch.empty_like(W)) for _ in self.dense]  # also the dense weights of a GEMV
+        self.outs = [
+            dequantize(parts, torch.empty_like(W)) for _ in self.dense
+        ]  # also the dense weights of a GEMV
 
     def keep(self, call: Callable[[int], Sequence[Tensor]]) -> Call:
         """call, with its results held for some turns, so that the next turn's lie elsewhere; returns the codes."""
@@ -115,7 +137,9 @@ def our_calls(b: Buffers) -> Calls:
         GEMV: {OURS: lambda turn: multiply(b.xs[GEMV], at(b.weights, turn), b.shape)},
         FEW: {
             OURS: lambda turn: multiply(b.xs[FEW], at(b.weights, turn), b.shape),
-            "dequantised": lambda turn: F.linear(b.xs[FEW], dequantize(at(b.weights, turn), at(b.outs, turn))),
+            "dequantised": lambda turn: F.linear(
+                b.xs[FEW], dequantize(at(b.weights, turn), at(b.outs, turn))
+            ),
         },
     }
 
@@ -131,7 +155,9 @@ def dequantize(parts: Sequence[Tensor], out: Tensor) -> Tensor:
     if on_triton(out):
         nf4_dequantize.dequantize(packed, scales, nested, offset, BLOCKSIZE, out)
     else:
-        torch_cpu.dequantize(packed, torch_cpu.double_dequantize(scales, nested, offset), BLOCKSIZE, out)
+        torch_cpu.dequantize(
+            packed, torch_cpu.double_dequantize(scales, nested, offset), BLOCKSIZE, out
+        )
     return out
 
 
@@ -179,14 +205,19 @@ def plain_calls(b: Buffers, name: str, prepare: Callable[[Callable], Callable]) 
         DEQUANTISE: {name: lambda turn: dequantize(t, at(b.weights, turn), b.shape)},
         QUANTISE: {name: b.keep(lambda turn: quantize(t, at(b.dense, turn)))},
         QUANTISE_TWICE: {name: b.keep(lambda turn: twice(t, at(b.dense, turn)))},
-        **{job: {name: lambda turn, x=x: multiply(t, x, at(b.weights, turn), b.shape)} for job, x in b.xs.items()},
+        **{
+            job: {name: lambda turn, x=x: multiply(t, x, at(b.weights, turn), b.shape)}
+            for job, x in b.xs.items()
+        },
     }
 
 
 def plain_dequantize(t: Tables, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     """-> bf16 of `shape`."""
     packed, codes, nested, offset = parts
-    absmax = t.map[codes.int()] * nested.repeat_interleave(NESTED_BLOCKSIZE)[: len(codes)] + offset  # (K,)
+    absmax = (
+        t.map[codes.int()] * nested.repeat_interleave(NESTED_BLOCKSIZE)[: len(codes)] + offset
+    )  # (K,)
     levels = t.levels[reference.unpack(packed).int()].view(-1, BLOCKSIZE)  # (K, B)
     return (levels * absmax[:, None]).bfloat16().view(shape)
 
@@ -201,7 +232,9 @@ def plain_twice(t: Tables, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> packed, scales, nested_absmax, offset."""
     packed, absmax = plain_quantize(t, x)
     d = absmax - absmax.mean()
-    codes, nested = _plain_blocks(F.pad(d, (0, -len(d) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE), t.midpoints)
+    codes, nested = _plain_blocks(
+        F.pad(d, (0, -len(d) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE), t.midpoints
+    )
     return packed, codes.view(-1)[: len(d)], nested, absmax.mean()
 
 
@@ -213,7 +246,9 @@ def plain_multiply(t: Tables, x: Tensor, parts: Sequence[Tensor], shape: tuple[i
 def _plain_blocks(x_KB: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     absmax = x_KB.abs().amax(1)  # (K,)
     inverse = torch.where(absmax < reference.TINY, 0.0, 1 / absmax)
-    return torch.bucketize(x_KB * inverse[:, None], thresholds, out_int32=True).to(torch.uint8), absmax
+    return torch.bucketize(x_KB * inverse[:, None], thresholds, out_int32=True).to(
+        torch.uint8
+    ), absmax
 
 
 # ---- bitsandbytes
@@ -226,7 +261,9 @@ def bitsandbytes_calls(b: Buffers) -> Calls:
 
     pairs = []
     for packed, scales, nested, offset in b.weights:
-        weight = NF4Weight.from_parts(packed, scales, nested, offset, b.shape, BLOCKSIZE, torch.bfloat16)
+        weight = NF4Weight.from_parts(
+            packed, scales, nested, offset, b.shape, BLOCKSIZE, torch.bfloat16
+        )
         state = weight.state_dict("w")
         pairs.append((state.pop("w"), bnb.QuantState.from_dict(state, device=b.xs[GEMV].device)))
 
@@ -234,7 +271,9 @@ def bitsandbytes_calls(b: Buffers) -> Calls:
         return bnb.quantize_4bit(at(b.dense, turn), compress_statistics=nested, quant_type="nf4")
 
     def dequantize(turn: int) -> Tensor:
-        out = at(b.outs, turn) if b.outs[0].is_cuda else None  # on a CPU it cannot write into a tensor
+        out = (
+            at(b.outs, turn) if b.outs[0].is_cuda else None
+        )  # on a CPU it cannot write into a tensor
         return bnb.dequantize_4bit(*at(pairs, turn), out=out)
 
     def multiply(turn: int, x: Tensor) -> Tensor:

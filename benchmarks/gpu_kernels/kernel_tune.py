@@ -3,9 +3,10 @@ launch.TILES.
 
     tune(torch.device("cuda"), clock, rounds=21, grid=tiles(lanes=32))
 
-Each tile must first pass kernel_check.py; then all tiles of a kernel are timed in turns on one large layer (the small
-GEMV on one of SmolLM2), the present one among them. A tile that the GPU cannot hold, or that is wrong, is left out
-with the reason; one that is hardly faster than the present one is not proposed.
+Each tile must first pass kernel_check.py; then all tiles of a kernel are timed in turns on one
+large layer (the small GEMV on one of SmolLM2), the present one among them. A tile that the GPU
+cannot hold, or that is wrong, is left out with the reason; one that is hardly faster than the
+present one is not proposed.
 """
 
 import math
@@ -20,9 +21,26 @@ from triton.runtime import driver
 from benchmarks._lib.bench_timing import Call, Clock, measure
 from benchmarks.gpu_kernels.check_parts import Mismatch
 from benchmarks.gpu_kernels.kernel_check import CHECKS
-from benchmarks.gpu_kernels.kernel_jobs import BLOCKSIZE, DEQUANTISE, GEMV, OURS, QUANTISE, jobs, quantize_twice
+from benchmarks.gpu_kernels.kernel_jobs import (
+    BLOCKSIZE,
+    DEQUANTISE,
+    GEMV,
+    OURS,
+    QUANTISE,
+    jobs,
+    quantize_twice,
+)
 from minilora.training.optim.adamw_8bit import zero_moments
-from minilora_kernels.triton import adamw_8bit, cross_entropy, launch, nf4_matmul, nf4_quantize, rms_norm, rope, swiglu
+from minilora_kernels.triton import (
+    adamw_8bit,
+    cross_entropy,
+    launch,
+    nf4_matmul,
+    nf4_quantize,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from minilora_kernels.triton.launch import Tile, tile
 
 MARGIN = 1.03  # what is less than 3 % faster may be noise
@@ -32,25 +50,52 @@ LARGE, SMALL = (14336, 4096), (1536, 576)  # layers to tune on
 def tiles(lanes: int) -> dict[str, list[Tile]]:
     """Kernel -> tiles to try, for warps of this many lanes; constants are powers of two, as Triton's arange asks.
 
-    Dequantising: one word a lane. The quantisers, and a head: 4 to 32 values a lane, AdamW 4 to 16. GEMV: one chunk of
-    each row a lane; the small one: one chunk of one row. A layer's steps: 4 to 32 values a lane.
+    Dequantising: one word a lane. The quantisers, and a head: 4 to 32 values a lane, AdamW 4 to 16.
+    GEMV: one chunk of each row a lane; the small one: one chunk of one row. A layer's steps: 4 to
+    32 values a lane.
     """
     warps = (1, 2, 4, 8)
-    wide = [tile(w, VALUES=n) for n in (512, 1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32]
+    wide = [
+        tile(w, VALUES=n)
+        for n in (512, 1024, 2048, 4096, 8192)
+        for w in warps
+        if 4 <= n // (w * lanes) <= 32
+    ]
     return {
         "dequantize_nf4": [tile(max(1, n // lanes), WORDS=n) for n in (32, 64, 128, 256)],
         "quantize_nf4": wide,
         "double_quantize_nf4": [
-            tile(w, ROWS=n) for n in (1, 2, 4, 8) for w in warps if 4 <= n * 256 // (w * lanes) <= 32
+            tile(w, ROWS=n)
+            for n in (1, 2, 4, 8)
+            for w in warps
+            if 4 <= n * 256 // (w * lanes) <= 32
         ],
-        "gemv_nf4": [tile(max(1, n // lanes), ROWS=r, CHUNKS=n) for r in (1, 2, 4) for n in (32, 64, 128, 256)],
-        "gemv_nf4_small": [tile(max(1, r * n // lanes), ROWS=r, CHUNKS=n) for r in (8, 16, 32) for n in (1, 2, 4)],
-        "matmul_nf4": [tile(w, ROWS=16 * w * r, CHUNKS=n) for w in (2, 4, 8) for r in (1, 2) for n in (1, 2, 4)],
+        "gemv_nf4": [
+            tile(max(1, n // lanes), ROWS=r, CHUNKS=n)
+            for r in (1, 2, 4)
+            for n in (32, 64, 128, 256)
+        ],
+        "gemv_nf4_small": [
+            tile(max(1, r * n // lanes), ROWS=r, CHUNKS=n) for r in (8, 16, 32) for n in (1, 2, 4)
+        ],
+        "matmul_nf4": [
+            tile(w, ROWS=16 * w * r, CHUNKS=n) for w in (2, 4, 8) for r in (1, 2) for n in (1, 2, 4)
+        ],
         "cross_entropy": [
-            tile(w, WIDTH=n) for n in (1024, 2048, 4096, 8192) for w in warps if 4 <= n // (w * lanes) <= 32
+            tile(w, WIDTH=n)
+            for n in (1024, 2048, 4096, 8192)
+            for w in warps
+            if 4 <= n // (w * lanes) <= 32
         ],
-        "adamw_8bit": [tile(w, ROWS=n) for n in (1, 2, 4, 8) for w in warps if 4 <= n * 256 // (w * lanes) <= 16],
-        **dict.fromkeys(("rms_norm", "rms_norm_backward", "rotate", "gated", "gated_backward"), wide),
+        "adamw_8bit": [
+            tile(w, ROWS=n)
+            for n in (1, 2, 4, 8)
+            for w in warps
+            if 4 <= n * 256 // (w * lanes) <= 16
+        ],
+        **dict.fromkeys(
+            ("rms_norm", "rms_norm_backward", "rotate", "gated", "gated_backward"), wide
+        ),
         "rms_norm_weight": [
             tile(w, ROWS=r, COLUMNS=n)
             for r in (4, 8, 16, 32)
@@ -76,46 +121,71 @@ def tune(
                 timed[written(chosen)] = with_tile(name, chosen, calls[name])
             except (Mismatch, TritonError) as error:
                 print(f"{name} {written(chosen)} LEFT OUT: {shorten(str(error), 150)}")
-        us = {text: statistics.median(times) for text, times in measure(clock, timed, rounds).items()}
+        us = {
+            text: statistics.median(times) for text, times in measure(clock, timed, rounds).items()
+        }
         us = dict(sorted(us.items(), key=lambda item: item[1]))
         best, now = next(iter(us)), us.get(written(present), math.inf)
         before = f"now {written(present)}, {now:.2f} us"
         if us[best] > now / MARGIN:
-            print(f"{name:20} no tile is {MARGIN - 1:.0%} faster; {before}, {best} {us[best]:.2f} us")
+            print(
+                f"{name:20} no tile is {MARGIN - 1:.0%} faster; {before}, {best} {us[best]:.2f} us"
+            )
         else:
             print(f'{name:20} "{architecture}": {best},  # {us[best]:.2f} us; {before}')
-        found.append({"kernel": name, "architecture": architecture, "now": written(present), "us": us})
+        found.append(
+            {"kernel": name, "architecture": architecture, "now": written(present), "us": us}
+        )
     return found
 
 
 def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
     """Kernel -> its call."""
-    large, small = ({job.name: job.calls[OURS] for job in jobs(shape, device, clock, ())} for shape in (LARGE, SMALL))
-    scales = [torch.rand(LARGE[0] * LARGE[1] // BLOCKSIZE, device=device) for _ in range(clock.turns)]
+    large, small = (
+        {job.name: job.calls[OURS] for job in jobs(shape, device, clock, ())}
+        for shape in (LARGE, SMALL)
+    )
+    scales = [
+        torch.rand(LARGE[0] * LARGE[1] // BLOCKSIZE, device=device) for _ in range(clock.turns)
+    ]
     offset = scales[0].mean(0, keepdim=True)  # given, so that only the kernel is timed
     p = [torch.randn(LARGE[0] * LARGE[1], device=device) for _ in range(2)]
     moments = [zero_moments(values, True) for values in p]
     logits = [values.bfloat16().view(LARGE[0] // 32, -1) for values in p]
     labels = torch.zeros(len(logits[0]), dtype=torch.int64, device=device)
     x = [values.bfloat16().view(LARGE) for values in p]  # (tokens, LARGE[1])
-    w, r, angle = x[0][0].clone(), torch.ones(LARGE[0], 1, device=device), torch.ones_like(x[0][:, :64])[None, None]
+    w, r, angle = (
+        x[0][0].clone(),
+        torch.ones(LARGE[0], 1, device=device),
+        torch.ones_like(x[0][:, :64])[None, None],
+    )
     few, weights = x[0][:16], [quantize_twice(values) for values in x]
     q = [values.view(1, LARGE[0], -1, 64).transpose(1, 2) for values in x]  # (1, heads, tokens, 64)
     return {
         "dequantize_nf4": large[DEQUANTISE],
         "quantize_nf4": large[QUANTISE],
-        "double_quantize_nf4": lambda turn: nf4_quantize.double_quantize(scales[turn % len(scales)], offset),
+        "double_quantize_nf4": lambda turn: nf4_quantize.double_quantize(
+            scales[turn % len(scales)], offset
+        ),
         "gemv_nf4": large[GEMV],
         "gemv_nf4_small": small[GEMV],
         "matmul_nf4": lambda turn: nf4_matmul.matmul(few, *weights[turn % 2], LARGE, BLOCKSIZE),
-        "cross_entropy": lambda turn: cross_entropy.cross_entropy(logits[turn % 2], labels, scales[0], True, 1.0),
-        "adamw_8bit": lambda turn: adamw_8bit.step(p[turn % 2], p[turn % 2 - 1], moments[turn % 2], (0.5,) * 8),
+        "cross_entropy": lambda turn: cross_entropy.cross_entropy(
+            logits[turn % 2], labels, scales[0], True, 1.0
+        ),
+        "adamw_8bit": lambda turn: adamw_8bit.step(
+            p[turn % 2], p[turn % 2 - 1], moments[turn % 2], (0.5,) * 8
+        ),
         "rms_norm": lambda turn: rms_norm.rms_norm(x[turn % 2], w, 1e-5, False),
-        "rms_norm_backward": lambda turn: rms_norm.rms_norm_backward(x[turn % 2], w, r, x[turn % 2 - 1], False),
+        "rms_norm_backward": lambda turn: rms_norm.rms_norm_backward(
+            x[turn % 2], w, r, x[turn % 2 - 1], False
+        ),
         "rms_norm_weight": lambda turn: rms_norm.rms_norm_weight(x[turn % 2], r, x[turn % 2 - 1]),
         "rotate": lambda turn: rope.rotate(q[turn % 2], angle, angle, 1.0),
         "gated": lambda turn: swiglu.gated(x[turn % 2], x[turn % 2 - 1], False),
-        "gated_backward": lambda turn: swiglu.gated_backward(x[turn % 2], x[turn % 2 - 1], x[turn % 2], False),
+        "gated_backward": lambda turn: swiglu.gated_backward(
+            x[turn % 2], x[turn % 2 - 1], x[turn % 2], False
+        ),
     }
 
 

@@ -4,10 +4,10 @@
         dequantize(packed, ..., out)            # the library's own launcher, on CPU tensors
     launches[0].name, launches[0].grid, launches[0].binary
 
-Triton asks its driver three things: for which card to compile, how to load the result, how to start it. The driver
-below answers the first with any card one likes and does nothing for the others, so that what is compiled is what a
-real launch would compile: same constants, same alignment of pointers, same warps. Targets are written "sm_86"
-(NVIDIA) or "gfx942" (AMD).
+Triton asks its driver three things: for which card to compile, how to load the result, how to start
+it. The driver below answers the first with any card one likes and does nothing for the others, so
+that what is compiled is what a real launch would compile: same constants, same alignment of
+pointers, same warps. Targets are written "sm_86" (NVIDIA) or "gfx942" (AMD).
 """
 
 from collections.abc import Iterator
@@ -43,13 +43,17 @@ def imaginary_gpu(name: str) -> Iterator[list[Launch]]:
     try:
         yield launches
     finally:
-        vars(driver).update(before)  # reset_active would ask for the driver of a GPU that may not be there
+        vars(driver).update(
+            before
+        )  # reset_active would ask for the driver of a GPU that may not be there
 
 
 def _target(name: str) -> GPUTarget:
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name[3:]), 32)
-    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)  # CDNA has 64 lanes, RDNA 32
+    return GPUTarget(
+        "hip", name, 64 if name.startswith("gfx9") else 32
+    )  # CDNA has 64 lanes, RDNA 32
 
 
 class _Driver:
@@ -58,7 +62,8 @@ class _Driver:
     def __init__(self, target: GPUTarget, launches: list[Launch]):
         self.target, self.launches = target, launches
         self.utils = SimpleNamespace(
-            # name, binary, shared, device -> module, function, registers, spills, and since Triton 3.4 threads
+            # name, binary, shared, device -> module, function, registers, spills, and since Triton
+            # 3.4 threads
             load_binary=lambda name, binary, *rest: (True, binary, 0, 0, 1024)[: 4 if OLD else 5],
             get_device_properties=lambda device: {"max_shared_mem": 1 << 20},
         )
@@ -79,7 +84,8 @@ class _Driver:
         """What starts a kernel; its first five arguments are the grid, the stream and load_binary's second result."""
 
         def launch(x: int, y: int, z: int, stream: int, function: bytes, *rest: object) -> None:
-            # Triton keeps this function with the compiled kernel: whichever context is open records the launch
+            # Triton keeps this function with the compiled kernel: whichever context is open records
+            # the launch
             launches = cast(_Driver, driver.active).launches
             launches.append(Launch(source.fn.__name__, (x, y, z), metadata, function))
 

@@ -23,8 +23,11 @@ from minilora_kernels.triton import (
 from minilora_kernels.triton.launch import tile_for
 
 BLOCKSIZE = 64
-SCALES_BYTES = 4 + 1 + 4 / 256  # of DRAM for one scale: absmax, its 8-bit code, its share of the second level
-# for one parameter: itself read and written, its gradient, two codes and their scales' share read and written
+SCALES_BYTES = (
+    4 + 1 + 4 / 256
+)  # of DRAM for one scale: absmax, its 8-bit code, its share of the second level
+# for one parameter: itself read and written, its gradient, two codes and their scales' share read
+# and written
 ADAMW_BYTES = 2 * 4 + 4 + 2 * (2 + 2 * 4 / 256)
 
 
@@ -33,10 +36,12 @@ class Job:
     """One of our kernels and how to have it compiled."""
 
     launch: Callable[[], object]
-    elements: int  # weights that the launch handles; scales, in double_quantize_nf4; logits; parameters
+    elements: (
+        int  # weights that the launch handles; scales, in double_quantize_nf4; logits; parameters
+    )
     bytes: float  # of DRAM for one element
-    # Elements that a program handles in one trip of its loop; 0: it has no loop. Should the assembler unroll the loop,
-    # the figures come out too high, never too low.
+    # Elements that a program handles in one trip of its loop; 0: it has no loop. Should the
+    # assembler unroll the loop, the figures come out too high, never too low.
     trip: Callable[[], int] = int
 
 
@@ -45,13 +50,18 @@ def jobs() -> dict[str, Job]:
     shape, small = (4096, 4096), (1536, 576)
     n = math.prod(shape)
     dense, absmax = torch.empty(shape, dtype=torch.bfloat16), torch.empty(n // BLOCKSIZE)
-    p, moments = torch.empty(n), [torch.empty(n // 256, 256, dtype=torch.uint8), torch.empty(n // 256)] * 2
+    p, moments = (
+        torch.empty(n),
+        [torch.empty(n // 256, 256, dtype=torch.uint8), torch.empty(n // 256)] * 2,
+    )
 
     def dequantize(run: Callable[..., object], double: bool) -> Job:
         bytes = HALF + (WEIGHT_DOUBLE_QUANT if double else WEIGHT)
         return Job(lambda: run(*_parts(n, double), BLOCKSIZE, dense), n, bytes)
 
-    def multiply(run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int, *tokens: int) -> Job:
+    def multiply(
+        run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int, *tokens: int
+    ) -> Job:
         def trip() -> int:
             return weights * math.prod(size for _, size in tile_for(tile).constants)
 
@@ -69,16 +79,30 @@ def jobs() -> dict[str, Job]:
         "dequantize_nf4": dequantize(nf4_dequantize.dequantize, False),
         "dequantize_nf4_textbook": dequantize(nf4_dequantize.dequantize_textbook, False),
         "dequantize_nf4_double_quant": dequantize(nf4_dequantize.dequantize, True),
-        "dequantize_nf4_double_quant_textbook": dequantize(nf4_dequantize.dequantize_textbook, True),
+        "dequantize_nf4_double_quant_textbook": dequantize(
+            nf4_dequantize.dequantize_textbook, True
+        ),
         "quantize_nf4": Job(lambda: nf4_quantize.quantize(dense, BLOCKSIZE), n, HALF + WEIGHT),
-        "quantize_nf4_textbook": Job(lambda: nf4_quantize.quantize_textbook(dense, BLOCKSIZE), n, HALF + WEIGHT),
-        "double_quantize_nf4": Job(lambda: nf4_quantize.double_quantize(absmax), len(absmax), SCALES_BYTES),
+        "quantize_nf4_textbook": Job(
+            lambda: nf4_quantize.quantize_textbook(dense, BLOCKSIZE), n, HALF + WEIGHT
+        ),
+        "double_quantize_nf4": Job(
+            lambda: nf4_quantize.double_quantize(absmax), len(absmax), SCALES_BYTES
+        ),
         "gemv_nf4_double_quant": multiply(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
-        "gemv_nf4_double_quant_small": multiply(nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK),
-        "gemv_nf4_double_quant_textbook": multiply(nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2),  # of a byte
+        "gemv_nf4_double_quant_small": multiply(
+            nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK
+        ),
+        "gemv_nf4_double_quant_textbook": multiply(
+            nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2
+        ),  # of a byte
         "matmul_nf4": multiply(nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 16),
-        "matmul_nf4_64_tokens": multiply(nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 64),
-        "cross_entropy": head(torch.empty(512, 2**17, dtype=dense.dtype), torch.empty(512, dtype=torch.int64)),
+        "matmul_nf4_64_tokens": multiply(
+            nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 64
+        ),
+        "cross_entropy": head(
+            torch.empty(512, 2**17, dtype=dense.dtype), torch.empty(512, dtype=torch.int64)
+        ),
         "adamw_8bit": Job(lambda: adamw_8bit.step(p, p, moments, (0.5,) * 8), n, ADAMW_BYTES),
         **_steps(dense),
     }
@@ -87,14 +111,19 @@ def jobs() -> dict[str, Job]:
 def _steps(x: Tensor) -> dict[str, Job]:
     """Of a layer, on x (tokens, D) in bf16; each tensor of its size is read or written once."""
     w, r, n = x[0], torch.empty(len(x), 1), x.numel()
-    q, angle = x.view(1, len(x), -1, 128).transpose(1, 2), torch.empty(1, 1, len(x), 128, dtype=x.dtype)
+    q, angle = (
+        x.view(1, len(x), -1, 128).transpose(1, 2),
+        torch.empty(1, 1, len(x), 128, dtype=x.dtype),
+    )
 
     def strip() -> int:
         return math.prod(size for _, size in tile_for("rms_norm_weight").constants)
 
     return {
         "rms_norm": Job(lambda: rms_norm.rms_norm(x, w, 1e-5, False), n, 2 * HALF),
-        "rms_norm_backward": Job(lambda: rms_norm.rms_norm_backward(x, w, r, x, False), n, 3 * HALF),
+        "rms_norm_backward": Job(
+            lambda: rms_norm.rms_norm_backward(x, w, r, x, False), n, 3 * HALF
+        ),
         "rms_norm_weight": Job(lambda: rms_norm.rms_norm_weight(x, r, x), n, 2 * HALF, strip),
         "rotate": Job(lambda: rope.rotate(q, angle, angle, 1.0), n, 2 * HALF),
         "gated": Job(lambda: swiglu.gated(x, x, False), n, 3 * HALF),
@@ -109,4 +138,9 @@ def _parts(n: int, double: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor 
     packed, blocks = torch.empty(n // 2, dtype=torch.uint8), n // BLOCKSIZE
     if not double:
         return packed, torch.empty(blocks), None, None
-    return packed, torch.empty(blocks, dtype=torch.uint8), torch.empty(math.ceil(blocks / 256)), torch.empty(1)
+    return (
+        packed,
+        torch.empty(blocks, dtype=torch.uint8),
+        torch.empty(math.ceil(blocks / 256)),
+        torch.empty(1),
+    )

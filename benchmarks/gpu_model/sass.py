@@ -6,11 +6,12 @@
     counts.path.instructions, counts.path.loads, counts.registers      # 58, {32: 4}, 32: four 32-bit loads ...
     occupancy("sm_86", counts.registers, launches[0].metadata.shared, threads=128)      # 1.0
 
-A count is no time. It says how many instructions one thread issues with full work: the longest way from the entry to
-an EXIT, each loop once around, an EXIT under a predicate not taken. An instruction that its predicate switches off
-takes its issue slot all the same and is counted. Not followed are CALLed helpers and the slow side of BRA.DIV (what a
-warp runs when its threads disagree), so a kernel that diverges runs more than is said here. The disassembler,
-cuobjdump, is the one in triton's wheel (Linux); no CUDA toolkit is needed.
+A count is no time. It says how many instructions one thread issues with full work: the longest way
+from the entry to an EXIT, each loop once around, an EXIT under a predicate not taken. An
+instruction that its predicate switches off takes its issue slot all the same and is counted. Not
+followed are CALLed helpers and the slow side of BRA.DIV (what a warp runs when its threads
+disagree), so a kernel that diverges runs more than is said here. The disassembler, cuobjdump, is
+the one in triton's wheel (Linux); no CUDA toolkit is needed.
 """
 
 import math
@@ -45,7 +46,9 @@ class Tally:
     loads: dict[int, int]  # of global memory: bits of one access -> how many
     stores: dict[int, int]  # likewise
     shared: int  # loads, stores and atomics of shared memory
-    pipes: dict[str, int]  # alu, fma, xu: instructions; lsu: passes, of which a 64-bit access takes 2, a 128-bit one 4
+    pipes: dict[
+        str, int
+    ]  # alu, fma, xu: instructions; lsu: passes, of which a 64-bit access takes 2, a 128-bit one 4
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,18 @@ class Counts:
 def count(binary: bytes, name: str = "", through: str | None = None) -> Counts:
     """Counts of the one kernel in a cubin whose mangled name matches the regex `name`.
 
-    `through` is a regex on opcodes: the way taken is then the one with most matches, and the shortest of those. With
-    "LDG.*128" it follows the fast side of a branch, where the longest way would count the slow one.
-    Raises ValueError if `binary` is no cubin, if not exactly one kernel matches, or if its jumps cannot be followed.
+    `through` is a regex on opcodes: the way taken is then the one with most matches, and the
+    shortest of those. With "LDG.*128" it follows the fast side of a branch, where the longest way
+    would count the slow one. Raises ValueError if `binary` is no cubin, if not exactly one kernel
+    matches, or if its jumps cannot be followed.
     """
-    fitting = {function: use for function, use in functions(binary).items() if re.search(name, function)}
+    fitting = {
+        function: use for function, use in functions(binary).items() if re.search(name, function)
+    }
     if len(fitting) != 1:
-        raise ValueError(f"need a name that fits one kernel, got {name!r}, which fits {sorted(fitting) or 'none'}")
+        raise ValueError(
+            f"need a name that fits one kernel, got {name!r}, which fits {sorted(fitting) or 'none'}"
+        )
     ((function, (registers, static)),) = fitting.items()
     text = _cuobjdump(binary, "-sass", "-fun", function)
     if int(re.findall(r"code for sm_(\d+)", text)[0]) >= 90:
@@ -82,20 +90,28 @@ def count(binary: bytes, name: str = "", through: str | None = None) -> Counts:
 def functions(binary: bytes) -> dict[str, tuple[int, int]]:
     """Mangled name -> (registers per thread, bytes of static shared memory as the tool says) of a cubin's kernels.
 
-    From sm_90 on the tool counts the KiB that the driver reserves as the kernel's. Raises ValueError on other files.
+    From sm_90 on the tool counts the KiB that the driver reserves as the kernel's. Raises
+    ValueError on other files.
     """
     machine = int.from_bytes(binary[18:20], "little")
     if binary[:4] != b"\x7fELF" or machine != 190:
-        raise ValueError(f"need a cubin (ELF, machine 190), got a file that starts with {binary[:4]!r}, {machine=}")
-    usage = re.finditer(r"Function (\S+):\s+REG:(\d+).*?SHARED:(\d+)", _cuobjdump(binary, "-res-usage"))
+        raise ValueError(
+            f"need a cubin (ELF, machine 190), got a file that starts with {binary[:4]!r}, {machine=}"
+        )
+    usage = re.finditer(
+        r"Function (\S+):\s+REG:(\d+).*?SHARED:(\d+)", _cuobjdump(binary, "-res-usage")
+    )
     return {use[1]: (int(use[2]), int(use[3])) for use in usage}
 
 
 def cubins(path: Path, target: str) -> list[bytes]:
     """Machine code for `target` ("sm_86") inside a shared library or program; empty if it carries none."""
     with tempfile.TemporaryDirectory() as folder:
-        # The tool extracts the files whose name contains this (without the full stop, sm_90a's too), else fails.
-        subprocess.run([CUOBJDUMP, "-xelf", f"{target}.", path.resolve()], cwd=folder, capture_output=True)
+        # The tool extracts the files whose name contains this (without the full stop, sm_90a's
+        # too), else fails.
+        subprocess.run(
+            [CUOBJDUMP, "-xelf", f"{target}.", path.resolve()], cwd=folder, capture_output=True
+        )
         return [file.read_bytes() for file in sorted(Path(folder).iterdir())]
 
 
@@ -105,12 +121,16 @@ def _cuobjdump(binary: bytes, *options: str) -> str:
         file.flush()
         done = subprocess.run([CUOBJDUMP, *options, file.name], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"cuobjdump {' '.join(options)} cannot read this machine code: {done.stderr.strip()}")
+        raise ValueError(
+            f"cuobjdump {' '.join(options)} cannot read this machine code: {done.stderr.strip()}"
+        )
     return done.stdout
 
 
 # some versions append the scheduler's hints: `BRA 0x770  &req={3,1,0}  ?trans6 ;`
-_LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:(@!?\w+)\s+)?(([A-Z]\w*)[\w.]*)\s*([^;&?]*)[^;]*;", re.MULTILINE)
+_LINE = re.compile(
+    r"^\s*/\*([0-9a-f]+)\*/\s+(?:(@!?\w+)\s+)?(([A-Z]\w*)[\w.]*)\s*([^;&?]*)[^;]*;", re.MULTILINE
+)
 
 
 def parse(text: str) -> list[Instruction]:
@@ -118,14 +138,18 @@ def parse(text: str) -> list[Instruction]:
     return [Instruction(int(address, 16), *rest) for address, *rest in _LINE.findall(text)]
 
 
-def trace(code: list[Instruction], through: str | None = None) -> tuple[list[Instruction], list[Instruction]]:
+def trace(
+    code: list[Instruction], through: str | None = None
+) -> tuple[list[Instruction], list[Instruction]]:
     """Instructions of the way through a kernel, and those inside its loops, both as executed and counted once."""
     at = {instruction.address: n for n, instruction in enumerate(code)}
     onward = [[n for n in _onward(code, at, n) if n < len(code)] for n in range(len(code))]
     loops = _loops(onward)
     order, _ = _depth_first(_one_trip(onward, loops))
 
-    best: dict[int, tuple[int, int]] = {}  # (matches, length) of the way from here to the end; more is better
+    best: dict[
+        int, tuple[int, int]
+    ] = {}  # (matches, length) of the way from here to the end; more is better
     following: dict[int, int] = {}
     for n in order:
         ways = [after for after in onward[n] if after in best]
@@ -150,10 +174,13 @@ def _onward(code: list[Instruction], at: dict[int, int], n: int) -> list[int]:
     if i.kind in ("EXIT", "RET", "KILL"):
         return [] if always else [n + 1]
     if i.kind in ("BRX", "BRXU", "JMX", "JMXU"):
-        raise ValueError(f"need jumps to fixed addresses, got {i}: no way through this kernel can be told")
+        raise ValueError(
+            f"need jumps to fixed addresses, got {i}: no way through this kernel can be told"
+        )
     if i.kind in ("BRA", "JMP") and ".DIV" not in i.opcode or i.opcode.startswith("CALL.REL"):
-        # BRA.U !UP0, 0x1f0 has its condition as an operand. The assembler also leaves loops by a CALL that never comes
-        # back: both its ways are tried, and one into a helper ends in RET, not at the end.
+        # BRA.U !UP0, 0x1f0 has its condition as an operand. The assembler also leaves loops by a
+        # CALL that never comes back: both its ways are tried, and one into a helper ends in RET,
+        # not at the end.
         always = always and "," not in i.operands and i.kind != "CALL"
         target = at[int(i.operands.rpartition("0x")[2], 16)]
         return [target] if always else [target, n + 1]
@@ -197,7 +224,10 @@ def _loops(onward: list[list[int]]) -> dict[int, set[int]]:
 
 def _one_trip(onward: list[list[int]], loops: dict[int, set[int]]) -> list[list[int]]:
     """`onward` changed so that every loop is left after one whole trip: by a jump back, and by no other."""
-    exits = {head: [after for n in body for after in onward[n] if after not in body] for head, body in loops.items()}
+    exits = {
+        head: [after for n in body for after in onward[n] if after not in body]
+        for head, body in loops.items()
+    }
     for head, body in sorted(loops.items(), key=lambda loop: len(loop[1])):  # inner before outer
         for n in body:
             if head in onward[n]:
@@ -223,7 +253,9 @@ def tally(code: list[Instruction]) -> Tally:
         if _LSU.fullmatch(i.kind):
             pipes["lsu"] += max(1, bits(i.opcode) // 32)
         elif not _NO_LANES.fullmatch(i.kind):
-            pipes["fma" if _FMA.fullmatch(i.kind) else "xu" if _XU.fullmatch(i.kind) else "alu"] += 1
+            pipes[
+                "fma" if _FMA.fullmatch(i.kind) else "xu" if _XU.fullmatch(i.kind) else "alu"
+            ] += 1
     loads = Counter(bits(i.opcode) for i in code if i.kind in ("LDG", "LD", "LDGSTS"))
     stores = Counter(bits(i.opcode) for i in code if i.kind in ("STG", "ST"))
     shared = sum(i.kind in ("LDS", "STS", "LDSM", "STSM", "ATOMS") for i in code)
@@ -234,14 +266,17 @@ def bits(opcode: str) -> int:
     """Width of one thread's memory access: STG.E.U8 -> 8, LDG.E.128 -> 128; 32 where no modifier says otherwise."""
     kind, *modifiers = opcode.split(".")
     if kind in ("LDSM", "STSM"):
-        return 32 * int(modifiers[-1]) if modifiers[-1] in "24" else 32  # matrices a warp, 32 bits a thread each
+        return (
+            32 * int(modifiers[-1]) if modifiers[-1] in "24" else 32
+        )  # matrices a warp, 32 bits a thread each
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[modifier] for modifier in reversed(modifiers) if modifier in widths), 32)
 
 
-# Warps, blocks and bytes of shared memory that one SM holds: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability". Registers: 65536 an SM on all. How they are handed out (by 256 a warp, to warps in fours;
-# shared memory by 128 bytes, 256 on sm_75, and 1 KiB a block for the driver from sm_80 on): CUDA Occupancy Calculator.
+# Warps, blocks and bytes of shared memory that one SM holds: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability". Registers: 65536 an SM on all. How they are handed out (by
+# 256 a warp, to warps in fours; shared memory by 128 bytes, 256 on sm_75, and 1 KiB a block for the
+# driver from sm_80 on): CUDA Occupancy Calculator.
 SM_LIMITS = {
     "sm_75": (32, 16, 64 << 10),
     "sm_80": (64, 32, 164 << 10),
@@ -256,8 +291,8 @@ _RESERVED = 1 << 10
 def occupancy(target: str, registers: int, shared_bytes: int, threads: int) -> float:
     """Warps that fit on an SM at a time as a share (0 to 1) of the most it can hold; 0.0: not even one block fits.
 
-    Takes registers per thread, static + dynamic shared bytes and threads per block. Raises ValueError if `target` is
-    not in SM_LIMITS or a block cannot have so many threads.
+    Takes registers per thread, static + dynamic shared bytes and threads per block. Raises
+    ValueError if `target` is not in SM_LIMITS or a block cannot have so many threads.
     """
     if target not in SM_LIMITS:
         raise ValueError(f"need one of {', '.join(SM_LIMITS)}, got {target!r}")
@@ -269,4 +304,8 @@ def occupancy(target: str, registers: int, shared_bytes: int, threads: int) -> f
     unit, reserved = (256, 0) if target == "sm_75" else (128, _RESERVED)
     shared = math.ceil((shared_bytes + reserved) / unit) * unit
     by_shared = max_shared // shared if shared else max_blocks
-    return min(max_blocks, max_warps // warps, warps_by_registers // warps, by_shared) * warps / max_warps
+    return (
+        min(max_blocks, max_warps // warps, warps_by_registers // warps, by_shared)
+        * warps
+        / max_warps
+    )

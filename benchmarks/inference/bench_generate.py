@@ -1,15 +1,19 @@
 """Tokens a second of greedy decoding, one row at a time, here and in transformers (+ bitsandbytes).
 
-    python benchmarks/inference/bench_generate.py [--rounds 5] [--prompt 64] [--new 64] [--dtype auto]
+    python benchmarks/inference/bench_generate.py [--rounds 5] [--prompt 64] [--new 64] [--dtype
+    auto]
 
-SmolLM2-135M, a prompt of real tokens, `--new` tokens after it, prompt included in the time; the contenders take turns:
+SmolLM2-135M, a prompt of real tokens, `--new` tokens after it, prompt included in the time; the
+contenders take turns:
 
     dense   both in the dtype that all compute in: bf16, or fp32 on a CPU without it
     nf4     both in 4 bits with double quantisation, each token multiplied straight from the codes, in C on either side;
-            without a C compiler ours makes every weight dense again for each token; and "minilora, dense": ours in 4
-            bits, within `ml.dequantized_weights`: made dense once, and in memory as such meanwhile
+            without a C compiler ours makes every weight dense again for each token; and "minilora,
+            dense": ours in 4 bits, within `ml.dequantized_weights`: made dense once, and in memory
+            as such meanwhile
 
-Checked first: the contenders of a kind begin with the same tokens. The last line is one JSON document.
+Checked first: the contenders of a kind begin with the same tokens. The last line is one JSON
+document.
 """
 
 import argparse
@@ -23,7 +27,9 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 from benchmarks._lib.side_by_side import (
     Contender,
@@ -43,13 +49,19 @@ SAME = 4  # tokens that the contenders have in common at least; later ones may d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--short", action="store_true", help="a random model of two layers, two short rounds")
+    parser.add_argument(
+        "--short", action="store_true", help="a random model of two layers, two short rounds"
+    )
     add_dtype(parser)
-    parser.add_argument("--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help="be this contender")
+    parser.add_argument(
+        "--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help="be this contender"
+    )
     options = parser.parse_args()
     dtype = compute_dtype(options.dtype)
     if options.side:
@@ -68,7 +80,9 @@ def main() -> None:
         rows = checkpoint(Path(name) / "base", options.short, 1, options.prompt, dtype)
         (Path(name) / "prompt.json").write_text(json.dumps(rows[0]))
         for kind in ("dense", "nf4"):
-            found[kind] = compare(kind, ("minilora", "transformers")[: 1 + peers], Path(name), options, dtype)
+            found[kind] = compare(
+                kind, ("minilora", "transformers")[: 1 + peers], Path(name), options, dtype
+            )
     print(json.dumps(found))
 
 
@@ -79,12 +93,17 @@ def compare(
     command = [__file__, "--new", options.new, "--dtype", dtype_name(dtype), "--side"]
     contenders = {side: Contender(side, [*command, side, kind, folder]) for side in sides}
     if kind == "nf4":
-        contenders["minilora, dense"] = Contender("minilora", [*command, "minilora", "made dense", folder])
+        contenders["minilora, dense"] = Contender(
+            "minilora", [*command, "minilora", "made dense", folder]
+        )
     found = take_turns(contenders, options.rounds)
     for contender in contenders.values():
         contender.close()
     answers = {side: one[0]["tokens"] for side, one in found.items()}
-    shared = next((i for i, some in enumerate(zip(*answers.values(), strict=True)) if len({*some}) > 1), options.new)
+    shared = next(
+        (i for i, some in enumerate(zip(*answers.values(), strict=True)) if len({*some}) > 1),
+        options.new,
+    )
     print(f"\n{kind}: the first {shared} of {options.new} tokens are the same")
     if shared < min(SAME, options.new):
         raise SystemExit(f"{kind}: the contenders say different things: {answers}")
@@ -113,7 +132,12 @@ def theirs(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dt
     quantized = {"quantization_config": four_bit(dtype)} if kind == "nf4" else {}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
     ids = torch.tensor([prompt])
-    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    given = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     given |= {"max_new_tokens": new, "min_new_tokens": new}
     serve(lambda: timed(lambda: model.generate(ids, **given)[0, len(prompt) :].tolist()))
 

@@ -1,6 +1,7 @@
 """How soon a model is there: loading to 4 bits, and from the process's start to the first forward pass.
 
-    python benchmarks/inference/bench_load.py [--rounds 5] [--folder A-FOLDER-OR-NOTHING-FOR-SMOLLM2] [--dtype auto]
+    python benchmarks/inference/bench_load.py [--rounds 5] [--folder
+    A-FOLDER-OR-NOTHING-FOR-SMOLLM2] [--dtype auto]
 
 Each sample is a fresh process that imports, loads a folder whose files are in the page cache, and
 runs one forward pass over 64 tokens, without a compiler; this library and transformers (+
@@ -18,7 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 from benchmarks._lib.side_by_side import (
     Contender,
@@ -34,14 +37,21 @@ from benchmarks._lib.side_by_side import (
 )
 
 TOKENS = 64
-TOLERANCE = {"nf4": 0.02, "dense": 0.01}  # of the loss; bf16 rounds elsewhere, nested scales may be one code apart
+TOLERANCE = {
+    "nf4": 0.02,
+    "dense": 0.01,
+}  # of the loss; bf16 rounds elsewhere, nested scales may be one code apart
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="a checkpoint to load in place of SmolLM2")
-    parser.add_argument("--short", action="store_true", help="a random model of two layers, one round")
+    parser.add_argument(
+        "--short", action="store_true", help="a random model of two layers, one round"
+    )
     add_dtype(parser)
     parser.add_argument("--side", nargs=2, metavar=("SIDE", "KIND"), help="be this contender")
     options = parser.parse_args()
@@ -74,10 +84,16 @@ def compare(folder: Path, rounds: int, dtype: Any, warm_up: int = 1) -> dict[str
                 contender.close()
                 if number >= warm_up:
                     found[side].append(contender.ready)
-        check_close(f"{kind}, loss", {side: answers[0]["loss"] for side, answers in found.items()}, TOLERANCE[kind])
+        check_close(
+            f"{kind}, loss",
+            {side: answers[0]["loss"] for side, answers in found.items()},
+            TOLERANCE[kind],
+        )
         tables[kind] = {
             "load": report(f"{kind}: seconds to load", found, "load_seconds", "minilora"),
-            "start": report(f"{kind}: seconds to the first forward pass", found, "start_seconds", "minilora"),
+            "start": report(
+                f"{kind}: seconds to the first forward pass", found, "start_seconds", "minilora"
+            ),
         }
     return tables
 

@@ -1,6 +1,7 @@
 """NF4 on the CPU against bitsandbytes: the same bits first, then the time, alternating in one run.
 
-    python benchmarks/inference/bench_nf4.py [--threads 2] [--rounds 21] [--dtype auto] [--only token]
+    python benchmarks/inference/bench_nf4.py [--threads 2] [--rounds 21] [--dtype auto] [--only
+    token]
 
 "new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which
 bitsandbytes' public function cannot on a CPU. The last contender is bitsandbytes' C function,
@@ -26,9 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
-from benchmarks._lib.side_by_side import DTYPES, add_dtype, compute_dtype, dtype_name, machine, missing_peers
+from benchmarks._lib.side_by_side import (
+    DTYPES,
+    add_dtype,
+    compute_dtype,
+    dtype_name,
+    machine,
+    missing_peers,
+)
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 from minilora_kernels.c import nf4
@@ -71,15 +81,21 @@ def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     return {job: theirs.get(job, {}) | calls for job, calls in jobs.items()}
 
 
-def peers(x: torch.Tensor, weight: NF4Weight, kept: torch.Tensor) -> tuple[NF4Weight, torch.Tensor, torch.Tensor, Any]:
+def peers(
+    x: torch.Tensor, weight: NF4Weight, kept: torch.Tensor
+) -> tuple[NF4Weight, torch.Tensor, torch.Tensor, Any]:
     """bitsandbytes' double-quantised weight, what both of its weights dequantise to, and job -> its contenders."""
     import bitsandbytes.functional as bnb
     from bitsandbytes.cextension import lib
 
-    plain, nested = ({"quant_type": "nf4", "compress_statistics": nested} for nested in (False, True))
+    plain, nested = (
+        {"quant_type": "nf4", "compress_statistics": nested} for nested in (False, True)
+    )
     packed, state = bnb.quantize_4bit(x, **plain)
     packed2, state2 = bnb.quantize_4bit(x, **nested)
-    weight2 = NF4Weight.from_state_dict({"w": packed2} | {f"w.{k}": v for k, v in state2.as_dict(True).items()}, "w")
+    weight2 = NF4Weight.from_state_dict(
+        {"w": packed2} | {f"w.{k}": v for k, v in state2.as_dict(True).items()}, "w"
+    )
     expected = bnb.dequantize_4bit(packed, state)
     assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(weight.absmax, state.absmax)
     assert torch.equal(quantize_nf4(x).packed, packed2.view(-1))
@@ -111,7 +127,9 @@ def layers(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
     nf4.ready()
     jobs: dict[str, dict[str, Callable[[], object]]] = {}
     for name, count in {"one token": 1, "8 tokens": 8}.items():
-        t = torch.randn(1, count, x.shape[1], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        t = torch.randn(1, count, x.shape[1], generator=torch.Generator().manual_seed(1)).to(
+            x.dtype
+        )
         jobs[name] = {side: lambda layer=layer, t=t: layer(t) for side, layer in named.items()}
         expected = F.linear(t, ours.dequantize(x.dtype)).float()
         for side in named.keys() - {"dense"}:
@@ -124,7 +142,9 @@ def peer_layer(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     import bitsandbytes
 
     peer: Any = bitsandbytes.nn
-    layer = peer.Linear4bit(x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
+    layer = peer.Linear4bit(
+        x.shape[1], x.shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4"
+    )
     layer.weight = peer.Params4bit(x, requires_grad=False, quant_type="nf4")
     return layer.to("cpu").eval()
 
@@ -142,7 +162,9 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--short", action="store_true", help="small matrices, one round")
@@ -164,10 +186,16 @@ def main() -> None:
                 continue
             rounds = args.rounds if x.numel() > 1 << 22 else 5 * args.rounds
             times = measure(calls, 1 if args.short else rounds)
-            first = next(iter(times.values()))  # bitsandbytes' public function, or ours where it is not installed
+            first = next(
+                iter(times.values())
+            )  # bitsandbytes' public function, or ours where it is not installed
             ceiling = statistics.median(times[COPY]) if COPY in times else None
-            print(f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {dtype_name(dtype)}; checked")
-            print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ first (of minima)':>21}{'of the ceiling':>16}")
+            print(
+                f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {dtype_name(dtype)}; checked"
+            )
+            print(
+                f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ first (of minima)':>21}{'of the ceiling':>16}"
+            )
             for name, ms in times.items():
                 median = statistics.median(ms)
                 ratio, ratio_of_min = median / statistics.median(first), min(ms) / min(first)

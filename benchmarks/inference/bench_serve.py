@@ -1,9 +1,10 @@
 """Tokens a second of a server: eight clients at a time against one after the other, and against transformers serve.
 
-    python benchmarks/inference/bench_serve.py [--clients 8] [--new 64] [--rounds 3] [--dtype auto] [--quantize nf4]
+    python benchmarks/inference/bench_serve.py [--clients 8] [--new 64] [--rounds 3] [--dtype auto]
+    [--quantize nf4]
 
-Each of --clients requests is a chat of its own length with --new tokens to come, greedy; asked one after the other,
-then all at a time. In turns:
+Each of --clients requests is a chat of its own length with --new tokens to come, greedy; asked one
+after the other, then all at a time. In turns:
 
     base              every client asks the base
     adapters          every client asks an adapter of its own, in the same batch
@@ -31,7 +32,9 @@ from typing import Any
 import httpx
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
 from benchmarks._lib.side_by_side import (
@@ -47,20 +50,30 @@ from benchmarks._lib.side_by_side import (
 
 SAME = 4  # characters that both ways have in common at least; later ones may differ where two are nearly as likely
 STARTS = 180  # seconds for a server to start and answer
-SHARE = 0.05  # of the memory that is free, for the cache of transformers serve; of itself it takes 0.6
+SHARE = (
+    0.05  # of the memory that is free, for the cache of transformers serve; of itself it takes 0.6
+)
 Request = dict[str, Any]
 Server = tuple[str, int]  # its address, and the number of its process
-CLIENT = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))  # to make one costs as much as a token
+CLIENT = httpx.Client(
+    timeout=600, limits=httpx.Limits(max_connections=None)
+)  # to make one costs as much as a token
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     add_dtype(parser)
-    parser.add_argument("--quantize", choices=["nf4"], help="the base in 4 bits; transformers stays dense")
-    parser.add_argument("--short", action="store_true", help="a random model of two layers, one short round")
+    parser.add_argument(
+        "--quantize", choices=["nf4"], help="the base in 4 bits; transformers stays dense"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a random model of two layers, one short round"
+    )
     options = parser.parse_args()
     if options.short:
         options.clients, options.new, options.rounds = 3, 8, 1
@@ -82,7 +95,9 @@ def main() -> None:
             for side, ((url, process), models) in sides.items():
                 figures = turn(url, models, options)
                 if number:
-                    found["sides"][side].append(figures | {"megabytes": memory(process).get("VmHWM", 0) / 1e6})
+                    found["sides"][side].append(
+                        figures | {"megabytes": memory(process).get("VmHWM", 0) / 1e6}
+                    )
     print(json.dumps(found | {"sides": table(found["sides"])}))
 
 
@@ -129,7 +144,15 @@ def process(command: list[str], url: str, log: Path) -> Iterator[subprocess.Pope
 def ours(folder: Path, adapters: list[str], options: argparse.Namespace) -> Iterator[Server]:
     """minilora serve, with all adapters."""
     port = free_port()
-    command = [sys.executable, "-m", "minilora", "serve", str(folder / "model"), "--name=base", f"--port={port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "minilora",
+        "serve",
+        str(folder / "model"),
+        "--name=base",
+        f"--port={port}",
+    ]
     command += [f"--adapter={name}={folder / name}" for name in adapters]
     command += [f"--dtype={options.dtype}", f"--batch_size={options.clients}", "--timeout=600"]
     command += ["--quantize=nf4"] if options.quantize else []
@@ -145,15 +168,27 @@ def theirs(folder: Path, options: argparse.Namespace) -> Iterator[Server | None]
     """transformers serve, if it answers here; else None, and why."""
     port = free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "serve", str(folder / "model"), f"--port={port}", f"--dtype={options.dtype}"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "serve",
+        str(folder / "model"),
+        f"--port={port}",
+        f"--dtype={options.dtype}",
+    ]
     command += ["--device=cpu", "--continuous-batching", f"--cb-max-memory-percent={SHARE}"]
     url, log = f"http://127.0.0.1:{port}", folder / "transformers.log"
     with process(command, url, log) as started:
         try:
             answer = ask(url, requests([str(folder / "model")], options)[0])
         except (httpx.HTTPError, KeyError, ValueError) as error:
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            print(f"transformers serve does not answer here ({type(error).__name__}: {error}): {last}")
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][
+                -1:
+            ]
+            print(
+                f"transformers serve does not answer here ({type(error).__name__}: {error}): {last}"
+            )
             yield None
             return
         print(f"transformers serve answers: {answer[0][:60]!r}, status {started.poll()}")
@@ -200,7 +235,9 @@ def turn(url: str, models: list[str], options: argparse.Namespace) -> dict[str, 
 
 def table(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Print the figures; those of the document."""
-    print(f"{'tokens/s':<16}{'one by one':>12}{'together':>12}{'ratio (min-max)':>20}{'/ transformers':>16}{'MB':>8}")
+    print(
+        f"{'tokens/s':<16}{'one by one':>12}{'together':>12}{'ratio (min-max)':>20}{'/ transformers':>16}{'MB':>8}"
+    )
     rows: dict[str, Any] = {}
     for side, turns in found.items():
         rows[side] = {key: spread([figures[key] for figures in turns]) for key in turns[0]}
@@ -208,7 +245,10 @@ def table(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         beside = ""
         if peers is not None and side != "transformers":
             rows[side]["over_transformers"] = spread(
-                [own["together"] / other["together"] for own, other in zip(turns, peers, strict=True)]
+                [
+                    own["together"] / other["together"]
+                    for own, other in zip(turns, peers, strict=True)
+                ]
             )
             beside = f"{rows[side]['over_transformers']['median']:.2f}"
         span = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, machine, spread
@@ -35,7 +37,9 @@ COUNT = 16  # adapters, and rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--new", type=int, default=16)
@@ -49,12 +53,20 @@ def main() -> None:
     found: dict[str, Any] = {"benchmark": "many_adapters", **machine(dtype)}
     model = build(options, dtype)
     vocabulary = model.config.vocab_size
-    prompts = torch.randint(3, vocabulary, (COUNT, options.length), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        3, vocabulary, (COUNT, options.length), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     check(model, prompts)
-    contenders = {f"{n} by row": [f"adapter{row % n}" for row in range(COUNT)] for n in (1, 4, COUNT)}
-    runs: dict[str, Callable[[int], Any]] = {"plain": lambda new: generate_ids(model, prompts, Decoding(new))}
+    contenders = {
+        f"{n} by row": [f"adapter{row % n}" for row in range(COUNT)] for n in (1, 4, COUNT)
+    }
+    runs: dict[str, Callable[[int], Any]] = {
+        "plain": lambda new: generate_ids(model, prompts, Decoding(new))
+    }
     for name, adapters in contenders.items():
-        runs[name] = lambda new, adapters=adapters: generate_ids(model, prompts, Decoding(new), adapters)
+        runs[name] = lambda new, adapters=adapters: generate_ids(
+            model, prompts, Decoding(new), adapters
+        )
     seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "write": []} for name in runs}
     for _ in range(options.rounds + 1):  # the first is not counted
         for name, run in runs.items():
@@ -66,25 +78,38 @@ def main() -> None:
     for name, measured in seconds.items():
         table[name] = row = {}
         for part, values in measured.items():
-            beside = [value / plain for value, plain in zip(values, seconds["plain"][part], strict=True)]
+            beside = [
+                value / plain for value, plain in zip(values, seconds["plain"][part], strict=True)
+            ]
             row[part] = {"seconds": spread(values[1:]), "ratio": spread(beside[1:])}
-        cells = [row[part][key]["median"] for part in ("read", "write") for key in ("seconds", "ratio")]
+        cells = [
+            row[part][key]["median"] for part in ("read", "write") for key in ("seconds", "ratio")
+        ]
         print(f"{name:<14}{cells[0]:>10.3f}{cells[1]:>8.2f}{cells[2]:>10.4f}{cells[3]:>8.2f}")
-    print(f"{COUNT} rows of {options.length} tokens, r = {options.r} on all linear layers, {dtype_name(dtype)}")
+    print(
+        f"{COUNT} rows of {options.length} tokens, r = {options.r} on all linear layers, {dtype_name(dtype)}"
+    )
     print(json.dumps(found | {"by_row": table}))
 
 
 def build(options: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The model with COUNT adapters, each moved as if trained."""
     if options.short:
-        config = DecoderConfig(97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        config = DecoderConfig(
+            97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = CausalLM(config).to(dtype).eval()
     else:
         model = ml.load_model(ml.samples.smollm2(), dtype=dtype).eval()
     for number in range(COUNT):
-        ml.inject(model, ml.LoRAConfig(r=options.r, target_modules="all-linear"), name=f"adapter{number}", seed=number)
+        ml.inject(
+            model,
+            ml.LoRAConfig(r=options.r, target_modules="all-linear"),
+            name=f"adapter{number}",
+            seed=number,
+        )
         for key, tensor in ml.adapter_state_dict(model, f"adapter{number}").items():
             if "lora_B" in key:
                 tensor.normal_(std=0.02, generator=torch.Generator().manual_seed(number))

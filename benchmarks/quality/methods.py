@@ -1,16 +1,17 @@
 """Every parameter, an adapter, or an adapter on 4 bits: what each costs and learns. python
 benchmarks/quality/methods.py
 
-One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM), the same rows in the same order and the
-same number of steps; each method in a process of its own, because a peak of memory is the process's.
+One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM), the same rows in
+the same order and the same number of steps; each method in a process of its own, because a peak of
+memory is the process's.
 
     full     every parameter, fp32 weights computed in bf16 by autocast where the hardware has it
     lora     r = 16 on every linear layer, the base in the dtype that `load_model` picks (or --dtype)
     qlora    the same, the base in NF4
 
-Learning rates differ: full fine-tuning takes about a tenth. `s/step` is a mean over the run, evaluation left
-out; memory is resident, from the start of the process to the end of training, or allocated on a GPU. The last line
-is one JSON document.
+Learning rates differ: full fine-tuning takes about a tenth. `s/step` is a mean over the run,
+evaluation left out; memory is resident, from the start of the process to the end of training, or
+allocated on a GPU. The last line is one JSON document.
 """
 
 import argparse
@@ -22,22 +23,39 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
-from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine, small_chat_model
+from benchmarks._lib.side_by_side import (
+    add_dtype,
+    compute_dtype,
+    dtype_name,
+    fresh,
+    machine,
+    small_chat_model,
+)
 
 RATES = {"before": None, "full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
-SHOWN = {"trained": "trainable_parameters", "s/step": "seconds_per_step", "peak GB": "peak_memory_gb"}
+SHOWN = {
+    "trained": "trainable_parameters",
+    "s/step": "seconds_per_step",
+    "peak GB": "peak_memory_gb",
+}
 SHOWN |= {name: name for name in ("loss", "exact_match", "constrained")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
-    parser.add_argument("--short", action="store_true", help="a random model of two layers, one step of one row")
+    parser.add_argument(
+        "--short", action="store_true", help="a random model of two layers, one step of one row"
+    )
     add_dtype(parser)
     parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
     parser.add_argument("--method", choices=RATES, help="this one only, in this process")
@@ -58,10 +76,14 @@ def main() -> None:
     print(f"\n{'':<8}" + "".join(f"{name:>13}" for name in SHOWN))
     for method, found in figures.items():
         values = [found.get(key) for key in SHOWN.values()]
-        cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values]
+        cells = [
+            "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values
+        ]
         print(f"{method:<8}" + "".join(f"{cell:>13}" for cell in cells))
     print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out")
-    print(json.dumps(document | {"steps": options.steps, "batch": options.batch, "methods": figures}))
+    print(
+        json.dumps(document | {"steps": options.steps, "batch": options.batch, "methods": figures})
+    )
 
 
 def run(method: str, options: argparse.Namespace) -> dict:
@@ -72,7 +94,9 @@ def run(method: str, options: argparse.Namespace) -> dict:
     full, fast, found = method == "full", compute_dtype(options.dtype), {}
     tokenizer = ml.load_tokenizer(source)
     quantize = "nf4" if method == "qlora" else None
-    model = ml.load_model(source, device=device, quantize=quantize, dtype=torch.float32 if full else fast)
+    model = ml.load_model(
+        source, device=device, quantize=quantize, dtype=torch.float32 if full else fast
+    )
     if method in ("lora", "qlora"):
         ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
     if method != "before":
@@ -85,12 +109,20 @@ def run(method: str, options: argparse.Namespace) -> dict:
             warmup_ratio=0.1,
         )
         result = ml.train(model, tokenizer, task.train, config)
-        found["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found["trainable_parameters"] = sum(
+            p.numel() for p in model.parameters() if p.requires_grad
+        )
         found["seconds_per_step"] = result.tokens / result.tokens_per_second / result.steps
         found["peak_memory_gb"] = result.peak_memory_bytes / 1e9
         found["learning_rate"] = RATES[method]
-    scores = ml.evaluate(model, tokenizer, task.test, labels=task.labels, max_new_tokens=4, batch_size=32)
-    return found | {"loss": scores.loss, "exact_match": scores.exact_match, "constrained": scores.label_accuracy}
+    scores = ml.evaluate(
+        model, tokenizer, task.test, labels=task.labels, max_new_tokens=4, batch_size=32
+    )
+    return found | {
+        "loss": scores.loss,
+        "exact_match": scores.exact_match,
+        "constrained": scores.label_accuracy,
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, machine, missing_peers
@@ -33,7 +35,9 @@ from minilora.training.optim.lr_schedule import learning_rate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2)
@@ -59,7 +63,9 @@ def main() -> None:
                 lr_scheduler_type="linear", warmup_ratio=0.05, max_length=256,
             )  # fmt: skip
             model = ml.load_model(folder / "base", quantize="nf4", dtype=dtype)
-            ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"), seed=seed)
+            ml.inject(
+                model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"), seed=seed
+            )
             ml.save_adapter(model, folder / f"adapter-{seed}")
             started = time.perf_counter()
             ml.train(model, tokenizer, task.train, config)
@@ -73,7 +79,10 @@ def main() -> None:
             train_peers(theirs, encode_dataset(task.train, tokenizer, 256).examples, config)
             seconds["peers"].append(time.perf_counter() - started)
             losses["peers"].append(peers_loss(theirs, held_out))
-            print(f"seed {seed}: minilora {losses['minilora'][-1]:.4f}, peers {losses['peers'][-1]:.4f}", flush=True)
+            print(
+                f"seed {seed}: minilora {losses['minilora'][-1]:.4f}, peers {losses['peers'][-1]:.4f}",
+                flush=True,
+            )
     print(json.dumps(found | report(losses, seconds, options)))
 
 
@@ -82,7 +91,9 @@ def peers(base: Path, adapter: Path, dtype: torch.dtype):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit(dtype), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=four_bit(dtype), dtype=dtype
+    )
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 
@@ -95,8 +106,12 @@ def check_bases(ours, theirs) -> None:
         if isinstance(layer, ml.NF4Linear):
             weight = theirs.get_submodule(f"base_model.model.{name}").weight
             dense = dequantize_4bit(weight.data, weight.quant_state)  # in the base's dtype
-            error = (layer.dequantize(dense.dtype).float() - dense.float()).norm() / dense.float().norm()
-            assert error < 4e-3, f"{name}: relative difference {error}"  # nested codes one apart, and bf16's 2^-9
+            error = (
+                layer.dequantize(dense.dtype).float() - dense.float()
+            ).norm() / dense.float().norm()
+            assert error < 4e-3, (
+                f"{name}: relative difference {error}"
+            )  # nested codes one apart, and bf16's 2^-9
             compared += 1
     assert compared == 210, compared
     print(f"{compared} layers hold the same 4-bit weights")
@@ -121,8 +136,12 @@ def train_peers(model, examples, config: ml.TrainConfig) -> None:
 
 
 def summed_loss(model, batch) -> torch.Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]  # (B, T-1, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]  # (B, T-1, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
 
 
 def peers_loss(model, examples) -> float:
@@ -143,9 +162,16 @@ def report(losses: dict, seconds: dict, options: argparse.Namespace) -> dict[str
     difference = means["minilora"] - means["peers"]
     for name, values in losses.items():
         shown = " ".join(f"{value:.4f}" for value in values)
-        print(f"{name:<10} eval loss {means[name]:.4f} ({shown}), {statistics.median(seconds[name]):.0f} s a run")
+        print(
+            f"{name:<10} eval loss {means[name]:.4f} ({shown}), {statistics.median(seconds[name]):.0f} s a run"
+        )
     print(f"difference {difference:+.4f}, one seed's standard deviation {deviation:.4f}")
-    document = {"losses": losses, "difference": difference, "seconds": seconds, "standard_deviation": deviation}
+    document = {
+        "losses": losses,
+        "difference": difference,
+        "seconds": seconds,
+        "standard_deviation": deviation,
+    }
     document |= {"steps": options.steps, "batch": options.batch, "test_rows": options.test_rows}
     return document | {"agree": abs(difference) <= deviation}
 

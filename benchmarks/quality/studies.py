@@ -1,8 +1,9 @@
 """What docs/when.md says of ranks, targets, data, forgetting and prompts, measured: python
 benchmarks/quality/studies.py
 
-One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, held out by category), LoRA with s = 1
-(alpha = r), --steps steps of --batch rows, one seed, each run in a process of its own.
+One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, held out by
+category), LoRA with s = 1 (alpha = r), --steps steps of --batch rows, one seed, each run in a
+process of its own.
 
     ranks       r in {4, 16, 64} x learning rate in {2e-4, 1e-3, 5e-3}, every linear layer
     targets     the same number of parameters in attention, in the MLP, or in both
@@ -11,9 +12,9 @@ One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, 
     forgetting  0, 10 or 20 % of the rows are prose, or KL(adapted || base) is part of the loss
     prompts     no training: no example, eight fixed ones, the eight nearest training rows (retrieval)
 
-`exact_match` and `label_accuracy` (the likeliest of the 22 answers) are of held-out rows, with a 95 % interval of about
-± 1 / sqrt(rows); `prose` is the perplexity on held-out English prose, its kind being the one that is mixed in. The last
-line is one JSON document.
+`exact_match` and `label_accuracy` (the likeliest of the 22 answers) are of held-out rows, with a 95
+% interval of about ± 1 / sqrt(rows); `prose` is the perplexity on held-out English prose, its kind
+being the one that is mixed in. The last line is one JSON document.
 """
 
 import argparse
@@ -24,18 +25,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
-from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine, small_chat_model
+from benchmarks._lib.side_by_side import (
+    add_dtype,
+    compute_dtype,
+    dtype_name,
+    fresh,
+    machine,
+    small_chat_model,
+)
 from minilora.evaluation.samples.baselines import overlaps
 from minilora.evaluation.samples.task import Row
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 COMMON: dict[str, Any] = {"r": 16, "learning_rate": 1e-3}
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
-    "ranks": {f"r {r}, {lr:.0e}": {"r": r, "learning_rate": lr} for r in (4, 16, 64) for lr in (2e-4, 1e-3, 5e-3)},
-    # a layer of SmolLM2-135M has 3,840 r numbers in attention, 6,336 r in its MLP: ranks that make the counts meet
+    "ranks": {
+        f"r {r}, {lr:.0e}": {"r": r, "learning_rate": lr}
+        for r in (4, 16, 64)
+        for lr in (2e-4, 1e-3, 5e-3)
+    },
+    # a layer of SmolLM2-135M has 3,840 r numbers in attention, 6,336 r in its MLP: ranks that make
+    # the counts meet
     "targets": {
         "attention": {"r": 42, "target_modules": ATTENTION},
         "MLP": {"r": 26, "target_modules": MLP},
@@ -49,19 +64,29 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         "20 % prose": {"prose": 0.2},
         "KL to base": {"kl_weight": 0.5},
     },
-    "prompts": {"no example": {"shots": 0}, "8 fixed": {"shots": 8}, "8 nearest": {"shots": 8, "nearest": True}},
+    "prompts": {
+        "no example": {"shots": 0},
+        "8 fixed": {"shots": 8},
+        "8 nearest": {"shots": 8, "nearest": True},
+    },
 }
 SHOWN = ("trained", "exact_match", "constrained", "loss", "prose")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=STUDIES)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
-    parser.add_argument("--prose", type=int, default=52, help="texts of prose, of which every second is held out")
-    parser.add_argument("--short", action="store_true", help="a random model, one step; the last run of two studies")
+    parser.add_argument(
+        "--prose", type=int, default=52, help="texts of prose, of which every second is held out"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a random model, one step; the last run of two studies"
+    )
     add_dtype(parser)
     parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
     parser.add_argument("--run", help="a run's settings as JSON: this one only, in this process")
@@ -74,22 +99,36 @@ def main() -> None:
     dtype = compute_dtype(options.dtype)
     document: dict[str, Any] = {"benchmark": "studies", **machine(dtype), "steps": options.steps}
     options.dtype = dtype_name(dtype)
-    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "prose", "dtype")]
+    given = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("steps", "batch", "test_rows", "prose", "dtype")
+    ]
     found: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[str, Any]] = {}  # equal settings are run once
     with tempfile.TemporaryDirectory() as folder:
         model = small_chat_model(Path(folder), dtype) if options.short else options.model
         given += [f"--model={model}"] if model else []
-        for study in [options.only] if options.only else ("forgetting", "prompts") if options.short else STUDIES:
+        for study in (
+            [options.only]
+            if options.only
+            else ("forgetting", "prompts")
+            if options.short
+            else STUDIES
+        ):
             print(f"\n{study:<16}" + "".join(f"{name:>13}" for name in SHOWN))
             runs = list(STUDIES[study].items())[-1 if options.short else 0 :]
             for name, own in runs:
                 key = json.dumps(own if "shots" in own else COMMON | own, sort_keys=True)
                 known[key] = known.get(key) or fresh(__file__, "--run", json.dumps(own), *given)
                 found.setdefault(study, {})[name] = known[key]
-                print(f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN), flush=True)
+                print(
+                    f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN),
+                    flush=True,
+                )
     half = 0.98 / math.sqrt(options.test_rows)
-    print(f"\n{options.steps} steps of {options.batch} rows, {options.test_rows} held out: ± {half:.3f} at most")
+    print(
+        f"\n{options.steps} steps of {options.batch} rows, {options.test_rows} held out: ± {half:.3f} at most"
+    )
     print(json.dumps(document | {"studies": found}))
 
 
@@ -109,14 +148,25 @@ def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         test = with_examples(test, task.train, own["shots"], own.get("nearest", False))
     else:
         trained = train(model, tokenizer, task.train, prose[1::2], COMMON | own, options)
-    scores = ml.evaluate(model, tokenizer, test, labels=task.labels, max_new_tokens=4, batch_size=16)
+    scores = ml.evaluate(
+        model, tokenizer, test, labels=task.labels, max_new_tokens=4, batch_size=16
+    )
     general = ml.evaluate(model, tokenizer, prose[::2], batch_size=4).perplexity
-    figures = {"loss": scores.loss, "exact_match": scores.exact_match, "constrained": scores.label_accuracy}
+    figures = {
+        "loss": scores.loss,
+        "exact_match": scores.exact_match,
+        "constrained": scores.label_accuracy,
+    }
     return figures | {"trained": trained, "prose": general}
 
 
 def train(
-    model: Any, tokenizer: Any, rows: list[Row], prose: list[dict[str, str]], own: dict[str, Any], options: Any
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    prose: list[dict[str, str]],
+    own: dict[str, Any],
+    options: Any,
 ) -> int:
     """Train an adapter; how many numbers it has."""
     targets = own.get("target_modules", "all-linear")

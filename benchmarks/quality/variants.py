@@ -1,13 +1,14 @@
 """LoRA, DoRA, PiSSA and LoftQ in the same budget: python benchmarks/quality/variants.py
 
-One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM), the same rows in the same order and as
-many steps; r = 16 on every linear layer, one learning rate for all, --seeds seeds; each run in a process of its own.
+One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM), the same rows in
+the same order and as many steps; r = 16 on every linear layer, one learning rate for all, --seeds
+seeds; each run in a process of its own.
 
     lora, dora, pissa       beside a dense base
     qlora, qdora, loftq     beside 4 bits: NF4(W); for LoftQ what its iterations make of W
 
-Seconds are of a training step; loss and exact match of held-out rows are means over the seeds, ± half their range. The
-last line is one JSON document.
+Seconds are of a training step; loss and exact match of held-out rows are means over the seeds, ±
+half their range. The last line is one JSON document.
 """
 
 import argparse
@@ -17,31 +18,50 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
-from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine, small_chat_model
+from benchmarks._lib.side_by_side import (
+    add_dtype,
+    compute_dtype,
+    dtype_name,
+    fresh,
+    machine,
+    small_chat_model,
+)
 
 BESIDE_4_BITS = {"qlora": {}, "qdora": {"use_dora": True}}
-DENSE: dict[str, Any] = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa_niter_4"}}
+DENSE: dict[str, Any] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa_niter_4"},
+}
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 4}}
 VARIANTS: dict[str, Any] = DENSE | BESIDE_4_BITS | {"loftq": LOFTQ}
 SHOWN = ("trained", "s/step", "loss", "exact_match")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--short", action="store_true", help="a random model of two layers, one step of two rows, r = 2"
+        "--short",
+        action="store_true",
+        help="a random model of two layers, one step of two rows, r = 2",
     )
     add_dtype(parser)
     parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
-    parser.add_argument("--variant", choices=VARIANTS, help="this one only, in this process, with --seed")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, help="this one only, in this process, with --seed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.short:
@@ -49,7 +69,10 @@ def main() -> None:
     if options.variant:
         print(json.dumps(run(options.variant, options)))
         return
-    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows", "learning_rate")]
+    given = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("steps", "batch", "test_rows", "learning_rate")
+    ]
     dtype = compute_dtype(options.dtype)
     document: dict[str, Any] = {"benchmark": "variants", **machine(dtype), "steps": options.steps}
     given += ["--short"] * options.short + [f"--dtype={dtype_name(dtype)}"]
@@ -59,10 +82,18 @@ def main() -> None:
         model = small_chat_model(Path(folder), dtype) if options.short else options.model
         given += [f"--model={model}"] if model else []
         for name in VARIANTS:
-            runs = [fresh(__file__, "--variant", name, "--seed", seed, *given) for seed in range(options.seeds)]
+            runs = [
+                fresh(__file__, "--variant", name, "--seed", seed, *given)
+                for seed in range(options.seeds)
+            ]
             table[name] = {key: [found[key] for found in runs] for key in SHOWN}
-            print(f"{name:<8}" + "".join(f"{cell(values):>20}" for values in table[name].values()), flush=True)
-    print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out, {options.seeds} seeds")
+            print(
+                f"{name:<8}" + "".join(f"{cell(values):>20}" for values in table[name].values()),
+                flush=True,
+            )
+    print(
+        f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out, {options.seeds} seeds"
+    )
     print(json.dumps(document | {"variants": table}))
 
 
@@ -93,7 +124,12 @@ def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     result = ml.train(model, tokenizer, task.train, config)
     scores = ml.evaluate(model, tokenizer, task.test, max_new_tokens=4, batch_size=32)
     seconds = result.tokens / result.tokens_per_second / result.steps
-    return {"trained": trained, "s/step": seconds, "loss": scores.loss, "exact_match": scores.exact_match}
+    return {
+        "trained": trained,
+        "s/step": seconds,
+        "loss": scores.loss,
+        "exact_match": scores.exact_match,
+    }
 
 
 if __name__ == "__main__":

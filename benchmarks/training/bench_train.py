@@ -6,14 +6,16 @@ is two fresh processes of some steps each: one for the time; one for the memory 
 beyond the loaded model (anonymous, Linux), whose malloc gives back what is freed, as in
 plan_check.py.
 
-Fitted is a sum of parts, a + b x or a + b x + c x², none of them negative, up to the order that the algorithm itself
-has: attention compares T² pairs of tokens but keeps none of them; a layer has width² weights, of which one is dense for
-a moment; everything else is linear. What is fixed (Python, and of a short step the weights made dense) so has a part of
-its own; one power of x through all points would take it for slow growth.
+Fitted is a sum of parts, a + b x or a + b x + c x², none of them negative, up to the order that the
+algorithm itself has: attention compares T² pairs of tokens but keeps none of them; a layer has
+width² weights, of which one is dense for a moment; everything else is linear. What is fixed
+(Python, and of a short step the weights made dense) so has a part of its own; one power of x
+through all points would take it for slow growth.
 
-Checked: what is not fixed grows by no more than that order between the last two points, the fastest step of the last
-against the slowest of the other; else the exit status is 1 and a sentence says what grew. The last line of stdout is
-one JSON document. In pieces, joined in one picture (two or three minutes each on two cores; 3 GB of temporary files):
+Checked: what is not fixed grows by no more than that order between the last two points, the fastest
+step of the last against the slowest of the other; else the exit status is 1 and a sentence says
+what grew. The last line of stdout is one JSON document. In pieces, joined in one picture (two or
+three minutes each on two cores; 3 GB of temporary files):
 
     python benchmarks/training/bench_train.py --only length | tee length.out
     python benchmarks/docs/pictures.py docs/cost.svg length.out batch.out r.out width.out
@@ -32,14 +34,30 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
-from benchmarks._lib.side_by_side import TINY, Contender, add_dtype, compute_dtype, dtype_name, machine, serve, spread
+from benchmarks._lib.side_by_side import (
+    TINY,
+    Contender,
+    add_dtype,
+    compute_dtype,
+    dtype_name,
+    machine,
+    serve,
+    spread,
+)
 from benchmarks._lib.steps import own_step
 from benchmarks.training.plan_check import EXACT
 from benchmarks.training.scale_8b import batches, make
 
-SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+}
 SMOLLM2 |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
 BASE = {"length": 128, "batch": 4, "r": 16, "width": 576}
 GROWS = {  # what grows -> (its values, the order of time, the order of memory)
@@ -54,11 +72,17 @@ SLACK = 0.1  # of an exponent: 7 % of the last point where x doubles, what steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a point, after one to warm up")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=4, help="timed steps of a point, after one to warm up"
+    )
     parser.add_argument("--only", default=",".join(GROWS), help="what grows, with commas")
     parser.add_argument(
-        "--short", action="store_true", help="two small layers, two values each, one step; nothing is checked"
+        "--short",
+        action="store_true",
+        help="two small layers, two values each, one step; nothing is checked",
     )
     add_dtype(parser)
     parser.add_argument("--point", help="be this point: its sizes as JSON")
@@ -69,7 +93,9 @@ def main() -> None:
     options.dtype = dtype_name(dtype)
     found: dict[str, Any] = {"benchmark": "bench_train", **machine(dtype), "grows": {}}
     with tempfile.TemporaryDirectory() as name:
-        known: dict[str, dict[str, Any]] = {}  # a point that two kinds have in common is measured once
+        known: dict[
+            str, dict[str, Any]
+        ] = {}  # a point that two kinds have in common is measured once
         for kind in options.only.split(","):
             points = []
             for size in sizes_of(kind, options.short):
@@ -94,15 +120,23 @@ def sizes_of(kind: str, short: bool) -> list[dict[str, int]]:
 def measure(folder: Path, sizes: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
     """One point: its sizes, and the spread of its steps' seconds and megabytes."""
     width = sizes["width"]
-    fields = SMOLLM2 | {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_attention_heads": width // 64}
+    fields = SMOLLM2 | {
+        "hidden_size": width,
+        "intermediate_size": width * 8 // 3,
+        "num_attention_heads": width // 64,
+    }
     fields = TINY | {"hidden_size": width // 3} if options.short else fields
     model = folder / str(width)
     make(model, fields)
-    command = json.dumps({"folder": str(model)} | {name: sizes[name] for name in ("length", "batch", "r")})
+    command = json.dumps(
+        {"folder": str(model)} | {name: sizes[name] for name in ("length", "batch", "r")}
+    )
     found: dict[str, Any] = dict(sizes)
     counts = (1, 1) if options.short else (options.steps, 2)
     for unit, env, steps in zip(UNITS, (None, EXACT), counts, strict=True):
-        contender = Contender(str(sizes), [__file__, "--dtype", options.dtype, "--point", command], env)
+        contender = Contender(
+            str(sizes), [__file__, "--dtype", options.dtype, "--point", command], env
+        )
         before, answers = contender.now, []
         for _ in range(1 + steps):
             contender.anonymous = 0
@@ -139,9 +173,16 @@ def grow(kind: str, points: list[dict[str, Any]]) -> dict[str, Any]:
         parts = fit(xs, ys, order)
         off = max(abs(value(parts, x / xs[-1]) / y - 1) for x, y in zip(xs, ys, strict=True))
         found[unit] = {"order": order, "parts": parts, "off": off}
-        words = [f"{part / sum(parts):.0%} {of}" for part, of in zip(parts, powers(kind), strict=False)]
-        print(f"{unit} at {xs[-1]}: {' + '.join(words)}; the fit is off by {off:.1%} at the most", end="; ")
-        print(f"the last two points: {kind}^{exponent(found, kind, unit):.2f}, the algorithm's own order {order}")
+        words = [
+            f"{part / sum(parts):.0%} {of}" for part, of in zip(parts, powers(kind), strict=False)
+        ]
+        print(
+            f"{unit} at {xs[-1]}: {' + '.join(words)}; the fit is off by {off:.1%} at the most",
+            end="; ",
+        )
+        print(
+            f"the last two points: {kind}^{exponent(found, kind, unit):.2f}, the algorithm's own order {order}"
+        )
     return found
 
 
@@ -173,10 +214,14 @@ def value(parts: Sequence[float], u: float) -> float:
     return sum(part * u**power for power, part in enumerate(parts))
 
 
-def exponent(grown: Mapping[str, Any], kind: str, unit: str, last: str = "median", before: str = "median") -> float:
+def exponent(
+    grown: Mapping[str, Any], kind: str, unit: str, last: str = "median", before: str = "median"
+) -> float:
     """p of y - fixed ~ x^p between the last two points, of these of their figures."""
     ends, fixed = grown["points"][-2:], grown[unit]["parts"][0]
-    (x0, y0), (x1, y1) = ((one[kind], one[unit][which]) for one, which in zip(ends, (before, last), strict=True))
+    (x0, y0), (x1, y1) = (
+        (one[kind], one[unit][which]) for one, which in zip(ends, (before, last), strict=True)
+    )
     fixed = fixed if fixed < min(y0, y1) else 0
     return math.log((y1 - fixed) / (y0 - fixed)) / math.log(x1 / x0)
 
@@ -186,7 +231,8 @@ def too_fast(kind: str, grown: Mapping[str, Any]) -> list[str]:
     return [
         f"{unit} grow as {kind}^{least:.2f} at least between the last two points; the algorithm's own order is {order}."
         for unit in UNITS
-        if (least := exponent(grown, kind, unit, "min", "max")) > (order := grown[unit]["order"]) + SLACK
+        if (least := exponent(grown, kind, unit, "min", "max"))
+        > (order := grown[unit]["order"]) + SLACK
     ]
 
 

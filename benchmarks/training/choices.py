@@ -10,10 +10,11 @@ on a CPU without it (--dtype):
     steps           the step's seconds and peak without what is compiled in C, and without the pool of freed blocks
     malloc          the same by the size from which glibc gives a freed block back at once
     token           one token through dense layers, as a matrix and as a vector (generate.py), and one of each of 8 rows
-                    through a layer's factors, each row's own (lora/batched.py), by their bits: 16 only beside bf16
+                    through a layer's factors, each row's own (lora/batched.py), by their bits: 16
+                    only beside bf16
 
-What is tried takes turns; medians with min-max, and the ratio to what is in use. Minutes on two cores. The last
-line is one JSON document.
+What is tried takes turns; medians with min-max, and the ratio to what is in use. Minutes on two
+cores. The last line is one JSON document.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
 import minilora_kernels.ops.attention as attention_op
@@ -67,15 +70,21 @@ MEGABYTES = (2, 4, 8, 16)  # MALLOC_MMAP_THRESHOLD_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="which, with commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--short", action="store_true", help="a random model of two layers, short rows, one of malloc's sizes"
+        "--short",
+        action="store_true",
+        help="a random model of two layers, short rows, one of malloc's sizes",
     )
     add_dtype(parser)
     parser.add_argument("--side", type=Path, metavar="FOLDER", help="be a process that does steps")
-    parser.add_argument("--no-pool", action="store_true", help="with --side: freed blocks go back to malloc")
+    parser.add_argument(
+        "--no-pool", action="store_true", help="with --side: freed blocks go back to malloc"
+    )
     options = parser.parse_args()
     if options.no_pool:
         allocator.SMALL = sys.maxsize  # no block is large enough for it
@@ -87,7 +96,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = checkpoint(Path(name) / "base", options.short, batch, length, dtype)
         (Path(name) / "rows.json").write_text(json.dumps(rows))
-        given = SimpleNamespace(folder=Path(name), batch=batch, length=length, rounds=options.rounds, dtype=dtype)
+        given = SimpleNamespace(
+            folder=Path(name), batch=batch, length=length, rounds=options.rounds, dtype=dtype
+        )
         given.shape = TINY if options.short else SMOLLM2
         given.megabytes = MEGABYTES[:1] if options.short else MEGABYTES
         for part in options.only.split(","):
@@ -110,13 +121,17 @@ def adapted(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def profile(given: SimpleNamespace) -> dict[str, float]:
     """Kind of operation -> its share of the time of one step."""
-    one = own_step(adapted(given.folder, given.dtype), [json.loads((given.folder / "rows.json").read_text())])
+    one = own_step(
+        adapted(given.folder, given.dtype), [json.loads((given.folder / "rows.json").read_text())]
+    )
     one()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         one()
     spent: Counter[str] = Counter()
     for event in seen.key_averages():
-        spent[next((kind for part, kind in KINDS.items() if part in event.key), "other")] += event.self_cpu_time_total
+        spent[next((kind for part, kind in KINDS.items() if part in event.key), "other")] += (
+            event.self_cpu_time_total
+        )
     shares = {kind: round(time / spent.total(), 3) for kind, time in spent.most_common()}
     print("\n" + "\n".join(f"{kind:28}{share:6.0%}" for kind, share in shares.items()))
     return shares
@@ -127,7 +142,9 @@ def attention(given: SimpleNamespace) -> dict[str, Any]:
     shape = given.shape
     d = shape["hidden_size"] // shape["num_attention_heads"]
     heads = [shape[f"num_{kind}_heads"] for kind in ("attention", "key_value", "key_value")]
-    q, k, v = [torch.randn(given.batch, n, given.length, d).to(given.dtype).requires_grad_() for n in heads]
+    q, k, v = [
+        torch.randn(given.batch, n, given.length, d).to(given.dtype).requires_grad_() for n in heads
+    ]
 
     def run(block: int) -> None:
         attention_op.BLOCK = block
@@ -143,7 +160,8 @@ def attention(given: SimpleNamespace) -> dict[str, Any]:
 def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
     """Rows of logits at a time."""
     words, width = given.shape["vocab_size"], given.shape["hidden_size"]
-    # logits as small as a model's: else most probabilities are subnormal numbers, which a CPU is slow with
+    # logits as small as a model's: else most probabilities are subnormal numbers, which a CPU is
+    # slow with
     hidden, W = (
         torch.randn(n, width).mul_(0.2).to(given.dtype) for n in (given.batch * given.length, words)
     )  # (N, D), (V, D)
@@ -159,7 +177,10 @@ def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
 def token(given: SimpleNamespace) -> dict[str, Any]:
     """F.linear or torch.mv; and the dtype of the adapters' products."""
     width, wide = given.shape["hidden_size"], given.shape["intermediate_size"]
-    layers = [torch.randn(wide, width).to(given.dtype) for _ in range(3 * given.shape["num_hidden_layers"])]
+    layers = [
+        torch.randn(wide, width).to(given.dtype)
+        for _ in range(3 * given.shape["num_hidden_layers"])
+    ]
     row = torch.randn(1, 1, width).to(given.dtype)  # (1, T, in)
     x, h = torch.randn(2, 8, 1, width).to(given.dtype)  # (rows, T, in), (rows, T, out)
     A, B = torch.randn(8, 8, width), torch.randn(8, width, 8)  # (rows, r, in), (rows, out, r)
@@ -169,19 +190,27 @@ def token(given: SimpleNamespace) -> dict[str, Any]:
 
     def dense(way: str) -> None:
         for W in layers:
-            torch.nn.functional.linear(row, W) if way == "linear" else torch.mv(W, row.view(-1)).view(1, 1, -1)
+            torch.nn.functional.linear(row, W) if way == "linear" else torch.mv(
+                W, row.view(-1)
+            ).view(1, 1, -1)
 
     def rows(bits: int) -> None:
         A, B = factors[bits]
         torch.baddbmm(h.to(B.dtype), x.to(A.dtype) @ A.mT, B.mT).to(h.dtype)
 
     return {
-        "dense": compared("a token through dense layers", dense, ("linear", "mv"), given.rounds, times=10),
-        "rows": compared("a token's adapters, bits", rows, tuple(factors), given.rounds, times=1000),
+        "dense": compared(
+            "a token through dense layers", dense, ("linear", "mv"), given.rounds, times=10
+        ),
+        "rows": compared(
+            "a token's adapters, bits", rows, tuple(factors), given.rounds, times=1000
+        ),
     }
 
 
-def compared(title: str, run: Callable[[Any], None], sizes: tuple[Any, ...], rounds: int, times: int) -> dict[str, Any]:
+def compared(
+    title: str, run: Callable[[Any], None], sizes: tuple[Any, ...], rounds: int, times: int
+) -> dict[str, Any]:
     """Seconds of `times` runs with each size in turns, against the first of them, which is in use."""
 
     def timed(size: Any) -> dict[str, float]:
@@ -191,23 +220,33 @@ def compared(title: str, run: Callable[[Any], None], sizes: tuple[Any, ...], rou
         return {"seconds": perf_counter() - begun}
 
     sides = {str(size): SimpleNamespace(step=lambda size=size: timed(size)) for size in sizes}
-    return report(f"{title}: seconds for {times}", take_turns(sides, 3 * rounds), "seconds", str(sizes[0]))
+    return report(
+        f"{title}: seconds for {times}", take_turns(sides, 3 * rounds), "seconds", str(sizes[0])
+    )
 
 
 def steps(given: SimpleNamespace) -> dict[str, Any]:
     """What is compiled in C, and the pool: a process without each, and one without both."""
     by_torch = {"MINILORA_STEPS": "torch"}
-    sides = {"no C": ([], by_torch), "no pool": (["--no-pool"], {}), "neither": (["--no-pool"], by_torch)}
+    sides = {
+        "no C": ([], by_torch),
+        "no pool": (["--no-pool"], {}),
+        "neither": (["--no-pool"], by_torch),
+    }
     return processes("without", given, sides)
 
 
 def malloc(given: SimpleNamespace) -> dict[str, Any]:
     """When glibc gives memory back."""
-    sides = {f"{size} MB": ([], {"MALLOC_MMAP_THRESHOLD_": str(size << 20)}) for size in given.megabytes}
+    sides = {
+        f"{size} MB": ([], {"MALLOC_MMAP_THRESHOLD_": str(size << 20)}) for size in given.megabytes
+    }
     return processes("MALLOC_MMAP_THRESHOLD_", given, sides)
 
 
-def processes(title: str, given: SimpleNamespace, sides: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, Any]:
+def processes(
+    title: str, given: SimpleNamespace, sides: dict[str, tuple[list[str], dict[str, str]]]
+) -> dict[str, Any]:
     """Seconds and memory of steps in processes with these arguments and variables, against one with none."""
     command = [__file__, "--dtype", dtype_name(given.dtype), "--side"]
     contenders = {

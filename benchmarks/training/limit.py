@@ -5,8 +5,8 @@
     cross-entropy one softmax over the logits, chunk by chunk, which is also their gradient
     elementwise   what norms, rotations, SwiGLU and residual sums must read and write, at the speed of copying
 
-Everything goes into kept buffers, so that no page faults are in it; dequantisation, the optimiser and Python are left
-out. Of equal layers a few are run and counted for all.
+Everything goes into kept buffers, so that no page faults are in it; dequantisation, the optimiser
+and Python are left out. Of equal layers a few are run and counted for all.
 """
 
 import time
@@ -29,7 +29,9 @@ def elementwise_values(config: DecoderConfig) -> int:
     """Values read and written for a token and layer, forward and backward, one pass each."""
     width, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
     norms = 2 * (2 + 3) * width  # forward x -> y; backward x, dy -> dx
-    rotations = 2 * 2 * (config.num_attention_heads + config.num_key_value_heads) * d  # q and k, there and back
+    rotations = (
+        2 * 2 * (config.num_attention_heads + config.num_key_value_heads) * d
+    )  # q and k, there and back
     swiglu = (3 + 5) * inner  # gate, up -> h; gate, up, dh -> dgate, dup
     residuals = 2 * (3 + 3) * width  # x, y -> x + y; and the sum of their gradients
     return norms + rotations + swiglu + residuals
@@ -38,19 +40,27 @@ def elementwise_values(config: DecoderConfig) -> int:
 class Limit:
     """The parts for `batch` rows of `length` tokens, rank `r`, in `dtype`; `seconds()` runs each and says how long."""
 
-    def __init__(self, config: DecoderConfig, batch: int, length: int, dtype: torch.dtype, r: int = 16) -> None:
+    def __init__(
+        self, config: DecoderConfig, batch: int, length: int, dtype: torch.dtype, r: int = 16
+    ) -> None:
         self.config, self.layers, self.dtype = config, config.num_hidden_layers, dtype
         self.rows, width, inner = batch * length, config.hidden_size, config.intermediate_size
-        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        queries, keys = (
+            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.shapes = [(queries, width), (keys, width), (keys, width), (width, queries)]
         self.shapes += [(inner, width), (inner, width), (width, inner)]  # (out, in) of a layer
         self.buffers = {size: self._new(self.rows, size) for shape in self.shapes for size in shape}
         self.outputs = {size: self._new(self.rows, size) for size in self.buffers}
         self.weights = {shape: self._new(*shape) for shape in self.shapes}
-        self.factors = {shape: (self._new(r, shape[1]), self._new(shape[0], r)) for shape in self.shapes}
+        self.factors = {
+            shape: (self._new(r, shape[1]), self._new(shape[0], r)) for shape in self.shapes
+        }
         self.small = [self._new(self.rows, r) for _ in range(2)]
         self.head = self._new(config.vocab_size, width)
-        self.logits, self.errors = (self._new(min(CHUNK, self.rows), config.vocab_size) for _ in range(2))
+        self.logits, self.errors = (
+            self._new(min(CHUNK, self.rows), config.vocab_size) for _ in range(2)
+        )
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.qkv = [self._new(batch, n, length, config.head_dim).requires_grad_() for n in heads]
 
@@ -62,9 +72,14 @@ class Limit:
         grouped = self.config.num_attention_heads != self.config.num_key_value_heads
         sdpa = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
         forms: dict[str, Callable[..., Tensor]] = {"minilora": attention, "sdpa": sdpa}
-        attended = {f"attention, {name}": self._time(self._attention, form) for name, form in forms.items()}
+        attended = {
+            f"attention, {name}": self._time(self._attention, form) for name, form in forms.items()
+        }
         found = {"linears": self._time(self._linears), "lora": self._time(self._lora)}
-        found |= {"head": self._time(self._head, times=1), "cross-entropy": self._time(self._softmax, times=1)}
+        found |= {
+            "head": self._time(self._head, times=1),
+            "cross-entropy": self._time(self._softmax, times=1),
+        }
         found |= {"attention": min(attended.values()), "elementwise": self._time(self._copies)}
         return {"seconds": sum(found.values())} | found | attended
 
@@ -78,8 +93,12 @@ class Limit:
 
     def _linears(self) -> None:
         for out, size in self.shapes:
-            torch.mm(self.buffers[size], self.weights[out, size].T, out=self.outputs[out])  # y = x Wᵀ
-            torch.mm(self.buffers[out], self.weights[out, size], out=self.outputs[size])  # dx = dy W
+            torch.mm(
+                self.buffers[size], self.weights[out, size].T, out=self.outputs[out]
+            )  # y = x Wᵀ
+            torch.mm(
+                self.buffers[out], self.weights[out, size], out=self.outputs[size]
+            )  # dx = dy W
 
     def _lora(self) -> None:
         z, dz = self.small  # (N, r)
@@ -93,7 +112,10 @@ class Limit:
             torch.addmm(self.outputs[size], dz, A, out=self.outputs[size])
 
     def _head(self) -> None:
-        hidden, gradient = self.buffers[self.config.hidden_size], self.outputs[self.config.hidden_size]
+        hidden, gradient = (
+            self.buffers[self.config.hidden_size],
+            self.outputs[self.config.hidden_size],
+        )
         for start in range(0, self.rows, CHUNK):
             rows, logits = hidden[start : start + CHUNK], self.logits[: self.rows - start]
             torch.mm(rows, self.head.T, out=logits)
@@ -101,7 +123,9 @@ class Limit:
 
     def _softmax(self) -> None:
         for start in range(0, self.rows, CHUNK):
-            torch.softmax(self.logits[: self.rows - start], -1, out=self.errors[: self.rows - start])
+            torch.softmax(
+                self.logits[: self.rows - start], -1, out=self.errors[: self.rows - start]
+            )
 
     def _attention(self, form: Callable[..., Tensor]) -> None:
         out = form(*self.qkv)

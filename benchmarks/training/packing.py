@@ -2,9 +2,9 @@
 
     python benchmarks/training/packing.py [--tokens 2048] [--documents 8] [--rounds 9]
 
-SmolLM2's heads (9 queries on 3 keys, 64 wide), fp32, one row. Checks that both give the same output and gradients, then
-times them in turn: processor seconds, medians. Peak memory is what a fresh process adds in its first pass (Linux). The
-last line is one JSON document.
+SmolLM2's heads (9 queries on 3 keys, 64 wide), fp32, one row. Checks that both give the same output
+and gradients, then times them in turn: processor seconds, medians. Peak memory is what a fresh
+process adds in its first pass (Linux). The last line is one JSON document.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 from benchmarks._lib.side_by_side import fresh
 from minilora_kernels.ops.attention import Documents, attention, causal_mask, document_runs
@@ -52,7 +54,9 @@ def peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("tokens", 2048), ("documents", 8), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--form", choices=FORMS, help="print only the bytes that this one takes")
@@ -66,7 +70,8 @@ def main() -> None:
         print(peak() - before)
         return
     off = max(
-        (a - b).norm() / b.norm() for a, b in zip(*(one_pass(form, qkv, ids) for form in FORMS), strict=True)
+        (a - b).norm() / b.norm()
+        for a, b in zip(*(one_pass(form, qkv, ids) for form in FORMS), strict=True)
     ).item()
     assert off < 1e-5, f"outputs or gradients differ by {off:.1e}"
     seconds = {form: [] for form in FORMS}

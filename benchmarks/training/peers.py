@@ -1,10 +1,11 @@
 """A training step here and in peft + transformers + bitsandbytes, side by side on one machine.
 
-    python benchmarks/training/peers.py [--only qlora,qlora-checkpointing,lora,full,load] [--rounds 5] [--dtype auto]
+    python benchmarks/training/peers.py [--only qlora,qlora-checkpointing,lora,full,load] [--rounds
+    5] [--dtype auto]
 
-SmolLM2-135M, 4 rows of 512 real tokens without padding, all of them learned; AdamW (fused) at 1e-4, gradients clipped
-to 1. Every contender starts from one folder and one adapter file (r = 16 on all linear layers, alpha 16), and computes
-in one dtype: bf16, or fp32 on a CPU without it.
+SmolLM2-135M, 4 rows of 512 real tokens without padding, all of them learned; AdamW (fused) at 1e-4,
+gradients clipped to 1. Every contender starts from one folder and one adapter file (r = 16 on all
+linear layers, alpha 16), and computes in one dtype: bf16, or fp32 on a CPU without it.
 
     qlora       NF4, double quantisation, blocks of 64, the rest in that dtype
     lora        the base in that dtype
@@ -15,16 +16,18 @@ in one dtype: bf16, or fp32 on a CPU without it.
     minilora    load_model, load_adapter, and what training/loop.py does in a step; adapters in fp32, cast once a
                 forward
     peers       from_pretrained, PeftModel, model(input_ids, labels=...); adapters in that dtype: PEFT's default of
-                fp32 is slower beside bf16; sdpa attention; no k-bit preparation, whose fp32 head costs them time and
-                memory
-    peers, bf16 the same with weights in bf16, which this library does not train: updates below a rounding are lost;
+                fp32 is slower beside bf16; sdpa attention; no k-bit preparation, whose fp32 head
+                costs them time and memory
+    peers, bf16 the same with weights in bf16, which this library does not train: updates below a
+    rounding are lost;
                 only where the dtype is bf16
-    peers, best the same as peers with eager attention, and a malloc that keeps what it has been given (BEST)
+    peers, best the same as peers with eager attention, and a malloc that keeps what it has been
+    given (BEST)
     limit       what a step cannot do without (limit.py): "/ minilora" of it is the inverse of time over the limit
 
--checkpointing: with gradient checkpointing on both sides (use_reentrant=False). Checked: the losses of the first and
-of the last step agree. Without the peers' packages this library is timed alone. The last line is one JSON document,
-which pictures.py draws. A quarter of an hour on two cores.
+-checkpointing: with gradient checkpointing on both sides (use_reentrant=False). Checked: the losses
+of the first and of the last step agree. Without the peers' packages this library is timed alone.
+The last line is one JSON document, which pictures.py draws. A quarter of an hour on two cores.
 """
 
 import argparse
@@ -37,7 +40,9 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 from benchmarks._lib.side_by_side import (
     Contender,
@@ -56,7 +61,11 @@ from benchmarks._lib.side_by_side import (
 from benchmarks._lib.steps import Batches, four_bit, own_step, peer_step, trained_in
 from benchmarks.inference import bench_load
 
-BEST = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+BEST = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
 JOBS = {
     "qlora": ("minilora", "peers", "peers, best", "limit"),
     "qlora-checkpointing": ("minilora", "peers"),
@@ -64,20 +73,28 @@ JOBS = {
     "full": ("minilora", "peers", "peers, bf16"),
 }
 WARM_UP = 2
-TOLERANCE = 0.02  # of the loss: bf16 rounds at other places, and a nested scale may be one code apart
+TOLERANCE = (
+    0.02  # of the loss: bf16 rounds at other places, and a nested scale may be one code apart
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default=",".join([*JOBS, "load"]), help="jobs, with commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument(
-        "--short", action="store_true", help="a random model of two layers, two short rounds; one of loading"
+        "--short",
+        action="store_true",
+        help="a random model of two layers, two short rounds; one of loading",
     )
     add_dtype(parser)
-    parser.add_argument("--side", nargs=3, metavar=("SIDE", "JOB", "FOLDER"), help="be this contender")
+    parser.add_argument(
+        "--side", nargs=3, metavar=("SIDE", "JOB", "FOLDER"), help="be this contender"
+    )
     options = parser.parse_args()
     dtype = compute_dtype(options.dtype)
     if options.side:
@@ -122,11 +139,15 @@ def sides_of(job: str, dtype: torch.dtype) -> list[str]:
     return [side for side in sides if not side.startswith("peers")] if missing_peers() else sides
 
 
-def compare(job: str, folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def compare(
+    job: str, folder: Path, options: argparse.Namespace, dtype: torch.dtype
+) -> dict[str, Any]:
     """Run one job's contenders in turns; its figures."""
     command = [__file__, "--dtype", dtype_name(dtype), "--side"]
     sides = {
-        side: Contender(side, [*command, side, job, folder], BEST if side == "peers, best" else None)
+        side: Contender(
+            side, [*command, side, job, folder], BEST if side == "peers, best" else None
+        )
         for side in sides_of(job, dtype)
     }
     found = take_turns(sides, options.rounds, WARM_UP)
@@ -134,7 +155,9 @@ def compare(job: str, folder: Path, options: argparse.Namespace, dtype: torch.dt
         contender.close()
     trained = {side: answers for side, answers in found.items() if side != "limit"}
     for loss in ("first_loss", "loss"):
-        same = [side for side in trained if loss == "first_loss" or "bf16" not in side]  # bf16 weights learn otherwise
+        same = [
+            side for side in trained if loss == "first_loss" or "bf16" not in side
+        ]  # bf16 weights learn otherwise
         check_close(f"{job}, {loss}", {side: trained[side][-1][loss] for side in same}, TOLERANCE)
     rows = report(f"{job}: seconds a step", found, "seconds", "minilora")
     own, tokens = rows["minilora"], options.batch * options.length
@@ -143,15 +166,27 @@ def compare(job: str, folder: Path, options: argparse.Namespace, dtype: torch.dt
             row["tokens_per_second"] = round(tokens / row["seconds"]["median"], 1)
             row["memory_ratio"] = round(own["resident_mb"] / row["resident_mb"], 3)
             row["anonymous_ratio"] = round(own["anonymous_mb"] / row["anonymous_mb"], 3)
-            print(f"{side:22}{row['tokens_per_second']:8,.0f} tokens/s; minilora's memory is", end=" ")
-            print(f"{row['memory_ratio']:.2f} of this (RSS), {row['anonymous_ratio']:.2f} (anonymous)")
+            print(
+                f"{side:22}{row['tokens_per_second']:8,.0f} tokens/s; minilora's memory is", end=" "
+            )
+            print(
+                f"{row['memory_ratio']:.2f} of this (RSS), {row['anonymous_ratio']:.2f} (anonymous)"
+            )
     if "limit" in found:
         names = found["limit"][0].keys() - {"seconds", "resident", "anonymous"}
-        parts = {part: spread([answer[part] for answer in found["limit"]])["median"] for part in sorted(names)}
+        parts = {
+            part: spread([answer[part] for answer in found["limit"]])["median"]
+            for part in sorted(names)
+        }
         pairs = zip(found["minilora"], found["limit"], strict=True)
-        rows["limit"] |= {"parts": parts, "over": spread([mine["seconds"] / least["seconds"] for mine, least in pairs])}
+        rows["limit"] |= {
+            "parts": parts,
+            "over": spread([mine["seconds"] / least["seconds"] for mine, least in pairs]),
+        }
         over = rows["limit"]["over"]
-        print(f"time over the limit: {over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}); parts of it, seconds:")
+        print(
+            f"time over the limit: {over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}); parts of it, seconds:"
+        )
         print(", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
     return rows
 
@@ -179,7 +214,10 @@ def ours(job: str, folder: Path, batches: Batches, dtype: torch.dtype) -> None:
     import minilora as ml
     from minilora.training import runtime
 
-    quantize, kept = "nf4" if job.startswith("qlora") else None, torch.float32 if job == "full" else dtype
+    quantize, kept = (
+        "nf4" if job.startswith("qlora") else None,
+        torch.float32 if job == "full" else dtype,
+    )
     model = ml.load_model(folder / "base", quantize=quantize, dtype=kept)
     if job == "full":
         model.requires_grad_(True)
@@ -203,7 +241,9 @@ def peers(job: str, folder: Path, batches: Batches, side: str, dtype: torch.dtyp
     if job != "full":
         from peft import PeftModel
 
-        model = trained_in(PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True), dtype)
+        model = trained_in(
+            PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True), dtype
+        )
     if "checkpointing" in job:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     serve(peer_step(model, batches, autocast(kept, dtype)))

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
@@ -39,7 +41,9 @@ LORA = ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--optim", default="adamw_torch")
@@ -53,14 +57,19 @@ def main() -> None:
     dtype = compute_dtype(options.dtype)
     found = vars(options) | {"benchmark": "plan_check"} | machine(dtype)
     options.dtype = dtype_name(dtype)
-    given = [f"--{name}={getattr(options, name)}" for name in ("batch", "max_length", "optim", "malloc", "dtype")]
+    given = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("batch", "max_length", "optim", "malloc", "dtype")
+    ]
     env = EXACT if options.malloc == "exact" else None
     figures = {name: fresh(__file__, "--run", name, *given, env=env) for name in RUNS}
     print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  fullest in")
     for name, f in figures.items():
         sizes = f"{f['planned'] / 1e9:>10.3f}{f['measured'] / 1e9:>10.3f}"
         print(f"{name:<22}{sizes}{f['measured'] / f['planned']:>8.3f}  {f['moment']}")
-    print(f"{options.batch} x {options.max_length} tokens, {options.optim}; malloc {options.malloc}")
+    print(
+        f"{options.batch} x {options.max_length} tokens, {options.optim}; malloc {options.malloc}"
+    )
     print(json.dumps(found | {"runs": figures}))
 
 
@@ -86,7 +95,9 @@ def run(name: str, options: argparse.Namespace) -> dict:
     tokenizer = ml.load_tokenizer(source)
     ids = tokenizer.encode("\n".join(row["text"] for row in ml.samples.prose()) * 8)
     size = options.max_length
-    rows = [{"text": tokenizer.decode(ids[i * size : (i + 2) * size])} for i in range(2 * options.batch)]
+    rows = [
+        {"text": tokenizer.decode(ids[i * size : (i + 2) * size])} for i in range(2 * options.batch)
+    ]
 
     def train(rows: list, config: ml.TrainConfig) -> None:
         model = ml.load_model(source, device=device, **loading)
@@ -98,7 +109,12 @@ def run(name: str, options: argparse.Namespace) -> dict:
     gc.collect()
     with Peak(device) as peak:
         train(rows, config)
-    return {"planned": plan.total, "measured": peak.most, "moment": plan.moment, "device": device.type}
+    return {
+        "planned": plan.total,
+        "measured": peak.most,
+        "moment": plan.moment,
+        "device": device.type,
+    }
 
 
 class Peak:

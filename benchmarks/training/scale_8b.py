@@ -1,6 +1,7 @@
 """The shape of Llama 3 8B on this machine: load it to 4 bits, train an adapter on it.
 
-    python benchmarks/training/scale_8b.py --folder SOMEWHERE-WITH-16-GB [--peers] [--keep] [--dtype auto]
+    python benchmarks/training/scale_8b.py --folder SOMEWHERE-WITH-16-GB [--peers] [--keep] [--dtype
+    auto]
 
 Makes a checkpoint of random weights (34 shards, bf16, 16.06 GB), loads it to NF4 with double
 quantisation, and does QLoRA steps with r = 16 and AdamW: 1 x 64 tokens on q, k, v, o; 1 x 64 on all
@@ -12,7 +13,8 @@ transformers + bitsandbytes + peft do the same, step by step in turns, with adap
 be in the page cache. Checked: the losses of the first steps agree. The last line is one JSON
 document.
 
-Without --folder everything happens to a model of two small layers, which shows nothing but that it works.
+Without --folder everything happens to a model of two small layers, which shows nothing but that it
+works.
 """
 
 import argparse
@@ -30,7 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # the root: benchmarks are imported by their full names
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # the root: benchmarks are imported by their full names
 
 from benchmarks._lib.side_by_side import (
     TINY,
@@ -47,8 +51,18 @@ from benchmarks._lib.side_by_side import (
 )
 from benchmarks._lib.steps import four_bit, own_step, peer_step, trained_in
 
-LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLAMA |= {
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+}
 LLAMA |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 JOBS = {  # name -> (target_modules, tokens, gradient checkpointing)
@@ -60,11 +74,19 @@ TOLERANCE = 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to put the 16 GB; what is there already is used")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each job, after one to warm up")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to put the 16 GB; what is there already is used"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="steps of each job, after one to warm up"
+    )
     parser.add_argument("--jobs", default="0,1,2", help="which of the three jobs, by number")
-    parser.add_argument("--peers", action="store_true", help="transformers + bitsandbytes + peft as well")
+    parser.add_argument(
+        "--peers", action="store_true", help="transformers + bitsandbytes + peft as well"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
     add_dtype(parser)
     parser.add_argument("--side", nargs=2, metavar=("SIDE", "FOLDER"), help="be this contender")
@@ -73,7 +95,9 @@ def main() -> None:
     jobs = [list(JOBS)[int(number)] for number in options.jobs.split(",") if number]
     if options.side:
         side, folder = options.side
-        return (ours if side == "minilora" else peers)(Path(folder), jobs, options.rounds + 1, dtype)
+        return (ours if side == "minilora" else peers)(
+            Path(folder), jobs, options.rounds + 1, dtype
+        )
     if options.peers and (why := missing_peers()):
         raise SystemExit(f"--peers needs packages that are {why}")
     found: dict[str, Any] = {"benchmark": "scale_8b", **machine(dtype)}
@@ -81,7 +105,9 @@ def main() -> None:
         folder = Path(name) / "llama-3-8b-shape"
         begun = time.perf_counter()
         make(folder, LLAMA if options.folder else TINY)
-        found["gigabytes"] = round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2)
+        found["gigabytes"] = round(
+            sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2
+        )
         print(f"{found['gigabytes']} GB in {folder}, {time.perf_counter() - begun:.0f} s")
         try:
             print(json.dumps(found | measure(folder, jobs, options, dtype)))
@@ -90,20 +116,38 @@ def main() -> None:
                 shutil.rmtree(folder)
 
 
-def measure(folder: Path, jobs: list[str], options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def measure(
+    folder: Path, jobs: list[str], options: argparse.Namespace, dtype: torch.dtype
+) -> dict[str, Any]:
     """Load a side after the other, then train side by side."""
     sides: dict[str, Contender] = {}
     loaded: dict[str, Any] = {}
     for side in ("minilora", "peers")[: 1 + options.peers]:
-        command = [__file__, "--jobs", options.jobs, "--rounds", options.rounds, "--dtype", dtype_name(dtype)]
+        command = [
+            __file__,
+            "--jobs",
+            options.jobs,
+            "--rounds",
+            options.rounds,
+            "--dtype",
+            dtype_name(dtype),
+        ]
         sides[side] = Contender(side, [*command, "--side", side, folder])
         loaded[side] = [sides[side].ready]
-    figures = {"load": report("load to NF4, double quantisation: seconds", loaded, "load_seconds", "minilora")}
+    figures = {
+        "load": report(
+            "load to NF4, double quantisation: seconds", loaded, "load_seconds", "minilora"
+        )
+    }
     for job in jobs:
         for contender in sides.values():
             contender.anonymous = 0  # of this job alone; that of loading is in the table above
         found = take_turns(sides, options.rounds, warm_up=1)
-        check_close(f"{job}, loss", {side: answers[0]["first_loss"] for side, answers in found.items()}, TOLERANCE)
+        check_close(
+            f"{job}, loss",
+            {side: answers[0]["first_loss"] for side, answers in found.items()},
+            TOLERANCE,
+        )
         figures[job] = report(f"{job}: seconds a step", found, "seconds", "minilora")
     for contender in sides.values():
         contender.close()
@@ -116,24 +160,52 @@ def make(folder: Path, fields: dict[str, Any]) -> None:
         return
     from safetensors.torch import save_file
 
-    width, inner, vocabulary = (fields[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    width, inner, vocabulary = (
+        fields[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
     keys = width // fields["num_attention_heads"] * fields["num_key_value_heads"]
-    shapes = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)}
-    shapes |= {"self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
-    shapes |= {"mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    shapes = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+    }
+    shapes |= {
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+    }
+    shapes |= {
+        "mlp.down_proj": (width, inner),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
     layers = range(fields["num_hidden_layers"])
     shards = [{"model.embed_tokens": (vocabulary, width)}]
-    shards += [{f"model.layers.{i}.{name}": shape for name, shape in shapes.items()} for i in layers]
-    shards += [{"model.norm": (width,)} | ({} if fields["tie_word_embeddings"] else {"lm_head": (vocabulary, width)})]
+    shards += [
+        {f"model.layers.{i}.{name}": shape for name, shape in shapes.items()} for i in layers
+    ]
+    shards += [
+        {"model.norm": (width,)}
+        | ({} if fields["tie_word_embeddings"] else {"lm_head": (vocabulary, width)})
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     pool = torch.randn(2**24 + 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({f"{name}.weight": _random(shape, pool, number) for name, shape in shard.items()}, folder / file)
+        save_file(
+            {f"{name}.weight": _random(shape, pool, number) for name, shape in shard.items()},
+            folder / file,
+        )
         places |= {f"{name}.weight": file for name in shard}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    config = fields | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
+    config = fields | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -147,7 +219,11 @@ def _random(shape: tuple[int, ...], pool: Tensor, number: int) -> Tensor:
 
 def batches(tokens: int, vocabulary: int) -> list[list[list[int]]]:
     """One row of random ids."""
-    return [torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).tolist()]
+    return [
+        torch.randint(
+            0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+    ]
 
 
 def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
@@ -167,7 +243,9 @@ def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
                 yield step()
         ml.eject(model)
 
-    answers = chain.from_iterable(every_step(*JOBS[job]) for job in jobs)  # a job's state ends with it
+    answers = chain.from_iterable(
+        every_step(*JOBS[job]) for job in jobs
+    )  # a job's state ends with it
     serve(lambda: next(answers), load_seconds=seconds)
 
 
@@ -177,14 +255,18 @@ def peers(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None
     from transformers import AutoModelForCausalLM
 
     begun = time.perf_counter()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit(dtype), dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=four_bit(dtype), dtype=dtype
+    )
     seconds = time.perf_counter() - begun
 
     def every_step(targets: Any, tokens: int, checkpointing: bool) -> Iterator[dict[str, float]]:
         config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
         adapted: Any = trained_in(get_peft_model(model, config), dtype)
         if checkpointing:
-            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            adapted.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         step = peer_step(adapted, batches(tokens, model.config.vocab_size))
         for _ in range(steps):
             yield step()

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out" / "pages"  # beside it the settings, as a site may not leave their folder
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")  # of a relative link: its path
 MATHS = re.compile(r"\$\$(.+?)\$\$|(?<![\w$`])\$(?=\S)([^$`]+?)(?<=\S)\$(?![\w$`])", re.S)
-MODULES = re.compile(r"\b(?:torch\.nn\.modules\.module|collections\.abc|typing|pathlib|minilora(?:\.\w+)+)\.(?=[A-Z])")
+MODULES = re.compile(
+    r"\b(?:torch\.nn\.modules\.module|collections\.abc|typing|pathlib|minilora(?:\.\w+)+)\.(?=[A-Z])"
+)
 WRITTEN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
 
 
@@ -37,7 +39,14 @@ def main() -> None:
         page = path.read_text(encoding="utf-8")
         if path.name == "reference.md":
             page += "\n".join(
-                ["", *(described(f"ml.{name}", getattr(ml, name)) for name in ml.__all__ if not name.startswith("_"))]
+                [
+                    "",
+                    *(
+                        described(f"ml.{name}", getattr(ml, name))
+                        for name in ml.__all__
+                        if not name.startswith("_")
+                    ),
+                ]
             )
         write(path, page)
     for path in sorted(ROOT.glob("notebooks/*.py")):
@@ -60,11 +69,18 @@ def write(path: Path, page: str) -> None:
             elif target not in WRITTEN and target.parent.name != "notebooks":
                 language = {".py": "python", ".c": "c", ".toml": "toml"}.get(target.suffix, "text")
                 name = target.relative_to(ROOT).as_posix()
-                shown.write_text(f"# {name}\n\n````{language}\n{target.read_text(encoding='utf-8')}````\n")
+                shown.write_text(
+                    f"# {name}\n\n````{language}\n{target.read_text(encoding='utf-8')}````\n"
+                )
         return found[1] + os.path.relpath(shown, staged(path).parent)
 
-    fences = re.split(r"(^ {0,3}```.*?^ {0,3}```)", page, flags=re.M | re.S)  # code keeps its brackets
-    parts = [part if part.lstrip().startswith("```") else typeset(LINK.sub(turned, part)) for part in fences]
+    fences = re.split(
+        r"(^ {0,3}```.*?^ {0,3}```)", page, flags=re.M | re.S
+    )  # code keeps its brackets
+    parts = [
+        part if part.lstrip().startswith("```") else typeset(LINK.sub(turned, part))
+        for part in fences
+    ]
     staged(path).parent.mkdir(parents=True, exist_ok=True)
     staged(path).write_text("".join(parts), encoding="utf-8")
 
@@ -75,7 +91,9 @@ def typeset(prose: str) -> str:
     def one(found: re.Match[str]) -> str:
         if found[1]:
             return convert(found[1], display="block")
-        return f"<span>{convert(found[2])}</span>"  # Markdown would cut a paragraph at a bare <math>
+        return (
+            f"<span>{convert(found[2])}</span>"  # Markdown would cut a paragraph at a bare <math>
+        )
 
     return MATHS.sub(one, prose)
 
@@ -85,7 +103,11 @@ def staged(path: Path) -> Path:
     there = OUT / path.relative_to(ROOT)
     if path.parent.name == "notebooks":
         return there.with_suffix(".md")
-    return there if there.suffix in (".md", ".svg", ".html", ".png") else there.with_name(there.name + ".md")
+    return (
+        there
+        if there.suffix in (".md", ".svg", ".html", ".png")
+        else there.with_name(there.name + ".md")
+    )
 
 
 def notebook(path: Path) -> str:
@@ -105,7 +127,9 @@ def described(name: str, value: Any, level: int = 2) -> str:
     head = f"{'#' * level} {name}\n\n"
     said = f"```text\n{inspect.getdoc(value)}\n```\n"
     if isinstance(value, ModuleType):
-        inner = [described(f"{name}.{item}", getattr(value, item), level + 1) for item in value.__all__]
+        inner = [
+            described(f"{name}.{item}", getattr(value, item), level + 1) for item in value.__all__
+        ]
         return "\n".join([head + said, *inner])
     return f"{head}```python\n{signature(name, value)}\n```\n\n{said}{options(value)}"
 
@@ -126,7 +150,11 @@ def signature(name: str, value: Any) -> str:
     returns = "" if inspect.isclass(value) or found.return_annotation is found.empty else " -> "
     returns += inspect.formatannotation(found.return_annotation) if returns else ""
     line = MODULES.sub("", f"{name}({', '.join(parts)}){returns}")
-    return line if len(line) <= 100 else MODULES.sub("", f"{name}(\n    " + ",\n    ".join(parts) + f"\n){returns}")
+    return (
+        line
+        if len(line) <= 100
+        else MODULES.sub("", f"{name}(\n    " + ",\n    ".join(parts) + f"\n){returns}")
+    )
 
 
 def options(value: Any) -> str:

@@ -1,9 +1,10 @@
 """Proves that every benchmark runs in a short form, with peers and without, does equal work on both sides in the dtype
-that this hardware is fast in, says that dtype, and ends in one JSON document; that what judges them is right; and that
-the pictures in docs/ hold the figures they are drawn from.
+that this hardware is fast in, says that dtype, and ends in one JSON document; that what judges them
+is right; and that the pictures in docs/ hold the figures they are drawn from.
 
-Property: ratios are of one round, the memory of a process that takes a block is the block's, a fit finds the parts of a
-sum. Errors: contenders that do different work, and one that dies, stop the benchmark, and growth beyond the order does.
+Property: ratios are of one round, the memory of a process that takes a block is the block's, a fit
+finds the parts of a sum. Errors: contenders that do different work, and one that dies, stop the
+benchmark, and growth beyond the order does.
 """
 
 import json
@@ -69,9 +70,13 @@ serve(step, loaded=True)
 
 def run(script: str, *options: str, first: str = "") -> str:
     """What a script prints; `first` comes before all else on the path."""
-    path = os.pathsep.join([*filter(None, [first]), *(str(ROOT / folder) for folder in (".", "kernels"))])
+    path = os.pathsep.join(
+        [*filter(None, [first]), *(str(ROOT / folder) for folder in (".", "kernels"))]
+    )
     command = [sys.executable, str(next(ROOT.glob(f"benchmarks/*/{script}.py"))), *options]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -85,7 +90,10 @@ def printed(script: str) -> list[str]:
 def check_dtype(lines: list[str]) -> None:
     """First line and document say one dtype, the one that `load_model` takes here, and the class of CPU."""
     found, expected = json.loads(lines[-1]), side_by_side.compute_dtype("auto")
-    assert found["dtype"] == side_by_side.dtype_name(expected) and found["cpu"] == side_by_side.cpu_class()
+    assert (
+        found["dtype"] == side_by_side.dtype_name(expected)
+        and found["cpu"] == side_by_side.cpu_class()
+    )
     assert lines[0].startswith(f"dtype {found['dtype']}, cpu {found['cpu']}, ")
 
 
@@ -112,10 +120,14 @@ def test_turns_alternate_and_ratios_are_of_one_round(tmp_path):
     sides = {"a": Fake("a", [9, 1, 2, 4]), "b": Fake("b", [9, 3, 4, 4])}
     found = side_by_side.take_turns(sides, rounds=3, warm_up=1)
     assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]
-    assert side_by_side.ratios(found, "seconds", "a") == {"b": {"median": 2.0, "min": 1.0, "max": 3.0}}
+    assert side_by_side.ratios(found, "seconds", "a") == {
+        "b": {"median": 2.0, "min": 1.0, "max": 3.0}
+    }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc, which only Linux has")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="memory is read from /proc, which only Linux has"
+)
 def test_memory_is_what_a_process_takes(tmp_path):
     block = 64 << 20
     small, large = contender(tmp_path), contender(tmp_path, block)
@@ -124,7 +136,9 @@ def test_memory_is_what_a_process_takes(tmp_path):
     for number in (1, 2):
         answer = large.step()
         assert answer["seconds"] == number
-        assert 0 <= answer["anonymous"] - before - number * block < 2 << 20  # what else an interpreter takes
+        assert (
+            0 <= answer["anonymous"] - before - number * block < 2 << 20
+        )  # what else an interpreter takes
         assert answer["resident"] > answer["anonymous"]  # the interpreter's own file is mapped
     assert small.step()["anonymous"] < before + (2 << 20)
     small.close()
@@ -138,7 +152,9 @@ def test_different_work_and_a_dead_contender_stop_the_benchmark(tmp_path):
             side_by_side.check_close("loss", {"a": 2.0, "b": wrong}, 0.01)
     with pytest.raises(SystemExit, match="of 7 ended with status 3"):
         contender(tmp_path, 7, "raise SystemExit(3)  # {folder} {size}")
-    assert "not installed: no_such_package" in side_by_side.missing_peers("torch", "no_such_package")
+    assert "not installed: no_such_package" in side_by_side.missing_peers(
+        "torch", "no_such_package"
+    )
     assert not side_by_side.missing_peers("torch")
 
 
@@ -147,14 +163,19 @@ def grown(seconds, megabytes, noise: float = 0) -> dict:
     laws, points = {"seconds": seconds, "megabytes": megabytes}, []
     for x in GROWS["length"][0]:
         ys = {unit: law(x) for unit, law in laws.items()}
-        figures = {unit: {"median": y, "min": y * (1 - noise), "max": y * (1 + noise)} for unit, y in ys.items()}
+        figures = {
+            unit: {"median": y, "min": y * (1 - noise), "max": y * (1 + noise)}
+            for unit, y in ys.items()
+        }
         points.append({"length": x, **figures})
     return grow("length", points)
 
 
 def test_a_fit_finds_the_parts_of_a_sum():
     xs = [128, 256, 512, 1024, 2048]
-    assert fit(xs, [0.2 + 0.001 * x + 1e-6 * x * x for x in xs], 2) == pytest.approx([0.2, 2.048, 4.194304])
+    assert fit(xs, [0.2 + 0.001 * x + 1e-6 * x * x for x in xs], 2) == pytest.approx(
+        [0.2, 2.048, 4.194304]
+    )
     assert fit(xs, [3.0 - 0.001 * x for x in xs], 2)[1:] == [0, 0]  # no part is negative
     assert len(fit(xs[:2], [1.0, 2.0], 2)) == 3  # fewer points than parts
 
@@ -166,7 +187,9 @@ def test_growth_beyond_the_order_is_told_and_a_large_fixed_part_does_not_hide_it
     assert re.match(r"megabytes grow as length\^1\.[2-9]\d at least .* own order is 1\.$", told)
     (told,) = too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line))
     assert told.startswith("seconds grow as length^2.")
-    assert not too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line, noise=0.6))  # it cannot be told from noise
+    assert not too_fast(
+        "length", grown(lambda x: 1 + 1e-9 * x**3, line, noise=0.6)
+    )  # it cannot be told from noise
 
 
 def test_points_of_the_short_form_share_one_and_move_one_size():
@@ -212,10 +235,14 @@ def test_what_peers_publishes():
     full = 3 if found["dtype"] == "bfloat16" else 2  # the third has its weights in bf16
     for job, sides in {"qlora": 4, "qlora-checkpointing": 2, "lora": 3, "full": full}.items():
         assert len(found[job]) == sides
-        assert all(row["ratio"]["min"] <= row["ratio"]["max"] for side, row in found[job].items() if side != "minilora")
-    assert {"linears", "lora", "head", "cross-entropy", "attention", "elementwise"} <= found["qlora"]["limit"][
-        "parts"
-    ].keys()
+        assert all(
+            row["ratio"]["min"] <= row["ratio"]["max"]
+            for side, row in found[job].items()
+            if side != "minilora"
+        )
+    assert {"linears", "lora", "head", "cross-entropy", "attention", "elementwise"} <= found[
+        "qlora"
+    ]["limit"]["parts"].keys()
     assert {"load", "start"} == found["load"]["nf4"].keys()
 
 
@@ -223,10 +250,14 @@ def test_what_peers_publishes():
 
 
 def test_pieces_of_one_measurement_are_joined_and_a_picture_keeps_them(tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
+    pytest.importorskip(
+        "matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'"
+    )
     pieces = []
     for kind in ("length", "batch"):
-        points = [{"length": 128, "batch": 1, "r": 8, "width": 64} | {kind: x} for x in GROWS[kind][0]]
+        points = [
+            {"length": 128, "batch": 1, "r": 8, "width": 64} | {kind: x} for x in GROWS[kind][0]
+        ]
         figures = {"median": 2.0, "min": 1.0, "max": 3.0}
         points = [point | {"seconds": figures, "megabytes": figures} for point in points]
         piece = {
@@ -237,7 +268,9 @@ def test_pieces_of_one_measurement_are_joined_and_a_picture_keeps_them(tmp_path)
         }
         pieces.append(piece)
         (tmp_path / f"{kind}.out").write_text(f"a table\n{json.dumps(piece)}\n")
-    found = pictures.join([pictures.document(str(tmp_path / f"{kind}.out")) for kind in ("length", "batch")])
+    found = pictures.join(
+        [pictures.document(str(tmp_path / f"{kind}.out")) for kind in ("length", "batch")]
+    )
     assert list(found["grows"]) == ["length", "batch"]
     for name in ("cost.svg", "again.svg"):
         pictures.save(found, tmp_path / name)

@@ -1,5 +1,6 @@
 """Proves that kernel_bench.py times the layers that it names, counts their bytes right, times nothing while a kernel
-is wrong, and runs to its end, on a CPU and where there is a GPU. test_kernel_check.py has the check.
+is wrong, and runs to its end, on a CPU and where there is a GPU. test_kernel_check.py has the
+check.
 """
 
 import json
@@ -38,7 +39,9 @@ def python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProc
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
     env = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     env |= {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def last_line(done: subprocess.CompletedProcess) -> dict:
@@ -52,7 +55,11 @@ def last_line(done: subprocess.CompletedProcess) -> dict:
 
 def test_layers_are_those_of_the_published_models():
     """As the weights' shapes stand in the checkpoints: q and o, k and v, gate and up, down."""
-    assert layers("Llama-3-8B") == layers("Mistral-7B") == [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    assert (
+        layers("Llama-3-8B")
+        == layers("Mistral-7B")
+        == [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+    )
     assert layers("Qwen2.5-7B") == [(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)]
     assert layers("SmolLM2-135M") == [(576, 576), (192, 576), (1536, 576), (576, 1536)]
 
@@ -66,9 +73,13 @@ def test_layers_are_those_of_the_published_models():
         ("SmolLM2-135M", 30, 49152, True, 0, 134_515_008),
     ],
 )
-def test_layers_add_up_to_the_published_number_of_parameters(model, blocks, vocabulary, tied, extra, parameters):
+def test_layers_add_up_to_the_published_number_of_parameters(
+    model, blocks, vocabulary, tied, extra, parameters
+):
     (queries, hidden), (keys, _), (intermediate, _), _ = layers(model)
-    block = 2 * queries * hidden + 2 * keys * hidden + 3 * intermediate * hidden + 2 * hidden + extra  # two norms
+    block = (
+        2 * queries * hidden + 2 * keys * hidden + 3 * intermediate * hidden + 2 * hidden + extra
+    )  # two norms
     assert blocks * block + vocabulary * hidden * (1 if tied else 2) + hidden == parameters
 
 
@@ -134,7 +145,9 @@ def test_the_gpu_clock_fills_the_queue_before_it_starts(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: steps.append("wait"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 10))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 10)
+    )
     monkeypatch.setattr(bench_timing, "COPIED", 1 << 12)
     clock = GpuClock(torch.device("cpu"))
     monkeypatch.setattr(clock, "copy", lambda turn: steps.append("copy"))
@@ -142,7 +155,15 @@ def test_the_gpu_clock_fills_the_queue_before_it_starts(monkeypatch):
     assert clock.batch(steps.append, 32) == pytest.approx(3200 / 16)
     turns = list(range(32, 48))
     copies = steps.count("copy")
-    assert copies >= 1 and steps == ["wait", *turns, *["copy"] * copies, "event", *turns, "event", "wait"]
+    assert copies >= 1 and steps == [
+        "wait",
+        *turns,
+        *["copy"] * copies,
+        "event",
+        *turns,
+        "event",
+        "wait",
+    ]
 
 
 # ---- the script
@@ -152,7 +173,11 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     kernel_bench.main([])
     said = capsys.readouterr().out
-    assert json.loads(said.splitlines()[-1]) == {"benchmark": "kernel_bench", "device": None, "rows": []}
+    assert json.loads(said.splitlines()[-1]) == {
+        "benchmark": "kernel_bench",
+        "device": None,
+        "rows": [],
+    }
     assert "no GPU here: nothing was run" in said and "TRITON_INTERPRET=1" in said
 
 
@@ -173,10 +198,23 @@ def test_a_check_that_cannot_run_fails(monkeypatch):
 
 def test_the_whole_way_on_a_cpu(tmp_path):
     picture = tmp_path / "roofline.png"
-    options = ("--peers", "eager,bitsandbytes", "--rounds", "1", "--tokens", "0", "--plot", str(picture))
+    options = (
+        "--peers",
+        "eager,bitsandbytes",
+        "--rounds",
+        "1",
+        "--tokens",
+        "0",
+        "--plot",
+        str(picture),
+    )
     done = python(SCRIPT, "--device", "cpu", *options)
     document = last_line(done)
-    assert "prove nothing about a GPU" in done.stdout and "NOT CHECKED" in done.stdout and not document["checked"]
+    assert (
+        "prove nothing about a GPU" in done.stdout
+        and "NOT CHECKED" in done.stdout
+        and not document["checked"]
+    )
     assert [row["job"] for row in document["rows"]] == [*OPERATIONS] * len(layers("tiny"))
     for row in document["rows"]:
         ours = row["us"][OURS]
@@ -185,13 +223,19 @@ def test_the_whole_way_on_a_cpu(tmp_path):
         assert row["ratio"] == pytest.approx({name: us / ours for name, us in row["us"].items()})
         assert row["operations"] == math.prod(row["shape"]) * OPERATIONS[row["job"]]
         assert {"eager", "bitsandbytes"} < set(row["us"]) and not row["missing"]
-        # all do the same job; a product up to the rounding of W and of the result, 2^-8 each in bf16
+        # all do the same job; a product up to the rounding of W and of the result, 2^-8 each in
+        # bf16
         assert max(row["differs"].values()) <= (2**-7 if row["job"] in PRODUCTS else 0), row
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
 def test_options_that_make_no_sense_are_refused(capsys):
-    for options in (["--models", "Llama-9"], ["--peers", "unsloth"], ["--rounds", "0"], ["--device=cpu", "--tune"]):
+    for options in (
+        ["--models", "Llama-9"],
+        ["--peers", "unsloth"],
+        ["--rounds", "0"],
+        ["--device=cpu", "--tune"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             kernel_bench.main(options)
         said = capsys.readouterr().err
@@ -201,12 +245,25 @@ def test_options_that_make_no_sense_are_refused(capsys):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_the_whole_way_on_a_gpu(tmp_path):
-    options = ["--models", "SmolLM2-135M", "--rounds", "3", "--tokens", "8", "--plot", str(tmp_path / "roofline.png")]
+    options = [
+        "--models",
+        "SmolLM2-135M",
+        "--rounds",
+        "3",
+        "--tokens",
+        "8",
+        "--plot",
+        str(tmp_path / "roofline.png"),
+    ]
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": path
+    }
     command = [sys.executable, SCRIPT, *options]
     document = last_line(subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True))
     assert document["checked"] == list(TILES)
     for row in document["rows"]:
-        assert row["us"][OURS] > 0 and row["differs"]["eager"] <= (2**-7 if row["job"] in PRODUCTS else 0), row
+        assert row["us"][OURS] > 0 and row["differs"]["eager"] <= (
+            2**-7 if row["job"] in PRODUCTS else 0
+        ), row
     assert document["decode"].get("path", "triton") == "triton"

@@ -35,7 +35,10 @@ def test_the_check_passes_and_leaves_no_kernel_out():
     document = last_line(done)
     assert document["checked"] == list(TILES) and "rows" not in document
     assert "tile(4, ROWS=3) LEFT OUT" in done.stdout
-    assert '"interpreter": tile(4, ROWS=2)' in done.stdout or "no tile is 3% faster; now tile(4, ROWS=4)" in done.stdout
+    assert (
+        '"interpreter": tile(4, ROWS=2)' in done.stdout
+        or "no tile is 3% faster; now tile(4, ROWS=4)" in done.stdout
+    )
 
 
 def test_the_bound_lets_one_rounding_through_and_nothing_more():
@@ -43,7 +46,11 @@ def test_the_bound_lets_one_rounding_through_and_nothing_more():
     right = (W.double() @ x.double() + bias.double()).bfloat16()
     within_bound("right", right, W, x, bias)
     within_bound("right, in fp32", W @ x.float() + bias.float(), W, x.float(), bias.float())
-    for wrong in ((right.view(torch.int16) + 2).view(torch.bfloat16), right - bias, right * torch.nan):
+    for wrong in (
+        (right.view(torch.int16) + 2).view(torch.bfloat16),
+        right - bias,
+        right * torch.nan,
+    ):
         with pytest.raises(Mismatch, match=r"3 of 3 are off, first \[0\]"):
             within_bound("wrong", wrong, W, x, bias)
 
@@ -60,14 +67,17 @@ def test_what_is_written_past_the_end_and_a_zeros_sign_are_differences():
         out.copy_(dense_of(tuple(out.shape), blocksize, double, out.dtype))
 
     check_dequantize("right", dequantize_right, torch.device("cpu"))
-    with pytest.raises(Mismatch, match=r"past its end: 1 of 64 differ from the reference, first \[0\]"):
+    with pytest.raises(
+        Mismatch, match=r"past its end: 1 of 64 differ from the reference, first \[0\]"
+    ):
         check_dequantize("careless", careless, torch.device("cpu"))
     with pytest.raises(Mismatch, match=r"first \[1\]: got -0.0, expected 0.0"):
         same_bits("zeros", torch.tensor([0.0, -0.0]), torch.zeros(2))
 
 
-# Each table that a launcher hands to its kernel, one unit in the last place off: as small as a mistake can be. (The
-# thresholds of the second level, which no sample meets so closely, 1 in 1000 off.)
+# Each table that a launcher hands to its kernel, one unit in the last place off: as small as a
+# mistake can be. (The thresholds of the second level, which no sample meets so closely, 1 in 1000
+# off.)
 WRONG = """
 import torch, kernel_bench, kernel_check
 from benchmarks.gpu_kernels.check_parts import Mismatch
@@ -125,6 +135,11 @@ kernel_bench.main(["--check"])
 def test_a_wrong_kernel_is_named_and_nothing_is_timed():
     done = python("-c", WRONG, interpret=True)
     caught = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("caught")]
-    assert set(caught) == set(TILES) and len(caught) == len(TILES) + 3  # three tables of AdamW, two faults of a head
-    assert done.returncode == 1 and "nothing is timed: dequantize_nf4 (7, 129) in blocks of 64" in done.stderr
+    assert (
+        set(caught) == set(TILES) and len(caught) == len(TILES) + 3
+    )  # three tables of AdamW, two faults of a head
+    assert (
+        done.returncode == 1
+        and "nothing is timed: dequantize_nf4 (7, 129) in blocks of 64" in done.stderr
+    )
     assert ": got " in done.stderr and ", expected " in done.stderr

@@ -1,7 +1,8 @@
 """Proves that the kernels compile to few, wide instructions on every card they are for, and that kernel_report.py
 says so: our goals, bitsandbytes' figures as counted by hand, and the JSON on its last line.
 
-The report runs in a process of its own, where Triton compiles: another test may have it interpret here.
+The report runs in a process of its own, where Triton compiles: another test may have it interpret
+here.
 """
 
 import json
@@ -16,7 +17,14 @@ from importlib.metadata import version
 import pytest
 
 from benchmarks.gpu_model import kernel_report
-from benchmarks.gpu_model.kernel_report import BITSANDBYTES, estimates, figures, print_estimates, rows, three_launches
+from benchmarks.gpu_model.kernel_report import (
+    BITSANDBYTES,
+    estimates,
+    figures,
+    print_estimates,
+    rows,
+    three_launches,
+)
 from benchmarks.gpu_model.roofline import CARDS
 from benchmarks.gpu_model.sass import Counts, Tally
 from helpers.source import ROOT
@@ -27,8 +35,9 @@ KEYS = {
     "kernel", "target", "instructions_per_element", "load_bits", "store_bits",
     "registers", "spills", "shared_bytes", "occupancy",
 }  # fmt: skip
-# At most so many instructions for one weight, logit, parameter or value. bitsandbytes 0.50.2 has 24.8 to 26.6 (its
-# double quantisation takes two more kernels), 65 to 72.5, for the GEMV 7.8 to 8 and for AdamW 448 to 506; no more.
+# At most so many instructions for one weight, logit, parameter or value. bitsandbytes 0.50.2 has
+# 24.8 to 26.6 (its double quantisation takes two more kernels), 65 to 72.5, for the GEMV 7.8 to 8
+# and for AdamW 448 to 506; no more.
 MOST = {
     "dequantize_nf4": 7.5,
     "dequantize_nf4_double_quant": 8.5,
@@ -84,8 +93,12 @@ print(json.dumps({{"ours": ours, "theirs": theirs, "amd": amd.name}}))
 def python(*arguments: str) -> str:
     """stdout of a fresh interpreter that finds the library and the benchmarks."""
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": path
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -118,13 +131,17 @@ def reaches_its_goals(kernel: str, row: dict) -> None:
     assert kernel != "adamw_8bit" or row["store_bits"] >= 32 and row["shared_bytes"] <= 1024, row
     if kernel in STEPS:
         assert row["load_bits"] == 128 and row["occupancy"] >= 0.6, row
-        assert row["store_bits"] == 128 or "norm" in kernel, row  # r, and the sums of dw, are narrow
+        assert row["store_bits"] == 128 or "norm" in kernel, (
+            row
+        )  # r, and the sums of dw, are narrow
     if kernel.startswith("dequantize"):
         assert row["store_bits"] == 128, row
     if kernel.startswith("gemv"):
         assert row["occupancy"] >= 0.5, row
     if kernel.startswith("matmul"):
-        assert row["load_bits"] == 128 and row["occupancy"] >= (0.25 if "64" in kernel else 0.43), row
+        assert row["load_bits"] == 128 and row["occupancy"] >= (0.25 if "64" in kernel else 0.43), (
+            row
+        )
 
 
 @pytest.mark.strict
@@ -168,7 +185,12 @@ def test_a_layers_steps_are_bound_by_memory_on_every_card():
 
 def quoted() -> list[str]:
     """The lines of kernels/README.md's table, between its markers, without the head."""
-    table = (ROOT / "kernels/README.md").read_text().partition("<!-- counts -->")[2].partition("<!-- /counts -->")[0]
+    table = (
+        (ROOT / "kernels/README.md")
+        .read_text()
+        .partition("<!-- counts -->")[2]
+        .partition("<!-- /counts -->")[0]
+    )
     return table.strip().splitlines()[2:]
 
 
@@ -195,7 +217,13 @@ def test_the_kernels_readme_quotes_the_counts():
         counts = [row["instructions_per_element"] for row in rows]
         share = [round(100 * row["occupancy"]) for row in rows]
         peer = {row["kernel"]: row for row in report()[1]["bitsandbytes"]}.get(kernel)
-        theirs = f"{peer['instructions_per_element']:.2f}" if peer else "three launches" if "nf4" in kernel else "none"
+        theirs = (
+            f"{peer['instructions_per_element']:.2f}"
+            if peer
+            else "three launches"
+            if "nf4" in kernel
+            else "none"
+        )
         lines.append(
             f"| `{kernel}` | {min(counts):.2f} to {max(counts):.2f} | {min(share)} to {max(share)} | {theirs} |"
         )
@@ -204,12 +232,17 @@ def test_the_kernels_readme_quotes_the_counts():
 
 # Counted by hand in the disassembly of the wheel's libbitsandbytes_cuda132.so, sm_86.
 BY_HAND = {
-    "dequantize_nf4": (422 / 16, 40, 2656, 32 / 48),  # 432 lines less 9 NOP and the jump to itself; 16 weights a thread
+    "dequantize_nf4": (
+        422 / 16,
+        40,
+        2656,
+        32 / 48,
+    ),  # 432 lines less 9 NOP and the jump to itself; 16 weights a thread
     "quantize_nf4": (65.0, 24, 180, 16 / 48),
     "gemv_nf4": (293 / 32, 39, 32, 1.0),  # 293 instructions in the loop, 32 weights
     "gemv_nf4_double_quant": (250 / 32, 57, 0, 32 / 48),
-    # 16 of the 128 HMMA that 32 x 64 x 128 take: 8 warps, 32 weights a thread. 261 instructions less 10 that fetch
-    # a scale, which not every warp does
+    # 16 of the 128 HMMA that 32 x 64 x 128 take: 8 warps, 32 weights a thread. 261 instructions
+    # less 10 that fetch a scale, which not every warp does
     "matmul_nf4": (251 / 32, 64, 0, 32 / 48),
 }
 
@@ -217,14 +250,23 @@ BY_HAND = {
 def counted_as_by_hand(found: list[dict], kernels: Iterable[str]) -> None:
     """Asserts that the rows of `kernels` have the figures of BY_HAND."""
     if version("bitsandbytes") != "0.50.2":
-        pytest.skip(f"these figures are those of bitsandbytes 0.50.2, and here is {version('bitsandbytes')}")
+        pytest.skip(
+            f"these figures are those of bitsandbytes 0.50.2, and here is {version('bitsandbytes')}"
+        )
     rows = {row["kernel"]: row for row in found}
     for kernel in kernels:
         row = rows[kernel]
-        figures = (row["instructions_per_element"], row["registers"], row["shared_bytes"], row["occupancy"])
+        figures = (
+            row["instructions_per_element"],
+            row["registers"],
+            row["shared_bytes"],
+            row["occupancy"],
+        )
         assert figures == pytest.approx(BY_HAND[kernel]), kernel
     # its weights come as bytes and go as single bf16; the codebook is looked up in global memory
-    assert rows["dequantize_nf4"]["loads"] == {"8": 8, "32": 17} and rows["dequantize_nf4"]["stores"] == {"16": 16}
+    assert rows["dequantize_nf4"]["loads"] == {"8": 8, "32": 17} and rows["dequantize_nf4"][
+        "stores"
+    ] == {"16": 16}
 
 
 def test_two_kernels_of_bitsandbytes_are_counted_as_by_hand():
@@ -266,7 +308,9 @@ def test_the_last_line_is_json_with_every_figure():
     assert document["triton"] == version("triton")
     kernels = [row["kernel"] for row in document["rows"]]
     assert {*MOST, "double_quantize_nf4", "gemv_nf4_double_quant_small"} < set(kernels)
-    assert {f"{kernel}_textbook" for kernel in MOST if "nf4" in kernel and "matmul" not in kernel} < set(kernels)
+    assert {
+        f"{kernel}_textbook" for kernel in MOST if "nf4" in kernel and "matmul" not in kernel
+    } < set(kernels)
     every_figure([*document["rows"], *document["bitsandbytes"]])
     for kernel in kernels:
         assert f"{kernel} on gfx942" in stdout
@@ -283,9 +327,16 @@ def test_what_is_not_used_on_a_card_is_left_out_and_its_place_says_so(monkeypatc
 
     counted = [("on both", "sm_75"), ("on both", "sm_80"), ("on one", "sm_80")]
     row = {"bytes_per_element": 1.0, "pipes": {"issue": 1.0}}
-    print_estimates("title", estimates([{"kernel": kernel, "target": target} | row for kernel, target in counted]))
+    print_estimates(
+        "title",
+        estimates([{"kernel": kernel, "target": target} | row for kernel, target in counted]),
+    )
     # LAYER bytes at 320 and 2039 GB/s
-    expected = [["T4", "A100-80"], ["183.5 issue 0.04", "28.8 issue 0.10"], ["-", "28.8 issue 0.10"]]
+    expected = [
+        ["T4", "A100-80"],
+        ["183.5 issue 0.04", "28.8 issue 0.10"],
+        ["-", "28.8 issue 0.10"],
+    ]
     table = capsys.readouterr().out.splitlines()[-3:]
     assert [[line[38:55].strip(), line[55:].strip()] for line in table] == expected
 
@@ -299,15 +350,27 @@ def test_figures_of_a_loop_and_of_what_stands_around_it():
     assert (looped["load_bits"], looped["store_bits"]) == (64, 16)
     assert looped["pipes"] == {"issue": 6.0, "alu": 3.0}
     straight = figures(Counts(path, loop, 0, 32, 0), elements=40, trip=0)
-    assert (straight["instructions_per_element"], straight["whole"], straight["load_bits"]) == (2.5, 2.5, 128)
+    assert (straight["instructions_per_element"], straight["whole"], straight["load_bits"]) == (
+        2.5,
+        2.5,
+        128,
+    )
     assert straight["pipes"] == {"issue": 2.5, "alu": 1.25}
 
 
 def test_three_launches_move_the_bytes_of_three():
     """2.7659 bytes a weight: 2 + 1/2 + 4/64 as ever, 1 + 4 + 4/256 for each scale's code, 4 + 4 to add the mean."""
     rows = [
-        {"kernel": name, "target": "sm_86", "bytes_per_element": peer.bytes, "pipes": {"issue": 1.0}}
+        {
+            "kernel": name,
+            "target": "sm_86",
+            "bytes_per_element": peer.bytes,
+            "pipes": {"issue": 1.0},
+        }
         for name, peer in BITSANDBYTES.items()
     ]
     times = {bound["card"]: bound["microseconds"] for bound in three_launches(estimates(rows))}
-    assert times == {"RTX 3060": pytest.approx(451.1, abs=0.06), "RTX 3090": pytest.approx(173.5, abs=0.06)}
+    assert times == {
+        "RTX 3060": pytest.approx(451.1, abs=0.06),
+        "RTX 3090": pytest.approx(173.5, abs=0.06),
+    }

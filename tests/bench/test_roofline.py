@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.gpu_model.fusing import D, branch, few_tokens, product_us
-from benchmarks.gpu_model.roofline import CARDS, HALF, LANES, WEIGHT, WEIGHT_DOUBLE_QUANT, binding, bounds, pressure
+from benchmarks.gpu_model.roofline import (
+    CARDS,
+    HALF,
+    LANES,
+    WEIGHT,
+    WEIGHT_DOUBLE_QUANT,
+    binding,
+    bounds,
+    pressure,
+)
 
 SQUARE, LAYER = 4096 * 4096, 4096 * 14336
 
@@ -53,7 +62,9 @@ def test_instructions_that_the_bytes_pay_for(card, pipe, instructions):
     assert pressure(times) == (pipe, pytest.approx(1, abs=0.05 / instructions))
 
 
-@pytest.mark.parametrize(("card", "fma", "lsu"), [("T4", 64, 16), ("A100-80", 64, 32), ("H100 SXM", 128, 32)])
+@pytest.mark.parametrize(
+    ("card", "fma", "lsu"), [("T4", 64, 16), ("A100-80", 64, 32), ("H100 SXM", 128, 32)]
+)
 def test_a_clock_of_one_card(card, fma, lsu):
     """As many elements as the card has lanes take one clock."""
     c = CARDS[card]
@@ -62,7 +73,12 @@ def test_a_clock_of_one_card(card, fma, lsu):
         assert binding(times) == pipe and times[pipe] == pytest.approx(1e-3 / c.ghz)
 
 
-@given(st.sampled_from(list(CARDS)), st.integers(1, LAYER), st.floats(0.1, 10), st.sampled_from(list(LANES)))
+@given(
+    st.sampled_from(list(CARDS)),
+    st.integers(1, LAYER),
+    st.floats(0.1, 10),
+    st.sampled_from(list(LANES)),
+)
 def test_twice_the_work_takes_twice_the_time(card, elements, bytes, pipe):
     pipes = {"issue": 20.0, pipe: 30.0}
     once, twice = (bounds(CARDS[card], n * elements, bytes, pipes) for n in (1, 2))
@@ -88,11 +104,23 @@ def test_nonsense_is_refused(elements, bytes, pipes, message):
 
 
 @pytest.mark.parametrize(
-    ("card", "teraflops"),  # bf16 (T4: fp16) with fp32 sums, dense, as NVIDIA's datasheets have them
-    [("T4", 65), ("RTX 3090", 71), ("RTX 4090", 165.2), ("RTX 5090", 209.5), ("A100-80", 312), ("H100 SXM", 989.4)],
+    (
+        "card",
+        "teraflops",
+    ),  # bf16 (T4: fp16) with fp32 sums, dense, as NVIDIA's datasheets have them
+    [
+        ("T4", 65),
+        ("RTX 3090", 71),
+        ("RTX 4090", 165.2),
+        ("RTX 5090", 209.5),
+        ("A100-80", 312),
+        ("H100 SXM", 989.4),
+    ],
 )
 def test_a_product_takes_its_operations_at_the_datasheets_rate(card, teraflops):
-    assert product_us(CARDS[card], 8192, D, D, 0) == pytest.approx(2 * 8192 * D * D / teraflops / 1e6, rel=0.005)
+    assert product_us(CARDS[card], 8192, D, D, 0) == pytest.approx(
+        2 * 8192 * D * D / teraflops / 1e6, rel=0.005
+    )
 
 
 def test_the_branch_moves_sixteen_bytes_a_value_and_addmm_no_more_than_a_kernel():
@@ -112,8 +140,12 @@ def test_few_tokens_by_way_of_a_dense_weight_move_it_twice():
     for card in CARDS.values():
         found = few_tokens(card, 2, idle, idle)
         us, vector = card.gb_per_s * 1e3, 2 * D
-        assert found["codes"] == pytest.approx((D * D * WEIGHT_DOUBLE_QUANT + vector * (4 + 8 * 8)) / us)
-        assert found["dense"] == pytest.approx((D * D * (WEIGHT_DOUBLE_QUANT + 4) + vector * 4) / us)
+        assert found["codes"] == pytest.approx(
+            (D * D * WEIGHT_DOUBLE_QUANT + vector * (4 + 8 * 8)) / us
+        )
+        assert found["dense"] == pytest.approx(
+            (D * D * (WEIGHT_DOUBLE_QUANT + 4) + vector * 4) / us
+        )
         assert D * D * WEIGHT_DOUBLE_QUANT / us < found["dense, cached"] < found["dense"] / 4
         slow = few_tokens(card, 2, {"pipes": {"issue": 1e6}}, idle)
         assert slow["codes"] > 1e3 * found["codes"] and slow["dense"] == found["dense"]

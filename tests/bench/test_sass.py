@@ -1,5 +1,6 @@
 """Proves that sass.py follows machine code as a thread would, reads the widths of its accesses, and adds up what fits
-on an SM: programs written by hand, every way through random ones, real kernels compiled for cards that are not there.
+on an SM: programs written by hand, every way through random ones, real kernels compiled for cards
+that are not there.
 """
 
 import re
@@ -26,7 +27,9 @@ def targets(*fast: str) -> list:
 def listing(*lines: str) -> str:
     """Lines as the disassembler prints them: 16 bytes an instruction, each followed by its encoding."""
     encoding = "/* 0x00000a0000017a02 */"
-    return "\n".join(f"        /*{16 * n:04x}*/    {line} ;    {encoding}" for n, line in enumerate(lines))
+    return "\n".join(
+        f"        /*{16 * n:04x}*/    {line} ;    {encoding}" for n, line in enumerate(lines)
+    )
 
 
 # ---- programs by hand
@@ -136,7 +139,8 @@ def test_what_instructions_amount_to():
 def test_no_way_through_a_program_is_longer(steps):
     """Against every way through it, listed. A step: may it jump, how far, is it a wide load where it may not."""
     lines = [
-        f"@P0 BRA {16 * (n + far):#x}" if jump else f"LDG.E{'.128' * wide}" for n, (jump, far, wide) in enumerate(steps)
+        f"@P0 BRA {16 * (n + far):#x}" if jump else f"LDG.E{'.128' * wide}"
+        for n, (jump, far, wide) in enumerate(steps)
     ]
     lines += ["EXIT"] * 4
     code, ways = parse(listing(*lines)), [[0]]
@@ -144,7 +148,11 @@ def test_no_way_through_a_program_is_longer(steps):
     while ways:
         way = ways.pop()
         here = way[-1]
-        after = {here + 1, here + steps[here][1]} if here < len(steps) and steps[here][0] else {here + 1}
+        after = (
+            {here + 1, here + steps[here][1]}
+            if here < len(steps) and steps[here][0]
+            else {here + 1}
+        )
         ways += [[*way, n] for n in after] if lines[here] != "EXIT" else []
         done += [way] if lines[here] == "EXIT" else []
     wide = [sum("128" in lines[n] for n in way) for way in done]
@@ -202,7 +210,12 @@ COPIES = [
 def test_a_copy_moves_as_wide_as_its_threads_have_values(target, dtype, block, accesses):
     counts = count(copy_kernel(target, dtype, block))
     assert counts.path.loads == counts.path.stores == accesses
-    assert (counts.loop.instructions, counts.spills, counts.shared_bytes, counts.path.shared) == (0, 0, 0, 0)
+    assert (counts.loop.instructions, counts.spills, counts.shared_bytes, counts.path.shared) == (
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("target", targets("sm_75", "sm_120"))
@@ -211,16 +224,24 @@ def test_a_real_loop_is_found(target):
     with imaginary_gpu(target) as launches:
         _row_sums[(64,)](x, x, 4000, BLOCK=512)
     counts = count(launches[0].binary)
-    assert set(counts.loop.loads) == {128} and 0 < counts.loop.instructions < counts.path.instructions
+    assert (
+        set(counts.loop.loads) == {128} and 0 < counts.loop.instructions < counts.path.instructions
+    )
     assert counts.path.stores == {32: 1}
-    assert counts.path.shared > counts.loop.shared == 0  # the sum over the warps comes after the loop
-    assert counts.shared_bytes == 0  # Triton's shared memory is dynamic; sm_90's reserved KiB is not the kernel's
+    assert (
+        counts.path.shared > counts.loop.shared == 0
+    )  # the sum over the warps comes after the loop
+    assert (
+        counts.shared_bytes == 0
+    )  # Triton's shared memory is dynamic; sm_90's reserved KiB is not the kernel's
 
 
 def test_spills_are_counted():
     x = torch.zeros(4096)
     with imaginary_gpu("sm_86") as launches:
-        _twice_the_sum[(1,)](x, x, BLOCK=4096, num_warps=1, maxnreg=64)  # 128 values a thread in 64 registers
+        _twice_the_sum[(1,)](
+            x, x, BLOCK=4096, num_warps=1, maxnreg=64
+        )  # 128 values a thread in 64 registers
     counts = count(launches[0].binary)
     assert counts.spills > 0 and counts.registers <= 64
 
@@ -236,7 +257,13 @@ def test_spills_are_counted():
         ("sm_90", 48, 0, 64, 40),  # 42.7 warps, given in fours
         ("sm_86", 41, 0, 32, 16),  # 16 blocks of one warp
         ("sm_86", 33, 0, 256, 48),  # 33 -> 40 registers, 51 -> 48 warps
-        ("sm_89", 32, 20000, 128, 16),  # shared: 100 KiB / (20000 + 1024 -> 21120) = 4.8 blocks of 4 warps
+        (
+            "sm_89",
+            32,
+            20000,
+            128,
+            16,
+        ),  # shared: 100 KiB / (20000 + 1024 -> 21120) = 4.8 blocks of 4 warps
         ("sm_75", 32, 16300, 128, 16),  # 64 KiB / (16300 -> 16384) = 4 blocks of 4 warps
         ("sm_75", 64, 256, 64, 32),
         ("sm_120", 255, 0, 1024, 0),  # 8 warps by registers, and a block has 32

@@ -1,5 +1,6 @@
 """Proves that the command line is the functions: train, evaluate, generate and merge on a folder give what the same
-calls give, every field is an option with its help, and a mistake is one line and a status, not a traceback."""
+calls give, every field is an option with its help, and a mistake is one line and a status, not a
+traceback."""
 
 import copy
 import json
@@ -17,7 +18,12 @@ from minilora.cli.values import parse_value
 from minilora.tools.merge_report import merge_report
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"{a} plus {b}"}, {"role": "assistant", "content": str(a + b)}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"{a} plus {b}"},
+            {"role": "assistant", "content": str(a + b)},
+        ]
+    }
     for a in range(3)
     for b in range(3)
 ]
@@ -34,13 +40,34 @@ def place(tmp_path_factory):
 
 def test_the_commands_do_what_the_functions_do(place, capsys):
     source, rows, adapter = str(place / "model"), str(place / "rows.jsonl"), str(place / "adapter")
-    run = ["train", source, rows, "--adapter", adapter, "--dtype", "float32", "--quantize", "nf4", "--r", "4"]
+    run = [
+        "train",
+        source,
+        rows,
+        "--adapter",
+        adapter,
+        "--dtype",
+        "float32",
+        "--quantize",
+        "nf4",
+        "--r",
+        "4",
+    ]
     run += ["--eval_dataset", rows]
-    assert main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
-    assert re.search(r"\ndone after 3 steps, loss \d\.\d{1,3}, eval_loss \d\.\d{1,3}; in ", capsys.readouterr().out)
+    assert (
+        main([*run, "--target_modules", "q_proj,up_proj", "--max_steps", "3", "--seed", "7"]) == 0
+    )
+    assert re.search(
+        r"\ndone after 3 steps, loss \d\.\d{1,3}, eval_loss \d\.\d{1,3}; in ",
+        capsys.readouterr().out,
+    )
 
     card = (place / "adapter" / "README.md").read_text()
-    assert f"| rows | {len(ROWS)} |" in card and "| training steps | 3 |" in card and str(place) not in card
+    assert (
+        f"| rows | {len(ROWS)} |" in card
+        and "| training steps | 3 |" in card
+        and str(place) not in card
+    )
 
     model = ml.load_model(source, quantize="nf4", dtype="float32")
     chat = ml.load_tokenizer(source)
@@ -50,16 +77,37 @@ def test_the_commands_do_what_the_functions_do(place, capsys):
     again = ml.load_model(source, quantize="nf4", dtype="float32")
     ml.load_adapter(again, adapter)
     saved = ml.adapter_state_dict(again)
-    assert trained.keys() == saved.keys() and all(torch.equal(trained[key], saved[key]) for key in saved)
+    assert trained.keys() == saved.keys() and all(
+        torch.equal(trained[key], saved[key]) for key in saved
+    )
 
     capsys.readouterr()
-    assert main(["evaluate", source, rows, "--adapter", adapter, "--quantize", "nf4", "--dtype", "float32"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                source,
+                rows,
+                "--adapter",
+                adapter,
+                "--quantize",
+                "nf4",
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     scores = ml.evaluate(model, chat, ROWS)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == pytest.approx(scores.as_dict())
 
-    assert main(["generate", source, "1 plus 1", "--max_new_tokens", "5", "--dtype", "float32"]) == 0
-    expected = ml.generate(ml.load_model(source, dtype="float32"), chat, "1 plus 1", max_new_tokens=5)
+    assert (
+        main(["generate", source, "1 plus 1", "--max_new_tokens", "5", "--dtype", "float32"]) == 0
+    )
+    expected = ml.generate(
+        ml.load_model(source, dtype="float32"), chat, "1 plus 1", max_new_tokens=5
+    )
     assert capsys.readouterr().out == expected + "\n"
 
     assert main(["merge", source, adapter, str(place / "merged"), "--dtype", "float32"]) == 0
@@ -67,7 +115,9 @@ def test_the_commands_do_what_the_functions_do(place, capsys):
     ml.load_adapter(dense, adapter)
     tokens = torch.tensor([chat.encode("1 plus 1")])
     merged = ml.load_model(place / "merged", dtype="float32")
-    torch.testing.assert_close(merged(tokens), dense(tokens), rtol=1e-4, atol=1e-4)  # fp32, other order of sums
+    torch.testing.assert_close(
+        merged(tokens), dense(tokens), rtol=1e-4, atol=1e-4
+    )  # fp32, other order of sums
     assert ml.load_tokenizer(place / "merged").encode("1 plus 1") == chat.encode("1 plus 1")
 
 
@@ -86,7 +136,18 @@ def adapter(place):
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "original"])
 def test_merge_writes_the_target_and_says_what_it_costs(place, adapter, capsys, target):
     source, rows, folder = str(place / "model"), str(place / "rows.jsonl"), place / target
-    run = ["merge", source, adapter, str(folder), "--quantize", "nf4", "--dtype", "float32", "--target", target]
+    run = [
+        "merge",
+        source,
+        adapter,
+        str(folder),
+        "--quantize",
+        "nf4",
+        "--dtype",
+        "float32",
+        "--target",
+        target,
+    ]
     assert main([*run, "--data", rows]) == 0
     model, chat = ml.load_model(source, quantize="nf4", dtype="float32"), ml.load_tokenizer(source)
     ml.load_adapter(model, adapter)
@@ -97,7 +158,10 @@ def test_merge_writes_the_target_and_says_what_it_costs(place, adapter, capsys, 
     if target == "bfloat16":
         expected = expected.bfloat16()
     written = ml.load_model(folder, dtype="bfloat16" if target == "bfloat16" else "float32")
-    assert all(torch.equal(value, written.state_dict()[key]) for key, value in expected.state_dict().items())
+    assert all(
+        torch.equal(value, written.state_dict()[key])
+        for key, value in expected.state_dict().items()
+    )
     said = capsys.readouterr().out
     report = merge_report(model, dense if target == "original" else None)
     assert f"{report.total.error[target]:.2g} / {report.total.cosine[target]:.3f}" in said
@@ -108,24 +172,55 @@ def test_merge_writes_the_target_and_says_what_it_costs(place, adapter, capsys, 
 
 
 def test_merge_refuses_4_bits_that_lose_the_adapter(place, adapter, capsys):
-    run = ["merge", str(place / "model"), adapter, str(place / "small4"), "--dtype", "float32", "--target", "nf4"]
+    run = [
+        "merge",
+        str(place / "model"),
+        adapter,
+        str(place / "small4"),
+        "--dtype",
+        "float32",
+        "--target",
+        "nf4",
+    ]
     assert main([*run, "--quantize", "nf4"]) == 1
     out, said = capsys.readouterr()
-    assert "all layers" in out and re.search(r"cosine -?0\.[01]\d, expected 0\.5", said) and "--force" in said
+    assert (
+        "all layers" in out
+        and re.search(r"cosine -?0\.[01]\d, expected 0\.5", said)
+        and "--force" in said
+    )
     assert not (place / "small4").exists()
     for more in ([], ["--data", str(place / "rows.jsonl")]):
-        assert main([*run, *more]) == 1 and "no layer with an adapter is in 4 bits" in capsys.readouterr().err
+        assert (
+            main([*run, *more]) == 1
+            and "no layer with an active adapter is in 4 bits" in capsys.readouterr().err
+        )
     assert main(["merge", str(place / "model"), adapter, str(place / "x" / ".." / "model")]) == 1
     assert "is the base itself" in capsys.readouterr().err
 
 
 def test_merge_writes_4_bits_when_forced(place, adapter, capsys):
     source, folder = str(place / "model"), str(place / "forced4")
-    run = ["merge", source, adapter, folder, "--dtype", "float32", "--quantize", "nf4", "--target", "nf4", "--force"]
+    run = [
+        "merge",
+        source,
+        adapter,
+        folder,
+        "--dtype",
+        "float32",
+        "--quantize",
+        "nf4",
+        "--target",
+        "nf4",
+        "--force",
+    ]
     assert main(run) == 0 and "every stage gives the same bits" in capsys.readouterr().out
     model = ml.load_model(source, quantize="nf4", dtype="float32")
     ml.load_adapter(model, adapter)
-    expected, written = ml.merge(model, "nf4").state_dict(), ml.load_model(folder, dtype="float32").state_dict()
+    expected, written = (
+        ml.merge(model, "nf4").state_dict(),
+        ml.load_model(folder, dtype="float32").state_dict(),
+    )
     assert all(torch.equal(value, written[key]) for key, value in expected.items())
 
 
@@ -141,9 +236,14 @@ def test_merge_notices_what_the_folder_does_not_hold(place, adapter, capsys, mon
     monkeypatch.setattr(ml, "save_model", damaged)
     run = ["merge", str(place / "model"), adapter, str(place / "damaged"), "--dtype", "float32"]
     assert main(run) == 1
-    assert "differs from the merged model, first in model.layers.1.mlp.up_proj." in capsys.readouterr().err
+    assert (
+        "differs from the merged model, first in model.layers.1.mlp.up_proj."
+        in capsys.readouterr().err
+    )
     merge = ml.merge
-    monkeypatch.setattr(ml, "merge", lambda *given: torch.nn.Module.apply(merge(*given), zero_norms))
+    monkeypatch.setattr(
+        ml, "merge", lambda *given: torch.nn.Module.apply(merge(*given), zero_norms)
+    )
     main([*run, "--data", str(place / "rows.jsonl")])
     assert "raises the loss" in capsys.readouterr().err
 
@@ -157,7 +257,19 @@ def test_another_template_is_refused_unless_forced(place, tmp_path, capsys):
     """By generate, evaluate and merge alike; `train` wrote down what it used."""
     source, rows, adapter = tmp_path / "model", str(place / "rows.jsonl"), str(tmp_path / "adapter")
     shutil.copytree(place / "model", source)
-    run = ["train", str(source), rows, "--adapter", adapter, "--dtype", "float32", "--max_steps", "1", "--r", "2"]
+    run = [
+        "train",
+        str(source),
+        rows,
+        "--adapter",
+        adapter,
+        "--dtype",
+        "float32",
+        "--max_steps",
+        "1",
+        "--r",
+        "2",
+    ]
     assert main(run) == 0
     with (source / "chat_template.jinja").open("a") as file:
         file.write("{# another #}")
@@ -167,7 +279,11 @@ def test_another_template_is_refused_unless_forced(place, tmp_path, capsys):
     for use in uses:
         assert main([*use, "--dtype", "float32"]) == 1
         said = capsys.readouterr().err
-        assert "trained with another chat_template." in said and "--no_check_base" in said and said.count("\n") == 1
+        assert (
+            "trained with another chat_template." in said
+            and "--no_check_base" in said
+            and said.count("\n") == 1
+        )
         assert main([*use, "--dtype", "float32", "--no_check_base"]) == 0
 
 
@@ -223,7 +339,10 @@ def test_every_field_is_an_option_with_its_help(capsys):
             "no-adapter: no such folder. Expected one with",
         ),
         (["evaluate", "./nowhere", "rows.jsonl"], "dataset: rows.jsonl does not exist"),
-        (["merge", "./nowhere", "no-adapter", "out", "--data", "rows.jsonl"], "dataset: rows.jsonl does not exist"),
+        (
+            ["merge", "./nowhere", "no-adapter", "out", "--data", "rows.jsonl"],
+            "dataset: rows.jsonl does not exist",
+        ),
         (["merge", "./nowhere", "no-adapter", "out"], "no-adapter: no such folder"),
         (
             ["train", "./nowhere", "rows.jsonl"],
@@ -242,7 +361,10 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["train", "m", "d", "--r", "x"], "--r: expected int, got 'x'"),
-        (["train", "m", "d", "--rank_pattern", "q_proj"], "--rank_pattern: expected dict[str, int], got 'q_proj'"),
+        (
+            ["train", "m", "d", "--rank_pattern", "q_proj"],
+            "--rank_pattern: expected dict[str, int], got 'q_proj'",
+        ),
         (["train", "m", "d", "--bf16", "yes"], "--bf16: expected bool | None, got 'yes'"),
         (["train", "m", "d", "--lora_r", "8"], "--lora_r"),
         (["fly"], "fly"),

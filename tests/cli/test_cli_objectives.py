@@ -1,5 +1,6 @@
 """Proves that `minilora train --objective` and `--method full` are the functions: what they save is what the same calls
-give, every field of an objective is an option with its help, and an option that would do nothing is refused."""
+give, every field of an objective is an option with its help, and an option that would do nothing is
+refused."""
 
 import re
 from dataclasses import fields
@@ -13,9 +14,15 @@ from minilora.cli.main import main
 from minilora.cli.values import parse_value
 from minilora.losses import OBJECTIVES
 
-PAIRS = [{"prompt": f"{a} plus {b} is ", "chosen": str(a + b), "rejected": "none"} for a in range(3) for b in range(3)]
+PAIRS = [
+    {"prompt": f"{a} plus {b} is ", "chosen": str(a + b), "rejected": "none"}
+    for a in range(3)
+    for b in range(3)
+]
 TEXTS = [
-    {"text": f"{a} plus {b}", "label": "even" if (a + b) % 2 == 0 else "odd one"} for a in range(3) for b in (1, 2)
+    {"text": f"{a} plus {b}", "label": "even" if (a + b) % 2 == 0 else "odd one"}
+    for a in range(3)
+    for b in (1, 2)
 ]
 
 
@@ -29,26 +36,59 @@ def place(tmp_path_factory):
 
 
 def test_dpo(place, capsys):
-    run = ["train", str(place / "model"), str(place / "pairs.jsonl"), "--adapter", str(place / "dpo"), "--r", "4"]
+    run = [
+        "train",
+        str(place / "model"),
+        str(place / "pairs.jsonl"),
+        "--adapter",
+        str(place / "dpo"),
+        "--r",
+        "4",
+    ]
     run += ["--dtype", "float32", "--max_steps", "3", "--eval_dataset", str(place / "pairs.jsonl")]
     assert main([*run, "--objective", "dpo", "--beta", "0.3", "--loss_type", "ipo"]) == 0
-    model, chat = ml.load_model(place / "model", dtype="float32"), ml.load_tokenizer(place / "model")
+    model, chat = (
+        ml.load_model(place / "model", dtype="float32"),
+        ml.load_tokenizer(place / "model"),
+    )
     ml.inject(model, ml.LoRAConfig(r=4), seed=42)
     objective = ml.DPO(beta=0.3, loss_type="ipo")
-    result = ml.train(model, chat, PAIRS, ml.TrainConfig(max_steps=3), objective=objective, eval_dataset=PAIRS)
+    result = ml.train(
+        model, chat, PAIRS, ml.TrainConfig(max_steps=3), objective=objective, eval_dataset=PAIRS
+    )
     assert f"eval_margin {result.evals[-1]['eval_margin']:.4g}" in capsys.readouterr().out
     trained = ml.adapter_state_dict(model)
     again = ml.load_model(place / "model", dtype="float32")
     ml.load_adapter(again, place / "dpo")
     saved = ml.adapter_state_dict(again)
-    assert trained.keys() == saved.keys() and all(torch.equal(trained[key], saved[key]) for key in saved)
+    assert trained.keys() == saved.keys() and all(
+        torch.equal(trained[key], saved[key]) for key in saved
+    )
 
 
 def test_classify_adds_its_head_and_saves_it(place):
-    run = ["train", str(place / "model"), str(place / "texts.jsonl"), "--adapter", str(place / "classes")]
-    run += ["--dtype", "float32", "--max_steps", "2", "--objective", "classify", "--labels", "even,odd one"]
+    run = [
+        "train",
+        str(place / "model"),
+        str(place / "texts.jsonl"),
+        "--adapter",
+        str(place / "classes"),
+    ]
+    run += [
+        "--dtype",
+        "float32",
+        "--max_steps",
+        "2",
+        "--objective",
+        "classify",
+        "--labels",
+        "even,odd one",
+    ]
     assert main(run) == 0
-    model, objective = ml.load_model(place / "model", dtype="float32"), ml.Classify(["even", "odd one"])
+    model, objective = (
+        ml.load_model(place / "model", dtype="float32"),
+        ml.Classify(["even", "odd one"]),
+    )
     objective.add_head(model)
     ml.load_adapter(model, place / "classes")
     assert "base_model.model.score.weight" in ml.adapter_state_dict(model)
@@ -65,13 +105,24 @@ def test_distill_loads_the_teacher_and_full_saves_the_model(place):
         "--max_steps",
         "2",
     ]
-    run += ["--learning_rate", "1e-6", "--method", "full", "--objective", "distill", "--teacher", str(place / "model")]
+    run += [
+        "--learning_rate",
+        "1e-6",
+        "--method",
+        "full",
+        "--objective",
+        "distill",
+        "--teacher",
+        str(place / "model"),
+    ]
     assert main(run) == 0
     model = ml.load_model(place / "full", dtype="float32")
     assert ml.load_tokenizer(place / "full").encode("1 plus 1")
     base = ml.load_model(place / "model", dtype="float32")
     tokens = torch.arange(9)[None]
-    torch.testing.assert_close(model(tokens), base(tokens), rtol=1e-2, atol=1e-2)  # at such a rate it moves little
+    torch.testing.assert_close(
+        model(tokens), base(tokens), rtol=1e-2, atol=1e-2
+    )  # at such a rate it moves little
     assert not torch.equal(model(tokens), base(tokens))
 
 
@@ -96,7 +147,10 @@ def test_every_field_of_an_objective_is_an_option_with_its_help(capsys):
     ("options", "message"),
     [
         (["--beta", "0.1"], "--beta has no effect with --objective sft"),
-        (["--objective", "dpo", "--kl_weight", "1"], "--kl_weight has no effect with --objective dpo"),
+        (
+            ["--objective", "dpo", "--kl_weight", "1"],
+            "--kl_weight has no effect with --objective dpo",
+        ),
         (["--objective", "distill"], "--objective distill needs --teacher"),
         (["--objective", "dpo", "--beta", "0"], "beta: expected > 0"),
         (["--method", "full", "--r", "4"], "--r has no effect with --objective sft --method full"),

@@ -39,8 +39,23 @@ def place(tmp_path_factory):
 
 
 def test_a_run_from_a_file_is_the_run_of_its_options(place):
-    given = ["train", f"{place}/model", f"{place}/rows.jsonl", "--eval_dataset", f"{place}/rows.jsonl", "--r", "2"]
-    given += ["--dtype", "float32", "--target_modules", "q_proj,up_proj", "--rank_pattern", '{"up_proj": 4}']
+    given = [
+        "train",
+        f"{place}/model",
+        f"{place}/rows.jsonl",
+        "--eval_dataset",
+        f"{place}/rows.jsonl",
+        "--r",
+        "2",
+    ]
+    given += [
+        "--dtype",
+        "float32",
+        "--target_modules",
+        "q_proj,up_proj",
+        "--rank_pattern",
+        '{"up_proj": 4}',
+    ]
     given += ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-4"]
     assert main([*given, "--adapter", f"{place}/a", "--output_dir", f"{place}/out-a"]) == 0
     file = ["train", f"{place}/run.toml", "--learning_rate", "1e-4"]  # the command line wins
@@ -51,16 +66,43 @@ def test_a_run_from_a_file_is_the_run_of_its_options(place):
     prose = place / "prose.jsonl"
     prose.write_text('{"text": "what was forgotten"}\n')
     assert (
-        main([*file, "--adapter", f"{place}/c", "--output_dir", f"{place}/out-c", "--general_dataset", f"{prose}"]) == 0
+        main(
+            [
+                *file,
+                "--adapter",
+                f"{place}/c",
+                "--output_dir",
+                f"{place}/out-c",
+                "--general_dataset",
+                f"{prose}",
+            ]
+        )
+        == 0
     )
-    assert [line["eval_general_perplexity"] > 1 for line in read_log(place / "out-c") if "eval_loss" in line] == [True]
+    assert [
+        line["eval_general_perplexity"] > 1
+        for line in read_log(place / "out-c")
+        if "eval_loss" in line
+    ] == [True]
     assert main([*given[:3], "--general_dataset", f"{prose}"]) == 1
     assert main(["plot", f"{place}/out-a", f"{place}/out-b", "--file", f"{place}/runs.svg"]) == 0
     assert (place / "runs.svg").read_text().startswith("<?xml")
 
 
 def test_selftest(place, capsys):
-    assert main(["check-training", f"{place}/model", "--dtype", "float32", "--data", f"{place}/rows.jsonl"]) == 0
+    assert (
+        main(
+            [
+                "check-training",
+                f"{place}/model",
+                "--dtype",
+                "float32",
+                "--data",
+                f"{place}/rows.jsonl",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert {"split", "eval", "packed", "off", "frozen", "moved", "merged"} <= set(
         re.findall(r"^(\w+) +\S+ +\S+  ok", out, re.M)
@@ -69,17 +111,34 @@ def test_selftest(place, capsys):
 
 @pytest.mark.slow  # three processes that import torch
 def test_a_search_is_resumed_and_its_best_is_the_log_s(place, capsys):
-    given = ["sweep", f"{place}/run.toml", "--search", "r=2,4", "--search", "learning_rate=1e-3:1e-2:log"]
+    given = [
+        "sweep",
+        f"{place}/run.toml",
+        "--search",
+        "r=2,4",
+        "--search",
+        "learning_rate=1e-3:1e-2:log",
+    ]
     given += ["--folder", f"{place}/sweep", "--max_steps", "2"]
     assert main([*given, "--trials", "1"]) == 0
     assert main([*given, "--trials", "2"]) == 0  # one more
-    printed = re.findall(r"^ +(\d) +(\S+)  (.*)$", capsys.readouterr().out.splitlines()[-2] + "\n", re.M)
+    printed = re.findall(
+        r"^ +(\d) +(\S+)  (.*)$", capsys.readouterr().out.splitlines()[-2] + "\n", re.M
+    )
     logs = {n: read_log(place / "sweep" / f"trial-{n}") for n in (0, 1)}
-    losses = {n: [line["eval_loss"] for line in log if "eval_loss" in line][-1] for n, log in logs.items()}
+    losses = {
+        n: [line["eval_loss"] for line in log if "eval_loss" in line][-1] for n, log in logs.items()
+    }
     best = min(losses, key=losses.__getitem__)
     assert printed[0][:2] == (str(best), f"{losses[best]:.4f}")
-    assert 1e-3 <= logs[best][0]["config"]["learning_rate"] <= 1e-2 and logs[best][0]["config"]["max_steps"] == 2
-    assert not (place / "sweep" / "trial-2").exists() and (place / "sweep" / "trial-1" / "adapter").is_dir()
+    assert (
+        1e-3 <= logs[best][0]["config"]["learning_rate"] <= 1e-2
+        and logs[best][0]["config"]["max_steps"] == 2
+    )
+    assert (
+        not (place / "sweep" / "trial-2").exists()
+        and (place / "sweep" / "trial-1" / "adapter").is_dir()
+    )
     assert main([*given[:-2], "--trials", "3", "--search", "r=2,8"]) == 1  # r twice
     with pytest.raises(ValueError, match="holds a search over"):
         sweep([f"{place}/run.toml"], {"r": "2,8"}, place / "sweep")
@@ -119,7 +178,16 @@ def test_bad_searches(place, tmp_path, capsys, search, message):
 
 
 def test_a_search_without_a_result_says_where_to_look(place, tmp_path, capsys):
-    given = ["sweep", f"{place}/run.toml", "--search", "r=2,4", "--folder", str(tmp_path), "--trials", "1"]
+    given = [
+        "sweep",
+        f"{place}/run.toml",
+        "--search",
+        "r=2,4",
+        "--folder",
+        str(tmp_path),
+        "--trials",
+        "1",
+    ]
     assert main([*given, "--target_modules", "q_prj"]) == 1
     captured = capsys.readouterr()
     assert "q_prj" in captured.out and "none of 1 trials gave 'eval_loss'" in captured.err

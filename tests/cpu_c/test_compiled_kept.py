@@ -10,7 +10,9 @@ import pytest
 from helpers.tiny import python
 from minilora_kernels.c.compiler import Library
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc): there is nothing to keep")
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="no C compiler (cc): there is nothing to keep"
+)
 
 
 @pytest.fixture
@@ -59,7 +61,9 @@ def test_another_source_flag_or_processor_is_compiled(source, compiled, monkeypa
     assert len(compiled) == len(kept(source)) == 4
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the names are those of x86")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the names are those of x86"
+)
 def test_the_processor_to_compile_for_can_be_named(source, compiled, monkeypatch):
     """`MINILORA_MARCH`: another file, and the compiler is told; what the shell would take as its own it does not."""
     monkeypatch.delenv("MINILORA_MARCH", raising=False)

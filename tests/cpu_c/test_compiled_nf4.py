@@ -21,7 +21,9 @@ from minilora_kernels.c import nf4
 from minilora_kernels.nf4 import functional
 from minilora_kernels.nf4.reference import dequantize, double_dequantize
 
-compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc): dequantisation stays in torch")
+compiler = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="no C compiler (cc): dequantisation stays in torch"
+)
 
 
 def expected(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -104,14 +106,19 @@ def test_a_last_block_that_is_not_whole_is_torchs():
 
 def assert_near(y, x, weight, bias):
     """Against fp64. With n products and a bias summed in fp32 in any order, and scale and level rounded to a weight in
-    the oracle, fp32 is off by (n + 2) 2^-24 of the sum of magnitudes; bf16 rounds that once, by 2^-8 of it."""
+    the oracle, fp32 is off by (n + 2) 2^-24 of the sum of magnitudes; bf16 rounds that once, by
+    2^-8 of it."""
     W, b = dequantize_nf4(weight, torch.float64), None if bias is None else bias.double()
     exact = F.linear(x.double(), W, b)
     sizes = F.linear(x.double().abs(), W.abs(), None if b is None else b.abs())
     bound = (x.shape[-1] + 2) * 2**-24 * sizes
     if y.dtype == torch.bfloat16:
         bound += 2**-8 * (exact.abs() + bound)
-    assert y.dtype == x.dtype and y.shape == exact.shape and ((y.double() - exact).abs() <= bound).all()
+    assert (
+        y.dtype == x.dtype
+        and y.shape == exact.shape
+        and ((y.double() - exact).abs() <= bound).all()
+    )
 
 
 @compiler
@@ -126,7 +133,9 @@ def assert_near(y, x, weight, bias):
     dtype=st.sampled_from(nf4.DTYPES),
 )
 @pytest.mark.parametrize("wide", [True, False])
-def test_a_product_is_summed_in_fp32(plain, wide, out, blocks, blocksize, count, double_quant, with_bias, dtype):
+def test_a_product_is_summed_in_fp32(
+    plain, wide, out, blocks, blocksize, count, double_quant, with_bias, dtype
+):
     """All shapes that are multiplied from the codes, by both forms of the loop."""
     assert nf4.ready()
     generator = torch.Generator().manual_seed(out * 100 + blocks)
@@ -144,7 +153,9 @@ def test_a_product_is_summed_in_fp32(plain, wide, out, blocks, blocksize, count,
 def products(monkeypatch):
     """The shapes of the weights that are multiplied from their codes, as it happens."""
     seen, multiplier = [], nf4.multiplier
-    monkeypatch.setattr(nf4, "multiplier", lambda *a, **k: seen.append(tuple(k["shape"])) or multiplier(*a, **k))
+    monkeypatch.setattr(
+        nf4, "multiplier", lambda *a, **k: seen.append(tuple(k["shape"])) or multiplier(*a, **k)
+    )
     assert nf4.ready()
     return seen
 
@@ -159,7 +170,11 @@ def test_a_layer_takes_few_rows_so(dtype, bias, products):
         for few in (x[0], x[1, :1], x[:, 3], x[:1, :5]):
             assert_near(layer(few), few, layer.weight, layer.bias)
         assert products == [(40, 192)] * 4
-        assert layer(x).shape == (2, FEW, 40) and layer(x[:, :0]).shape == (2, 0, 40)  # too many, none
+        assert layer(x).shape == (2, FEW, 40) and layer(x[:, :0]).shape == (
+            2,
+            0,
+            40,
+        )  # too many, none
         layer(x[0].double()), layer(x[0].half())
     layer(x[0])  # gradients are on: backward will want W
     assert len(products) == 4
@@ -173,7 +188,9 @@ def test_what_switches_it_off(products, monkeypatch):
         assert_near(odd(x[:, :96]), x[:, :96], odd.weight, odd.bias)
         with ml.reference_ops():
             plain = layer(x)
-        assert products == [(32, 96)] and torch.equal(plain, F.linear(x, layer.dequantize(), layer.bias))
+        assert products == [(32, 96)] and torch.equal(
+            plain, F.linear(x, layer.dequantize(), layer.bias)
+        )
         for path in ("cpu", "reference"):
             monkeypatch.setenv(functional.ENVIRONMENT, path)
             assert torch.equal(layer(x), plain)

@@ -1,6 +1,7 @@
 """Proves that the compiled steps are what they say to the last bits, at every size, and leave alone what is not theirs.
 
-Oracles in fp64; test_ops.py and test_cross_entropy.py hold the ops that call them against their plain forms.
+Oracles in fp64; test_ops.py and test_cross_entropy.py hold the ops that call them against their
+plain forms.
 """
 
 import shutil
@@ -18,7 +19,9 @@ from minilora_kernels.c import bindings
 from minilora_kernels.ops import attention as att
 from minilora_kernels.ops.rms_norm import plain_rms_norm
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc): the steps are torch's")
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="no C compiler (cc): the steps are torch's"
+)
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
 sizes = st.integers(1, 300)
@@ -58,7 +61,10 @@ def test_a_gate_over_the_whole_range(dtype, gelu):
 
 @given(rows=st.integers(1, 40), width=sizes, dtype=st.sampled_from(DTYPES), gemma=st.booleans())
 def test_norms(rows, width, dtype, gemma):
-    x, w, dy = (values(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, width), (width,), (rows, width)]))
+    x, w, dy = (
+        values(*s, dtype=dtype, seed=i)
+        for i, s in enumerate([(rows, width), (width,), (rows, width)])
+    )
     found = bindings.rms_norm(x, w, 1e-5, gemma)
     assert found is not None
     exact_x, exact_w = x.double().requires_grad_(), w.double().requires_grad_()
@@ -66,15 +72,33 @@ def test_norms(rows, width, dtype, gemma):
     exact.backward(dy.double())
     assert close(found[0], exact.detach(), 3)
     back = bindings.rms_norm_backward(x, w, found[1], dy, True, gemma)
-    assert back is not None and back[1] is not None and exact_x.grad is not None and exact_w.grad is not None
-    largest = (dy.double() * (w.double() + gemma)).abs().amax(1, keepdim=True) * found[1].double() * (1 + width**0.5)
-    assert close(back[0], exact_x.grad, 2, largest.expand_as(exact_x))  # a difference: fp32 noise of its terms
-    assert close(back[1], exact_w.grad, rows + 4, (dy.double() * exact_x.detach() * found[1]).abs().sum(0))
+    assert (
+        back is not None
+        and back[1] is not None
+        and exact_x.grad is not None
+        and exact_w.grad is not None
+    )
+    largest = (
+        (dy.double() * (w.double() + gemma)).abs().amax(1, keepdim=True)
+        * found[1].double()
+        * (1 + width**0.5)
+    )
+    assert close(
+        back[0], exact_x.grad, 2, largest.expand_as(exact_x)
+    )  # a difference: fp32 noise of its terms
+    assert close(
+        back[1], exact_w.grad, rows + 4, (dy.double() * exact_x.detach() * found[1]).abs().sum(0)
+    )
     without = bindings.rms_norm_backward(x, w, found[1], dy, False, gemma)
     assert without is not None and without[1] is None and torch.equal(without[0], back[0])
 
 
-@given(rows=st.integers(1, 20), words=st.integers(1, 3000), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 20),
+    words=st.integers(1, 3000),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 def test_cross_entropy(rows, words, dtype, seed):
     logits = values(rows, words, dtype=dtype, seed=seed, scale=5.0)
     labels = torch.randint(words, (rows,), generator=torch.Generator().manual_seed(seed))
@@ -91,7 +115,9 @@ def test_cross_entropy(rows, words, dtype, seed):
 @given(N=st.integers(1, 3), size=st.integers(1, 20), start=st.integers(0, 70), G=st.integers(1, 3))
 def test_weights_of_attention(N, size, start, G):
     keys = start + size
-    scores, dP = (values(N, size * G, keys, dtype=torch.float32, seed=i, scale=3.0) for i in range(2))
+    scores, dP = (
+        values(N, size * G, keys, dtype=torch.float32, seed=i, scale=3.0) for i in range(2)
+    )
     wide = [x.double() for x in (scores, dP)]
     assert bindings.attention_weights(scores, dP, start, G)
     with pytest.MonkeyPatch.context() as patch:
@@ -126,14 +152,19 @@ def test_what_is_left_to_torch(monkeypatch):
     loss = torch.empty(2)
     for bad in ([0, 8], [-1, 3]):  # C would read and write beside the row
         assert not bindings.cross_entropy(x.clone(), torch.tensor(bad), loss, True)
-    assert not bindings.cross_entropy(x.clone(), torch.tensor([0, 1], dtype=torch.int32), loss, True)
+    assert not bindings.cross_entropy(
+        x.clone(), torch.tensor([0, 1], dtype=torch.int32), loss, True
+    )
     monkeypatch.setenv("MINILORA_STEPS", "torch")
     assert bindings.gated(x, x, False) is None
 
 
 def test_a_strided_input_is_read_as_it_is():
     x = values(6, 40, dtype=torch.float32)[:, ::2]
-    expected, found = bindings.gated(x.contiguous(), x.contiguous(), False), bindings.gated(x, x, False)
+    expected, found = (
+        bindings.gated(x.contiguous(), x.contiguous(), False),
+        bindings.gated(x, x, False),
+    )
     assert found is not None and expected is not None and torch.equal(found, expected)
 
 
@@ -149,10 +180,14 @@ def test_a_model_learns_the_same_without_a_compiler(dtype, monkeypatch):
         ids = torch.arange(40).view(2, 20) % 60
         hidden = model(ids).float().square().mean()
         hidden.backward()
-        results.append([hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
     for found, expected in zip(*results, strict=True):
         # bf16: some ties fall the other way, and go through all layers
-        assert (found - expected).norm() <= {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype] * expected.norm() + 1e-9
+        assert (found - expected).norm() <= {torch.float32: 1e-4, torch.bfloat16: 0.1}[
+            dtype
+        ] * expected.norm() + 1e-9
 
 
 def test_without_a_compiler_nothing_is_missing():

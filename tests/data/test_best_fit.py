@@ -79,7 +79,9 @@ def test_a_plan_of_packed_rows_is_a_plan():
         sorted(packed.lengths) == [10, 10, 10]
         and str(packed) == "6 examples in 3 rows of 10 tokens, 0.0% of them padding"
     )
-    plan = BatchPlan(packed.lengths, TrainConfig(packing=True, max_length=10, per_device_train_batch_size=2))
+    plan = BatchPlan(
+        packed.lengths, TrainConfig(packing=True, max_length=10, per_device_train_batch_size=2)
+    )
     assert plan.identity["packing"] == 10 and plan.identity["samples"] == 3
     assert sorted(i for step in range(2) for micro in plan[step] for i in micro) == [0, 1, 2]
 

@@ -24,7 +24,9 @@ def test_equal_to_the_collator_of_transformers(examples, multiple):
 
     tokenizer = theirs("chatml")
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True, pad_to_multiple_of=multiple)
-    expected = collator([{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples])
+    expected = collator(
+        [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in examples]
+    )
     batch = collate(examples, tokenizer.pad_token_id, multiple)
     assert set(batch) == set(expected)
     for key, tensor in batch.items():

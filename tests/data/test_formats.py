@@ -1,7 +1,7 @@
 """Proves that rows of every documented shape mean what they should, and that no bad row gets through in silence.
 
-Each shape against the conversation it stands for; each file kind against the same rows in a list; then the errors,
-each of which must name the row, what it got and what was expected.
+Each shape against the conversation it stands for; each file kind against the same rows in a list;
+then the errors, each of which must name the row, what it got and what was expected.
 """
 
 import csv
@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from minilora.data import SHAPES, Chat, RawText, Text, as_messages, read_dataset, split_prompt
 from minilora.data.formats import extra_keys, shape_of
 
-USER, ANSWER, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+USER, ANSWER, SYSTEM = (
+    {"role": role, "content": role[0]} for role in ("user", "assistant", "system")
+)
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
 
 # ---- shapes
@@ -25,9 +27,15 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     [
         ({"messages": [SYSTEM, USER, ANSWER]}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [USER, CALL], "tools": [1]}, Chat([USER, CALL], tools=[1])),
-        ({"messages": [USER | {"name": None}, ANSWER]}, Chat([USER, ANSWER])),  # None: Arrow's filling
         (
-            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            {"messages": [USER | {"name": None}, ANSWER]},
+            Chat([USER, ANSWER]),
+        ),  # None: Arrow's filling
+        (
+            {
+                "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}],
+                "system": "s",
+            },
             Chat([SYSTEM, USER, ANSWER]),
         ),
         ({"conversations": [USER, ANSWER]}, Chat([USER, ANSWER])),
@@ -67,7 +75,13 @@ def test_trained_turns():
 
 
 def test_extra_keys_are_found_in_rows_and_messages():
-    row = {"messages": [USER | {"mood": 1}, ANSWER], "prompt": "x", "id": 3, "gone": None, "tools": []}
+    row = {
+        "messages": [USER | {"mood": 1}, ANSWER],
+        "prompt": "x",
+        "id": 3,
+        "gone": None,
+        "tools": [],
+    }
     assert extra_keys(row) == {"prompt", "id", "messages[].mood"}
     assert extra_keys({"conversations": [{"from": "human", "value": "u"}], "system": "s"}) == set()
 
@@ -80,7 +94,12 @@ def test_split_prompt():
 
 
 KEYS = sorted({"id"}.union(*(required | optional for required, optional in SHAPES.values())))
-VALUES = st.none() | st.text() | st.integers() | st.lists(st.integers() | st.dictionaries(st.text(), st.text()))
+VALUES = (
+    st.none()
+    | st.text()
+    | st.integers()
+    | st.lists(st.integers() | st.dictionaries(st.text(), st.text()))
+)
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES))
@@ -146,8 +165,16 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
         ("a.csv", "text\na,b\n", "number of cells of row 0 differs"),
         ("a.jsonl", "", "is empty"),
         ("a.csv", "text\n", "is empty"),
-        ("a.csv", "text\n" + "a" * 200_000, r"a.csv: Python cannot read this CSV: field larger .*\.jsonl has no such"),
-        ("a.jsonl", "\N{LATIN SMALL LETTER E WITH ACUTE}", "a.jsonl: not UTF-8 text: .* Save it as UTF-8"),
+        (
+            "a.csv",
+            "text\n" + "a" * 200_000,
+            r"a.csv: Python cannot read this CSV: field larger .*\.jsonl has no such",
+        ),
+        (
+            "a.jsonl",
+            "\N{LATIN SMALL LETTER E WITH ACUTE}",
+            "a.jsonl: not UTF-8 text: .* Save it as UTF-8",
+        ),
         ("a.jsonl", "3\n", "row 0: expected a dict, got int"),
         ("a.txt", "a", "expected a path to .jsonl, .json, .csv or .parquet, got .*a.txt"),
     ],
@@ -164,7 +191,10 @@ def test_bad_files_raise(tmp_path, name, text, problem):
         ([], "list is empty"),
         (iter(()), "is empty"),
         ({"train": [{"text": "a"}]}, r"got a dict with keys \['train'\]. Pass one split"),
-        ("tatsu-lab/alpaca", "A data set of the Hub: `datasets.load_dataset"),
+        (
+            "tatsu-lab/alpaca",
+            "For a data set of the Hub, pass the result of `datasets.load_dataset",
+        ),
         (7, "expected a list, an iterable or a path, got int"),
         ([{"text": "a"}, "b"], "row 1: expected a dict, got str: 'b'"),
     ],
@@ -175,7 +205,10 @@ def test_bad_datasets_raise(dataset, problem):
 
 
 def test_a_missing_file_raises(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl does not exist. Expected a file of rows; paths begin at /"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="nowhere.jsonl does not exist. Expected a file of rows; paths begin",
+    ):
         read_dataset(tmp_path / "nowhere.jsonl")
 
 
@@ -190,22 +223,43 @@ def test_a_missing_file_raises(tmp_path):
         ({"messages": "u"}, "'messages' must be a list of messages, got str"),
         ({"messages": []}, "'messages' must be a list of messages, got an empty one"),
         ({"messages": ["u"]}, r"messages\[0\]: expected a dict with role and content, got str"),
-        ({"messages": [USER, ANSWER | {"content": 3}]}, r"messages\[1\]: content must be a text, got int"),
+        (
+            {"messages": [USER, ANSWER | {"content": 3}]},
+            r"messages\[1\]: content must be a text, got int",
+        ),
         ({"messages": [USER | {"content": [{"type": "text"}]}]}, "got list. Join its text parts"),
         ({"messages": [{"role": "user"}]}, "content must be a text, got NoneType"),
-        ({"messages": [{"role": "asistant", "content": "a"}]}, "unknown role 'asistant'. Expected one of system"),
+        (
+            {"messages": [{"role": "asistant", "content": "a"}]},
+            "unknown role 'asistant'. Expected one of system",
+        ),
         ({"messages": [{"content": "a"}]}, "unknown role None"),
-        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight must be 0 .not trained. or 1, got 0.5"),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, r"conversations\[0\]: unknown role 'robot'.*human, gpt"),
+        (
+            {"messages": [USER, ANSWER | {"weight": 0.5}]},
+            "weight must be 0 .not trained. or 1, got 0.5",
+        ),
+        (
+            {"conversations": [{"from": "robot", "value": "a"}]},
+            r"conversations\[0\]: unknown role 'robot'.*human, gpt",
+        ),
         ({"conversations": [{"from": "human", "text": "a"}]}, "content must be a text"),
-        ({"prompt": "u", "completion": [ANSWER]}, "both be texts or both be messages, got str and list"),
+        (
+            {"prompt": "u", "completion": [ANSWER]},
+            "both be texts or both be messages, got str and list",
+        ),
         ({"prompt": "u", "completion": "a", "tools": [1]}, "tools need a chat"),
         ({"instruction": 3, "output": "a"}, "'instruction' must be a text, got int"),
         ({"instruction": "u", "output": ["a"]}, "'output' must be a text, got list"),
         ({"text": 3}, "'text' must be a text, got int"),
         ({"text": "ab\ud83d"}, "'text': half a surrogate pair at character 2"),
-        ({"prompt": "a", "completion": "\ud83d"}, "'completion': half a surrogate pair at character 0"),
-        ({"messages": [USER, ANSWER | {"content": "\udcff"}]}, r"messages\[1\]: half a surrogate pair"),
+        (
+            {"prompt": "a", "completion": "\ud83d"},
+            "'completion': half a surrogate pair at character 0",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"content": "\udcff"}]},
+            r"messages\[1\]: half a surrogate pair",
+        ),
         ({"conversations": [USER], "system": 3}, "'system' must be a text, got int"),
     ],
 )

@@ -1,7 +1,7 @@
 """Proves that exactly the assistant's words and the end of its turns are trained, under any chat template.
 
-Oracle: transformers' own mask of assistant tokens. Property: for random conversations the labels spell the answers.
-Then plain texts, BOS, truncation, the report, and what raises.
+Oracle: transformers' own mask of assistant tokens. Property: for random conversations the labels
+spell the answers. Then plain texts, BOS, truncation, the report, and what raises.
 """
 
 import pytest
@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.chats import CHATML, END, chat, ours, theirs
-from minilora.data import ALPACA_TEMPLATE, IGNORE, RawText, Tokenizer, encode_dataset, encode_prompt, encode_row
+from minilora.data import (
+    ALPACA_TEMPLATE,
+    IGNORE,
+    RawText,
+    Tokenizer,
+    encode_dataset,
+    encode_prompt,
+    encode_row,
+)
 from minilora.data.report import numbers
 
 KINDS = pytest.mark.parametrize("tokenizer_of", [ours, theirs], ids=["minilora", "transformers"])
@@ -28,7 +36,8 @@ def text_of(example, tokenizer) -> str:
 
 
 @pytest.mark.parametrize(
-    "contents", [("hello", "world"), ("a", "b", "c d", "hello hello"), ("x", "y", "z", "", "u", "v")]
+    "contents",
+    [("hello", "world"), ("a", "b", "c d", "hello hello"), ("x", "y", "z", "", "u", "v")],
 )
 def test_labels_are_the_mask_of_transformers(contents):
     """transformers marks what stands between {% generation %} tags; ours must find the same without them."""
@@ -39,11 +48,17 @@ def test_labels_are_the_mask_of_transformers(contents):
     )
     messages = chat(*contents, system="be brief")
     theirs_out = theirs("chatml").apply_chat_template(
-        messages, chat_template=marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages,
+        chat_template=marked,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     example = encode_row({"messages": messages}, ours("chatml"))
     assert example.input_ids == theirs_out["input_ids"]
-    assert [label != IGNORE for label in example.labels] == [bool(m) for m in theirs_out["assistant_masks"]]
+    assert [label != IGNORE for label in example.labels] == [
+        bool(m) for m in theirs_out["assistant_masks"]
+    ]
     assert encode_row({"messages": messages}, theirs("chatml")) == example
 
 
@@ -60,9 +75,14 @@ def test_labels_spell_the_answers(tokenizer_of, family, pairs):
     messages = chat(*(content for pair in pairs for content in pair))
     example = encode_row({"messages": messages}, tokenizer)
     space = " " if family == "mistral" else ""
-    assert trained(example, tokenizer) == "".join(f"{space}{answer}{END[family]}" for _, answer in pairs)
+    assert trained(example, tokenizer) == "".join(
+        f"{space}{answer}{END[family]}" for _, answer in pairs
+    )
     assert text_of(example, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
-    assert all(label in (IGNORE, token) for label, token in zip(example.labels, example.input_ids, strict=True))
+    assert all(
+        label in (IGNORE, token)
+        for label, token in zip(example.labels, example.input_ids, strict=True)
+    )
 
 
 @given(words, words)
@@ -92,7 +112,9 @@ def test_qwen3_trains_a_conversation_whose_earlier_answers_have_weight_zero():
 
 
 def test_turns_after_the_last_answer_are_dropped_and_reported():
-    data = encode_dataset([{"messages": chat("a", "b", "c")}, {"messages": chat("a", "b")}], ours("chatml"))
+    data = encode_dataset(
+        [{"messages": chat("a", "b", "c")}, {"messages": chat("a", "b")}], ours("chatml")
+    )
     assert data[0].input_ids == data[1].input_ids and data[0].dropped_turns == 1
     assert data.report.dropped_turns == (0,) and "after the last trained answer" in str(data.report)
 
@@ -104,7 +126,9 @@ def test_tools_reach_the_template():
 
 
 def test_alpaca_template_serves_a_base_model():
-    tokenizer = Tokenizer(ours("llama3").backend, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})
+    tokenizer = Tokenizer(
+        ours("llama3").backend, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    )
     tokenizer.chat_template = ALPACA_TEMPLATE
     data = encode_dataset([{"instruction": "say", "input": "hello", "output": "world"}], tokenizer)
     assert text_of(data[0], tokenizer) == (
@@ -142,7 +166,9 @@ def test_plain_texts_get_bos_and_eos_once(tokenizer_of, family, row, text, learn
 def test_a_template_that_writes_bos_gets_no_second_one(tokenizer_of):
     tokenizer = tokenizer_of("llama3")
     assert tokenizer.encode("a")[0] == tokenizer.bos_token_id  # the tokenizer would add one
-    data = encode_dataset([{"messages": chat("a", "b")}, {"text": "<|begin_of_text|>ab"}], tokenizer)
+    data = encode_dataset(
+        [{"messages": chat("a", "b")}, {"text": "<|begin_of_text|>ab"}], tokenizer
+    )
     assert all(example.input_ids.count(tokenizer.bos_token_id) == 1 for example in data)
     assert data.report.double_bos == (1,) and "two BOS" in str(data.report)
     assert encode_prompt(RawText("<|begin_of_text|>ab"), tokenizer) == tokenizer.encode("ab")
@@ -151,7 +177,9 @@ def test_a_template_that_writes_bos_gets_no_second_one(tokenizer_of):
 def test_an_eos_that_is_never_trained_is_reported():
     tokenizer = Tokenizer(ours("chatml").backend, {"eos_token": "<|endoftext|>"}, CHATML)
     data = encode_dataset([{"messages": chat("a", "b")}, {"text": "ab"}], tokenizer)
-    assert trained(data[0], tokenizer) == "b<|im_end|>"  # the template's end of turn, though it is not the EOS
+    assert (
+        trained(data[0], tokenizer) == "b<|im_end|>"
+    )  # the template's end of turn, though it is not the EOS
     assert data.report.eos_missing == (0,) and "do not train the EOS" in str(data.report)
     nameless = Tokenizer(ours("chatml").backend, {})
     assert encode_dataset([{"text": "ab"}], nameless).report.eos_missing == (0,)
@@ -169,7 +197,10 @@ def test_truncation_keeps_the_left_and_is_reported():
     whole = [encode_row(row, tokenizer) for row in rows]
     limit = len(whole[1].input_ids) - 3
     data = encode_dataset(rows, tokenizer, max_length=limit)
-    assert data[1].input_ids == whole[1].input_ids[:limit] and data[1].labels == whole[1].labels[:limit]
+    assert (
+        data[1].input_ids == whole[1].input_ids[:limit]
+        and data[1].labels == whole[1].labels[:limit]
+    )
     assert data.report.truncated == (1,) and "cut at max_length" in str(data.report)
     assert data.report.eos_missing == ()  # said once, as truncation
     only_newline = encode_row(rows[1], tokenizer, len(whole[1].input_ids) - 1)
@@ -180,10 +211,13 @@ def test_rows_without_a_trained_token_are_left_out_and_all_of_them_an_error():
     tokenizer = ours("chatml")
     rows = [{"messages": chat("a" * 50, "b")}, {"messages": chat("a", "b")}]
     data = encode_dataset(rows, tokenizer, max_length=40)
-    assert [example.row for example in data] == [1] and data.report.untrained == data.report.truncated == (0,)
+    assert [example.row for example in data] == [
+        1
+    ] and data.report.untrained == data.report.truncated == (0,)
     assert data.report.rows == 2 and "left out" in str(data.report)
     with pytest.raises(
-        ValueError, match="none of 2 rows has an answer to learn .rows 0, 1.: 0 have .* 2 are cut at max_l"
+        ValueError,
+        match="none of 2 rows has an answer to learn .rows 0, 1.: 0 have .* 2 are cut at max_l",
     ):
         encode_dataset(rows, tokenizer, max_length=10)
     with pytest.raises(ValueError, match="max_length"):
@@ -195,7 +229,11 @@ def test_the_report_counts_and_names_unused_keys():
     rows = [{"messages": chat("a", "b"), "id": 7, "none": None}, {"text": "abc", "source": "x"}]
     data = encode_dataset(rows, tokenizer)
     assert data.report.tokens == sum(len(e.input_ids) for e in data) and len(data) == 2
-    assert data.report.trained_tokens == sum(label != IGNORE for e in data for label in e.labels) == 2 + 3
+    assert (
+        data.report.trained_tokens
+        == sum(label != IGNORE for e in data for label in e.labels)
+        == 2 + 3
+    )
     assert data.report.longest == len(data[0].input_ids)
     assert data.report.unused_keys == ("id", "source")
     assert str(data.report).splitlines()[-1] == "  keys not used: id, source"
@@ -206,7 +244,9 @@ def test_the_report_counts_and_names_unused_keys():
 
 
 def test_a_template_that_rewrites_history_names_the_turn():
-    with pytest.raises(ValueError, match="row 5, turn 1: .*no prefix.*rewrites earlier turns.*weight"):
+    with pytest.raises(
+        ValueError, match="row 5, turn 1: .*not a prefix.*rewrites earlier turns.*weight"
+    ):
         encode_row({"messages": chat("a", "b", "c", "d")}, ours("qwen3"), index=5)
 
 
@@ -220,10 +260,15 @@ def test_a_generation_prompt_that_is_no_beginning_of_the_answer_names_the_turn()
 @KINDS
 def test_a_border_that_merges_names_the_turn_and_the_tokens(tokenizer_of):
     """The template ends its header with a newline, the answer begins with two, and "\\n\\n" is one token."""
-    with pytest.raises(ValueError, match=r"row 0, turn 3: .*ends inside a token of the whole: '\\n' becomes '\\n\\n'"):
+    with pytest.raises(
+        ValueError,
+        match=r"row 0, turn 3: .*ends inside a token of the whole: '\\n' becomes '\\n\\n'",
+    ):
         encode_row({"messages": chat("a", "b", "c", "\n\nd")}, tokenizer_of("chatml"))
     with pytest.raises(ValueError, match="row 4: the prompt ends inside a token.*a space"):
-        encode_row({"prompt": "he ", "completion": "was"}, tokenizer_of("mistral"), index=4)  # " w" is one token
+        encode_row(
+            {"prompt": "he ", "completion": "was"}, tokenizer_of("mistral"), index=4
+        )  # " w" is one token
     assert encode_row({"prompt": "he", "completion": " was"}, tokenizer_of("mistral"))
 
 
@@ -242,5 +287,7 @@ def test_a_template_that_refuses_names_the_row(tokenizer_of, family, messages, p
 
 def test_a_missing_template_says_how_to_give_one():
     base = Tokenizer(ours("mistral").backend, {"eos_token": "</s>"})
-    with pytest.raises(ValueError, match="row 0, .*no chat template.*tokenizer.chat_template = .*ALPACA_TEMPLATE"):
+    with pytest.raises(
+        ValueError, match="row 0, .*no chat template.*tokenizer.chat_template = .*ALPACA_TEMPLATE"
+    ):
         encode_dataset([{"messages": chat("a", "b")}], base)

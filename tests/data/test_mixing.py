@@ -1,7 +1,7 @@
 """Proves that a mixture has exactly the proportions it was asked for, and that a split cuts through no group.
 
-Oracle: counting, and shares by hand. Properties: largest remainder; every row of a cycled set equally often, or once
-more; a row stays on its side when others come. Round trip: paths. Errors.
+Oracle: counting, and shares by hand. Properties: largest remainder; every row of a cycled set
+equally often, or once more; a row stays on its side when others come. Round trip: paths. Errors.
 """
 
 import json
@@ -68,10 +68,16 @@ def test_without_rows_nothing_is_repeated_and_one_set_is_whole():
 def test_shares_are_within_one_of_exact(total, weights):
     found = shares(total, [Fraction(weight) for weight in weights])
     assert sum(found) == total
-    assert all(abs(count - total * weight / sum(weights)) < 1 for count, weight in zip(found, weights, strict=True))
+    assert all(
+        abs(count - total * weight / sum(weights)) < 1
+        for count, weight in zip(found, weights, strict=True)
+    )
 
 
-@given(st.lists(st.tuples(st.integers(10, 19), st.integers(1, 5)), min_size=1, max_size=4), st.integers(40, 90))
+@given(
+    st.lists(st.tuples(st.integers(10, 19), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(40, 90),
+)
 def test_every_row_of_a_set_comes_equally_often_or_once_more(sets, rows):
     parts = [(letters("abcd"[i], count), weight) for i, (count, weight) in enumerate(sets)]
     mixed = ml.mix_datasets(parts, rows=rows, seed=3)
@@ -89,7 +95,9 @@ def test_seeds_differ():
     assert ml.mix_datasets(parts, seed=1) != ml.mix_datasets(parts, seed=2)
 
 
-rows_of = st.lists(st.fixed_dictionaries({"text": st.text(max_size=3), "user": st.integers(0, 30)}), min_size=60)
+rows_of = st.lists(
+    st.fixed_dictionaries({"text": st.text(max_size=3), "user": st.integers(0, 30)}), min_size=60
+)
 
 
 @given(rows_of, st.integers(0, 5))
@@ -120,7 +128,9 @@ def test_no_group_is_on_both_sides(rows):
 
 def test_the_share_is_about_what_was_asked():
     train, test = ml.train_test_split(letters("a", 10_000), test=0.1)
-    assert abs(len(test) - 1000) < 120 and len(train) + len(test) == 10_000  # four standard deviations
+    assert (
+        abs(len(test) - 1000) < 120 and len(train) + len(test) == 10_000
+    )  # four standard deviations
     sides = ml.train_test_split(letters("a", 20) * 5, test=0.5)
     assert not [row for row in sides[0] if row in sides[1]]  # equal rows lie on one side
     assert ml.train_test_split(letters("a", 50), test=0.3, seed=1) != ml.train_test_split(
@@ -137,14 +147,18 @@ def test_the_share_is_about_what_was_asked():
 def test_paths_and_the_command_line(tmp_path, monkeypatch):
     paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in letters(name, 40)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in letters(name, 40))
+        )
     expected = ml.mix_datasets({paths[0]: 1, paths[1]: 0.25}, rows=20, seed=7)
     assert sources(expected) == {"a": 16, "b": 4} and {row.source for row in expected} == set(paths)
     seen = []
     monkeypatch.setattr(ml, "load_tokenizer", lambda _: Letters())
     for name in ("load_model", "inject", "count_parameters", "save_adapter", "write_model_card"):
         monkeypatch.setattr(ml, name, lambda *_, **__: None)
-    monkeypatch.setattr(ml, "train", lambda model, tokenizer, dataset, *_, **__: seen.append(dataset) or result())
+    monkeypatch.setattr(
+        ml, "train", lambda model, tokenizer, dataset, *_, **__: seen.append(dataset) or result()
+    )
     run = ["train", "model", paths[0], "--mix", paths[1], "0.25", "--mix_rows", "20", "--seed", "7"]
     assert main(run) == 0 and seen == [expected]
     assert main(run[:3]) == 0 and seen[1] == paths[0]
@@ -178,9 +192,11 @@ def test_split_refuses(capsys):
     for share in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match="test is a share between 0 and 1"):
             ml.train_test_split(letters("a", 9), test=share)
-    with pytest.raises(ValueError, match=r"row 0 has no 'user': its keys are \['prompt', 'completion'\]"):
+    with pytest.raises(
+        ValueError, match=r"row 0 has no 'user': its keys are \['prompt', 'completion'\]"
+    ):
         ml.train_test_split(letters("a", 9), by="user")
     with pytest.raises(ValueError, match="0 of 1 rows held out. Take another"):
         ml.train_test_split(letters("a", 1), test=0.001)
     assert main(["train", "model", "rows.jsonl", "--mix_rows", "3"]) == 1
-    assert "there is no --mix" in capsys.readouterr().err
+    assert "--mix is missing" in capsys.readouterr().err

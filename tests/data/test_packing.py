@@ -1,8 +1,9 @@
 """Proves that a packed document is computed and learned as it is alone. (The bins: test_best_fit.py.)
 
-Oracle: the document alone (every family and switch of the decoder, windows, fp32 and bf16, with and without gradient
-checkpointing; models of transformers). Properties: no mask is made, every example trains once an epoch. Round trip: a
-packed batch cut up again. Errors: models that let documents see each other.
+Oracle: the document alone (every family and switch of the decoder, windows, fp32 and bf16, with and
+without gradient checkpointing; models of transformers). Properties: no mask is made, every example
+trains once an epoch. Round trip: a packed batch cut up again. Errors: models that let documents see
+each other.
 """
 
 import itertools
@@ -22,7 +23,13 @@ from minilora.losses.sft import SFT, padded, token_loss, trained_tokens
 from minilora.training.checks import check_packing
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
-from minilora_kernels.ops.attention import Documents, attention, causal_mask, document_runs, plain_attention
+from minilora_kernels.ops.attention import (
+    Documents,
+    attention,
+    causal_mask,
+    document_runs,
+    plain_attention,
+)
 from tests.lora.test_transformers_models import adapted, build
 from tests.ops.test_attention import heads
 
@@ -32,7 +39,10 @@ kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
 
 def batch_of(sizes: list[list[int]]) -> tuple[list[list[Example]], dict[str, Tensor]]:
     """Random documents, all of whose tokens are trained, and their packed batch."""
-    documents = [[tokens(1, n, seed=10 * r + d)[0].tolist() for d, n in enumerate(row)] for r, row in enumerate(sizes)]
+    documents = [
+        [tokens(1, n, seed=10 * r + d)[0].tolist() for d, n in enumerate(row)]
+        for r, row in enumerate(sizes)
+    ]
     examples = [[Example(ids, [-100, *ids[1:]]) for ids in row] for row in documents]
     return examples, padded([join(row) for row in examples])
 
@@ -60,7 +70,9 @@ def test_packed_logits_are_those_of_the_document_alone(fields):
     model = twin(oracle(**fields))
     with torch.no_grad():
         packed, alone = (torch.cat(logits) for logits in zip(*packed_and_alone(model), strict=True))
-    bound = rounding(model, lambda model: torch.cat([alone for _, alone in packed_and_alone(model)]))
+    bound = rounding(
+        model, lambda model: torch.cat([alone for _, alone in packed_and_alone(model)])
+    )
     assert_rounded(packed, alone, bound)
     far = twin(oracle(**fields))  # the test would notice: one document instead of four
     _, batch = batch_of(SIZES)
@@ -69,7 +81,9 @@ def test_packed_logits_are_those_of_the_document_alone(fields):
     assert fields.get("sliding_window") == 1 or joined.abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["llama3", "window 5", "qwen2 window above", "qwen3 window between", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "window 5", "qwen2 window above", "qwen3 window between", "gemma3"]
+)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_packed_gradients_are_those_of_the_documents_alone(name, recompute, dtype, bound):
@@ -114,14 +128,18 @@ def test_document_by_document_equals_the_mask(window, dtype):
         results.append([out, *(x.grad for x in inputs)])
     sizes = attention_sizes(*inputs, grad, whole)
     for found, plain, size in zip(*results, sizes, strict=True):
-        assert ((found - plain).abs() <= torch.finfo(dtype).eps * size).all()  # two forms, an eps/2 each
+        assert (
+            (found - plain).abs() <= torch.finfo(dtype).eps * size
+        ).all()  # two forms, an eps/2 each
 
 
 def test_no_mask_is_made_but_for_documents_longer_than_the_window(monkeypatch):
     from minilora.models import decoder
 
     made = []
-    monkeypatch.setattr(decoder, "causal_mask", lambda *a, **k: made.append(a) or causal_mask(*a, **k))
+    monkeypatch.setattr(
+        decoder, "causal_mask", lambda *a, **k: made.append(a) or causal_mask(*a, **k)
+    )
     for name, expected in [("llama", set()), ("gemma3", {(7, 7), (12, 12), (9, 9)})]:
         made.clear()
         with torch.no_grad():
@@ -155,13 +173,18 @@ def test_training_packed_equals_training_alone(kind, capsys):
     assert results[0].losses == pytest.approx(results[1].losses, rel=1e-4)  # five steps of Adam
     assert results[0].losses[0] == pytest.approx(results[1].losses[0], rel=1e-6)
     assert results[0].tokens == results[1].tokens and relative(*trained) < 1e-2
-    assert "packing: 24 examples in 9 rows of 40 tokens, 6.1% of them padding\n" in capsys.readouterr().out
+    assert (
+        "packing: 24 examples in 9 rows of 40 tokens, 6.1% of them padding\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_every_example_is_seen_once_an_epoch_when_packed(monkeypatch):
     seen, real = [], SFT.collate
     monkeypatch.setattr(SFT, "collate", lambda self, batch: seen.extend(batch) or real(self, batch))
-    config = TrainConfig(packing=True, max_length=30, num_train_epochs=2, per_device_train_batch_size=4)
+    config = TrainConfig(
+        packing=True, max_length=30, num_train_epochs=2, per_device_train_batch_size=4
+    )
     train(lora(), Letters(), rows(23), config)
     expected = sorted(e.input_ids for e in encode_dataset(rows(23), Letters(), 30)) * 2
     found = []
@@ -174,17 +197,29 @@ def test_every_example_is_seen_once_an_epoch_when_packed(monkeypatch):
 def test_a_loss_that_is_not_finite_names_the_rows_of_its_packed_row():
     model = lora()
     model.model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
-    with pytest.raises(ValueError, match=r"step 1: the loss of rows 0, 1, 2, 3, 4, 5, 6, 7, … is nan"):
+    with pytest.raises(
+        ValueError, match=r"step 1: the loss of rows 0, 1, 2, 3, 4, 5, 6, 7, … is nan"
+    ):
         config = TrainConfig(packing=True, max_length=40, per_device_train_batch_size=9, **FAST)
         train(model, Letters(), rows(), config)
 
 
 def test_a_run_resumes_only_with_the_packing_it_was_started_with(tmp_path):
     config = {"output_dir": tmp_path, "max_length": 40, **FAST}
-    whole = train(lora(), Letters(), rows(), TrainConfig(packing=True, **config | {"output_dir": None, "max_steps": 8}))
+    whole = train(
+        lora(),
+        Letters(),
+        rows(),
+        TrainConfig(packing=True, **config | {"output_dir": None, "max_steps": 8}),
+    )
     short = TrainConfig(packing=True, lr_scheduler_type="constant", **config)
     first = train(lora(), Letters(), rows(), short)
-    more = {**config, "max_steps": 8, "resume_from_checkpoint": "last", "lr_scheduler_type": "constant"}
+    more = {
+        **config,
+        "max_steps": 8,
+        "resume_from_checkpoint": "last",
+        "lr_scheduler_type": "constant",
+    }
     for fields, message in [
         ({}, "samples was 9, is 24"),
         ({"packing": True, "max_length": 48}, "packing was 40, is 48"),
@@ -241,7 +276,9 @@ class NoPositions(Wrapped):
 
 @pytest.mark.parametrize("kind", [Wrapped, NoPositions])
 def test_a_model_whose_documents_see_each_other_is_refused(kind):
-    with pytest.raises(ValueError, match=f"packing: {kind.__name__} lets packed documents see each other"):
+    with pytest.raises(
+        ValueError, match=f"packing: {kind.__name__} lets packed documents see each other"
+    ):
         check_packing(kind(llama()))
 
 
@@ -259,5 +296,7 @@ def test_other_errors():
         encode = collate = weight = loss = None
 
     for fields in ({"packing": True}, {"dataset_cache": "somewhere"}):
-        with pytest.raises(ValueError, match="belong to supervised fine-tuning; Other has samples of another form"):
+        with pytest.raises(
+            ValueError, match="belong to supervised fine-tuning; Other has samples of another form"
+        ):
             train(lora(), Letters(), rows(), TrainConfig(**fields), objective=Other())

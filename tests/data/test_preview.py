@@ -1,7 +1,7 @@
 """Proves that a preview shows what training reads: its ids, labels, documents and positions are those of the batch.
 
-Then that the shown texts spell the row, that no content of a dataset reaches terminal or page as anything but text,
-that what is trained can be told without colour, and the command line.
+Then that the shown texts spell the row, that no content of a dataset reaches terminal or page as
+anything but text, that what is trained can be told without colour, and the command line.
 """
 
 import json
@@ -20,7 +20,9 @@ from minilora.data import IGNORE, collate, encode_dataset
 from minilora.data.packing import pack
 
 ROWS = [{"messages": chat("hello was", "as hello", "é中", "d" * n)} for n in range(1, 6)]
-UNLIKE = [{"messages": chat("h" * (7 * n % 10), "as" * n, "é中", "d" * (5 - n))} for n in range(1, 6)]
+UNLIKE = [
+    {"messages": chat("h" * (7 * n % 10), "as" * n, "é中", "d" * (5 - n))} for n in range(1, 6)
+]
 
 
 # ---- oracle: the batch
@@ -34,15 +36,21 @@ def test_what_is_shown_is_the_batch(packing):
         examples = list(pack(examples, [len(example) for example in examples], 200))
     batch = collate(examples, pad_id=0)
     shown = ml.preview(UNLIKE, tokenizer, rows=99, max_length=200, packing=packing)
-    assert len({d.packed and d.packed[0] for d in shown.documents}) == (len(examples) if packing else 1)
+    assert len({d.packed and d.packed[0] for d in shown.documents}) == (
+        len(examples) if packing else 1
+    )
     for number, example in enumerate(examples):
         mine = [d for d in shown.documents if (d.packed[0] if d.packed else d.row) == number]
         tokens = [token for document in mine for token in document.tokens]
         length = len(example)
         assert [token.id for token in tokens] == batch["input_ids"][number, :length].tolist()
-        assert [token.trained for token in tokens] == (batch["labels"][number, :length] != IGNORE).tolist()
+        assert [token.trained for token in tokens] == (
+            batch["labels"][number, :length] != IGNORE
+        ).tolist()
         if packing:
-            assert [token.position for token in tokens] == batch["position_ids"][number, :length].tolist()
+            assert [token.position for token in tokens] == batch["position_ids"][
+                number, :length
+            ].tolist()
             places = [d.packed[1] for d in mine if d.packed for _ in d.tokens]
             ids = batch["document_ids"][number, :length].tolist()
             assert [a == b for a, b in zip(places, places[1:], strict=False)] == [
@@ -93,7 +101,9 @@ def test_a_sentencepiece_token_keeps_its_space():
             return [3 + ["a", "b"].index(word) for word in text.split()]
 
         def decode(self, ids, skip_special_tokens=False):
-            return " ".join({2: "" if skip_special_tokens else "</s>", 3: "a", 4: "b"}[i] for i in ids)
+            return " ".join(
+                {2: "" if skip_special_tokens else "</s>", 3: "a", 4: "b"}[i] for i in ids
+            )
 
         def __len__(self):
             return 5
@@ -111,10 +121,15 @@ def test_trained_is_told_without_colour(monkeypatch):
     assert "\x1b" not in str(shown) and repr(shown) == str(shown)  # no terminal here
     assert "row 0: 51 tokens, 5 trained" in lines
     assert r"  trained      'as hello<|im_end|>'" in lines
-    assert "        21     263  yes      'as'" in lines and "         0     264           '<|im_start|>'" in lines
+    assert (
+        "        21     263  yes      'as'" in lines
+        and "         0     264           '<|im_start|>'" in lines
+    )
     assert "         …  9 more, not trained" in lines
     coloured = shown.text(colour=True)
-    assert coloured.count("\x1b[1;32m") == 2 + 5 and re.sub(r"\x1b\[[\d;]*m", "", coloured) == str(shown)
+    assert coloured.count("\x1b[1;32m") == 2 + 5 and re.sub(r"\x1b\[[\d;]*m", "", coloured) == str(
+        shown
+    )
     assert "…" not in shown.text(edge=None) and shown.text(edge=None).count("\n        ") == 51
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
@@ -123,7 +138,11 @@ def test_trained_is_told_without_colour(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in str(shown)
     page = shown._repr_html_()
-    assert page.count('<span class="trained">') == 1 + 5 and "border-bottom-color" in page and "<script" not in page
+    assert (
+        page.count('<span class="trained">') == 1 + 5
+        and "border-bottom-color" in page
+        and "<script" not in page
+    )
 
 
 def test_rows_that_training_leaves_out_are_shown_by_number():
@@ -132,27 +151,54 @@ def test_rows_that_training_leaves_out_are_shown_by_number():
     assert [document.row for document in shown.documents] == [1, 5]
     assert "row 5: 60 tokens, 0 trained, cut at max_length: left out of training" in str(shown)
     stopped = ml.preview(rows[5:], ours("chatml"), max_length=60)
-    assert "training would stop here: dataset: none of 1 rows" in str(stopped) and stopped.documents[0].row == 0
+    assert (
+        "training would stop here: dataset: none of 1 rows" in str(stopped)
+        and stopped.documents[0].row == 0
+    )
     packed = ml.preview(rows, ours("chatml"), rows=[3], max_length=130, packing=True)
-    assert [document.row for document in packed.documents] == [4, 3] and "packing: 6 examples in 4 rows" in str(packed)
+    assert [document.row for document in packed.documents] == [
+        4,
+        3,
+    ] and "packing: 6 examples in 4 rows" in str(packed)
 
 
 # ---- the command line, and what raises
 
 
-def test_the_command_shows_what_the_function_shows_and_train_names_it(tmp_path, capsys, monkeypatch):
+def test_the_command_shows_what_the_function_shows_and_train_names_it(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     save(tmp_path / "model", vocab_size=len(ours("chatml")), tie_word_embeddings=True)
     ours("chatml").save_pretrained(tmp_path / "model")
     assert (
-        main(["train", "model", "my rows.jsonl", "--max_steps", "1", "--packing", "true", "--max_length", "150"]) == 0
+        main(
+            [
+                "train",
+                "model",
+                "my rows.jsonl",
+                "--max_steps",
+                "1",
+                "--packing",
+                "true",
+                "--max_length",
+                "150",
+            ]
+        )
+        == 0
     )
     command = "minilora preview 'my rows.jsonl' --model model --max_length 150 --packing true"
     said = capsys.readouterr().out
-    assert f"token by token: {command}\n" in said and "tokenizer: chat template 01f75116261e6b72\n" in said
+    assert (
+        f"token by token: {command}\n" in said
+        and "tokenizer: chat template 01f75116261e6b72\n" in said
+    )
     arguments = ["preview", "my rows.jsonl", "--model", "model"]
-    assert main([*arguments, "--max_length", "150", "--packing", "true", "--rows", "2,", "--whole"]) == 0
+    assert (
+        main([*arguments, "--max_length", "150", "--packing", "true", "--rows", "2,", "--whole"])
+        == 0
+    )
     expected = ml.preview(ROWS, ours("chatml"), rows=[2], max_length=150, packing=True)
     assert capsys.readouterr().out == expected.text(edge=None) + "\n"
     assert main(arguments) == 0

@@ -3,7 +3,15 @@
 import pytest
 
 from helpers.chats import END, FAMILIES, chat, ours, theirs
-from minilora.data import IGNORE, RawText, Tokenizer, encode_prompt, encode_row, end_of_turn, split_prompt
+from minilora.data import (
+    IGNORE,
+    RawText,
+    Tokenizer,
+    encode_prompt,
+    encode_row,
+    end_of_turn,
+    split_prompt,
+)
 from minilora.data.prompt import is_special
 
 KINDS = pytest.mark.parametrize("tokenizer_of", [ours, theirs], ids=["minilora", "transformers"])
@@ -19,7 +27,9 @@ def test_a_prompt_is_encoded_as_it_was_trained(tokenizer_of, family):
         prompt, answer = split_prompt(row)
         ids = encode_prompt(prompt, tokenizer)
         assert example.input_ids[: len(ids)] == ids
-        assert example.labels[: len(ids)] == [IGNORE] * len(ids) and IGNORE != example.labels[len(ids)]
+        assert (
+            example.labels[: len(ids)] == [IGNORE] * len(ids) and IGNORE != example.labels[len(ids)]
+        )
         assert answer.strip() == "world"
 
 
@@ -46,7 +56,11 @@ def test_a_str_is_a_user_message_only_where_there_is_a_template():
     as_chat = tokenizer.apply_chat_template(chat("hello"), add_generation_prompt=True)
     assert encode_prompt("hello", tokenizer) == encode_prompt(chat("hello"), tokenizer) == as_chat
     base = Tokenizer(tokenizer.backend, tokenizer.special_tokens)
-    assert encode_prompt("hello", base) == encode_prompt(RawText("hello"), tokenizer) == tokenizer.encode("hello")
+    assert (
+        encode_prompt("hello", base)
+        == encode_prompt(RawText("hello"), tokenizer)
+        == tokenizer.encode("hello")
+    )
     assert end_of_turn(base) is None
     with pytest.raises(ValueError, match="no tokens"):
         encode_prompt(RawText(""), ours("chatml"))

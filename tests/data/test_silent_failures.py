@@ -1,8 +1,9 @@
 """Proves that what makes a fine-tuning run fail in silence is said before it starts: fixture → message, one a line.
 
-Each is what users of TRL, Axolotl, unsloth and transformers report (the thread in brackets). An error where the run
-would learn nothing, or other than its rows say; where only the user can know, a line of the report or of the preview.
-Then: a sound set raises nothing of the kind, and training itself stops at the same words.
+Each is what users of TRL, Axolotl, unsloth and transformers report (the thread in brackets). An
+error where the run would learn nothing, or other than its rows say; where only the user can know, a
+line of the report or of the preview. Then: a sound set raises nothing of the kind, and training
+itself stops at the same words.
 """
 
 import pytest
@@ -17,8 +18,14 @@ from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
 GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-R1 = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")  # every thought is dropped
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "clock"}}]}
+R1 = CHATML.replace(
+    "message['content']", "message['content'].split('</think>')[-1]"
+)  # every thought is dropped
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "clock"}}],
+}
 
 
 def templated(template: str, eos: str = "<|im_end|>", pad: str = "<|endoftext|>") -> Tokenizer:
@@ -86,7 +93,10 @@ NOTES = {
     "EOS never trained [axolotl#3754, unsloth#416]": (
         templated(CHATML, eos="<|endoftext|>"),
         rows(chat("a", "b")),
-        ["1 rows do not train the EOS token: the model may not learn to stop", "answers end in: '<|im_end|>' 1"],
+        [
+            "1 rows do not train the EOS token: the model may not learn to stop",
+            "answers end in: '<|im_end|>' 1",
+        ],
     ),
     "a turn that the next one ends [trl#5988]": (
         templated(CHATML.replace("'<|im_end|>\\n'", "''")),
@@ -115,7 +125,9 @@ NOTES = {
     "the header is learned: no generation prompt [instructlab/training#232]": (
         templated(CHATML.replace(GENERATION, "")),
         rows(chat("a", "b")),
-        ["has no generation prompt: each answer is learned with its header, '<|im_start|>assistant\\n'"],
+        [
+            "has no generation prompt: each answer is learned with its header, '<|im_start|>assistant\\n'"
+        ],
     ),
     "only the last turn is trained, by weights [axolotl#2696]": (
         ours("chatml"),
@@ -148,7 +160,10 @@ def test_a_run_that_would_be_meaningless_is_an_error(tokenizer, data, message):
 
 @pytest.mark.parametrize("tokenizer, data, lines", NOTES.values(), ids=NOTES)
 def test_what_only_the_user_can_judge_is_a_line_of_the_preview(tokenizer, data, lines):
-    report, known = str(encode_dataset(data, tokenizer, 64).report), ml.preview(data, tokenizer, rows=0, max_length=64)
+    report, known = (
+        str(encode_dataset(data, tokenizer, 64).report),
+        ml.preview(data, tokenizer, rows=0, max_length=64),
+    )
     assert str(known).startswith(report)
     for line in lines:
         assert line in str(known)
@@ -156,14 +171,23 @@ def test_what_only_the_user_can_judge_is_a_line_of_the_preview(tokenizer, data, 
 
 def test_a_sound_set_is_told_by_three_lines():
     """And what looks like a failure and is none: a thought that the template keeps, a tool call that it writes."""
-    sound = ml.preview(rows(chat("a", "b"), chat("hello", "world", "c", "d")), ours("chatml"), rows=0)
+    sound = ml.preview(
+        rows(chat("a", "b"), chat("hello", "world", "c", "d")), ours("chatml"), rows=0
+    )
     first, *rest = str(sound).splitlines()
     assert first == "2 rows, 70 tokens, 10 of them trained (14%), longest 48"
-    assert rest[:-1] == ["  tokens a row: 1 up to 32, 1 up to 64", "  answers end in: '<|im_end|>' (EOS) 2"]
+    assert rest[:-1] == [
+        "  tokens a row: 1 up to 32, 1 up to 64",
+        "  answers end in: '<|im_end|>' (EOS) 2",
+    ]
     assert rest[-1].startswith("  chat template ") and len(rest) == 3
-    assert "generation prompt" not in str(ml.preview(rows(chat("a", "b")), ours("mistral")))  # has none, and no header
+    assert "generation prompt" not in str(
+        ml.preview(rows(chat("a", "b")), ours("mistral"))
+    )  # has none, and no header
     assert encode_dataset(rows(chat("a", "<think>\nhm\n</think>\n\nb")), templated(QWEN3))
-    writes = CHATML.replace("message['content']", "message['content'] + message['tool_calls'] | default('') | string")
+    writes = CHATML.replace(
+        "message['content']", "message['content'] + message['tool_calls'] | default('') | string"
+    )
     assert encode_dataset(rows([*chat("a"), CALL]), templated(writes)).report.empty == ()
 
 
@@ -172,7 +196,12 @@ def test_a_sound_set_is_told_by_three_lines():
 
 def small(vocabulary: int):
     """A decoder with room for so many tokens, and an adapter."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return lora(CausalLM(DecoderConfig(vocabulary, tie_word_embeddings=True, **sizes)))
 
 
@@ -182,7 +211,9 @@ def test_a_token_without_a_row_in_the_embedding_is_named_before_training():
     needed = len(tokenizer) - 1  # <|endoftext|>, the last, is in no row
     config = TrainConfig(max_steps=1, save_steps=None)
     assert train(small(needed), tokenizer, data, config).steps == 1
-    with pytest.raises(ValueError, match=r"train, row 0: '<\|im_end\|>' has id 265, .* embedding has 265 rows"):
+    with pytest.raises(
+        ValueError, match=r"train, row 0: '<\|im_end\|>' has id 265, .* embedding has 265 rows"
+    ):
         train(small(needed - 1), tokenizer, data, config)
     plain = [{"text": "abc<|endoftext|>"}]
     with pytest.raises(ValueError, match=r"eval, row 0: '<\|endoftext\|>'"):
@@ -191,4 +222,9 @@ def test_a_token_without_a_row_in_the_embedding_is_named_before_training():
 
 def test_training_stops_at_the_same_words():
     with pytest.raises(ValueError, match="none of 1 rows has an answer to learn"):
-        train(small(300), ours("chatml"), rows(chat("a" * 90, "b")), TrainConfig(max_steps=1, max_length=64))
+        train(
+            small(300),
+            ours("chatml"),
+            rows(chat("a" * 90, "b")),
+            TrainConfig(max_steps=1, max_length=64),
+        )

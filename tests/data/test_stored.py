@@ -1,7 +1,8 @@
 """Proves that a dataset file tokenised into files is the dataset in memory, that a cache is never stale and never half
 there, and that memory does not grow with the file.
 
-Oracles: encoding in memory; processes that are really killed, or really write the same cache at once; resident memory.
+Oracles: encoding in memory; processes that are really killed, or really write the same cache at
+once; resident memory.
 """
 
 import csv
@@ -66,14 +67,26 @@ def write(path, rows=ROWS):
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv"])
 @pytest.mark.parametrize("how", ["cache", "stream"])
 def test_equal_to_the_dataset_in_memory(tmp_path, monkeypatch, kind, how):
-    rows = ROWS if kind != "csv" else [{"prompt": "p" * n, "completion": "c" * (5 - n)} for n in range(5)]
+    rows = (
+        ROWS
+        if kind != "csv"
+        else [{"prompt": "p" * n, "completion": "c" * (5 - n)} for n in range(5)]
+    )
     path, tokenizer = write(tmp_path / f"rows.{kind}", rows), ours("chatml")
     expected = encode_dataset(path, tokenizer, LENGTH)
     if how == "stream":
         monkeypatch.setattr(dataset, "STREAM", 10)
-    found = encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache" if how == "cache" else None)
-    assert isinstance(found.examples, StoredExamples) and not isinstance(expected.examples, StoredExamples)
-    assert list(found) == list(expected) == found[:] and found[-1] == expected[-1] and found[1:3] == expected[1:3]
+    found = encode_dataset(
+        path, tokenizer, LENGTH, cache=tmp_path / "cache" if how == "cache" else None
+    )
+    assert isinstance(found.examples, StoredExamples) and not isinstance(
+        expected.examples, StoredExamples
+    )
+    assert (
+        list(found) == list(expected) == found[:]
+        and found[-1] == expected[-1]
+        and found[1:3] == expected[1:3]
+    )
     assert found.report == expected.report and str(found.report) == str(expected.report)
     assert found.lengths == expected.lengths == [len(example) for example in found]
     with pytest.raises(IndexError):
@@ -82,7 +95,12 @@ def test_equal_to_the_dataset_in_memory(tmp_path, monkeypatch, kind, how):
 
 def small(tokenizer):
     """An untrained decoder for this tokenizer, with an adapter."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return lora(CausalLM(DecoderConfig(len(tokenizer), tie_word_embeddings=True, **sizes)))
 
 
@@ -128,7 +146,10 @@ def test_whatever_changes_the_examples_changes_the_key(tmp_path, monkeypatch):
         cache_key(path, tokenizer, LENGTH + 1),
         cache_key(path, tokenizer, None),
     ]
-    keys += [cache_key(path, other, LENGTH) for other in (ours("qwen3"), ours("llama3"), theirs("chatml"))]
+    keys += [
+        cache_key(path, other, LENGTH)
+        for other in (ours("qwen3"), ours("llama3"), theirs("chatml"))
+    ]
     keys.append(cache_key(path, Tokenizer(backend, names, CHATML + " "), LENGTH))
     keys.append(cache_key(path, Tokenizer(backend, {"eos_token": "<|endoftext|>"}, CHATML), LENGTH))
     keys.append(cache_key(shutil.copy(path, tmp_path / "rows.json"), tokenizer, LENGTH))
@@ -158,12 +179,16 @@ def test_another_process_that_was_faster_wins(tmp_path, monkeypatch):
     def slow(folder, examples):
         real(folder, examples)
         monkeypatch.setattr(stored, "store", real)
-        encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache")  # the whole of it, meanwhile
+        encode_dataset(
+            path, tokenizer, LENGTH, cache=tmp_path / "cache"
+        )  # the whole of it, meanwhile
 
     monkeypatch.setattr(stored, "store", slow)
     found = encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache")
     assert list(found) == list(encode_dataset(path, tokenizer, LENGTH))
-    assert [folder.name for folder in (tmp_path / "cache").iterdir()] == [cache_key(path, tokenizer, LENGTH)]
+    assert [folder.name for folder in (tmp_path / "cache").iterdir()] == [
+        cache_key(path, tokenizer, LENGTH)
+    ]
 
 
 WRITER = """
@@ -225,14 +250,17 @@ print(peak() - before)
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     """Ten times the file, 22 bytes more for each of its further rows (a record) and little else.
 
-    6 MB of 18,000 more rows: what allocators keep of buffers that came and went (pyarrow's most: parquet).
+    6 MB of 18,000 more rows: what allocators keep of buffers that came and went (pyarrow's most:
+    parquet).
     """
     rng, taken = random.Random(0), {}
     for megabytes in (1, 10):
         count = megabytes * 2000
         rows = [{"text": "".join(rng.choices("helo was", k=500))} for _ in range(count)]
         path = write(tmp_path / f"{megabytes}.{kind}", rows)
-        taken[megabytes] = [int(python(MEMORY, path, limit, ROOT / "tests")) for limit in (0, 2**40)]
+        taken[megabytes] = [
+            int(python(MEMORY, path, limit, ROOT / "tests")) for limit in (0, 2**40)
+        ]
     grown = [taken[10][i] - taken[1][i] for i in (0, 1)]
     assert grown[0] < 6e6 < grown[1]  # streamed; in memory, so that the measure measures something
 
@@ -243,7 +271,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
 def test_errors(tmp_path, monkeypatch):
     path, tokenizer, cache = write(tmp_path / "rows.jsonl"), ours("chatml"), tmp_path / "cache"
     with pytest.raises(
-        ValueError, match="it keeps dataset files, and this dataset is a list.*leave dataset_cache None"
+        ValueError,
+        match="it keeps dataset files, and this dataset is a list.*leave dataset_cache None",
     ):
         encode_dataset(ROWS, tokenizer, cache=cache)
     with pytest.raises(ValueError, match="a changed Letters cannot be recognised"):

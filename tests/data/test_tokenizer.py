@@ -1,7 +1,8 @@
 """Proves that minilora's tokenizer and chat templates are transformers'.
 
 Oracle: transformers on the same files, for ids, decoding and rendering.
-Round trip: what is saved loads in both. Errors: wrong folders, files that contradict each other, hostile templates.
+Round trip: what is saved loads in both. Errors: wrong folders, files that contradict each other,
+hostile templates.
 """
 
 import json
@@ -38,7 +39,9 @@ def write(folder, config: dict, special=("<|im_start|>", "<|im_end|>"), **files:
     """A checkpoint folder with a tokenizer.json of ours; `files` by stem, chat_template → .jinja, others .json."""
     folder.mkdir(exist_ok=True)
     backend(list(special)).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config)
+    )
     for name, text in files.items():
         (folder / (f"{name}.jinja" if name == "chat_template" else f"{name}.json")).write_text(text)
     return folder
@@ -62,12 +65,19 @@ def test_families_render_and_encode_as_transformers(family, messages, generation
 @pytest.mark.parametrize("template", [*ODD.values(), ALPACA_TEMPLATE], ids=[*ODD, "alpaca"])
 def test_odd_templates_render_as_transformers(template):
     messages = CONVERSATIONS[2]
-    expected = theirs("mistral").apply_chat_template(messages, chat_template=template, tokenize=False)
-    assert ours("mistral").apply_chat_template(messages, chat_template=template, tokenize=False) == expected
+    expected = theirs("mistral").apply_chat_template(
+        messages, chat_template=template, tokenize=False
+    )
+    assert (
+        ours("mistral").apply_chat_template(messages, chat_template=template, tokenize=False)
+        == expected
+    )
     assert expected
 
 
-@pytest.mark.parametrize("options", [{"tools": TOOLS}, {"enable_thinking": False}, {"enable_thinking": True}])
+@pytest.mark.parametrize(
+    "options", [{"tools": TOOLS}, {"enable_thinking": False}, {"enable_thinking": True}]
+)
 def test_tools_and_template_variables_arrive(options):
     options = {"tokenize": False, "add_generation_prompt": True} | options
     text = ours("qwen3").apply_chat_template(chat("a"), **options)
@@ -87,15 +97,36 @@ def test_the_date_is_today():
     "config",
     [
         {"eos_token": "<|im_end|>", "pad_token": None},
-        {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True}, "bos_token": "<|im_start|>"},
-        {"eos_token": "<|im_end|>", "add_bos_token": True, "bos_token": "<|im_start|>"},  # tokenizer.json has the word
-        {"added_tokens_decoder": {"266": {"content": "<new>", "special": True}, "267": {"content": "<tool>"}}},
+        {
+            "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
+            "bos_token": "<|im_start|>",
+        },
+        {
+            "eos_token": "<|im_end|>",
+            "add_bos_token": True,
+            "bos_token": "<|im_start|>",
+        },  # tokenizer.json has the word
+        {
+            "added_tokens_decoder": {
+                "266": {"content": "<new>", "special": True},
+                "267": {"content": "<tool>"},
+            }
+        },
         {"additional_special_tokens": ["hello", {"content": "as", "__type": "AddedToken"}]},
         {"eos_token": "hello"},  # a plain word of the vocabulary becomes special
         {"extra_special_tokens": {"greeting": "hello"}},
         {"model_max_length": 4, "padding_side": "left", "unk_token": "<|im_start|>"},
     ],
-    ids=["str", "AddedToken", "add_bos_token", "added_tokens_decoder", "additional", "plain word", "extra", "lengths"],
+    ids=[
+        "str",
+        "AddedToken",
+        "add_bos_token",
+        "added_tokens_decoder",
+        "additional",
+        "plain word",
+        "extra",
+        "lengths",
+    ],
 )
 def test_folders_load_as_in_transformers(tmp_path, config):
     from transformers import AutoTokenizer
@@ -106,12 +137,24 @@ def test_folders_load_as_in_transformers(tmp_path, config):
     for special in (True, False):
         ids = mine.encode(text, add_special_tokens=special)
         assert ids == reference.encode(text, add_special_tokens=special)
-        assert mine.decode(ids, skip_special_tokens=special) == reference.decode(ids, skip_special_tokens=special)
-    for name in ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
+        assert mine.decode(ids, skip_special_tokens=special) == reference.decode(
+            ids, skip_special_tokens=special
+        )
+    for name in (
+        "bos_token",
+        "eos_token",
+        "pad_token",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "vocab_size",
+    ):
         assert getattr(mine, name) == getattr(reference, name), name
     assert len(mine) == len(reference) and mine.chat_template == reference.chat_template
     assert mine.convert_ids_to_tokens(ids) == reference.convert_ids_to_tokens(ids)
-    assert mine.convert_tokens_to_ids(["hello", "a"]) == reference.convert_tokens_to_ids(["hello", "a"])
+    assert mine.convert_tokens_to_ids(["hello", "a"]) == reference.convert_tokens_to_ids(
+        ["hello", "a"]
+    )
     assert mine.convert_ids_to_tokens(3) == reference.convert_ids_to_tokens(3)
 
 
@@ -121,7 +164,11 @@ def test_the_template_file_wins_and_named_templates_can_be_chosen(tmp_path):
     named = [{"name": "default", "template": "default"}, {"name": "tool_use", "template": "tools"}]
     folder = write(tmp_path / "named", {"chat_template": named})
     for tokenizer in (load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)):
-        for options, text in [({}, "default"), ({"tools": TOOLS}, "tools"), ({"chat_template": "tool_use"}, "tools")]:
+        for options, text in [
+            ({}, "default"),
+            ({"tools": TOOLS}, "tools"),
+            ({"chat_template": "tool_use"}, "tools"),
+        ]:
             assert tokenizer.apply_chat_template(chat("a"), tokenize=False, **options) == text
     folder = write(tmp_path / "file", {"chat_template": named}, chat_template="file")
     for tokenizer in (load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)):
@@ -155,21 +202,34 @@ def test_text_comes_back(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text.encode("utf-8", "replace").decode()
 
 
-@pytest.mark.parametrize("template", [CHATML, None, {"default": CHATML, "other": "x"}], ids=["one", "none", "named"])
+@pytest.mark.parametrize(
+    "template", [CHATML, None, {"default": CHATML, "other": "x"}], ids=["one", "none", "named"]
+)
 def test_what_is_saved_loads_in_both(tmp_path, template):
     from transformers import AutoTokenizer
 
-    source = Tokenizer(backend(["<s>", "</s>"], "<s>"), {"bos_token": "<s>", "eos_token": "</s>"}, template)
+    source = Tokenizer(
+        backend(["<s>", "</s>"], "<s>"), {"bos_token": "<s>", "eos_token": "</s>"}, template
+    )
     source.save_pretrained(tmp_path / "saved")
     text = "hello <s> world</s>"
-    for again in (load_tokenizer(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")):
-        assert again.encode(text) == source.encode(text) and again.eos_token == "</s>" and again.bos_token == "<s>"
+    for again in (
+        load_tokenizer(tmp_path / "saved"),
+        AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    ):
+        assert (
+            again.encode(text) == source.encode(text)
+            and again.eos_token == "</s>"
+            and again.bos_token == "<s>"
+        )
         assert again.chat_template == template
     assert not list((tmp_path / "saved").glob(".*"))  # no temporary file is left
 
 
 def test_saving_keeps_what_the_config_said(tmp_path):
-    source = load_tokenizer(write(tmp_path / "a", {"model_max_length": 77, "eos_token": "<|im_end|>"}))
+    source = load_tokenizer(
+        write(tmp_path / "a", {"model_max_length": 77, "eos_token": "<|im_end|>"})
+    )
     source.chat_template = "new"
     source.save_pretrained(tmp_path / "b")
     config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
@@ -182,7 +242,9 @@ def test_saving_keeps_what_the_config_said(tmp_path):
 
 def test_a_missing_template_says_how_to_give_one():
     base = Tokenizer(backend([]))
-    with pytest.raises(ValueError, match=r"no chat template.*`tokenizer.chat_template = .*ALPACA_TEMPLATE"):
+    with pytest.raises(
+        ValueError, match=r"no chat template.*`tokenizer.chat_template = .*ALPACA_TEMPLATE"
+    ):
         base.apply_chat_template(chat("a"))
     base.chat_template = CHATML
     assert base.apply_chat_template(chat("a"), tokenize=False) == "<|im_start|>user\na<|im_end|>\n"
@@ -191,7 +253,10 @@ def test_a_missing_template_says_how_to_give_one():
 @pytest.mark.parametrize(
     "template, problem",
     [
-        ("{{ raise_exception('no system turn, please') }}", r"roles \['user'\]: no system turn, please"),
+        (
+            "{{ raise_exception('no system turn, please') }}",
+            r"roles \['user'\]: no system turn, please",
+        ),
         ("{% for %}", "cannot render"),
         ("{{ messages[0].content + none }}", "cannot render"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -232,7 +297,10 @@ def test_wrong_folders_raise(tmp_path):
     [
         ({"eos_token": "</nothing>"}, "'</nothing>'.* not in the vocabulary of 266 tokens"),
         ({"additional_special_tokens": ["</nothing>"]}, "'</nothing>'.* not in the vocabulary"),
-        ({"added_tokens_decoder": {"5": {"content": "<new>"}}}, "'<new>' the id 5, the vocabulary 266"),
+        (
+            {"added_tokens_decoder": {"5": {"content": "<new>"}}},
+            "'<new>' the id 5, the vocabulary 266",
+        ),
     ],
 )
 def test_files_that_contradict_each_other_raise(tmp_path, config, problem):

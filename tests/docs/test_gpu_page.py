@@ -1,5 +1,6 @@
 """Proves that docs/gpu.md says what the scripts say: its table is the one of expected.py, whose times are bytes over
-bandwidth; its commands are there; and the form holds every result once, each on a line that parses."""
+bandwidth; its commands are there; and the form holds every result once, each on a line that
+parses."""
 
 import json
 import re
@@ -23,8 +24,17 @@ def test_the_table_is_the_scripts():
     stdout = python("benchmarks/gpu_model/expected.py").stdout
     lines = [line for line in stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(CARDS)
-    assert re.findall(r"A token of .* kernels\.", stdout) == re.findall(r"A token of .* kernels\.", text(PAGE))
-    assert text(PAGE).partition("<!-- expected -->")[2].partition("<!-- /expected -->")[0].strip().splitlines() == lines
+    assert re.findall(r"A token of .* kernels\.", stdout) == re.findall(
+        r"A token of .* kernels\.", text(PAGE)
+    )
+    assert (
+        text(PAGE)
+        .partition("<!-- expected -->")[2]
+        .partition("<!-- /expected -->")[0]
+        .strip()
+        .splitlines()
+        == lines
+    )
 
 
 def test_a_token_takes_its_bytes_and_what_binds_is_named():
@@ -32,7 +42,12 @@ def test_a_token_takes_its_bytes_and_what_binds_is_named():
     weights = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
     assert linear_weights() == weights
     counted = [
-        {"kernel": kernel, "target": card.target, "bytes_per_element": 0.5, "pipes": {"issue": 0.01}}
+        {
+            "kernel": kernel,
+            "target": card.target,
+            "bytes_per_element": 0.5,
+            "pipes": {"issue": 0.01},
+        }
         for kernel in KERNELS
         for card in CARDS.values()
     ]
@@ -52,7 +67,9 @@ def test_the_five_commands_are_there():
     commands = block.splitlines()
     assert len(commands) == 5
     for script, options in re.findall(r"python (benchmarks/\w+\.py)((?: --\w+)*)", text(PAGE)):
-        assert (ROOT / script).exists() and all(option in text(script) for option in options.split())
+        assert (ROOT / script).exists() and all(
+            option in text(script) for option in options.split()
+        )
     extras = re.findall(r"-e '\.\[([\w,]+)\]'", block)[0].split(",")
     assert all(re.search(rf"^{extra} = \[", text("pyproject.toml"), flags=re.M) for extra in extras)
     for page in ("README.md", "kernels/README.md"):
@@ -75,7 +92,9 @@ def test_the_form_holds_every_result_once(capsys):
     keys = [next(iter(line)) for line in lines[2:]]
     assert keys == ["smi", "checked", "decode", *["row"] * keys.count("row")]
     jobs = [(line["row"]["job"], *line["row"]["shape"]) for line in lines if "row" in line]
-    assert len(jobs) == len(set(jobs)) >= 4 and all(line["row"]["us"] for line in lines if "row" in line)
+    assert len(jobs) == len(set(jobs)) >= 4 and all(
+        line["row"]["us"] for line in lines if "row" in line
+    )
 
 
 @pytest.mark.parametrize(("cards", "expected"), [(1, "550.54"), (2, "of several cards")])
@@ -84,9 +103,13 @@ def test_what_nvidia_smi_says(cards, expected, monkeypatch):
     line = "NVIDIA X, 550.54, 2520, 2600, 10501, 10501, 300.5, 450.00, 61"
     run = bench_form.subprocess.run
     echo = [sys.executable, "-c", f"print({line!r}, *[{line!r}] * {cards - 1}, sep='\\n')"]
-    monkeypatch.setattr(bench_form.subprocess, "run", lambda command, **options: run(echo, **options))
+    monkeypatch.setattr(
+        bench_form.subprocess, "run", lambda command, **options: run(echo, **options)
+    )
     found = smi()
-    assert isinstance(found, dict) and (found.get("driver_version") == expected or expected in found)
+    assert isinstance(found, dict) and (
+        found.get("driver_version") == expected or expected in found
+    )
     assert cards > 1 or found["temperature.gpu"] == "61" and len(found) == len(bench_form.ASKED)
 
 
@@ -95,6 +118,8 @@ def test_without_nvidia_smi_and_git_the_form_says_so(monkeypatch):
         raise FileNotFoundError(command[0])
 
     monkeypatch.setattr(bench_form.subprocess, "run", missing)
-    lines = lines_of(form({"benchmark": "kernel_bench", "device": "a card", "rows": [{"us": 1}], "decode": {}}))
+    lines = lines_of(
+        form({"benchmark": "kernel_bench", "device": "a card", "rows": [{"us": 1}], "decode": {}})
+    )
     assert lines[0]["commit"] is None and lines[1] == {"device": "a card"}
     assert "by hand" in lines[2]["smi"] and lines[3:] == [{"decode": {}}, {"row": {"us": 1}}]

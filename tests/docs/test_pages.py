@@ -11,7 +11,10 @@ import pytest
 import minilora as ml
 from helpers.source import ROOT, lines, text
 
-PAGES = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])]
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+]
 PAGES += ["kernels/README.md"]
 NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.py"))]
 
@@ -20,7 +23,9 @@ def prose(page: str) -> str:
     """A page without its fenced code, which has brackets of its own; of a notebook the comments."""
     said = text(page)
     if page.endswith(".py"):
-        said = "\n".join(line.removeprefix("#").strip() for line in said.splitlines() if line.startswith("#"))
+        said = "\n".join(
+            line.removeprefix("#").strip() for line in said.splitlines() if line.startswith("#")
+        )
     return re.sub(r"^```.*?^```", "", said, flags=re.M | re.S)
 
 
@@ -40,12 +45,16 @@ def test_links_lead_somewhere(page: str):
         there = (ROOT / page).parent / target if target else ROOT / page
         assert there.exists(), f"{page} links to {target}, which is not on the disk"
         if anchor:
-            assert anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), f"{page}: no heading {anchor}"
+            assert anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), (
+                f"{page}: no heading {anchor}"
+            )
 
 
 def test_the_site_lists_every_page():
     listed = set(re.findall(r'"([\w/]+\.md)"', text("docs/site/zensical.toml")))
-    asked = {page for page in PAGES if page.startswith("docs/")} | {page[:-3] + ".md" for page in NOTEBOOKS}
+    asked = {page for page in PAGES if page.startswith("docs/")} | {
+        page[:-3] + ".md" for page in NOTEBOOKS
+    }
     assert listed == asked | {"README.md", "kernels/README.md"}
 
 
@@ -57,7 +66,9 @@ def test_examples_print_what_they_show(page: str):
 
 def test_minutes_of_the_reading_order_follow_from_the_lines():
     """About twenty lines a minute, as the README says."""
-    steps = re.findall(r"^\d+\. \[`([\w/]+\.py)`\]\(\S+\), (\d+) minutes", text("README.md"), flags=re.M)
+    steps = re.findall(
+        r"^\d+\. \[`([\w/]+\.py)`\]\(\S+\), (\d+) minutes", text("README.md"), flags=re.M
+    )
     assert len(steps) >= 15
     for path, minutes in steps:
         assert int(minutes) == round(lines(path) / 20), f"{path} has {lines(path)} lines"
@@ -65,7 +76,10 @@ def test_minutes_of_the_reading_order_follow_from_the_lines():
 
 @pytest.mark.slow  # imports nbconvert, describes every public name
 def test_the_site_is_built_and_describes_every_public_name():
-    for command in (["docs/site/pages.py"], ["-m", "zensical", "build", "-s", "-f", "out/zensical.toml"]):
+    for command in (
+        ["docs/site/pages.py"],
+        ["-m", "zensical", "build", "-s", "-f", "out/zensical.toml"],
+    ):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     site = ROOT / "out" / "site"
@@ -74,7 +88,12 @@ def test_the_site_is_built_and_describes_every_public_name():
     pages = {page: page.read_text(encoding="utf-8") for page in site.rglob("*.html")}
     assert site / "index.html" in pages and len(pages) > len(PAGES) + len(NOTEBOOKS)
     assert not [
-        page for page, html in pages.items() if re.search(r'src="https?:|<link[^>]*stylesheet[^>]*https?:', html)
+        page
+        for page, html in pages.items()
+        if re.search(r'src="https?:|<link[^>]*stylesheet[^>]*https?:', html)
     ]
     book = pages[site / "notebooks" / "1_lora_from_scratch.html"]
-    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"' in book and "\\cdot" not in book
+    assert (
+        '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"' in book
+        and "\\cdot" not in book
+    )

@@ -1,6 +1,7 @@
 """Proves that the README, the rooms and the pages name files that exist.
 
-The README lists the rooms and one reading order. The docstring of a room's `__init__.py` lists the room's files.
+The README lists the rooms and one reading order. The docstring of a room's `__init__.py` lists the
+room's files.
 """
 
 import re
@@ -14,7 +15,9 @@ ROOMS = sorted(path.parent for folder in LIBRARY for path in (ROOT / folder).rgl
 
 def files_of(room) -> set[str]:
     """Return the names of a room's files and folders, without caches and `__init__`."""
-    names = {path.name for path in room.iterdir() if path.suffix in (".py", ".html") or path.is_dir()}
+    names = {
+        path.name for path in room.iterdir() if path.suffix in (".py", ".html") or path.is_dir()
+    }
     return names - {"__init__.py", "__main__.py", "__pycache__"}
 
 
@@ -26,7 +29,9 @@ def test_a_room_lists_its_files(room):
         listing = text("README.md")
     for name in files_of(room):
         stem = name.removesuffix(".py")
-        assert re.search(rf"\b{re.escape(stem)}\b", listing), f"{room.name}/__init__.py does not list {name}"
+        assert re.search(rf"\b{re.escape(stem)}\b", listing), (
+            f"{room.name}/__init__.py does not list {name}"
+        )
 
 
 def test_the_readme_lists_every_room_of_the_library():
@@ -50,8 +55,12 @@ def test_the_readme_numbers_the_reading_order():
 
 
 def test_every_claim_about_peers_cites_its_test():
-    rows = [line.split("|") for line in text("docs/peers.md").splitlines() if line.startswith("| ")][1:]
+    rows = [
+        line.split("|") for line in text("docs/peers.md").splitlines() if line.startswith("| ")
+    ][1:]
     for *_, cited, _ in rows:
         names = re.findall(r"`(test_\w+\.py)`", cited)
-        assert names and all(any(path.endswith(f"/{name}") for path in ALL_FILES) for name in names), cited
+        assert names and all(
+            any(path.endswith(f"/{name}") for path in ALL_FILES) for name in names
+        ), cited
     assert len(rows) >= 10

@@ -1,7 +1,7 @@
 """Proves that every example and notebook runs to its end under plain `python`, in its short form.
 
-MINILORA_SHORT=1 asks a story to cut steps and rows; its own assertions stay. The code of a notebook's solutions, which
-lie in folds, runs after it, on what it left behind.
+MINILORA_SHORT=1 asks a story to cut steps and rows; its own assertions stay. The code of a
+notebook's solutions, which lie in folds, runs after it, on what it left behind.
 """
 
 import os
@@ -31,7 +31,13 @@ def test_solutions_are_found():
 @pytest.mark.parametrize("path", sources("notebooks"))
 def test_a_notebook_has_its_form(path: str):
     """A question, an assert, a picture, an exercise with its solution in a fold."""
-    parts = ("# **Question:**", "\nassert ", "plt.show()", "**Exercise", "# <details><summary>Solution</summary>")
+    parts = (
+        "# **Question:**",
+        "\nassert ",
+        "plt.show()",
+        "**Exercise",
+        "# <details><summary>Solution</summary>",
+    )
     missing = [part for part in (*parts, "# </details>") if part not in text(path)]
     assert not missing, f"{path} has no {missing}"
 
@@ -45,6 +51,8 @@ def test_a_story_runs(path: str, tmp_path: Path):
         story.write_text(f"{text(path)}\n{solutions(text(path))}", encoding="utf-8")
     env = os.environ | {"MINILORA_SHORT": "1", "MPLBACKEND": "Agg"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run([sys.executable, str(story)], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(story)], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     print(done.stdout[-4000:])
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,9 +1,10 @@
 """Proves that `evaluate` measures what it says: losses, answers, and the likeliest label.
 
-Oracle: transformers' own loss; each label's likelihood from one forward over its whole sequence; F1 by hand. Property:
-no batch size and no order changes a score; the labels' tree and its shortcut pick what the full table picks, for random
-labels that share beginnings. Errors: rows, labels and names that fit nothing.
-Likelihoods are sums of up to ten fp32 log-probabilities of about 10: 1e-4 is a hundred roundings.
+Oracle: transformers' own loss; each label's likelihood from one forward over its whole sequence; F1
+by hand. Property: no batch size and no order changes a score; the labels' tree and its shortcut
+pick what the full table picks, for random labels that share beginnings. Errors: rows, labels and
+names that fit nothing. Likelihoods are sums of up to ten fp32 log-probabilities of about 10: 1e-4
+is a hundred roundings.
 """
 
 import math
@@ -31,8 +32,15 @@ TOKENIZER = ours("chatml")
 LABELS = ["hello", "hello world", "he", "world", "as", "a"]
 ROWS: list[dict[str, Any]] = [
     {"messages": chat("hi", "hello")},
-    {"messages": chat("what is said to the world, at length and in full?", "hello world", system="be short")},
-    {"prompt": [{"role": "user", "content": "as"}], "completion": [{"role": "assistant", "content": "as"}]},
+    {
+        "messages": chat(
+            "what is said to the world, at length and in full?", "hello world", system="be short"
+        )
+    },
+    {
+        "prompt": [{"role": "user", "content": "as"}],
+        "completion": [{"role": "assistant", "content": "as"}],
+    },
     {"instruction": "name", "input": "him", "output": "he"},
     {"messages": chat("hi", "as", "and?", "world")},
 ]
@@ -57,7 +65,9 @@ def test_loss_is_transformers_loss():
     total, count = 0.0, 0
     for example in encode_dataset(ROWS, TOKENIZER):
         with torch.no_grad():
-            loss = THEIRS(torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss
+            loss = THEIRS(
+                torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])
+            ).loss
         total, count = total + loss.item() * example.trained_tokens, count + example.trained_tokens
     for model in (MINE, THEIRS):
         scores = evaluate(model, TOKENIZER, ROWS, max_new_tokens=0)
@@ -70,7 +80,9 @@ def test_loss_is_transformers_loss():
 def test_no_batch_size_or_order_changes_a_score():
     first = evaluate(MINE, TOKENIZER, ROWS, labels=LABELS, max_new_tokens=8, batch_size=5)
     for batch_size in (1, 2, 16):
-        again = evaluate(MINE, TOKENIZER, ROWS[::-1], labels=LABELS, max_new_tokens=8, batch_size=batch_size)
+        again = evaluate(
+            MINE, TOKENIZER, ROWS[::-1], labels=LABELS, max_new_tokens=8, batch_size=batch_size
+        )
         assert again.loss == pytest.approx(first.loss, rel=1e-6)  # sums of fp32 in another order
         assert again.predictions == first.predictions[::-1] and again.choices == first.choices[::-1]
         assert again.as_dict() == pytest.approx(first.as_dict(), rel=1e-5)
@@ -87,12 +99,23 @@ def test_text_rows_have_a_loss_only():
 # ---- greedy answers
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, theirs("chatml")], ids=["minilora", "transformers"])
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZER, theirs("chatml")], ids=["minilora", "transformers"]
+)
 def test_predictions_are_what_generate_says(tokenizer):
     prompts = [split_prompt(row)[0] for row in ROWS]
     answers = generate(MINE, tokenizer, prompts, max_new_tokens=6)
-    rows = [{"messages": [*p, {"role": "assistant", "content": a}]} for p, a in zip(prompts[:3], answers, strict=False)]
-    scores = evaluate(MINE, tokenizer, [*rows, *ROWS[3:]], max_new_tokens=6, metrics={"length": lambda p, r: len(p)})
+    rows = [
+        {"messages": [*p, {"role": "assistant", "content": a}]}
+        for p, a in zip(prompts[:3], answers, strict=False)
+    ]
+    scores = evaluate(
+        MINE,
+        tokenizer,
+        [*rows, *ROWS[3:]],
+        max_new_tokens=6,
+        metrics={"length": lambda p, r: len(p)},
+    )
     assert scores.predictions == answers
     assert scores.references == [*answers[:3], "he", "world"]
     assert scores.exact_match == pytest.approx(3 / 5)
@@ -102,7 +125,8 @@ def test_predictions_are_what_generate_says(tokenizer):
 
 def test_metrics_by_hand():
     assert (
-        exact_match(" Paris\n", "Paris") == 1 and exact_match("paris", "Paris") == exact_match("Paris.", "Paris") == 0
+        exact_match(" Paris\n", "Paris") == 1
+        and exact_match("paris", "Paris") == exact_match("Paris.", "Paris") == 0
     )
     cases = {
         ("The Denver Broncos!", "denver broncos"): 1.0,
@@ -118,7 +142,9 @@ def test_metrics_by_hand():
 
 
 def test_the_record_prints_and_serialises():
-    scores = Scores(4, 10, 2.0, math.exp(2.0), 4, 0.5, 0.75, metrics={"valid": 1.0}, predictions=["x"])
+    scores = Scores(
+        4, 10, 2.0, math.exp(2.0), 4, 0.5, 0.75, metrics={"valid": 1.0}, predictions=["x"]
+    )
     assert scores.as_dict() == {
         "n": 4, "tokens": 10, "loss": 2.0, "perplexity": math.exp(2.0), "answers": 4,
         "exact_match": 0.5, "token_f1": 0.75, "valid": 1.0,
@@ -139,11 +165,17 @@ def test_constrained_is_the_argmax_of_whole_sequences(model):
     expected = [LABELS[plain_scores(model, prompt, ids).argmax()] for prompt in prompts]
     scores = evaluate(model, TOKENIZER, ROWS, labels=LABELS, max_new_tokens=0, batch_size=2)
     assert scores.choices == expected
-    assert scores.label_accuracy == sum(c == answer for c, (_, answer) in zip(expected, pairs, strict=True)) / len(ROWS)
-    assert label_table(LABELS, TOKENIZER, pairs[0][0], len(prompts[0])) == ids  # end of turn included
+    assert scores.label_accuracy == sum(
+        c == answer for c, (_, answer) in zip(expected, pairs, strict=True)
+    ) / len(ROWS)
+    assert (
+        label_table(LABELS, TOKENIZER, pairs[0][0], len(prompts[0])) == ids
+    )  # end of turn included
 
 
-LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple)  # few tokens: many common beginnings
+LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(
+    tuple
+)  # few tokens: many common beginnings
 
 
 @settings(max_examples=25)
@@ -172,19 +204,28 @@ def test_a_clear_favourite_is_read_alone(monkeypatch):
     order = MINE(torch.tensor(prompts)).detach()[:, -1].argsort(descending=True)  # (B, V)
     trees = []
     tree = Labels.scores
-    monkeypatch.setattr(Labels, "scores", lambda *args: (trees.append(len(args[2])), tree(*args))[1])
+    monkeypatch.setattr(
+        Labels, "scores", lambda *args: (trees.append(len(args[2])), tree(*args))[1]
+    )
     with torch.no_grad():
-        follow = MINE(torch.tensor([[*p, t] for p, t in zip(prompts, order[:, 0].tolist(), strict=True)]))[
-            :, -1
-        ].argmax(-1)
+        follow = MINE(
+            torch.tensor([[*p, t] for p, t in zip(prompts, order[:, 0].tolist(), strict=True)])
+        )[:, -1].argmax(-1)
     clear = 0
     for prompt, likely, after in zip(prompts, order, follow.tolist(), strict=True):
         labels = [[int(likely[0]), after], [int(likely[-1]), 3], [int(likely[-2]), 4]]
         trees.clear()
-        assert choose(MINE, [prompt], labels, 1) == [int(plain_scores(MINE, prompt, labels).argmax())]
+        assert choose(MINE, [prompt], labels, 1) == [
+            int(plain_scores(MINE, prompt, labels).argmax())
+        ]
         clear += not trees
     assert clear > 30  # the likeliest token and what likely follows it against the two least likely
-    unlikely = [[int(order[0, 0]), int(MINE(torch.tensor([[*prompts[0], int(order[0, 0])]]))[0, -1].argmin())]]
+    unlikely = [
+        [
+            int(order[0, 0]),
+            int(MINE(torch.tensor([[*prompts[0], int(order[0, 0])]]))[0, -1].argmin()),
+        ]
+    ]
     trees.clear()
     assert choose(MINE, prompts[:1], [*unlikely, [int(order[0, 1]), 3]], 1) == [1] or trees
     assert trees == [1]  # the favourite ends badly: the other label had to be read
@@ -192,7 +233,10 @@ def test_a_clear_favourite_is_read_alone(monkeypatch):
 
 def test_memory_of_the_labels_is_bounded(monkeypatch):
     """Logits of the tree are made a few rows at a time; any number of them gives the same."""
-    prompts, labels = [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 4)], [[1, 2, 3], [1, 4, 5], [2, 6]]
+    prompts, labels = (
+        [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 4)],
+        [[1, 2, 3], [1, 4, 5], [2, 6]],
+    )
     whole = choose(MINE, prompts, labels, 3)
     monkeypatch.setattr(context_module, "LOGITS", 1)
     assert choose(MINE, prompts, labels, 3) == whole
@@ -204,7 +248,10 @@ def test_memory_of_the_labels_is_bounded(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"labels": ["hello", "he", "as", "a"]}, "row 1: its answer 'hello world.*' is not one of the labels"),
+        (
+            {"labels": ["hello", "he", "as", "a"]},
+            "row 1: its answer 'hello world.*' is not one of the labels",
+        ),
         ({"labels": ["hello"]}, "at least two"),
         ({"labels": [*LABELS, "he"]}, "no two of them the same"),
         ({"metrics": {"loss": exact_match}}, r"\['loss'\] are measured already"),
@@ -240,11 +287,19 @@ def test_smollm2_chooses_by_likelihood(smollm2):
     from minilora.models.loader import load_model
 
     model, tokenizer = load_model(smollm2, dtype="float32"), load_tokenizer(smollm2)
-    capitals = {"France": "Paris", "Italy": "Rome", "Austria": "Vienna", "Iceland": "Reykjavik", "Cuba": "Havana"}
+    capitals = {
+        "France": "Paris",
+        "Italy": "Rome",
+        "Austria": "Vienna",
+        "Iceland": "Reykjavik",
+        "Cuba": "Havana",
+    }
     rows = [{"messages": chat(f"The capital of {k}? One word.", v)} for k, v in capitals.items()]
     labels = list(capitals.values())
     scores = evaluate(model, tokenizer, rows, labels=labels, max_new_tokens=8, batch_size=2)
     prompts = [encode_prompt(split_prompt(row)[0], tokenizer) for row in rows]
     table = label_table(labels, tokenizer, split_prompt(rows[0])[0], len(prompts[0]))
-    assert scores.choices == [labels[plain_scores(model, prompt, table).argmax()] for prompt in prompts]
+    assert scores.choices == [
+        labels[plain_scores(model, prompt, table).argmax()] for prompt in prompts
+    ]
     assert scores.label_accuracy is not None and scores.label_accuracy >= 0.6

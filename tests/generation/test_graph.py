@@ -1,10 +1,10 @@
 """Proves that a token's step is fit for a CUDA graph and says what the growing cache says, without a GPU.
 
-A graph replays work with the addresses, shapes and numbers that it was captured with. `taped` is its double: it notes
-each operation with its arguments, and replaying does them again on the very same tensors; Python of ours does not run.
-Oracle: the growing cache, over every switch of a config. Property: rows that end, batches, padding, a cache that
-fills; no tensor of a step lies on the host. Then when steps are captured at all. tests/gpu/test_gpu.py captures for
-real.
+A graph replays work with the addresses, shapes and numbers that it was captured with. `taped` is
+its double: it notes each operation with its arguments, and replaying does them again on the very
+same tensors; Python of ours does not run. Oracle: the growing cache, over every switch of a config.
+Property: rows that end, batches, padding, a cache that fills; no tensor of a step lies on the host.
+Then when steps are captured at all. tests/gpu/test_gpu.py captures for real.
 """
 
 import pytest
@@ -27,7 +27,14 @@ from minilora.models.kv_cache import KVCache
 from minilora.models.padded_batch import Context, inference
 
 TOLERANCE = 2e-5  # as in test_context.py: some thirty fp32 roundings of logits of about 10
-HOST = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}  # what waits for a value
+HOST = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+}  # what waits for a value
 
 
 class Tape(TorchDispatchMode):
@@ -46,7 +53,9 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)  # memory of the step's own: the next operation looks for it there
+                    old.copy_(
+                        new
+                    )  # memory of the step's own: the next operation looks for it there
 
 
 @pytest.fixture
@@ -97,7 +106,9 @@ def test_a_replayed_step_says_what_the_growing_cache_says(kind, tapes):
         decode = Graphs(model, 8, taped)(context)
         for pair_of_tokens in tokens(8, 2).tolist():
             rows = [[token] for token in pair_of_tokens]
-            torch.testing.assert_close(decode.extend(rows), growing.extend(rows), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(
+                decode.extend(rows), growing.extend(rows), atol=TOLERANCE, rtol=0
+            )
     assert len(tapes) == 1 and decode.step.replay is not None
 
 
@@ -112,7 +123,9 @@ def test_adapters_and_4_bit_layers_replay_too(tapes):
         growing, decode = context.select([0, 1]), Graphs(model, 8, taped)(context)
         for token in range(8):
             rows = [[token], [token + 1]]
-            torch.testing.assert_close(decode.extend(rows), growing.extend(rows), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(
+                decode.extend(rows), growing.extend(rows), atol=TOLERANCE, rtol=0
+            )
     names = {func.overloadpacket.__name__ for func, *_ in tapes[0].calls}
     assert "gemv_nf4" in names and "index_copy_" in names
 
@@ -123,7 +136,10 @@ def test_adapters_and_4_bit_layers_replay_too(tapes):
 @pytest.fixture
 def everywhere(monkeypatch, tapes) -> list[Tape]:
     """cuda_graph=True works here, with small steps that fill up."""
-    monkeypatch.setattr("minilora.generation.generate.graphs", lambda model, wanted, rows, new: Graphs(model, new, taped))
+    monkeypatch.setattr(
+        "minilora.generation.generate.graphs",
+        lambda model, wanted, rows, new: Graphs(model, new, taped),
+    )
     monkeypatch.setattr(graph, "LEAST", 16)
     monkeypatch.setattr(graph, "UNIT", 4)
     return tapes
@@ -151,7 +167,10 @@ def test_steps_are_captured_once_for_batches_alike_and_again_when_they_are_full(
         """(rows, columns) of each capture."""
         everywhere.clear()
         generate_ids(mine, prompts, Decoding(new_tokens, batch_size=batch_size, cuda_graph=True))
-        masks = [next(args[0] for f, args, *_ in tape.calls if "index_fill_" in str(f)) for tape in everywhere]
+        masks = [
+            next(args[0] for f, args, *_ in tape.calls if "index_fill_" in str(f))
+            for tape in everywhere
+        ]
         return [tuple(mask.shape) for mask in masks]
 
     assert captured(2, 6) == []  # a single step: the second would be captured
@@ -171,7 +190,9 @@ def test_rows_that_go_make_a_smaller_step(everywhere):
             assert decode.step.rows == size
             for token in (7, 8, 9):
                 rows = [[token + place] for place in range(len(chosen))]
-                torch.testing.assert_close(decode.extend(rows), growing.extend(rows), atol=TOLERANCE, rtol=0)
+                torch.testing.assert_close(
+                    decode.extend(rows), growing.extend(rows), atol=TOLERANCE, rtol=0
+                )
 
 
 # ---- property: it stays on its device
@@ -215,7 +236,9 @@ def on_fake_gpu(model: nn.Module) -> nn.Module:
         for module in model.modules():
             for name, p in module._parameters.items():
                 fake = None if p is None else torch.empty(p.shape, dtype=p.dtype, device="cuda")
-                module._parameters[name] = fake if fake is None else nn.Parameter(fake, requires_grad=False)
+                module._parameters[name] = (
+                    fake if fake is None else nn.Parameter(fake, requires_grad=False)
+                )
     return model
 
 
@@ -251,7 +274,9 @@ OBSTACLES = {
     "parts of the model are on cuda:0 and cpu": lambda model: setattr(
         model.model.norm, "weight", nn.Parameter(torch.ones(64))
     ),
-    "model are on cuda:0 and cpu": lambda model: model.model.norm.register_buffer("left behind", torch.ones(64)),
+    "model are on cuda:0 and cpu": lambda model: model.model.norm.register_buffer(
+        "left behind", torch.ones(64)
+    ),
 }
 
 
@@ -272,7 +297,10 @@ def test_4_bit_layers_without_triton_and_autocast_stand_in_the_way(monkeypatch):
     assert "path 'reference'" in (obstacle(model) or "")
     dense = on_fake_gpu(twin(oracle()))
     assert obstacle(dense) is None  # which has no such layers
-    for kind, why in (("cpu", "path 'reference'"), ("cuda", "autocast")):  # a CPU's is none of a GPU's
+    for kind, why in (
+        ("cpu", "path 'reference'"),
+        ("cuda", "autocast"),
+    ):  # a CPU's is none of a GPU's
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, kind=kind: device == kind)
         assert why in (obstacle(model) or "")
     assert "autocast" in (obstacle(dense) or "")

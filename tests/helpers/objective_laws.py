@@ -34,17 +34,34 @@ def check_splits(model: Any, objective: Objective, rows: list) -> None:
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         losses, further = loop._backward(
-            alone(model, objective), objective, samples, torch.autocast("cpu", enabled=False), scaler
+            alone(model, objective),
+            objective,
+            samples,
+            torch.autocast("cpu", enabled=False),
+            scaler,
         )
-        numbers = {"loss": losses.sum().item(), **{name: value.item() for name, value in further.items()}}
-        found.append((numbers, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        numbers = {
+            "loss": losses.sum().item(),
+            **{name: value.item() for name, value in further.items()},
+        }
+        found.append(
+            (
+                numbers,
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+            )
+        )
     (numbers, whole), *others = found
-    assert means(model, examples, 4, objective)[0] == pytest.approx(numbers, rel=1e-5)  # what evaluating would say
+    assert means(model, examples, 4, objective)[0] == pytest.approx(
+        numbers, rel=1e-5
+    )  # what evaluating would say
     total = math.sqrt(sum(g.norm().item() ** 2 for g in whole.values()))
     assert total > 0
     for other, gradients in others:
         assert other == pytest.approx(numbers, rel=1e-5)
-        assert math.sqrt(sum((gradients[k] - g).norm().item() ** 2 for k, g in whole.items())) < 1e-5 * total  # fp32
+        assert (
+            math.sqrt(sum((gradients[k] - g).norm().item() ** 2 for k, g in whole.items()))
+            < 1e-5 * total
+        )  # fp32
 
 
 def check_eval_batches(model: Any, objective: Objective, rows: list) -> None:
@@ -54,17 +71,30 @@ def check_eval_batches(model: Any, objective: Objective, rows: list) -> None:
         assert numbers == pytest.approx(found[0][0], rel=1e-5) and count == found[0][1]
 
 
-def check_resume(model: Callable[[], Any], objective: Objective, rows: list, folder: Path, **more: Any) -> None:
+def check_resume(
+    model: Callable[[], Any], objective: Objective, rows: list, folder: Path, **more: Any
+) -> None:
     """Five steps at once, or two and then three from the checkpoint: the same bits, in weights and in the figures."""
     fields = FAST | {"per_device_train_batch_size": 3, "save_steps": 2, "eval_steps": 2} | more
     whole, again = model(), model()
     expected = train(
-        whole, Letters(), rows, TrainConfig(output_dir=folder, **fields), objective=objective, eval_dataset=rows
+        whole,
+        Letters(),
+        rows,
+        TrainConfig(output_dir=folder, **fields),
+        objective=objective,
+        eval_dataset=rows,
     )
     config = TrainConfig(resume_from_checkpoint=folder / "checkpoint-2", **fields)
     result = train(again, Letters(), rows, config, objective=objective, eval_dataset=rows)
     trained, same = adapters(whole), adapters(again)
-    assert trained.keys() == same.keys() and all(torch.equal(trained[key], same[key]) for key in trained)
+    assert trained.keys() == same.keys() and all(
+        torch.equal(trained[key], same[key]) for key in trained
+    )
     assert (result.losses, result.metrics) == (expected.losses, expected.metrics)
-    assert result.evals == expected.evals and [figures["step"] for figures in result.evals] == [2, 4, 5]
+    assert result.evals == expected.evals and [figures["step"] for figures in result.evals] == [
+        2,
+        4,
+        5,
+    ]
     assert all(len(values) == 5 for values in result.metrics.values())

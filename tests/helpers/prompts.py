@@ -12,7 +12,9 @@ VOCABULARY = 300  # room for the byte tokenizers of chats.py
 @cache
 def pair(family: str = "llama", **fields: Any):
     """(transformers' model, ours) of the same weights, logits of about 10."""
-    theirs = oracle(family, vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=EOS, **fields)
+    theirs = oracle(
+        family, vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=EOS, **fields
+    )
     return theirs, twin(theirs)
 
 

@@ -26,8 +26,8 @@ from minilora.training.distributed import Parallel
 from minilora.training.loop import TrainResult, train
 from minilora.training.process import full
 
-# In steps of 8 samples, micro-batches of 2: an epoch's last step has one sample, so that one of two ranks is left
-# without any, or five in three micro-batches.
+# In steps of 8 samples, micro-batches of 2: an epoch's last step has one sample, so that one of two
+# ranks is left without any, or five in three micro-batches.
 SAMPLES = {"lora": 17, "nf4": 21, "dpo": 21, "full": 17, "biases": 17, "norms": 17}
 KINDS = tuple(SAMPLES)
 ENGINES = ("ddp", "fsdp")
@@ -44,7 +44,12 @@ def model(kind: str) -> Any:
         quantize_model(base)
     if kind in ("biases", "norms"):
         norms = {"modules_to_save": ["norm", "input_layernorm"]}
-        inject(base, LoRAConfig(r=4, target_modules="all-linear", **({"bias": "all"} if kind == "biases" else norms)))
+        inject(
+            base,
+            LoRAConfig(
+                r=4, target_modules="all-linear", **({"bias": "all"} if kind == "biases" else norms)
+            ),
+        )
         return base
     return base if kind == "full" else lora(base, dropout=0.1)
 
@@ -52,7 +57,9 @@ def model(kind: str) -> Any:
 def config(world: int, **fields: Any) -> TrainConfig:
     """The run that all compare: 8 samples a step in micro-batches of 2."""
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world}
-    return TrainConfig(**FAST | sizes | {"max_steps": 6, "eval_steps": 3, "eval_metrics": "token_f1"} | fields)
+    return TrainConfig(
+        **FAST | sizes | {"max_steps": 6, "eval_steps": 3, "eval_metrics": "token_f1"} | fields
+    )
 
 
 def run(kind: str, world: int, **fields: Any) -> tuple[nn.Module, TrainResult]:
@@ -67,7 +74,9 @@ def run(kind: str, world: int, **fields: Any) -> tuple[nn.Module, TrainResult]:
     if kind == "dpo":  # its loss reads the model twice, once without adapters, and has further sums
         fields, objective = fields | {"eval_metrics": None}, DPO()
         data, held_out = ([_preference(row) for row in part] for part in (data, held_out))
-    return m, train(m, Letters(), data, config(world, **fields), objective=objective, eval_dataset=held_out)
+    return m, train(
+        m, Letters(), data, config(world, **fields), objective=objective, eval_dataset=held_out
+    )
 
 
 def _preference(row: dict[str, str]) -> dict[str, str]:
@@ -76,7 +85,12 @@ def _preference(row: dict[str, str]) -> dict[str, str]:
 
 def outcome(m: nn.Module, result: TrainResult) -> dict[str, Any]:
     """What is compared."""
-    return {"losses": result.losses, "metrics": result.metrics, "evals": result.evals, "adapters": adapters(m)}
+    return {
+        "losses": result.losses,
+        "metrics": result.metrics,
+        "evals": result.evals,
+        "adapters": adapters(m),
+    }
 
 
 def refusal(kind: str = "lora", objective: Any = None, **fields: Any) -> str:
@@ -119,15 +133,23 @@ def bytes_of_shards() -> dict[str, list[bool]]:
     """Of each frozen 4-bit tensor: does it lie in bytes, in parts, and come together as it was?"""
     given = model("nf4")
     parallel = Parallel(torch.device("cpu"), fsdp=True)
-    parallel.wrap(given, SFT(), torch.optim.AdamW([p for p in given.parameters() if p.requires_grad]))
-    parallel.loss(SFT().collate(SFT().encode(rows(2), Letters(), 64).examples))  # gathered and dropped once
+    parallel.wrap(
+        given, SFT(), torch.optim.AdamW([p for p in given.parameters() if p.requires_grad])
+    )
+    parallel.loss(
+        SFT().collate(SFT().encode(rows(2), Letters(), 64).examples)
+    )  # gathered and dropped once
     shards, found = dict(parallel.model.named_parameters()), {}
     for name, p in given.named_parameters():
         if p.dtype == torch.uint8:
             shard: Any = shards[name]
             whole = full(shard)
             local = shard.to_local()
-            found[name] = [local.dtype == torch.uint8, local.numel() <= -(-p.numel() // 2), torch.equal(whole, p)]
+            found[name] = [
+                local.dtype == torch.uint8,
+                local.numel() <= -(-p.numel() // 2),
+                torch.equal(whole, p),
+            ]
     return found
 
 
@@ -154,12 +176,18 @@ def main(folder: Path, chosen: str) -> None:
     for name in RUNS[chosen]:
         kind, engine = name.split()
         fsdp, out = engine == "fsdp", folder / name.replace(" ", "-")
-        checkpoints = kind == "nf4"  # these also save, recompute activations, and resume a run of one process
+        checkpoints = (
+            kind == "nf4"
+        )  # these also save, recompute activations, and resume a run of one process
         fields: dict[str, Any] = {"output_dir": out, "save_steps": 3} if checkpoints else {}
-        found[name] = outcome(*run(kind, 2, fsdp=fsdp, gradient_checkpointing=checkpoints, **fields))
+        found[name] = outcome(
+            *run(kind, 2, fsdp=fsdp, gradient_checkpointing=checkpoints, **fields)
+        )
         if checkpoints:
             start = str(folder / "one" / "checkpoint-3")
-            found[f"{name} resumed"] = outcome(*run(kind, 2, fsdp=fsdp, resume_from_checkpoint=start))
+            found[f"{name} resumed"] = outcome(
+                *run(kind, 2, fsdp=fsdp, resume_from_checkpoint=start)
+            )
     if chosen == "all":
         found["fp16"] = outcome(*run("lora", 2, fsdp=True, fp16=True))
         found["fp16 ddp"] = outcome(*run("lora", 2, fp16=True))

@@ -36,7 +36,11 @@ TARGETS = (["q_proj", "down_proj"], ["v_proj", "o_proj"], "all-linear")
 
 def build(adapters: int = len(NAMES), **fields: Any) -> Any:
     """A model with the vocabulary of `ours("chatml")`, whose adapters differ in rank, layers and what they say."""
-    sizes = {"vocab_size": len(ours("chatml")), "max_position_embeddings": 512, "eos_token_id": None}
+    sizes = {
+        "vocab_size": len(ours("chatml")),
+        "max_position_embeddings": 512,
+        "eos_token_id": None,
+    }
     model = twin(oracle(**(sizes | fields)))
     for number, name in enumerate(NAMES[:adapters]):
         config = ml.LoRAConfig(r=2 + number % 3, lora_alpha=8, target_modules=TARGETS[number % 3])
@@ -68,19 +72,32 @@ def alone(model: Any, ask: Ask) -> str:
     """The text that `ml.generate` gives of one request by itself. Also asserts that no arg-max hangs on rounding."""
     text = tokenizer().decode(ask.prompt)
     ml.set_adapter(model, [] if ask.adapter is None else ask.adapter)
-    options = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed, "stop": list(ask.stop)}
-    answer = ml.generate(model, tokenizer(), RawText(text), max_new_tokens=ask.max_tokens, **options)
+    options = {
+        "temperature": ask.temperature,
+        "top_p": ask.top_p,
+        "seed": ask.seed,
+        "stop": list(ask.stop),
+    }
+    answer = ml.generate(
+        model, tokenizer(), RawText(text), max_new_tokens=ask.max_tokens, **options
+    )
     if not ask.temperature:
         ids = ask.prompt + tokenizer().encode(answer, add_special_tokens=False)
         with inference(model):
             top = model(torch.tensor([ids]))[0, len(ask.prompt) - 1 :].topk(2).values  # (T, 2)
-        assert (top[:, 0] - top[:, 1]).min() > MARGIN, "two tokens are equal but for rounding: choose other weights"
+        assert (top[:, 0] - top[:, 1]).min() > MARGIN, (
+            "two tokens are equal but for rounding: choose other weights"
+        )
     return answer
 
 
 @contextmanager
 def serving(
-    model: Any, token: str | None = None, engine: Engine | None = None, ends: bool = True, **options: Any
+    model: Any,
+    token: str | None = None,
+    engine: Engine | None = None,
+    ends: bool = True,
+    **options: Any,
 ) -> Iterator[Any]:
     """A server of `model`, called "base", in two threads of this process, at a free port: `url`, `guard`, `worker`.
 
@@ -88,8 +105,14 @@ def serving(
     from minilora.serving.server import build as build_server
 
     config = ServeConfig(port=0, **options)
-    limits = {"batch_size": config.batch_size, "waiting": config.waiting, "max_length": config.max_length}
-    server: Any = build_server(engine or Engine(model, tokenizer(), **limits), config, "base", token)
+    limits = {
+        "batch_size": config.batch_size,
+        "waiting": config.waiting,
+        "max_length": config.max_length,
+    }
+    server: Any = build_server(
+        engine or Engine(model, tokenizer(), **limits), config, "base", token
+    )
     server.worker.engine.ends = server.worker.engine.ends if ends else frozenset()
     threads = [threading.Thread(target=server.run), threading.Thread(target=server.worker.run)]
     for thread in threads:
@@ -160,4 +183,8 @@ def url(server: Any) -> Iterator[str]:
     """Where to complete. Afterwards all is as if nothing had been: the next one is answered, and nobody is left."""
     yield f"{server.url}/v1/completions"
     assert http.post(f"{server.url}/v1/completions", json=SHORT).status_code == 200
-    wait(lambda: not server.worker.engine.busy and not server.worker.listeners and not server.guard.open)
+    wait(
+        lambda: (
+            not server.worker.engine.busy and not server.worker.listeners and not server.guard.open
+        )
+    )

@@ -30,14 +30,21 @@ FLOORS: dict[str, int] = {  # imports go down these; a new room needs a line her
 # The two imports up: in functions, as one draws and the other explains what training left behind.
 UPWARD = {
     ("minilora.training.loop", "minilora.tools.plot.logs"),  # TrainResult.plot
-    ("minilora.training.runtime", "minilora.tools.memory_plan.shortage"),  # the note on an out-of-memory error
+    (
+        "minilora.training.runtime",
+        "minilora.tools.memory_plan.shortage",
+    ),  # the note on an out-of-memory error
 }
 
 
 def sources(*folders: str) -> list[str]:
     """Paths of the Python files under these folders, relative to the root."""
     found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return sorted(path.relative_to(ROOT).as_posix() for path in found if ".ipynb_checkpoints" not in path.parts)
+    return sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in found
+        if ".ipynb_checkpoints" not in path.parts
+    )
 
 
 LIBRARY_FILES = sources(*LIBRARY)
@@ -73,7 +80,10 @@ MODULES = {module_of(path): path for path in LIBRARY_FILES}
 
 def is_type_checking(node: ast.AST) -> bool:
     """Whether a node is `if TYPE_CHECKING: …`."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    return isinstance(node, ast.If) and ast.unparse(node.test) in (
+        "TYPE_CHECKING",
+        "typing.TYPE_CHECKING",
+    )
 
 
 def import_nodes(node: ast.AST, typed: bool) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -87,7 +97,9 @@ def import_nodes(node: ast.AST, typed: bool) -> Iterator[ast.Import | ast.Import
 
 def imports(path: str, typed: bool = True) -> set[str]:
     """Dotted names that a file imports: `from a import b` is a.b where that is a module of ours, else a."""
-    package = module_of(path) if path.endswith("__init__.py") else module_of(path).rpartition(".")[0]
+    package = (
+        module_of(path) if path.endswith("__init__.py") else module_of(path).rpartition(".")[0]
+    )
     found: set[str] = set()
     for node in import_nodes(tree(path), typed):
         if isinstance(node, ast.Import):
@@ -109,7 +121,11 @@ def floor(module: str) -> int | None:
     """The floor of a module of ours by the longest name that fits, None if FLOORS does not say."""
     if module == "minilora":
         return FLOORS[module]
-    fitting = [room for room in FLOORS if room != "minilora" and (module == room or module.startswith(room + "."))]
+    fitting = [
+        room
+        for room in FLOORS
+        if room != "minilora" and (module == room or module.startswith(room + "."))
+    ]
     return FLOORS[max(fitting, key=len)] if fitting else None
 
 
@@ -125,12 +141,22 @@ def text_files() -> Iterator[Path]:
     outside = {"out", "build", "dist", "__pycache__"}
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") or part in outside or part.endswith(".egg-info") for part in parts[:-1])
-        if path.is_file() and not hidden and path.suffix in (".py", ".md", ".toml", ".txt", ".ipynb", ".yaml", ""):
+        hidden = any(
+            part.startswith(".") or part in outside or part.endswith(".egg-info")
+            for part in parts[:-1]
+        )
+        if (
+            path.is_file()
+            and not hidden
+            and path.suffix in (".py", ".md", ".toml", ".txt", ".ipynb", ".yaml", "")
+        ):
             yield path
 
 
 def constraints() -> dict[str, str]:
     """Package -> version, as constraints.txt pins them."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    )
     return dict(line.split("==") for line in lines if line)

@@ -32,8 +32,17 @@ LLAMA3 = {
     "rope_theta": 500.0,
 }
 GEMMA = {
-    **{"family": "gemma3_text", "head_dim": 24, "num_hidden_layers": 3, "sliding_window": 5, "pad_token_id": None},
-    **{"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": True},
+    **{
+        "family": "gemma3_text",
+        "head_dim": 24,
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "pad_token_id": None,
+    },
+    **{
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+    },
     **{"eos_token_id": None, "bos_token_id": None, "hidden_size": 80},  # √80 is not a 16-bit number
 }
 KINDS = {  # fields of `oracle`, for every switch that a config has
@@ -53,24 +62,45 @@ KINDS = {  # fields of `oracle`, for every switch that a config has
     "window wider than text": {"family": "mistral", "sliding_window": 64},
     "qwen2": {"family": "qwen2"},
     "qwen2 tied, wide heads, linear": {
-        **{"family": "qwen2", "tie_word_embeddings": True, "head_dim": 24, "num_key_value_heads": 4},
+        **{
+            "family": "qwen2",
+            "tie_word_embeddings": True,
+            "head_dim": 24,
+            "num_key_value_heads": 4,
+        },
         "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0},
     },
-    "qwen2 window 5": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
-    "qwen2 window above": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2 window 5": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 0,
+    },
+    "qwen2 window above": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
     "qwen3": {"family": "qwen3", "head_dim": 24},
     "qwen3 tied, biases, one key head": {
         **{"family": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
         "num_key_value_heads": 1,
     },
-    "qwen3 llama3": {"family": "qwen3", "head_dim": 16, "rope_parameters": LLAMA3, "rms_norm_eps": 0.1},
+    "qwen3 llama3": {
+        "family": "qwen3",
+        "head_dim": 16,
+        "rope_parameters": LLAMA3,
+        "rms_norm_eps": 0.1,
+    },
     "qwen3 window between": {
         **{"family": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5},
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "gemma3": GEMMA,
     "gemma3 untied, biases, linear": {
-        **GEMMA | {"tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 100},
+        **GEMMA
+        | {"tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 100},
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
@@ -87,7 +117,9 @@ def oracle(family: str = "llama", seed: int = 0, **fields: Any) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name and "gemma" not in family else 0.0  # norms stay near one (Gemma's are 1 + w)
+            mean = (
+                1.0 if "norm" in name and "gemma" not in family else 0.0
+            )  # norms stay near one (Gemma's are 1 + w)
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -104,7 +136,9 @@ def tokens(rows: int, count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
-def save(folder: Path, shards: dict | None = None, dtype: torch.dtype = torch.float32, **fields) -> nn.Module:
+def save(
+    folder: Path, shards: dict | None = None, dtype: torch.dtype = torch.float32, **fields
+) -> nn.Module:
     """A random checkpoint written by transformers; returns its model."""
     reference = oracle(**fields).to(dtype)
     reference.save_pretrained(folder, **(shards or {}))
@@ -114,8 +148,12 @@ def save(folder: Path, shards: dict | None = None, dtype: torch.dtype = torch.fl
 def python(code: str, *arguments, **env: str) -> str:
     """What `code` prints in a fresh interpreter."""
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
+    }
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=kept | {"PYTHONPATH": roots} | env, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=kept | {"PYTHONPATH": roots} | env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout

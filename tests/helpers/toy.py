@@ -37,7 +37,12 @@ class Letters:
 
 def llama(seed: int = 0, **fields: Any) -> CausalLM:
     """A random two-layer Llama, logits of a useful size, in eval mode."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
     config = DecoderConfig(VOCABULARY, **(sizes | fields))
     with torch.random.fork_rng():
@@ -78,7 +83,10 @@ def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
 def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest relative difference of a tensor."""
     assert found.keys() == expected.keys()
-    return max(((found[k] - expected[k]).norm() / expected[k].norm().clamp_min(1e-30)).item() for k in expected)
+    return max(
+        ((found[k] - expected[k]).norm() / expected[k].norm().clamp_min(1e-30)).item()
+        for k in expected
+    )
 
 
 class Wrapped(nn.Module):

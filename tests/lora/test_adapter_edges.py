@@ -1,5 +1,6 @@
 """Proves what holds where two features of an adapter meet: embeddings and convolutions with unusual bases, parts that
-train whole beside tied weights, several adapters that come and go, and files with less in them than usual."""
+train whole beside tied weights, several adapters that come and go, and files with less in them than
+usual."""
 
 import json
 
@@ -37,20 +38,31 @@ def test_layers_are_numbered_as_peft_numbers_them(numbers, pattern):
     from peft import LoraConfig, inject_adapter_in_model
 
     def model() -> nn.Module:
-        experts = [nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2)) for _ in range(2)]
+        experts = [
+            nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2)) for _ in range(2)
+        ]
         layers = nn.ModuleList(nn.ModuleDict({"experts": e}) for e in experts)
         return nn.ModuleDict({"body": nn.ModuleDict({"layers": layers})})
 
-    fields: dict = {"r": 2, "target_modules": ["q"], "layers_to_transform": numbers, "layers_pattern": pattern}
+    fields: dict = {
+        "r": 2,
+        "target_modules": ["q"],
+        "layers_to_transform": numbers,
+        "layers_pattern": pattern,
+    }
     theirs = inject_adapter_in_model(LoraConfig(**fields), model())
-    assert ml.inject(model(), LoRAConfig(**fields)) == [n for n, m in theirs.named_modules() if hasattr(m, "lora_A")]
+    assert ml.inject(model(), LoRAConfig(**fields)) == [
+        n for n, m in theirs.named_modules() if hasattr(m, "lora_A")
+    ]
 
 
 # ---- property
 
 
 def test_roundings_of_one_weight_to_two_dtypes_may_be_one_base():
-    then, now = (fingerprint(nn.Linear(64, 64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16))
+    then, now = (
+        fingerprint(nn.Linear(64, 64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)
+    )
     assert same_base(then, now) is None and same_base(then, then) is True
     assert same_base(then, fingerprint(nn.Linear(64, 64, dtype=torch.bfloat16))) is False
 
@@ -79,7 +91,9 @@ def test_what_waits_follows_the_model_s_mode_when_it_comes_back():
 def test_gaussian_values_depend_on_the_layer_and_the_seed():
     def values(seed: int) -> list[torch.Tensor]:
         model = build("llama")
-        ml.inject(model, LoRAConfig(target_modules=["q_proj"], init_lora_weights="gaussian"), seed=seed)
+        ml.inject(
+            model, LoRAConfig(target_modules=["q_proj"], init_lora_weights="gaussian"), seed=seed
+        )
         return [tensor for key, tensor in ml.adapter_state_dict(model).items() if "lora_A" in key]
 
     first, again, other = values(0), values(0), values(1)
@@ -89,7 +103,12 @@ def test_gaussian_values_depend_on_the_layer_and_the_seed():
 
 def test_untied_copies_are_two_and_are_merged_as_two():
     model = build("tied")
-    ml.inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], tie="untie"))
+    ml.inject(
+        model,
+        LoRAConfig(
+            target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], tie="untie"
+        ),
+    )
     assert model.lm_head.weight is not model.get_input_embeddings().weight
     expected = output(shake(model))
     close(output(ml.merge(model)), expected, 1e-5)  # fp32, another order of sums
@@ -98,10 +117,14 @@ def test_untied_copies_are_two_and_are_merged_as_two():
 def test_a_tie_inside_a_part_needs_no_word():
     words, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
     head.weight = words.weight
-    model = nn.ModuleDict({"body": nn.ModuleDict({"words": words, "head": head}), "other": nn.Linear(4, 4)})
+    model = nn.ModuleDict(
+        {"body": nn.ModuleDict({"words": words, "head": head}), "other": nn.Linear(4, 4)}
+    )
     ml.inject(model, LoRAConfig(r=2, target_modules=["other"], modules_to_save=["body"]))
     body: nn.Module = model["body"]
-    assert body.get_submodule("words").weight is body.get_submodule("head").weight is not words.weight
+    assert (
+        body.get_submodule("words").weight is body.get_submodule("head").weight is not words.weight
+    )
 
 
 def test_all_linear_leaves_out_what_trains_whole():
@@ -122,7 +145,9 @@ def test_deleting_an_adapter_leaves_the_others_at_work_and_frees_its_parts():
     assert model.lm_head is head and head.weight.requires_grad
     ml.delete_adapter(model, "default")
     assert model.lm_head is not head
-    ml.inject(model, LoRAConfig(target_modules=["lm_head"]), name="fourth")  # which nothing trains any more
+    ml.inject(
+        model, LoRAConfig(target_modules=["lm_head"]), name="fourth"
+    )  # which nothing trains any more
     lora_configs(model).tokenizers["fourth"] = {"chat_template": "x"}
     ml.delete_adapter(model, "fourth")
     ml.inject(model, LoRAConfig(target_modules=["lm_head"]), name="fourth")
@@ -168,4 +193,6 @@ def test_an_untied_file_leaves_a_shared_adapter_of_its_name_alone(tmp_path):
     before = {key: tensor.clone() for key, tensor in ml.adapter_state_dict(shared).items()}
     with pytest.raises(ValueError, match="exists with other layers or scaling"):
         ml.load_adapter(shared, tmp_path)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in ml.adapter_state_dict(shared).items())
+    assert all(
+        torch.equal(tensor, before[key]) for key, tensor in ml.adapter_state_dict(shared).items()
+    )

@@ -1,6 +1,6 @@
 """Proves that an adapted model still holds its base: its tensors under their plain names, to be read and to be loaded;
-and that biases and whole modules that train with an adapter are PEFT's in the file, and are switched and undone with
-the adapter, bit for bit."""
+and that biases and whole modules that train with an adapter are PEFT's in the file, and are
+switched and undone with the adapter, bit for bit."""
 
 import copy
 import io
@@ -16,14 +16,21 @@ import minilora as ml
 from helpers.bounds import assert_rounded, rounding
 from helpers.kinds import shake
 from helpers.tiny import oracle, tokens, twin
-from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE, adapter_state_dict, base_state_dict
+from minilora.lora.files.save_load import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    adapter_state_dict,
+    base_state_dict,
+)
 from minilora.lora.registry import lora_layers
 
 TOKENS = tokens(2, 9)
 
 
 def same(found: dict, expected: dict) -> bool:
-    return list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+    return list(found) == list(expected) and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +54,17 @@ def test_the_base_is_there_under_its_plain_names(llama, quantised):
     assert same(base_state_dict(model), expected)
     assert {path: layer.active for path, layer in lora_layers(model).items()} == active
     assert (
-        base_state_dict(model)["model.norm.weight"].data_ptr() == model.get_parameter("model.norm.weight").data_ptr()
+        base_state_dict(model)["model.norm.weight"].data_ptr()
+        == model.get_parameter("model.norm.weight").data_ptr()
     )  # live, no copy
     ml.eject(model)
     assert same(base_state_dict(model), expected)  # and without adapters it is the state itself
 
 
 def test_the_base_of_a_module_under_two_names():
-    model = nn.ModuleDict({"a": (shared := nn.Linear(4, 4)), "b": nn.Sequential(shared, nn.Linear(4, 4))})
+    model = nn.ModuleDict(
+        {"a": (shared := nn.Linear(4, 4)), "b": nn.Sequential(shared, nn.Linear(4, 4))}
+    )
     expected = model.state_dict()
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["a", "b.0"]))
     assert same(base_state_dict(model), expected)
@@ -99,7 +109,9 @@ def hf(family: str = "llama") -> nn.Module:
     if family == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0
+        )
         return shake(GPT2LMHeadModel(config).eval())  # biases start at zero
     return oracle(attention_bias=True)
 
@@ -109,8 +121,18 @@ TRAINED = {
     "all": ("llama", {"target_modules": ["q_proj", "up_proj"], "bias": "all"}),
     "norms and Conv1D": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
     "head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "both": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"], "bias": "all"}),
-    "a whole layer's norm": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    "both": (
+        "llama",
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head", "embed_tokens"],
+            "bias": "all",
+        },
+    ),
+    "a whole layer's norm": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    ),
 }
 
 
@@ -133,19 +155,26 @@ def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
         known = r"^base_model\.model\.|\.base_layer|\.modules_to_save\.default|adapters\.default\.|\.default\.weight"
         return {re.sub(known, "", name) for name in names}
 
-    trainable = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+    trainable = [
+        {name for name, p in model.named_parameters() if p.requires_grad}
+        for model in (ours, theirs)
+    ]
     assert plain(trainable[0]) == plain(trainable[1])  # what trains is what PEFT trains
     shake(ours)
     ml.save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(logits(again), logits(ours), rtol=1e-5, atol=2e-5)  # fp32: sums in another order
+    torch.testing.assert_close(
+        logits(again), logits(ours), rtol=1e-5, atol=2e-5
+    )  # fp32: sums in another order
     assert (logits(ours) - logits(base)).abs().max() > 1e-2
     again.save_pretrained(str(tmp_path / "theirs"))
     loaded = copy.deepcopy(base)
     ml.load_adapter(loaded, tmp_path / "theirs")
     assert torch.equal(logits(loaded), logits(ours))
     files = [load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("ours", "theirs")]
-    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert files[0].keys() == files[1].keys() and all(
+        torch.equal(files[0][key], files[1][key]) for key in files[0]
+    )
     ml.save_adapter(loaded, tmp_path / "again")
     assert same(load_file(tmp_path / "again" / WEIGHTS_FILE), files[0])
 
@@ -156,9 +185,15 @@ def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
 @pytest.mark.parametrize(("family", "fields"), TRAINED.values(), ids=TRAINED)
 def test_without_its_adapter_the_model_is_the_base(family, fields):
     model = hf(family)
-    model.get_parameter("lm_head.weight").requires_grad_(False)  # something to restore that is not the default
+    model.get_parameter("lm_head.weight").requires_grad_(
+        False
+    )  # something to restore that is not the default
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    modules, state, expected = dict(model.named_modules()), copy.deepcopy(model.state_dict()), logits(model)
+    modules, state, expected = (
+        dict(model.named_modules()),
+        copy.deepcopy(model.state_dict()),
+        logits(model),
+    )
     ml.inject(model, ml.LoRAConfig(r=4, **fields))
     assert torch.equal(logits(model), expected)  # copies start where the originals are
     trained = logits(shake(model))
@@ -169,7 +204,9 @@ def test_without_its_adapter_the_model_is_the_base(family, fields):
         assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(logits(model), trained)
     ml.eject(model)
-    assert torch.equal(logits(model), expected) and dict(model.named_modules()) == modules  # the same objects
+    assert (
+        torch.equal(logits(model), expected) and dict(model.named_modules()) == modules
+    )  # the same objects
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
@@ -179,10 +216,20 @@ def test_several_adapters_with_parts_take_turns(llama):
     for seed, (name, fields) in enumerate(
         {"head": {"modules_to_save": ["lm_head"]}, "biases": {"bias": "all"}}.items()
     ):
-        ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"][: seed + 1], **fields), name=name)
+        ml.inject(
+            model,
+            ml.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"][: seed + 1], **fields),
+            name=name,
+        )
         outputs[name] = logits(shake(model, seed))
-    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]), name="other")
-    assert torch.equal(logits(model), expected)  # its copy is of the original, not of another adapter's
+    ml.inject(
+        model,
+        ml.LoRAConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]),
+        name="other",
+    )
+    assert torch.equal(
+        logits(model), expected
+    )  # its copy is of the original, not of another adapter's
     for name in ("head", "biases", "head"):
         ml.set_adapter(model, name)
         assert torch.equal(logits(model), outputs[name])
@@ -195,7 +242,9 @@ def test_several_adapters_with_parts_take_turns(llama):
     assert torch.equal(logits(model), before)
     ml.delete_adapter(model, "other")
     ml.delete_adapter(model, "head")
-    assert model.lm_head.weight.requires_grad is False and same(base_state_dict(model), llama.state_dict())
+    assert model.lm_head.weight.requires_grad is False and same(
+        base_state_dict(model), llama.state_dict()
+    )
     assert torch.equal(model.lm_head.weight, llama.lm_head.weight)  # its copy left with it
     ml.set_adapter(model, "biases")
     assert torch.equal(logits(model), outputs["biases"])
@@ -203,7 +252,9 @@ def test_several_adapters_with_parts_take_turns(llama):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head", "norm", "embed_tokens"]}, {"bias": "lora_only"}])
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["lm_head", "norm", "embed_tokens"]}, {"bias": "lora_only"}]
+)
 def test_parts_of_a_16_bit_or_4_bit_model_train_in_fp32(llama, tmp_path, fields):
     model = copy.deepcopy(llama)
     ml.quantize_model(model)
@@ -212,7 +263,8 @@ def test_parts_of_a_16_bit_or_4_bit_model_train_in_fp32(llama, tmp_path, fields)
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"], **fields))
     out = logits(model)
     assert out.dtype == torch.bfloat16
-    # bf16 rounds by 2^-8; the head, norm and embedding do so once where they did twice: four such steps
+    # bf16 rounds by 2^-8; the head, norm and embedding do so once where they did twice: four such
+    # steps
     assert (out - expected).abs().max() <= expected.abs().max() * 2**-6
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     model(TOKENS).float().square().mean().backward()
@@ -224,16 +276,25 @@ def test_parts_of_a_16_bit_or_4_bit_model_train_in_fp32(llama, tmp_path, fields)
     again = again.bfloat16()
     ml.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-    assert torch.equal(logits(copy.deepcopy(model)), logits(model))  # hooks and registry survive a copy
+    assert torch.equal(
+        logits(copy.deepcopy(model)), logits(model)
+    )  # hooks and registry survive a copy
 
 
 def test_merge_keeps_what_was_trained(llama):
     model = copy.deepcopy(llama)
-    ml.inject(model, ml.LoRAConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head", "norm"], bias="all"))
+    ml.inject(
+        model,
+        ml.LoRAConfig(
+            r=4, target_modules="all-linear", modules_to_save=["lm_head", "norm"], bias="all"
+        ),
+    )
     shake(model)
     merged = ml.merge(model)
     assert merged.state_dict().keys() == llama.state_dict().keys()
-    assert_rounded(logits(merged), logits(model), rounding(merged, logits))  # merging only reorders sums
+    assert_rounded(
+        logits(merged), logits(model), rounding(merged, logits)
+    )  # merging only reorders sums
     assert not ml.eject(merged) and torch.equal(merged.lm_head.weight, model.lm_head.weight)
 
 
@@ -243,11 +304,23 @@ def test_merge_keeps_what_was_trained(llama):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches nothing. Nearest: 'lm_head'"),
+        (
+            {"modules_to_save": ["lm_haed"]},
+            "modules_to_save: 'lm_haed' matches nothing. Nearest: 'lm_head'",
+        ),
         ({"modules_to_save": ["q_proj"]}, "has an adapter"),
-        ({"modules_to_save": ["self_attn"]}, "'model.layers.0.self_attn' holds 'model.layers.0.self_attn.q_proj'"),
-        ({"modules_to_save": ["mlp", "up_proj"]}, "holds 'model.layers.0.mlp.up_proj', which trains too"),
-        ({"target_modules": ["up_proj"], "bias": "lora_only"}, "would do nothing: there is no bias"),
+        (
+            {"modules_to_save": ["self_attn"]},
+            "'model.layers.0.self_attn' holds 'model.layers.0.self_attn.q_proj'",
+        ),
+        (
+            {"modules_to_save": ["mlp", "up_proj"]},
+            "holds 'model.layers.0.mlp.up_proj', which trains too",
+        ),
+        (
+            {"target_modules": ["up_proj"], "bias": "lora_only"},
+            "would do nothing: there is no bias",
+        ),
     ],
 )
 def test_parts_that_cannot_train_are_refused_and_the_model_untouched(llama, fields, message):
@@ -266,13 +339,21 @@ def test_what_else_cannot_train(llama):
     with pytest.raises(ValueError, match="is in 4 bits and cannot train"):
         ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]))
     with pytest.raises(ValueError, match="bfloat16 and trains in fp32"):
-        ml.inject(copy.deepcopy(llama).bfloat16(), ml.LoRAConfig(target_modules=["q_proj"], bias="all"))
+        ml.inject(
+            copy.deepcopy(llama).bfloat16(), ml.LoRAConfig(target_modules=["q_proj"], bias="all")
+        )
     ml.inject(model, config)
     with pytest.raises(ValueError, match="'lm_head': another adapter trains 'lm_head'"):
         ml.inject(model, ml.LoRAConfig(target_modules=["lm_head"]), name="second")
     ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], bias="all"), name="second")
-    with pytest.raises(ValueError, match="another adapter trains 'model.layers.0.self_attn.q_proj.bias'|holds"):
-        ml.inject(model, ml.LoRAConfig(target_modules=["up_proj"], modules_to_save=["self_attn"]), name="third")
+    with pytest.raises(
+        ValueError, match="another adapter trains 'model.layers.0.self_attn.q_proj.bias'|holds"
+    ):
+        ml.inject(
+            model,
+            ml.LoRAConfig(target_modules=["up_proj"], modules_to_save=["self_attn"]),
+            name="third",
+        )
 
 
 def test_a_file_without_its_trained_parts_is_refused(llama, tmp_path):
@@ -283,7 +364,10 @@ def test_a_file_without_its_trained_parts_is_refused(llama, tmp_path):
     assert values["modules_to_save"] == ["lm_head"]
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"bias": "all"}))
     other = copy.deepcopy(llama)
-    with pytest.raises(ValueError, match="missing: base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"):
+    with pytest.raises(
+        ValueError,
+        match="missing: base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias",
+    ):
         ml.load_adapter(other, tmp_path)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"modules_to_save": None}))
     with pytest.raises(ValueError, match="unexpected: base_model.model.lm_head.weight"):

@@ -1,5 +1,6 @@
 """Proves that adapters are PEFT files both ways, byte for byte, that the same adapter gives the same bytes, and that a
-file which does not fit is refused with the model untouched (PEFT computes something else, mostly without a word)."""
+file which does not fit is refused with the model untouched (PEFT computes something else, mostly
+without a word)."""
 
 import copy
 import json
@@ -23,7 +24,13 @@ def bases():
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    llama = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    llama = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+    )
     gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
     return {"llama": LlamaForCausalLM(llama).eval(), "gpt2": GPT2LMHeadModel(gpt2).eval()}
 
@@ -118,7 +125,10 @@ BROKEN = {
     "missing key": (edit_tensors(lambda t: t.pop(KEY)), f"missing: {KEY}"),
     "half the keys": (edit_tensors(lambda t: [t.pop(k) for k in [*t][::2]]), "tensors do not fit"),
     "unexpected key": (edit_tensors(lambda t: t.update(x=torch.zeros(1))), "unexpected: x"),
-    "DoRA key": (edit_tensors(lambda t: t.update({"m.lora_magnitude_vector": torch.ones(4)})), "unexpected"),
+    "DoRA key": (
+        edit_tensors(lambda t: t.update({"m.lora_magnitude_vector": torch.ones(4)})),
+        "unexpected",
+    ),
     "wrong shape": (edit_tensors(lambda t: t.update({KEY: torch.zeros(3, 8)})), "wrong shape"),
     "wrong dtype": (edit_tensors(lambda t: t.update({KEY: t[KEY].int()})), "int32"),
     "NaN": (edit_tensors(lambda t: t[KEY].fill_(float("nan"))), "NaN or infinity"),
@@ -129,12 +139,18 @@ BROKEN = {
         edit_config(use_qalora=True),
         f"{CONFIG_FILE}: .*'use_qalora' = True would change the result",
     ),
-    "unknown field": (edit_config(lora_aplha=32), "'lora_aplha' = 32 would change the result.*lora_alpha"),
+    "unknown field": (
+        edit_config(lora_aplha=32),
+        "'lora_aplha' = 32 would change the result.*lora_alpha",
+    ),
     "other method": (edit_config(peft_type="IA3"), f"{CONFIG_FILE}: .*reads LoRA adapters only"),
     "value out of range": (edit_config(r=0), f"{CONFIG_FILE}: r: expected >= 1, got 0"),
     "bad JSON": (lambda f: (f / CONFIG_FILE).write_text("{"), "not JSON"),
     "not an object": (lambda f: (f / CONFIG_FILE).write_text("[]"), "expected a JSON object"),
-    "cut off": (lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-5]), "not a whole"),
+    "cut off": (
+        lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-5]),
+        "not a whole",
+    ),
     "garbage": (lambda f: (f / WEIGHTS_FILE).write_bytes(b"\xff" * 64), "not a whole"),
 }
 
@@ -158,7 +174,10 @@ def deeper(base):
 
 
 SILENT = {
-    "keys left over": (edit_tensors(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(2, 2)})), None),
+    "keys left over": (
+        edit_tensors(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(2, 2)})),
+        None,
+    ),
     "half of the keys missing": (edit_tensors(lambda t: [t.pop(k) for k in [*t][::2]]), None),
     "all keys missing": (edit_tensors(lambda t: [t.pop(k) for k in [*t]]), None),
     "NaN": (edit_tensors(lambda t: t[KEY].fill_(float("nan"))), None),
@@ -166,9 +185,13 @@ SILENT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # the most that PEFT says of any of them
+@pytest.mark.filterwarnings(
+    "ignore:Found missing adapter keys"
+)  # the most that PEFT says of any of them
 @pytest.mark.parametrize(("damage", "other"), SILENT.values(), ids=SILENT)
-def test_what_peft_loads_and_computes_something_else_with_is_refused(bases, tmp_path, damage, other):
+def test_what_peft_loads_and_computes_something_else_with_is_refused(
+    bases, tmp_path, damage, other
+):
     """Left over: no word. Missing: a warning, and the base's output there. NaN: no word, and NaN. Deeper: a warning."""
     from peft import PeftModel
 
@@ -201,7 +224,11 @@ ml.save_adapter(model, sys.argv[1])
 def test_neutral_fields_of_newer_files_are_accepted(bases, tmp_path):
     save_adapter(trained(bases["llama"]), tmp_path)
     edit_config(
-        some_new_field=None, use_dora=False, loftq_config={"loftq_bits": 4}, peft_version="9.9", qalora_group_size=16
+        some_new_field=None,
+        use_dora=False,
+        loftq_config={"loftq_bits": 4},
+        peft_version="9.9",
+        qalora_group_size=16,
     )(tmp_path)
     assert len(load_adapter(copy.deepcopy(bases["llama"]), tmp_path)) == 14
 

@@ -1,8 +1,8 @@
 """Proves that adapters on embeddings and convolutions, and those with a bias, are PEFT's: files both ways, byte for
 byte; and that merging gives the same outputs.
 
-Outputs are about 1 to 10 in size. Ours and PEFT's add up the same fp32 products in another order: 1e-6 relative is
-some eight roundings of 6e-8.
+Outputs are about 1 to 10 in size. Ours and PEFT's add up the same fp32 products in another order:
+1e-6 relative is some eight roundings of 6e-8.
 """
 
 import copy
@@ -22,7 +22,10 @@ from minilora.lora.registry import lora_layers
 
 KINDS = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
-    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True}),
+    "embedding and head": (
+        "llama",
+        {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True},
+    ),
     "embedding, by rank": (
         "llama",
         {"target_modules": ["embed_tokens", "up_proj"], "rank_pattern": {"embed_tokens": 2}},
@@ -32,7 +35,10 @@ KINDS = {
     "both biases": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all"}),
     "bias beside Conv1D's": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
     "fused Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "alpha_pattern": {"c_fc": 3}}),
-    "fused q, k, v; gate, up": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"], "layers_to_transform": [1]}),
+    "fused q, k, v; gate, up": (
+        "phi3",
+        {"target_modules": ["qkv_proj", "gate_up_proj"], "layers_to_transform": [1]},
+    ),
     "positions": ("gpt2", {"target_modules": ["wpe"]}),
     "Conv2d": ("images", {"target_modules": ["flat", "one"]}),
     "Conv1d": ("images", {"target_modules": ["long"], "lora_bias": True, "r": 2}),
@@ -58,7 +64,9 @@ def test_peft_reads_what_we_write_and_the_other_way_round(tmp_path, kind, fields
     expected = output(ours)
     assert (expected - output(build(kind))).abs().max() > 1e-3  # there is something to lose
     ml.save_adapter(ours, tmp_path / "ours")
-    assert not [key for key in load_file(tmp_path / "ours" / WEIGHTS_FILE) if "base_layer.weight" in key]
+    assert not [
+        key for key in load_file(tmp_path / "ours" / WEIGHTS_FILE) if "base_layer.weight" in key
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         theirs = PeftModel.from_pretrained(build(kind), str(tmp_path / "ours")).eval()
@@ -93,7 +101,9 @@ def test_an_embedding_starts_as_peft_s_does():
     model = build("llama")
     names = ml.inject(model, ml.LoRAConfig(r=4, target_modules=["embed_tokens"]), seed=3)
     assert names == ["model.embed_tokens"]
-    tensors = {key.rpartition("lora_")[2]: tensor for key, tensor in adapter_state_dict(model).items()}
+    tensors = {
+        key.rpartition("lora_")[2]: tensor for key, tensor in adapter_state_dict(model).items()
+    }
     for name, tensor in theirs.named_parameters():
         if tensor.requires_grad:
             mine = tensors[re.sub(r".*lora_(embedding_\w).*", r"\1", name)]
@@ -102,7 +112,9 @@ def test_an_embedding_starts_as_peft_s_does():
     assert abs(B.std() - 1) < 0.15  # 256 draws of N(0, 1): 1/√512 = 4 % is one deviation
     again = build("llama")
     ml.inject(again, ml.LoRAConfig(r=4, target_modules=["embed_tokens", "q_proj"]), seed=3)
-    assert torch.equal(adapter_state_dict(again)["base_model.model.model.embed_tokens.lora_embedding_B"], B)
+    assert torch.equal(
+        adapter_state_dict(again)["base_model.model.model.embed_tokens.lora_embedding_B"], B
+    )
 
 
 def test_gradients_are_peft_s_and_a_padding_token_gets_none(tmp_path):
@@ -152,7 +164,9 @@ def test_without_its_adapter_the_model_is_the_base(kind, fields):
     found = base_state_dict(model)
     assert list(found) == list(state) and all(torch.equal(found[key], state[key]) for key in state)
     adapters = [layer.adapters for layer in lora_layers(copy.deepcopy(model).half()).values()]
-    assert adapters and all(p.dtype == torch.float32 for module in adapters for p in module.parameters())
+    assert adapters and all(
+        p.dtype == torch.float32 for module in adapters for p in module.parameters()
+    )
     ml.eject(model)
     assert torch.equal(output(model), expected) and dict(model.named_modules()) == modules
 
@@ -163,17 +177,25 @@ def test_in_16_bits_an_embedding_s_output_stays_in_16_bits():
     shake(model)
     assert model.model.embed_tokens(TOKENS).dtype == torch.bfloat16
     # E, ΔE and their sum are each rounded by 2^-9 where merging rounds once
-    close(model.model.embed_tokens(TOKENS).float(), ml.merge(model).model.embed_tokens(TOKENS).float(), 2**-7)
+    close(
+        model.model.embed_tokens(TOKENS).float(),
+        ml.merge(model).model.embed_tokens(TOKENS).float(),
+        2**-7,
+    )
 
 
 def test_all_linear_takes_neither_embeddings_nor_convolutions():
     model = build("images")
     assert ml.inject(model, ml.LoRAConfig(r=2, target_modules="all-linear")) == ["head"]
-    assert "model.embed_tokens" not in ml.inject(build("llama"), ml.LoRAConfig(target_modules="all-linear"))
+    assert "model.embed_tokens" not in ml.inject(
+        build("llama"), ml.LoRAConfig(target_modules="all-linear")
+    )
 
 
 def test_dropout_is_on_the_inputs_that_can_be_dropped():
-    model = adapted("images", {"target_modules": ["words", "flat"], "r": 2, "lora_dropout": 0.5}).train()
+    model = adapted(
+        "images", {"target_modules": ["words", "flat"], "r": 2, "lora_dropout": 0.5}
+    ).train()
     assert not torch.equal(output(model), output(model))
     ids = torch.arange(4)
     assert torch.equal(model.words(ids), model.words(ids))  # as in PEFT

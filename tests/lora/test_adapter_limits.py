@@ -32,16 +32,22 @@ def test_a_new_bias_goes_into_the_saved_model(tmp_path, format):
     again = ml.load_model(path, dtype="float32", device="cpu")
     close(output(again), expected, 1e-5)
     assert again.config.attention_bias and again.config.mlp_bias
-    assert not again.model.layers[0].self_attn.o_proj.bias.any() and again.model.layers[0].self_attn.q_proj.bias.any()
+    assert (
+        not again.model.layers[0].self_attn.o_proj.bias.any()
+        and again.model.layers[0].self_attn.q_proj.bias.any()
+    )
     if format == "safetensors":
         close(output(AutoModelForCausalLM.from_pretrained(path)), expected, 1e-5)
         ml.save_model(ml.merge(model), tmp_path / "merged")
         files = [load_file(folder / "model.safetensors") for folder in (path, tmp_path / "merged")]
-        assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+        assert files[0].keys() == files[1].keys() and all(
+            torch.equal(files[0][k], files[1][k]) for k in files[0]
+        )
 
 
 @pytest.mark.parametrize(
-    ("family", "target"), [("qwen2", "o_proj"), ("qwen3", "up_proj"), ("mistral", "q_proj"), ("llama", "lm_head")]
+    ("family", "target"),
+    [("qwen2", "o_proj"), ("qwen3", "up_proj"), ("mistral", "q_proj"), ("llama", "lm_head")],
 )
 def test_a_bias_that_a_config_cannot_tell_of_is_refused_before_writing(tmp_path, family, target):
     model = twin(oracle(family))
@@ -70,14 +76,26 @@ REFUSED = {
     "its own forward": (lambda: nn.ModuleDict({"words": Odd(9, 8)}), {}, "an overridden forward"),
     "lora_bias": (variant, {"lora_bias": True}, "words: lora_bias: an embedding has no bias"),
     "rank": (variant, {"r": 9}, "words: r: expected 1 to 8"),
-    "dilation": (lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, dilation=2)}), {}, "convolution with dilation"),
+    "dilation": (
+        lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, dilation=2)}),
+        {},
+        "convolution with dilation",
+    ),
     "padding": (
         lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, padding_mode="circular")}),
         {},
         "convolution with padding_mode",
     ),
-    "groups": (lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, groups=2)}), {"r": 3}, "multiple of .* 2 groups"),
-    "no such kind": (lambda: nn.ModuleDict({"words": nn.ConvTranspose1d(4, 4, 3), "l": nn.Linear(4, 4)}), {}, "no ada"),
+    "groups": (
+        lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, groups=2)}),
+        {"r": 3},
+        "multiple of .* 2 groups",
+    ),
+    "no such kind": (
+        lambda: nn.ModuleDict({"words": nn.ConvTranspose1d(4, 4, 3), "l": nn.Linear(4, 4)}),
+        {},
+        "no ada",
+    ),
 }
 
 
@@ -91,7 +109,9 @@ def test_what_cannot_be_right_is_refused(make, fields, message):
 
 def test_inspect_tells_the_size_of_every_kind_of_update(tmp_path):
     model = build("images")
-    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["flat", "long", "words", "head"], task_type=None))
+    ml.inject(
+        model, ml.LoRAConfig(r=2, target_modules=["flat", "long", "words", "head"], task_type=None)
+    )
     ml.save_adapter(shake(model), tmp_path)
     found = ml.inspect(tmp_path).layers
     assert found.keys() == lora_layers(model).keys()
@@ -120,7 +140,11 @@ def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = new_optimizer(model, parameters, TrainConfig(loraplus_lr_ratio=16.0)).param_groups
     fast = {names[id(p)] for group in groups if group["lr_ratio"] == 16 for p in group["params"]}
-    assert fast == {"flat.adapters.default.lora_B", "long.adapters.biased.lora_B", "long.adapters.biased.lora_bias"}
+    assert fast == {
+        "flat.adapters.default.lora_B",
+        "long.adapters.biased.lora_B",
+        "long.adapters.biased.lora_bias",
+    }
 
 
 def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
@@ -131,13 +155,19 @@ def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
     model = copy.deepcopy(base)
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["long"], task_type=None))
     ml.save_adapter(shake(model), tmp_path)
-    close(output(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()), output(model))
+    close(
+        output(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()), output(model)
+    )
     with pytest.raises(ValueError, match="2 groups cannot hold its adapter"):
         ml.merge(model)
     layer = model.long.adapters["default"]
-    impulses = torch.eye(6 * 5).view(30, 6, 5)  # at each place of a kernel: the columns of the update
+    impulses = torch.eye(6 * 5).view(
+        30, 6, 5
+    )  # at each place of a kernel: the columns of the update
     A, B = (p.detach() for p in (layer.lora_A, layer.lora_B))
-    columns = torch.nn.functional.conv1d(torch.nn.functional.conv1d(impulses, A), layer.scaling * B, groups=2)
+    columns = torch.nn.functional.conv1d(
+        torch.nn.functional.conv1d(impulses, A), layer.scaling * B, groups=2
+    )
     assert abs(ml.inspect(tmp_path).layers["long"]["norm"] - columns.norm()) < 1e-5 * columns.norm()
 
 
@@ -146,7 +176,9 @@ def test_how_a_file_s_adapter_began_is_its_own_affair(tmp_path, start):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    theirs = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start))
+    theirs = get_peft_model(
+        build("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    )
     shake(theirs).save_pretrained(str(tmp_path))
     ml.load_adapter(model := build("llama"), tmp_path)
     close(output(model), output(theirs))
@@ -157,7 +189,9 @@ def test_how_a_file_s_adapter_began_is_its_own_affair(tmp_path, start):
 def test_another_base_beside_the_adapter_is_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    theirs = shake(get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"])))
+    theirs = shake(
+        get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]))
+    )
     theirs.save_pretrained(str(tmp_path))
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     key = "base_model.model.lm_head.base_layer.weight"
@@ -165,7 +199,9 @@ def test_another_base_beside_the_adapter_is_refused(tmp_path):
     tensors[key][5, 7] += 0.5
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     model = build("llama")
-    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight\[5, 7\] is .*, the model's .*--no_check_base"):
+    with pytest.raises(
+        ValueError, match=r"lm_head.base_layer.weight\[5, 7\] is .*, the model's .*--no_check_base"
+    ):
         ml.load_adapter(model, tmp_path)
     assert not lora_layers(model)
     ml.load_adapter(model, tmp_path, check_base=False)
@@ -174,13 +210,19 @@ def test_another_base_beside_the_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is \(96, 64\), the model's \(97, 64\)"):
         ml.load_adapter(build("llama"), tmp_path)
     tensors.pop(key)
-    save_file(tensors | {"base_model.model.norm.base_layer.weight": torch.ones(3)}, tmp_path / WEIGHTS_FILE)
+    save_file(
+        tensors | {"base_model.model.norm.base_layer.weight": torch.ones(3)},
+        tmp_path / WEIGHTS_FILE,
+    )
     with pytest.raises(ValueError, match="unexpected: base_model.model.norm.base_layer.weight"):
         ml.load_adapter(build("llama"), tmp_path)
 
 
 def test_an_untrained_embedding_or_bias_is_told_by_what_starts_at_zero(tmp_path):
-    for fields, trained in (({"target_modules": ["embed_tokens"]}, "lora_A"), ({"lora_bias": True}, "lora_bias")):
+    for fields, trained in (
+        ({"target_modules": ["embed_tokens"]}, "lora_A"),
+        ({"lora_bias": True}, "lora_bias"),
+    ):
         model = build("llama")
         ml.inject(model, ml.LoRAConfig(**{"target_modules": ["q_proj"]} | fields))
         ml.save_adapter(model, tmp_path)
@@ -193,7 +235,9 @@ def test_an_untrained_embedding_or_bias_is_told_by_what_starts_at_zero(tmp_path)
 
 
 def test_a_bias_with_another_start_is_refused():
-    with pytest.raises(ValueError, match="lora_bias: PEFT has it without use_dora and with init_lora_weights=True"):
+    with pytest.raises(
+        ValueError, match="lora_bias: PEFT has it without use_dora and with init_lora_weights=True"
+    ):
         ml.LoRAConfig(lora_bias=True, init_lora_weights="gaussian")
 
 
@@ -201,7 +245,10 @@ def test_a_bias_with_another_start_is_refused():
 def test_a_name_that_cannot_be_changes_nothing(name):
     """The last one is a method of the nn.ModuleDict that holds the adapters."""
     model = build("llama")
-    with pytest.raises(ValueError, match=f"adapter '{name}': expected a new, dotless name that is not a method of ModuleDict"):
+    with pytest.raises(
+        ValueError,
+        match=f"adapter '{name}': expected a new, dotless name that is not a method of ModuleDict",
+    ):
         ml.inject(model, name=name)
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 

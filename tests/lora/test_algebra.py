@@ -1,7 +1,8 @@
 """Proves that adapters add up as their ΔW do: linear, SVD, TIES and DARE, for any ranks, strengths and layers.
 
-Oracles: ΔW in fp64, PEFT's TIES on ΔW, Eckart–Young. Property: one adapter with weight 1 is itself, bit for bit; a
-value, its folder and its model are one. PEFT's "linear" and rsLoRA's double: what is not to be had here.
+Oracles: ΔW in fp64, PEFT's TIES on ΔW, Eckart–Young. Property: one adapter with weight 1 is itself,
+bit for bit; a value, its folder and its model are one. PEFT's "linear" and rsLoRA's double: what is
+not to be had here.
 """
 
 import json
@@ -20,8 +21,18 @@ from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE
 
 KINDS = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
-    "rslora": {"r": 4, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
-    "patterns": {"r": 6, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {r"1\..*": 5}, "target_modules": "all-linear"},
+    "rslora": {
+        "r": 4,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "down_proj"],
+    },
+    "patterns": {
+        "r": 6,
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {r"1\..*": 5},
+        "target_modules": "all-linear",
+    },
 }
 DORA = {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}
 PISSA = {"r": 3, "init_lora_weights": "pissa", "target_modules": ["q_proj"]}
@@ -63,7 +74,9 @@ def weighted(adapters, weights) -> dict[str, Tensor]:
     return total
 
 
-def same_deltas(found: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 4e-7) -> None:
+def same_deltas(
+    found: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 4e-7
+) -> None:
     """To within a few roundings of fp32 (6e-8 each): of s B, of w s B, and of each factor where there was an SVD."""
     assert found.keys() == expected.keys()
     for path, delta in expected.items():
@@ -83,7 +96,9 @@ def test_sums_are_exact_where_peft_s_linear_is_not(w, v):
     assert ml.combine_adapters([a, b], [w, v]).error == 0
     if v < 0 < w < 1:
         return  # PEFT takes a root of each weight: sign and size of 0.7 and -0.3 are in the other rows
-    theirs = get_peft_model(oracle(num_hidden_layers=2), LoraConfig(**KINDS["plain"]), adapter_name="a")
+    theirs = get_peft_model(
+        oracle(num_hidden_layers=2), LoraConfig(**KINDS["plain"]), adapter_name="a"
+    )
     theirs.add_adapter("b", LoraConfig(**KINDS["plain"]))
     for name, adapter in (("a", a), ("b", b)):
         for key, tensor in adapter.tensors.items():
@@ -91,7 +106,9 @@ def test_sums_are_exact_where_peft_s_linear_is_not(w, v):
     theirs.add_weighted_adapter(["a", "b"], [w, v], "sum", combination_type="linear")
     for path, delta in expected.items():
         layer = theirs.get_submodule(f"base_model.model.{path}")
-        assert 0.6 < (layer.get_delta_weight("sum").double() - delta).norm() / delta.norm() < 1.3, path
+        assert 0.6 < (layer.get_delta_weight("sum").double() - delta).norm() / delta.norm() < 1.3, (
+            path
+        )
 
 
 def test_other_ranks_strengths_and_layers_add_up_in_a_model():
@@ -128,9 +145,13 @@ def test_truncation_is_eckart_young_and_says_what_it_loses(rank):
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.3], [1.0, -0.5]])
 def test_ties_is_peft_s_on_delta_w(weights):
     a, b = value(KINDS["plain"]), value(KINDS["patterns"], 1)
-    found = ml.combine_adapters([a, b], weights, "ties", density=0.3, rank=64)  # every rank there is: nothing is lost
+    found = ml.combine_adapters(
+        [a, b], weights, "ties", density=0.3, rank=64
+    )  # every rank there is: nothing is lost
     smallest = min(min(delta.shape) for delta in deltas(found).values())
-    assert found.error < smallest * 2**-24  # of an SVD in fp32: p(n)·u of the norm, p(n) below n for n singular values
+    assert (
+        found.error < smallest * 2**-24
+    )  # of an SVD in fp32: p(n)·u of the norm, p(n) below n for n singular values
     first, second = deltas(a), deltas(b)
     for path, delta in deltas(found).items():
         parts = [part.get(path, torch.zeros_like(delta)).float() for part in (first, second)]
@@ -148,9 +169,17 @@ def test_dare_drops_and_scales_numbers_of_delta_w():
     for path, delta in deltas(a).items():
         there = deltas(found)[path]
         kept = there.abs() > 1e-5 * delta.abs().max()
-        assert abs(kept.double().mean() - density) < 4 * (density * (1 - density) / delta.numel()) ** 0.5  # 4 sigma
-        torch.testing.assert_close(there[kept], 2 / density * delta[kept], rtol=0, atol=1e-5 * there.abs().max().item())
-    again, other = (ml.combine_adapters([a], [2.0], "dare", density=density, rank=64, seed=seed) for seed in (0, 1))
+        assert (
+            abs(kept.double().mean() - density)
+            < 4 * (density * (1 - density) / delta.numel()) ** 0.5
+        )  # 4 sigma
+        torch.testing.assert_close(
+            there[kept], 2 / density * delta[kept], rtol=0, atol=1e-5 * there.abs().max().item()
+        )
+    again, other = (
+        ml.combine_adapters([a], [2.0], "dare", density=density, rank=64, seed=seed)
+        for seed in (0, 1)
+    )
     first, second, third = (next(iter(made.tensors.values())) for made in (found, again, other))
     assert torch.equal(first, second) and not torch.equal(first, third)
 
@@ -166,11 +195,16 @@ def test_one_adapter_with_weight_1_is_itself(given, tmp_path):
     expected = output(shake(one))
     ml.save_adapter(one, tmp_path / "saved")
     for number, made in enumerate(
-        (1.0 * ml.AdapterWeights.of(one), ml.combine_adapters([ml.AdapterWeights.load(tmp_path / "saved")], [1]))
+        (
+            1.0 * ml.AdapterWeights.of(one),
+            ml.combine_adapters([ml.AdapterWeights.load(tmp_path / "saved")], [1]),
+        )
     ):
         made.save(tmp_path / f"{number}")
         for file in (WEIGHTS_FILE, CONFIG_FILE):
-            assert (tmp_path / f"{number}" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+            assert (tmp_path / f"{number}" / file).read_bytes() == (
+                tmp_path / "saved" / file
+            ).read_bytes()
         again = model()
         made.put(again)
         if given is not PISSA:  # whose file is a plain LoRA
@@ -179,7 +213,9 @@ def test_one_adapter_with_weight_1_is_itself(given, tmp_path):
 
 
 def test_peft_s_rslora_comes_out_twice_as_strong():
-    theirs = get_peft_model(oracle(num_hidden_layers=2), LoraConfig(**KINDS["rslora"]), adapter_name="a")
+    theirs = get_peft_model(
+        oracle(num_hidden_layers=2), LoraConfig(**KINDS["rslora"]), adapter_name="a"
+    )
     theirs.add_weighted_adapter([*shake(theirs).peft_config], [1.0], "sum", combination_type="svd")
     layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
     ratio = layer.get_delta_weight("sum").norm() / layer.get_delta_weight("a").norm()
@@ -193,7 +229,9 @@ def test_a_sum_is_peft_s_file_and_knows_its_base(tmp_path):
     total.save(tmp_path / "sum")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = PeftModel.from_pretrained(oracle(num_hidden_layers=2), str(tmp_path / "sum")).eval()
+        theirs = PeftModel.from_pretrained(
+            oracle(num_hidden_layers=2), str(tmp_path / "sum")
+        ).eval()
     one = model()
     ml.load_adapter(one, tmp_path / "sum")
     close(output(theirs), output(one), 1e-5)
@@ -216,10 +254,18 @@ def test_gpt2_s_turned_weights():
 
 def test_what_cannot_be_added():
     a, dora = value(KINDS["plain"]), value(DORA)
-    for bad in (lambda: 2 * dora, lambda: a + dora, lambda: dora.truncate(2), lambda: ml.combine_adapters([dora, a])):
+    for bad in (
+        lambda: 2 * dora,
+        lambda: a + dora,
+        lambda: dora.truncate(2),
+        lambda: ml.combine_adapters([dora, a]),
+    ):
         with pytest.raises(ValueError, match="DoRA rescales W, so its change of W depends on W"):
             bad()
-    for given in ({"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "lora_bias": True}):
+    for given in (
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+    ):
         with pytest.raises(ValueError, match="only adapters of linear layers"):
             2 * value({"r": 2} | given)
     with pytest.raises(ValueError, match="finite"):
@@ -232,7 +278,10 @@ def test_what_cannot_be_added():
         a + ml.AdapterWeights.of(shake(other))
     wide = twin(oracle(num_hidden_layers=2, hidden_size=32))
     ml.inject(wide, ml.LoRAConfig(**KINDS["plain"]))
-    with pytest.raises(ValueError, match=r"0.self_attn.q_proj is \(64, 64\) in one adapter, \(32, 32\) in the other"):
+    with pytest.raises(
+        ValueError,
+        match=r"0.self_attn.q_proj is \(64, 64\) in one adapter, \(32, 32\) in the other",
+    ):
         a + ml.AdapterWeights.of(shake(wide))
 
 

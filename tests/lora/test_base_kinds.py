@@ -1,6 +1,7 @@
 """Proves that an adapter's base is known again however it is stored: in 16 or 32 bits, in NF4 made from either, read
-from bitsandbytes' folder or from GGUF; that another base is refused in each; and that only what really cannot be
-compared is a notice. The 4-bit layer remembers its source through copies, casts and files, and forgets it with it."""
+from bitsandbytes' folder or from GGUF; that another base is refused in each; and that only what
+really cannot be compared is a notice. The 4-bit layer remembers its source through copies, casts
+and files, and forgets it with it."""
 
 import copy
 import itertools
@@ -63,7 +64,9 @@ def without_source(layer: nn.Module) -> NF4Linear:
 def test_the_same_source_is_known_and_another_is_not(source, then, now):
     """Undecided alone: both were rounded to 16 bits, one so and one so, and nobody knows from what."""
     one, other = pair(source)
-    before, same, different = (fingerprint(stored(*given)) for given in ((one, then), (one, now), (other, now)))
+    before, same, different = (
+        fingerprint(stored(*given)) for given in ((one, then), (one, now), (other, now))
+    )
     rounded = {kind.removeprefix("nf4 of ") for kind in (then, now)} == {"bf16", "fp16"}
     quantised = then.startswith("nf4") and now.startswith("nf4")
     assert same_base(before, different) is (None if rounded and not quantised else False)
@@ -76,13 +79,20 @@ def test_the_same_source_is_known_and_another_is_not(source, then, now):
 @pytest.mark.parametrize("kind", ["nf4", "nf4, plain scales", "nf4 of bf16"])
 def test_without_a_source_the_codes_decide_between_4_bit_layers_and_nothing_between_others(kind):
     one, other = pair(torch.bfloat16)
-    known, read, unrelated = stored(one, kind), without_source(stored(one, kind)), without_source(stored(other, kind))
+    known, read, unrelated = (
+        stored(one, kind),
+        without_source(stored(one, kind)),
+        without_source(stored(other, kind)),
+    )
     for a, b in itertools.permutations((known, read)):
         assert same_base(fingerprint(a), fingerprint(b)) is True
         assert same_base(fingerprint(a), fingerprint(unrelated)) is False
     for dtype in DENSE:
         assert same_base(fingerprint(read), fingerprint(stored(one, dtype))) is None
-    assert same_base(fingerprint(read), fingerprint(without_source(stored(one, "nf4, blocks of 128")))) is None
+    assert (
+        same_base(fingerprint(read), fingerprint(without_source(stored(one, "nf4, blocks of 128"))))
+        is None
+    )
 
 
 def test_what_came_from_gguf_is_compared_with_its_like_only():
@@ -92,7 +102,9 @@ def test_what_came_from_gguf_is_compared_with_its_like_only():
         a, b = (fingerprint(stored(layer, kind), "m-Q4_1.gguf") for layer in (one, other))
         assert a[0].startswith("gguf-") and same_base(a, b) is False and same_base(a, a) is True
         for then in ("fp32", "nf4"):
-            assert same_base(fingerprint(stored(one, then)), a) is True  # F32 or F16 in the file: nothing was rounded
+            assert (
+                same_base(fingerprint(stored(one, then)), a) is True
+            )  # F32 or F16 in the file: nothing was rounded
             assert same_base(fingerprint(stored(one, then)), b) is None
 
 
@@ -128,7 +140,9 @@ def test_the_state_dict_is_bitsandbytes_still():
     layer = NF4Linear.from_linear(nn.Linear(64, 70))
     plain = without_source(layer)
     assert layer.state_dict().keys() - {"bias"} == plain.state_dict().keys()
-    assert dict(layer.named_buffers()) == {} and len(list(layer.parameters())) == 5  # four parts and a bias
+    assert (
+        dict(layer.named_buffers()) == {} and len(list(layer.parameters())) == 5
+    )  # four parts and a bias
 
 
 def test_other_codes_make_the_source_unknown():
@@ -147,7 +161,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     for name, seed in (("one", 0), ("other", 1)):
         save(folder / name, dtype=torch.bfloat16, seed=seed)
-        save_model(load(folder, name, quantize="nf4"), folder / f"{name}, bitsandbytes", format="bnb-4bit")
+        save_model(
+            load(folder, name, quantize="nf4"), folder / f"{name}, bitsandbytes", format="bnb-4bit"
+        )
     dense = load(folder, "one")
     save_model(dense, folder / "one, f32.gguf", format="gguf", dtype="float32")
     save_model(dense, folder / "one, q8_0.gguf", format="gguf", dtype="q8_0")
@@ -180,7 +196,9 @@ def test_one_folder_is_one_base_and_another_is_refused(place, trained, loaded):
         warnings.simplefilter("error")
         load_adapter(load(place, "one", **loaded), folder)
     model = load(place, "other", **loaded)
-    with pytest.raises(ValueError, match=f"another base: {FIRST} holds other weights.*check_base=False"):
+    with pytest.raises(
+        ValueError, match=f"another base: {FIRST} holds other weights.*check_base=False"
+    ):
         load_adapter(model, folder)
     assert not lora_layers(model)
 
@@ -238,7 +256,9 @@ def test_bitsandbytes_folders_are_known_by_their_codes(place):
 )
 def test_what_cannot_be_compared_is_one_line(place, trained, loaded, kinds):
     folder = adapter(place, trained)
-    with pytest.warns(UserWarning, match=f"6 layers cannot be compared with the base: {FIRST} {kinds}") as said:
+    with pytest.warns(
+        UserWarning, match=f"6 layers cannot be compared with the base: {FIRST} {kinds}"
+    ) as said:
         load_adapter(load(place, loaded), folder)
     assert len(said) == 1 and "\n" not in str(said[0].message)
 

@@ -1,6 +1,7 @@
 """Proves that an adapter knows the base and the tokenizer it was trained with: another base of equal shape is refused,
-another tokenizer or template too; that PEFT reads the file; and that equal contents are equal bytes in every process,
-though safetensors writes its metadata in a random order. How a base is known in another storage: test_base_kinds.py."""
+another tokenizer or template too; that PEFT reads the file; and that equal contents are equal bytes
+in every process, though safetensors writes its metadata in a random order. How a base is known in
+another storage: test_base_kinds.py."""
 
 import copy
 import json
@@ -123,18 +124,26 @@ def test_a_fingerprint_reads_64_rows_and_notices_any_change_in_them(out, width, 
     changed.weight.data[0].neg_()  # the first row is always read
     layers = [NF4Linear.from_linear(layer) if nf4 else layer for layer in (linear, changed)]
     one, other = map(fingerprint, layers)
-    assert one[:2] == other[:2] == ["nf4/64" if nf4 else "fp32", [out, width * 2]] and one[2] != other[2]
+    assert (
+        one[:2] == other[:2] == ["nf4/64" if nf4 else "fp32", [out, width * 2]]
+        and one[2] != other[2]
+    )
     rows = {i * out // min(ROWS, out) for i in range(min(ROWS, out))}
     changed.weight.data = linear.weight.data.clone()
     changed.weight.data[[i for i in range(out) if i not in rows]] = 5
     assert fingerprint(changed) == fingerprint(linear) and len(rows) == min(64, out)
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(70, 6), nn.Conv1d(4, 70, 3), nn.Conv2d(4, 70, 3).bfloat16()])
+@pytest.mark.parametrize(
+    "layer", [nn.Embedding(70, 6), nn.Conv1d(4, 70, 3), nn.Conv2d(4, 70, 3).bfloat16()]
+)
 def test_a_weight_of_any_rank_has_a_fingerprint(layer):
     kind, shape, hashes = fingerprint(layer)
     assert shape == list(layer.weight.shape) and hashes.startswith(f"{kind}:")
-    assert fingerprint(layer.to(memory_format=torch.channels_last) if len(shape) == 4 else layer)[2] == hashes
+    assert (
+        fingerprint(layer.to(memory_format=torch.channels_last) if len(shape) == 4 else layer)[2]
+        == hashes
+    )
     layer.weight.data[63 * 70 // 64][..., -1] += 1  # in the last row that is read
     assert fingerprint(layer)[2] != hashes
 
@@ -164,13 +173,20 @@ def test_the_same_base_loads_silently_beside_another_adapter_too(base, saved):
     silently(model, saved)
     silently(model, saved, name="second")
     save_adapter(model, saved / "again", name="second")
-    assert (saved / "again" / WEIGHTS_FILE).read_bytes() == (saved / WEIGHTS_FILE).read_bytes()  # the seed came along
+    assert (saved / "again" / WEIGHTS_FILE).read_bytes() == (
+        saved / WEIGHTS_FILE
+    ).read_bytes()  # the seed came along
 
 
 def test_train_notes_the_tokenizer_for_every_file_that_follows(tmp_path):
     """For checkpoints and the adapter alike, without being told again; a file that was loaded says it again."""
     model, tokenizer = lora(), Spelled()
-    train(model, tokenizer, rows(), TrainConfig(**FAST | {"save_steps": 3}, output_dir=tmp_path / "run"))
+    train(
+        model,
+        tokenizer,
+        rows(),
+        TrainConfig(**FAST | {"save_steps": 3}, output_dir=tmp_path / "run"),
+    )
     save_adapter(model, tmp_path / "end")
     again = llama()
     silently(again, tmp_path / "end", tokenizer=tokenizer)
@@ -209,7 +225,9 @@ def test_another_base_of_equal_shape_is_refused_and_the_model_untouched(base, tm
             quantize_model(model)
     save_adapter(adapted(copy.deepcopy(models[0])), tmp_path)
     silently(models[0], tmp_path)
-    with pytest.raises(ValueError, match=f"another base: {FIRST} holds other weights.*check_base=False"):
+    with pytest.raises(
+        ValueError, match=f"another base: {FIRST} holds other weights.*check_base=False"
+    ):
         load_adapter(models[1], tmp_path)
     assert not lora_layers(models[1])
     silently(models[1], tmp_path, check_base=False)
@@ -221,7 +239,10 @@ def test_another_base_of_equal_shape_is_refused_and_the_model_untouched(base, tm
     [
         ({"chat_template": "{{ messages }}"}, "another chat_template"),
         ({"last": "Z"}, "another vocabulary"),
-        ({"chat_template": "{{ messages }}", "last": "Z"}, "another chat_template and another vocabulary"),
+        (
+            {"chat_template": "{{ messages }}", "last": "Z"},
+            "another chat_template and another vocabulary",
+        ),
     ],
 )
 def test_another_tokenizer_is_refused_and_the_error_says_what_differs(base, tmp_path, change, what):
@@ -230,7 +251,9 @@ def test_another_tokenizer_is_refused_and_the_error_says_what_differs(base, tmp_
     silently(copy.deepcopy(base), tmp_path, tokenizer=tokenizer)
     vars(tokenizer).update(change)
     model = copy.deepcopy(base)
-    with pytest.raises(ValueError, match=f"trained with {what}. Use the .*check_base=False .--no_check_base"):
+    with pytest.raises(
+        ValueError, match=f"trained with {what}. Use the .*check_base=False .--no_check_base"
+    ):
         load_adapter(model, tmp_path, tokenizer=tokenizer)
     assert not lora_layers(model)
     silently(model, tmp_path, tokenizer=tokenizer, check_base=False)
@@ -243,16 +266,26 @@ def test_one_other_layer_is_enough(base, saved):
     with pytest.raises(ValueError, match="model.layers.2.mlp.up_proj holds other weights"):
         load_adapter(model, saved)
     model = copy.deepcopy(base)
-    model.get_submodule("model.layers.2.mlp.down_proj").weight.data += 1e-3  # no adapter there: not asked
+    model.get_submodule(
+        "model.layers.2.mlp.down_proj"
+    ).weight.data += 1e-3  # no adapter there: not asked
     silently(model, saved)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"layers": {"a": 1}}', '{"layers": {"a": ["fp32"]}}', '{"layers": {"a": ["fp32", [1], "fp32:1,"]}}'],
+    [
+        "{",
+        "[]",
+        '{"layers": {"a": 1}}',
+        '{"layers": {"a": ["fp32"]}}',
+        '{"layers": {"a": ["fp32", [1], "fp32:1,"]}}',
+    ],
 )
 def test_damaged_metadata_is_refused(base, saved, tmp_path, text):
     shutil.copytree(saved, tmp_path / "damaged")
-    save_file(load_file(saved / WEIGHTS_FILE), tmp_path / "damaged" / WEIGHTS_FILE, metadata={KEY: text})
+    save_file(
+        load_file(saved / WEIGHTS_FILE), tmp_path / "damaged" / WEIGHTS_FILE, metadata={KEY: text}
+    )
     with pytest.raises(ValueError, match="metadata 'minilora' is damaged"):
         load_adapter(copy.deepcopy(base), tmp_path / "damaged")

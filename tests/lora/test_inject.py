@@ -22,10 +22,17 @@ CONFIGS = {
     "whole name": {"target_modules": ["model.layers.1.mlp.up_proj"]},
     "regex": {"target_modules": r".*layers\.[02]\..*(up|down)_proj"},
     "all-linear": {"target_modules": "all-linear"},
-    "exclude": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "model.layers.0.mlp.up_proj"]},
+    "exclude": {
+        "target_modules": "all-linear",
+        "exclude_modules": ["k_proj", "model.layers.0.mlp.up_proj"],
+    },
     "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
     "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
-    "layers pattern": {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    "layers pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
     "patterns": {
         "target_modules": "all-linear",
         "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3},
@@ -40,7 +47,11 @@ def llama():
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=64,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -50,14 +61,19 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0
+    )
     return GPT2LMHeadModel(config).eval()
 
 
 def adapted(model: nn.Module) -> dict[str, tuple[int, float]]:
     """Layer → (rank, scaling)."""
     layers = lora_layers(model).items()
-    return {path: (layer.adapters["default"].r, layer.adapters["default"].scaling) for path, layer in layers}
+    return {
+        path: (layer.adapters["default"].r, layer.adapters["default"].scaling)
+        for path, layer in layers
+    }
 
 
 # ---- oracle
@@ -82,10 +98,14 @@ def test_adapts_what_peft_adapts(llama, fields):
 def test_adapts_gpt2_as_peft_does(gpt2):
     from peft import LoraConfig, get_peft_model
 
-    theirs = get_peft_model(copy.deepcopy(gpt2), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs = get_peft_model(
+        copy.deepcopy(gpt2), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     ours = copy.deepcopy(gpt2)
     inject(ours, LoRAConfig(target_modules="all-linear"))
-    expected = {name.split(".lora_A")[0] for name, _ in theirs.named_parameters() if ".lora_A" in name}
+    expected = {
+        name.split(".lora_A")[0] for name, _ in theirs.named_parameters() if ".lora_A" in name
+    }
     assert {f"base_model.model.{path}" for path in lora_layers(ours)} == expected
 
 
@@ -98,7 +118,13 @@ def test_adapts_gpt2_as_peft_does(gpt2):
         {"target_modules": ["q_proj"], "r": 400},
         {"target_modules": ["q_proj"], "lora_alpha": 0},
     ],
-    ids=["a typo among targets", "a typo in modules_to_save", "a layer too many", "rank above the width", "alpha 0"],
+    ids=[
+        "a typo among targets",
+        "a typo in modules_to_save",
+        "a layer too many",
+        "rank above the width",
+        "alpha 0",
+    ],
 )
 def test_what_peft_accepts_without_a_word_is_refused(llama, fields):
     """A typo beside a right name, a layer that is not there, a rank of 400 on 32 inputs, an adapter times 0."""
@@ -130,7 +156,8 @@ def test_an_adapter_put_into_an_evaluating_model_evaluates(llama):
 # ---- property and round trip
 
 names = st.lists(
-    st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]), min_size=1
+    st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]),
+    min_size=1,
 )
 
 
@@ -160,7 +187,10 @@ def test_initialisation_depends_on_seed_and_layer_name_only(llama):
     torch.manual_seed(2)
     inject(all_, LoRAConfig(target_modules="all-linear"), seed=3)
     one, other = lora_layers(few), lora_layers(all_)
-    assert all(torch.equal(one[p].adapters["default"].lora_A, other[p].adapters["default"].lora_A) for p in one)
+    assert all(
+        torch.equal(one[p].adapters["default"].lora_A, other[p].adapters["default"].lora_A)
+        for p in one
+    )
     drawn = {layer.adapters["default"].lora_A.flatten()[0].item() for layer in other.values()}
     assert len(drawn) == len(other)  # each layer its own numbers
 
@@ -168,8 +198,12 @@ def test_initialisation_depends_on_seed_and_layer_name_only(llama):
 def test_gaussian_initialisation(llama):
     model = copy.deepcopy(llama)
     inject(model, LoRAConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian"))
-    drawn = torch.cat([layer.adapters["default"].lora_A.flatten() for layer in lora_layers(model).values()])
-    assert abs(drawn.std() - 1 / 4) < 0.01  # 2,688 draws: 1.4 % of 1/4 is one deviation, 0.01 nearly three
+    drawn = torch.cat(
+        [layer.adapters["default"].lora_A.flatten() for layer in lora_layers(model).values()]
+    )
+    assert (
+        abs(drawn.std() - 1 / 4) < 0.01
+    )  # 2,688 draws: 1.4 % of 1/4 is one deviation, 0.01 nearly three
 
 
 def test_several_adapters_live_side_by_side(llama):
@@ -232,17 +266,35 @@ def test_a_peft_tutorial_config_runs_unchanged(llama):
     [
         ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj' matches nothing. Nearest: 'v_proj'"),
         ({"target_modules": "model.*q_prj"}, "matches nothing"),
-        ({"target_modules": ["mlp"]}, "LlamaMLP, which has no adapter. Layers in it that have: ['gate_proj'"),
-        ({"target_modules": ["norm"]}, "LlamaRMSNorm, which has no adapter. Layers in it that have: none"),
+        (
+            {"target_modules": ["mlp"]},
+            "LlamaMLP, which has no adapter. Layers in it that have: ['gate_proj'",
+        ),
+        (
+            {"target_modules": ["norm"]},
+            "LlamaRMSNorm, which has no adapter. Layers in it that have: none",
+        ),
         ({"target_modules": []}, "expected names"),
-        ({"target_modules": "all-linear", "exclude_modules": ["lm_hed"]}, "exclude_modules: 'lm_hed' matches nothing"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "numbers [99]; there are [0, 1, 2]"),
+        (
+            {"target_modules": "all-linear", "exclude_modules": ["lm_hed"]},
+            "exclude_modules: 'lm_hed' matches nothing",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0, 99]},
+            "numbers [99]; there are [0, 1, 2]",
+        ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
             "layers_pattern: 'h' matches nothing",
         ),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "rank_pattern: 'k_proj' matches nothing"),
-        ({"target_modules": ["q_proj"], "alpha_pattern": {"q_prj": 2}}, "alpha_pattern: 'q_prj' matches nothing"),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"k_proj": 2}},
+            "rank_pattern: 'k_proj' matches nothing",
+        ),
+        (
+            {"target_modules": ["q_proj"], "alpha_pattern": {"q_prj": 2}},
+            "alpha_pattern: 'q_prj' matches nothing",
+        ),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no layer is left"),
         ({"r": 33}, "model.layers.0.self_attn.q_proj: r: expected 1 to 32"),
     ],
@@ -275,4 +327,6 @@ def test_other_misuse_raises(llama, gpt2):
         inject(nn.Sequential(nn.ReLU()), LoRAConfig(target_modules="all-linear"))
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear, which has no adapter"):
-        inject(attention, LoRAConfig(target_modules=["out_proj"]))  # torch reads its weight and never calls it
+        inject(
+            attention, LoRAConfig(target_modules=["out_proj"])
+        )  # torch reads its weight and never calls it

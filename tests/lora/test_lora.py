@@ -1,5 +1,6 @@
 """Proves that a LoRALayer is h = W x + s·B A x and nothing else: equal to PEFT's layer and to a merged weight, the
-base's own bits while an adapter is off or new, fp32 masters under every cast, and the module laws of torch."""
+base's own bits while an adapter is off or new, fp32 masters under every cast, and the module laws
+of torch."""
 
 import copy
 import io
@@ -36,14 +37,18 @@ def test_equals_peft(use_rslora):
     theirs.lora_A["default"].weight.data = ours.adapters["default"].lora_A.data.clone()
     theirs.lora_B["default"].weight.data = ours.adapters["default"].lora_B.data.clone()
     x = torch.randn(5, 48)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)  # fp32 sums: s z B, or s (z B)
+    torch.testing.assert_close(
+        ours(x), theirs(x), rtol=1e-5, atol=1e-5
+    )  # fp32 sums: s z B, or s (z B)
 
 
 def test_initial_values_are_those_of_nn_linear():
     adapter = LoRAAdapter(10_000, 64, r=16)
     bound = 0.01  # 1/√in
     assert adapter.lora_A.abs().max() <= bound
-    assert abs(adapter.lora_A.std() - bound / 3**0.5) < 0.01 * bound  # 160,000 draws: 1/√160,000 = 0.25 %
+    assert (
+        abs(adapter.lora_A.std() - bound / 3**0.5) < 0.01 * bound
+    )  # 160,000 draws: 1/√160,000 = 0.25 %
     assert not adapter.lora_B.any()
 
 
@@ -59,7 +64,9 @@ def test_initial_values_are_those_of_nn_linear():
 def test_is_the_equation(in_features, out_features, data, dtype):
     r = data.draw(st.integers(1, min(in_features, out_features)))
     alpha = data.draw(st.floats(0.1, 64))
-    layer = trained(nn.Linear(in_features, out_features, dtype=dtype), r=r, lora_alpha=alpha).double()
+    layer = trained(
+        nn.Linear(in_features, out_features, dtype=dtype), r=r, lora_alpha=alpha
+    ).double()
     A, B = layer.adapters["default"].lora_A, layer.adapters["default"].lora_B
     W = layer.weight + alpha / r * B @ A
     x = torch.randn(3, in_features, dtype=torch.float64)
@@ -93,7 +100,9 @@ def test_active_adapters_add_up_and_only_they_train():
             f"adapters.{name}.lora_B",
         }
     layer.use(["default", "second"])
-    torch.testing.assert_close(layer(x) - base, single["default"] + single["second"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x) - base, single["default"] + single["second"], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_initialisation_depends_on_the_seed_alone():
@@ -133,7 +142,9 @@ def test_dropout_follows_the_mode_of_the_base_it_is_put_on():
 # ---- the laws of modules
 
 
-@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize(
+    "cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)]
+)
 def test_casts_reach_the_base_and_spare_the_masters(cast):
     layer = trained(nn.Linear(48, 32))
     layer(torch.randn(2, 48)).sum().backward()

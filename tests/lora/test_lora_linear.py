@@ -1,7 +1,7 @@
 """Proves that a layer and its adapter in one step are the two terms, and that what is made again is what it was.
 
-The step equals the plain form forward and backward, leaves to it what it cannot do, and keeps no output of a norm or
-a gate.
+The step equals the plain form forward and backward, leaves to it what it cannot do, and keeps no
+output of a norm or a gate.
 """
 
 import threading
@@ -56,7 +56,10 @@ def test_layer_and_adapter_in_one_step(kind, dtype, shape):
     for found, expected in zip(*results, strict=True):
         assert found.dtype == expected.dtype and found.shape == expected.shape
         size = expected.abs().max() if expected.numel() else 0
-        assert not found.numel() or (found - expected).abs().max() <= 16 * torch.finfo(dtype).eps * size
+        assert (
+            not found.numel()
+            or (found - expected).abs().max() <= 16 * torch.finfo(dtype).eps * size
+        )
 
 
 def test_layer_and_adapter_pass_a_gradient_check():
@@ -77,7 +80,10 @@ def test_layer_and_adapter_pass_a_gradient_check():
 
 def refused() -> dict[str, ml.LoRALayer]:
     """Layers of which the fast form must leave its hands."""
-    made = {name: layer("dense", torch.float32) for name in ("hook", "two", "none", "bias", "wide", "trained")}
+    made = {
+        name: layer("dense", torch.float32)
+        for name in ("hook", "two", "none", "bias", "wide", "trained")
+    }
     made["dropout"] = layer("dense", torch.float32, lora_dropout=0.5)
     made["hook"].base_layer.register_forward_hook(lambda *_: None)
     made["two"].add_adapter("more", LoRAAdapter(48, 40, 2))
@@ -116,7 +122,9 @@ def test_threads_do_not_share_the_dense_weight():
         expected = made.base_layer.dequantize()
         for _ in range(300):
             W = dense(made.base_layer.weight.parts(), torch.float32)
-            if not torch.equal(W, expected) or not torch.equal(lora_linear(made, x), lora_linear(made, x)):
+            if not torch.equal(W, expected) or not torch.equal(
+                lora_linear(made, x), lora_linear(made, x)
+            ):
                 wrong.append(made)
 
     threads = [threading.Thread(target=work, args=(made,)) for made in layers]
@@ -157,10 +165,20 @@ def test_what_is_made_again_gives_the_same_gradients(form, count, way):
         for one in made:
             one.zero_grad()
         with reference_ops() if plain else nullcontext():
-            y = checkpoint(form, x, w, made, use_reentrant=False) if way == "checkpointed" else form(x, w, made)
+            y = (
+                checkpoint(form, x, w, made, use_reentrant=False)
+                if way == "checkpointed"
+                else form(x, w, made)
+            )
             for _ in range(2 if way == "twice" else 1):
                 y.backward(retain_graph=way == "twice")
-        results.append([x.grad, w.grad, *(p.grad.clone() for one in made for p in one.parameters() if p.requires_grad)])
+        results.append(
+            [
+                x.grad,
+                w.grad,
+                *(p.grad.clone() for one in made for p in one.parameters() if p.requires_grad),
+            ]
+        )
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()  # fp32, sums in other orders
 
@@ -170,7 +188,9 @@ def test_nothing_is_kept_that_can_be_made_again():
     made, x, w = projections(3), noise(200, 48), noise(48, seed=1)
     frozen = sum(p.numel() for one in made for p in one.parameters()) + w.numel()
     squares = 3 * 200 * 40  # which `square` keeps
-    assert kept(lambda: norm_and_layers(x, w, made)) == 4 * (x.numel() + 200 + 3 * 200 * 4 + frozen - 3 * 40 + squares)
+    assert kept(lambda: norm_and_layers(x, w, made)) == 4 * (
+        x.numel() + 200 + 3 * 200 * 4 + frozen - 3 * 40 + squares
+    )
 
 
 def test_what_was_made_again_is_gone_after_its_last_reader():

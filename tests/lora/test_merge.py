@@ -22,12 +22,16 @@ from minilora_kernels import FEW
 TOKENS = torch.arange(8)[None]
 
 
-def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+def model_with_adapter(
+    kind: str = "llama", quantize: bool = False, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0
+        )
         model = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
@@ -42,7 +46,11 @@ def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch
     if quantize:
         quantize_model(model)
     inject(model, LoRAConfig(target_modules="all-linear"))
-    inject(model, LoRAConfig(target_modules=["c_attn" if kind == "gpt2" else "q_proj"], r=2), name="second")
+    inject(
+        model,
+        LoRAConfig(target_modules=["c_attn" if kind == "gpt2" else "q_proj"], r=2),
+        name="second",
+    )
     for layer in lora_layers(model).values():
         for adapter in layer.adapters.values():
             nn.init.normal_(adapter.lora_B, std=0.1)
@@ -54,13 +62,16 @@ def model_with_adapter(kind: str = "llama", quantize: bool = False, dtype: torch
 
 
 @pytest.mark.parametrize(
-    ("kind", "quantize"), [("llama", False), ("gpt2", False), ("llama", True), ("biases", False), ("biases", True)]
+    ("kind", "quantize"),
+    [("llama", False), ("gpt2", False), ("llama", True), ("biases", False), ("biases", True)],
 )
 def test_the_merged_model_computes_the_same(kind, quantize):
     model = model_with_adapter(kind, quantize)
     expected = model(TOKENS).logits
     merged = merge(model)
-    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=2e-5)  # fp32, other order of sums
+    torch.testing.assert_close(
+        merged(TOKENS).logits, expected, rtol=1e-4, atol=2e-5
+    )  # fp32, other order of sums
     set_adapter(model, [])
     assert (model(TOKENS).logits - expected).abs().max() > 1e-2  # the adapters did something
     assert not any(isinstance(m, (LoRALayer, NF4Linear)) for m in merged.modules())
@@ -79,7 +90,9 @@ def test_rounds_once_to_the_base_dtype():
 # ---- property
 
 
-@pytest.mark.parametrize(("kind", "quantize"), [("biases", False), ("biases", True), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("kind", "quantize"), [("biases", False), ("biases", True), ("gpt2", False)]
+)
 def test_the_given_model_keeps_every_byte(kind, quantize):
     model = model_with_adapter(kind, quantize=quantize)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -109,11 +122,15 @@ def test_a_new_bias_of_a_transformers_model_is_announced():
     """Its config has no word for it: from_pretrained would leave it out of what save_pretrained wrote."""
     model = build("llama")
     inject(model, LoRAConfig(r=2, target_modules=["q_proj"], lora_bias=True))
-    with pytest.warns(UserWarning, match="3 layers have a bias now .* first model.layers.0.self_attn.q_proj"):
+    with pytest.warns(
+        UserWarning, match="3 layers have a bias now .* first model.layers.0.self_attn.q_proj"
+    ):
         merge(model)
     for kind, bias in (("gpt2", True), ("llama", False)):
         model = build(kind)
-        inject(model, LoRAConfig(r=2, target_modules=["c_attn" if bias else "q_proj"], lora_bias=bias))
+        inject(
+            model, LoRAConfig(r=2, target_modules=["c_attn" if bias else "q_proj"], lora_bias=bias)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             merge(model)
@@ -127,7 +144,11 @@ def test_a_bias_that_trained_beside_4_bits_is_rounded_with_its_weight():
     nn.init.normal_(layer.bias)
     nn.init.normal_(layer.adapters["default"].lora_B, std=0.1)
     merged = merge(model)
-    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16} != {layer.bias.dtype}
+    assert (
+        {parameter.dtype for parameter in merged.parameters()}
+        == {torch.bfloat16}
+        != {layer.bias.dtype}
+    )
     assert torch.equal(merged.model.layers[0].self_attn.q_proj.bias, layer.bias.bfloat16())
     assert torch.isfinite(merged(TOKENS)).all()
 
@@ -135,7 +156,10 @@ def test_a_bias_that_trained_beside_4_bits_is_rounded_with_its_weight():
 def test_the_merged_model_is_ordinary():
     model = model_with_adapter()
     merged = merge(model)
-    assert all(p.is_contiguous() for p in [*merged.parameters(), *merge(model_with_adapter("gpt2")).parameters()])
+    assert all(
+        p.is_contiguous()
+        for p in [*merged.parameters(), *merge(model_with_adapter("gpt2")).parameters()]
+    )
     assert not lora_configs(merged) and not any(module.training for module in merged.modules())
     assert not any(module.training for module in merge(model_with_adapter(quantize=True)).modules())
     plain = type(model)(model.config)
@@ -177,5 +201,7 @@ def test_nothing_to_merge_raises():
     with pytest.raises(ValueError, match="no active adapter"):
         merge(model)
     set_adapter(model, "default")
-    with pytest.raises(ValueError, match="storage: expected None or one of float32, .*, got 'int8'"):
+    with pytest.raises(
+        ValueError, match="storage: expected None or one of float32, .*, got 'int8'"
+    ):
         merge(model, "int8")

@@ -1,5 +1,6 @@
 """Proves that a batch whose rows have adapters of their own is, row by row, the same batch under each adapter: in one
-pass, in generation, in training; and that an adapter can be swapped from disk, moved and switched while models run.
+pass, in generation, in training; and that an adapter can be swapped from disk, moved and switched
+while models run.
 
 Oracle: `set_adapter` and the whole batch. fp32 to 1e-5: batched products sum in another order.
 """
@@ -48,14 +49,24 @@ def alone(model: nn.Module, names, tokens) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["ours", "transformers", "4 bits", "one token"])
 def test_each_row_is_its_adapter_s(kind):
-    model = oracle(num_hidden_layers=2) if kind == "transformers" else twin(oracle(num_hidden_layers=2))
+    model = (
+        oracle(num_hidden_layers=2) if kind == "transformers" else twin(oracle(num_hidden_layers=2))
+    )
     if kind == "4 bits":
         ml.quantize_model(model)
     adapted(model)
     names = ["two", None, "four", "pissa", "biased", "four"]
     tokens = TOKENS[0].repeat(6, 1)[:, : 1 if kind == "one token" else None]
     expected = alone(model, names, tokens)
-    assert min((a - b).abs().max() for i, a in enumerate(expected) for b in expected[:i] if names[i] != "four") > 1e-2
+    assert (
+        min(
+            (a - b).abs().max()
+            for i, a in enumerate(expected)
+            for b in expected[:i]
+            if names[i] != "four"
+        )
+        > 1e-2
+    )
     fused = [layer.fused for layer in lora_layers(model).values()]
     with ml.per_row_adapters(model, names), torch.no_grad():
         out = model(tokens)
@@ -67,7 +78,14 @@ def test_each_row_is_its_adapter_s(kind):
 def test_rows_that_change_are_gathered_anew_in_the_memory_of_those_before():
     """Fewer, more, other ranks, none, and what was made in inference mode."""
     model = adapted()
-    turns = [["two", "four", None], ["four", "two"], ["two"] * 4, [None, None], ["four", "biased"], ["pissa", None]]
+    turns = [
+        ["two", "four", None],
+        ["four", "two"],
+        ["two"] * 4,
+        [None, None],
+        ["four", "biased"],
+        ["pissa", None],
+    ]
     expected = [alone(model, names, TOKENS[0].repeat(len(names), 1)) for names in turns]
     with ml.per_row_adapters(model, ["two", "four", "biased", "pissa"]) as rows:
         used = []
@@ -97,9 +115,19 @@ def test_a_single_token_in_bf16_is_rounded_once():
 def test_generation_gives_each_prompt_its_adapter(batch_size):
     """Answers of different lengths leave the batch, and take their adapters with them."""
     model = adapted(llama())
-    prompts = ["a common start, one", "a common start, another", "a", "b c d", "a common start, one"]
+    prompts = [
+        "a common start, one",
+        "a common start, another",
+        "a",
+        "b c d",
+        "a common start, one",
+    ]
     names = ["four", "two", None, "pissa", "biased"]
-    options = {"max_new_tokens": 12, "stop": [ord("a") + 3, ord("e") + 3, ord("t") + 3], "batch_size": batch_size}
+    options = {
+        "max_new_tokens": 12,
+        "stop": [ord("a") + 3, ord("e") + 3, ord("t") + 3],
+        "batch_size": batch_size,
+    }
     expected = []
     for prompt, name in zip(prompts, names, strict=True):
         ml.set_adapter(model, [] if name is None else name)
@@ -120,7 +148,9 @@ def test_gradients_reach_each_row_s_adapter():
     for row, name in enumerate(names[:2]):
         ml.set_adapter(model, name)
         model(tokens)[row].square().sum().backward()
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    expected = {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+    }
     assert {name for name, g in found.items() if g.any()} == {*expected}
     for name, gradient in expected.items():
         close(found[name], gradient, 2e-5)
@@ -140,7 +170,9 @@ def test_what_changes_in_place_is_seen(tmp_path):
         first = model(TOKENS)
         kept = {key: value[-1] for key, value in rows.cache.items()}
         assert torch.equal(model(TOKENS), first)
-        assert all(value[-1] is kept[key] for key, value in rows.cache.items())  # not gathered again
+        assert all(
+            value[-1] is kept[key] for key, value in rows.cache.items()
+        )  # not gathered again
         ml.load_adapter(model, tmp_path, name="four")
         close(model(TOKENS), swapped, 1e-5)
     assert not torch.equal(first, swapped)
@@ -158,14 +190,20 @@ def test_a_swap_from_disk_leaves_the_base_and_compiles_nothing(tmp_path):
     before = output(model)
     ml.save_adapter(model, tmp_path, name="four")
     shake(model, 3)
-    held = {name: (p.data_ptr(), p._version) for name, p in model.named_parameters() if "adapters" not in name}
+    held = {
+        name: (p.data_ptr(), p._version)
+        for name, p in model.named_parameters()
+        if "adapters" not in name
+    }
     compiled = torch.compile(model, backend=backend)
     with inference(model):
         changed, count = compiled(TOKENS), len(graphs)
         ml.load_adapter(model, tmp_path, name="four")
         close(compiled(TOKENS), before, 1e-5)
     assert len(graphs) == count > 0 and (changed - before).abs().max() > 0.1
-    assert held == {n: (p.data_ptr(), p._version) for n, p in model.named_parameters() if "adapters" not in n}
+    assert held == {
+        n: (p.data_ptr(), p._version) for n, p in model.named_parameters() if "adapters" not in n
+    }
 
 
 def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch):
@@ -176,7 +214,9 @@ def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch
     assert isinstance(layer, LoRALayer)
     layer.adapters["waits"] = waiting = LoRAAdapter(8, 8, 2).requires_grad_(False)
     sent, to = [], nn.Module.to
-    monkeypatch.setattr(nn.Module, "to", lambda m, d: sent.append((m, d)) if str(d) == "cpu" else to(m, d))
+    monkeypatch.setattr(
+        nn.Module, "to", lambda m, d: sent.append((m, d)) if str(d) == "cpu" else to(m, d)
+    )
     ml.set_adapter(model, "there")
     assert waiting.lora_A.device.type == "cpu" and not sent
     ml.set_adapter(model, "waits")
@@ -191,16 +231,28 @@ def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"use_dora": True, "target_modules": ["q_proj"]}, "q_proj: DoRAAdapter cannot be chosen row by row"),
-        ({"target_modules": ["embed_tokens"]}, "embed_tokens: EmbeddingAdapter cannot be chosen row by row"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "trains whole modules or biases"),
+        (
+            {"use_dora": True, "target_modules": ["q_proj"]},
+            "q_proj: DoRAAdapter cannot be chosen row by row",
+        ),
+        (
+            {"target_modules": ["embed_tokens"]},
+            "embed_tokens: EmbeddingAdapter cannot be chosen row by row",
+        ),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            "trains whole modules or biases",
+        ),
     ],
 )
 def test_what_rows_share_is_refused(given, message):
     model = adapted(other={"r": 2} | given)
     with pytest.raises(ValueError, match=message), ml.per_row_adapters(model, ["four", "other"]):
         pass
-    with ml.per_row_adapters(model, ["four", "two"]), torch.no_grad():  # the others are not in the way
+    with (
+        ml.per_row_adapters(model, ["four", "two"]),
+        torch.no_grad(),
+    ):  # the others are not in the way
         model(TOKENS)
 
 

@@ -1,8 +1,9 @@
 """Proves that a tied weight is adapted as declared: tie="shared" is one update in all places and stays tied,
 tie="untie" changes the named place alone; merged, saved and in PEFT's files.
 
-PEFT's merge adds both updates, or a single one, to the one tied weight: the merged model is another one. Logits are up
-to 10 in size; 1e-6 relative is some eight fp32 roundings, and merging regroups sums over three layers: 1e-5.
+PEFT's merge adds both updates, or a single one, to the one tied weight: the merged model is another
+one. Logits are up to 10 in size; 1e-6 relative is some eight fp32 roundings, and merging regroups
+sums over three layers: 1e-5.
 """
 
 import copy
@@ -27,7 +28,9 @@ ties = pytest.mark.parametrize("tie", ["shared", "untie"])
 
 
 def inject(model: nn.Module, tie: str | None, **fields) -> list[str]:
-    return ml.inject(model, ml.LoRAConfig(**{"r": 4, "tie": tie, "target_modules": ["q_proj"]} | fields))
+    return ml.inject(
+        model, ml.LoRAConfig(**{"r": 4, "tie": tie, "target_modules": ["q_proj"]} | fields)
+    )
 
 
 def weights(model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +46,9 @@ def test_files_go_both_ways(tmp_path, targets, tie):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     shared = tie == "shared"
-    config = LoraConfig(r=4, target_modules=targets, ensure_weight_tying=shared, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=targets, ensure_weight_tying=shared, task_type="CAUSAL_LM"
+    )
     theirs = shake(get_peft_model(build("tied"), config)).eval()
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = build("tied")
@@ -54,9 +59,13 @@ def test_files_go_both_ways(tmp_path, targets, tie):
     again = PeftModel.from_pretrained(build("tied"), str(tmp_path / "ours")).eval()
     assert torch.equal(output(again), output(theirs))
     again.save_pretrained(str(tmp_path / "again"))
-    one, other, third = (load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("theirs", "ours", "again"))
+    one, other, third = (
+        load_file(tmp_path / folder / WEIGHTS_FILE) for folder in ("theirs", "ours", "again")
+    )
     assert {key for key in one if "base_layer" not in key} == set(other)
-    assert all(torch.equal(one[key], other[key]) and torch.equal(one[key], third[key]) for key in other)
+    assert all(
+        torch.equal(one[key], other[key]) and torch.equal(one[key], third[key]) for key in other
+    )
 
 
 @targets
@@ -86,7 +95,10 @@ def test_modules_to_save_go_both_ways(tmp_path, tie, part):
     mine = build("tied")
     inject(mine, tie, **fields)
     ml.save_adapter(shake(mine), tmp_path / "ours")
-    assert load_file(tmp_path / "ours" / WEIGHTS_FILE).keys() == load_file(tmp_path / "theirs" / WEIGHTS_FILE).keys()
+    assert (
+        load_file(tmp_path / "ours" / WEIGHTS_FILE).keys()
+        == load_file(tmp_path / "theirs" / WEIGHTS_FILE).keys()
+    )
     again = PeftModel.from_pretrained(build("tied"), str(tmp_path / "ours")).eval()
     close(output(again), output(mine))
     assert (output(mine) - output(build("tied"))).abs().max() > 0.1
@@ -97,7 +109,9 @@ def test_lora_on_a_tied_head_alone_is_merged_without_the_embedding(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    theirs = shake(get_peft_model(build("tied"), LoraConfig(r=4, target_modules=["lm_head"]))).eval()
+    theirs = shake(
+        get_peft_model(build("tied"), LoraConfig(r=4, target_modules=["lm_head"]))
+    ).eval()
     before = output(theirs)
     assert (output(theirs.merge_and_unload()) - before).abs().max() > 1
     for model in (build("tied"), twin(build("tied"))):
@@ -123,22 +137,34 @@ def test_lora_on_a_tied_head_alone_is_merged_without_the_embedding(tmp_path):
 @targets
 def test_off_new_merged_and_undone(tie, targets):
     for model in (build("tied"), twin(build("tied"))):
-        base, state, modules = output(model), copy.deepcopy(model.state_dict()), dict(model.named_modules())
+        base, state, modules = (
+            output(model),
+            copy.deepcopy(model.state_dict()),
+            dict(model.named_modules()),
+        )
         names = inject(model, tie, target_modules=targets)
         assert torch.equal(output(model), base)  # a new adapter changes nothing
         assert {EMBEDDING, HEAD} <= {*names} or tie == "untie"
         trainable = ml.count_parameters(model).trainable
-        assert trainable == sum(p.numel() for p in {p for p in model.parameters() if p.requires_grad})
+        assert trainable == sum(
+            p.numel() for p in {p for p in model.parameters() if p.requires_grad}
+        )
         expected = output(shake(model))
         for other in (copy.deepcopy(model), model):
             merged = ml.merge(other)
             close(output(merged), expected, 1e-5)
-            assert (weights(merged)[0] is weights(merged)[1]) == (tie == "shared") == merged.config.tie_word_embeddings
+            assert (
+                (weights(merged)[0] is weights(merged)[1])
+                == (tie == "shared")
+                == merged.config.tie_word_embeddings
+            )
         assert len(ml.merge_report(model).layers) == len(names)
         with ml.disable_adapters(model):
             assert torch.equal(output(model), base)
         found = base_state_dict(model)
-        assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+        assert found.keys() == state.keys() and all(
+            torch.equal(found[key], state[key]) for key in state
+        )
         ml.eject(model)
         assert torch.equal(output(model), base) and dict(model.named_modules()) == modules
 
@@ -183,7 +209,9 @@ def test_adapters_with_and_without_the_tie_take_turns():
         outputs[name] = output(shake(model))
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"]), name="neither")
     merged = ml.merge(model)
-    assert weights(merged)[0] is weights(merged)[1] and merged.config.tie_word_embeddings  # it touches neither
+    assert (
+        weights(merged)[0] is weights(merged)[1] and merged.config.tie_word_embeddings
+    )  # it touches neither
     for name in ("both", "head", "both"):
         ml.set_adapter(model, name)
         assert torch.equal(output(model), outputs[name])
@@ -200,14 +228,18 @@ def test_it_trains_and_a_run_is_resumed(tmp_path, tie):
     def run(folder, **fields):
         model = llama()  # tied
         inject(model, tie, target_modules=["embed_tokens", "q_proj"])
-        config = ml.TrainConfig(**FAST | {"save_steps": 3, "output_dir": str(tmp_path / folder)} | fields)
+        config = ml.TrainConfig(
+            **FAST | {"save_steps": 3, "output_dir": str(tmp_path / folder)} | fields
+        )
         return ml.train(model, Letters(), rows(24), config), adapters(model)
 
     whole, expected = run("whole")
     assert whole.losses[-1] < whole.losses[0]
     resumed, found = run("whole", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert resumed.losses == whole.losses
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in found
+    )
     assert all(tensor.any() for tensor in found.values())
 
 
@@ -240,7 +272,9 @@ def test_a_tie_must_be_declared_where_there_is_one_and_only_there():
         {"modules_to_save": ["lm_head"]},
     ):
         model = build("tied")
-        with pytest.raises(ValueError, match=r'\(tied\).*tie="shared"\) gives all of them.*tie="untie" changes'):
+        with pytest.raises(
+            ValueError, match=r'\(tied\).*tie="shared"\) gives all of them.*tie="untie" changes'
+        ):
             inject(model, None, **fields)
         for tie in ("shared", "untie"):
             with pytest.raises(ValueError, match=f"tie: '{tie}' would do nothing"):
@@ -271,7 +305,9 @@ def test_two_updates_in_a_file_that_says_shared_are_refused(tmp_path):
     tensors["base_model.model.lm_head.lora_B.weight"] += 1
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     again = build("tied")
-    with pytest.raises(ValueError, match="ensure_weight_tying is set, but .*is not the update of the weight"):
+    with pytest.raises(
+        ValueError, match="ensure_weight_tying is set, but .*is not the update of the weight"
+    ):
         ml.load_adapter(again, tmp_path)
     assert not lora_layers(again)
     values = json.loads((tmp_path / CONFIG_FILE).read_text())

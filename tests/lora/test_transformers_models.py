@@ -1,9 +1,10 @@
 """Proves that models which minilora has no decoder for work through transformers, whatever they are built of.
 
-GPT-2 (Conv1D), OPT, Phi-3 (fused qkv and gate_up), T5 (encoder and decoder), ViT (images in, classes out), tiny and
-random. Oracle: PEFT adapts the same layers, and reads the trained adapter to the same output. Property: a new adapter
-changes nothing, in 4 bits too. Round trip: an adapter. Errors: load_model names this way.
-Outputs are about 1 in size, and PEFT's layer computes the same sums: 1e-5 is some fp32 roundings over two layers.
+GPT-2 (Conv1D), OPT, Phi-3 (fused qkv and gate_up), T5 (encoder and decoder), ViT (images in,
+classes out), tiny and random. Oracle: PEFT adapts the same layers, and reads the trained adapter to
+the same output. Property: a new adapter changes nothing, in 4 bits too. Round trip: an adapter.
+Errors: load_model names this way. Outputs are about 1 in size, and PEFT's layer computes the same
+sums: 1e-5 is some fp32 roundings over two layers.
 """
 
 import copy
@@ -14,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+)
 
 import minilora as ml
 from helpers.toy import FAST, VOCABULARY, Letters, adapters, rows
@@ -23,21 +29,42 @@ WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 FIELDS = {
     "gpt2": TOKENS | {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    "opt": TOKENS | WIDTH | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
+    "opt": TOKENS
+    | WIDTH
+    | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128},
     "phi3": TOKENS | WIDTH | {"intermediate_size": 64, "num_key_value_heads": 2},
-    "t5": TOKENS | {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    "t5": TOKENS
+    | {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
     "vit": WIDTH | {"intermediate_size": 64, "image_size": 32, "patch_size": 8, "num_labels": 5},
 }
 CLASSES = {"t5": AutoModelForSeq2SeqLM, "vit": AutoModelForImageClassification}
-TASKS = {"t5": ml.TaskType.SEQ_2_SEQ_LM, "vit": None}  # PEFT wraps by it: None is right for a model that writes no text
-LAYERS = {"gpt2": 8, "opt": 12, "phi3": 8, "t5": 32, "vit": 13}  # linear ones, the head of a language model aside
+TASKS = {
+    "t5": ml.TaskType.SEQ_2_SEQ_LM,
+    "vit": None,
+}  # PEFT wraps by it: None is right for a model that writes no text
+LAYERS = {
+    "gpt2": 8,
+    "opt": 12,
+    "phi3": 8,
+    "t5": 32,
+    "vit": 13,
+}  # linear ones, the head of a language model aside
 models = pytest.mark.parametrize("name", FIELDS)
 quantised = pytest.mark.parametrize("name", [name for name in FIELDS if name != "gpt2"])
 
 
 def build(name: str) -> nn.Module:
     """The same random weights every time, large enough for all to matter."""
-    model = CLASSES.get(name, AutoModelForCausalLM).from_config(AutoConfig.for_model(name, **FIELDS[name]))
+    model = CLASSES.get(name, AutoModelForCausalLM).from_config(
+        AutoConfig.for_model(name, **FIELDS[name])
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,8 +77,12 @@ def output(model: nn.Module, name: str) -> Tensor:
     """The logits of a fixed input."""
     ids = torch.arange(3, 15).view(2, 6)
     if name == "vit":
-        return model(pixel_values=torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).logits  # (B, 5)
-    return model(ids, **({"decoder_input_ids": ids[:, :4]} if name == "t5" else {})).logits  # (B, T, V)
+        return model(
+            pixel_values=torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+        ).logits  # (B, 5)
+    return model(
+        ids, **({"decoder_input_ids": ids[:, :4]} if name == "t5" else {})
+    ).logits  # (B, T, V)
 
 
 def adapted(model: nn.Module, name: str) -> nn.Module:
@@ -72,7 +103,9 @@ def trained(model: nn.Module, name: str) -> nn.Module:
             F.cross_entropy(logits, torch.ones(len(logits), dtype=torch.long)).backward()
             optimizer.step()
     else:
-        whole = ml.TrainConfig(**FAST | {"max_steps": 2, "per_device_train_batch_size": 24})  # the same rows twice
+        whole = ml.TrainConfig(
+            **FAST | {"max_steps": 2, "per_device_train_batch_size": 24}
+        )  # the same rows twice
         result = ml.train(model, Letters(), rows(24), whole)
         assert result.steps == 2 and 0 < result.losses[1] < result.losses[0]
     assert all(not torch.equal(tensor, before[key]) for key, tensor in adapters(model).items())
@@ -105,7 +138,9 @@ def test_all_linear_is_what_peft_takes_it_for(name):
 @models
 def test_a_trained_adapter_runs_in_peft(name, tmp_path):
     model = adapted(build(name), name)
-    with torch.no_grad():  # with gradients torch has another attention for T5's trainable position biases
+    with (
+        torch.no_grad()
+    ):  # with gradients torch has another attention for T5's trainable position biases
         assert torch.equal(output(model, name), output(build(name), name))  # B is zero
     check_in_peft(trained(model, name), build(name), name, tmp_path)
 
@@ -113,13 +148,19 @@ def test_a_trained_adapter_runs_in_peft(name, tmp_path):
 @quantised
 def test_a_4_bit_model_trains_and_its_adapter_runs_in_peft(name, tmp_path):
     model, dense = build(name), build(name)
-    weights = {path: module.weight for path, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    weights = {
+        path: module.weight
+        for path, module in dense.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     names = ml.quantize_model(model)
     assert len(names) == LAYERS[name]
     with torch.no_grad():
         for path in names:
             rounded = ml.dequantize_nf4(model.get_submodule(path).weight)
-            assert 0.05 < (rounded - weights[path]).norm() / weights[path].norm() < 0.15  # NF4's, of normal weights
+            assert (
+                0.05 < (rounded - weights[path]).norm() / weights[path].norm() < 0.15
+            )  # NF4's, of normal weights
             weights[path].copy_(rounded)
     torch.testing.assert_close(output(model, name), output(dense, name), rtol=1e-5, atol=1e-5)
     check_in_peft(trained(adapted(model, name), name), dense, name, tmp_path)
@@ -130,7 +171,10 @@ def test_a_4_bit_model_trains_and_its_adapter_runs_in_peft(name, tmp_path):
 
 def test_load_model_lists_what_it_reads_and_shows_this_way(tmp_path):
     build("phi3").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'phi3'.*llama \(Llama.*qwen3.*AutoModelForCausalLM.from_pretr.*ml.inject"):
+    with pytest.raises(
+        ValueError,
+        match=r"'phi3'.*llama \(Llama.*qwen3.*AutoModelForCausalLM.from_pretr.*ml.inject",
+    ):
         ml.load_model(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(output(adapted(model, "phi3"), "phi3"), output(build("phi3"), "phi3"))

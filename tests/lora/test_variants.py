@@ -1,7 +1,7 @@
 """Proves that DoRA, PiSSA and LoftQ are what their papers and PEFT have: files both ways, logits, losses of 20 steps.
 
-Oracles: PEFT, norms of W + s B A in fp64, bitsandbytes' NF4. What one does with them: test_variants_used.py; DoRA in
-every family and format: test_matrix.py.
+Oracles: PEFT, norms of W + s B A in fp64, bitsandbytes' NF4. What one does with them:
+test_variants_used.py; DoRA in every family and format: test_matrix.py.
 """
 
 import copy
@@ -34,7 +34,9 @@ LOFTQ = SOME | {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 3}}
 VARIANTS = {"dora": DORA, "pissa": PISSA, "pissa, 4 iterations": QUICK, "loftq": LOFTQ}
 RESIDUAL = pytest.mark.filterwarnings("ignore:LoftQ replaces the targeted layers")
 pytestmark = RESIDUAL
-KEEPS_W = pytest.mark.parametrize("given", [DORA, PISSA, QUICK], ids=["dora", "pissa", "pissa, 4 iterations"])
+KEEPS_W = pytest.mark.parametrize(
+    "given", [DORA, PISSA, QUICK], ids=["dora", "pissa", "pissa, 4 iterations"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +85,12 @@ def test_our_file_in_peft(kind, given, tmp_path):
     ml.load_adapter(again, tmp_path / "ours")
     close(again, model)
     ml.save_adapter(again, tmp_path / "again")  # saved, loaded and saved: the same bytes
-    assert (tmp_path / "ours" / WEIGHTS_FILE).read_bytes() == (tmp_path / "again" / WEIGHTS_FILE).read_bytes()
-    assert (tmp_path / "ours" / CONFIG_FILE).read_bytes() == (tmp_path / "again" / CONFIG_FILE).read_bytes()
+    assert (tmp_path / "ours" / WEIGHTS_FILE).read_bytes() == (
+        tmp_path / "again" / WEIGHTS_FILE
+    ).read_bytes()
+    assert (tmp_path / "ours" / CONFIG_FILE).read_bytes() == (
+        tmp_path / "again" / CONFIG_FILE
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -93,10 +99,14 @@ def test_peft_s_pissa_and_its_converted_file(kind, rslora, tmp_path):
     """PEFT's raw file finds A₀ and B₀ in W again, as PEFT does when it loads one; ours is its converted file, bit for
     bit, patterns of α included."""
     targets = {"target_modules": ["c_attn" if kind == "gpt2" else "q_proj"], "use_rslora": rslora}
-    patterns = {} if rslora else {"rank_pattern": {r"0\..*": 3}, "alpha_pattern": {r"1\..*": 5}}  # PEFT: not together
+    patterns = (
+        {} if rslora else {"rank_pattern": {r"0\..*": 3}, "alpha_pattern": {r"1\..*": 5}}
+    )  # PEFT: not together
     base, given = build(kind), PISSA | targets | patterns
     other = theirs(given, copy.deepcopy(base))
-    other.peft_config["default"].init_lora_weights = True  # what PEFT asks for before the start is saved
+    other.peft_config[
+        "default"
+    ].init_lora_weights = True  # what PEFT asks for before the start is saved
     other.save_pretrained(str(tmp_path / "start"))
     other.peft_config["default"].init_lora_weights = "pissa"
     generator = torch.Generator().manual_seed(0)
@@ -106,16 +116,30 @@ def test_peft_s_pissa_and_its_converted_file(kind, rslora, tmp_path):
     other.save_pretrained(str(tmp_path / "raw"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other.save_pretrained(str(tmp_path / "converted"), path_initial_model_for_weight_conversion=tmp_path / "start")
+        other.save_pretrained(
+            str(tmp_path / "converted"), path_initial_model_for_weight_conversion=tmp_path / "start"
+        )
     for folder in ("raw", "converted"):
         model = copy.deepcopy(base)
         ml.load_adapter(model, tmp_path / folder)
         torch.testing.assert_close(output(model), expected, rtol=0, atol=3e-5)
         ml.save_adapter(model, tmp_path / "ours")
         found, there = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("ours", "converted"))
-        assert found.keys() == there.keys() and all(torch.equal(found[key], there[key]) for key in found)
-        values = [json.loads((tmp_path / name / CONFIG_FILE).read_text()) for name in ("ours", "converted")]
-        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"):
+        assert found.keys() == there.keys() and all(
+            torch.equal(found[key], there[key]) for key in found
+        )
+        values = [
+            json.loads((tmp_path / name / CONFIG_FILE).read_text())
+            for name in ("ours", "converted")
+        ]
+        for field in (
+            "r",
+            "lora_alpha",
+            "rank_pattern",
+            "alpha_pattern",
+            "use_rslora",
+            "init_lora_weights",
+        ):
             assert values[0][field] == values[1][field], field
 
 
@@ -125,7 +149,9 @@ def test_a_file_of_peft_s_dora(tmp_path):
     model = twin(small())
     ml.load_adapter(model, tmp_path)
     close(model, other)
-    assert any(key.endswith("q_proj.lora_magnitude_vector") for key in load_file(tmp_path / WEIGHTS_FILE))
+    assert any(
+        key.endswith("q_proj.lora_magnitude_vector") for key in load_file(tmp_path / WEIGHTS_FILE)
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -166,15 +192,24 @@ def side_by_side(given: dict, folder) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("given", [DORA, PISSA, LOFTQ], ids=["dora", "pissa", "loftq"])
 def test_twenty_steps_are_peft_s(given, tmp_path):
-    ours, other = side_by_side(given | ({} if given is PISSA else {}) if given is DORA else given, tmp_path)
-    config = ml.TrainConfig(max_steps=STEPS, learning_rate=2e-3, per_device_train_batch_size=3, weight_decay=0.0)
+    ours, other = side_by_side(
+        given | ({} if given is PISSA else {}) if given is DORA else given, tmp_path
+    )
+    config = ml.TrainConfig(
+        max_steps=STEPS, learning_rate=2e-3, per_device_train_batch_size=3, weight_decay=0.0
+    )
     data = rows(40)
     before = {key: tensor.clone() for key, tensor in ml.adapter_state_dict(ours).items()}
     expected = train_theirs(other, encode_dataset(data, Letters(), config.max_length), config)
     found = ml.train(ours, Letters(), data, config)
     assert found.losses == pytest.approx(expected, rel=1e-4)
-    assert expected[0] - expected[-1] > 0.05 * expected[0]  # something was learned: the agreement means something
-    moved = {key: (tensor - before[key]).abs().max() for key, tensor in ml.adapter_state_dict(ours).items()}
+    assert (
+        expected[0] - expected[-1] > 0.05 * expected[0]
+    )  # something was learned: the agreement means something
+    moved = {
+        key: (tensor - before[key]).abs().max()
+        for key, tensor in ml.adapter_state_dict(ours).items()
+    }
     assert all(distance > 1e-3 for distance in moved.values()), moved  # m too
     assert any("magnitude" in key for key in moved) == bool(given.get("use_dora"))
 
@@ -195,7 +230,10 @@ def test_norms_are_those_of_the_sum(quantised):
     # fp32: each of the three sums is rounded by 2⁻²⁴ a term, of which there are 48 at most
     torch.testing.assert_close(adapter.norms(layer).double(), norms, rtol=48 * 2**-24, atol=0)
     x = torch.randn(5, 48, dtype=torch.float64)
-    expected = x @ (adapter.lora_magnitude_vector.double()[:, None] * V / norms[:, None]).T + linear.bias.double()
+    expected = (
+        x @ (adapter.lora_magnitude_vector.double()[:, None] * V / norms[:, None]).T
+        + linear.bias.double()
+    )
     torch.testing.assert_close(model(x.float()).double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(ml.merge(model)(x.float()).double(), expected, rtol=0, atol=1e-5)
 
@@ -204,7 +242,9 @@ def test_norms_of_rows_that_cancel():
     """W + s B A is a thousandth of W: the error is 2⁻²³ of what cancelled, as documented, times the terms."""
     linear = nn.Linear(48, 32, bias=False)
     linear.weight.data = torch.randn(32, 2) @ torch.randn(2, 48)
-    adapter = injected({"r": 2, "lora_alpha": 2, "target_modules": ["0"], "use_dora": True}, nn.Sequential(linear))[0]
+    adapter = injected(
+        {"r": 2, "lora_alpha": 2, "target_modules": ["0"], "use_dora": True}, nn.Sequential(linear)
+    )[0]
     adapter = adapter.adapters["default"]
     U, S, Vh = torch.linalg.svd(linear.weight.detach(), full_matrices=False)
     adapter.lora_A.data, adapter.lora_B.data = Vh[:2].clone(), -0.999 * U[:, :2] * S[:2]
@@ -237,7 +277,9 @@ def best(M: Tensor, r: int) -> Tensor:
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "4 bits"])
-@pytest.mark.parametrize(("given", "most"), [(PISSA, 1e-4), (QUICK, 0.02)], ids=["exact", "4 iterations"])
+@pytest.mark.parametrize(
+    ("given", "most"), [(PISSA, 1e-4), (QUICK, 0.02)], ids=["exact", "4 iterations"]
+)
 def test_pissa_begins_as_the_principal_part(given, most, quantised):
     model = twin(small())
     if quantised:
@@ -246,10 +288,15 @@ def test_pissa_begins_as_the_principal_part(given, most, quantised):
     for path, layer in lora_layers(model).items():
         adapter = layer.adapters["default"]
         W = layer.base_layer.dequantize() if quantised else layer.weight.detach()
-        error = (adapter.scaling * adapter.lora_B @ adapter.lora_A - best(W, 4)).norm() / best(W, 4).norm()
-        # exact: 2⁻²⁴ over the gap between σ₄ and σ₅, which noise of 64 columns has at some hundredths of σ₁
-        # in 4 iterations: what is lost of σ² beside the best is small, though the spectrum of noise is flat
-        lost = (W - adapter.scaling * adapter.lora_B @ adapter.lora_A).norm() / (W - best(W, 4)).norm() - 1
+        error = (adapter.scaling * adapter.lora_B @ adapter.lora_A - best(W, 4)).norm() / best(
+            W, 4
+        ).norm()
+        # exact: 2⁻²⁴ over the gap between σ₄ and σ₅, which noise of 64 columns has at some
+        # hundredths of σ₁ in 4 iterations: what is lost of σ² beside the best is small, though the
+        # spectrum of noise is flat
+        lost = (W - adapter.scaling * adapter.lora_B @ adapter.lora_A).norm() / (
+            W - best(W, 4)
+        ).norm() - 1
         assert (error if given is PISSA else lost) <= most, path
 
 
@@ -265,7 +312,8 @@ def test_loftq_is_algorithm_1_with_bitsandbytes_nf4():
         res = W - parts["L"] @ parts["R"]
     model = injected(LOFTQ | {"lora_alpha": 4, "target_modules": ["0"]}, nn.Sequential(linear))
     adapter = model[0].adapters["default"]
-    # 8-bit scales may be one step of 256 apart, which is what bitsandbytes' CPU rounds otherwise (INTEROP: 1.5e-3 each)
+    # 8-bit scales may be one step of 256 apart, which is what bitsandbytes' CPU rounds otherwise
+    # (INTEROP: 1.5e-3 each)
     assert (model[0].base_layer.dequantize() - Q).abs().max() <= 4e-3 * W.abs().max()
     found = model[0].base_layer.dequantize() + adapter.lora_B @ adapter.lora_A
     assert ((W - found).norm() / (W - Q - parts["L"] @ parts["R"]).norm() - 1).abs() < 0.01
@@ -278,11 +326,20 @@ def test_loftq_is_nearer_with_each_iteration_and_whatever_alpha_is():
         linear = nn.Linear(128, 96)
         linear.weight.data = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
         W, plain = linear.weight.detach().clone(), ml.NF4Linear.from_linear(linear).dequantize()
-        given = {"r": 4, "lora_alpha": alpha, "target_modules": ["0"], "loftq_config": {"loftq_iter": count}}
+        given = {
+            "r": 4,
+            "lora_alpha": alpha,
+            "target_modules": ["0"],
+            "loftq_config": {"loftq_iter": count},
+        }
         model = injected(given | {"init_lora_weights": "loftq"}, nn.Sequential(linear))
         adapter = model[0].adapters["default"]
         Q = model[0].base_layer.dequantize()
-        errors[alpha, count] = ((W - Q - adapter.delta(torch.float32)).norm() / (W - plain).norm()).item()
-        assert torch.equal(Q, plain) == (count == 1)  # the 4 bits are another matrix's after the first
+        errors[alpha, count] = (
+            (W - Q - adapter.delta(torch.float32)).norm() / (W - plain).norm()
+        ).item()
+        assert torch.equal(Q, plain) == (
+            count == 1
+        )  # the 4 bits are another matrix's after the first
     assert errors[4, 5] < 0.99 * errors[4, 1] < 0.99
     assert errors[16, 5] == pytest.approx(errors[4, 5], rel=1e-3)

@@ -1,6 +1,6 @@
 """Proves that all one does with an adapter is done with DoRA, PiSSA and LoftQ, or refused: merge, switch, eject, trace,
-checkpoints, 4 bits, 16 bits, a plan of memory. Property: nothing changes at the start, and W never, except where LoftQ
-says so."""
+checkpoints, 4 bits, 16 bits, a plan of memory. Property: nothing changes at the start, and W never,
+except where LoftQ says so."""
 
 import copy
 import json
@@ -97,12 +97,19 @@ def test_a_stopped_run_goes_on(given, tmp_path):
 
     def run(folder, **options):
         model = injected(given, twin(small(vocab_size=len(Letters()))))
-        fast = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "output_dir": str(folder), "save_steps": 2}
+        fast = {
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 2,
+            "output_dir": str(folder),
+            "save_steps": 2,
+        }
         result = ml.train(model, Letters(), rows(20), ml.TrainConfig(max_steps=4, **fast | options))
         return result.losses, ml.adapter_state_dict(model)
 
     losses, whole = run(tmp_path / "a")
-    again, resumed = run(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    again, resumed = run(
+        tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2")
+    )
     assert again == losses and all(torch.equal(resumed[key], whole[key]) for key in whole)
     recomputed, checkpointed = run(tmp_path / "c", gradient_checkpointing=True)
     assert recomputed == losses and all(torch.equal(checkpointed[key], whole[key]) for key in whole)
@@ -124,7 +131,9 @@ def test_it_runs_on_the_plain_form_and_can_be_traced_copied_and_loaded(given):
     other = injected(given)
     other.load_state_dict(model.state_dict())
     assert torch.equal(output(other), expected)
-    assert {p.dtype for adapter in adapters(model.bfloat16()).values() for p in adapter.parameters()} == {torch.float32}
+    assert {
+        p.dtype for adapter in adapters(model.bfloat16()).values() for p in adapter.parameters()
+    } == {torch.float32}
     assert torch.isfinite(output(model)).all() and output(model).dtype == torch.bfloat16
 
 
@@ -146,7 +155,9 @@ def test_in_16_bits_the_error_is_that_of_the_base(given):
 
 @pytest.mark.parametrize("given", [DORA, PISSA])
 def test_a_plan_knows_it(given):
-    config = DecoderConfig(97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config = DecoderConfig(
+        97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
     model = twin(small(intermediate_size=128, num_key_value_heads=4))
     plan = ml.plan_memory(config, ml.LoRAConfig(**given), quantize="nf4")
     assert plan.trainable == ml.count_parameters(injected(given, model)).trainable
@@ -178,14 +189,18 @@ def test_what_does_not_go_together(fields, message):
 def test_other_kinds_of_layers_are_refused_and_the_model_untouched(given):
     for kind, target in (("llama", "embed_tokens"), ("images", "flat")):
         model = build(kind)
-        with pytest.raises(ValueError, match=rf"{target}: \w+ is for linear layers, and this is (Embedding|Conv2d)"):
+        with pytest.raises(
+            ValueError, match=rf"{target}: \w+ is for linear layers, and this is (Embedding|Conv2d)"
+        ):
             injected(given | {"target_modules": [target]}, model)
         assert not lora_layers(model)
 
 
 def test_what_has_no_room_or_no_dense_weight():
     with pytest.raises(ValueError, match="a LoRA of rank 2r: expected 1 to 16, got 17"):
-        injected(PISSA | {"r": 17}, nn.Sequential(nn.Linear(32, 64)) and twin(small(hidden_size=32)))
+        injected(
+            PISSA | {"r": 17}, nn.Sequential(nn.Linear(32, 64)) and twin(small(hidden_size=32))
+        )
     model = twin(small())
     ml.quantize_model(model)
     with pytest.raises(ValueError, match="quantises a dense layer, and this is NF4Linear"):
@@ -200,7 +215,9 @@ def test_dora_does_not_add_up():
     model = injected(SOME)
     ml.inject(model, ml.LoRAConfig(**DORA), name="second")
     ml.inject(model, ml.LoRAConfig(**PISSA), name="third")
-    with pytest.raises(ValueError, match="'second' .DoRA. rescales W and does not add up: use one at a time"):
+    with pytest.raises(
+        ValueError, match="'second' .DoRA. rescales W and does not add up: use one at a time"
+    ):
         ml.set_adapter(model, ["default", "second"])
     ml.set_adapter(model, ["default", "third"])
 
@@ -211,5 +228,8 @@ def test_a_file_beside_another_base_is_refused(how, tmp_path):
     ml.save_adapter(model, tmp_path)
     values = json.loads((tmp_path / CONFIG_FILE).read_text())
     (tmp_path / CONFIG_FILE).write_text(json.dumps(values | {"init_lora_weights": how}))
-    with pytest.raises(ValueError, match=f"with init_lora_weights '{how}' PEFT trained the adapter for another base"):
+    with pytest.raises(
+        ValueError,
+        match=f"with init_lora_weights '{how}' PEFT trained the adapter for another base",
+    ):
         ml.load_adapter(twin(small()), tmp_path)

@@ -16,15 +16,22 @@ from minilora.training.loop import train
 
 LABELS = ["vowel", "consonant", "digit"]
 TEXTS = ["abca", "xyz", "12", "eieio", "bcd", "9", "aa", "3141"]
-ROWS = [{"text": t, "label": LABELS[0 if t[0] in "aeiou" else 2 if t.isdigit() else 1]} for t in TEXTS]
-CONFIG = ml.LoRAConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
+ROWS = [
+    {"text": t, "label": LABELS[0 if t[0] in "aeiou" else 2 if t.isdigit() else 1]} for t in TEXTS
+]
+CONFIG = ml.LoRAConfig(
+    r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+)
 
 
 def classifier(model=None, **fields):
     """A model with a head and an adapter."""
     model = llama() if model is None else model
     ml.Classify(LABELS).add_head(model)
-    ml.inject(model, ml.LoRAConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | fields))
+    ml.inject(
+        model,
+        ml.LoRAConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | fields),
+    )
     return model
 
 
@@ -63,7 +70,9 @@ def test_peft_loads_what_training_saved(causal, tmp_path):
     assert type(theirs).__name__ == "PeftModelForSequenceClassification"
     batch = batch_of()
     with torch.no_grad():
-        expected = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = theirs(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
         found = ml.Classify(LABELS).logits(ours.eval(), batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32, other order of sums
     assert found.std() > 0.1
@@ -73,22 +82,34 @@ def test_we_load_what_peft_saved_and_train_on_transformers_own_model(causal, tmp
     """PEFT's file names both kinds of head, `classifier` and `score`, and holds the one there is."""
     from peft import LoraConfig, get_peft_model
 
-    theirs = get_peft_model(theirs_from(causal), LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear"))
+    theirs = get_peft_model(
+        theirs_from(causal), LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear")
+    )
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     theirs.save_pretrained(tmp_path)
-    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]) == {"classifier", "score"}
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]) == {
+        "classifier",
+        "score",
+    }
     objective, batch = ml.Classify(LABELS), batch_of()
     ours, same = twin(causal), theirs_from(causal)
     objective.add_head(ours)
     with torch.no_grad():
-        expected = theirs.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = theirs.eval()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
         for model in (ours, same):
             ml.load_adapter(model, tmp_path)
-            torch.testing.assert_close(objective.logits(model.eval(), batch), expected, rtol=1e-4, atol=1e-4)
-    result = [train(model, Letters(), ROWS, TrainConfig(**FAST), objective=objective) for model in (ours, same)]
+            torch.testing.assert_close(
+                objective.logits(model.eval(), batch), expected, rtol=1e-4, atol=1e-4
+            )
+    result = [
+        train(model, Letters(), ROWS, TrainConfig(**FAST), objective=objective)
+        for model in (ours, same)
+    ]
     assert result[0].losses == pytest.approx(result[1].losses, rel=1e-4)
 
 
@@ -116,11 +137,17 @@ def test_it_learns_and_predict_says_what_it_learned():
 def test_the_head_trains_without_being_asked_for_as_in_peft():
     """task_type SEQ_CLS alone: no adapter on the head, a copy of it that trains."""
     named = {name for name, p in classifier().named_parameters() if p.requires_grad}
-    assert named == {name for name, p in classifier(modules_to_save=["score"]).named_parameters() if p.requires_grad}
+    assert named == {
+        name
+        for name, p in classifier(modules_to_save=["score"]).named_parameters()
+        if p.requires_grad
+    }
     assert "score.weight" in named
     carried = lora(llama())  # a task that is only carried in the file changes nothing
     plain = llama()
-    ml.inject(plain, ml.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS"))
+    ml.inject(
+        plain, ml.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")
+    )
     assert [n for n, p in plain.named_parameters() if p.requires_grad] == [
         n for n, p in carried.named_parameters() if p.requires_grad
     ]

@@ -15,7 +15,12 @@ from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 from minilora_kernels.ops import cross_entropy
 
-KINDS = [{}, {"kind": "reverse"}, {"top_k": 5, "temperature": 2.0}, {"kind": "reverse", "top_k": 3, "alpha": 0.25}]
+KINDS = [
+    {},
+    {"kind": "reverse"},
+    {"top_k": 5, "temperature": 2.0},
+    {"kind": "reverse", "top_k": 3, "alpha": 0.25},
+]
 
 
 def logits(seed: int, V: int = 30) -> torch.Tensor:
@@ -49,8 +54,12 @@ def test_top_k_as_documented(k):
     share = q / q.sum(-1, keepdim=True)
     forward = F.kl_div(q.log(), p, reduction="none").sum(-1)
     reverse = F.kl_div(p.log(), share, reduction="none").sum(-1)
-    torch.testing.assert_close(divergence(student, teacher, "forward", k), forward, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(divergence(student, teacher, "reverse", k), reverse, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        divergence(student, teacher, "forward", k), forward, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        divergence(student, teacher, "reverse", k), reverse, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["ours", "logits"])
@@ -61,12 +70,16 @@ def test_the_loss_is_the_formula_over_whole_logits(kind):
     batch = batch_of(objective)
     mask = (batch["labels"] != -100)[:, 1:]
     q, p = (model(batch["input_ids"])[:, :-1][mask] for model in (student, teacher))  # (N, V)
-    kl = F.kl_div((q / 2).log_softmax(-1), (p / 2).log_softmax(-1), reduction="sum", log_target=True)
+    kl = F.kl_div(
+        (q / 2).log_softmax(-1), (p / 2).log_softmax(-1), reduction="sum", log_target=True
+    )
     nll = F.cross_entropy(q, batch["input_ids"][:, 1:][mask], reduction="sum")
     loss, sums = objective.loss(wrap(student), batch)
     assert loss.item() == pytest.approx((0.7 * 4 * kl + 0.3 * nll).item(), rel=1e-5)
     assert sums["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
-    assert sums["cross_entropy"].item() == pytest.approx(token_loss(student, batch)[0].item(), rel=1e-5)
+    assert sums["cross_entropy"].item() == pytest.approx(
+        token_loss(student, batch)[0].item(), rel=1e-5
+    )
 
 
 def test_kl_to_base_is_the_formula_over_whole_logits():
@@ -79,8 +92,12 @@ def test_kl_to_base_is_the_formula_over_whole_logits():
     loss, sums = objective.loss(model, batch)
     assert loss.item() == pytest.approx((token_loss(model, batch)[0] + 0.5 * kl).item(), rel=1e-5)
     assert sums["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
-    assert ml.KLToBase(kl_weight=0).loss(model, batch)[0].item() == pytest.approx(token_loss(model, batch)[0].item())
-    assert objective.loss(lora(), batch)[1]["kl"] == 0  # an untrained adapter is the base, bit for bit
+    assert ml.KLToBase(kl_weight=0).loss(model, batch)[0].item() == pytest.approx(
+        token_loss(model, batch)[0].item()
+    )
+    assert (
+        objective.loss(lora(), batch)[1]["kl"] == 0
+    )  # an untrained adapter is the base, bit for bit
 
 
 def test_an_adapter_on_the_head_is_off_in_the_base():
@@ -91,7 +108,9 @@ def test_an_adapter_on_the_head_is_off_in_the_base():
     with ml.disable_adapters(model):
         p = model(batch["input_ids"])[:, :-1][mask].log_softmax(-1)
     expected = F.kl_div(p, q, reduction="sum", log_target=True)
-    assert ml.KLToBase().loss(model, batch)[1]["kl"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert ml.KLToBase().loss(model, batch)[1]["kl"].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 # ---- properties
@@ -132,7 +151,14 @@ def test_the_teacher_is_read_in_eval_mode_and_learns_nothing():
     teacher = stirred(lora(llama(seed=3), dropout=0.5)).train()
     before = adapters(teacher)
     student = lora()
-    result = train(student, Letters(), rows(), TrainConfig(**FAST), objective=ml.Distill(teacher), eval_dataset=rows(5))
+    result = train(
+        student,
+        Letters(),
+        rows(),
+        TrainConfig(**FAST),
+        objective=ml.Distill(teacher),
+        eval_dataset=rows(5),
+    )
     assert result.metrics["kl"][-1] < result.metrics["kl"][0] and 0 < result.evals[-1]["eval_kl"]
     assert teacher.training and all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(before[name], p) for name, p in adapters(teacher).items())
@@ -148,7 +174,9 @@ def test_a_4_bit_student_comes_closer_to_its_unquantised_base():
     quantize_model(student)
     lora(student)
     objective = ml.Distill(llama(hidden_size=64, intermediate_size=64))
-    result = train(student, Letters(), rows(), TrainConfig(**FAST | {"max_steps": 12}), objective=objective)
+    result = train(
+        student, Letters(), rows(), TrainConfig(**FAST | {"max_steps": 12}), objective=objective
+    )
     assert result.losses[-1] < 0.7 * result.losses[0]
 
 

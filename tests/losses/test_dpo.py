@@ -1,7 +1,7 @@
 """DPO is TRL's, loss for loss, on the batch that both are given; and it trains as exactly as everything else here.
 
-Oracle: the loss code of TRL's DPOTrainer, run on our batch, with the same model and the same adapter in PEFT, its
-reference the adapter switched off, as ours.
+Oracle: the loss code of TRL's DPOTrainer, run on our batch, with the same model and the same
+adapter in PEFT, its reference the adapter switched off, as ours.
 """
 
 from typing import Any
@@ -21,7 +21,13 @@ from minilora.training.loop import train
 
 WORDS = ["abc", "defabc", "fe", "bbbbbb", "caf", "deed", "a", "feedback"]
 ROWS = [{"prompt": f"{word}=", "chosen": word, "rejected": word[::-1] + "ee"} for word in WORDS]
-KINDS = [{}, {"beta": 0.5}, {"loss_type": "ipo"}, {"loss_type": "ipo", "beta": 0.3}, {"label_smoothing": 0.2}]
+KINDS = [
+    {},
+    {"beta": 0.5},
+    {"loss_type": "ipo"},
+    {"loss_type": "ipo", "beta": 0.3},
+    {"label_smoothing": 0.2},
+]
 
 
 def batch_of(objective: ml.DPO, rows=ROWS) -> dict[str, torch.Tensor]:
@@ -53,7 +59,9 @@ def trl_loss(model: Any, batch: dict[str, torch.Tensor], folder, **fields: Any):
     config = DPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False, **fields)
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
-    model.delete_adapter("ref")  # a copy of the adapter as it was; without it TRL's reference is the base, as ours
+    model.delete_adapter(
+        "ref"
+    )  # a copy of the adapter as it was; without it TRL's reference is the base, as ours
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     inputs["completion_mask"] = (batch["labels"] != -100).long()
     loss = trainer.compute_loss(model, inputs)
@@ -89,7 +97,9 @@ def test_loss_gradient_and_metrics_are_trls(both, fields, tmp_path):
             path = name.removeprefix("base_model.model.").replace(".default.weight", "")
             layer, _, factor = path.rpartition(".")
             mine = ours.get_submodule(layer).adapters["default"].get_parameter(factor).grad
-            assert (mine - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()  # fp32, other order of sums
+            assert (
+                mine - parameter.grad
+            ).norm() <= 1e-4 * parameter.grad.norm()  # fp32, other order of sums
             parameter.grad, compared = None, compared + 1
     assert compared == 2 * 7 * 3
 
@@ -100,7 +110,9 @@ def test_smoothing_is_that_of_trls_aot_loss(both, tmp_path):
     objective = ml.DPO(label_smoothing=0.2, beta=0.3)
     for row in ROWS[:3]:
         batch = batch_of(objective, [row])
-        expected, _ = trl_loss(theirs, batch, tmp_path, loss_type="aot", label_smoothing=0.2, beta=0.3)
+        expected, _ = trl_loss(
+            theirs, batch, tmp_path, loss_type="aot", label_smoothing=0.2, beta=0.3
+        )
         assert objective.loss(ours, batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -120,7 +132,12 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
 def test_before_training_the_margin_is_zero_and_after_it_is_not():
     model = lora(dropout=0.2)
     result = train(
-        model, Letters(), ROWS, TrainConfig(**FAST | {"max_steps": 20}), objective=ml.DPO(), eval_dataset=ROWS
+        model,
+        Letters(),
+        ROWS,
+        TrainConfig(**FAST | {"max_steps": 20}),
+        objective=ml.DPO(),
+        eval_dataset=ROWS,
     )
     assert result.metrics["accuracy"][-1] >= 0.75 and result.loss < result.losses[0]
     assert result.evals[-1]["eval_accuracy"] == 1 and result.evals[-1]["eval_margin"] > 0.1
@@ -141,7 +158,9 @@ def test_the_reference_is_the_base_without_gradient_or_dropout():
     answers, _ = answer_logprobs(model, batch)
     ratios = (answers - reference).chunk(2)
     expected = 0.1 * (ratios[0] - ratios[1]).sum()
-    assert objective.loss(model, batch)[1]["margin"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective.loss(model, batch)[1]["margin"].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
     assert adapters(model).keys() == adapters(lora()).keys()  # what trains trains still
     modes = []
     model.train().model.norm.register_forward_hook(
@@ -157,7 +176,9 @@ def test_prompts_are_masked_as_in_supervised_training():
     for row, pair in zip(ROWS, texts, strict=True):
         for side in ("chosen", "rejected"):
             example = getattr(pair, side)
-            whole = ml.SFT().encode([{"prompt": row["prompt"], "completion": row[side]}], letters, None)[0]
+            whole = ml.SFT().encode(
+                [{"prompt": row["prompt"], "completion": row[side]}], letters, None
+            )[0]
             assert (example.input_ids, example.labels) == (whole.input_ids, whole.labels)
     chat = [{"role": "user", "content": "hi"}]
     with_prompt = {"prompt": chat, "chosen": [{"role": "assistant", "content": "yes"}],
@@ -165,15 +186,27 @@ def test_prompts_are_masked_as_in_supervised_training():
     whole = {side: chat + with_prompt[side] for side in ("chosen", "rejected")}
     from helpers.chats import ours
 
-    first, second = (objective.encode([row], ours("chatml"), None)[0] for row in (with_prompt, whole))
-    assert (first.chosen.input_ids, first.chosen.labels) == (second.chosen.input_ids, second.chosen.labels)
-    assert (first.rejected.input_ids, first.rejected.labels) == (second.rejected.input_ids, second.rejected.labels)
+    first, second = (
+        objective.encode([row], ours("chatml"), None)[0] for row in (with_prompt, whole)
+    )
+    assert (first.chosen.input_ids, first.chosen.labels) == (
+        second.chosen.input_ids,
+        second.chosen.labels,
+    )
+    assert (first.rejected.input_ids, first.rejected.labels) == (
+        second.rejected.input_ids,
+        second.rejected.labels,
+    )
 
 
 def test_a_pair_that_lost_an_answer_is_left_out_and_reported():
     long = {"prompt": "abc=", "chosen": "a", "rejected": "b"}
     data = ml.DPO().encode([*ROWS[:1], long | {"prompt": "a" * 30}], Letters(), 16)
-    assert len(data) == 1 and "1 pairs of 2 rows" in data.report and "left out: no trained token" in data.report
+    assert (
+        len(data) == 1
+        and "1 pairs of 2 rows" in data.report
+        and "left out: no trained token" in data.report
+    )
 
 
 # ---- errors
@@ -185,7 +218,12 @@ def test_a_pair_that_lost_an_answer_is_left_out_and_reported():
         ([{"prompt": "a", "completion": "b"}], "row 0: expected prompt, chosen and rejected"),
         ([{"chosen": "a", "rejected": "b"}], "need a prompt"),
         (
-            [{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}],
+            [
+                {
+                    "chosen": [{"role": "user", "content": "a"}],
+                    "rejected": [{"role": "user", "content": "b"}],
+                }
+            ],
             "same messages",
         ),
     ],

@@ -1,8 +1,9 @@
 """Proves that bitsandbytes' 4-bit checkpoints are read bit for bit, and written so that transformers reads them so.
 
-Oracle: transformers with bitsandbytes writes the folders from a tiny Llama, and loads ours. Property: what was loaded
-is saved with equal bytes. Errors: other kinds (fp4, 8 bits), contradictions, missing parts, adapters.
-Widths are multiples of 64: bitsandbytes 0.50.2's CPU code gives wrong scales for others.
+Oracle: transformers with bitsandbytes writes the folders from a tiny Llama, and loads ours.
+Property: what was loaded is saved with equal bytes. Errors: other kinds (fp4, 8 bits),
+contradictions, missing parts, adapters. Widths are multiples of 64: bitsandbytes 0.50.2's CPU code
+gives wrong scales for others.
 """
 
 import json
@@ -23,7 +24,9 @@ WIDE = {"intermediate_size": 128}
 STORAGES = ["uint8", "bfloat16", "float16", "float32"]
 
 
-def bnb_folder(folder: Path, nested=True, storage="uint8", dtype=torch.float32, shard="5GB", skip=None, **kind) -> Path:
+def bnb_folder(
+    folder: Path, nested=True, storage="uint8", dtype=torch.float32, shard="5GB", skip=None, **kind
+) -> Path:
     """A random Llama quantised by bitsandbytes and saved by transformers."""
     save(folder / "base", dtype=dtype, **WIDE)
     config = BitsAndBytesConfig(
@@ -33,7 +36,9 @@ def bnb_folder(folder: Path, nested=True, storage="uint8", dtype=torch.float32, 
         bnb_4bit_quant_storage=getattr(torch, storage),
         llm_int8_skip_modules=skip,
     )
-    theirs(folder / "base", dtype, quantization_config=config).save_pretrained(folder / "bnb", max_shard_size=shard)
+    theirs(folder / "base", dtype, quantization_config=config).save_pretrained(
+        folder / "bnb", max_shard_size=shard
+    )
     return folder / "bnb"
 
 
@@ -53,11 +58,16 @@ def logits(model: nn.Module) -> torch.Tensor:
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder; a 4-bit one as its bytes, whatever dtype they are stored under."""
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-    return {k: v.view(-1).view(torch.uint8) if f"{k}.absmax" in tensors else v for k, v in tensors.items()}
+    return {
+        k: v.view(-1).view(torch.uint8) if f"{k}.absmax" in tensors else v
+        for k, v in tensors.items()
+    }
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def as_stored(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -84,7 +94,9 @@ def test_loaded_bits_are_bitsandbytes(tmp_path, nested, storage):
     model = mine(folder)
     assert len(layers(model)) == 3 * 7
     assert equal(as_stored(model), stored(folder))
-    reference = theirs(folder, torch.float32).train()  # in eval mode its CPU kernel rounds the scales to bf16
+    reference = theirs(
+        folder, torch.float32
+    ).train()  # in eval mode its CPU kernel rounds the scales to bf16
     assert_rounded(logits(model), logits(reference), rounding(model, logits))
 
 
@@ -97,7 +109,9 @@ def test_bf16_source_keeps_its_dtype_and_dequantises_to_equal_bits(tmp_path):
         weight = reference.get_submodule(name).weight
         expected = dequantize_4bit(weight.data, weight.quant_state)
         assert torch.equal(model.get_submodule(name).dequantize(), expected), name
-    assert {module.dtype for module in map(mine(folder, "float32").get_submodule, layers(model))} == {torch.bfloat16}
+    assert {
+        module.dtype for module in map(mine(folder, "float32").get_submodule, layers(model))
+    } == {torch.bfloat16}
 
 
 def test_a_weights_parts_may_lie_in_several_shards(nested, tmp_path):
@@ -105,7 +119,10 @@ def test_a_weights_parts_may_lie_in_several_shards(nested, tmp_path):
     tensors = load_file(nested / "model.safetensors")
     names = sorted(tensors)
     for i in (0, 1):
-        save_file({k: tensors[k] for k in names[i::2]}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
+        save_file(
+            {k: tensors[k] for k in names[i::2]},
+            tmp_path / f"model-0000{i + 1}-of-00002.safetensors",
+        )
     places = {k: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, k in enumerate(names)}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     (tmp_path / "config.json").write_bytes((nested / "config.json").read_bytes())
@@ -160,7 +177,10 @@ def copy(nested, tmp_path) -> Path:
 
 
 def test_other_kinds_are_refused(tmp_path, copy):
-    fails(bnb_folder(tmp_path / "fp4", bnb_4bit_quant_type="fp4"), r"already quantised .*4 bits, fp4\).*16-bit")
+    fails(
+        bnb_folder(tmp_path / "fp4", bnb_4bit_quant_type="fp4"),
+        r"already quantised .*4 bits, fp4\).*16-bit",
+    )
     edit(tmp_path / "fp4" / "bnb", lambda c: c.pop("bnb_4bit_quant_type"))
     fails(tmp_path / "fp4" / "bnb", r"4-bit of kind \['fp4'\]")
     edit(copy, lambda c: c.update(load_in_4bit=False, load_in_8bit=True))
@@ -222,7 +242,9 @@ def saved(model: nn.Module, folder: Path, **options) -> Path:
 
 @pytest.mark.parametrize("double_quant, blocksize", [(True, 64), (False, 64), (True, 128)])
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000], ids=["one file", "shards"])
-def test_transformers_loads_our_folder_with_equal_bits(tmp_path, double_quant, blocksize, shard_bytes):
+def test_transformers_loads_our_folder_with_equal_bits(
+    tmp_path, double_quant, blocksize, shard_bytes
+):
     from bitsandbytes.functional import dequantize_4bit
 
     save(tmp_path / "base", attention_bias=True, **WIDE)
@@ -235,7 +257,9 @@ def test_transformers_loads_our_folder_with_equal_bits(tmp_path, double_quant, b
         assert torch.equal(weight.data.view(-1), expected.packed), name
         assert weight.quant_state.nested == double_quant
         if blocksize == 64:  # its CPU code misreads the scales of a row shorter than a block
-            assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), ml.dequantize_nf4(expected)), name
+            assert torch.equal(
+                dequantize_4bit(weight.data, weight.quant_state), ml.dequantize_nf4(expected)
+            ), name
     if blocksize == 64:
         assert_rounded(logits(model), logits(reference), rounding(model, logits))
     assert equal(model.state_dict(), mine(folder).state_dict())
@@ -243,11 +267,15 @@ def test_transformers_loads_our_folder_with_equal_bits(tmp_path, double_quant, b
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_what_was_loaded_is_saved_with_equal_bytes(tmp_path, storage):
-    folder = bnb_folder(tmp_path, storage=storage, dtype=torch.bfloat16, skip=["lm_head", "up_proj"])
+    folder = bnb_folder(
+        tmp_path, storage=storage, dtype=torch.bfloat16, skip=["lm_head", "up_proj"]
+    )
     again = saved(mine(folder, "bfloat16"), tmp_path / "again")
     assert equal(stored(again), stored(folder))
     config = json.loads((again / "config.json").read_text())["quantization_config"]
-    assert config["llm_int8_skip_modules"] == ["lm_head"] + [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    assert config["llm_int8_skip_modules"] == ["lm_head"] + [
+        f"model.layers.{i}.mlp.up_proj" for i in range(3)
+    ]
     assert theirs(again, torch.bfloat16).model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
     written = json.loads((folder / "config.json").read_text())["quantization_config"]
     same = config.keys() - {"llm_int8_skip_modules", "bnb_4bit_quant_storage"}
@@ -267,7 +295,9 @@ def test_adapters_are_merged_and_rounded_again_only_when_asked_for(nested, tmp_p
     model = adapted(nested, ["q_proj", "up_proj"])
     for message, options in {
         r"6 layers with adapters .*merge=True": {},
-        r"merging into 6 4-bit layers \(first model.*requantize=True .*save_adapter": {"merge": True},
+        r"merging into 6 4-bit layers \(first model.*requantize=True .*save_adapter": {
+            "merge": True
+        },
     }.items():
         with pytest.raises(ValueError, match=message):
             saved(model, tmp_path / "no", **options)
@@ -298,7 +328,11 @@ def test_what_the_format_cannot_hold(nested, tmp_path):
         (tmp_path / "dense", "no layer is in 4 bits.*ml.quantize_model", {"format": "bnb-4bit"}),
         (nested, "requantize=True is for merging", {"format": "bnb-4bit", "requantize": True}),
         (tmp_path / "dense", "requantize=True is for merging", {"requantize": True}),
-        (nested, "format must be one of safetensors, bnb-4bit, gguf, got 'gptq'", {"format": "gptq"}),
+        (
+            nested,
+            "format must be one of safetensors, bnb-4bit, gguf, got 'gptq'",
+            {"format": "gptq"},
+        ),
         (nested, "21 layers in 4 bits.*merge=True", {}),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,8 @@
 """Proves that a batch of sequences read step by step, selected and branched, is each sequence read whole.
 
-Property: extend, select and branch against one forward over the whole sequence, ours and transformers', with padding
-and windows. Then that a common beginning is read once, and that the model is left as it was.
-Logits are about 10: 2e-5 is some thirty fp32 roundings of 6e-7.
+Property: extend, select and branch against one forward over the whole sequence, ours and
+transformers', with padding and windows. Then that a common beginning is read once, and that the
+model is left as it was. Logits are about 10: 2e-5 is some thirty fp32 roundings of 6e-7.
 """
 
 import pytest
@@ -32,10 +32,17 @@ def test_a_selected_context_leaves_the_first_alone():
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
-WINDOWS = [{}, {"family": "mistral", "sliding_window": 4}, KINDS["qwen3 window between"], KINDS["gemma3"]]
+WINDOWS = [
+    {},
+    {"family": "mistral", "sliding_window": 4},
+    KINDS["qwen3 window between"],
+    KINDS["gemma3"],
+]
 
 
-@pytest.mark.parametrize("fields", WINDOWS, ids=["none", "in all layers", "in two of three", "gemma3"])
+@pytest.mark.parametrize(
+    "fields", WINDOWS, ids=["none", "in all layers", "in two of three", "gemma3"]
+)
 def test_a_branch_reads_its_own_path_only(fields):
     """Nodes: A, A B, A B C, D. Each costs what it costs alone, with padding and window; then all is gone."""
     theirs = oracle(**fields)
@@ -53,11 +60,18 @@ def test_a_branch_reads_its_own_path_only(fields):
             context.extend(rows)
             for _ in range(2):  # the second time finds the context as the first did
                 got = context.branch(torch.tensor([[11, 12, 13, 14]]), sees, nodes, nexts)
-                whole = [[Context(model).extend([row + paths[n]])[0] for n in nodes] for row in rows]
-                expected = [[x.log_softmax(-1)[t] for x, t in zip(xs, nexts[0], strict=True)] for xs in whole]
+                whole = [
+                    [Context(model).extend([row + paths[n]])[0] for n in nodes] for row in rows
+                ]
+                expected = [
+                    [x.log_softmax(-1)[t] for x, t in zip(xs, nexts[0], strict=True)]
+                    for xs in whole
+                ]
                 torch.testing.assert_close(got, torch.tensor(expected), atol=2e-5, rtol=0)
             after = context.extend([[20], [21]])
-            alone = torch.stack([Context(model).extend([r])[0] for r in ([*rows[0], 20], [*rows[1], 21])])
+            alone = torch.stack(
+                [Context(model).extend([r])[0] for r in ([*rows[0], 20], [*rows[1], 21])]
+            )
             torch.testing.assert_close(after, alone, atol=2e-5, rtol=0)
 
 
@@ -65,7 +79,9 @@ def test_what_all_prompts_begin_with_is_read_once(monkeypatch):
     _, mine = pair()
     read = []
     hidden = mine.hidden
-    monkeypatch.setattr(mine, "hidden", lambda ids, *rest: (read.append(ids.numel()), hidden(ids, *rest))[1])
+    monkeypatch.setattr(
+        mine, "hidden", lambda ids, *rest: (read.append(ids.numel()), hidden(ids, *rest))[1]
+    )
     prompts = ragged(2, 2, 2, 2, common=40)  # these happen to go on differently at once
     generate_ids(mine, prompts, Decoding(1, batch_size=2))
     assert sum(read) == 40 + 4 * 2
@@ -92,10 +108,14 @@ def test_the_model_is_left_as_it_was():
     modes = {name: module.training for name, module in model.named_modules()}
     assert generate_ids(model, ragged(4), Decoding(4)) == generate_ids(mine, ragged(4), Decoding(4))
     with pytest.raises(ZeroDivisionError), inference(model):
-        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        assert (
+            not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        )
         raise ZeroDivisionError
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.is_grad_enabled()
     with inference(model):
         table = 2 * torch.ones(3)
-    (table * torch.ones(3, requires_grad=True)).sum().backward()  # what was made inside can be trained through
+    (
+        table * torch.ones(3, requires_grad=True)
+    ).sum().backward()  # what was made inside can be trained through

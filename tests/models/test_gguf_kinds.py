@@ -17,8 +17,14 @@ ALL_KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_kind_of_tensor_equals_gguf_and_transformers(tmp_path, kind):
     """Both oracles: the gguf package's numpy, tensor by tensor, and transformers' torch kernels on the whole file."""
-    path = write(tmp_path / "m.gguf", oracle(hidden_size=256, intermediate_size=256, num_hidden_layers=1), kind)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    path = write(
+        tmp_path / "m.gguf",
+        oracle(hidden_size=256, intermediate_size=256, num_hidden_layers=1),
+        kind,
+    )
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    ).state_dict()
     raw = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, value in ml.load_model(path, dtype="float32", device="cpu").state_dict().items():
         stored = raw[gguf_name(name)]

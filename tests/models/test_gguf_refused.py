@@ -48,26 +48,46 @@ def with_merged_bytes(state: dict) -> None:
 
 
 REFUSED = {
-    "WordPiece": (lambda: words(models.WordPiece({"a": 0}, unk_token="a")), "got WordPiece cut by .*Metaspace"),
+    "WordPiece": (
+        lambda: words(models.WordPiece({"a": 0}, unk_token="a")),
+        "got WordPiece cut by .*Metaspace",
+    ),
     "Unigram": (lambda: words(models.Unigram([("a", 0.0)], 0)), "got Unigram"),
     "WordLevel": (lambda: words(models.WordLevel({"a": 0}, unk_token="a")), "got WordLevel"),
-    "no byte fallback": (lambda: changed("prefix", model_field(byte_fallback=False)), "with byte_fallback .*got BPE"),
+    "no byte fallback": (
+        lambda: changed("prefix", model_field(byte_fallback=False)),
+        "with byte_fallback .*got BPE",
+    ),
     "ignore_merges": (lambda: changed("prefix", model_field(ignore_merges=True)), "got BPE"),
     "continuing prefix": (
         lambda: changed("gpt-2", model_field(continuing_subword_prefix="#", merges=[])),
         "got BPE cut by",
     ),
     "lower case": (
-        lambda: changed("prefix", lambda state: state["normalizer"]["normalizers"].append({"type": "Lowercase"})),
+        lambda: changed(
+            "prefix", lambda state: state["normalizer"]["normalizers"].append({"type": "Lowercase"})
+        ),
         "after .*Lowercase",
     ),
-    "normalised bytes": (lambda: changed("gpt-2", lambda s: s.update(normalizer={"type": "NFKC"})), "after .*NFKC"),
-    "words": (lambda: changed("first", lambda state: state["pre_tokenizer"].update(split=True)), "cut by .*true"),
+    "normalised bytes": (
+        lambda: changed("gpt-2", lambda s: s.update(normalizer={"type": "NFKC"})),
+        "after .*NFKC",
+    ),
+    "words": (
+        lambda: changed("first", lambda state: state["pre_tokenizer"].update(split=True)),
+        "cut by .*true",
+    ),
     "no byte": (lambda: changed("prefix", without_a_byte), "a token for each of the bytes"),
     "merged bytes": (lambda: changed("prefix", with_merged_bytes), "no merges of them"),
-    "lstrip": (lambda: added(lstrip=True, normalized=False), r"'<x>' everywhere in a text.*\(lstrip\).*normalized=False"),
+    "lstrip": (
+        lambda: added(lstrip=True, normalized=False),
+        r"'<x>' everywhere in a text.*\(lstrip\).*normalized=False",
+    ),
     "normalized": (lambda: added(normalized=True), r"'<x>' everywhere in a text.*\(normalized\)"),
-    "unlisted merge": (lambda: of_merges([("a", "b"), ("b", "c"), ("a", "bc")]), r"merge \['ab', 'c'\] to .*'abc'"),
+    "unlisted merge": (
+        lambda: of_merges([("a", "b"), ("b", "c"), ("a", "bc")]),
+        r"merge \['ab', 'c'\] to .*'abc'",
+    ),
 }
 
 
@@ -86,7 +106,9 @@ def test_an_end_is_needed(tmp_path):
     with pytest.raises(ValueError, match="neither tokenizer nor config names an EOS"):
         save_model(model, tmp_path, format="gguf", tokenizer=made)
     assert not list(tmp_path.iterdir())
-    save_model(twin(oracle(vocab_size=700, eos_token_id=7)), tmp_path, format="gguf", tokenizer=made)
+    save_model(
+        twin(oracle(vocab_size=700, eos_token_id=7)), tmp_path, format="gguf", tokenizer=made
+    )
     assert read_tokenizer_fields(tmp_path / "model.gguf").eos_token_id == 7
 
 
@@ -95,7 +117,10 @@ def test_an_end_is_needed(tmp_path):
     [
         ({"tokens": ["ab"] * 2}, "two of its tokens are the same"),
         ({"tokens": ["<0x00>", "x"]}, "without a token for each of the bytes"),
-        ({"tokens": [*BYTES, "a", "b", "ab", "ba"], "scores": [0.0] * 260}, r"tokens \('ab', 'ba'\) have the same score"),
+        (
+            {"tokens": [*BYTES, "a", "b", "ab", "ba"], "scores": [0.0] * 260},
+            r"tokens \('ab', 'ba'\) have the same score",
+        ),
         ({"tokens": [*BYTES, "a", "ab"]}, "the token 'ab' has a character that is not a token"),
         ({"tokens": [*BYTES, "a" * 129]}, "damaged: a token of 129 characters"),
         ({"model": "t5"}, "expected a byte-level BPE tokenizer .* got 't5'"),
@@ -104,7 +129,18 @@ def test_an_end_is_needed(tmp_path):
 def test_files_that_cannot_be_followed(changes, message):
     count = len(changes.get("tokens", BYTES))
     none = {f"{key}_token_id": None for key in ("bos", "eos", "unk", "pad")}
-    known = {"model": "llama", "pre": None, "tokens": BYTES, "token_types": [1] * count, "merges": []}
+    known = {
+        "model": "llama",
+        "pre": None,
+        "tokens": BYTES,
+        "token_types": [1] * count,
+        "merges": [],
+    }
     known |= {"scores": [-float(i) for i in range(count)], "add_bos": False, "add_eos": False}
     with pytest.raises(ValueError, match=f"x.gguf.*{message}"):
-        build(TokenizerFields(**known | none | {"add_space_prefix": True, "chat_template": None} | changes), "x.gguf")
+        build(
+            TokenizerFields(
+                **known | none | {"add_space_prefix": True, "chat_template": None} | changes
+            ),
+            "x.gguf",
+        )

@@ -1,8 +1,9 @@
 """Proves that a trained tokenizer, byte-level or SentencePiece's, comes back from a GGUF file with the same ids.
 
-Oracles: the tokenizer it was written from, transformers' GGUF reader where it knows the kind, and llama.cpp's way to
-merge, written here in ten lines (test_llama_cpp.py asks llama.cpp itself). Property: for any list of merges the writer
-either refuses, with a text that llama.cpp would encode otherwise, or both agree. Errors: test_gguf_refused.py.
+Oracles: the tokenizer it was written from, transformers' GGUF reader where it knows the kind, and
+llama.cpp's way to merge, written here in ten lines (test_llama_cpp.py asks llama.cpp itself).
+Property: for any list of merges the writer either refuses, with a text that llama.cpp would encode
+otherwise, or both agree. Errors: test_gguf_refused.py.
 """
 
 import json
@@ -34,7 +35,9 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 @cache
 def trained(kind: str) -> Tokenizer:
     """A tokenizer of 600 tokens that learned from Python's manual; `kind` is one of WORDS, or of FORMS."""
-    made = Backend(models.BPE(byte_fallback=kind in FORMS, unk_token="<unk>" if kind in FORMS else None))
+    made = Backend(
+        models.BPE(byte_fallback=kind in FORMS, unk_token="<unk>" if kind in FORMS else None)
+    )
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if kind in WORDS:
@@ -43,22 +46,32 @@ def trained(kind: str) -> Tokenizer:
     else:
         alphabet = []
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        made.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (kind not in ("plain", "never")))
+        made.decoder = decoders.Sequence(
+            steps + [decoders.Strip(" ", 1, 0)] * (kind not in ("plain", "never"))
+        )
         if kind in ("prefix", "plain"):
             escape_spaces(made, kind == "prefix")
         else:
             made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     size, limit, special = (600, 80, SPECIAL + BYTES) if kind in FORMS else (560, 256, SPECIAL)
     trainer = trainers.BpeTrainer(
-        vocab_size=size, limit_alphabet=limit, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size,
+        limit_alphabet=limit,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     lines = "\n".join(topics.values())[:40_000].split("\n")
     made.train_from_iterator([*lines, *["  é 日本  \n\n"] * 9], trainer)
     state = json.loads(made.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL]
+    state["added_tokens"] = [
+        token for token in state["added_tokens"] if token["content"] in SPECIAL
+    ]
     made = Backend.from_str(json.dumps(state))
     made.add_tokens([AddedToken("<tool>", normalized=False)])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
     return Tokenizer(made, named, CHATML)
 
@@ -67,7 +80,12 @@ def file_of(kind: str, folder: Path) -> Path:
     path = folder / f"{kind}.gguf"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # its own test is below
-        save_model(twin(oracle(vocab_size=len(trained(kind)) + 3)), path, format="gguf", tokenizer=trained(kind))
+        save_model(
+            twin(oracle(vocab_size=len(trained(kind)) + 3)),
+            path,
+            format="gguf",
+            tokenizer=trained(kind),
+        )
     return path
 
 
@@ -102,12 +120,18 @@ def as_llama_cpp(fields: TokenizerFields, text: str) -> list[int]:
     ids = {token: number for number, token in enumerate(fields.tokens)}
     parts = list((" " * (fields.add_space_prefix and bool(text)) + text).replace(" ", "▁"))
     while True:
-        pairs = [(a + b, i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ids]
+        pairs = [
+            (a + b, i)
+            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in ids
+        ]
         if not pairs:
             break
         joined, i = max(pairs, key=lambda pair: (fields.scores[ids[pair[0]]], -pair[1]))
         parts[i : i + 2] = [joined]
-    split = [[part] if part in ids else [f"<0x{byte:02X}>" for byte in part.encode()] for part in parts]
+    split = [
+        [part] if part in ids else [f"<0x{byte:02X}>" for byte in part.encode()] for part in parts
+    ]
     return [ids[part] for part in sum(split, [])]
 
 
@@ -129,10 +153,12 @@ def test_ids_are_those_of_the_original_of_transformers_and_of_llama_cpp(files):
             assert ids == made.encode(text, add_special_tokens=False)
             assert again.encode(text) == made.encode(text) == [1, *ids]
             assert again.decode(ids) == made.decode(ids)
-        # of SentencePiece's, transformers rebuilds the kind "first" alone; SmolLM2's digits and, in a llama file,
-        # Qwen2's normaliser it forgets
+        # of SentencePiece's, transformers rebuilds the kind "first" alone; SmolLM2's digits and, in
+        # a llama file, Qwen2's normaliser it forgets
         if kind in ("first", "gpt-2", "llama-bpe"):
-            assert reference.encode(text, add_special_tokens=False) == made.encode(text, add_special_tokens=False)
+            assert reference.encode(text, add_special_tokens=False) == made.encode(
+                text, add_special_tokens=False
+            )
 
     holds()
 
@@ -142,7 +168,12 @@ def test_fields(files):
     fields, size = read_tokenizer_fields(path), len(trained(kind))
     spm = kind in FORMS
     assert (fields.model, fields.pre) == (("llama", "default") if spm else ("gpt2", kind))
-    assert (fields.bos_token_id, fields.eos_token_id, fields.unk_token_id, fields.pad_token_id) == (1, 2, 0, 0)
+    assert (fields.bos_token_id, fields.eos_token_id, fields.unk_token_id, fields.pad_token_id) == (
+        1,
+        2,
+        0,
+        0,
+    )
     assert (fields.add_bos, fields.add_eos, fields.chat_template) == (True, False, CHATML)
     assert fields.add_space_prefix == (kind in ("prefix", "first", "always"))
     assert fields.token_types[:3] == [2 if spm else 3, 3, 3]
@@ -151,7 +182,9 @@ def test_fields(files):
         assert fields.token_types[3:259] == [6] * 256
         state = json.loads(trained(kind).backend.to_str())["model"]
         ranked = sorted(range(3, size - 1), key=lambda i: -fields.scores[i])
-        assert [fields.tokens[i] for i in ranked[: len(state["merges"])]] == ["".join(m) for m in state["merges"]]
+        assert [fields.tokens[i] for i in ranked[: len(state["merges"])]] == [
+            "".join(m) for m in state["merges"]
+        ]
 
 
 def test_special_tokens_part_a_text(tmp_path):
@@ -164,10 +197,20 @@ def test_special_tokens_part_a_text(tmp_path):
 @pytest.mark.parametrize("kind", ["first", "always"])
 def test_a_metaspace_is_warned_of(tmp_path, kind):
     with pytest.warns(UserWarning, match=f"llama.cpp puts ▁ before every text.*{kind}") as caught:
-        save_model(twin(oracle(vocab_size=700)), tmp_path / "m.gguf", format="gguf", tokenizer=trained(kind))
+        save_model(
+            twin(oracle(vocab_size=700)),
+            tmp_path / "m.gguf",
+            format="gguf",
+            tokenizer=trained(kind),
+        )
     assert caught[0].filename == __file__
     again = load_tokenizer(tmp_path / "m.gguf")
-    assert trained(kind).encode(" x") == trained(kind).encode("x") == again.encode("x") != again.encode(" x")
+    assert (
+        trained(kind).encode(" x")
+        == trained(kind).encode("x")
+        == again.encode("x")
+        != again.encode(" x")
+    )
 
 
 def test_transformers_llama_tokenizers_are_taken(tmp_path):
@@ -186,7 +229,9 @@ def test_transformers_llama_tokenizers_are_taken(tmp_path):
 
 def of_merges(merges: list[tuple[str, str]], letters: str = "abc") -> Tokenizer:
     vocabulary = dict.fromkeys([*SPECIAL, *BYTES, "▁", *letters, *map("".join, merges)])
-    made = Backend(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, byte_fallback=True))
+    made = Backend(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, byte_fallback=True)
+    )
     escape_spaces(made, False)
     return Tokenizer(made, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
 
@@ -215,7 +260,10 @@ def test_any_merges_agree_or_are_refused():
         again = Tokenizer(*build(fields, "x"))
         for _ in range(20):
             text = "".join(rng.choices("abc", k=rng.randint(1, 30)))
-            assert as_llama_cpp(fields, text) == made.encode(text) == again.encode(text), (merges, text)
+            assert as_llama_cpp(fields, text) == made.encode(text) == again.encode(text), (
+                merges,
+                text,
+            )
 
     holds()
     assert 10 < len(refused) < 190

@@ -1,7 +1,8 @@
 """Proves on a real model that a GGUF file loses exactly what its type rounds away, and nothing else.
 
-Oracles: the model whose matrices the gguf package rounded (equal logits, bit for bit); transformers, which reads the
-same file (equal weights, bit for bit; logits but for the order of summation).
+Oracles: the model whose matrices the gguf package rounded (equal logits, bit for bit);
+transformers, which reads the same file (equal weights, bit for bit; logits but for the order of
+summation).
 """
 
 from copy import deepcopy
@@ -49,14 +50,20 @@ def test_smollm2(smollm2, original, tmp_path, kind):
     mine = ml.load_model(tmp_path / "m.gguf", dtype="float32", device="cpu")
     found = logits(mine, ids)
     assert torch.equal(found, logits(model, ids))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
     reference = theirs.state_dict()
     for name, value in mine.state_dict().items():
         assert torch.equal(value, reference[name]), name
-    assert (found - logits(theirs, ids)).abs().max() <= 1e-3  # here 0; another order of sums, of logits up to 40
+    assert (
+        found - logits(theirs, ids)
+    ).abs().max() <= 1e-3  # here 0; another order of sums, of logits up to 40
     if kind == "F16":
         assert torch.equal(found.argmax(-1), before.argmax(-1))
     assert load_tokenizer(tmp_path / "m.gguf").encode(ENGLISH) == ids
-    letters = ENGLISH.replace("1974", "year")  # transformers forgets SmolLM2's single digits: test_gguf_tokenizer.py
+    letters = ENGLISH.replace(
+        "1974", "year"
+    )  # transformers forgets SmolLM2's single digits: test_gguf_tokenizer.py
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert again.encode(letters) == tokenizer.encode(letters)

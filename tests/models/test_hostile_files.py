@@ -1,8 +1,9 @@
 """Proves that no file hangs, crashes or fills memory: what is not a model gives ValueError or OSError, within a second.
 
-Property (hypothesis): any nasty value in any place of a safetensors header, an index, a config, a quant_state or a GGUF
-header. Then single attacks by name: claims of 10 GB and of endless counts, paths that leave the folder, deep nesting.
-Each load is timed, and the peak of the process' memory watched where the system tells it.
+Property (hypothesis): any nasty value in any place of a safetensors header, an index, a config, a
+quant_state or a GGUF header. Then single attacks by name: claims of 10 GB and of endless counts,
+paths that leave the folder, deep nesting. Each load is timed, and the peak of the process' memory
+watched where the system tells it.
 """
 
 import json
@@ -26,8 +27,39 @@ from minilora.models.gguf.header import read_header
 from minilora.models.save import save_model
 from tests.models.test_gguf import write
 
-NASTY = [None, True, -1, 0, 3, 2**31, 2**63, 10**30, 0.5, 1e400, float("nan"), "", "x", "../x", [], [[]], {}, {"a": 1}]
-NASTY += [[-1], [2**40, 2**40], [0, 2**63], ["x"], "F8_E4M3", "I8", "BOOL", "F64", "nf4", "llama3", "\0"]
+NASTY = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    1e400,
+    float("nan"),
+    "",
+    "x",
+    "../x",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+]
+NASTY += [
+    [-1],
+    [2**40, 2**40],
+    [0, 2**63],
+    ["x"],
+    "F8_E4M3",
+    "I8",
+    "BOOL",
+    "F64",
+    "nf4",
+    "llama3",
+    "\0",
+]
 GROWTH = 64e6  # bytes a load may take beyond what it started with; an attack asks for gigabytes
 
 
@@ -125,7 +157,9 @@ def test_safetensors_headers(dense, tmp_path_factory, data):
 @settings(max_examples=150)
 @given(data=st.data())
 def test_configs(bnb, dense, tmp_path_factory, data):
-    folder = copy(data.draw(st.sampled_from([dense, bnb])), tmp_path_factory.getbasetemp() / "config")
+    folder = copy(
+        data.draw(st.sampled_from([dense, bnb])), tmp_path_factory.getbasetemp() / "config"
+    )
     config = json.loads((folder / "config.json").read_text())
     place = config
     if "quantization_config" in config and data.draw(st.booleans()):
@@ -140,7 +174,9 @@ def test_configs(bnb, dense, tmp_path_factory, data):
 def test_indexes(dense, tmp_path_factory, data):
     folder = copy(dense, tmp_path_factory.getbasetemp() / "index")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
-    places: dict = dict.fromkeys(header_of(folder / "a.safetensors")[0].keys() - {"__metadata__"}, "a.safetensors")
+    places: dict = dict.fromkeys(
+        header_of(folder / "a.safetensors")[0].keys() - {"__metadata__"}, "a.safetensors"
+    )
     index: dict = {"metadata": {}, "weight_map": places}
     place = data.draw(st.sampled_from([index, places]))
     place[data.draw(st.sampled_from(sorted(place)))] = data.draw(nasty)
@@ -204,7 +240,9 @@ def test_safetensors_that_lie(dense, tmp_path):
         refused(tmp_path, "is damaged or cut off")
     for dtype in ("I32", "U32"):
         with_header(path, header | {"model.norm.weight": norm | {"dtype": dtype}}, data)
-        refused(tmp_path, "model.norm.weight is torch.u?int32, expected a 16- or 32-bit floating-point")
+        refused(
+            tmp_path, "model.norm.weight is torch.u?int32, expected a 16- or 32-bit floating-point"
+        )
 
 
 def test_a_config_of_endless_layers_or_width_builds_nothing(dense, tmp_path):
@@ -248,5 +286,7 @@ def test_4_bit_weights_whose_scales_leave_the_range(bnb, tmp_path):
     tensors = load_file(path)
     key = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
     state = json.loads(bytes(tensors[key].tolist())) | {"nested_offset": 1e300}
-    save_file(tensors | {key: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}, path)
+    save_file(
+        tensors | {key: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}, path
+    )
     refused(tmp_path, "up_proj.weight in torch.float32 holds NaN or infinity")

@@ -47,7 +47,9 @@ def test_gguf_tensors_that_lie(tmp_path):
     """Offsets that overlap or leave the file, unknown types, rows that are no whole number of blocks."""
     raw, at = write(tmp_path / "whole.gguf", oracle(num_hidden_layers=1)).read_bytes(), {}
     for name in (b"output_norm.weight", b"blk.0.attn_norm.weight"):
-        at[name] = raw.index(text(name)) + 8 + len(name) + 4 + 8  # behind the dims: type u32, offset u64
+        at[name] = (
+            raw.index(text(name)) + 8 + len(name) + 4 + 8
+        )  # behind the dims: type u32, offset u64
 
     def case(message: str, *edits: tuple[int, bytes]) -> None:
         changed = bytearray(raw)
@@ -60,19 +62,37 @@ def test_gguf_tensors_that_lie(tmp_path):
     offset = raw[second + 4 : second + 12]
     case("tensor .* overlaps the one before it", (first + 4, offset))
     case("is cut off: tensor output_norm.weight ends after", (first + 4, struct.pack("<Q", 2**62)))
-    case("output_norm.weight has shape .* and type 999: 999 is not a valid", (first, struct.pack("<I", 999)))
-    case("has shape .64,. and type 12: .*not a multiple", (first, struct.pack("<I", 12)))  # Q4_K: blocks of 256
+    case(
+        "output_norm.weight has shape .* and type 999: 999 is not a valid",
+        (first, struct.pack("<I", 999)),
+    )
+    case(
+        "has shape .64,. and type 12: .*not a multiple", (first, struct.pack("<I", 12))
+    )  # Q4_K: blocks of 256
     case("is cut off: tensor output_norm.weight ends", (first - 8, struct.pack("<Q", 2**60)))
-    case("blk.0.attn_norm.weight.* is damaged|overlaps|cut off", (second - 8, struct.pack("<Q", 10**9)))
+    case(
+        "blk.0.attn_norm.weight.* is damaged|overlaps|cut off",
+        (second - 8, struct.pack("<Q", 10**9)),
+    )
 
 
 def test_gguf_fields_of_another_kind(tmp_path):
     for key, add, value, message in [
-        ("llama.block_count", "add_uint64", 10**9, "num_hidden_layers is out of the range of a model"),
+        (
+            "llama.block_count",
+            "add_uint64",
+            10**9,
+            "num_hidden_layers is out of the range of a model",
+        ),
         ("llama.attention.key_length", "add_array", [16, 16], "of the wrong kind|positive whole"),
         ("llama.attention.head_count_kv", "add_string", "x", "positive whole number"),
         ("llama.rope.freq_base", "add_float32", float("inf"), "rope_theta must be a number below"),
-        ("llama.attention.layer_norm_rms_epsilon", "add_float32", float("nan"), "must be a positive number"),
+        (
+            "llama.attention.layer_norm_rms_epsilon",
+            "add_float32",
+            float("nan"),
+            "must be a positive number",
+        ),
         ("split.count", "add_string", "x", "is one of x parts"),
         ("tokenizer.ggml.bos_token_id", "add_string", "x", "bos_token_id must be a number"),
     ]:
@@ -91,7 +111,11 @@ def test_gguf_tensors_of_no_place(tmp_path):
         ("rope_freqs.weight", (0,), "not the scaling of Llama 3.1"),
         ("rope_freqs.weight", (8, 8), "not the scaling of Llama 3.1"),
         ("output.weight", (0, 64), "lm_head.weight has shape"),
-        ("blk.00.attn_q.weight", (64, 64), "model.layers.00.self_attn.q_proj.weight, which .* has no place for"),
+        (
+            "blk.00.attn_q.weight",
+            (64, 64),
+            "model.layers.00.self_attn.q_proj.weight, which .* has no place for",
+        ),
     ]:
 
         def change(writer: gguf.GGUFWriter, name=name, shape=shape) -> None:

@@ -29,7 +29,9 @@ def folder(tmp_path) -> Path:
 
 
 def index(folder: Path, **places: str) -> None:
-    old = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
+    old = (
+        json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
+    )
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": old | places}))
 
 
@@ -40,7 +42,10 @@ def test_two_files_that_each_name_the_other(folder):
 
 def test_a_tensor_in_two_shards(folder):
     tensors = load_file(folder / "a.safetensors")
-    save_file(tensors | {NORM: tensors["model.layers.0.input_layernorm.weight"].clone()}, folder / "a.safetensors")
+    save_file(
+        tensors | {NORM: tensors["model.layers.0.input_layernorm.weight"].clone()},
+        folder / "a.safetensors",
+    )
     refused(folder, f"tensor {NORM} is in both .*a.safetensors and .*b.safetensors")
 
 

@@ -1,7 +1,7 @@
 """Proves that a Hub id is fetched once and then found offline, and that what the Hub refuses is explained.
 
-A small stand-in for the Hub is served over HTTP and asked through huggingface_hub, in processes of their own: the real
-client, its cache and its environment variables are what is tested.
+A small stand-in for the Hub is served over HTTP and asked through huggingface_hub, in processes of
+their own: the real client, its cache and its environment variables are what is tested.
 """
 
 import json
@@ -59,7 +59,13 @@ def hub(tmp_path_factory) -> tuple[dict, dict, list[str], float]:
 
         def ask(calls: dict[str, dict], offline: str) -> dict:
             told = env | {"HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
-            return dict(zip(calls, json.loads(python(ASK, json.dumps([*calls.values()]), **told)), strict=True))
+            return dict(
+                zip(
+                    calls,
+                    json.loads(python(ASK, json.dumps([*calls.values()]), **told)),
+                    strict=True,
+                )
+            )
 
         online, asked = ask(ONLINE, "0"), list(server.requests)
         offline = ask(OFFLINE, "1")
@@ -72,7 +78,9 @@ def test_hub_id_is_downloaded_once_then_cached_and_offline(hub):
     assert online["tokenizer"] == ["tokenizer.json"]
     assert online["model"] == ["tiny/llama", pytest.approx(total)]
     assert sum(line.startswith("GET") and "model.safetensors" in line for line in asked) == 1
-    assert not [line for line in asked if any(x in line for x in ("README", "consolidated", ".bin"))]
+    assert not [
+        line for line in asked if any(x in line for x in ("README", "consolidated", ".bin"))
+    ]
     assert offline["model"] == online["model"]
     assert offline["local"] == ["config.json", "model.safetensors", "tokenizer.json"]
 
@@ -83,7 +91,9 @@ def test_hub_errors_say_what_to_do(hub):
         "OSError: 'tiny/nothing' is neither a folder here nor a repository that the Hub"
     )
     assert online["gated"].startswith("OSError: 'tiny/gated' is gated: accept its licence")
-    assert online["revision"].startswith("OSError: 'tiny/llama' at revision 'other': the Hub has no such revision")
+    assert online["revision"].startswith(
+        "OSError: 'tiny/llama' at revision 'other': the Hub has no such revision"
+    )
     assert online["local"].startswith("OSError: 'tiny/other' is not in the cache")
     assert offline["nothing"].startswith("OSError: 'tiny/nothing' is not in the cache")
     for wrong in ("path", "folder", "gguf"):

@@ -1,8 +1,9 @@
 """Proves that llama.cpp itself loads what we write, and computes our token ids and our logits.
 
-Oracle: llama.cpp by `llama-cpp-python`, which is no pinned dependency; docs/LOG.md says how it was built and what came
-out. Without it these tests skip. Its cache is fp32 here (its default is fp16). Before a matrix of 16 or 8 bits most of
-its kernels round the activations to the matrix's type, too; `ours` does the same on demand.
+Oracle: llama.cpp by `llama-cpp-python`, which is no pinned dependency; docs/LOG.md says how it was
+built and what came out. Without it these tests skip. Its cache is fp32 here (its default is fp16).
+Before a matrix of 16 or 8 bits most of its kernels round the activations to the matrix's type, too;
+`ours` does the same on demand.
 """
 
 import unicodedata
@@ -20,7 +21,9 @@ from minilora.models.gguf.tokenizer import WORDS
 from minilora.models.save import save_model
 from tests.models.test_gguf_sentencepiece import FORMS, file_of, texts
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: llama.cpp NOT ASKED here")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama-cpp-python is not installed: llama.cpp NOT ASKED here"
+)
 pytestmark = pytest.mark.slow
 MODELS = {
     "llama": {},
@@ -28,7 +31,9 @@ MODELS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-    "llama3": {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "factor": 32.0}},
+    "llama3": {
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "factor": 32.0}
+    },
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
     "qwen2 tied": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
@@ -91,11 +96,15 @@ def rms(x: Tensor) -> float:
 
 def check(path: Path, ids: list[int], what: str, dtype: str) -> tuple[Tensor, Tensor]:
     """fp32: llama.cpp makes the angle of channel i by i products, off by up to 200 · 8 · 2^-24 = 1e-4 rad at the last
-    of 200 tokens, and the logits are up to 7: 5e-4. Below fp32 an activation may fall to the other side of a rounding,
-    half a unit off, and with it all that follows: 16 half units of the logits' spread. Rows in a wrong order: above 1.
+    of 200 tokens, and the logits are up to 7: 5e-4. Below fp32 an activation may fall to the other
+    side of a rounding, half a unit off, and with it all that follows: 16 half units of the logits'
+    spread. Rows in a wrong order: above 1.
     """
     found, plain, alike = theirs(path, ids), ours(path, ids), ours(path, ids, dtype)
-    print(f"{what}, {dtype}: rms of the logits {rms(plain):.1f}, off by {(found - plain).abs().max():.1e}", end="")
+    print(
+        f"{what}, {dtype}: rms of the logits {rms(plain):.1f}, off by {(found - plain).abs().max():.1e}",
+        end="",
+    )
     print(
         f" (rms {rms(found - plain):.1e}), rounded alike {(found - alike).abs().max():.1e} ({rms(found - alike):.1e})"
     )
@@ -136,7 +145,9 @@ def test_ids(tmp_path, kind):
 
     holds()
     for text in ("a</s>b <tool>  c<unk>", "<s>", " </s> ", "<0x41>"):
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == mine.encode(text, add_special_tokens=False)
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == mine.encode(
+            text, add_special_tokens=False
+        )
 
 
 def test_smollm2(smollm2, tmp_path):
@@ -144,6 +155,8 @@ def test_smollm2(smollm2, tmp_path):
     model = ml.load_model(smollm2, dtype="float32", device="cpu")
     save_model(model, path, format="gguf", dtype="float16", tokenizer=tokenizer)
     ids = tokenizer.encode(ENGLISH)
-    assert opened(path, vocab_only=True).tokenize(ENGLISH.encode(), add_bos=True, special=True) == ids
+    assert (
+        opened(path, vocab_only=True).tokenize(ENGLISH.encode(), add_bos=True, special=True) == ids
+    )
     found, plain = check(path, ids, "SmolLM2", "float16")
     assert torch.equal(found.argmax(-1), plain.argmax(-1))

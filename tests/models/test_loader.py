@@ -1,8 +1,8 @@
 """Proves that load_model gives exactly what the checkpoint holds, in the memory it promises, or a clear error.
 
-Oracle: transformers' own checkpoints and logits; NF4 layers against quantising each tensor by itself. Property: peak
-memory, measured in a process of its own. Errors: each kind of damaged, contradictory or wrong checkpoint, naming the
-file and the tensor.
+Oracle: transformers' own checkpoints and logits; NF4 layers against quantising each tensor by
+itself. Property: peak memory, measured in a process of its own. Errors: each kind of damaged,
+contradictory or wrong checkpoint, naming the file and the tensor.
 """
 
 import json
@@ -44,13 +44,22 @@ def edit_json(path: Path, change) -> None:
 @pytest.mark.parametrize("shards", [None, SHARDED], ids=["one file", "shards"])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"rope_parameters": LLAMA3}]
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_parameters": LLAMA3},
+    ]
     + [{"family": "mistral", "sliding_window": 5}],
     ids=["llama", "tied", "biases", "llama3", "mistral"],
 )
 def test_loaded_model_equals_transformers(tmp_path, shards, fields):
     reference = save(tmp_path, shards, **fields)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3 if shards else (tmp_path / "model.safetensors").exists()
+    assert (
+        len(list(tmp_path.glob("*.safetensors"))) > 3
+        if shards
+        else (tmp_path / "model.safetensors").exists()
+    )
     model = ml.load_model(str(tmp_path), dtype="float32", device="cpu")
     assert not model.training
     assert model.name_or_path == str(tmp_path)
@@ -63,14 +72,23 @@ def test_loaded_model_equals_transformers(tmp_path, shards, fields):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant,blocksize", [(True, 64), (False, 128)])
-def test_nf4_layers_are_the_checkpoints_tensors_quantised(tmp_path, stored, double_quant, blocksize):
+def test_nf4_layers_are_the_checkpoints_tensors_quantised(
+    tmp_path, stored, double_quant, blocksize
+):
     """Quantised from the stored values, not from what `dtype` would round them to; biases, norms, head stay dense."""
     reference = save(tmp_path, dtype=stored, attention_bias=True)
     model = ml.load_model(
-        tmp_path, quantize="nf4", double_quant=double_quant, blocksize=blocksize, dtype=torch.bfloat16, device="cpu"
+        tmp_path,
+        quantize="nf4",
+        double_quant=double_quant,
+        blocksize=blocksize,
+        dtype=torch.bfloat16,
+        device="cpu",
     )
     state = reference.state_dict()
-    quantised = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    quantised = {
+        name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)
+    }
     assert len(quantised) == 3 * 7
     for name, module in quantised.items():
         expected = quantize_nf4(state[f"{name}.weight"], blocksize, double_quant)
@@ -106,7 +124,10 @@ def test_nothing_loaded_depends_on_the_file_afterwards(tmp_path):
 
 def test_old_checkpoints_with_stored_frequencies_load(tmp_path):
     save(tmp_path)
-    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    edit(
+        tmp_path,
+        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}),
+    )
     ml.load_model(tmp_path, dtype="float32", device="cpu")
 
 
@@ -124,7 +145,8 @@ def test_dtype_auto_says_which_and_why(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "has_bf16,expected,why", [(True, torch.bfloat16, "has it"), (False, torch.float16, "no bfloat16")]
+    "has_bf16,expected,why",
+    [(True, torch.bfloat16, "has it"), (False, torch.float16, "no bfloat16")],
 )
 def test_dtype_auto_on_gpus(monkeypatch, capsys, has_bf16, expected, why):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
@@ -158,12 +180,19 @@ for quantize, dtype in json.loads(sys.argv[3]):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     """123 MB of fp32 in tensors of at most 17 MB, in three shards; the peak is of all pages, mapped files included."""
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "vocab_size": 100, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "vocab_size": 100,
+        "num_hidden_layers": 1,
+    }
     save(tmp_path / "small", **sizes)
     large = {"intermediate_size": 8192, "vocab_size": 4000, "num_hidden_layers": 2}
     save(tmp_path / "large", {"max_shard_size": "50MB"}, **sizes | large)
     cases = [(None, "float32"), (None, "bfloat16"), ("nf4", "bfloat16")]
-    done = python(MEASURE, tmp_path / "small", tmp_path / "large", json.dumps(cases), OMP_NUM_THREADS="1")
+    done = python(
+        MEASURE, tmp_path / "small", tmp_path / "large", json.dumps(cases), OMP_NUM_THREADS="1"
+    )
     tensor = 8192 * 512 * 4  # the largest, as stored
     slack = 12e6  # less than a tensor: headers, the quantiser's pieces of 1 MiB, what the allocator keeps
     for line, case in zip(done.splitlines(), cases, strict=True):
@@ -218,17 +247,33 @@ def test_non_finite_tensor(tmp_path, bad, name, quantize):
 def test_a_value_too_large_for_fp16(tmp_path):
     save(tmp_path)
     edit(tmp_path, lambda t: t["model.norm.weight"].fill_(70000.0))
-    fails(tmp_path, r"model.norm.weight in torch.float16 holds NaN or infinity.*dtype='float32'", dtype="float16")
+    fails(
+        tmp_path,
+        r"model.norm.weight in torch.float16 holds NaN or infinity.*dtype='float32'",
+        dtype="float16",
+    )
 
 
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda t: t.pop("model.layers.2.mlp.up_proj.weight"), "lacks model.layers.2.mlp.up_proj.weight"),
+        (
+            lambda t: t.pop("model.layers.2.mlp.up_proj.weight"),
+            "lacks model.layers.2.mlp.up_proj.weight",
+        ),
         (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
-        (lambda t: t.update({"model.extra": torch.ones(1)}), "has model.extra, which a llama model of this config"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(63)}), r"norm.weight has shape \(63,\), .* says \(64,\)"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "is torch.int8, expected a 16-"),
+        (
+            lambda t: t.update({"model.extra": torch.ones(1)}),
+            "has model.extra, which a llama model of this config",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(63)}),
+            r"norm.weight has shape \(63,\), .* says \(64,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
+            "is torch.int8, expected a 16-",
+        ),
     ],
     ids=["missing", "missing head", "unexpected", "shape", "dtype"],
 )
@@ -264,13 +309,25 @@ def test_shards_and_index_must_agree(tmp_path):
     first, second = sorted(set(places.values()))[:2]
     name = next(name for name, file in places.items() if file == first)
     case(f"{second} is missing: the index names it", remove=second)
-    case(f"{name} is in {first}, but .* says {second}", lambda i: i["weight_map"].update({name: second}))
+    case(
+        f"{name} is in {first}, but .* says {second}",
+        lambda i: i["weight_map"].update({name: second}),
+    )
     case("tensor ghost is in None", lambda i: i["weight_map"].update({"ghost": first}))
     case(f"tensor {name} is in {first}, but .* says None", lambda i: i["weight_map"].pop(name))
     case("weight_map must map", lambda i: i.update({"weight_map": None}))
     case("weight_map must map", lambda i: i["weight_map"].update({name: 3}))
-    for outside in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "..\\secret", "sub/x", "..", ""):
-        case("outside its folder", lambda i, outside=outside: i["weight_map"].update({name: outside}))
+    for outside in (
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "..\\secret",
+        "sub/x",
+        "..",
+        "",
+    ):
+        case(
+            "outside its folder", lambda i, outside=outside: i["weight_map"].update({name: outside})
+        )
 
 
 def test_a_tensor_in_two_shards(tmp_path):
@@ -292,11 +349,16 @@ def test_arguments():
 
 def test_a_checkpoint_quantised_by_another_method_is_refused(tmp_path):
     save(tmp_path)
-    edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"}))
+    edit_json(
+        tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})
+    )
     fails(tmp_path, "already quantised .*'awq'.*Give the 16-bit checkpoint")
 
 
 def test_loading_imports_no_compiler(tmp_path):
     save(tmp_path)
     run = "import sys, torch, minilora as ml; ml.load_model(sys.argv[1], quantize='nf4')(torch.ones(1, 4).long()); "
-    assert python(run + "print({'sympy', 'torch._dynamo'} & {*sys.modules})", tmp_path).strip() == "set()"
+    assert (
+        python(run + "print({'sympy', 'torch._dynamo'} & {*sys.modules})", tmp_path).strip()
+        == "set()"
+    )

@@ -1,10 +1,11 @@
 """Proves that every family × every feature of an adapter × every format agrees with the library that owns the format.
 
-One table of families, one of features; each pair is a cell of every format. Oracles: PEFT on transformers' model (both
-ways, file bytes too), transformers on merged weights, bitsandbytes in 4 bits, our own reader on GGUF (transformers' is
-in test_gguf_write.py). A pair that is refused is a cell that wants the error. Property: the tables leave no family and
-no field of LoRAConfig out. Widths are multiples of 64: bitsandbytes' CPU code misreads the scales of others.
-Logits are 5 to 11 in size: 5e-5 is fp32 sums in another order through two layers (6e-8 · 10 each).
+One table of families, one of features; each pair is a cell of every format. Oracles: PEFT on
+transformers' model (both ways, file bytes too), transformers on merged weights, bitsandbytes in 4
+bits, our own reader on GGUF (transformers' is in test_gguf_write.py). A pair that is refused is a
+cell that wants the error. Property: the tables leave no family and no field of LoRAConfig out.
+Widths are multiples of 64: bitsandbytes' CPU code misreads the scales of others. Logits are 5 to 11
+in size: 5e-5 is fp32 sums in another order through two layers (6e-8 · 10 each).
 """
 
 import copy
@@ -32,10 +33,18 @@ from minilora.models.gguf.write import ARCHITECTURES
 TIED, BIASED = {"tie_word_embeddings": True}, {"attention_bias": True}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 GEMMA = {
-    **{"family": "gemma3_text", "head_dim": 16, "sliding_window": 5, "pad_token_id": None, "eos_token_id": None},
+    **{
+        "family": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 5,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    },
     **{"layer_types": ["sliding_attention", "full_attention"], "bos_token_id": None},
 }
-KINDS: dict[str, dict[str, Any]] = {  # fields of `oracle`; four heads on two keys unless it says otherwise
+KINDS: dict[
+    str, dict[str, Any]
+] = {  # fields of `oracle`; four heads on two keys unless it says otherwise
     "llama": {},
     "llama-tied-biases": TIED | BIASED | {"mlp_bias": True, "num_key_value_heads": 4},
     "mistral-tied": TIED | {"family": "mistral", "sliding_window": None, "head_dim": 32},
@@ -49,34 +58,60 @@ KINDS: dict[str, dict[str, Any]] = {  # fields of `oracle`; four heads on two ke
 }
 
 SOME = {"target_modules": ["q_proj", "up_proj"]}
-NO_BIAS, SHARED, NO_TIE = "there is no bias to train", "shares its weight", "nothing that trains shares its weight"
-# Name -> fields of LoRAConfig, and of what families' traits (see `traits`) refuse them, with the error.
+NO_BIAS, SHARED, NO_TIE = (
+    "there is no bias to train",
+    "shares its weight",
+    "nothing that trains shares its weight",
+)
+# Name -> fields of LoRAConfig, and of what families' traits (see `traits`) refuse them, with the
+# error.
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "defaults": ({}, {}),
     "all-linear": ({"target_modules": "all-linear", "r": 4, "lora_alpha": 3}, {}),
     "rslora": (SOME | {"use_rslora": True}, {}),
-    "patterns": (SOME | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 3, "up_proj": 5}}, {}),
+    "patterns": (
+        SOME
+        | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 3, "up_proj": 5}},
+        {},
+    ),
     "regex": ({"target_modules": r".*\.1\.(self_attn\.[qk]|mlp\.down)_proj"}, {}),
     "layers": (SOME | {"layers_to_transform": [1]}, {}),
     "layers-pattern": (SOME | {"layers_to_transform": 0, "layers_pattern": "layers"}, {}),
-    "exclude": ({"target_modules": "all-linear", "exclude_modules": ["o_proj", "layers.0.mlp.up_proj"]}, {}),
-    "exclude-regex": ({"target_modules": "all-linear", "exclude_modules": r".*\.(0|self_attn)\..*"}, {}),
+    "exclude": (
+        {"target_modules": "all-linear", "exclude_modules": ["o_proj", "layers.0.mlp.up_proj"]},
+        {},
+    ),
+    "exclude-regex": (
+        {"target_modules": "all-linear", "exclude_modules": r".*\.(0|self_attn)\..*"},
+        {},
+    ),
     "save-norms": (SOME | {"modules_to_save": ["input_layernorm", "model.norm"]}, {}),
     "save-head": (SOME | {"modules_to_save": ["lm_head"]}, {"tied": SHARED}),
     "save-both": (SOME | {"modules_to_save": ["lm_head", "embed_tokens"]}, {"tied": SHARED}),
     "lora-bias": (SOME | {"lora_bias": True}, {}),
     "target-head": ({"target_modules": ["q_proj", "lm_head"]}, {"tied": SHARED}),
     "target-embedding": ({"target_modules": ["embed_tokens", "up_proj"]}, {"tied": SHARED}),
-    "tie-shared": ({"target_modules": ["embed_tokens", "up_proj"], "tie": "shared"}, {"untied": NO_TIE}),
+    "tie-shared": (
+        {"target_modules": ["embed_tokens", "up_proj"], "tie": "shared"},
+        {"untied": NO_TIE},
+    ),
     "tie-untie": ({"target_modules": ["lm_head", "up_proj"], "tie": "untie"}, {"untied": NO_TIE}),
     "bias-all": (SOME | {"bias": "all"}, {"no bias": NO_BIAS}),
     "bias-lora-only": (SOME | {"bias": "lora_only"}, {"no bias": NO_BIAS}),
     "gaussian": (SOME | {"init_lora_weights": "gaussian"}, {}),
     "dora": (SOME | {"use_dora": True}, {}),
-    "dropout": ({"target_modules": ["model.layers.1.mlp.up_proj"], "lora_dropout": 0.5}, {}),  # a whole name, too
+    "dropout": (
+        {"target_modules": ["model.layers.1.mlp.up_proj"], "lora_dropout": 0.5},
+        {},
+    ),  # a whole name, too
 }
 ELSEWHERE = {"loftq_config"}  # what begins from W, and may replace it: test_variants.py
-CARRIED = {"task_type", "base_model_name_or_path", "revision", "inference_mode"}  # into the file, and nothing else
+CARRIED = {
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}  # into the file, and nothing else
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 features = pytest.mark.parametrize("feature", FEATURES)
@@ -95,7 +130,9 @@ def traits(kind: str) -> set[str]:
     """What a family is like that makes it refuse a feature."""
     given = KINDS[kind]
     biased = given.get("attention_bias") or given.get("family") == "qwen2"
-    return {"tied" if given.get("tie_word_embeddings") else "untied"} | (set() if biased else {"no bias"})
+    return {"tied" if given.get("tie_word_embeddings") else "untied"} | (
+        set() if biased else {"no bias"}
+    )
 
 
 @cache
@@ -162,7 +199,9 @@ def loaded(folder: Path, **options: Any) -> nn.Module:
 
 
 def theirs(folder: Path, **options: Any) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", **options
+    )
     return exact(model)
 
 
@@ -176,7 +215,9 @@ def exact(model: nn.Module) -> nn.Module:
 def saved(model: nn.Module, path: Path, format: str) -> bool:
     """Write `model` merged; False, after checking the error, if its family has no place in the format."""
     config, message = model.config, None
-    if config.model_type != "llama" and any("lora_B.bias" in key for key in ml.adapter_state_dict(model)):
+    if config.model_type != "llama" and any(
+        "lora_B.bias" in key for key in ml.adapter_state_dict(model)
+    ):
         message = "has a bias .lora_bias., for which the config of a"
     elif format == "gguf" and config.model_type not in ARCHITECTURES:
         message = "model_type of a GGUF file must be one of"
@@ -202,7 +243,9 @@ def test_peft(kind, feature, tmp_path):
     ml.save_adapter(ours, tmp_path / "ours")
     close(PeftModel.from_pretrained(copy.deepcopy(base(kind)), str(tmp_path / "ours")).eval(), ours)
     given = dict(FEATURES[feature][0])
-    given["ensure_weight_tying"] = given.pop("tie", None) == "shared"  # PEFT's word for it; untied it has none
+    given["ensure_weight_tying"] = (
+        given.pop("tie", None) == "shared"
+    )  # PEFT's word for it; untied it has none
     made = get_peft_model(copy.deepcopy(base(kind)), LoraConfig(task_type="CAUSAL_LM", **given))
     move(made).eval().save_pretrained(str(tmp_path / "theirs"))
     again = twin(base(kind))
@@ -211,7 +254,9 @@ def test_peft(kind, feature, tmp_path):
     ml.save_adapter(again, tmp_path / "again")
     mine, first, last = (in_file(tmp_path / name) for name in ("ours", "theirs", "again"))
     assert mine.keys() == first.keys() == last.keys()  # what trains here is what trains there
-    assert all(first[key].dtype == last[key].dtype and torch.equal(first[key], last[key]) for key in first)
+    assert all(
+        first[key].dtype == last[key].dtype and torch.equal(first[key], last[key]) for key in first
+    )
 
 
 @features
@@ -250,7 +295,9 @@ def test_gguf(kind, feature, tmp_path):
     expected = merged.state_dict()
     assert again.state_dict().keys() >= expected.keys()
     for name, value in again.state_dict().items():
-        assert torch.equal(value, expected.get(name, torch.zeros_like(value))), name  # a bias for one is one for all
+        assert torch.equal(value, expected.get(name, torch.zeros_like(value))), (
+            name
+        )  # a bias for one is one for all
     assert torch.equal(logits(again), logits(merged))
 
 
@@ -259,7 +306,9 @@ def test_a_4_bit_base(kind, tmp_path, in_4_bits):
     """Read: every bit, both ways. Quantised by each for itself: equal codes, 8-bit scales one step apart at most."""
     dense = copy.deepcopy(base(kind)).bfloat16()  # of fp32 sources bitsandbytes promises less
     dense.save_pretrained(tmp_path / "dense")
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
     its_own = theirs(tmp_path / "dense", quantization_config=nf4)
     its_own.save_pretrained(tmp_path / "bnb")
     for mine, other in (in_4_bits(kind), (loaded(tmp_path / "bnb"), its_own)):
@@ -267,11 +316,17 @@ def test_a_4_bit_base(kind, tmp_path, in_4_bits):
         assert len(names) == 2 * 7
         for name in names:
             weight = other.get_submodule(name).weight
-            assert torch.equal(mine.get_submodule(name).dequantize(), dequantize_4bit(weight.data, weight.quant_state))
+            assert torch.equal(
+                mine.get_submodule(name).dequantize(),
+                dequantize_4bit(weight.data, weight.quant_state),
+            )
         close(mine, other)
     again = loaded(tmp_path / "dense", quantize="nf4")
     for name in names:
-        a, b = again.get_submodule(name).weight.state_dict(), mine.get_submodule(name).weight.state_dict()
+        a, b = (
+            again.get_submodule(name).weight.state_dict(),
+            mine.get_submodule(name).weight.state_dict(),
+        )
         assert torch.equal(a["weight"], b["weight"])
         assert (a["weight.absmax"].int() - b["weight.absmax"].int()).abs().max() <= 1
 

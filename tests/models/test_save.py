@@ -1,7 +1,8 @@
 """Proves that a saved model is the model: transformers loads it with equal logits, and so do we.
 
-Oracle: AutoModelForCausalLM on the saved folder. Property: saving and loading gives every tensor back, in one file or
-many; merging while saving equals ml.merge. Errors: what a plain checkpoint cannot hold, and crashes half way.
+Oracle: AutoModelForCausalLM on the saved folder. Property: saving and loading gives every tensor
+back, in one file or many; merging while saving equals ml.merge. Errors: what a plain checkpoint
+cannot hold, and crashes half way.
 """
 
 import json
@@ -85,14 +86,19 @@ def test_parts_that_trained_in_fp32_are_saved_as_they_were(tmp_path, quantised):
     model = twin(oracle(attention_bias=True)).bfloat16()
     if quantised:
         ml.quantize_model(model)
-    config = {"modules_to_save": ["lm_head", "embed_tokens"], "bias": "lora_only" if quantised else "none"}
+    config = {
+        "modules_to_save": ["lm_head", "embed_tokens"],
+        "bias": "lora_only" if quantised else "none",
+    }
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"], **config))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
             parameter.data.normal_(std=0.1)
     save_model(model, tmp_path / "saved", merge=True)
     save_model(ml.merge(model), tmp_path / "merged")
-    assert {value.dtype for value in load_file(tmp_path / "saved/model.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(tmp_path / "saved/model.safetensors").values()} == {
+        torch.bfloat16
+    }
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
 
@@ -103,7 +109,9 @@ def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
 
     tied = oracle(tie_word_embeddings=True)
     before = tied.get_input_embeddings().weight.clone()
-    peft = get_peft_model(tied, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    peft = get_peft_model(
+        tied, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    )
     assert not torch.equal(peft.merge_and_unload().get_input_embeddings().weight, before)
     model = twin(oracle(tie_word_embeddings=True))
     model.lm_head = ml.LoRALayer(model.lm_head, r=4)
@@ -111,9 +119,13 @@ def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
     save_model(model, tmp_path, merge=True)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     save_model(ml.merge(model), tmp_path / "merged")  # whose head is a plain layer of its own
-    assert (tmp_path / "merged/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
     assert_rounded(logits(reloaded(tmp_path)), logits(model), rounding(model, logits))
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], before)
+    assert torch.equal(
+        load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], before
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "bfloat16"])
@@ -156,7 +168,9 @@ def test_files_are_readable_aligned_and_say_their_format(tmp_path):
     """Tensors of two dtypes, a shard each of any size: fp32 first, so that each starts at a multiple of its items."""
     model = twin(oracle())
     model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.bfloat16()
-    model.model.layers[0].input_layernorm.weight.data = torch.ones(63).bfloat16()  # an odd number of odd items
+    model.model.layers[0].input_layernorm.weight.data = torch.ones(
+        63
+    ).bfloat16()  # an odd number of odd items
     save_model(model, tmp_path)
     raw = (tmp_path / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
@@ -189,9 +203,15 @@ def test_saving_again_removes_what_was_there(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for model, shard_bytes in ((first, 10**9), (second, 60_000), (first, 90_000), (second, 10**9)):
         save_model(model, tmp_path, shard_bytes=shard_bytes)
-        assert torch.equal(logits(ml.load_model(tmp_path, dtype="float32", device="cpu")), logits(model))
+        assert torch.equal(
+            logits(ml.load_model(tmp_path, dtype="float32", device="cpu")), logits(model)
+        )
         assert_rounded(logits(reloaded(tmp_path)), logits(model), rounding(model, logits))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_tokenizer_is_saved_beside(tmp_path):
@@ -250,14 +270,21 @@ def fails(model: nn.Module, folder: Path, message: str, **arguments) -> None:
 
 def test_what_a_plain_checkpoint_cannot_hold(tmp_path):
     model = adapted(twin(oracle()))
-    fails(model, tmp_path, r"21 layers with adapters \(first model.layers.0.*merge=True.*save_adapter")
+    fails(
+        model, tmp_path, r"21 layers with adapters \(first model.layers.0.*merge=True.*save_adapter"
+    )
     ml.set_adapter(model, [])
     fails(model, tmp_path, "no adapter is active", merge=True)
     quantised = twin(oracle())
     ml.quantize_model(quantised)
     fails(quantised, tmp_path, "21 layers in 4 bits")
     fails(oracle(), tmp_path, r"got LlamaForCausalLM.*save_pretrained")
-    fails(twin(oracle()), tmp_path, "dtype must be one of float64, .*, got torch.int8", dtype=torch.int8)
+    fails(
+        twin(oracle()),
+        tmp_path,
+        "dtype must be one of float64, .*, got torch.int8",
+        dtype=torch.int8,
+    )
     ml.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match="holds an adapter, which transformers would load too"):
         save_model(twin(oracle()), tmp_path / "adapter")
@@ -267,6 +294,11 @@ def test_what_a_plain_checkpoint_cannot_hold(tmp_path):
 def test_values_that_are_not_finite_or_leave_the_range(tmp_path):
     model = twin(oracle())
     model.model.norm.weight.data[0] = 70000.0
-    fails(model, tmp_path, "model.norm.weight holds NaN or infinity in torch.float16", dtype=torch.float16)
+    fails(
+        model,
+        tmp_path,
+        "model.norm.weight holds NaN or infinity in torch.float16",
+        dtype=torch.float16,
+    )
     model.model.norm.weight.data[0] = float("nan")
     fails(model, tmp_path, "model.norm.weight holds NaN")

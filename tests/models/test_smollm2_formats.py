@@ -1,6 +1,7 @@
 """Proves on a real model what test_matrix.py proves on tiny ones: trained by minilora, SmolLM2 is the same elsewhere.
 
-Oracles: transformers on merged weights in fp32 and bf16, PEFT on the adapter, bitsandbytes on the 4-bit folder.
+Oracles: transformers on merged weights in fp32 and bf16, PEFT on the adapter, bitsandbytes on the
+4-bit folder.
 """
 
 import pytest
@@ -25,7 +26,9 @@ def folders(tmp_path_factory):
     ids = torch.tensor([tokenizer.encode(text)[:200]])
     before = logits(model, ids)
     ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    steps = ml.TrainConfig(max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=None)
+    steps = ml.TrainConfig(
+        max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=None
+    )
     ml.train(model, tokenizer, ml.samples.icd10(test_rows=4, train_rows=24).train, steps)
     model.eval()
     ml.save_adapter(model, folder / "adapter")
@@ -43,7 +46,9 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def theirs(folder, dtype: torch.dtype, **options) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **options).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map="cpu", **options
+    ).eval()
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -73,7 +78,13 @@ def test_the_adapter_in_peft(folders):
     from peft import PeftModel
 
     folder, ids, expected = folders
-    same(logits(PeftModel.from_pretrained(theirs(folder / "base", torch.float32), folder / "adapter"), ids), expected)
+    same(
+        logits(
+            PeftModel.from_pretrained(theirs(folder / "base", torch.float32), folder / "adapter"),
+            ids,
+        ),
+        expected,
+    )
 
 
 def test_4_bits_are_bitsandbytes(folders):
@@ -87,6 +98,6 @@ def test_4_bits_are_bitsandbytes(folders):
     assert len(names) == 30 * 7
     for name in names:
         weight = other.get_submodule(name).weight
-        assert torch.equal(model.get_submodule(name).dequantize(), dequantize_4bit(weight.data, weight.quant_state)), (
-            name
-        )
+        assert torch.equal(
+            model.get_submodule(name).dequantize(), dequantize_4bit(weight.data, weight.quant_state)
+        ), name

@@ -1,7 +1,9 @@
 """Proves that bins and one comparison (torch_cpu.py) find the code that a search among all thresholds does, for every
-number that occurs: all fp32 values of [-1, 1], give or take an ulp, once for the weights and once for the scales.
+number that occurs: all fp32 values of [-1, 1], give or take an ulp, once for the weights and once
+for the scales.
 
-Oracle: torch.bucketize on the thresholds, as reference.py has it. The fast test takes thresholds and their neighbours.
+Oracle: torch.bucketize on the thresholds, as reference.py has it. The fast test takes thresholds
+and their neighbours.
 """
 
 import pytest

@@ -1,6 +1,7 @@
 """Proves that the custom ops hold under opcheck, torch.compile, meta, threads and inference mode, and choose aloud.
 
-The oracle of the compiled and the forced paths is the eager fast path, whose bits test_nf4_quantize.py proves.
+The oracle of the compiled and the forced paths is the eager fast path, whose bits
+test_nf4_quantize.py proves.
 """
 
 import os
@@ -21,7 +22,9 @@ DEQUANTIZE = [OPS.dequantize_nf4, OPS.dequantize_nf4_backward]
 
 
 def weight_of(shape=(33, 64), double_quant=True, dtype=torch.bfloat16):
-    return quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), 64, double_quant)
+    return quantize_nf4(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), 64, double_quant
+    )
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -32,7 +35,9 @@ def test_opcheck(shape, double_quant):
     torch.library.opcheck(OPS.quantize_nf4, (torch.randn(shape), blocksize))
     for op in DEQUANTIZE:
         torch.library.opcheck(op, (*weight.parts(), torch.float16))
-    torch.library.opcheck(OPS.dequantize_nf4_out, (packed, scales, nested, offset, blocksize, torch.empty(shape)))
+    torch.library.opcheck(
+        OPS.dequantize_nf4_out, (packed, scales, nested, offset, blocksize, torch.empty(shape))
+    )
     torch.library.opcheck(OPS.double_quantize_nf4, (weight.absmax,))
 
 
@@ -44,15 +49,30 @@ def test_opcheck_of_few_tokens(shape, tokens, bias, double_quant):
     weight, x = weight_of(shape, double_quant), torch.randn(*tokens, shape[1])
     arguments = (x, *weight.parts(), torch.randn(shape[0]) if bias else None)
     torch.library.opcheck(OPS.gemv_nf4, arguments)
-    dense = F.linear(x.double(), dequantize_nf4(weight, torch.float64), None if not bias else arguments[-1].double())
-    # a sum of n products and a bias in fp32, in any order, is off by at most (n + 1) u times the sum of magnitudes
-    sizes = F.linear(x.abs(), dequantize_nf4(weight, torch.float32).abs(), None if not bias else arguments[-1].abs())
-    assert ((OPS.gemv_nf4(*arguments).double() - dense).abs() <= (shape[1] + 1) * 2**-24 * sizes).all()
+    dense = F.linear(
+        x.double(),
+        dequantize_nf4(weight, torch.float64),
+        None if not bias else arguments[-1].double(),
+    )
+    # a sum of n products and a bias in fp32, in any order, is off by at most (n + 1) u times the
+    # sum of magnitudes
+    sizes = F.linear(
+        x.abs(),
+        dequantize_nf4(weight, torch.float32).abs(),
+        None if not bias else arguments[-1].abs(),
+    )
+    assert (
+        (OPS.gemv_nf4(*arguments).double() - dense).abs() <= (shape[1] + 1) * 2**-24 * sizes
+    ).all()
 
 
 def test_a_token_that_does_not_fit_raises():
     weight = weight_of()  # (33, 64)
-    for x, bias in [(torch.randn(32), None), (torch.randn(64, 1), None), (torch.randn(64), torch.randn(2))]:
+    for x, bias in [
+        (torch.randn(32), None),
+        (torch.randn(64, 1), None),
+        (torch.randn(64), torch.randn(2)),
+    ]:
         with pytest.raises(ValueError, match="expected x of .…, 64. and a bias of .33,. or None"):
             OPS.gemv_nf4(x, *weight.parts(), bias)
     with pytest.raises(ValueError, match="expected a dtype of"):
@@ -73,7 +93,10 @@ def test_compiled_without_a_graph_break(double_quant):
     weight, x = weight_of(double_quant=double_quant), torch.randn(5, 64)
 
     def f(x, *parts):
-        return x @ OPS.dequantize_nf4(*parts, x.dtype).T + OPS.dequantize_nf4_backward(*parts, x.dtype).sum()
+        return (
+            x @ OPS.dequantize_nf4(*parts, x.dtype).T
+            + OPS.dequantize_nf4_backward(*parts, x.dtype).sum()
+        )
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, *weight.parts()), f(x, *weight.parts()))
@@ -84,7 +107,8 @@ def test_compiled_without_a_graph_break(double_quant):
 def test_the_weight_itself_can_be_compiled_over():
     weight = weight_of()
     assert torch.equal(
-        torch.compile(dequantize_nf4, fullgraph=True, backend="aot_eager")(weight), dequantize_nf4(weight)
+        torch.compile(dequantize_nf4, fullgraph=True, backend="aot_eager")(weight),
+        dequantize_nf4(weight),
     )
 
 
@@ -111,11 +135,18 @@ def test_compiling_keeps_the_two_names_apart():
 @pytest.mark.parametrize("shape", [(33, 64), (7, 13), (), (0, 3)])
 def test_meta_has_the_shapes(shape, double_quant):
     real = weight_of(shape, double_quant)
-    meta = quantize_nf4(torch.empty(shape, device="meta", dtype=torch.bfloat16), double_quant=double_quant)
-    for a, b in zip((*real.parts()[:4], real.absmax), (*meta.parts()[:4], meta.absmax), strict=True):
+    meta = quantize_nf4(
+        torch.empty(shape, device="meta", dtype=torch.bfloat16), double_quant=double_quant
+    )
+    for a, b in zip(
+        (*real.parts()[:4], real.absmax), (*meta.parts()[:4], meta.absmax), strict=True
+    ):
         assert (a is None) == (b is None)
         assert a is None or (a.shape, a.dtype, "meta") == (b.shape, b.dtype, b.device.type)
-    assert dequantize_nf4(meta).shape == shape and dequantize_nf4(meta, torch.float32).dtype == torch.float32
+    assert (
+        dequantize_nf4(meta).shape == shape
+        and dequantize_nf4(meta, torch.float32).dtype == torch.float32
+    )
     assert dequantize_nf4(real.to("meta")).is_meta
     assert list(meta.state_dict()) == list(real.state_dict())
 
@@ -128,7 +159,9 @@ def test_out_is_written_in_its_own_dtype():
         assert torch.equal(out, dequantize_nf4(weight, dtype))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter knows one thread")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter knows one thread"
+)
 def test_threads_do_not_share_scratch():
     weights = [weight_of((700 + i, 512)) for i in range(4)]
     expected, right = [dequantize_nf4(weight) for weight in weights], []
@@ -181,7 +214,10 @@ def test_a_path_that_cannot_be_obeyed_raises(monkeypatch):
         paths.path_for(torch.device("cuda:0"))
     monkeypatch.setenv("MINILORA_NF4", "triton")
     for device in ("mps", "xpu"):
-        with pytest.raises(ValueError, match=f"on {device}, triton installed; Triton runs on a GPU, or on CPU tensors"):
+        with pytest.raises(
+            ValueError,
+            match=f"on {device}, triton installed; Triton runs on a GPU, or on CPU tensors",
+        ):
             paths.path_for(torch.device(device))
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="on cuda, triton not installed"):
@@ -192,13 +228,17 @@ def test_a_gpu_takes_triton_and_a_device_without_a_kernel_is_announced_once(monk
     monkeypatch.setenv("MINILORA_NF4", "auto")
     paths._warn_slow.cache_clear()
     assert paths.path_for(torch.device("cuda:0")) == "triton"
-    with pytest.warns(UserWarning, match="'mps' runs in plain torch, which is slow: it has no kernel"):
+    with pytest.warns(
+        UserWarning, match="'mps' runs in plain torch, which is slow: it has no kernel"
+    ):
         assert paths.path_for(torch.device("mps")) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         paths.path_for(torch.device("mps"))
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="'cuda' runs in plain torch, which is slow: triton is not installed"):
+    with pytest.warns(
+        UserWarning, match="'cuda' runs in plain torch, which is slow: triton is not installed"
+    ):
         assert paths.path_for(torch.device("cuda:0")) == "reference"
 
 
@@ -212,7 +252,9 @@ def test_an_out_that_does_not_fit_raises():
             dequantize_nf4(weight, out=out)
     packed, scales, nested, offset, shape, blocksize = weight.parts()
     with pytest.raises(ValueError, match="expected a contiguous out"):
-        OPS.dequantize_nf4_out(packed, scales, nested, offset, blocksize, torch.full((33, 128), 7.0)[:, :64])
+        OPS.dequantize_nf4_out(
+            packed, scales, nested, offset, blocksize, torch.full((33, 128), 7.0)[:, :64]
+        )
     with pytest.raises(ValueError, match="expected dtype to be that of out"):
         dequantize_nf4(weight, torch.float16, out=torch.empty(33, 64))
     with pytest.raises(ValueError, match="expected a dtype of"):
@@ -231,10 +273,22 @@ def test_parts_that_do_not_fit_raise(op):
         ((packed, scales, nested, offset, (33, 65), blocksize), "expected .* to be"),
         ((packed, scales, nested, offset, shape, 128), "expected .* to be"),
         ((packed.int(), scales, nested, offset, shape, blocksize), "expected .* to be"),
-        ((packed, scales, None, None, shape, blocksize), "pass fp32 scales alone, or uint8 scales with"),
-        ((packed, scales, nested, None, shape, blocksize), "pass fp32 scales alone, or uint8 scales with"),
-        ((packed, absmax, nested, offset, shape, blocksize), "pass fp32 scales alone, or uint8 scales with"),
-        ((packed, absmax.half(), None, None, shape, blocksize), "pass fp32 scales alone, or uint8 scales with"),
+        (
+            (packed, scales, None, None, shape, blocksize),
+            "pass fp32 scales alone, or uint8 scales with",
+        ),
+        (
+            (packed, scales, nested, None, shape, blocksize),
+            "pass fp32 scales alone, or uint8 scales with",
+        ),
+        (
+            (packed, absmax, nested, offset, shape, blocksize),
+            "pass fp32 scales alone, or uint8 scales with",
+        ),
+        (
+            (packed, absmax.half(), None, None, shape, blocksize),
+            "pass fp32 scales alone, or uint8 scales with",
+        ),
         ((packed, absmax, None, None, shape, 63), "expected a blocksize"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,9 @@
 """Proves that quantising is bitsandbytes' to the bit, that the fast path is the reference, and what the error is.
 
-Equality is exact throughout. Against bitsandbytes on the CPU only where it is right: codes and absmax always (its
-quantiser is plain torch), dequantised values where rows are whole blocks (its AVX-512 code takes wrong scales else)
-and blocks are below 2048 (above it compiles), 8-bit scale codes give or take one (its table is coarse).
+Equality is exact throughout. Against bitsandbytes on the CPU only where it is right: codes and
+absmax always (its quantiser is plain torch), dequantised values where rows are whole blocks (its
+AVX-512 code takes wrong scales else) and blocks are below 2048 (above it compiles), 8-bit scale
+codes give or take one (its table is coarse).
 """
 
 import math
@@ -26,7 +27,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
 
 
-def restored(path, packed: torch.Tensor, absmax: torch.Tensor, x: torch.Tensor, blocksize: int) -> torch.Tensor:
+def restored(
+    path, packed: torch.Tensor, absmax: torch.Tensor, x: torch.Tensor, blocksize: int
+) -> torch.Tensor:
     path.dequantize(packed, absmax, blocksize, out := torch.empty(x.shape, dtype=x.dtype))
     return out
 
@@ -47,7 +50,9 @@ def test_codes_scales_and_values_are_bitsandbytes(dtype, blocksize):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1,), (2,), (63,), (65,), (129,), (7, 13), (33, 31), (3, 5, 7), (64, 48), (1, 4097)])
+@pytest.mark.parametrize(
+    "shape", [(1,), (2,), (63,), (65,), (129,), (7, 13), (33, 31), (3, 5, 7), (64, 48), (1, 4097)]
+)
 def test_any_size_is_bitsandbytes(shape, dtype):
     x = normal(*shape, dtype=dtype)
     packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
@@ -59,15 +64,21 @@ def test_any_size_is_bitsandbytes(shape, dtype):
 @pytest.mark.parametrize("shape", [(64, 32), (64, 16), (128, 96), (256, 304), (1000,)], ids=str)
 def test_values_are_right_where_bitsandbytes_returns_others(shape):
     """From its codes and scales by the definition: where a block crosses rows its AVX-512 code takes the scale of
-    another block (an error of 0.18 to 0.25 for 0.1), and it returns a vector as a matrix of one row."""
+    another block (an error of 0.18 to 0.25 for 0.1), and it returns a vector as a matrix of one
+    row."""
     x = normal(*shape)
     packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
-    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).flatten()[: x.numel()].long()
+    codes = (
+        torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).flatten()[: x.numel()].long()
+    )
     expected = state.code[codes] * state.absmax.repeat_interleave(64)[: x.numel()]
     found = dequantize_nf4(quantize_nf4(x, 64, double_quant=False))
     assert torch.equal(found, expected.view(shape))
     assert (found - x).norm() < 0.11 * x.norm()
-    assert len(shape) > 1 or bnb.dequantize_4bit(packed, state).shape == (1, *shape)  # the scales: on AVX-512 only
+    assert len(shape) > 1 or bnb.dequantize_4bit(packed, state).shape == (
+        1,
+        *shape,
+    )  # the scales: on AVX-512 only
 
 
 @pytest.mark.parametrize("ulps", [-1, 0, 1])
@@ -76,26 +87,43 @@ def test_ties_and_their_neighbours(ulps):
     t = nf4_thresholds()
     x = t if ulps == 0 else torch.nextafter(t, torch.full_like(t, ulps * torch.inf))
     block = torch.cat([torch.ones(1), x, -torch.ones(1), torch.zeros(47)])  # (64,)
-    expected = [15, *(code + (ulps > 0) for code in range(15)), 0, *[7] * 47]  # a tie takes the lower code
+    expected = [
+        15,
+        *(code + (ulps > 0) for code in range(15)),
+        0,
+        *[7] * 47,
+    ]  # a tie takes the lower code
     for path in (reference, torch_cpu):
         packed, absmax = path.quantize(block, 64)
-        assert reference.unpack(packed).tolist() == expected and absmax.tolist() == [1.0], path.__name__
+        assert reference.unpack(packed).tolist() == expected and absmax.tolist() == [1.0], (
+            path.__name__
+        )
     assert torch.equal(packed, bnb.quantize_4bit(block, blocksize=64, quant_type="nf4")[0].view(-1))
 
 
 def test_the_first_element_is_in_the_high_nibble():
-    assert quantize_nf4(torch.tensor([1.0, -1.0, 0.5]), double_quant=False).packed.tolist() == [0xF0, 0xC7]
+    assert quantize_nf4(torch.tensor([1.0, -1.0, 0.5]), double_quant=False).packed.tolist() == [
+        0xF0,
+        0xC7,
+    ]
 
 
 def test_every_value_of_bf16_in_a_block_is_bitsandbytes():
     """All 2^15 finite bf16 values of magnitude 2^-100 to 2^100, each with a scale of its own neighbourhood."""
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
-    x = bits[bits.isfinite() & (bits.abs().float() > 2.0**-100) & (bits.abs().float() < 2.0**100)].contiguous()
+    x = bits[
+        bits.isfinite() & (bits.abs().float() > 2.0**-100) & (bits.abs().float() < 2.0**100)
+    ].contiguous()
     x = x[: len(x) // 64 * 64]
-    for order in (torch.arange(len(x)), torch.randperm(len(x), generator=torch.Generator().manual_seed(1))):
+    for order in (
+        torch.arange(len(x)),
+        torch.randperm(len(x), generator=torch.Generator().manual_seed(1)),
+    ):
         packed, state = bnb.quantize_4bit(x[order], blocksize=64, quant_type="nf4")
         weight = quantize_nf4(x[order], double_quant=False)
-        assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(weight.absmax, state.absmax)
+        assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(
+            weight.absmax, state.absmax
+        )
 
 
 # ---- oracle: double quantisation
@@ -107,7 +135,11 @@ def numpy_double_quantize(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     d, bounds = absmax - offset, midpoints(dynamic_map()).numpy()
     nested = np.array([np.abs(d[i : i + 256]).max() for i in range(0, len(d), 256)], np.float32)
     inverse = np.divide(np.float32(1), nested, out=np.zeros_like(nested), where=nested > 0)
-    return np.searchsorted(bounds, d * np.repeat(inverse, 256)[: len(d)], side="left"), nested, offset
+    return (
+        np.searchsorted(bounds, d * np.repeat(inverse, 256)[: len(d)], side="left"),
+        nested,
+        offset,
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 255, 256, 257, 1000, 5120])
@@ -133,8 +165,8 @@ def test_equal_scales_have_the_code_of_zero():
 def test_nested_scales_are_bitsandbytes_give_or_take_a_code(dtype):
     """Its table has 65,536 entries over [-1, 1]: off by at most half a step, so by one code where codes are wider.
 
-    Near 0 codes are finer than the table; there the value differs by less than two steps. Its mean is torch's in
-    fp32, within an ulp or two of ours, which moves d by as much.
+    Near 0 codes are finer than the table; there the value differs by less than two steps. Its mean
+    is torch's in fp32, within an ulp or two of ours, which moves d by as much.
     """
     x = normal(512, 1024, dtype=dtype)
     weight = quantize_nf4(x)
@@ -169,14 +201,18 @@ def test_the_offset_is_the_same_for_any_number_of_threads():
 @st.composite
 def tensors(draw) -> torch.Tensor:
     """Any rank up to 3, odd and empty sizes, dtype, stride, scale; sometimes zeros and values on thresholds."""
-    shape = draw(st.lists(st.integers(0, 40), max_size=2)) + draw(st.lists(st.integers(0, 300), max_size=1))
+    shape = draw(st.lists(st.integers(0, 40), max_size=2)) + draw(
+        st.lists(st.integers(0, 300), max_size=1)
+    )
     x = normal(*shape, seed=draw(st.integers(0, 2**16)))
     x = x * draw(st.sampled_from([1.0, 1e-30, 1e-37, 1e30, 50.0]))
     kind = draw(st.sampled_from(["normal", "zeros", "thresholds", "sparse"]))
     if kind == "zeros":
         x = torch.zeros_like(x)
     elif kind == "thresholds" and x.numel() > 16:
-        x.view(-1)[: x.numel() // 16 * 16] = torch.cat([nf4_thresholds(), torch.ones(1)]).repeat(x.numel() // 16)
+        x.view(-1)[: x.numel() // 16 * 16] = torch.cat([nf4_thresholds(), torch.ones(1)]).repeat(
+            x.numel() // 16
+        )
     elif kind == "sparse":
         x = x * (x > 0.03)
     x = x.to(draw(st.sampled_from([*DTYPES, torch.float64]))).nan_to_num()  # fp16 cannot hold 1e30
@@ -205,7 +241,9 @@ def test_cpu_is_the_reference_over_many_chunks(blocksize):
     packed, absmax = reference.quantize(x, blocksize)
     fast = torch_cpu.quantize(x, blocksize)
     assert torch.equal(fast[0], packed) and torch.equal(fast[1], absmax)
-    assert torch.equal(restored(torch_cpu, *fast, x, blocksize), restored(reference, packed, absmax, x, blocksize))
+    assert torch.equal(
+        restored(torch_cpu, *fast, x, blocksize), restored(reference, packed, absmax, x, blocksize)
+    )
 
 
 @given(tensors(), st.sampled_from(BLOCKSIZES))
@@ -224,7 +262,10 @@ def test_the_error_is_at_most_half_the_widest_gap(x, blocksize):
     """|x - x'| <= absmax * (widest gap between levels) / 2, plus two fp32 roundings; per block."""
     x = x.float().clamp(-1e37, 1e37)
     weight = quantize_nf4(x, blocksize, double_quant=False)
-    bound = weight.absmax * (nf4_codebook().diff().max() / 2 + 4 * torch.finfo(torch.float32).eps) + 2.0**-126
+    bound = (
+        weight.absmax * (nf4_codebook().diff().max() / 2 + 4 * torch.finfo(torch.float32).eps)
+        + 2.0**-126
+    )
     error = (x - dequantize_nf4(weight)).abs().reshape(-1)
     assert (error <= bound.repeat_interleave(blocksize)[: len(error)]).all()
 
@@ -278,7 +319,9 @@ def test_a_wrong_blocksize_raises(blocksize):
         quantize_nf4(torch.ones(64), blocksize)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
 def test_a_wrong_dtype_raises(dtype):
     with pytest.raises(ValueError, match="expected a dtype of"):
         quantize_nf4(torch.ones(64).to(dtype))

@@ -1,7 +1,7 @@
 """Proves that NF4Weight is bitsandbytes' 4-bit state dict, both ways, and refuses what is not one.
 
-Oracle: the state dict of bitsandbytes' own Linear4bit: keys, order, dtypes, shapes, bytes. Read and written again it
-is identical, JSON text and 8-bit codes included.
+Oracle: the state dict of bitsandbytes' own Linear4bit: keys, order, dtypes, shapes, bytes. Read and
+written again it is identical, JSON text and 8-bit codes included.
 """
 
 import copy
@@ -22,10 +22,14 @@ def dense(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
 
-def bnb_layer(W: torch.Tensor, nested: bool, storage: torch.dtype = torch.uint8, blocksize: int = 64):
+def bnb_layer(
+    W: torch.Tensor, nested: bool, storage: torch.dtype = torch.uint8, blocksize: int = 64
+):
     """A bitsandbytes layer that holds W in NF4; nothing ran through it (a forward in eval would repack it)."""
     layer = bnb.nn.Linear4bit(W.shape[1], W.shape[0], bias=False, quant_storage=storage)
-    options = dict(compress_statistics=nested, quant_type="nf4", quant_storage=storage, blocksize=blocksize)
+    options = dict(
+        compress_statistics=nested, quant_type="nf4", quant_storage=storage, blocksize=blocksize
+    )
     layer.weight = bnb.nn.Params4bit(W, requires_grad=False, **options)
     return layer.to("cpu")  # quantises
 
@@ -35,7 +39,9 @@ def bnb_layer(W: torch.Tensor, nested: bool, storage: torch.dtype = torch.uint8,
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape,blocksize", [((64, 64), 64), ((192, 320), 64), ((128, 512), 128), ((320, 1024), 32)])
+@pytest.mark.parametrize(
+    "shape,blocksize", [((64, 64), 64), ((192, 320), 64), ((128, 512), 128), ((320, 1024), 32)]
+)
 def test_its_file_read_and_written_again_is_identical(shape, blocksize, dtype, nested):
     layer = bnb_layer(dense(*shape, dtype=dtype), nested, blocksize=blocksize)
     theirs = layer.state_dict()
@@ -45,7 +51,10 @@ def test_its_file_read_and_written_again_is_identical(shape, blocksize, dtype, n
     for key, value in theirs.items():
         assert ours[key].dtype == value.dtype and torch.equal(ours[key], value), key
     assert weight.dtype == dtype and weight.shape == shape and weight.double_quant is nested
-    assert torch.equal(dequantize_nf4(weight), bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state))
+    assert torch.equal(
+        dequantize_nf4(weight),
+        bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state),
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -62,13 +71,20 @@ def test_our_file_read_by_bitsandbytes_has_our_values(dtype, nested):
 def test_what_we_write_is_what_it_writes(nested):
     """Identical, but for the 8-bit codes and their mean, where bitsandbytes' CPU table and fp32 mean round coarsely."""
     W = dense(192, 320)
-    ours, theirs = quantize_nf4(W, double_quant=nested).state_dict(), bnb_layer(W, nested).state_dict()
+    ours, theirs = (
+        quantize_nf4(W, double_quant=nested).state_dict(),
+        bnb_layer(W, nested).state_dict(),
+    )
     assert list(ours) == list(theirs)
-    exact = [k for k in ours if not nested or k not in ("weight.absmax", "weight.nested_absmax", KEY)]
+    exact = [
+        k for k in ours if not nested or k not in ("weight.absmax", "weight.nested_absmax", KEY)
+    ]
     assert all(torch.equal(ours[key], theirs[key]) for key in exact)
     mine, other = (json.loads(bytes(state[KEY].tolist())) for state in (ours, theirs))
     assert list(mine) == list(other)
-    assert mine.pop("nested_offset", 0) == pytest.approx(other.pop("nested_offset", 0), rel=3e-7)  # 2 ulp
+    assert mine.pop("nested_offset", 0) == pytest.approx(
+        other.pop("nested_offset", 0), rel=3e-7
+    )  # 2 ulp
     assert mine == other
     if nested:
         assert ((ours["weight.absmax"].int() - theirs["weight.absmax"].int()).abs() <= 1).all()
@@ -107,7 +123,9 @@ def test_any_weight_survives_state_dict_copy_pickle_and_save(shape, dtype, doubl
     torch.save(weight.state_dict("w"), file := io.BytesIO())
     file.seek(0)
     copies = [
-        NF4Weight.from_state_dict(weight.state_dict("model.w") | {"model.w_other": torch.ones(1)}, "model.w"),
+        NF4Weight.from_state_dict(
+            weight.state_dict("model.w") | {"model.w_other": torch.ones(1)}, "model.w"
+        ),
         NF4Weight.from_state_dict(torch.load(file, weights_only=True), "w"),
         NF4Weight.from_parts(*weight.parts(), weight.dtype),
         copy.deepcopy(weight),
@@ -115,7 +133,11 @@ def test_any_weight_survives_state_dict_copy_pickle_and_save(shape, dtype, doubl
         weight.to("cpu"),
     ]
     for other in copies:
-        assert (other.shape, other.dtype, other.blocksize) == (weight.shape, weight.dtype, weight.blocksize)
+        assert (other.shape, other.dtype, other.blocksize) == (
+            weight.shape,
+            weight.dtype,
+            weight.blocksize,
+        )
         assert torch.equal(dequantize_nf4(other), dequantize_nf4(weight))
 
 
@@ -130,7 +152,10 @@ def test_bits_per_parameter(double_quant, bits):
     assert 8 * weight.nbytes / weight.numel == pytest.approx(bits, abs=5e-4)
     assert f"{bits:.3f} bits/value" in repr(weight)
     real = quantize_nf4(torch.ones(256, 896), 64, double_quant)
-    assert real.nbytes == 256 * 896 // 2 + 3584 * (1 if double_quant else 4) + (14 * 4 + 4) * double_quant
+    assert (
+        real.nbytes
+        == 256 * 896 // 2 + 3584 * (1 if double_quant else 4) + (14 * 4 + 4) * double_quant
+    )
 
 
 def test_everything_stored_is_bytes_and_scales_are_views():
@@ -202,7 +227,10 @@ def put(key: str, value):
         (put("weight.nested_absmax", lambda t: t * torch.nan), "finite fp32"),
         (put("weight.nested_absmax", lambda t: t.repeat(2)), "expected nested_bytes to be"),
         (put("weight.quant_map", lambda t: t.flip(0)), "quant_map is not the standard table"),
-        (put("weight.nested_quant_map", lambda t: t.double()), "nested_quant_map is not the standard table"),
+        (
+            put("weight.nested_quant_map", lambda t: t.double()),
+            "nested_quant_map is not the standard table",
+        ),
     ],
 )
 def test_a_damaged_state_dict_raises(change, message):

@@ -34,7 +34,9 @@ def test_fused_attention_equals_the_plain_form(kv_heads, count, length, masked, 
         results.append([out, *(x.grad for x in inputs)])
     sizes = attention_sizes(*inputs, grad, mask)
     for fused, plain, size in zip(*results, sizes, strict=True):
-        assert ((fused - plain).abs() <= torch.finfo(dtype).eps * size).all()  # two forms, an eps/2 each
+        assert (
+            (fused - plain).abs() <= torch.finfo(dtype).eps * size
+        ).all()  # two forms, an eps/2 each
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -43,8 +45,15 @@ def test_fused_attention_equals_the_plain_form(kv_heads, count, length, masked, 
 def test_backward_in_blocks(kv_heads, length, dtype):
     """The same over several blocks of queries, against fp64; in bf16 hardly worse than the plain form's."""
     results = []
-    for form, kind in ((plain_attention, torch.float64), (attention, dtype), (plain_attention, dtype)):
-        inputs = [x.detach().to(dtype).to(kind).requires_grad_() for x in heads(2, length, length, kv_heads)]
+    for form, kind in (
+        (plain_attention, torch.float64),
+        (attention, dtype),
+        (plain_attention, dtype),
+    ):
+        inputs = [
+            x.detach().to(dtype).to(kind).requires_grad_()
+            for x in heads(2, length, length, kv_heads)
+        ]
         out = form(*inputs)
         out.backward(heads(2, length, length, seed=1)[0].detach().to(dtype).to(kind))
         results.append([x.grad.double() for x in inputs])
@@ -62,9 +71,15 @@ def test_under_autocast():
     out.float().square().sum().backward()
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     plain_attention(*exact).square().sum().backward()
-    assert out.dtype == torch.bfloat16 and q.grad.dtype == torch.float32 and v.grad.dtype == torch.bfloat16
+    assert (
+        out.dtype == torch.bfloat16
+        and q.grad.dtype == torch.float32
+        and v.grad.dtype == torch.bfloat16
+    )
     for found, wanted in zip((q, k, v), exact, strict=True):
-        assert (found.grad - wanted.grad).norm() <= 2e-2 * wanted.grad.norm()  # five roundings to bf16, 2^-9 each
+        assert (
+            found.grad - wanted.grad
+        ).norm() <= 2e-2 * wanted.grad.norm()  # five roundings to bf16, 2^-9 each
 
 
 def test_plain_attention_passes_a_gradient_check():

@@ -1,6 +1,7 @@
 """The chunked cross-entropy of an output layer is the plain one: loss and gradient, for every chunk size and head.
 
-Oracles: the five-line plain form, torch's own gradient check in fp64, and the size of what is alive at the peak.
+Oracles: the five-line plain form, torch's own gradient check in fp64, and the size of what is alive
+at the peak.
 """
 
 import pytest
@@ -12,7 +13,11 @@ from torch import nn
 from minilora.tools.memory_plan.meter import Meter
 from minilora_kernels.c import bindings
 from minilora_kernels.ops import cross_entropy as ce
-from minilora_kernels.ops.cross_entropy import head_cross_entropy, linear_cross_entropy, plain_cross_entropy
+from minilora_kernels.ops.cross_entropy import (
+    head_cross_entropy,
+    linear_cross_entropy,
+    plain_cross_entropy,
+)
 
 
 def problem(N: int, D: int, V: int, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -27,7 +32,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @given(
-    N=st.integers(1, 40), D=st.integers(1, 20), V=st.integers(2, 50), chunk=st.integers(1, 50), seed=st.integers(0, 99)
+    N=st.integers(1, 40),
+    D=st.integers(1, 20),
+    V=st.integers(2, 50),
+    chunk=st.integers(1, 50),
+    seed=st.integers(0, 99),
 )
 def test_loss_and_gradient_equal_the_plain_form(N, D, V, chunk, seed):
     hidden, weight, labels = problem(N, D, V, seed=seed)
@@ -75,10 +84,14 @@ def test_16_bit_is_no_worse_than_the_plain_form(dtype):
 def test_fp16_keeps_gradients_that_would_underflow():
     """A token the model is sure of: 1 - p is 6e-6 and its gradient 25 times fp16's smallest number."""
     weight = torch.tensor([[0.125] * 8, [-0.125] * 8], dtype=torch.float16)
-    hidden = torch.full((1, 8), 6.0, dtype=torch.float16).requires_grad_()  # logits 6 and -6, exactly
+    hidden = torch.full(
+        (1, 8), 6.0, dtype=torch.float16
+    ).requires_grad_()  # logits 6 and -6, exactly
     labels = torch.tensor([0])
     exact = hidden.detach().float().requires_grad_()
-    (expected,) = torch.autograd.grad(plain_cross_entropy(exact, weight.float(), labels) * 2.0**12, exact)
+    (expected,) = torch.autograd.grad(
+        plain_cross_entropy(exact, weight.float(), labels) * 2.0**12, exact
+    )
     (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels) * 2.0**12, hidden)
     assert relative(grad.float(), expected) < 2e-3  # fp16's unit roundoff is 5e-4
 
@@ -113,7 +126,11 @@ def test_any_head(kind):
     expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
     found = head_cross_entropy(hidden, head, labels, 3)
     assert torch.allclose(found, expected, rtol=1e-6)
-    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
         assert relative(a, b) < 1e-5
 
 
@@ -147,7 +164,9 @@ def test_each_row_of_a_head_that_trains_has_its_own_factor(dtype):
     factor = torch.rand(24) * 2.0**12
     head = nn.Linear(16, 50, bias=False)
     head.weight = nn.Parameter(weight)
-    found = torch.autograd.grad((ce.head_logprobs(hidden, head, labels, 8) * factor).sum(), (hidden, head.weight))
+    found = torch.autograd.grad(
+        (ce.head_logprobs(hidden, head, labels, 8) * factor).sum(), (hidden, head.weight)
+    )
     exact, W = hidden.detach().double().requires_grad_(), weight.double().requires_grad_()
     log_p = (exact @ W.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     for a, b in zip(found, torch.autograd.grad((log_p * factor).sum(), (exact, W)), strict=True):
@@ -161,7 +180,9 @@ def test_a_head_that_trains_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden.bfloat16(), weight, labels, 4)
     (found,) = torch.autograd.grad(loss, weight)
-    assert found.dtype == torch.float32 and relative(found, expected) < 2e-2  # bf16's unit roundoff is 4e-3
+    assert (
+        found.dtype == torch.float32 and relative(found, expected) < 2e-2
+    )  # bf16's unit roundoff is 4e-3
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -177,13 +198,20 @@ def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             sizes = [
-                t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)
+                t.numel()
+                for t in (out if isinstance(out, tuple | list) else [out])
+                if isinstance(t, torch.Tensor)
             ]
             largest = max([largest, *sizes])
             return out
 
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t), Watch():
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.numel()) or t, lambda t: t
+        ),
+        Watch(),
+    ):
         loss = linear_cross_entropy(hidden, weight, labels, chunk)
         during_forward = list(saved)
         loss.backward()
@@ -194,7 +222,8 @@ def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
 @pytest.mark.parametrize("trained, most", [(False, 0.35e9), (True, 1.5e9)])
 def test_bytes_at_8192_tokens_and_256000_words_on_a_gpu(trained, most, monkeypatch):
     """Counted from what the op itself asks for, gradients included, on tensors without data: no card is needed. The
-    peers' published figures at Gemma 2's sizes, with the gradient of W: 1.16 GB (CCE) and 1.47 GB (Liger)."""
+    peers' published figures at Gemma 2's sizes, with the gradient of W: 1.16 GB (CCE) and 1.47 GB
+    (Liger)."""
     monkeypatch.setattr(ce, "has_kernels", lambda device: True)
     N, D, V = 8192, 2304, 256000
     with torch.device("meta"), Meter() as meter:
@@ -205,7 +234,9 @@ def test_bytes_at_8192_tokens_and_256000_words_on_a_gpu(trained, most, monkeypat
         linear_cross_entropy(hidden, weight, labels).backward()
     held = meter.stretch(0).rise
     print(f"{held / 1e6:.0f} MB above the inputs, W {'trained' if trained else 'frozen'}")
-    assert hidden.nbytes + trained * weight.nbytes + 512 * V * 2 < held <= most  # gradients and one chunk of logits
+    assert (
+        hidden.nbytes + trained * weight.nbytes + 512 * V * 2 < held <= most
+    )  # gradients and one chunk of logits
 
 
 def test_default_chunk_bounds_the_logits(monkeypatch):
@@ -213,7 +244,9 @@ def test_default_chunk_bounds_the_logits(monkeypatch):
     hidden, weight, labels = problem(50, 4, 30)
     sizes, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, out: sizes.append(out.shape) or mm(*a, out=out))
-    assert torch.allclose(linear_cross_entropy(hidden, weight, labels), plain_cross_entropy(hidden, weight, labels))
+    assert torch.allclose(
+        linear_cross_entropy(hidden, weight, labels), plain_cross_entropy(hidden, weight, labels)
+    )
     logits = [size[0] for size in sizes if size[1] == 30]
     assert set(logits) == {3, 2} and len(logits) == 17  # 3 rows of 30 in fp32 are 360 bytes
 

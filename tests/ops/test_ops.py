@@ -45,15 +45,27 @@ def forms(name: str, dtype: torch.dtype):
     cos, sin = angles(5, 24, dtype)
     gate, up = noise(3, 5, 24, dtype=dtype), noise(3, 5, 24, dtype=dtype, seed=2)
     return {
-        "norm": (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: plain_rms_norm(x, w, 1e-5), [x, w]),
+        "norm": (
+            lambda x, w: rms_norm(x, w, 1e-5),
+            lambda x, w: plain_rms_norm(x, w, 1e-5),
+            [x, w],
+        ),
         "gemma's norm": (
             lambda x, w: rms_norm(x, w, 0.1, gemma=True),
             lambda x, w: plain_rms_norm(x, w, 0.1, gemma=True),
             [x, w],
         ),
         "swiglu": (gated, plain_gated, [gate, up]),
-        "geglu": (lambda g, u: gated(g, u, gelu=True), lambda g, u: plain_gated(g, u, gelu=True), [gate, up]),
-        "rotate": (lambda x: rotate(x, cos, sin), lambda x: plain_rotate(x, cos, sin), [x[:, None]]),
+        "geglu": (
+            lambda g, u: gated(g, u, gelu=True),
+            lambda g, u: plain_gated(g, u, gelu=True),
+            [gate, up],
+        ),
+        "rotate": (
+            lambda x: rotate(x, cos, sin),
+            lambda x: plain_rotate(x, cos, sin),
+            [x[:, None]],
+        ),
         "rotate, heads inside": (
             lambda x: rotate(x.transpose(1, 2), cos[:, :, :3], sin[:, :, :3]),
             lambda x: plain_rotate(x.transpose(1, 2), cos[:, :, :3], sin[:, :, :3]),
@@ -69,7 +81,8 @@ NAMES = ["norm", "gemma's norm", "swiglu", "geglu", "rotate", "rotate, heads ins
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_fast_op_equals_its_plain_form(name, dtype, code):
     """Values to the bit; but compiled, a sum is in another order and e^x is another approximation, so that some are
-    an ulp or two off. Gradients: sums in another order, and in 16 bit fewer roundings: a few ulp of the largest."""
+    an ulp or two off. Gradients: sums in another order, and in 16 bit fewer roundings: a few ulp of
+    the largest."""
     quick, plain, inputs = forms(name, dtype)
     results = []
     for form in (quick, plain):
@@ -83,7 +96,9 @@ def test_a_fast_op_equals_its_plain_form(name, dtype, code):
     assert y.dtype == dtype
     for found, plain_grad in zip(grads, wanted, strict=True):
         assert found.dtype == dtype
-        assert (found - plain_grad).abs().max() <= 8 * torch.finfo(dtype).eps * plain_grad.abs().max()
+        assert (found - plain_grad).abs().max() <= 8 * torch.finfo(
+            dtype
+        ).eps * plain_grad.abs().max()
 
 
 def near(y: Tensor, expected: Tensor, cancels: bool = False) -> bool:
@@ -101,14 +116,18 @@ def test_a_fast_op_passes_a_gradient_check(name):
 
 
 @given(rows=st.integers(0, 700), width=st.integers(1, 700), gemma=st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `code` holds for all of them
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # `code` holds for all of them
 def test_norm_of_any_size_and_in_blocks(rows, width, gemma, code):
     x, w = noise(rows, width).detach(), noise(width, seed=1).detach()
     y, expected = rms_norm(x, w, 1e-5, gemma), plain_rms_norm(x, w, 1e-5, gemma)
     assert torch.equal(y, expected) if code == "torch" else near(y, expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # `code` changes nothing here
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # `code` changes nothing here
 @given(rows=st.integers(0, 5000), width=st.integers(1, 300_000))
 def test_row_blocks_cover_every_row_once(rows, width):
     for device in ("cpu", "meta"):
@@ -120,7 +139,9 @@ def test_row_blocks_cover_every_row_once(rows, width):
 # ---- the switch, and what is kept
 
 
-@pytest.mark.parametrize("name,share", [("norm", 0.4), ("gemma's norm", 0.4), ("swiglu", 0.7), ("geglu", 0.7)])
+@pytest.mark.parametrize(
+    "name,share", [("norm", 0.4), ("gemma's norm", 0.4), ("swiglu", 0.7), ("geglu", 0.7)]
+)
 def test_a_fast_op_keeps_less(name, share):
     quick, plain, inputs = forms(name, torch.bfloat16)
     assert kept(lambda: quick(*inputs)) <= share * kept(lambda: plain(*inputs))
@@ -147,7 +168,9 @@ def test_a_model_on_plain_ops(quantize):
         logits = run(model, ids, switch)
         seen.append({type(node).__name__ for node in graph(logits)})
         logits.float().square().mean().backward()
-        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
         assert fast() == before
     ours = {
         "_RMSNormBackward",
@@ -159,7 +182,9 @@ def test_a_model_on_plain_ops(quantize):
     }
     assert ours <= seen[0] and not ours & seen[1]
     for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-9  # fp32, sums in other orders
+        assert (
+            found - expected
+        ).norm() <= 1e-4 * expected.norm() + 1e-9  # fp32, sums in other orders
 
 
 def run(model: nn.Module, ids: Tensor, plain: bool) -> Tensor:

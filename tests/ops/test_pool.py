@@ -36,19 +36,32 @@ def big(size: int = allocator.SMALL) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
 def test_a_tensor_like_any_other(dtype):
     x = allocator.empty((3, 1 << 18, 2), dtype, CPU)
-    assert x.shape == (3, 1 << 18, 2) and x.dtype == dtype and x.is_contiguous() and type(x) is torch.Tensor
+    assert (
+        x.shape == (3, 1 << 18, 2)
+        and x.dtype == dtype
+        and x.is_contiguous()
+        and type(x) is torch.Tensor
+    )
     x.fill_(1)
     view, copy = x[1, :, 0], x.clone()
     del x
-    again = allocator.empty((3, 1 << 18, 2), dtype, CPU).fill_(0)  # the view holds its block: this is another one
-    assert view.sum(dtype=torch.float64) == 1 << 18 and copy.sum(dtype=torch.float64) == 3 << 19 and not again.any()
+    again = allocator.empty((3, 1 << 18, 2), dtype, CPU).fill_(
+        0
+    )  # the view holds its block: this is another one
+    assert (
+        view.sum(dtype=torch.float64) == 1 << 18
+        and copy.sum(dtype=torch.float64) == 3 << 19
+        and not again.any()
+    )
 
 
 def test_what_is_freed_is_taken_again():
     x = big()
     place = x.data_ptr()
     del x
-    assert waiting() == allocator.SMALL and big(allocator.SMALL + 1).data_ptr() != place  # too small for that one
+    assert (
+        waiting() == allocator.SMALL and big(allocator.SMALL + 1).data_ptr() != place
+    )  # too small for that one
     fitting = big(allocator.SMALL)
     assert fitting.data_ptr() == place and waiting() == allocator.SMALL + 1
     del fitting
@@ -60,7 +73,10 @@ def test_what_is_freed_is_taken_again():
 
 
 @settings(max_examples=30)
-@given(st.lists(st.integers(allocator.SMALL, 3 * allocator.SMALL), min_size=5, max_size=40), st.integers(1, 6))
+@given(
+    st.lists(st.integers(allocator.SMALL, 3 * allocator.SMALL), min_size=5, max_size=40),
+    st.integers(1, 6),
+)
 def test_never_many_more_than_there_were_at_once(sizes, alive):
     """Every tensor of another size, `alive` of them at a time."""
     allocator.release()

@@ -1,5 +1,6 @@
 """Proves that NF4Linear is bitsandbytes' Linear4bit computed in x.dtype, that its scales survive what ruins an fp32
-buffer, that no dense weight is kept for backward, and that its state dict is bitsandbytes' and strictly read."""
+buffer, that no dense weight is kept for backward, and that its state dict is bitsandbytes' and
+strictly read."""
 
 import copy
 import io
@@ -19,7 +20,12 @@ from minilora.lora.layer import LoRALayer
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantize_model import quantize_model
 
-CASTS = [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu", torch.float16)]
+CASTS = [
+    nn.Module.half,
+    nn.Module.bfloat16,
+    lambda m: m.to(torch.bfloat16),
+    lambda m: m.to("cpu", torch.float16),
+]
 
 
 def quantized(out_features=96, in_features=128, **kwargs) -> NF4Linear:
@@ -34,21 +40,32 @@ def test_state_dict_goes_both_ways_with_bitsandbytes(double_quant):
     import bitsandbytes as bnb
 
     linear = nn.Linear(128, 96, dtype=torch.bfloat16)
-    theirs = bnb.nn.Linear4bit(128, 96, quant_type="nf4", compress_statistics=double_quant, compute_dtype=torch.float32)
+    theirs = bnb.nn.Linear4bit(
+        128, 96, quant_type="nf4", compress_statistics=double_quant, compute_dtype=torch.float32
+    )
     theirs = theirs.to(torch.bfloat16)
     theirs.load_state_dict(linear.state_dict())
     theirs = theirs.to("cpu")  # bitsandbytes quantises on this move
     state = theirs.state_dict()
-    ours = NF4Linear.from_linear(nn.Linear(128, 96, dtype=torch.bfloat16), double_quant=double_quant)
+    ours = NF4Linear.from_linear(
+        nn.Linear(128, 96, dtype=torch.bfloat16), double_quant=double_quant
+    )
     ours.load_state_dict(state)
     dense = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
     assert torch.equal(ours.dequantize(), dense)
     written = ours.state_dict()
     assert set(written) == set(state)
-    assert all(torch.equal(written[key], state[key]) and written[key].dtype == state[key].dtype for key in state)
-    assert {t.data_ptr() for t in state.values()}.isdisjoint(p.data_ptr() for p in ours.parameters())  # a copy
+    assert all(
+        torch.equal(written[key], state[key]) and written[key].dtype == state[key].dtype
+        for key in state
+    )
+    assert {t.data_ptr() for t in state.values()}.isdisjoint(
+        p.data_ptr() for p in ours.parameters()
+    )  # a copy
     x = torch.randn(5, 128)
-    torch.testing.assert_close(ours(x), nn.functional.linear(x, dense.float(), theirs.bias.float()), rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        ours(x), nn.functional.linear(x, dense.float(), theirs.bias.float()), rtol=0, atol=1e-2
+    )
 
 
 def test_forward_and_gradient_are_those_of_the_dense_layer():
@@ -67,7 +84,13 @@ def test_forward_and_gradient_are_those_of_the_dense_layer():
 # ---- property
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([32, 64, 256]), st.booleans(), st.booleans())
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([32, 64, 256]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_any_size_block_and_bias(out_features, in_features, blocksize, double_quant, bias):
     linear = nn.Linear(in_features, out_features, bias=bias)
     layer = NF4Linear.from_linear(linear, blocksize, double_quant)
@@ -191,7 +214,13 @@ def test_copies_and_files_keep_every_bit():
     on_meta.load_state_dict(layer.state_dict(), assign=True)
     emptied = NF4Linear.from_linear(nn.Linear(128, 96, device="meta")).to_empty(device="cpu")
     emptied.load_state_dict(layer.state_dict())
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded, on_meta, emptied):
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        loaded,
+        on_meta,
+        emptied,
+    ):
         assert torch.equal(other(x), layer(x))
     assert on_meta(x).device.type == "cpu"
 
@@ -208,7 +237,9 @@ def test_quantize_model_takes_every_linear_but_the_output(tiny_llama_config):
         "model.layers.0.self_attn.k_proj",
         "model.layers.1.self_attn.k_proj",
     }
-    assert all(isinstance(model.get_submodule(name), NF4Linear) for name in names) and len(names) == 11
+    assert (
+        all(isinstance(model.get_submodule(name), NF4Linear) for name in names) and len(names) == 11
+    )
     assert model(torch.arange(8)[None]).logits.isfinite().all()
     injected = copy.deepcopy(model)
     inject(injected)
@@ -222,7 +253,9 @@ def test_a_layer_under_two_names_stays_dense_under_both():
 
 
 def test_tied_heads_stay_dense():
-    model = nn.ModuleDict({"embed": nn.Embedding(8, 64), "body": nn.Linear(64, 64), "head": nn.Linear(64, 8)})
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(8, 64), "body": nn.Linear(64, 64), "head": nn.Linear(64, 8)}
+    )
     model["head"].weight = model["embed"].weight
     assert quantize_model(model) == ["body"]
 
@@ -238,7 +271,10 @@ def test_tied_heads_stay_dense():
         (lambda s: s.pop("bias"), "Missing key.*bias"),
         (lambda s: s.update(extra=torch.zeros(1)), "Unexpected key.*extra"),
         (lambda s: s.update({"weight.absmax": s["weight.absmax"].to(torch.float32)}), "uint8"),
-        (lambda s: s.update({"weight.nested_absmax": s["weight.nested_absmax"].bfloat16()}), "finite fp32"),
+        (
+            lambda s: s.update({"weight.nested_absmax": s["weight.nested_absmax"].bfloat16()}),
+            "finite fp32",
+        ),
         (lambda s: s.update(quantized(64, 128).state_dict()), "expected .*96, 128.* got .*64, 128"),
         (lambda s: s.update(quantized(blocksize=32).state_dict()), "blocksize"),
         (lambda s: s.update(weight=torch.zeros(96, 128)), "weight"),
@@ -267,5 +303,8 @@ def test_misuse_raises():
     with pytest.raises(RuntimeError, match="DDP"):
         quantized()._replicate_for_data_parallel()
     assert (
-        json.loads(bytes(quantized().state_dict()["weight.quant_state.bitsandbytes__nf4"].tolist()))["blocksize"] == 64
+        json.loads(
+            bytes(quantized().state_dict()["weight.quant_state.bitsandbytes__nf4"].tolist())
+        )["blocksize"]
+        == 64
     )

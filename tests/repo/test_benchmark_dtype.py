@@ -16,7 +16,11 @@ from benchmarks.training import peers
 from helpers.source import ROOT
 from minilora.models.loader import pick_dtype
 
-UNITS = {"AMX": (True, True), "AVX512-BF16": (True, False), "AVX2": (False, False)}  # class -> AVX512-BF16, AMX
+UNITS = {
+    "AMX": (True, True),
+    "AVX512-BF16": (True, False),
+    "AVX2": (False, False),
+}  # class -> AVX512-BF16, AMX
 
 
 def pretend(monkeypatch, cpu: str) -> None:
@@ -29,7 +33,9 @@ def pretend(monkeypatch, cpu: str) -> None:
 
 
 @pytest.mark.parametrize("cpu", UNITS)
-def test_auto_is_the_librarys_own_choice_and_a_name_is_taken_at_its_word(monkeypatch, capsys, cpu: str):
+def test_auto_is_the_librarys_own_choice_and_a_name_is_taken_at_its_word(
+    monkeypatch, capsys, cpu: str
+):
     pretend(monkeypatch, cpu)
     chosen = side_by_side.compute_dtype("auto")
     assert chosen == pick_dtype("auto", torch.device("cpu"))
@@ -87,7 +93,9 @@ def test_no_side_is_called_bf16_where_nothing_is(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_picture_names_the_dtype_of_its_document(tmp_path, dtype: str):
-    pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
+    pytest.importorskip(
+        "matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'"
+    )
     found = pictures.document(str(ROOT / "docs" / "speed.svg"))
     pictures.save(found | {"dtype": dtype}, tmp_path / "speed.svg")
     drawn = (tmp_path / "speed.svg").read_text()

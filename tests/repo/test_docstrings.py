@@ -1,6 +1,7 @@
 """Proves that the docstrings of the library are complete: every public function names each of its parameters.
 
-ruff checks the form of docstrings (rule D, google convention); it accepts a missing `Args:` section.
+ruff checks the form of docstrings (rule D, google convention); it accepts a missing `Args:`
+section.
 """
 
 import ast
@@ -34,7 +35,11 @@ def parameters(node: Function) -> list[str]:
 def undocumented(node: Function) -> list[str]:
     """Return the parameters that the docstring's `Args:` section does not name."""
     section = (ast.get_docstring(node) or "").partition("Args:")[2]
-    return [name for name in parameters(node) if not re.search(rf"^\s*\*?\*?{name}:", section, flags=re.M)]
+    return [
+        name
+        for name in parameters(node)
+        if not re.search(rf"^\s*\*?\*?{name}:", section, flags=re.M)
+    ]
 
 
 def test_undocumented_finds_a_missing_parameter():
@@ -63,7 +68,9 @@ def test_docstrings_begin_with_a_verb_or_a_noun(path: str):
             assert not OPENINGS.match(docstring), f"{path}: {docstring.splitlines()[0]}"
 
 
-NAMED = re.compile(r"(?<![\w/.-])((?:minilora|kernels|tests|examples|notebooks|benchmarks|docs)/[\w/-]+\.\w+)")
+NAMED = re.compile(
+    r"(?<![\w/.-])((?:minilora|kernels|tests|examples|notebooks|benchmarks|docs)/[\w/-]+\.\w+)"
+)
 
 
 def test_every_file_that_a_text_names_exists():

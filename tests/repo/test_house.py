@@ -42,7 +42,10 @@ READING_PATH = (
 READING_PATH_FILES = 45
 PARAMETERS = 8
 # The door's two widest functions; both keyword-only past the model they are about.
-PARAMETERS_OF = {"minilora/models/loader.py:load_model": 9, "minilora/generation/generate.py:generate": 11}
+PARAMETERS_OF = {
+    "minilora/models/loader.py:load_model": 9,
+    "minilora/generation/generate.py:generate": 11,
+}
 FOLDER_FILES = 14  # __init__.py and __main__.py not counted
 
 
@@ -61,7 +64,8 @@ def test_imports_go_down_or_sideways(path: str):
 
 def test_imports_make_no_circle():
     edges = {
-        module: {n for n in imports(path, typed=False) if n in MODULES} - {n for m, n in UPWARD if m == module}
+        module: {n for n in imports(path, typed=False) if n in MODULES}
+        - {n for m, n in UPWARD if m == module}
         for module, path in MODULES.items()
     }
     done: set[str] = set()
@@ -96,13 +100,21 @@ def test_only_tests_import_the_top_floor(path: str):
 def test_kernels_is_a_source_root():
     """A package named `kernels` would shadow Hugging Face's, and `import peft` would die."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    guilty = [path for path in ALL_FILES if "kernels" in {name.partition(".")[0] for name in imports(path)}]
+    guilty = [
+        path
+        for path in ALL_FILES
+        if "kernels" in {name.partition(".")[0] for name in imports(path)}
+    ]
     assert not guilty, f"import minilora_kernels instead: {guilty}"
 
 
 def test_no_entry_of_the_library_is_named_as_a_public_function():
     """So that `minilora/__init__.py` needs no order of imports: nothing it binds is hidden by a module."""
-    entries = {path.split("/")[1].removesuffix(".py") for path in LIBRARY_FILES if path.startswith("minilora/")}
+    entries = {
+        path.split("/")[1].removesuffix(".py")
+        for path in LIBRARY_FILES
+        if path.startswith("minilora/")
+    }
     assert not entries & set(ml.__all__)
     assert len(entries - {"__init__", "__main__"}) <= 14
 
@@ -121,7 +133,11 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Return the number of lines of a function without its docstring."""
     total = (node.end_lineno or 0) - node.lineno + 1
     first = node.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
         total -= (first.end_lineno or 0) - first.lineno + 1
     return total
 
@@ -161,14 +177,21 @@ def test_signatures_are_narrow(path: str):
         if any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
             continue  # a kernel takes pointers, sizes and strides
         a = node.args
-        names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))]
+        names = [
+            arg.arg
+            for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg)))
+        ]
         count = len([n for n in names if n not in ("self", "cls", "ctx")])
         assert count <= PARAMETERS_OF.get(name, PARAMETERS), f"{name} takes {count} parameters"
 
 
 def test_folders_are_small():
     for folder in {(ROOT / path).parent for path in LIBRARY_FILES}:
-        files = [file.name for file in folder.glob("*.py") if file.name not in ("__init__.py", "__main__.py")]
+        files = [
+            file.name
+            for file in folder.glob("*.py")
+            if file.name not in ("__init__.py", "__main__.py")
+        ]
         assert len(files) <= FOLDER_FILES, f"{folder.name}/ holds {len(files)} files"
 
 
@@ -204,11 +227,15 @@ IGNORE = re.compile(r"#\s*(?:type|pyright):\s*ignore(?P<rule>\[[\w, -]+\])?(?P<r
 def test_an_ignored_type_error_says_why(path: str):
     for number, line in enumerate(text(path).splitlines(), 1):
         if (found := IGNORE.search(line)) and "IGNORE" not in line:
-            assert found["rule"] and len(found["rest"].strip(" #:")) >= 5, f"{path}:{number} ignores without a reason"
+            assert found["rule"] and len(found["rest"].strip(" #:")) >= 5, (
+                f"{path}:{number} ignores without a reason"
+            )
 
 
 def test_no_path_of_one_machine():
     machine = re.compile(r"(^|[^A-Za-z0-9_.])/(tmp|work|farm|root|home)/[A-Za-z0-9._-]+")
     for path in text_files():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            assert not machine.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+            assert not machine.search(line), (
+                f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+            )

@@ -1,6 +1,7 @@
 """Proves that `make test ISA=avx2` and `ISA=default` run the tests so, and that the run says under which it was.
 
-The commands are taken from make itself. What torch, oneDNN and the C compiler then do is asked in a fresh process.
+The commands are taken from make itself. What torch, oneDNN and the C compiler then do is asked in a
+fresh process.
 """
 
 import platform
@@ -17,13 +18,17 @@ from helpers.tiny import python
 
 MARCHES = {"avx2": "x86-64-v3", "default": "x86-64"}
 
-x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86")
+x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86"
+)
 make = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 
 
 def told(isa: str) -> dict[str, str]:
     """The variables that `make test ISA=…` sets for pytest, by make's own account."""
-    done = subprocess.run(["make", "-n", "test", f"ISA={isa}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "test", f"ISA={isa}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     (command,) = [line for line in done.stdout.splitlines() if "pytest" in line]
     return dict(re.findall(r"([A-Z_]+)=(\S+)", command.partition("python")[0]))
 
@@ -68,7 +73,9 @@ print(*(x @ x.T).flatten().tolist(), *x.sum(1).tolist())
 
 @make
 def test_an_unknown_set_is_refused():
-    done = subprocess.run(["make", "-n", "test", "ISA=avx3"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", "test", "ISA=avx3"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "ISA must be avx2 or default, got avx3" in done.stderr
 
 

@@ -1,7 +1,7 @@
 """Proves that what is installed is what was written: the wheel's content, and that it works where little else is.
 
-The clean environment is a new venv into which only the run-time packages and what they need are linked: no triton,
-no gguf, no matplotlib, no test oracle. Nothing is downloaded.
+The clean environment is a new venv into which only the run-time packages and what they need are
+linked: no triton, no gguf, no matplotlib, no test oracle. Nothing is downloaded.
 """
 
 import re
@@ -19,8 +19,25 @@ from helpers.source import ROOT, constraints, sources
 
 pytestmark = pytest.mark.slow
 
-ABSENT = ("triton", "gguf", "matplotlib", "fastapi", "transformers", "peft", "bitsandbytes", "pytest")
-C_SOURCES = ("attention", "cross_entropy", "nf4_dequantize", "nf4_gemv", "rms_norm", "rope", "swiglu")
+ABSENT = (
+    "triton",
+    "gguf",
+    "matplotlib",
+    "fastapi",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "pytest",
+)
+C_SOURCES = (
+    "attention",
+    "cross_entropy",
+    "nf4_dequantize",
+    "nf4_gemv",
+    "rms_norm",
+    "rope",
+    "swiglu",
+)
 C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -28,7 +45,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     """Output of a command that must succeed, without what PYTHONPATH would lend it."""
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), **env}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -59,9 +78,15 @@ def clean_environment(folder: Path) -> Path:
     """A new venv with the run-time packages linked in; returns its python."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    site = Path(
+        run(
+            python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
+        ).strip()
+    )
     for dist in needed(*PROJECT["dependencies"]).values():
-        tops = {file.parts[0] for file in dist.files or [] if file.parts[0] not in ("..", "__pycache__")}
+        tops = {
+            file.parts[0] for file in dist.files or [] if file.parts[0] not in ("..", "__pycache__")
+        }
         for top in tops:
             target = Path(str(dist.locate_file(top)))
             if target.exists() and not (site / top).exists():
@@ -71,7 +96,9 @@ def clean_environment(folder: Path) -> Path:
 
 def pip(python: Path, *arguments: str | Path, cwd: Path) -> str:
     """This environment's pip, working on another; setuptools is linked there, so that nothing is fetched."""
-    return run(sys.executable, "-m", "pip", "--python", python, *arguments, cwd=cwd, PIP_NO_INDEX="1")
+    return run(
+        sys.executable, "-m", "pip", "--python", python, *arguments, cwd=cwd, PIP_NO_INDEX="1"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +167,14 @@ def test_editable_beside_hugging_faces_kernels(checkout: Path, tmp_path: Path):
     python = clean_environment(tmp_path / "env")
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     (site / "kernels").mkdir()
-    (site / "kernels" / "__init__.py").write_text("CUDAProperties = 'from the Hugging Face package'\n")
+    (site / "kernels" / "__init__.py").write_text(
+        "CUDAProperties = 'from the Hugging Face package'\n"
+    )
     pip(python, "install", "--no-deps", "--no-build-isolation", "-e", checkout, cwd=tmp_path)
 
     code = (
-        "import kernels, minilora, minilora_kernels as k; print(kernels.CUDAProperties, minilora.__file__, k.__file__)"
+        "import kernels, minilora, minilora_kernels as k\n"
+        "print(kernels.CUDAProperties, minilora.__file__, k.__file__)"
     )
     for cwd in (checkout, tmp_path):
         said = run(python, "-c", code, cwd=cwd)

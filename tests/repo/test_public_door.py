@@ -1,7 +1,8 @@
 """Proves that the public door is one door, and light.
 
-`minilora.__all__`, what `dir` shows, what the file binds, docs/reference.md and the command line name the same things;
-`import minilora` loads none of the packages that only some users need, and costs little beside torch.
+`minilora.__all__`, what `dir` shows, what the file binds, docs/reference.md and the command line
+name the same things; `import minilora` loads none of the packages that only some users need, and
+costs little beside torch.
 """
 
 import ast
@@ -31,7 +32,9 @@ COMMANDS = {
 def python(code: str) -> str:
     """What `code` prints in a fresh interpreter at the repository root."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,7 +52,9 @@ def test_all_is_sorted_and_importable():
 
 def test_dir_shows_the_door_and_nothing_else():
     shown = json.loads(python("import json, minilora; print(json.dumps(dir(minilora)))"))
-    assert {name for name in shown if not name.startswith("_")} == {n for n in ml.__all__ if not n.startswith("_")}
+    assert {name for name in shown if not name.startswith("_")} == {
+        n for n in ml.__all__ if not n.startswith("_")
+    }
 
 
 def test_the_file_binds_what_all_names():
@@ -60,13 +65,19 @@ def test_the_file_binds_what_all_names():
             bound |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
             bound |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    assert {name for name in bound if not name.startswith("_")} == {n for n in ml.__all__ if not n.startswith("_")}
+    assert {name for name in bound if not name.startswith("_")} == {
+        n for n in ml.__all__ if not n.startswith("_")
+    }
 
 
 def page_names() -> set[str]:
     """Backticked names that open a table row of the page on the public door."""
     openings = re.findall(r"^\s*\|\s*(`.*?)\|", text("docs/reference.md"), flags=re.M)
-    return {name for opening in openings for name in re.findall(r"`(?:ml\.|minilora\.)?(\w+)[^`]*`", opening)}
+    return {
+        name
+        for opening in openings
+        for name in re.findall(r"`(?:ml\.|minilora\.)?(\w+)[^`]*`", opening)
+    }
 
 
 def test_the_page_lists_the_door():
@@ -75,7 +86,9 @@ def test_the_page_lists_the_door():
 
 def subcommands() -> set[str]:
     """What `minilora --help` offers."""
-    usage = python("import sys; from minilora.cli.main import main; sys.argv = ['minilora', '--help']; main()")
+    usage = python(
+        "import sys; from minilora.cli.main import main; sys.argv = ['minilora', '--help']; main()"
+    )
     found = re.search(r"\{([\w,-]+)\}", usage)
     assert found, usage
     return set(found[1].split(","))
@@ -84,8 +97,12 @@ def subcommands() -> set[str]:
 def page_commands() -> set[str]:
     """X of each `minilora X`, or `minilora X | Y`, that starts a line of code, inline or fenced, of docs/cli.md."""
     page = text("docs/cli.md")
-    code = re.findall(r"^```[^\n]*\n(.*?)^```", page, flags=re.M | re.S) + re.findall(r"`([^`\n]+)`", page)
-    lists = re.findall(r"^(?:\$ )?minilora ([a-z-]+(?: *\| *[a-z-]+)*)", "\n".join(code), flags=re.M)
+    code = re.findall(r"^```[^\n]*\n(.*?)^```", page, flags=re.M | re.S) + re.findall(
+        r"`([^`\n]+)`", page
+    )
+    lists = re.findall(
+        r"^(?:\$ )?minilora ([a-z-]+(?: *\| *[a-z-]+)*)", "\n".join(code), flags=re.M
+    )
     return {command.strip() for several in lists for command in several.split("|")}
 
 
@@ -115,5 +132,10 @@ def test_import_is_quick(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     clock = "time.process_time()"
     code = f"import time; a = {clock}; import torch; b = {clock}; import minilora; print(b - a, {clock} - b)"
-    torchs, ours = (min(times) for times in zip(*(map(float, python(code).split()) for _ in range(4)), strict=True))
-    assert ours <= IMPORT_SHARE * torchs, f"import minilora costs {ours:.3f} s, torch {torchs:.3f} s"
+    torchs, ours = (
+        min(times)
+        for times in zip(*(map(float, python(code).split()) for _ in range(4)), strict=True)
+    )
+    assert ours <= IMPORT_SHARE * torchs, (
+        f"import minilora costs {ours:.3f} s, torch {torchs:.3f} s"
+    )

@@ -1,8 +1,8 @@
 """Proves that the server speaks OpenAI's protocol, by OpenAI's own client, and gives each request its own answer.
 
-Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings, whole or streamed; for 64 clients at a
-time too. Property: what is counted, what is listed, what comes and goes at run time. Error: what would have to be
-ignored is refused, in OpenAI's shape.
+Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings, whole or streamed;
+for 64 clients at a time too. Property: what is counted, what is listed, what comes and goes at run
+time. Error: what would have to be ignored is refused, in OpenAI's shape.
 """
 
 import asyncio
@@ -48,9 +48,13 @@ def expect():
     """What a request has to say, by a model of the same weights that nobody serves."""
     twin, known = build(), {}
 
-    def find(prompt: list[int], adapter: str | None = None, max_tokens: int = 12, **given: Any) -> str:
+    def find(
+        prompt: list[int], adapter: str | None = None, max_tokens: int = 12, **given: Any
+    ) -> str:
         key = tuple(prompt), adapter, max_tokens, *given.items()
-        known[key] = known[key] if key in known else alone(twin, Ask(prompt, adapter, max_tokens, **given))
+        known[key] = (
+            known[key] if key in known else alone(twin, Ask(prompt, adapter, max_tokens, **given))
+        )
         return known[key]
 
     return find
@@ -59,20 +63,38 @@ def expect():
 # ---- oracle
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}]
+)
 @pytest.mark.parametrize("name", ["base", NAMES[3]])
 def test_a_chat_is_generate_s_answer_whole_and_streamed(client, expect, name, sampling):
     wanted = expect(chat_ids(HELLO), None if name == "base" else name, **sampling)
     given: Any = {"model": name, "messages": HELLO, "max_tokens": 12} | sampling
     whole = client.chat.completions.create(**given)
     (choice,) = whole.choices
-    assert (choice.message.content, choice.message.role, choice.finish_reason) == (wanted, "assistant", "length")
-    usage = {"prompt_tokens": len(chat_ids(HELLO)), "completion_tokens": 12, "total_tokens": len(chat_ids(HELLO)) + 12}
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == (
+        wanted,
+        "assistant",
+        "length",
+    )
+    usage = {
+        "prompt_tokens": len(chat_ids(HELLO)),
+        "completion_tokens": 12,
+        "total_tokens": len(chat_ids(HELLO)) + 12,
+    }
     assert whole.usage.model_dump(exclude_none=True) == usage and whole.model == name
-    chunks = [*client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True})]
+    chunks = [
+        *client.chat.completions.create(
+            **given, stream=True, stream_options={"include_usage": True}
+        )
+    ]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == wanted
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
-    assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (
+        len(chunks) - 2
+    ) + ["length"]
+    assert (
+        chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    )
     assert chunks[-1].choices == [] and chunks[-1].usage.model_dump(exclude_none=True) == usage
     assert len(chunks) > 4, "not a stream"
 
@@ -91,7 +113,9 @@ def test_completions_take_texts_and_ids(client, expect):
         assert texts == wanted
     for prompt in (prompts[0], ids[0]):
         assert client.completions.create(prompt=prompt, **given).choices[0].text == wanted[0]
-    usual = client.completions.create(model="base", prompt="a", temperature=0)  # sampled, an end could come sooner
+    usual = client.completions.create(
+        model="base", prompt="a", temperature=0
+    )  # sampled, an end could come sooner
     assert usual.usage.completion_tokens == 16  # OpenAI's default
 
 
@@ -104,16 +128,28 @@ def test_generate_is_generate(server, model, expect):
         assert stream.headers["content-type"].startswith("text/event-stream")
         *events, done, end = stream.read().decode().split("\n\n")
     events = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert "".join(event["text"] for event in events) == wanted and (done, end) == ("data: [DONE]", "")
+    assert "".join(event["text"] for event in events) == wanted and (done, end) == (
+        "data: [DONE]",
+        "",
+    )
     assert events[-1]["usage"] == answer["usage"] and events[-2]["finish_reason"] == "length"
 
 
 def test_stop_strings_end_an_answer(client, expect):
     free = {name: expect(chat_ids(HELLO), name, 30) for name in NAMES[:4]}
     name, stop = next(
-        (name, text[i : i + 2]) for name, text in free.items() for i in range(2, 9) if text[i : i + 2].isascii()
+        (name, text[i : i + 2])
+        for name, text in free.items()
+        for i in range(2, 9)
+        if text[i : i + 2].isascii()
     )
-    given: Any = {"model": name, "messages": HELLO, "max_tokens": 30, "temperature": 0, "stop": [stop, "never"]}
+    given: Any = {
+        "model": name,
+        "messages": HELLO,
+        "max_tokens": 30,
+        "temperature": 0,
+        "stop": [stop, "never"],
+    }
     whole = client.chat.completions.create(**given).choices[0]
     assert whole.message.content == free[name].partition(stop)[0] and whole.finish_reason == "stop"
     streamed = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **given)]
@@ -126,7 +162,11 @@ def test_64_clients_with_8_adapters_get_their_own_answers(server, expect):
     wanted = asks(64, seed=1)
 
     async def one(client, number: int, ask: Ask) -> str:
-        given: Any = {"model": ask.adapter or "base", "prompt": ask.prompt, "max_tokens": ask.max_tokens}
+        given: Any = {
+            "model": ask.adapter or "base",
+            "prompt": ask.prompt,
+            "max_tokens": ask.max_tokens,
+        }
         given |= {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
         if number % 2:
             return (await client.completions.create(**given)).choices[0].text
@@ -134,12 +174,19 @@ def test_64_clients_with_8_adapters_get_their_own_answers(server, expect):
         return "".join([chunk.choices[0].text async for chunk in stream])
 
     async def everybody() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0
+        ) as client:
             return await asyncio.gather(*(one(client, i, ask) for i, ask in enumerate(wanted)))
 
     found = asyncio.run(everybody())
-    sampling = [{"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed} for ask in wanted]
-    expected = [expect(ask.prompt, ask.adapter, ask.max_tokens, **s) for ask, s in zip(wanted, sampling, strict=True)]
+    sampling = [
+        {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed} for ask in wanted
+    ]
+    expected = [
+        expect(ask.prompt, ask.adapter, ask.max_tokens, **s)
+        for ask, s in zip(wanted, sampling, strict=True)
+    ]
     assert found == expected and len({*found}) > 50
     assert not server.worker.engine.busy and not server.worker.listeners
 
@@ -186,18 +233,29 @@ METRIC = re.compile(r'minilora_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? \d+(\.\d+)?(
 def test_metrics_count(server, client):
     def read() -> dict[str, float]:
         lines = http.get(f"{server.url}/metrics").text.splitlines()
-        assert all(METRIC.fullmatch(line) for line in lines if not line.startswith(("# HELP ", "# TYPE ")))
-        return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+        assert all(
+            METRIC.fullmatch(line) for line in lines if not line.startswith(("# HELP ", "# TYPE "))
+        )
+        return {
+            line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")
+        }
 
     before = read()
     client.completions.create(model="base", prompt=[1, 2, 3], max_tokens=5)
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="base", prompt="", max_tokens=5)
     moved = {name: value - before.get(name, 0) for name, value in read().items()}
-    assert moved['minilora_tokens_total{kind="prompt"}'] == 3 and moved['minilora_tokens_total{kind="generated"}'] == 5
+    assert (
+        moved['minilora_tokens_total{kind="prompt"}'] == 3
+        and moved['minilora_tokens_total{kind="generated"}'] == 5
+    )
     assert moved['minilora_requests_total{route="/v1/completions",status="200"}'] == 1
     assert moved['minilora_requests_total{route="refused",status="400"}'] == 1
-    assert moved['minilora_answers_total{reason="length"}'] == moved["minilora_first_token_seconds_count"] == 1
+    assert (
+        moved['minilora_answers_total{reason="length"}']
+        == moved["minilora_first_token_seconds_count"]
+        == 1
+    )
     assert http.get(f"{server.url}/healthz").json() == {"status": "ok"}
 
 
@@ -205,10 +263,27 @@ def test_metrics_count(server, client):
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 FINE = [
-    {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0},
-    {"n": None, "stop": None, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False},
+    {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "logprobs": False,
+        "top_logprobs": 0,
+    },
+    {
+        "n": None,
+        "stop": None,
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "store": False,
+    },
     {"user": "me", "metadata": {"a": "b"}, "seed": -1, "top_k": -1, "stop": [], "stream": False},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "max_completion_tokens": 2},
+    {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        "max_completion_tokens": 2,
+    },
 ]
 REFUSED = [
     ({"n": 2}, "n: "),
@@ -219,7 +294,10 @@ REFUSED = [
     ({"response_format": {"type": "json_object"}}, "response_format.type: "),
     ({"temprature": 0.1}, "temprature: unknown field"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: "),
-    ({"messages": [{"role": "user", "content": "a", "name": "me"}]}, "messages.0.name: unknown field"),
+    (
+        {"messages": [{"role": "user", "content": "a", "name": "me"}]},
+        "messages.0.name: unknown field",
+    ),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     ({"messages": []}, "messages: "),
     ({"max_tokens": 0}, "max_tokens: "),
@@ -244,12 +322,21 @@ def test_what_changes_nothing_is_accepted(server, more):
 def test_what_would_have_to_be_ignored_is_refused(server, more, message):
     answer = http.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
     error = answer.json()["error"]
-    assert answer.status_code == 400 and message in error["message"] and error["type"] == "invalid_request_error"
+    assert (
+        answer.status_code == 400
+        and message in error["message"]
+        and error["type"] == "invalid_request_error"
+    )
     assert {*error} == {"message", "type", "param", "code"}
 
 
 def test_prompts_without_an_answer_are_refused(server):
-    for prompt, message in [([999999], "each from 0 to"), ([], "prompt"), ([[]], "prompt"), (["a", 1], "prompt")]:
+    for prompt, message in [
+        ([999999], "each from 0 to"),
+        ([], "prompt"),
+        ([[]], "prompt"),
+        (["a", 1], "prompt"),
+    ]:
         body = {"model": "base", "prompt": prompt}
         answer = http.post(f"{server.url}/v1/completions", json=body)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
@@ -271,6 +358,10 @@ def test_a_base_without_a_template_completes_and_says_why_it_cannot_chat(model):
         server.worker.engine.tokenizer = Plain()
         body = {"model": "base", "prompt": "hello", "max_tokens": 3, "temperature": 0}
         said = http.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
-        assert said == ml.generate(build(adapters=0), tokenizer(), RawText("hello"), max_new_tokens=3)
+        assert said == ml.generate(
+            build(adapters=0), tokenizer(), RawText("hello"), max_new_tokens=3
+        )
         refused = http.post(f"{server.url}/v1/chat/completions", json=CHAT)
-        assert refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]
+        assert (
+            refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]
+        )

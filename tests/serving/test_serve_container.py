@@ -1,5 +1,6 @@
 """Proves that Dockerfile, compose.yaml and docs/serve.md say what the server does: hadolint finds nothing, every option
-in them exists, the container has no rights that it does not need, the docs name each route and each refusal's status.
+in them exists, the container has no rights that it does not need, the docs name each route and each
+refusal's status.
 
 No image is built here: that takes a daemon and gigabytes.
 """
@@ -23,12 +24,29 @@ from minilora.serving.app import create_app
 from minilora.serving.engine_thread import Worker
 from minilora.serving.serve import TOKEN
 
-HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which(
+    "hadolint"
+)
 OPTIONS = {field.name for field in fields(ml.ServeConfig)}
-# https://github.com/compose-spec/compose-spec/blob/main/schema/compose-spec.json: those of a service that we use
+# https://github.com/compose-spec/compose-spec/blob/main/schema/compose-spec.json: those of a
+# service that we use
 SERVICE: dict[str, type] = {
-    **{"build": str, "image": str, "command": list, "environment": dict, "ports": list, "volumes": list},
-    **{"read_only": bool, "tmpfs": list, "cap_drop": list, "security_opt": list, "init": bool, "mem_limit": str},
+    **{
+        "build": str,
+        "image": str,
+        "command": list,
+        "environment": dict,
+        "ports": list,
+        "volumes": list,
+    },
+    **{
+        "read_only": bool,
+        "tmpfs": list,
+        "cap_drop": list,
+        "security_opt": list,
+        "init": bool,
+        "mem_limit": str,
+    },
     **{"pids_limit": int, "stop_grace_period": str, "restart": str},
 }
 
@@ -40,14 +58,22 @@ def test_hadolint_finds_nothing():
 
 
 def instructions() -> list[tuple[str, str]]:
-    lines = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text("Dockerfile"), flags=re.M)).splitlines()
+    lines = re.sub(
+        r"\\\n\s*", "", re.sub(r"^#.*\n", "", text("Dockerfile"), flags=re.M)
+    ).splitlines()
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines if line)]
 
 
 def test_the_image_is_pinned_small_in_rights_and_looked_after():
     found = instructions()
-    assert all(re.match(r"python:\d+\.\d+\.\d+-slim-\w+( AS \w+)?$", rest) for word, rest in found if word == "FROM")
-    assert "pip install --no-cache-dir -c constraints.txt" in " ".join(rest for word, rest in found if word == "RUN")
+    assert all(
+        re.match(r"python:\d+\.\d+\.\d+-slim-\w+( AS \w+)?$", rest)
+        for word, rest in found
+        if word == "FROM"
+    )
+    assert "pip install --no-cache-dir -c constraints.txt" in " ".join(
+        rest for word, rest in found if word == "RUN"
+    )
     (user,) = [rest for word, rest in found if word == "USER"]
     assert int(user.split(":")[0]) > 0
     words = [word for word, _ in found]
@@ -55,7 +81,11 @@ def test_the_image_is_pinned_small_in_rights_and_looked_after():
     assert not [rest for word, rest in found if word in ("ENV", "ARG") and "KEY" in rest]
     copied = {rest.split()[0] for word, rest in found if word == "COPY" and "--from" not in rest}
     copied |= {
-        name for word, rest in found if word == "COPY" for name in rest.split()[:-1] if not name.startswith("--")
+        name
+        for word, rest in found
+        if word == "COPY"
+        for name in rest.split()[:-1]
+        if not name.startswith("--")
     }
     kept = {line[1:] for line in text(".dockerignore").splitlines() if line.startswith("!")}
     assert copied - {"/opt/minilora"} <= kept and all((ROOT / name).exists() for name in kept)
@@ -64,7 +94,9 @@ def test_the_image_is_pinned_small_in_rights_and_looked_after():
 def test_compose_is_what_its_schema_allows_and_gives_no_more_than_needed():
     found: Any = yaml.safe_load(text("compose.yaml"))
     (service,) = found["services"].values()
-    assert [*found] == ["services"] and {name: type(value) for name, value in service.items()} == SERVICE
+    assert [*found] == ["services"] and {
+        name: type(value) for name, value in service.items()
+    } == SERVICE
     assert service["read_only"] and service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"] and "privileged" not in service
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
@@ -76,8 +108,26 @@ def test_compose_is_what_its_schema_allows_and_gives_no_more_than_needed():
 @pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "docs/serve.md"])
 def test_every_option_named_exists(file: str):
     known = OPTIONS | {"adapter", "quantize", "dtype", "no_check_base"}
-    known |= {"help", "data", "build", "base", "lora", "outfile", "enable-lora", "max-lora-rank", "lora-modules"}
-    known |= {"no-cache-dir", "index-url", "no-install-recommends", "uid", "no-create-home", "shell", "from"}
+    known |= {
+        "help",
+        "data",
+        "build",
+        "base",
+        "lora",
+        "outfile",
+        "enable-lora",
+        "max-lora-rank",
+        "lora-modules",
+    }
+    known |= {
+        "no-cache-dir",
+        "index-url",
+        "no-install-recommends",
+        "uid",
+        "no-create-home",
+        "shell",
+        "from",
+    }
     known |= {"interval", "timeout", "start-period", "retries"}
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text(file)))
     assert named <= known, f"{file}: no such option: {sorted(named - known)}"
@@ -88,7 +138,9 @@ def test_the_docs_name_every_route_and_every_refusal():
     engine = Engine(build(adapters=0), tokenizer())
     guard = create_app(Worker(engine), ml.ServeConfig(), "base")
     engine.close()
-    routes = {route.path for route in guard.app.routes if not route.path.startswith("/openapi")} - {"/"}
+    routes = {route.path for route in guard.app.routes if not route.path.startswith("/openapi")} - {
+        "/"
+    }
     assert len(routes) >= 9
     for path in routes:
         assert path.replace("{name:path}", "NAME") in docs, path

@@ -36,7 +36,9 @@ def _given_back(model):
 def test_draining_finishes_what_runs_and_refuses_the_rest(model):
     with endless(model, drain=10 * PATIENCE) as server:  # it ends with the last answer
         url, found = f"{server.url}/v1/completions", []
-        running = threading.Thread(target=lambda: found.append(http.post(url, json=LONG, timeout=60)))
+        running = threading.Thread(
+            target=lambda: found.append(http.post(url, json=LONG, timeout=60))
+        )
         running.start()
         wait(lambda: server.worker.engine.rows)
         server.handle_exit(signal.SIGTERM, None)
@@ -62,14 +64,23 @@ def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
 # ---- `run`, in this process's main thread
 
 
-def ran(engine: Engine, port: int, found: list[httpx.Response], count: int, stop: Callable[[], None] | None) -> None:
+def ran(
+    engine: Engine,
+    port: int,
+    found: list[httpx.Response],
+    count: int,
+    stop: Callable[[], None] | None,
+) -> None:
     """Fill `found` with what `run` answers to `count` at once; `stop` is called when all are being answered."""
     engine.ends = frozenset()
 
     def ask() -> None:
         wait(lambda: listens(port))
         with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(http.post, f"http://127.0.0.1:{port}/v1/completions", json=LONG) for _ in range(count)]
+            asked = [
+                pool.submit(http.post, f"http://127.0.0.1:{port}/v1/completions", json=LONG)
+                for _ in range(count)
+            ]
             if stop is not None:
                 wait(lambda: len(engine.rows) == count)
                 stop()
@@ -109,10 +120,15 @@ SENT = {  # to the process, and so to its main thread; or to the thread of a cli
 @pytest.mark.parametrize("sent", SENT)
 def test_a_signal_ends_it_when_all_is_answered(model, port, count, sent):
     """Three are under way, or it sleeps; either way the signal's handlers are then those of before."""
-    engine, handlers = Engine(model, tokenizer()), [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    engine, handlers = (
+        Engine(model, tokenizer()),
+        [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)],
+    )
     found: list[httpx.Response] = []
     ran(engine, port, found, count, SENT[sent])
-    assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [LONG["max_tokens"]] * count
+    assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [
+        LONG["max_tokens"]
+    ] * count
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
@@ -128,7 +144,9 @@ def test_what_the_engine_fails_with_is_told_to_everybody_printed_and_raised(mode
     engine.step = broken  # pyright: ignore[reportAttributeAccessIssue] the fault
     with pytest.raises(MemoryError, match="no room"):
         ran(engine, port, found, 3, None)
-    assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])["code"] == "ended"
+    assert [answer.status_code for answer in found] == [503] * 3 and error(found[0])[
+        "code"
+    ] == "ended"
     assert not listens(port) and "in broken" in capsys.readouterr().err  # a traceback
 
 
@@ -143,8 +161,19 @@ def test_a_port_that_is_taken_ends_it_at_once(model):
 def test_sigterm_under_load_ends_well(tmp_path):
     """A process of its own: eight answers are under way, all are finished, a ninth is refused, the status is 0."""
     place = furnish(tmp_path)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minilora", "serve", str(place / "model"), "--port=0", "--dtype=float32"]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "minilora",
+        "serve",
+        str(place / "model"),
+        "--port=0",
+        "--dtype=float32",
+    ]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")

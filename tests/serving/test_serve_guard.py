@@ -1,6 +1,7 @@
 """Proves that the server is not moved by who must not ask, and by what nobody should send.
 
-Each refusal is one of OpenAI's errors, and after each the server answers the next request as if nothing had been.
+Each refusal is one of OpenAI's errors, and after each the server answers the next request as if
+nothing had been.
 """
 
 import hmac
@@ -38,17 +39,36 @@ def test_without_the_token_nothing_is_told(model, monkeypatch):
     same = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or same(a, b))
     with endless(model, token="s3cret-s3cret") as server:
-        for headers in ({}, {"authorization": "Bearer s3cret"}, {"authorization": "Basic s3cret-s3cret"}):
-            for method, path in [("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/x")]:
+        for headers in (
+            {},
+            {"authorization": "Bearer s3cret"},
+            {"authorization": "Basic s3cret-s3cret"},
+        ):
+            for method, path in [
+                ("GET", "/v1/models"),
+                ("GET", "/metrics"),
+                ("GET", "/openapi.json"),
+                ("GET", "/x"),
+            ]:
                 refused = http.request(method, f"{server.url}{path}", headers=headers)
                 assert refused.status_code == 401 and error(refused)["code"] == "invalid_api_key"
                 assert refused.headers["www-authenticate"] == "Bearer"
-            assert http.post(f"{server.url}/v1/completions", json=SHORT, headers=headers).status_code == 401
-        assert compared and all(len(a) == len(b) == 32 for a, b in compared)  # hashes: not even its length shows
+            assert (
+                http.post(f"{server.url}/v1/completions", json=SHORT, headers=headers).status_code
+                == 401
+            )
+        assert compared and all(
+            len(a) == len(b) == 32 for a, b in compared
+        )  # hashes: not even its length shows
         for path in ("/", "/healthz"):
-            assert http.get(f"{server.url}{path}", headers={"host": "proxy.example"}).status_code == 200
+            assert (
+                http.get(f"{server.url}{path}", headers={"host": "proxy.example"}).status_code
+                == 200
+            )
             assert http.post(f"{server.url}{path}", json={}).status_code == 401
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret-s3cret", max_retries=0) as client:
+        with openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="s3cret-s3cret", max_retries=0
+        ) as client:
             assert client.completions.create(**SHORT).choices[0].text
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
@@ -83,25 +103,40 @@ def test_a_page_under_another_name_is_refused(server, url):
         ({"timeout": 0.0}, {}, "timeout: expected > 0"),
     ],
 )
-def test_a_server_that_should_not_start_does_not(model, monkeypatch, capsys, given, environment, message):
+def test_a_server_that_should_not_start_does_not(
+    model, monkeypatch, capsys, given, environment, message
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         ml.serve(model, tokenizer(), config=ServeConfig(**given))
     options = [f"--{name}={value}" for name, value in given.items()]
-    assert main(["serve", "./nowhere", *options]) == 1 and message.split(":")[0] in capsys.readouterr().err
+    assert (
+        main(["serve", "./nowhere", *options]) == 1
+        and message.split(":")[0] in capsys.readouterr().err
+    )
 
 
 def test_what_is_missing_is_named(model, monkeypatch, capsys):
     monkeypatch.setattr(import_module("minilora.serving.serve"), "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"fastapi and uvicorn: pip install 'minilora\[serve\]'"):
         ml.serve(model, tokenizer())
-    assert main(["serve", "./nowhere"]) == 1 and "pip install 'minilora[serve]'" in capsys.readouterr().err
-    assert main(["serve", "./nowhere", "--adapter", "a"]) == 1 and "expected NAME=PATH" in capsys.readouterr().err
+    assert (
+        main(["serve", "./nowhere"]) == 1
+        and "pip install 'minilora[serve]'" in capsys.readouterr().err
+    )
+    assert (
+        main(["serve", "./nowhere", "--adapter", "a"]) == 1
+        and "expected NAME=PATH" in capsys.readouterr().err
+    )
 
 
 def test_names_of_bases_say_nothing_of_the_machine(tmp_path):
-    for source, name in {str(tmp_path): tmp_path.name, "org/model": "org/model", "": "base"}.items():
+    for source, name in {
+        str(tmp_path): tmp_path.name,
+        "org/model": "org/model",
+        "": "base",
+    }.items():
         assert base_name(source) == name
 
 
@@ -119,9 +154,18 @@ def test_two_of_one_name_are_refused(model):
     [
         *(b"", b"{", b"null", b"[]", b'"a"', b"\xff\xfe", b"[" * 1900, b'{"a":' * 300),
         *(b'{"model": "base", "prompt": "\\ud800"}', b'{"model": "base\\udfff", "prompt": "a"}'),
-        *(b'{"model": "base", "prompt": "a", "temperature": NaN}', b'{"model":"base","prompt":"a","seed":1e999}'),
-        *(b'{"model": "base", "prompt": "a", "seed": ' + b"9" * 1900 + b"}", b'{"model": "base", "prompt": [1.5]}'),
-        *(b'{"model": "base", "prompt": [true]}', b'{"model": "base", "prompt": "a", "\\u0000": 1}'),
+        *(
+            b'{"model": "base", "prompt": "a", "temperature": NaN}',
+            b'{"model":"base","prompt":"a","seed":1e999}',
+        ),
+        *(
+            b'{"model": "base", "prompt": "a", "seed": ' + b"9" * 1900 + b"}",
+            b'{"model": "base", "prompt": [1.5]}',
+        ),
+        *(
+            b'{"model": "base", "prompt": [true]}',
+            b'{"model": "base", "prompt": "a", "\\u0000": 1}',
+        ),
     ],
 )
 def test_what_is_no_request_is_a_400(url, body):
@@ -139,13 +183,21 @@ def test_bodies_are_small_and_quick(server, url, monkeypatch):
     fits = json.dumps(SHORT).encode()
     for size, status in ((2000, 200), (2001, 413)):
         body = fits + b" " * (size - len(fits))
-        for content in (body, iter([body[:50], body[50:]])):  # with its length, and in chunks without
+        for content in (
+            body,
+            iter([body[:50], body[50:]]),
+        ):  # with its length, and in chunks without
             answer = http.post(url, content=content, headers=JSON)
             assert answer.status_code == status
             assert status == 200 or error(answer)["code"] == "too_large"
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
-    for size, status in ((100, b" 408 "), (2001, b" 413 ")):  # what says it is too large is not waited for
-        with closing(socket.create_connection(server.servers[0].sockets[0].getsockname())) as stalls:
+    for size, status in (
+        (100, b" 408 "),
+        (2001, b" 413 "),
+    ):  # what says it is too large is not waited for
+        with closing(
+            socket.create_connection(server.servers[0].sockets[0].getsockname())
+        ) as stalls:
             stalls.sendall(f"{HEAD}Content-Length: {size}\r\n\r\n{{".encode())
             assert status in stalls.recv(1000).split(b"\r\n")[0]
 
@@ -168,23 +220,43 @@ def folders(tmp_path, model):
 
 
 def test_adapters_come_from_the_allowed_folder_alone(model, folders):
-    outside = [f"{folders.parent}/outside", "../outside", "inside/../../outside", "link", "hollow", "void"]
+    outside = [
+        f"{folders.parent}/outside",
+        "../outside",
+        "inside/../../outside",
+        "link",
+        "hollow",
+        "void",
+    ]
     nowhere = ["", "missing", "file", "a" * 5000, "a\0b", "~", "org/repository", "/"]
     with endless(build(adapters=0), adapter_folder=str(folders)) as server:
         for path in outside + nowhere:
-            refused = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": path})
+            refused = http.post(
+                f"{server.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": path}
+            )
             assert refused.status_code == 400
             message = f"lora_path: {path!r} is not an adapter folder inside the server's folder."
             assert not path or error(refused)["message"] == message
         for name in ("", "a.b", "../a", "a" * 65, "keys"):
-            refused = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "inside"})
+            refused = http.post(
+                f"{server.url}/v1/load_lora_adapter",
+                json={"lora_name": name, "lora_path": "inside"},
+            )
             assert refused.status_code == 400, name
-        for name, path in {"one": "inside", "two": "good_link", "three": f"{folders}/inside"}.items():
-            answer = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+        for name, path in {
+            "one": "inside",
+            "two": "good_link",
+            "three": f"{folders}/inside",
+        }.items():
+            answer = http.post(
+                f"{server.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path}
+            )
             assert answer.status_code == 200, answer.text
         assert server.worker.engine.adapters == ["one", "two", "three"]
 
 
 def test_without_an_allowed_folder_nothing_is_loaded(server, url):
-    refused = http.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/"})
+    refused = http.post(
+        f"{server.url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/"}
+    )
     assert refused.status_code == 403 and "--adapter_folder" in error(refused)["message"]

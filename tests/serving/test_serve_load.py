@@ -15,7 +15,22 @@ import openai
 import pytest
 
 from helpers import served
-from helpers.served import HEAD, LONG, NAMES, SHORT, alone, asks, build, endless, error, held, http, run, serving, wait
+from helpers.served import (
+    HEAD,
+    LONG,
+    NAMES,
+    SHORT,
+    alone,
+    asks,
+    build,
+    endless,
+    error,
+    held,
+    http,
+    run,
+    serving,
+    wait,
+)
 from minilora.generation.sequence import Ask
 from minilora.serving import middleware
 from minilora.serving.engine_client import Desk
@@ -44,7 +59,9 @@ def test_too_many_at_a_time_are_told_when_to_come_again(model):
     with endless(model, batch_size=1, waiting=1) as server:
         url, statuses = f"{server.url}/v1/completions", []
         threads = [
-            threading.Thread(target=lambda: statuses.append(http.post(url, json=LONG, timeout=60).status_code))
+            threading.Thread(
+                target=lambda: statuses.append(http.post(url, json=LONG, timeout=60).status_code)
+            )
             for _ in range(2)
         ]
         for thread in threads:
@@ -54,7 +71,9 @@ def test_too_many_at_a_time_are_told_when_to_come_again(model):
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert error(refused)["type"] == "rate_limit_error"
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=10) as client:
-            assert client.completions.create(**SHORT).choices[0].finish_reason == "length"  # it waits and comes again
+            assert (
+                client.completions.create(**SHORT).choices[0].finish_reason == "length"
+            )  # it waits and comes again
         for thread in threads:
             thread.join()
         assert statuses == [200, 200]
@@ -71,7 +90,9 @@ def test_an_answer_ends_when_its_time_is_over(model):
                 for chunk in client.completions.create(stream=True, **LONG):
                     said.append(chunk.choices[0].text)
         assert "".join(said)
-        assert 'minilora_answers_total{reason="timeout"} 2' in http.get(f"{server.url}/metrics").text
+        assert (
+            'minilora_answers_total{reason="timeout"} 2' in http.get(f"{server.url}/metrics").text
+        )
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -91,7 +112,13 @@ def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
     monkeypatch.setattr(middleware, "GRACE", 0.5 - server.guard.config.timeout)
     body, sent, asked = json.dumps(LONG | {"stream": True}).encode(), [], []
     headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": headers,
+        "query_string": b"",
+    }
 
     async def stalled() -> None:
         async def receive() -> Any:
@@ -106,7 +133,11 @@ def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
                 await asyncio.Event().wait()
 
         begun = time.monotonic()
-        await server.guard(scope | {"asgi": {"spec_version": "2.3"}, "raw_path": b"", "root_path": ""}, receive, send)
+        await server.guard(
+            scope | {"asgi": {"spec_version": "2.3"}, "raw_path": b"", "root_path": ""},
+            receive,
+            send,
+        )
         assert 0.4 < time.monotonic() - begun < 10
 
     future = asyncio.run_coroutine_threadsafe(stalled(), server.servers[0].get_loop())
@@ -135,7 +166,9 @@ def test_who_is_given_up_while_the_engine_accepts_frees_the_place(server, url, m
         rows.extend(engine.waiting)
 
     async def leave() -> None:
-        begun = asyncio.create_task(Desk(server.worker, server.guard.config, "base", Metrics()).begin([ask]))
+        begun = asyncio.create_task(
+            Desk(server.worker, server.guard.config, "base", Metrics()).begin([ask])
+        )
         await asyncio.to_thread(entered.wait)
         begun.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -158,26 +191,43 @@ def test_clients_that_come_and_go_for_a_while(model):
 
         async def one(client: Any, number: int) -> str | None:
             ask = wanted[number]
-            given: Any = {"model": ask.adapter or "base", "prompt": ask.prompt, "max_tokens": ask.max_tokens}
+            given: Any = {
+                "model": ask.adapter or "base",
+                "prompt": ask.prompt,
+                "max_tokens": ask.max_tokens,
+            }
             given |= {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
             await asyncio.sleep(0.01 * (number % 17))
             if number % 3 == 0:
                 try:
-                    await asyncio.wait_for(client.completions.create(**given | {"max_tokens": 300}), 0.05)
+                    await asyncio.wait_for(
+                        client.completions.create(**given | {"max_tokens": 300}), 0.05
+                    )
                 except TimeoutError:
                     return None
             if number % 3 == 1:
                 return (await client.completions.create(**given)).choices[0].text
             return "".join(
-                [chunk.choices[0].text async for chunk in await client.completions.create(stream=True, **given)]
+                [
+                    chunk.choices[0].text
+                    async for chunk in await client.completions.create(stream=True, **given)
+                ]
             )
 
         async def everybody() -> list[str | None]:
-            async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            async with openai.AsyncOpenAI(
+                base_url=f"{server.url}/v1", api_key="none", max_retries=0
+            ) as client:
                 return await asyncio.gather(*(one(client, number) for number in range(len(wanted))))
 
         found = asyncio.run(everybody())
-        wait(lambda: not server.worker.engine.busy and not server.worker.listeners and not server.guard.open)
+        wait(
+            lambda: (
+                not server.worker.engine.busy
+                and not server.worker.listeners
+                and not server.guard.open
+            )
+        )
     stayed = [number for number in range(len(wanted)) if number % 3]
     assert [found[number] for number in stayed] == [expected[number] for number in stayed]
     assert found.count(None) > 10

@@ -24,7 +24,8 @@ PAGE = text("minilora/serving/page.html")
 PROMPT = "hello <b>world</b>"
 KEY = "a key of eight"
 SUBMIT = '$("form").requestSubmit();'
-# Headless Chromium's clock stands still while an answer's head is awaited: /hold gives it when it is time to go on.
+# Headless Chromium's clock stands still while an answer's head is awaited: /hold gives it when it
+# is time to go on.
 DRIVER = """<script>
 const hold = () => fetch("/hold", {headers: headers()});
 addEventListener("load", async () => {
@@ -41,10 +42,13 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 model = served.model
 
 
-def driven(server: Any, key: str = "", tokens: int = 12, does: str = SUBMIT, *waits: Callable[[], Any]) -> str:
+def driven(
+    server: Any, key: str = "", tokens: int = 12, does: str = SUBMIT, *waits: Callable[[], Any]
+) -> str:
     """The address of the page with somebody who fills it in and does something, by default presses the button.
 
-    Each `hold()` lasts until the next of `waits` is true, by default until both answers are over."""
+    Each `hold()` lasts until the next of `waits` is true, by default until both answers are
+    over."""
     metrics = server.guard.metrics
     left = [*waits] or [lambda: metrics.finished.total() + metrics.requests["refused", 400] >= 2]
 
@@ -70,7 +74,11 @@ def test_the_page_is_served_whole_and_runs_nothing_else(model):
     policy = answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert policy.startswith("default-src 'none'; connect-src 'self'; ") and "unsafe" not in policy
-    assert len(re.findall("'sha256-[^']+'", policy)) == 2 == PAGE.count("<script>") + PAGE.count("<style>")
+    assert (
+        len(re.findall("'sha256-[^']+'", policy))
+        == 2
+        == PAGE.count("<script>") + PAGE.count("<style>")
+    )
     assert not re.search(r"https?://|innerHTML|src=|localStorage|document\.cookie", PAGE)
 
 
@@ -78,12 +86,18 @@ def test_the_page_is_served_whole_and_runs_nothing_else(model):
 def test_both_models_answer_side_by_side(model, tmp_path):
     with serving(model) as server:
         page = chromium(driven(server), tmp_path, "--dump-dom")
-    ids = tokenizer().apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
+    ids = tokenizer().apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True
+    )
     twin = build(adapters=2)
     wanted = [alone(twin, Ask(ids, adapter, 12)) for adapter in (None, NAMES[0])]
     found = FOUND.findall(page)
-    assert [html.unescape(answer) for answer, *_ in found] == [one.replace("\r", "\n") for one in wanted]
-    assert all(re.fullmatch(r"12 tokens in \d+\.\d s, ended by (length|stop)", note) for *_, note in found)
+    assert [html.unescape(answer) for answer, *_ in found] == [
+        one.replace("\r", "\n") for one in wanted
+    ]
+    assert all(
+        re.fullmatch(r"12 tokens in \d+\.\d s, ended by (length|stop)", note) for *_, note in found
+    )
     assert wanted[0] != wanted[1] and STATE % "" in page
     assert '<label id="key" hidden="">' in page  # nobody asks for a key
 
@@ -92,9 +106,13 @@ def test_both_models_answer_side_by_side(model, tmp_path):
 def test_plain_text_of_one_model_twice_is_the_same(model, tmp_path):
     """The second time that one asks, by Ctrl + Enter."""
     does = SUBMIT + 'await hold(); $("mode").value = "text"; sides[1].model.value = "base";'
-    does += '$("prompt").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", ctrlKey: true}));'
+    does += (
+        '$("prompt").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", ctrlKey: true}));'
+    )
     with serving(model) as server:
-        waits = [lambda count=count: server.guard.metrics.finished.total() == count for count in (2, 4)]
+        waits = [
+            lambda count=count: server.guard.metrics.finished.total() == count for count in (2, 4)
+        ]
         page = chromium(driven(server, "", 12, does, *waits), tmp_path, "--dump-dom")
     wanted = alone(build(adapters=2), Ask(tokenizer().encode(PROMPT), None, 12)).replace("\r", "\n")
     assert [html.unescape(answer) for answer, *_ in FOUND.findall(page)] == [wanted] * 2
@@ -114,12 +132,17 @@ def test_stop_ends_both_answers(model, tmp_path):
             return both
 
         does = SUBMIT + 'await hold(); $("stop").click();'
-        page = chromium(driven(server, "", 400, does, begun, metrics.finished.total), tmp_path, "--dump-dom")
+        page = chromium(
+            driven(server, "", 400, does, begun, metrics.finished.total), tmp_path, "--dump-dom"
+        )
         wait(lambda: metrics.finished.total() == 2)
         assert metrics.finished == {"left": 2}
         go_on.set()
     assert [found[1:] for found in FOUND.findall(page)] == [("note", "stopped")] * 2
-    assert '<button class="ask" id="ask">' in page and '<button type="button" id="stop" disabled="">' in page
+    assert (
+        '<button class="ask" id="ask">' in page
+        and '<button type="button" id="stop" disabled="">' in page
+    )
 
 
 @needs_browser
@@ -140,7 +163,9 @@ def test_an_error_is_shown(model, tmp_path, limits, message):
 @needs_browser
 @pytest.mark.parametrize("key", [KEY, ""])
 def test_the_key_is_asked_for_where_there_is_one(model, tmp_path, monkeypatch, key):
-    monkeypatch.setattr(middleware, "PUBLIC", (*middleware.PUBLIC, "/driven", *([] if key else ["/hold"])))
+    monkeypatch.setattr(
+        middleware, "PUBLIC", (*middleware.PUBLIC, "/driven", *([] if key else ["/hold"]))
+    )
     with serving(model, token=KEY) as server:
         if not key:
             server.guard.metrics.finished["nobody"] = 2  # nothing is going to be answered
@@ -156,11 +181,17 @@ def test_the_key_is_asked_for_where_there_is_one(model, tmp_path, monkeypatch, k
 def test_nothing_is_cut_at_any_width(model, tmp_path, width):
     """A narrow window puts one side under the other; nothing is wider than the window."""
     probe = "<script>addEventListener('load', () => { document.title = document.documentElement.scrollWidth + ' ' + "
-    probe += "sides.map(s => Math.round(s.answer.getBoundingClientRect().left)).join(' '); });</script>"
+    probe += (
+        "sides.map(s => Math.round(s.answer.getBoundingClientRect().left)).join(' '); });</script>"
+    )
     (tmp_path / "page.html").write_text(PAGE + probe)
-    shown = chromium((tmp_path / "page.html").as_uri(), tmp_path, f"--window-size={width},900", "--dump-dom")
+    shown = chromium(
+        (tmp_path / "page.html").as_uri(), tmp_path, f"--window-size={width},900", "--dump-dom"
+    )
     found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", shown)
     assert found, shown[:500]
     wide, left, right = map(int, found.groups())
-    assert wide <= max(width, 500)  # no window of headless Chromium is narrower where it prints the page
+    assert wide <= max(
+        width, 500
+    )  # no window of headless Chromium is narrower where it prints the page
     assert (left < right) == (width == 1280)

@@ -1,8 +1,9 @@
 """Proves that the server and its /openapi.json say the same of every request that schemathesis can make of the schema:
-what it allows is answered, what it forbids is refused with a documented status and body, and nothing is an error 500.
+what it allows is answered, what it forbids is refused with a documented status and body, and
+nothing is an error 500.
 
-A schema cannot say how many tokens a text has, or which two fields do not go together: such refusals are told apart by
-their words.
+A schema cannot say how many tokens a text has, or which two fields do not go together: such
+refusals are told apart by their words.
 """
 
 import re
@@ -17,8 +18,12 @@ from schemathesis.openapi.checks import RejectedPositiveData
 from helpers.served import build, serving
 
 LIMITS = {"max_tokens": 2, "max_length": 64, "waiting": 500, "batch_size": 16}
-QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
-BEYOND = re.compile("exceed the 64|gives at most 2|differ: give one|only with stream|each from 0 to|chat template")
+QUICK = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck]
+)
+BEYOND = re.compile(
+    "exceed the 64|gives at most 2|differ: give one|only with stream|each from 0 to|chat template"
+)
 
 
 @pytest.mark.slow
@@ -26,7 +31,9 @@ BEYOND = re.compile("exceed the 64|gives at most 2|differ: give one|only with st
 def test_the_server_does_what_its_schema_says(mode):
     answers = []
     with serving(build(adapters=2), **LIMITS) as server:
-        for found in schemathesis.openapi.from_url(f"{server.url}/openapi.json").get_all_operations():
+        for found in schemathesis.openapi.from_url(
+            f"{server.url}/openapi.json"
+        ).get_all_operations():
             operation = found.ok()
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
                 continue  # takes nothing that could be wrong
@@ -41,10 +48,18 @@ def test_the_server_does_what_its_schema_says(mode):
                 try:
                     case.validate_response(answer)
                 except FailureGroup as group:
-                    wrong = [one for one in group.exceptions if not isinstance(one, RejectedPositiveData)]
+                    wrong = [
+                        one for one in group.exceptions if not isinstance(one, RejectedPositiveData)
+                    ]
                     if wrong or not BEYOND.search(answer.text):
                         raise
 
             ask()
     assert not any(answer.status_code >= 500 for answer in answers)
-    assert sum(answer.status_code == (200 if mode == GenerationMode.POSITIVE else 400) for answer in answers) > 10
+    assert (
+        sum(
+            answer.status_code == (200 if mode == GenerationMode.POSITIVE else 400)
+            for answer in answers
+        )
+        > 10
+    )

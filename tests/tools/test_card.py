@@ -30,12 +30,25 @@ def read(folder) -> tuple[dict, dict[str, str], str]:
     text = (folder / "README.md").read_text()
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
     assert front
-    return yaml.safe_load(front[1]), dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, flags=re.M)), text
+    return (
+        yaml.safe_load(front[1]),
+        dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, flags=re.M)),
+        text,
+    )
 
 
 def result(**fields):
-    nothing = dict.fromkeys(("tokens_per_second", "seconds", "peak_memory_bytes", "checkpoint", "best_step", "log"))
-    known = {"steps": 30, "loss": 1.5, "eval_loss": None, "tokens": 12345, "interrupted": False, "losses": []}
+    nothing = dict.fromkeys(
+        ("tokens_per_second", "seconds", "peak_memory_bytes", "checkpoint", "best_step", "log")
+    )
+    known = {
+        "steps": 30,
+        "loss": 1.5,
+        "eval_loss": None,
+        "tokens": 12345,
+        "interrupted": False,
+        "losses": [],
+    }
     return ml.TrainResult(**nothing | known | {"evals": [], "metrics": {}} | fields)
 
 
@@ -44,10 +57,14 @@ def result(**fields):
 
 def test_an_adapters_card_says_what_its_files_and_figures_hold(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    scores = ml.Scores(n=4, tokens=9, loss=0.5, perplexity=math.exp(0.5), answers=4, exact_match=0.75)
+    scores = ml.Scores(
+        n=4, tokens=9, loss=0.5, perplexity=math.exp(0.5), answers=4, exact_match=0.75
+    )
     given = {"dataset": tmp_path / "rows.jsonl", "license": "apache-2.0"}
     assert (
-        ml.write_model_card(folder, result(), scores, {"JSON | valid": 1.0, "wrong": 0, "passed": False}, **given)
+        ml.write_model_card(
+            folder, result(), scores, {"JSON | valid": 1.0, "wrong": 0, "passed": False}, **given
+        )
         == folder / "README.md"
     )
     front, rows, text = read(folder)
@@ -94,7 +111,9 @@ def test_a_base_s_own_weight_beside_its_adapter_has_not_trained(folder):
     base = {"base_model.model.lm_head.base_layer.weight": torch.zeros(97, 64)}
     write_tensors(folder / "adapter_model.safetensors", tensors | base)
     trained = sum(tensor.numel() for tensor in tensors.values())
-    assert read(ml.write_model_card(folder).parent)[1]["numbers that were trained"] == f"{trained:,}"
+    assert (
+        read(ml.write_model_card(folder).parent)[1]["numbers that were trained"] == f"{trained:,}"
+    )
 
 
 def test_a_models_card(tmp_path):
@@ -102,7 +121,11 @@ def test_a_models_card(tmp_path):
     ml.write_model_card(tmp_path, base_model="tiny/llama")
     front, rows, _ = read(tmp_path)
     assert front == {
-        **{"library_name": "transformers", "base_model": "tiny/llama", "pipeline_tag": "text-generation"},
+        **{
+            "library_name": "transformers",
+            "base_model": "tiny/llama",
+            "pipeline_tag": "text-generation",
+        },
         "tags": ["minilora"],
     }
     assert rows["architectures"] == "LlamaForCausalLM" and rows["values"].startswith("F32 ")
@@ -128,12 +151,18 @@ def test_what_is_not_known_is_not_there(folder):
     """No base on the Hub, no data, no figures: no field and no section for them. A path of this machine stays here."""
     config = folder / "adapter_config.json"
     config.write_text(
-        config.read_text().replace('"tiny/llama"', '"/models/secret/base"').replace("CAUSAL_LM", "SEQ_CLS")
+        config.read_text()
+        .replace('"tiny/llama"', '"/models/secret/base"')
+        .replace("CAUSAL_LM", "SEQ_CLS")
     )
     ml.write_model_card(folder)
     front, _, text = read(folder)
     assert front == {"library_name": "peft", "tags": ["lora", "minilora"]}
-    assert re.findall("^#+ (.*)", text, flags=re.M) == ["A LoRA adapter for `base`, a local model", "What it is", "Use"]
+    assert re.findall("^#+ (.*)", text, flags=re.M) == [
+        "A LoRA adapter for `base`, a local model",
+        "What it is",
+        "Use",
+    ]
     assert "secret" not in text and "None" not in text
 
 
@@ -147,7 +176,12 @@ def test_the_card_follows_the_files(folder):
 
 
 @pytest.mark.parametrize(
-    "edit", [lambda text: "# Mine\n", lambda text: text.replace("adapter", "Adapter"), lambda text: text + "x"]
+    "edit",
+    [
+        lambda text: "# Mine\n",
+        lambda text: text.replace("adapter", "Adapter"),
+        lambda text: text + "x",
+    ],
 )
 def test_a_card_of_somebody_else_is_kept(folder, edit):
     ml.write_model_card(folder)

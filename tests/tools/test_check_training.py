@@ -1,6 +1,7 @@
 """The self-test passes where training is right, and each of its checks fails where that one thing is broken.
 
-Oracle: models broken on purpose. `moved` has no broken model: a B without a gradient stops training at step 1 before.
+Oracle: models broken on purpose. `moved` has no broken model: a B without a gradient stops training
+at step 1 before.
 """
 
 import pytest
@@ -13,7 +14,11 @@ from minilora.training import run
 
 
 def failed(model, **options):
-    return {check.name for check in check_training(model, Letters(), **options).checks if not check.passed}
+    return {
+        check.name
+        for check in check_training(model, Letters(), **options).checks
+        if not check.passed
+    }
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
@@ -27,13 +32,17 @@ def test_a_sound_model_passes_and_is_as_it_was(kind):
     assert report.passed, report
     assert "FAILED" not in str(report) and len(report.checks) == str(report).count("ok ")
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(value, after[name]) for name, value in before.items()
+    )
     assert wanted == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_what_depends_on_the_batch_is_found():
     model = llama()
-    model.model.norm.register_forward_hook(lambda module, inputs, out: out + 0.1 * out.mean(0, keepdim=True))
+    model.model.norm.register_forward_hook(
+        lambda module, inputs, out: out + 0.1 * out.mean(0, keepdim=True)
+    )
     assert failed(model) == {"split", "eval"}
 
 
@@ -69,12 +78,18 @@ def test_a_matrix_that_did_not_move_is_found(monkeypatch):
     real = run.new_optimizer
 
     def forgetful(model, parameters, config):
-        return real(model, {name: p for name, p in parameters.items() if "layers.1." not in name}, config)
+        return real(
+            model, {name: p for name, p in parameters.items() if "layers.1." not in name}, config
+        )
 
     monkeypatch.setattr(run, "new_optimizer", forgetful)
     report = check_training(llama(), Letters())
     (check,) = (check for check in report.checks if not check.passed)
-    assert check.name == "moved" and check.measured == 7 and "model.layers.1.self_attn.q_proj" in check.meaning
+    assert (
+        check.name == "moved"
+        and check.measured == 7
+        and "model.layers.1.self_attn.q_proj" in check.meaning
+    )
 
 
 def test_the_users_rows_are_used():

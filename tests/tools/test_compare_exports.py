@@ -1,8 +1,9 @@
 """Proves that `compare_exports` holds every form of a trained model against training: forms that only round pass in
-fp32, and a fault put into any one of them (its weights, its tokenizer, its cache) makes that one the first different
-stage.
+fp32, and a fault put into any one of them (its weights, its tokenizer, its cache) makes that one
+the first different stage.
 
-Oracle: KL and top-1 by their definition. Errors: no rows, rows without an answer, options that mean nothing.
+Oracle: KL and top-1 by their definition. Errors: no rows, rows without an answer, options that mean
+nothing.
 """
 
 import json
@@ -16,10 +17,22 @@ from helpers.chats import furnish
 from minilora.cli.main import main
 from minilora.models.padded_batch import Context
 from minilora.tools import compare_exports as module
-from minilora.tools.compare_exports import STAGES, Answer, _compare, _logits, _served, compare_exports
+from minilora.tools.compare_exports import (
+    STAGES,
+    Answer,
+    _compare,
+    _logits,
+    _served,
+    compare_exports,
+)
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"{a} plus {b}"}, {"role": "assistant", "content": f"{a + b} " * b}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"{a} plus {b}"},
+            {"role": "assistant", "content": f"{a + b} " * b},
+        ]
+    }
     for a in range(2)
     for b in range(1, 4)
 ]
@@ -59,7 +72,8 @@ def test_figures_are_their_definitions():
     assert stage.kl == pytest.approx(kl, rel=1e-5) and stage.difference == p.abs().max().item()
     assert stage.top1 == (p.argmax(-1) == 0).float().mean().item() and stage.verdict == "different"
     assert (
-        _compare("x", p, p + 1e-4, 0.01).verdict == "rounded" and _compare("x", p, p.clone(), 0.01).verdict == "equal"
+        _compare("x", p, p + 1e-4, 0.01).verdict == "rounded"
+        and _compare("x", p, p.clone(), 0.01).verdict == "equal"
     )
 
 
@@ -68,7 +82,9 @@ def test_logits_are_those_after_each_token_of_an_answer(place):
     answers = [Answer([1, 2, 3], [4, 5]), Answer([6], [7])]
     found = _logits(model, answers)
     whole = model(torch.tensor([[1, 2, 3, 4]]))[0]  # (T, V)
-    torch.testing.assert_close(found, torch.cat([whole[2:], model(torch.tensor([[6]]))[0]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, torch.cat([whole[2:], model(torch.tensor([[6]]))[0]]), rtol=1e-5, atol=1e-5
+    )
 
 
 # ---- forms that only round
@@ -78,7 +94,9 @@ def test_every_form_of_a_dense_model_is_there_and_rounds(place):
     report, stages = compared(place)
     assert tuple(stages) == STAGES
     for name in ("merged", "merged folder", "gguf", "served"):
-        assert stages[name].verdict in ("equal", "rounded") and stages[name].kl < 1e-9, stages[name]  # fp32
+        assert stages[name].verdict in ("equal", "rounded") and stages[name].kl < 1e-9, stages[
+            name
+        ]  # fp32
     # NF4 is 9 % off in every weight: not what was trained
     assert stages["4 bits"].verdict == "different" and report.first is stages["4 bits"]
     assert "minilora merge measures it" in stages["4 bits"].note and not stages["merged"].note
@@ -103,10 +121,14 @@ def answers_of(place, rows: int) -> list[Answer]:
 def test_a_fault_is_found_where_it_is(place, stage, monkeypatch):
     """ΔW left out of the merge, of what is read back, of the served rows."""
     if stage == "merged":
-        monkeypatch.setattr(module, "merge", lambda model: ml.load_model(place / "model", dtype="float32"))
+        monkeypatch.setattr(
+            module, "merge", lambda model: ml.load_model(place / "model", dtype="float32")
+        )
     elif stage == "served":
         monkeypatch.setattr(
-            module, "per_row_adapters", lambda model, names: ml.per_row_adapters(model, [None] * len(names))
+            module,
+            "per_row_adapters",
+            lambda model, names: ml.per_row_adapters(model, [None] * len(names)),
         )
     else:
         real, wanted = module.load_model, {"merged folder": "merged", "gguf": "model.gguf"}[stage]
@@ -128,7 +150,9 @@ def test_another_tokenizer_in_a_form_is_found(place, monkeypatch):
     def other(path):
         tokenizer = real(path)
         if str(path).endswith(".gguf"):
-            tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+            tokenizer.chat_template = tokenizer.chat_template.replace(
+                "<|im_start|>", "<|im_start|> "
+            )
         return tokenizer
 
     monkeypatch.setattr(module, "load_tokenizer", other)
@@ -141,7 +165,9 @@ def test_a_wrong_cache_is_found(place, monkeypatch):
     model = ml.load_model(place / "model", dtype="float32")
     ml.load_adapter(model, place / "adapter")
     answers = answers_of(place, 3)
-    torch.testing.assert_close(_served(model, answers), _logits(model, answers), rtol=1e-4, atol=1e-4)  # fp32 sums
+    torch.testing.assert_close(
+        _served(model, answers), _logits(model, answers), rtol=1e-4, atol=1e-4
+    )  # fp32 sums
     real = Context.extend
 
     def late(self, rows):
@@ -149,7 +175,10 @@ def test_a_wrong_cache_is_found(place, monkeypatch):
         return real(self, rows)
 
     monkeypatch.setattr(Context, "extend", late)
-    assert _compare("served", _logits(model, answers), _served(model, answers), 1e-6).verdict == "different"
+    assert (
+        _compare("served", _logits(model, answers), _served(model, answers), 1e-6).verdict
+        == "different"
+    )
 
 
 # ---- what is left out, and what is refused
@@ -169,11 +198,21 @@ def test_rows_that_cannot_be_compared(place):
         compared(place, rows=0)
     question, answer = ROWS[0]["messages"]
     with pytest.raises(ValueError, match="row 1: no assistant turn to train on"):
-        compare_exports(place / "model", place / "adapter", [ROWS[0], {"messages": [question, answer | {"weight": 0}]}])
+        compare_exports(
+            place / "model",
+            place / "adapter",
+            [ROWS[0], {"messages": [question, answer | {"weight": 0}]}],
+        )
 
 
 def test_the_command_prints_the_report_and_says_by_its_status(place, capsys):
-    run = ["compare-exports", str(place / "model"), str(place / "rows.jsonl"), "--adapter", str(place / "adapter")]
+    run = [
+        "compare-exports",
+        str(place / "model"),
+        str(place / "rows.jsonl"),
+        "--adapter",
+        str(place / "adapter"),
+    ]
     assert main([*run, "--dtype", "float32", "--rows", "2"]) == 1
     assert "first different: 4 bits" in capsys.readouterr().out
     assert main([*run, "--dtype", "float32", "--rows", "2", "--tolerance", "100"]) == 0

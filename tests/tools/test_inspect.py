@@ -18,9 +18,14 @@ def write_adapter(folder, *updates, **config):
     folder.mkdir(exist_ok=True)
     tensors = {}
     for i, (A, B) in enumerate(updates):
-        tensors |= {f"base_model.model.{i}.lora_A.weight": A.clone(), f"base_model.model.{i}.lora_B.weight": B}
+        tensors |= {
+            f"base_model.model.{i}.lora_A.weight": A.clone(),
+            f"base_model.model.{i}.lora_B.weight": B,
+        }
     write_tensors(folder / "adapter_model.safetensors", tensors, {"note": "made by hand"})
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8, "r": 4} | config))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "lora_alpha": 8, "r": 4} | config)
+    )
     return folder
 
 
@@ -34,26 +39,40 @@ PATTERNS = {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"up_proj": 2}}
 def test_spectra_are_those_of_pefts_dense_update(tmp_path, options):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj", "embed_tokens"], **options)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "up_proj", "embed_tokens"], **options
+    )
     config.init_lora_weights = False
     model = get_peft_model(tiny.oracle(), config)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     found = inspect(tmp_path)
-    assert found.kind == "adapter" and found.facts["lora_alpha"] == 6 and len(found.layers) == 2 * 3 + 1
+    assert (
+        found.kind == "adapter"
+        and found.facts["lora_alpha"] == 6
+        and len(found.layers) == 2 * 3 + 1
+    )
     for name, figures in found.layers.items():
         delta = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").double()
         sigma = torch.linalg.svdvals(delta)
         p = sigma / sigma.sum()
-        assert figures["norm"] == pytest.approx(delta.norm().item(), rel=1e-5)  # PEFT multiplies in fp32
-        assert figures["stable rank"] == pytest.approx((delta.norm() ** 2 / sigma[0] ** 2).item(), rel=1e-5)
-        assert figures["effective rank"] == pytest.approx(math.exp(torch.special.entr(p).sum().item()), rel=1e-3)
+        assert figures["norm"] == pytest.approx(
+            delta.norm().item(), rel=1e-5
+        )  # PEFT multiplies in fp32
+        assert figures["stable rank"] == pytest.approx(
+            (delta.norm() ** 2 / sigma[0] ** 2).item(), rel=1e-5
+        )
+        assert figures["effective rank"] == pytest.approx(
+            math.exp(torch.special.entr(p).sum().item()), rel=1e-3
+        )
         assert figures["rank"] == (2 if "up_proj" in name and "rank_pattern" in options else 4)
 
 
 def test_gguf_kinds_are_those_of_the_gguf_package():
     import gguf
 
-    assert all(gguf.GGMLQuantizationType(number).name == name for number, name in GGUF_KINDS.items())
+    assert all(
+        gguf.GGMLQuantizationType(number).name == name for number, name in GGUF_KINDS.items()
+    )
 
 
 def test_a_gguf_file(tmp_path, capsys):
@@ -81,7 +100,9 @@ def test_a_model_folder_in_16_and_in_4_bits(tmp_path):
     reference = tiny.save(tmp_path / "dense", dtype=torch.bfloat16)
     found = inspect(tmp_path / "dense")
     assert found.kind == "model" and found.facts["architectures"] == ["LlamaForCausalLM"]
-    assert found.tensors == {name: ("BF16", tuple(t.shape)) for name, t in reference.state_dict().items()}
+    assert found.tensors == {
+        name: ("BF16", tuple(t.shape)) for name, t in reference.state_dict().items()
+    }
     assert found.facts["quantisation"] == "none" and found.facts["hidden_size"] == 64
     assert found.facts["bytes"] == f"{(tmp_path / 'dense/model.safetensors').stat().st_size:,}"
     assert found.facts["values"] == f"BF16 {sum(p.numel() for p in reference.parameters()):,}"
@@ -96,7 +117,9 @@ def test_a_model_folder_in_16_and_in_4_bits(tmp_path):
     found = inspect(tmp_path / "four")
     assert found.facts["quantisation"] == "bitsandbytes, 1 weights in nf4"
     assert "1 × model.layers.*.mlp.up_proj.weight.quant_state.bitsandbytes__nf4" in str(found)
-    (tmp_path / "four" / "config.json").write_text(json.dumps({"quantization_config": "bitsandbytes"}))
+    (tmp_path / "four" / "config.json").write_text(
+        json.dumps({"quantization_config": "bitsandbytes"})
+    )
     assert inspect(tmp_path / "four").facts["quantisation"] == "none, 1 weights in nf4"
 
 
@@ -108,7 +131,9 @@ def test_only_the_files_that_are_the_model_count(tmp_path):
     assert inspect(tmp_path) == expected
     name, (_, shape) = next(iter(expected.tensors.items()))
     write_tensors(tmp_path / "model-00001-of-00099.safetensors", {name: torch.zeros(shape)})
-    with pytest.raises(ValueError, match=f"{name} is in both .*00099.safetensors.*remove the stale file"):
+    with pytest.raises(
+        ValueError, match=f"{name} is in both .*00099.safetensors.*remove the stale file"
+    ):
         inspect(tmp_path)
     write_tensors(tmp_path / "model.safetensors", {"one": torch.zeros(2)})
     assert [*inspect(tmp_path).tensors] == ["one"]  # as load_model
@@ -123,27 +148,42 @@ def test_angles_are_the_ones_built_in(tmp_path):
     turned = math.cos(math.pi / 6) * e[:, 0] + math.sin(math.pi / 6) * e[:, 5]
     mixing = torch.randn(2, 2)  # a basis of the same space is the same space
     first = write_adapter(tmp_path / "a", (e[:2], e[:, :2]))
-    second = write_adapter(tmp_path / "b", (e[2:4], torch.stack([turned, e[:, 1]], 1) @ mixing), (e[:2], e[:, :2]))
+    second = write_adapter(
+        tmp_path / "b", (e[2:4], torch.stack([turned, e[:, 1]], 1) @ mixing), (e[:2], e[:, :2])
+    )
     found = inspect(first, second)
     angles = found.layers["0"]
-    assert angles == pytest.approx({"columns min°": 0, "columns max°": 30, "rows min°": 90, "rows max°": 90}, abs=1e-4)
+    assert angles == pytest.approx(
+        {"columns min°": 0, "columns max°": 30, "rows min°": 90, "rows max°": 90}, abs=1e-4
+    )
     assert found.facts == {"layers of both": 1, "layers of one": 1}
     assert "columns max°" in str(found) and isinstance(found, Inspection)
 
 
 def test_a_lower_rank_and_a_zero_update_count_as_what_they_are(tmp_path):
-    A, B = torch.randn(4, 16), torch.randn(12, 2) @ torch.randn(2, 4)  # of rank 2 but for rounding in fp32
+    A, B = (
+        torch.randn(4, 16),
+        torch.randn(12, 2) @ torch.randn(2, 4),
+    )  # of rank 2 but for rounding in fp32
     folder = write_adapter(tmp_path / "a", (A, B), (A, torch.zeros(12, 4)), lora_alpha=4)
     layers = inspect(folder).layers
-    assert layers["0"]["rank"] == 2 and layers["0"]["norm"] == pytest.approx((B @ A).norm().item(), rel=1e-5)
+    assert layers["0"]["rank"] == 2 and layers["0"]["norm"] == pytest.approx(
+        (B @ A).norm().item(), rel=1e-5
+    )
     assert layers["1"] == {"norm": 0.0, "rank": 0, "stable rank": 0.0, "effective rank": 0.0}
     angles = inspect(folder, folder).layers
-    assert angles["0"]["rows max°"] == pytest.approx(0, abs=1e-4) and math.isnan(angles["1"]["rows max°"])
-    many = write_adapter(tmp_path / "m", *((torch.randn(4, 16), torch.randn(12, 4)) for _ in range(50)))
+    assert angles["0"]["rows max°"] == pytest.approx(0, abs=1e-4) and math.isnan(
+        angles["1"]["rows max°"]
+    )
+    many = write_adapter(
+        tmp_path / "m", *((torch.randn(4, 16), torch.randn(12, 4)) for _ in range(50))
+    )
     for found in inspect(many, many).layers.values():  # cosines of 1 and an ulp are 0° too
         assert [*found.values()] == pytest.approx([0] * 4, abs=1e-4)
     equal = write_adapter(tmp_path / "e", (torch.eye(16)[:4], torch.eye(12)[:, :4]))
-    assert inspect(equal).layers["0"] == pytest.approx({"norm": 4, "rank": 4, "stable rank": 4, "effective rank": 4})
+    assert inspect(equal).layers["0"] == pytest.approx(
+        {"norm": 4, "rank": 4, "stable rank": 4, "effective rank": 4}
+    )
     assert inspect(equal).facts["metadata note"] == "made by hand"
 
 
@@ -163,7 +203,10 @@ def test_what_is_nothing_says_what_was_expected(tmp_path, capsys):
     with pytest.raises(ValueError, match="damaged or cut off"):
         inspect(tmp_path)
     A, B = torch.randn(4, 16), torch.randn(12, 4)
-    folder, narrow = write_adapter(tmp_path / "a", (A, B)), write_adapter(tmp_path / "n", (A[:, :8], B))
+    folder, narrow = (
+        write_adapter(tmp_path / "a", (A, B)),
+        write_adapter(tmp_path / "n", (A[:, :8], B)),
+    )
     with pytest.raises(ValueError, match="different bases: 16 rows in the first, 8 in the second"):
         inspect(folder, narrow)
     with pytest.raises(ValueError, match="no A that fits"):
@@ -173,6 +216,8 @@ def test_what_is_nothing_says_what_was_expected(tmp_path, capsys):
     write_tensors(tmp_path / "c" / "adapter_model.safetensors", {"w": torch.zeros(1)})
     with pytest.raises(ValueError, match="holds no lora_B"):
         inspect(tmp_path / "c")
-    write_tensors(tmp_path / "c" / "adapter_model.safetensors", {"x.lora_A.weight": A, "x.lora_B.weight": B})
+    write_tensors(
+        tmp_path / "c" / "adapter_model.safetensors", {"x.lora_A.weight": A, "x.lora_B.weight": B}
+    )
     with pytest.raises(ValueError, match="no layer in common"):
         inspect(folder, tmp_path / "c")

@@ -1,8 +1,8 @@
 """Proves that a memory plan is what the code takes: weights and states to the byte, a step as it really runs.
 
-The oracle of the static parts is a loaded model and a real optimiser; that of the step is the same step on real
-tensors, every layer of it, under a meter that only counts. benchmarks/training/plan_check.py holds it against the
-process.
+The oracle of the static parts is a loaded model and a real optimiser; that of the step is the same
+step on real tensors, every layer of it, under a meter that only counts.
+benchmarks/training/plan_check.py holds it against the process.
 """
 
 import resource
@@ -41,7 +41,10 @@ LORAS = {
 
 def with_slow(fast: list[tuple], every: list[tuple]) -> list:
     """The fast cases first. The other cases of `every` are slow."""
-    return [*fast, *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in fast)]
+    return [
+        *fast,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in fast),
+    ]
 
 
 def loaded(folder: Path, lora: ml.LoRAConfig | None, **how) -> torch.nn.Module:
@@ -57,7 +60,11 @@ def is_static(plan: ml.MemoryPlan, model: torch.nn.Module, config: ml.TrainConfi
     """The plan's weights and states are those of `model`, which this trains for a step."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     originals = lora_configs(model).parts.originals.values()
-    kept = sum(p.nbytes for part in originals for p in ([part] if isinstance(part, Tensor) else part.parameters()))
+    kept = sum(
+        p.nbytes
+        for part in originals
+        for p in ([part] if isinstance(part, Tensor) else part.parameters())
+    )
     packed, scales = sum(m.packed.nbytes for m in layers), sum(m.weight.nbytes for m in layers)
     scales -= sum(m.weight.packed.nbytes for m in layers)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -87,7 +94,10 @@ FAMILIES = with_slow(
     [(kind, how) for kind in ("tied", "biases", "gemma3") for how in HOWS],
 )
 ADAPTERS = with_slow(
-    [("adamw_8bit", "all"), *(("adamw_torch", name) for name in ("two layers", "a pattern", "biases", "a head"))],
+    [
+        ("adamw_8bit", "all"),
+        *(("adamw_torch", name) for name in ("two layers", "a pattern", "biases", "a head")),
+    ],
     [(optim, name) for optim in OPTIMS for name in LORAS],
 )
 
@@ -107,7 +117,9 @@ def test_weights_and_states_of_every_adapter(optim: str, name: str, tmp_path: Pa
     is_static(plan, loaded(tmp_path, LORAS[name], quantize="nf4"), config)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", pytest.param("adamw_8bit", marks=pytest.mark.slow)]
+)
 def test_weights_and_states_of_full_fine_tuning(optim: str, tmp_path: Path):
     save(tmp_path, **KINDS["tied"])
     config = replace(SMALL, method="full", optim=optim)
@@ -120,7 +132,9 @@ def test_a_loaded_model_says_what_is_planned(tmp_path: Path):
     asked = ml.plan_memory(tmp_path, QV, SMALL, quantize="nf4", blocksize=128, dtype="float32")
     assert ml.plan_memory(model, config=SMALL) == asked
     config = {"model_type": "llama", **model.config.to_hf()}
-    assert ml.plan_memory(config, QV, SMALL, quantize="nf4", blocksize=128, dtype="float32") == asked
+    assert (
+        ml.plan_memory(config, QV, SMALL, quantize="nf4", blocksize=128, dtype="float32") == asked
+    )
 
 
 # ---- oracle: a step
@@ -161,8 +175,12 @@ def really(model: torch.nn.Module, config: ml.TrainConfig, autocast: bool) -> in
 
 
 ACCUMULATED = {"adamw_torch": 1, "adamw_8bit": 3}  # optimiser -> micro-batches of a step
-FULL_MATRIX = [("llama", lora, checkpointing) for lora in ("full", *LORAS) for checkpointing in (False, True)]
-FULL_MATRIX += [(kind, lora, False) for kind in ("qwen3 window between", "gemma3") for lora in ("full", "all")]
+FULL_MATRIX = [
+    ("llama", lora, checkpointing) for lora in ("full", *LORAS) for checkpointing in (False, True)
+]
+FULL_MATRIX += [
+    (kind, lora, False) for kind in ("qwen3 window between", "gemma3") for lora in ("full", "all")
+]
 STEPS = with_slow(
     [
         ("llama", "all", False, "adamw_8bit"),
@@ -175,25 +193,38 @@ STEPS = with_slow(
 
 
 @pytest.mark.parametrize("kind, name, checkpointing, optim", STEPS)
-def test_a_step_is_what_really_runs(kind: str, name: str, checkpointing: bool, optim: str, tmp_path: Path):
+def test_a_step_is_what_really_runs(
+    kind: str, name: str, checkpointing: bool, optim: str, tmp_path: Path
+):
     lora = LORAS.get(name)
     save(tmp_path, **KINDS[kind] | {"num_hidden_layers": 3 if kind != "llama" else 12})
-    how = {"optim": optim, "gradient_accumulation_steps": ACCUMULATED[optim], "gradient_checkpointing": checkpointing}
+    how = {
+        "optim": optim,
+        "gradient_accumulation_steps": ACCUMULATED[optim],
+        "gradient_checkpointing": checkpointing,
+    }
     config = replace(SMALL, **how, **({} if lora else {"method": "full", "bf16": True}))
     bits = {"quantize": "nf4"} if lora else {}
     plan = ml.plan_memory(tmp_path, lora, config, dtype="float32", **bits)
     step = plan.gradients + plan.activations + plan.workspace + plan.logits
     with ThreadPoolExecutor(1) as thread:  # buffers that are kept a thread begin anew
         measured = thread.submit(really, loaded(tmp_path, lora, **bits), config, not lora).result()
-    # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head sees; and small
-    # tables that are kept count here when first seen. One more (B, T, D) a layer would be 6 %
+    # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head
+    # sees; and small tables that are kept count here when first seen. One more (B, T, D) a layer
+    # would be 6 %
     assert abs(step - measured) <= 0.04 * measured, (plan, measured)
 
 
 # ---- property: a step is walked once, and what is kept is bounded
 
 
-SHAPE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+}
 SHAPE |= {"num_attention_heads": 4}
 BASE = {"model": SHAPE, "lora": ALL, "config": SMALL, "quantize": "nf4", "dtype": "float32"}
 OTHERS = {  # questions whose steps take other memory
@@ -238,7 +269,9 @@ def walks(monkeypatch) -> list[ml.TrainConfig]:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Steps that hold nothing, for who counts walks only. Asked for before `walks`."""
-    monkeypatch.setattr(planner, "step", lambda model, config: ([("head", Stretch(0, 0, 0, {}))], 0))
+    monkeypatch.setattr(
+        planner, "step", lambda model, config: ([("head", Stretch(0, 0, 0, {}))], 0)
+    )
 
 
 def test_what_is_remembered_is_what_a_walk_finds(walks: list):
@@ -295,7 +328,12 @@ print([thing for thing in gc.get_objects() if type(thing) is FakeTensor])
 
 def test_a_large_model_takes_seconds_and_no_memory(walks: list):
     """Llama-3-8B's shape: processor seconds, of which about one is needed; a busy machine may double them."""
-    shape = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+    }
     shape |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = ml.plan_memory(shape, ALL, SMALL, quantize="nf4", dtype="bfloat16")

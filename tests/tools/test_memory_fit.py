@@ -1,6 +1,7 @@
 """Proves what is said about cards: the last value that fits, the changes that fit, the worked examples, the shortage.
 
-The worked examples are Llama's own sizes, written here; figures that texts quote about them come from these plans.
+The worked examples are Llama's own sizes, written here; figures that texts quote about them come
+from these plans.
 """
 
 import json
@@ -25,19 +26,32 @@ from minilora.tools.memory_plan.shortage import explain
 
 ALL = ml.LoRAConfig(r=16, target_modules="all-linear")
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5}
-LLAMA_7B = LLAMA | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+LLAMA_7B = LLAMA | {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+}
 LLAMA_7B |= {"num_attention_heads": 32, "max_position_embeddings": 4096}
 LLAMA_65B = LLAMA_7B | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80}
 LLAMA_65B |= {"num_attention_heads": 64, "max_position_embeddings": 2048}
 LLAMA_3_8B = LLAMA_7B | {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
 LLAMA_3_8B |= {"max_position_embeddings": 8192, "rope_theta": 500000.0}
-TINY = {"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+}
 TINY |= {"num_attention_heads": 4, "max_position_embeddings": 256}
 ONE = ml.TrainConfig(per_device_train_batch_size=1, max_length=512, gradient_checkpointing=True)
 
 
 def plan(shape: dict, config: ml.TrainConfig = ONE, **how) -> ml.MemoryPlan:
-    return ml.plan_memory(shape, how.pop("lora", ALL), config, **{"dtype": "bfloat16", "quantize": "nf4"} | how)
+    return ml.plan_memory(
+        shape, how.pop("lora", ALL), config, **{"dtype": "bfloat16", "quantize": "nf4"} | how
+    )
 
 
 # ---- oracle: worked examples
@@ -55,15 +69,26 @@ def test_what_llama_3_8b_trains_at_rank_16(targets, trainable: int):
     found = plan(LLAMA_3_8B, lora=ml.LoRAConfig(r=16, target_modules=targets))
     assert found.trainable == trainable
     assert found.adapters == 4 * trainable  # fp32 masters
-    assert 0 <= found.optimizer - 8 * trainable < 4 * 2 * 32 * 7 + 1  # two moments, and a count for each tensor
+    assert (
+        0 <= found.optimizer - 8 * trainable < 4 * 2 * 32 * 7 + 1
+    )  # two moments, and a count for each tensor
 
 
 def test_7b_on_6_16_and_24_gb():
     """4 bits on 6 GB; 16 bits on 16 with checkpointing; on 24 without, at this length; every parameter on none."""
-    assert plan(LLAMA_7B).total < parse_bytes("6GB") < plan(LLAMA_7B, quantize=None).total < parse_bytes("16GB")
-    assert plan(LLAMA_7B, replace(ONE, gradient_checkpointing=False), quantize=None).total < parse_bytes("24GB")
+    assert (
+        plan(LLAMA_7B).total
+        < parse_bytes("6GB")
+        < plan(LLAMA_7B, quantize=None).total
+        < parse_bytes("16GB")
+    )
+    assert plan(
+        LLAMA_7B, replace(ONE, gradient_checkpointing=False), quantize=None
+    ).total < parse_bytes("24GB")
     full = ml.plan_memory(LLAMA_7B, config=replace(ONE, method="full", bf16=True))
-    assert full.total > 16 * full.trainable > parse_bytes("100GB")  # 4 weights, 4 gradients, 8 moments
+    assert (
+        full.total > 16 * full.trainable > parse_bytes("100GB")
+    )  # 4 weights, 4 gradients, 8 moments
 
 
 @pytest.mark.slow
@@ -71,12 +96,22 @@ def test_65b_on_48_gb():
     """QLoRA's title: r = 64 on every linear layer, moments in host memory as there (arXiv 2305.14314, §4)."""
     config = replace(ONE, optim="paged_adamw_8bit")
     found = plan(LLAMA_65B, config, lora=replace(ALL, r=64))
-    assert found.total < parse_bytes("48GB") < plan(LLAMA_65B, config, quantize=None, lora=replace(ALL, r=64)).total
-    assert found.optimizer == 0 < plan(LLAMA_65B, replace(ONE, optim="adamw_8bit"), lora=replace(ALL, r=64)).optimizer
+    assert (
+        found.total
+        < parse_bytes("48GB")
+        < plan(LLAMA_65B, config, quantize=None, lora=replace(ALL, r=64)).total
+    )
+    assert (
+        found.optimizer
+        == 0
+        < plan(LLAMA_65B, replace(ONE, optim="adamw_8bit"), lora=replace(ALL, r=64)).optimizer
+    )
 
 
 def test_paged_moments_are_in_host_memory():
-    paged, kept = (plan(TINY, replace(ONE, optim=optim)) for optim in ("paged_adamw_8bit", "adamw_8bit"))
+    paged, kept = (
+        plan(TINY, replace(ONE, optim=optim)) for optim in ("paged_adamw_8bit", "adamw_8bit")
+    )
     assert paged.optimizer == 0 < kept.optimizer
     assert paged.total < kept.total
 
@@ -84,7 +119,9 @@ def test_paged_moments_are_in_host_memory():
 # ---- property: the inverse
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(-5, 500), st.integers(1, 60))
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(-5, 500), st.integers(1, 60)
+)
 def test_the_largest_that_fits(rises: list[int], limit: int, start: int):
     """Against looking at every one, on lines as crooked as can be."""
     totals = [sum(rises[: n + 1]) for n in range(len(rises))]
@@ -96,12 +133,18 @@ def test_the_largest_that_fits(rises: list[int], limit: int, start: int):
     "name, unit",
     [
         ("max_length", 8),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("per_device_train_batch_size", "r")),
+        *(
+            pytest.param(name, 1, marks=pytest.mark.slow)
+            for name in ("per_device_train_batch_size", "r")
+        ),
     ],
 )
 def test_one_more_does_not_fit(name: str, unit: int):
     found = plan(TINY, replace(ONE, max_length=100))
-    limit = found.changed(**{name: 6 * unit}).total + (found.changed(**{name: 7 * unit}).total - found.total) // 20
+    limit = (
+        found.changed(**{name: 6 * unit}).total
+        + (found.changed(**{name: 7 * unit}).total - found.total) // 20
+    )
     most = found.most(name, limit)
     assert found.changed(**{name: most}).total <= limit < found.changed(**{name: most + unit}).total
     assert found.most(name, 1000) == 0
@@ -115,10 +158,21 @@ def test_no_more_than_there_is():
 
 def test_changes_that_fit_come_smallest_first():
     wide = replace(ALL, r=64)  # moments of fewer than 4,096 numbers stay in fp32
-    found = plan(TINY, ml.TrainConfig(per_device_train_batch_size=8, max_length=256), quantize=None, lora=wide)
+    found = plan(
+        TINY,
+        ml.TrainConfig(per_device_train_batch_size=8, max_length=256),
+        quantize=None,
+        lora=wide,
+    )
     fixes = found.fixes(found.total - 1)
     names = [re.match(r"\w+", words)[0] for words in fixes]
-    assert names == ["per_device_train_batch_size", "gradient_checkpointing", "optim", "quantize", "max_length"]
+    assert names == [
+        "per_device_train_batch_size",
+        "gradient_checkpointing",
+        "optim",
+        "quantize",
+        "max_length",
+    ]
     assert all(other.total < found.total for other in fixes.values())
     assert next(iter(fixes)) == "per_device_train_batch_size=4, gradient_accumulation_steps=2"
     assert not found.fixes(1000)
@@ -135,7 +189,12 @@ def test_parts_add_up_and_are_shown():
 
 
 def test_sizes_are_read():
-    assert [parse_bytes(size) for size in (5, "24GB", "1.5 GiB", "80gb")] == [5, 24 * 10**9, 3 * 2**29, 80 * 10**9]
+    assert [parse_bytes(size) for size in (5, "24GB", "1.5 GiB", "80gb")] == [
+        5,
+        24 * 10**9,
+        3 * 2**29,
+        80 * 10**9,
+    ]
 
 
 # ---- the command line and the picture
@@ -169,12 +228,22 @@ def test_the_page_shows_what_the_command_prints(tmp_path: Path, capsys):
 
 @pytest.mark.strict
 def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(ml.MemoryPlan, "verdict", "")  # no picture shows it; the test above holds what it says
+    monkeypatch.setattr(
+        ml.MemoryPlan, "verdict", ""
+    )  # no picture shows it; the test above holds what it says
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    command = re.search(r"`minilora plan \S+ (.*) --plot docs/plan.svg`", text("docs/LOG.md").replace("\n", " "))
-    assert command and main(["plan", str(tmp_path), *command[1].split(), "--plot", str(tmp_path / "plan.svg")]) == 0
+    command = re.search(
+        r"`minilora plan \S+ (.*) --plot docs/plan.svg`", text("docs/LOG.md").replace("\n", " ")
+    )
+    assert (
+        command
+        and main(["plan", str(tmp_path), *command[1].split(), "--plot", str(tmp_path / "plan.svg")])
+        == 0
+    )
     pictures = ((folder / "plan.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
-    drawn, kept = (re.findall(r'<path d="([^"]*)" clip-path', picture) for picture in pictures)  # bars and the line
+    drawn, kept = (
+        re.findall(r'<path d="([^"]*)" clip-path', picture) for picture in pictures
+    )  # bars and the line
     assert drawn == kept and len(drawn) > 10
 
 
@@ -202,7 +271,9 @@ def train(model: torch.nn.Module, error: Exception, **fields) -> str:
 CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU)], ids=["gpu", "cpu"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU)], ids=["gpu", "cpu"]
+)
 def test_a_shortage_is_explained(error: RuntimeError):
     model = lora()
     note = train(model, error, max_length=64)
@@ -255,7 +326,9 @@ result = ml.train(model, Letters(), rows, ml.TrainConfig(**{"max_steps": 1, "max
 print("steps:", result.steps)
 """
     note = python(code, ROOT / "tests")
-    assert re.search(r"smallest change that fits [\d.]+ GB: (per_device_train_batch_size|max_length)=\d", note), note
+    assert re.search(
+        r"smallest change that fits [\d.]+ GB: (per_device_train_batch_size|max_length)=\d", note
+    ), note
     assert note.endswith("steps: 1\n")
 
 
@@ -278,8 +351,14 @@ def test_the_command_line_prints_the_note(monkeypatch, capsys):
     [
         ({"card": "24 apples"}, "such as 24GB"),
         ({"quantize": "int8"}, "must be None or 'nf4'"),
-        ({"config": ml.TrainConfig(method="full"), "lora": ALL, "quantize": None}, "leave out lora and quantize"),
-        ({"config": ml.TrainConfig(method="full"), "lora": None, "quantize": None}, "keeps weights in fp32"),
+        (
+            {"config": ml.TrainConfig(method="full"), "lora": ALL, "quantize": None},
+            "leave out lora and quantize",
+        ),
+        (
+            {"config": ml.TrainConfig(method="full"), "lora": None, "quantize": None},
+            "keeps weights in fp32",
+        ),
         ({"lora": ml.LoRAConfig(target_modules=["q_prj"])}, "q_proj"),
         ({"shape": {"model_type": "t5"}}, "unknown architecture"),
         ({"shape": "no/such/model.gguf"}, "no folder or .gguf file"),

@@ -1,6 +1,7 @@
 """Proves that planned peaks are measured peaks: SmolLM2 trained in processes of its own, on a CPU or a GPU.
 
-On a CPU this runs benchmarks/training/plan_check.py; on a GPU the same runs against torch.cuda.max_memory_allocated.
+On a CPU this runs benchmarks/training/plan_check.py; on a GPU the same runs against
+torch.cuda.max_memory_allocated.
 """
 
 import json
@@ -21,7 +22,9 @@ def check(*options: str) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads anonymous memory in Linux's way: NOT TESTED here")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads anonymous memory in Linux's way: NOT TESTED here"
+)
 def test_planned_peaks_are_measured_peaks():
     """Within 10 %: of a process, where buffers that kernels make for themselves are not in the plan."""
     for name, run in check().items():

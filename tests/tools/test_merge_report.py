@@ -1,6 +1,6 @@
 """Proves that the merge report measures what merging does: its figures are those of the weights that `merge` makes,
-they show on random matrices what is known of 16-bit and NF4 targets, and the first stage that differs is the one that
-was changed."""
+they show on random matrices what is known of 16-bit and NF4 targets, and the first stage that
+differs is the one that was changed."""
 
 import copy
 from dataclasses import replace
@@ -22,7 +22,8 @@ from minilora.tools.merge_report import SHOWN, first_difference, merge_report
 from tests.lora.test_merge import TOKENS, model_with_adapter
 
 WIDTH, RANK = 512, 8
-# ‖ΔW‖/‖W‖ -> error in bf16 of the dequantised base, onto the original bf16 base, in NF4 again; cosine in NF4 again.
+# ‖ΔW‖/‖W‖ -> error in bf16 of the dequantised base, onto the original bf16 base, in NF4 again;
+# cosine in NF4 again.
 KNOWN = {
     0.003: (0.479, 30.7, 1.15, 0.01),
     0.01: (0.165, 9.2, 1.13, 0.03),
@@ -44,7 +45,9 @@ def layer_with(size: float, quantize: bool = True) -> tuple[nn.Module, nn.Module
     nn.init.normal_(adapter.lora_A)
     nn.init.normal_(adapter.lora_B)
     with torch.no_grad():
-        adapter.lora_B *= size * original[0].weight.float().norm() / (adapter.lora_B @ adapter.lora_A).norm()
+        adapter.lora_B *= (
+            size * original[0].weight.float().norm() / (adapter.lora_B @ adapter.lora_A).norm()
+        )
     return model, original
 
 
@@ -57,7 +60,9 @@ def test_what_is_known_of_merging_is_measured_again(size):
     total = merge_report(model, original).total
     bf16, onto_original, nf4, cosine = KNOWN[size]
     assert total.size == pytest.approx(size, rel=0.01)
-    assert total.error["bfloat16"] == pytest.approx(bf16, rel=0.1)  # the same law on another draw of W
+    assert total.error["bfloat16"] == pytest.approx(
+        bf16, rel=0.1
+    )  # the same law on another draw of W
     assert total.error["original"] == pytest.approx(onto_original, rel=0.1)
     assert total.error["nf4"] == pytest.approx(nf4, rel=0.1)
     assert total.cosine["nf4"] == pytest.approx(cosine, abs=0.05)
@@ -68,14 +73,18 @@ def test_what_is_known_of_merging_is_measured_again(size):
     error = (merge(onto)[0].weight.double() - W - delta).norm() / delta.norm()
     assert total.error["original"] == pytest.approx(error.item(), rel=1e-9)
     # an error at right angles to ΔW: cos = 1 / sqrt(1 + error²)
-    assert total.cosine["bfloat16"] == pytest.approx((1 + total.error["bfloat16"] ** 2) ** -0.5, abs=0.01)
+    assert total.cosine["bfloat16"] == pytest.approx(
+        (1 + total.error["bfloat16"] ** 2) ** -0.5, abs=0.01
+    )
     assert total.error["float32"] < 1e-4 and total.cosine["float32"] > 0.9999
 
 
 @torch.no_grad()
 def test_bf16_loses_a_part_of_a_small_adapter_that_fp32_keeps():
     """An adapter worth 1 to 2 % of the logits: fp32 loses nothing of it, fp16 some per cent, bf16 tens of per cent."""
-    model = lora(llama(hidden_size=64).bfloat16().float())  # weights that bf16 holds exactly, as of a checkpoint
+    model = lora(
+        llama(hidden_size=64).bfloat16().float()
+    )  # weights that bf16 holds exactly, as of a checkpoint
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.adapters["default"].lora_B, std=1.5e-3)
     tokens = torch.arange(64)[None]
@@ -96,10 +105,16 @@ def test_pefts_unmerge_in_bf16_does_not_undo_its_merge():
 
     base = tiny.oracle().bfloat16()
     before = {name: p.clone() for name, p in base.named_parameters()}
-    peft = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    peft = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
     peft.merge_adapter()
     peft.unmerge_adapter()
-    after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
+    after = {
+        name.replace(".base_layer", ""): p
+        for name, p in base.named_parameters()
+        if "lora_" not in name
+    }
     linears = [name for name in before if "_proj" in name]
     changed = sum((before[name] != after[name]).sum().item() for name in linears)
     assert changed > 0.1 * sum(before[name].numel() for name in linears)
@@ -111,11 +126,18 @@ def test_the_figures_are_those_of_the_merged_model(storage):
     merged, report = merge(model, storage), merge_report(model)
     for layer in report.layers[:3]:
         adapted = model.get_submodule(layer.name)
-        delta = sum(a.scaling * a.lora_B.double() @ a.lora_A.double() for a in adapted.adapters.values())
-        W, made = adapted.base_layer.dequantize(torch.float32).double(), merged.get_submodule(layer.name)
+        delta = sum(
+            a.scaling * a.lora_B.double() @ a.lora_A.double() for a in adapted.adapters.values()
+        )
+        W, made = (
+            adapted.base_layer.dequantize(torch.float32).double(),
+            merged.get_submodule(layer.name),
+        )
         M = made.dequantize(torch.float32).double() if storage == "nf4" else made.weight.double()
         assert layer.size == pytest.approx((delta.norm() / W.norm()).item())
-        assert layer.error[storage] == pytest.approx(((M - W - delta).norm() / delta.norm()).item(), abs=1e-12)
+        assert layer.error[storage] == pytest.approx(
+            ((M - W - delta).norm() / delta.norm()).item(), abs=1e-12
+        )
         cosine = nn.functional.cosine_similarity((M - W).flatten(), delta.flatten(), dim=0)
         assert layer.cosine[storage] == pytest.approx(cosine.item())
 
@@ -127,11 +149,16 @@ def test_the_total_is_all_layers_as_one_vector():
     model = model_with_adapter(quantize=True)
     report = merge_report(model)
     squares = [
-        sum((a.scaling * a.lora_B @ a.lora_A) for a in layer.adapters.values()).norm().square().item()
+        sum((a.scaling * a.lora_B @ a.lora_A) for a in layer.adapters.values())
+        .norm()
+        .square()
+        .item()
         for layer in lora_layers(model).values()
     ]
     by_name = dict(zip(lora_layers(model), squares, strict=True))
-    mean = sum(layer.error["nf4"] ** 2 * by_name[layer.name] for layer in report.layers) / sum(squares)
+    mean = sum(layer.error["nf4"] ** 2 * by_name[layer.name] for layer in report.layers) / sum(
+        squares
+    )
     assert report.total.error["nf4"] == pytest.approx(mean**0.5, rel=1e-5)
 
 

@@ -1,6 +1,7 @@
 """Proves that every picture shows the library's numbers, and that what cannot be drawn says why.
 
-Oracle: what is drawn is the data of the figure's artists, compared with the library or with a definition.
+Oracle: what is drawn is the data of the figure's artists, compared with the library or with a
+definition.
 """
 
 import sys
@@ -29,7 +30,9 @@ def test_every_function_is_drawn_here():
 def test_the_codebook_is_the_librarys_and_so_is_its_error():
     law, error = figures()["codebook"].axes
     stems = next(c for c in law.collections if c.get_label() == "a level and its code")
-    assert [segment[0][0] for segment in stems.get_segments()] == ml.plot.levels.nf4_codebook().tolist()
+    assert [
+        segment[0][0] for segment in stems.get_segments()
+    ] == ml.plot.levels.nf4_codebook().tolist()
     x, y = (error.lines[0].get_data()[i] for i in (0, 1))
     values = torch.linspace(-1, 1, 997)  # none of them a threshold, where the line jumps
     for start in range(0, len(values), 63):  # blocks whose absmax is 1
@@ -43,8 +46,12 @@ def test_a_histogram_counts_the_codes():
     values, used = figures()["histogram"].axes
     codes = torch.stack([packed.packed >> 4, packed.packed & 15], 1).flatten()[: packed.numel]
     shares = [(codes == code).float().mean().item() for code in range(16)]
-    assert [bar.get_width() * bar.get_height() for bar in values.patches[:16]] == pytest.approx(shares)
-    assert [bar.get_height() for bar in used.patches] == pytest.approx([100 * share for share in shares])
+    assert [bar.get_width() * bar.get_height() for bar in values.patches[:16]] == pytest.approx(
+        shares
+    )
+    assert [bar.get_height() for bar in used.patches] == pytest.approx(
+        [100 * share for share in shares]
+    )
     before = next(patch for patch in values.patches if patch.get_label() == "before").get_data()
     assert (before.values * np.diff(before.edges)).sum() == pytest.approx(1)
     error = ((ml.dequantize_nf4(packed) - source).norm() / source.norm()).item()
@@ -54,9 +61,16 @@ def test_a_histogram_counts_the_codes():
 def test_bars_of_memory_add_up():
     axes = figures()["memory"].axes[0]
     drawn = {c.get_label(): [bar.get_height() for bar in c.patches] for c in axes.containers}
-    expected = {caption: [getattr(plan, part) / 1e9 for plan in plans()] for part, caption in PARTS.items()}
-    assert drawn == {caption: pytest.approx(heights) for caption, heights in expected.items() if any(heights)}
-    tops = [max(c.patches[i].get_y() + c.patches[i].get_height() for c in axes.containers) for i in range(3)]
+    expected = {
+        caption: [getattr(plan, part) / 1e9 for plan in plans()] for part, caption in PARTS.items()
+    }
+    assert drawn == {
+        caption: pytest.approx(heights) for caption, heights in expected.items() if any(heights)
+    }
+    tops = [
+        max(c.patches[i].get_y() + c.patches[i].get_height() for c in axes.containers)
+        for i in range(3)
+    ]
     assert tops == pytest.approx([plan.total / 1e9 for plan in plans()])
     assert plans()[0].plot(None, *plans()[1:]).axes[0].get_title() == axes.get_title()
 
@@ -87,7 +101,9 @@ def check_cells(axes, values: dict[str, float]):
 
 def test_a_cell_is_a_layers_merge_error():
     report = ml.merge_report(adapted())
-    panels = [axes for axes in figures()["merge_error"].axes if axes.get_title()]  # the others are colour bars
+    panels = [
+        axes for axes in figures()["merge_error"].axes if axes.get_title()
+    ]  # the others are colour bars
     assert [axes.get_title().partition(":")[0] for axes in panels] == ["bfloat16", "float16", "nf4"]
     for axes in panels:
         target = axes.get_title().partition(":")[0]
@@ -97,7 +113,9 @@ def test_a_cell_is_a_layers_merge_error():
 def test_layers_that_share_a_last_word_and_layers_without_a_number_have_their_cells():
     one = ml.merge_report(adapted()).total
     names = ["a.0.proj", "b.0.proj", "a.1.proj", "head"]
-    layers = [type(one)(name, 0.1, {"nf4": float(i + 1)}, {"nf4": 0.5}) for i, name in enumerate(names)]
+    layers = [
+        type(one)(name, 0.1, {"nf4": float(i + 1)}, {"nf4": 0.5}) for i, name in enumerate(names)
+    ]
     axes = ml.plot.merge_error(ml.MergeReport(tuple(layers), one), ["nf4"]).axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["a.*.proj", "b.*.proj", "head"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["–", "0", "1"]
@@ -112,7 +130,12 @@ def test_a_packed_batch_shows_who_sees_whom():
     sees = np.zeros((T, T), dtype=bool)
     for area in mask.collections:
         (outline,) = area.get_paths()
-        sees |= np.array([[outline.contains_point((key + 0.5, query + 0.5)) for key in range(T)] for query in range(T)])
+        sees |= np.array(
+            [
+                [outline.contains_point((key + 0.5, query + 0.5)) for key in range(T)]
+                for query in range(T)
+            ]
+        )
     expected = (row[:, None] == row) & (row[:, None] >= 0) & torch.ones(T, T).tril().bool()
     assert (sees == expected.numpy()).all()
     tall = [bar for bar in strips.patches if bar.get_height() > 0.5]
@@ -130,10 +153,15 @@ def test_points_lie_on_the_roof_or_where_they_were_timed():
     drawn = np.array([c.get_offsets()[0] for c in axes.collections if len(c.get_offsets())])
     assert list(drawn[:, 0]) == [row["operations"] / row["bytes"] for row in ROWS]
     assert drawn[:, 1] == pytest.approx(np.minimum(100 * drawn[:, 0], 1600))
-    timed = [{"job": "a", "bytes": 2e6, "operations": 4e6, "us": {"minilora": 100.0, "other": 50.0}}]
+    timed = [
+        {"job": "a", "bytes": 2e6, "operations": 4e6, "us": {"minilora": 100.0, "other": 50.0}}
+    ]
     axes = ml.plot.roofline(timed, 100).axes[0]
     points = [c for c in axes.collections if len(c.get_offsets())]
-    assert [tuple(c.get_offsets()[0]) for c in points] == [(2, 40), (2, 80)]  # 4e6 in 100 us: 40e9 a second
+    assert [tuple(c.get_offsets()[0]) for c in points] == [
+        (2, 40),
+        (2, 80),
+    ]  # 4e6 in 100 us: 40e9 a second
     assert [len(c.get_facecolors()) for c in points] == [1, 0]  # the other is hollow
 
 

@@ -1,7 +1,7 @@
 """Proves that every picture can be read: in grey, small, with no word cut or covered.
 
-Property: no text leaves its figure or meets another, series are told apart without colour, equal figures are equal
-bytes. Round trip: the pictures in docs/ are what the script draws.
+Property: no text leaves its figure or meets another, series are told apart without colour, equal
+figures are equal bytes. Round trip: the pictures in docs/ are what the script draws.
 """
 
 import pickle
@@ -32,12 +32,16 @@ def texts(figure) -> list[tuple[str, Any]]:
     with_look = canvas.get_renderer()
     canvas.draw()
     hidden = set()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):  # ticks beyond the limits
+    for axis in (
+        axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+    ):  # ticks beyond the limits
         low, high = sorted(axis.get_view_interval())
         for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
             if not low <= tick.get_loc() <= high:
                 hidden |= {tick.label1, tick.label2}
-    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    found = [
+        text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()
+    ]
     return [(t.get_text(), t.get_window_extent(with_look)) for t in found if t not in hidden]
 
 
@@ -53,12 +57,19 @@ def test_no_text_is_cut_or_covered_by_another():
         written = texts(figure)
         assert len(written) > 5, name
         for text, box in written:
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            inside = (
+                box.x0 >= 0
+                and box.y0 >= 0
+                and box.x1 <= figure.bbox.x1
+                and box.y1 <= figure.bbox.y1
+            )
             assert inside, f"{name}: {text!r} is cut"
         for (text, box), (other, second) in combinations(written, 2):
             width = min(box.x1, second.x1) - max(box.x0, second.x0)
             height = min(box.y1, second.y1) - max(box.y0, second.y0)
-            assert min(width, height) < 1, f"{name}: {text!r} meets {other!r}"  # boxes are a pixel larger than letters
+            assert min(width, height) < 1, (
+                f"{name}: {text!r} meets {other!r}"
+            )  # boxes are a pixel larger than letters
 
 
 def lightness(colour: str) -> float:
@@ -85,14 +96,21 @@ def test_neighbours_differ_in_grey():
 
 def test_areas_and_lines_are_told_apart_without_colour():
     axes = figures()["memory"].axes[0]
-    looks = [(c.patches[0].get_hatch(), round(lightness_of(c.patches[0].get_facecolor()), -1)) for c in axes.containers]
+    looks = [
+        (c.patches[0].get_hatch(), round(lightness_of(c.patches[0].get_facecolor()), -1))
+        for c in axes.containers
+    ]
     assert len(set(looks)) == len(looks)
     for name in ("spectra", "codebook", "runs"):
         lines = [
-            ln for ln in figures()[name].axes[0 if name != "codebook" else 1].lines if ln.get_linestyle() != "None"
+            ln
+            for ln in figures()[name].axes[0 if name != "codebook" else 1].lines
+            if ln.get_linestyle() != "None"
         ]
         lines = [ln for ln in lines if not ln.get_label().startswith("_")]
-        assert len({(str(ln.get_linestyle()), str(ln._dash_pattern), ln.get_marker()) for ln in lines}) == len(lines)
+        assert len(
+            {(str(ln.get_linestyle()), str(ln._dash_pattern), ln.get_marker()) for ln in lines}
+        ) == len(lines)
 
 
 def lightness_of(rgba: tuple[float, ...]) -> float:
@@ -107,7 +125,9 @@ def test_equal_figures_are_equal_bytes_small_and_searchable(tmp_path):
     assert ">what rounding to the nearest level adds</text>" in svg and "<dc:date>" not in svg
     ml.plot.codebook(path=tmp_path / "one.png")
     ml.plot.codebook(path=tmp_path / "one.pdf")
-    assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "one.pdf").read_bytes()[:4] == b"%PDF"
+    assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG" and (
+        tmp_path / "one.pdf"
+    ).read_bytes()[:4] == b"%PDF"
 
 
 def test_every_picture_without_figures_of_its_own_is_held():
@@ -119,16 +139,22 @@ def test_nothing_of_the_look_stays_behind():
 
     before = dict(matplotlib.rcParams)
     ml.plot.codebook()
-    assert {name for name in before if before[name] != matplotlib.rcParams[name]} <= {"backend"}  # it is found by then
+    assert {name for name in before if before[name] != matplotlib.rcParams[name]} <= {
+        "backend"
+    }  # it is found by then
 
 
 # ---- round trip
 
 
 @pytest.mark.strict
-@pytest.mark.parametrize("name", ["codebook", "packed", "roofline", pytest.param("plan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["codebook", "packed", "roofline", pytest.param("plan", marks=pytest.mark.slow)]
+)
 def test_the_pictures_of_the_docs_are_what_the_script_draws(name: str, tmp_path):
     pictures.PLAIN[name](tmp_path / "again.svg")
     kept = ROOT / "docs" / f"{name}.svg"
-    assert (tmp_path / "again.svg").read_bytes() == kept.read_bytes(), "run python benchmarks/docs/pictures.py"
+    assert (tmp_path / "again.svg").read_bytes() == kept.read_bytes(), (
+        "run python benchmarks/docs/pictures.py"
+    )
     assert kept.stat().st_size < 60_000

@@ -80,10 +80,17 @@ def pushed(place, tmp_path_factory):
     base = {path.name: path.read_bytes() for path in (place.path / "base").iterdir()}
     adapter, merged, gguf = (str(place.path / name) for name in ("adapter", "merged", "gguf"))
     calls = {
-        "adapter": {"push": [adapter, "me/adapter"], "options": {"private": True, "commit_message": "The first"}},
+        "adapter": {
+            "push": [adapter, "me/adapter"],
+            "options": {"private": True, "commit_message": "The first"},
+        },
         "again": {"load": "me/adapter", "base": "tiny/base"},
         "branch": {"push": [adapter, "me/adapter"], "options": {"revision": "branch"}},
-        "at branch": {"load": "me/adapter", "base": "tiny/base", "options": {"revision": "branch", "token": WRITER}},
+        "at branch": {
+            "load": "me/adapter",
+            "base": "tiny/base",
+            "options": {"revision": "branch", "token": WRITER},
+        },
         "merged": {"push": [merged, "merged"]},
         "gguf": {"push": [gguf, "org/gguf"]},
         "model": {"push": [adapter, "me/model"], "base": "tiny/base"},
@@ -101,11 +108,22 @@ def pushed(place, tmp_path_factory):
         "bad id": {"push": [adapter, "me/my/other"]},
         "load absent": {"load": "me/absent", "base": "tiny/base"},
         "load gated": {"load": "me/gated", "base": "tiny/base"},
-        "load revision": {"load": "me/adapter", "base": "tiny/base", "options": {"revision": "absent"}},
-        "load private": {"load": "tiny/hidden", "base": "tiny/base", "options": {"token": "hf_stranger"}},
+        "load revision": {
+            "load": "me/adapter",
+            "base": "tiny/base",
+            "options": {"revision": "absent"},
+        },
+        "load private": {
+            "load": "tiny/hidden",
+            "base": "tiny/base",
+            "options": {"token": "hf_stranger"},
+        },
         "load no adapter": {"load": "tiny/base", "base": "tiny/base"},
     }
-    with serve({"tiny/base": base, "tiny/carded": {"README.md": b"# Mine"}, "tiny/hidden": {}}) as (hub, env):
+    with serve({"tiny/base": base, "tiny/carded": {"README.md": b"# Mine"}, "tiny/hidden": {}}) as (
+        hub,
+        env,
+    ):
         hub.private.add("tiny/hidden")
         env |= {"HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_TOKEN": WRITER}
 
@@ -137,14 +155,20 @@ def test_what_is_uploaded_is_what_belongs(place, pushed):
     assert first | {"paths": sorted(first["paths"])} == {
         **{"repo": "me/adapter", "revision": "main", "summary": "The first", "paths": ADAPTER}
     }
-    assert branch["revision"] == "branch" and branch["paths"] == ADAPTER[1:]  # the card of the first push stays
+    assert (
+        branch["revision"] == "branch" and branch["paths"] == ADAPTER[1:]
+    )  # the card of the first push stays
     assert merged["repo"] == "me/merged"  # a name alone is one's own
     assert sorted(merged["paths"]) == ["README.md", "config.json", "model.safetensors"]
     assert sorted(gguf["paths"]) == ["README.md", "model.gguf"]
-    assert carded["paths"] == ADAPTER[1:] and pushed.hub.repos["tiny/carded"]["README.md"] == b"# Mine"
+    assert (
+        carded["paths"] == ADAPTER[1:] and pushed.hub.repos["tiny/carded"]["README.md"] == b"# Mine"
+    )
     assert pushed.hub.private == {"me/adapter", "tiny/hidden"}
     assert not (place.path / "adapter" / "README.md").exists()
-    assert b"secret" not in b"".join(content for repo in pushed.hub.repos.values() for content in repo.values())
+    assert b"secret" not in b"".join(
+        content for repo in pushed.hub.repos.values() for content in repo.values()
+    )
 
 
 @pytest.mark.slow
@@ -175,17 +199,32 @@ print([((other - theirs).norm() / theirs.norm()).item() for other in (ours, plai
 
 def test_a_models_adapter_is_pushed_without_a_folder(pushed):
     first, there = pushed.hub.repos["me/adapter"], pushed.hub.repos["me/model"]
-    assert sorted(there) == ADAPTER and there["adapter_model.safetensors"] == first["adapter_model.safetensors"]
-    assert there["README.md"].decode().count("me/model") == first["README.md"].decode().count("me/adapter") == 2
+    assert (
+        sorted(there) == ADAPTER
+        and there["adapter_model.safetensors"] == first["adapter_model.safetensors"]
+    )
+    assert (
+        there["README.md"].decode().count("me/model")
+        == first["README.md"].decode().count("me/adapter")
+        == 2
+    )
 
 
 def test_the_command_says_where_it_went(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(ml, "push_to_hub", lambda *given, **options: asked.append((given, options)) or "the/address")
-    assert main(["push", "out", "me/it", "--private", "--message", "Two"]) == 0 and main(["push", "out", "me/it"]) == 0
+    monkeypatch.setattr(
+        ml, "push_to_hub", lambda *given, **options: asked.append((given, options)) or "the/address"
+    )
+    assert (
+        main(["push", "out", "me/it", "--private", "--message", "Two"]) == 0
+        and main(["push", "out", "me/it"]) == 0
+    )
     assert capsys.readouterr().out == "the/address\n" * 2
     first = {"private": True, "revision": None, "commit_message": "Two"}
-    assert asked == [(("out", "me/it"), first), (("out", "me/it"), first | {"private": None, "commit_message": None})]
+    assert asked == [
+        (("out", "me/it"), first),
+        (("out", "me/it"), first | {"private": None, "commit_message": None}),
+    ]
 
 
 # ---- error

@@ -1,7 +1,8 @@
 """Proves that a trace tells what was computed: each step is its formula, worked out here from its parts, and outputs
 and gradients have the bits of a run inside `reference_ops` without it.
 
-Then that any shape and block size is taken. What it leaves, keeps, shows and refuses: test_trace_limits.py.
+Then that any shape and block size is taken. What it leaves, keeps, shows and refuses:
+test_trace_limits.py.
 """
 
 import copy
@@ -24,7 +25,9 @@ from minilora_kernels.nf4 import reference
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def layer(kind: str = "nf4", shape: tuple[int, int] = (40, 48), blocksize: int = 64, **options: Any) -> ml.LoRALayer:
+def layer(
+    kind: str = "nf4", shape: tuple[int, int] = (40, 48), blocksize: int = 64, **options: Any
+) -> ml.LoRALayer:
     """A layer whose B is not zero any more."""
     torch.manual_seed(0)
     base: nn.Module = nn.Linear(shape[1], shape[0])
@@ -46,7 +49,9 @@ def check_weight(t: Any, weight: ml.NF4Weight, source: Tensor | None) -> None:
     value = {name: step.tensor for name, step in t.items()}
     shape, n = weight.shape, weight.numel
     nibbles = value["nibbles"]
-    assert torch.equal(nibbles[:, 0] * 16 + nibbles[:, 1], value["byte"]) and torch.equal(value["byte"], weight.packed)
+    assert torch.equal(nibbles[:, 0] * 16 + nibbles[:, 1], value["byte"]) and torch.equal(
+        value["byte"], weight.packed
+    )
     assert torch.equal(nibbles.reshape(-1)[:n].view(shape), value["code"])
     assert torch.equal(nf4_codebook()[value["code"].int()], value["level"])
     absmax = value["absmax" if weight.nested_absmax is None else "decoded absmax"]
@@ -63,9 +68,16 @@ def check_weight(t: Any, weight: ml.NF4Weight, source: Tensor | None) -> None:
     packed, absmax = reference.quantize(source, weight.blocksize)
     assert torch.equal(packed, value["byte"]) and torch.equal(absmax, value["absmax"])
     block, normalised = value["block"], value["normalised"]
-    assert torch.equal(block.reshape(-1)[:n].view(shape), source) and not block.reshape(-1)[n:].any()
-    assert torch.equal(block.abs().amax(1), absmax) and torch.equal(block * (1 / absmax)[:, None], normalised)
-    assert torch.equal(torch.bucketize(normalised, nf4_thresholds()).reshape(-1)[:n].view(shape), value["code"].int())
+    assert (
+        torch.equal(block.reshape(-1)[:n].view(shape), source) and not block.reshape(-1)[n:].any()
+    )
+    assert torch.equal(block.abs().amax(1), absmax) and torch.equal(
+        block * (1 / absmax)[:, None], normalised
+    )
+    assert torch.equal(
+        torch.bucketize(normalised, nf4_thresholds()).reshape(-1)[:n].view(shape),
+        value["code"].int(),
+    )
     if weight.nested_absmax is not None:
         found = reference.double_quantize(value["absmax"])
         assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
@@ -79,7 +91,9 @@ def check_weight(t: Any, weight: ml.NF4Weight, source: Tensor | None) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 once"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=str
+)
 def test_each_step_is_its_formula(kind, dtype, options):
     made = layer(kind, **{key: value for key, value in options.items() if key != "lora_bias"})
     made.train()
@@ -126,7 +140,10 @@ def test_each_step_is_its_formula(kind, dtype, options):
     }
     if b is not None:
         backward["db"] = s * dh.sum((0, 1))
-    for name, expected in backward.items():  # products in another order of the sums: within rounding of the largest
+    for (
+        name,
+        expected,
+    ) in backward.items():  # products in another order of the sums: within rounding of the largest
         bound = 8 * torch.finfo(dtype).eps * expected.abs().max()
         assert (value[name] - expected).abs().max() <= bound, name
     assert torch.equal(value["dx"], x.grad) and torch.equal(value["dA"], adapter.lora_A.grad)
@@ -140,8 +157,12 @@ def test_figures_are_those_of_the_values():
     for name, step in t["LoRALayer"].items():
         value = step.tensor.double()
         assert step.shape == value.shape and step.dtype == step.tensor.dtype and step.name == name
-        assert (step.min, step.max) == (value.min(), value.max()) and step.first == (*value.reshape(-1)[:4].tolist(),)
-        assert step.rms == pytest.approx(value.square().mean().sqrt().item(), rel=1e-5)  # summed in fp32
+        assert (step.min, step.max) == (value.min(), value.max()) and step.first == (
+            *value.reshape(-1)[:4].tolist(),
+        )
+        assert step.rms == pytest.approx(
+            value.square().mean().sqrt().item(), rel=1e-5
+        )  # summed in fp32
     assert t["xA"] is t["LoRALayer"]["xA"] and str(t["xA"].tensor) in repr(t["xA"])
 
 
@@ -179,7 +200,10 @@ def test_a_model_has_the_bits_of_plain_ops(way):
     assert len(found) > 9 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     one = t["layers.1.mlp.down_proj"]
     assert len(t) == 15 and {name.calls for name in t.values()} == {1}
-    names = {"several": {"default.dA", "other.dA", "other.xA", "dx", "h"}, "full": {"dW", "dx"}}.get(way, {"dA", "dx"})
+    names = {
+        "several": {"default.dA", "other.dA", "other.xA", "dx", "h"},
+        "full": {"dW", "dx"},
+    }.get(way, {"dA", "dx"})
     assert names <= set(one) and "rms of" in str(t)
     if way == "several":
         assert "default.xA" not in t["layers.1.mlp.up_proj"] and "xA" in t["layers.1.mlp.up_proj"]
@@ -207,9 +231,15 @@ def test_an_update_is_what_the_optimiser_changed():
         optimizer.step()
     after = made.adapters["default"].state_dict()
     for name in "AB":
-        assert torch.equal(t[f"update {name}"].tensor, after[f"lora_{name}"] - before[f"lora_{name}"])
-        assert torch.allclose(t[f"update {name}"].tensor, -0.5 * t[f"d{name}"].tensor, rtol=1e-5, atol=1e-6)
-        assert torch.equal(t[name].tensor, before[f"lora_{name}"])  # a copy: the step did not change it
+        assert torch.equal(
+            t[f"update {name}"].tensor, after[f"lora_{name}"] - before[f"lora_{name}"]
+        )
+        assert torch.allclose(
+            t[f"update {name}"].tensor, -0.5 * t[f"d{name}"].tensor, rtol=1e-5, atol=1e-6
+        )
+        assert torch.equal(
+            t[name].tensor, before[f"lora_{name}"]
+        )  # a copy: the step did not change it
     assert t["update A"].maths == "after SGD.step() - before"
 
 
@@ -217,13 +247,25 @@ def test_an_update_is_what_the_optimiser_changed():
 
 
 @settings(max_examples=25)
-@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([32, 64, 256]), st.booleans(), st.integers(0, 3))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.sampled_from([32, 64, 256]),
+    st.booleans(),
+    st.integers(0, 3),
+)
 def test_any_shape_and_block_size(out, inside, blocksize, double, rows):
     made = layer("nf4" if double else "nf4 once", (out, inside), blocksize, r=1)
     x = noise(rows, inside)
     with ml.trace(made, source=linear((out, inside)).weight) as t:
         made(x).sum().backward()
     check_weight(t["LoRALayer"], made.weight, linear((out, inside)).weight)
-    shapes = {"x": (rows, inside), "xA": (rows, 1), "h": (rows, out), "dA": (1, inside), "dB": (out, 1)}
+    shapes = {
+        "x": (rows, inside),
+        "xA": (rows, 1),
+        "h": (rows, out),
+        "dA": (1, inside),
+        "dB": (out, 1),
+    }
     assert {name: t[name].shape for name in shapes} == shapes and t["dx"].shape == x.shape
     assert len(str(t).splitlines()) == 2 + 3 + len(t["LoRALayer"])  # a title, a head, three phases

@@ -27,18 +27,27 @@ from tests.tools.test_trace import layer, linear, run_step
 
 def test_other_layers_and_adapters():
     """Dense and 4-bit ones without adapter; a disabled adapter; of embeddings and convolutions what is not shown."""
-    model = nn.Sequential(nn.Embedding(9, 48), linear(), nn.Unflatten(1, (40, 1)), nn.Conv1d(40, 6, 1))
+    model = nn.Sequential(
+        nn.Embedding(9, 48), linear(), nn.Unflatten(1, (40, 1)), nn.Conv1d(40, 6, 1)
+    )
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["0", "3"]))
     model[1] = ml.NF4Linear.from_linear(linear())
     with ml.trace(model) as t:
         run_step(model, torch.arange(5))
         with ml.disable_adapters(model):
             model(torch.arange(5))
-    assert {name: set(found) & {"sum", "h", "W"} for name, found in t.items()} == {"0": set(), "1": {"W"}, "3": set()}
+    assert {name: set(found) & {"sum", "h", "W"} for name, found in t.items()} == {
+        "0": set(),
+        "1": {"W"},
+        "3": set(),
+    }
     assert t["3"]["xW"].maths == "Conv1d of x" and t["0"].calls == 2
     with ml.trace(model) as t:
         run_step(model, torch.arange(5))
-    assert t["0"]["sum"].maths == "xW + the update of EmbeddingAdapter, whose steps are not shown" and t["0"]["x"].max == 4
+    assert (
+        t["0"]["sum"].maths == "xW + the update of EmbeddingAdapter, whose steps are not shown"
+        and t["0"]["x"].max == 4
+    )
     with ml.trace(model, "3", tensors=True) as t:
         x = noise(5, 40, 1)
         model[3].adapters["default"].lora_B.data.normal_()
@@ -88,9 +97,20 @@ def test_the_weight_is_shown_in_the_dtype_it_was_used_in():
 
 def state(model: nn.Module) -> Any:
     """Everything a trace could leave behind."""
-    hooks = len(optimizers._global_optimizer_pre_hooks) + len(optimizers._global_optimizer_post_hooks)
-    inside = [(set(vars(m)), [len(v) for k, v in vars(m).items() if "hooks" in k]) for m in model.modules()]
-    return inside, hooks, [len(p._backward_hooks or ()) for p in model.parameters()], plain_now(), dict(forward._taps)
+    hooks = len(optimizers._global_optimizer_pre_hooks) + len(
+        optimizers._global_optimizer_post_hooks
+    )
+    inside = [
+        (set(vars(m)), [len(v) for k, v in vars(m).items() if "hooks" in k])
+        for m in model.modules()
+    ]
+    return (
+        inside,
+        hooks,
+        [len(p._backward_hooks or ()) for p in model.parameters()],
+        plain_now(),
+        dict(forward._taps),
+    )
 
 
 def test_nothing_is_left():
@@ -107,7 +127,10 @@ def test_nothing_is_left():
     assert state(model) == before and t["layers.0.mlp.up_proj"]["h"].rms > 0
     y.sum().backward()
     del y
-    assert state(model) == before and model.model.layers[0].mlp.up_proj.forward.__func__ is ml.LoRALayer.forward
+    assert (
+        state(model) == before
+        and model.model.layers[0].mlp.up_proj.forward.__func__ is ml.LoRALayer.forward
+    )
 
 
 def test_nested_traces_each_see_what_runs_inside_them():
@@ -120,7 +143,10 @@ def test_nested_traces_each_see_what_runs_inside_them():
         assert inner["x"].shape == outer["x"].shape == (3, 48)
         assert "dA" in outer["LoRALayer"] and "dA" not in inner["LoRALayer"]
         made(noise(4, 48))
-    assert (outer["LoRALayer"].calls, inner["LoRALayer"].calls) == (3, 1) and outer["x"].shape == (4, 48)
+    assert (outer["LoRALayer"].calls, inner["LoRALayer"].calls) == (3, 1) and outer["x"].shape == (
+        4,
+        48,
+    )
     assert "forward" not in vars(made)
 
 
@@ -129,8 +155,12 @@ def test_of_a_model_only_figures_are_kept():
     ids = torch.randint(3, 99, (4, 64))
     with ml.trace(model) as t:
         run_step(model, ids)
-    assert len(t) == 30 * 7 + 1 and all(step.kept is None for one in t.values() for step in one.values())
-    with pytest.raises(ValueError, match=r"'h': of several traced layers only figures are kept.*tensors=True"):
+    assert len(t) == 30 * 7 + 1 and all(
+        step.kept is None for one in t.values() for step in one.values()
+    )
+    with pytest.raises(
+        ValueError, match=r"'h': of several traced layers only figures are kept.*tensors=True"
+    ):
         t["layers.29.mlp.up_proj"]["h"].tensor  # noqa: B018  # the lookup is the test
     with ml.trace(model, "layers.29.mlp.up_proj") as t:
         run_step(model, ids)
@@ -138,7 +168,9 @@ def test_of_a_model_only_figures_are_kept():
     assert t["h"].tensor.shape == (4, 64, 64) and f"{kept / 1e6:,.1f} MB kept" in str(t)
     with ml.trace(model, ["layers.1.mlp.up_proj", "layers.2.self_attn.q_proj"], tensors=True) as t:
         run_step(model, ids)
-    assert [name.split(".")[-1] for name in t] == ["up_proj", "q_proj"] and t["q_proj"]["h"].kept is not None
+    assert [name.split(".")[-1] for name in t] == ["up_proj", "q_proj"] and t["q_proj"][
+        "h"
+    ].kept is not None
 
 
 # ---- how it looks
@@ -169,17 +201,22 @@ def test_a_notebook_shows_the_same():
     page = Page(t._repr_html_())
     assert page.tags == {"div", "style", "table", "caption", "thead", "tbody", "tr", "th", "td"}
     assert (
-        all(cell in page.cells for step in t["<b>"].values() for cell in step.cells()) and "<b>" not in t._repr_html_()
+        all(cell in page.cells for step in t["<b>"].values() for cell in step.cells())
+        and "<b>" not in t._repr_html_()
     )
     with ml.trace(toy.lora()) as t:
         pass
     assert {*t} <= {*Page(t._repr_html_()).cells}
-    assert not re.search(r"[^-]color: *#|background: *(#|white|black)", t._repr_html_().replace("#8883", ""))
+    assert not re.search(
+        r"[^-]color: *#|background: *(#|white|black)", t._repr_html_().replace("#8883", "")
+    )
 
 
 def test_the_page_shows_what_is_printed(capsys):
     found = re.search(
-        r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->", text("docs/trace.md"), re.S
+        r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->",
+        text("docs/trace.md"),
+        re.S,
     )
     assert found
     exec(found[1], {"ml": ml, "torch": torch})
@@ -193,7 +230,10 @@ def test_names_that_fit_nothing():
     model = toy.lora()
     before = state(model)
     for entry in ("layers.0.mlp.upproj", ["q_proj", "nothing"]):
-        with pytest.raises(ValueError, match="layers: '.*' matches nothing. Nearest"), ml.trace(model, entry):
+        with (
+            pytest.raises(ValueError, match="layers: '.*' matches nothing. Nearest"),
+            ml.trace(model, entry),
+        ):
             pass
     with (
         pytest.raises(ValueError, match="Sequential has no LoRALayer, NF4Linear or nn.Linear"),
@@ -202,12 +242,20 @@ def test_names_that_fit_nothing():
         pass
     with ml.trace(model) as t:
         layer()(noise(3, 48))  # not in the model
-    for name, message in (("up_proj", "is 2 layers, 'model.layers.0.mlp.up_proj' the first"), ("xyz", "layer: 'xyz'")):
+    for name, message in (
+        ("up_proj", "is 2 layers, 'model.layers.0.mlp.up_proj' the first"),
+        ("xyz", "layer: 'xyz'"),
+    ):
         with pytest.raises(ValueError, match=message):
             t[name]
-    with pytest.raises(ValueError, match=r"q_proj: step: 'xA' matches nothing.*The layer was not called"):
+    with pytest.raises(
+        ValueError, match=r"q_proj: step: 'xA' matches nothing.*The layer was not called"
+    ):
         t["layers.0.self_attn.q_proj"]["xA"]
-    with ml.trace(layer()) as t, pytest.raises(ValueError, match="'normalised' matches nothing.*`source`"):
+    with (
+        ml.trace(layer()) as t,
+        pytest.raises(ValueError, match="'normalised' matches nothing.*`source`"),
+    ):
         t["normalised"]
     assert state(model) == before
 
@@ -227,7 +275,9 @@ def test_sources_that_are_not_the_weight():
         with pytest.raises(ValueError, match=message), ml.trace(module, source=source):
             pass
         assert state(module) == before
-    with ml.trace(nn.Sequential(made), source={"0.weight": linear().weight, "1.weight": wrong}) as t:
+    with ml.trace(
+        nn.Sequential(made), source={"0.weight": linear().weight, "1.weight": wrong}
+    ) as t:
         pass
     assert t["normalised"].max == 1
 

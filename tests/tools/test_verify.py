@@ -43,7 +43,9 @@ def change(place, tmp_path, kind: str, **entries: Tensor) -> str:
     """A copy of a checkpoint with entries of NAME replaced, or by an empty one removed; the weight's key is ''."""
     state = read_tensors(place / kind / "model.safetensors")
     state |= {NAME + key.replace("_", ".", 1) * bool(key): value for key, value in entries.items()}
-    write_tensors(tmp_path / "model.safetensors", {key: value for key, value in state.items() if len(value)})
+    write_tensors(
+        tmp_path / "model.safetensors", {key: value for key, value in state.items() if len(value)}
+    )
     return str(tmp_path)
 
 
@@ -57,9 +59,15 @@ def entry(place, kind: str, key: str = "") -> Tensor:
 @pytest.mark.parametrize("kind", ["nested", "plain"])
 def test_what_transformers_and_bitsandbytes_wrote_is_right(place, kind):
     base, folder = place / "base", place / kind
-    assert set(verify(folder).values()) == set(verify(folder, against="bitsandbytes").values()) == {EQUAL}
+    assert (
+        set(verify(folder).values())
+        == set(verify(folder, against="bitsandbytes").values())
+        == {EQUAL}
+    )
     from_source = verify(folder, source=base)
-    assert len(from_source) == 3 * 7 and set(from_source.values()) <= ({EQUAL, NESTED} if kind == "nested" else {EQUAL})
+    assert len(from_source) == 3 * 7 and set(from_source.values()) <= (
+        {EQUAL, NESTED} if kind == "nested" else {EQUAL}
+    )
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -107,13 +115,17 @@ def test_one_nested_code_is_told_from_two():
     for step, verdict in ((0, EQUAL), (1, NESTED), (2, "different: scales")):
         state = ours.state_dict()
         state["weight.absmax"] = state["weight.absmax"].clone()
-        far = int((state["weight.absmax"].int() - 200).abs().argmin())  # where codes are wider than the table's steps
+        far = int(
+            (state["weight.absmax"].int() - 200).abs().argmin()
+        )  # where codes are wider than the table's steps
         state["weight.absmax"][far] += step
         assert compare(ours, type(ours).from_state_dict(state)) == verdict
     assert compare(ours, quantize_nf4(W, double_quant=False)).startswith("different")
     assert compare(ours, quantize_nf4(W, blocksize=128)).startswith("different")
     assert "float32" in compare(ours, replace(ours, dtype=torch.float32))  # says what differs
-    assert re.fullmatch(r"different: [\d,]+ of 8,192 bytes of codes", compare(ours, quantize_nf4(-W)))
+    assert re.fullmatch(
+        r"different: [\d,]+ of 8,192 bytes of codes", compare(ours, quantize_nf4(-W))
+    )
     for part in ("nested_bytes", "offset_bytes"):
         moved = (getattr(ours, part).view(torch.float32) * 1.001).view(torch.uint8)
         assert compare(ours, replace(ours, **{part: moved})) == "different: scales"
@@ -144,4 +156,7 @@ def test_nothing_to_compare_raises(place, capsys):
         verify(place / "plain", source=place / "base", against="bitsandbytes")
     with pytest.raises(ValueError, match="is it the base"):
         verify(place / "plain", source=place / "nested")
-    assert main(["verify", "./nowhere"]) == 1 and "expected a folder with .safetensors" in capsys.readouterr().err
+    assert (
+        main(["verify", "./nowhere"]) == 1
+        and "expected a folder with .safetensors" in capsys.readouterr().err
+    )

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed equals one that was not, bit for bit; a crash leaves whole checkpoints only.
 
-Oracles: the uninterrupted run (dropout on); processes that are really interrupted and really killed.
+Oracles: the uninterrupted run (dropout on); processes that are really interrupted and really
+killed.
 """
 
 import json
@@ -22,7 +23,12 @@ from minilora.training import checkpoint, validation
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
-CONFIG = {"learning_rate": 1e-2, "max_steps": 7, "per_device_train_batch_size": 5, "lr_scheduler_type": "cosine"}
+CONFIG = {
+    "learning_rate": 1e-2,
+    "max_steps": 7,
+    "per_device_train_batch_size": 5,
+    "lr_scheduler_type": "cosine",
+}
 
 
 def run(folder=None, model=None, *, stop=None, data=None, **fields):
@@ -60,7 +66,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("step", [1, 4, 5, 6])  # 5 ends an epoch
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, step):
     folder, model, result = whole
-    resumed, again = run(None, resume_from_checkpoint=str(folder / f"checkpoint-{step}"), eval_steps=2)
+    resumed, again = run(
+        None, resume_from_checkpoint=str(folder / f"checkpoint-{step}"), eval_steps=2
+    )
     assert same(resumed, model)
     assert again.losses == result.losses and again.eval_losses == result.eval_losses
     assert (again.steps, again.tokens, again.loss) == (result.steps, result.tokens, result.loss)
@@ -68,20 +76,41 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, step):
 
 def test_the_test_above_would_notice_dropout_and_order(whole):
     folder, model, result = whole
-    other, _ = run(None, resume_from_checkpoint=str(folder / "checkpoint-4"), model=lora(dropout=0.0), eval_steps=2)
+    other, _ = run(
+        None,
+        resume_from_checkpoint=str(folder / "checkpoint-4"),
+        model=lora(dropout=0.0),
+        eval_steps=2,
+    )
     assert not same(other, model)
 
 
 def test_interrupted_with_accumulation_then_resumed(tmp_path):
-    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "eval_steps": 2, "save_steps": None}
+    split = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "eval_steps": 2,
+        "save_steps": None,
+    }
     model, result = run(tmp_path / "a", **split)
     _, stopped = run(tmp_path / "b", stop=4, **split)
-    assert stopped.interrupted and stopped.steps == 3 and stopped.checkpoint == tmp_path / "b" / "checkpoint-3"
+    assert (
+        stopped.interrupted
+        and stopped.steps == 3
+        and stopped.checkpoint == tmp_path / "b" / "checkpoint-3"
+    )
     resumed, again = run(tmp_path / "b", resume_from_checkpoint="last", **split)
-    assert same(resumed, model) and again.losses == result.losses and again.eval_losses == result.eval_losses
+    assert (
+        same(resumed, model)
+        and again.losses == result.losses
+        and again.eval_losses == result.eval_losses
+    )
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in "ab"]
     lines = [[json.loads(line) for line in log] for log in logs]
-    timeless = [[{k: v for k, v in x.items() if "second" not in k and k != "config"} for x in log] for log in lines]
+    timeless = [
+        [{k: v for k, v in x.items() if "second" not in k and k != "config"} for x in log]
+        for log in lines
+    ]
     assert timeless[0] == timeless[1]  # every step stands there once
 
 
@@ -89,7 +118,12 @@ def test_resumed_from_an_older_checkpoint_replaces_what_came_after_it(tmp_path):
     model, result = run(tmp_path, save_steps=1, logging_steps=1)
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 8, "lo')  # a line that a crash cut short
-    resumed, _ = run(tmp_path, save_steps=1, logging_steps=1, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed, _ = run(
+        tmp_path,
+        save_steps=1,
+        logging_steps=1,
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3"),
+    )
     assert same(resumed, model) and checkpoint.checkpoint_steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == result.losses
@@ -110,7 +144,11 @@ def test_interrupted_in_an_evaluation_repeats_it(tmp_path, monkeypatch):
     _, stopped = run(tmp_path / "b", eval_steps=3)
     assert stopped.interrupted and stopped.steps == 3 and stopped.eval_losses == []
     _, again = run(tmp_path / "b", resume_from_checkpoint="last", eval_steps=3)
-    assert again.eval_losses == result.eval_losses and [step for step, _ in again.eval_losses] == [3, 6, 7]
+    assert again.eval_losses == result.eval_losses and [step for step, _ in again.eval_losses] == [
+        3,
+        6,
+        7,
+    ]
 
 
 def test_more_steps_continue_a_finished_run(tmp_path):
@@ -129,7 +167,9 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
     run(tmp_path / "b", model=lora(llama().half(), dropout=0.3), stop=4)
     state = json.loads((tmp_path / "b" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["scaler"]["scale"] == 2.0**16
-    resumed, again = run(tmp_path / "b", model=lora(llama().half(), dropout=0.3), resume_from_checkpoint="last")
+    resumed, again = run(
+        tmp_path / "b", model=lora(llama().half(), dropout=0.3), resume_from_checkpoint="last"
+    )
     assert same(resumed, model) and again.losses == result.losses
 
 
@@ -150,7 +190,11 @@ def test_a_checkpoint_is_an_adapter_that_loads(whole):
 def test_save_total_limit_keeps_the_newest(tmp_path):
     run(tmp_path, save_steps=2, save_total_limit=2)
     assert checkpoint.checkpoint_steps(tmp_path) == [6, 7]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7", "log.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-6",
+        "checkpoint-7",
+        "log.jsonl",
+    ]
 
 
 def test_save_steps_and_the_end(whole, tmp_path):
@@ -177,7 +221,11 @@ def test_a_failure_while_saving_leaves_the_checkpoints_before_it(tmp_path, monke
     monkeypatch.setattr(checkpoint, stage, fail)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path, save_steps=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "log.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "log.jsonl",
+    ]
     monkeypatch.setattr(checkpoint, stage, real)
     resumed, _ = run(tmp_path, resume_from_checkpoint="last")
     assert same(resumed, run()[0])
@@ -204,7 +252,11 @@ def start(folder: Path, save: int | None) -> subprocess.Popen:
     )
     deadline = time.monotonic() + 120
     log = folder / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 6 and (not save or checkpoint.checkpoint_steps(folder))):
+    while not (
+        log.exists()
+        and log.read_text().count("\n") > 6
+        and (not save or checkpoint.checkpoint_steps(folder))
+    ):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"it made no steps: {process.communicate()}")
@@ -231,16 +283,23 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
     process.communicate(timeout=60)
     for step in checkpoint.checkpoint_steps(tmp_path):
         load_adapter(llama(), tmp_path / f"checkpoint-{step}")
-        assert json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())["step"] == step
+        assert (
+            json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())["step"]
+            == step
+        )
     last = checkpoint.checkpoint_steps(tmp_path)[-1]
     (tmp_path / ".checkpoint-99.tmp").mkdir()  # as a kill in a save leaves it
-    _, result = run(tmp_path, resume_from_checkpoint="last", max_steps=last + 2, per_device_train_batch_size=8)
+    _, result = run(
+        tmp_path, resume_from_checkpoint="last", max_steps=last + 2, per_device_train_batch_size=8
+    )
     assert result.steps == last + 2
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("file", ["trainer_state.safetensors", "trainer_state.json"])
-@pytest.mark.parametrize("damage", [lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:], lambda b: b[:-100]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:], lambda b: b[:-100]]
+)
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(whole, tmp_path, capsys, damage, file):
     for step in (3, 4):
         shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
@@ -255,7 +314,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(whole, tmp_path, ca
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(whole):
-    with pytest.raises(ValueError, match='up to step 7. Continue it with resume_from_checkpoint="last"'):
+    with pytest.raises(
+        ValueError, match='up to step 7. Continue it with resume_from_checkpoint="last"'
+    ):
         run(whole[0])
 
 
@@ -284,7 +345,9 @@ def test_another_place_in_the_data(whole, fields, message):
 
 def test_another_adapter(whole):
     where = str(whole[0] / "checkpoint-4")
-    with pytest.raises(ValueError, match=r"o_proj.* is \(4, 32\) there, None here \(\d+ differ\)|differ"):
+    with pytest.raises(
+        ValueError, match=r"o_proj.* is \(4, 32\) there, None here \(\d+ differ\)|differ"
+    ):
         run(None, model=lora(targets=["q_proj"]), resume_from_checkpoint=where)
 
 

@@ -1,8 +1,8 @@
 """A run that is killed at any moment, or whose disk is full, loses nothing that was saved, and leaves nothing half.
 
-Oracle: the run that nobody disturbed, file by file. Processes really kill themselves (SIGKILL), at seeded calls of the
-file system, most of them in the middle of a save, and at seeded times. Writes really fail: RLIMIT_FSIZE lets the
-kernel refuse what is longer.
+Oracle: the run that nobody disturbed, file by file. Processes really kill themselves (SIGKILL), at
+seeded calls of the file system, most of them in the middle of a save, and at seeded times. Writes
+really fail: RLIMIT_FSIZE lets the kernel refuse what is longer.
 """
 
 import hashlib
@@ -26,12 +26,18 @@ from minilora.training import checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
-RUN = {"learning_rate": 1e-2, "per_device_train_batch_size": 5, "lr_scheduler_type": "constant", "save_steps": 1}
+RUN = {
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 5,
+    "lr_scheduler_type": "constant",
+    "save_steps": 1,
+}
 RUN |= {"save_total_limit": 2}
 KILLS = [("call", number) for number in random.Random(0).sample(range(1, 200), 4)]
 KILLS += [("seconds", random.Random(seed).uniform(0.05, 0.6)) for seed in range(2)]
 
-# Trains on and on. `doomed` kills the process: in the given call of fsync, replace or unlink, or after some seconds.
+# Trains on and on. `doomed` kills the process: in the given call of fsync, replace or unlink, or
+# after some seconds.
 KILLED = """
 import os, signal, sys, threading
 sys.path[:0] = {path!r}
@@ -53,7 +59,8 @@ else:
 run({folder!r}, 100000)
 """
 
-# One run a case; from the log of its second step on no file may be longer than `limit` bytes. Prints the errors.
+# One run a case; from the log of its second step on no file may be longer than `limit` bytes.
+# Prints the errors.
 FULL = """
 import json, resource, sys
 sys.path[:0] = {path!r}
@@ -81,7 +88,8 @@ FIRST = {  # the first file that does not fit: what trains, the limit
     "model.safetensors": ("full", 40_000),
 }
 
-# Writes every kind of file twice, the second time with a limit: name -> error, content before and after.
+# Writes every kind of file twice, the second time with a limit: name -> error, content before and
+# after.
 WRITERS = """
 import json, resource, sys
 from pathlib import Path
@@ -114,7 +122,11 @@ def start(script: str, **values: object) -> subprocess.Popen:
     code = script.format(path=sys.path, **values)
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -142,7 +154,9 @@ def test_killed_at_random_moments_and_resumed_is_as_if_nothing_had_happened(tmp_
     assert max(reached.values()) > 2  # some had come a way
     last = max(reached.values()) + 2
     run(tmp_path / "undisturbed", last, save_total_limit=None)
-    assert any(list((tmp_path / name).glob(".checkpoint-*.tmp")) for name in reached)  # some died in a save
+    assert any(
+        list((tmp_path / name).glob(".checkpoint-*.tmp")) for name in reached
+    )  # some died in a save
     for name, step in reached.items():
         resume(tmp_path / name, tmp_path / "undisturbed", step + 2)
 
@@ -160,7 +174,9 @@ def test_a_full_disk_ends_a_run_with_what_was_saved_before(tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "log.jsonl"]
         resume(folder, tmp_path / method, 7, method)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if "step" in line] == [1]  # from then on every 10 steps
+        assert [line["step"] for line in lines if "step" in line] == [
+            1
+        ]  # from then on every 10 steps
 
 
 def writers(folder: Path) -> dict[str, Callable[[int], None]]:
@@ -176,7 +192,10 @@ def writers(folder: Path) -> dict[str, Callable[[int], None]]:
 def contents(folder: Path) -> dict[str, str]:
     """Path → a hash of what is there."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def test_a_full_disk_leaves_the_old_files_of_every_kind(tmp_path):

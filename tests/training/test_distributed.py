@@ -4,10 +4,10 @@ Two ranks on the CPU (gloo) run ranks.py once; what they leave is compared with 
 The runs are LoRA, QLoRA, DPO, every parameter, biases and norms that train, by DDP and FSDP2.
 The fast tests take a few of these runs, the slow tests all.
 fp32 sums in another order differ by some 2^-24 a sum;
-after six steps of Adam losses agree to 1e-6. Adapters get ten times that: Adam divides a gradient by its own size, so
-the rounding of small ones weighs as much. Biases of keys are the extreme: one moves all scores of a query by much the
-same, which softmax takes out again, so that little but rounding is left of its gradient. Where biases train, Adam's
-epsilon is therefore above that.
+after six steps of Adam losses agree to 1e-6. Adapters get ten times that: Adam divides a gradient
+by its own size, so the rounding of small ones weighs as much. Biases of keys are the extreme: one
+moves all scores of a query by much the same, which softmax takes out again, so that little but
+rounding is left of its gradient. Where biases train, Adam's epsilon is therefore above that.
 """
 
 import json
@@ -38,13 +38,19 @@ from minilora.training.loop import train
 def cases(names: dict[str, Sequence[str]]) -> list:
     """(which runs, name) for parametrize; those of all runs are slow."""
     fast = [pytest.param("few", name, id=f"few-{name}") for name in names["few"]]
-    return fast + [pytest.param("all", name, id=f"all-{name}", marks=pytest.mark.slow) for name in names["all"]]
+    return fast + [
+        pytest.param("all", name, id=f"all-{name}", marks=pytest.mark.slow) for name in names["all"]
+    ]
 
 
-few_and_all = pytest.mark.parametrize("ran", ["few", pytest.param("all", marks=pytest.mark.slow)], indirect=True)
+few_and_all = pytest.mark.parametrize(
+    "ran", ["few", pytest.param("all", marks=pytest.mark.slow)], indirect=True
+)
 each_run = pytest.mark.parametrize("ran, name", cases(RUNS), indirect=["ran"], scope="module")
 CHECKPOINTS = {"few": ["fsdp"], "all": ENGINES}  # the engines of the runs with checkpoints
-each_engine = pytest.mark.parametrize("ran, engine", cases(CHECKPOINTS), indirect=["ran"], scope="module")
+each_engine = pytest.mark.parametrize(
+    "ran, engine", cases(CHECKPOINTS), indirect=["ran"], scope="module"
+)
 
 
 @dataclass
@@ -81,7 +87,10 @@ def ran(request, tmp_path_factory) -> Ran:
     fields = {"nf4": {"output_dir": folder / "one", "save_steps": 3}}
     kinds = dict.fromkeys(name.split()[0] for name in RUNS[chosen])
     one = {kind: outcome(*run(kind, 1, **fields.get(kind, {}))) for kind in kinds}
-    job, found = torchrun(ROOT / "tests" / "helpers" / "ranks.py", folder, chosen), folder / "found.pt"
+    job, found = (
+        torchrun(ROOT / "tests" / "helpers" / "ranks.py", folder, chosen),
+        folder / "found.pt",
+    )
     assert found.exists() and (chosen == "few" or job.returncode == 0), job.stderr
     ending = time.time() - found.stat().st_mtime
     return Ran(chosen, folder, one, torch.load(found, weights_only=False), job, ending)
@@ -116,13 +125,21 @@ def test_a_run_of_two_is_resumed_by_one_process(ran, engine):
 @each_engine
 def test_one_rank_writes_and_the_files_are_those_of_one_process(ran, engine):
     ours, theirs = ran.folder / f"nf4-{engine}", ran.folder / "one"
-    names = [sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) for folder in (ours, theirs)]
+    names = [
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+        for folder in (ours, theirs)
+    ]
     assert names[0] == names[1] and not [name for name in names[0] if name.endswith(".tmp")]
     saved = ["checkpoint-3", "checkpoint-6"] * len(CHECKPOINTS[ran.chosen])
     assert [fact["saved"] for fact in ran.two["facts"]] == [saved, []]
     for name in ("adapter_model.safetensors", "trainer_state.safetensors"):
-        assert relative(*(read_tensors(folder / "checkpoint-6" / name) for folder in (ours, theirs))) < 1e-4
-    configs = [(folder / "checkpoint-6" / "adapter_config.json").read_text() for folder in (ours, theirs)]
+        assert (
+            relative(*(read_tensors(folder / "checkpoint-6" / name) for folder in (ours, theirs)))
+            < 1e-4
+        )
+    configs = [
+        (folder / "checkpoint-6" / "adapter_config.json").read_text() for folder in (ours, theirs)
+    ]
     assert configs[0] == configs[1]
     steps = [json.loads(line).get("step") for line in (ours / "log.jsonl").read_text().splitlines()]
     assert steps == [None, 3, 6, None]
@@ -131,14 +148,19 @@ def test_one_rank_writes_and_the_files_are_those_of_one_process(ran, engine):
 @few_and_all
 def test_packed_bytes_lie_in_shards_and_come_together_as_they_were(ran):
     for fact in ran.two["facts"]:
-        assert len(fact["shards"]) == 2 * 7 * 4  # layers, linears in each, tensors of a 4-bit weight
+        assert (
+            len(fact["shards"]) == 2 * 7 * 4
+        )  # layers, linears in each, tensors of a 4-bit weight
         assert all(all(checks) for checks in fact["shards"].values())
 
 
 @few_and_all
 def test_what_is_wrong_on_one_rank_is_said_on_all(ran):
     first, second = ran.two["facts"]
-    assert first["not finite"] == second["not finite"] and "step 1: the loss of row" in first["not finite"]
+    assert (
+        first["not finite"] == second["not finite"]
+        and "step 1: the loss of row" in first["not finite"]
+    )
     for fact in ran.two["facts"]:
         assert "different data, config. Give" in fact["other seed"]
         assert "8-bit moments" in fact["8 bits in shards"]
@@ -153,7 +175,9 @@ def test_an_interrupt_of_one_rank_ends_all_after_the_same_step(ran):
 @pytest.mark.slow
 @pytest.mark.parametrize("ran", ["all"], indirect=True)
 def test_the_loss_scale_of_fp16_is_one_for_all_shards(ran):
-    assert ran.two["fp16"]["losses"] == pytest.approx(ran.two["fp16 ddp"]["losses"], rel=1e-3)  # of 11 bits
+    assert ran.two["fp16"]["losses"] == pytest.approx(
+        ran.two["fp16 ddp"]["losses"], rel=1e-3
+    )  # of 11 bits
 
 
 @few_and_all
@@ -165,7 +189,11 @@ def test_rank_0_alone_speaks(ran):
 @pytest.mark.parametrize("ran", ["few"], indirect=True)
 def test_a_killed_rank_ends_the_job_and_says_so(ran):
     done = ran.job
-    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr and "rank      : 1" in done.stderr
+    assert (
+        done.returncode != 0
+        and "Signal 9 (SIGKILL)" in done.stderr
+        and "rank      : 1" in done.stderr
+    )
     assert ran.ending_s < 120  # far below any collective's timeout
 
 
@@ -186,7 +214,9 @@ def test_a_step_is_shared_out_once_and_in_equal_numbers(count):
         parallel.rank, parallel.world_size = rank, 3
         shares.append(parallel.micro_batches(count))
     assert len({len(share) for share in shares}) == 1
-    assert sorted(number for share in shares for number, weight in share if weight) == [*range(count)]
+    assert sorted(number for share in shares for number, weight in share if weight) == [
+        *range(count)
+    ]
 
 
 def test_every_micro_batch_has_a_seed_of_its_own():
@@ -197,7 +227,13 @@ def test_every_micro_batch_has_a_seed_of_its_own():
             seeds.append(torch.initial_seed())
             return super().loss(model, batch)
 
-    train(model("lora"), Letters(), rows(16), config(1, max_steps=2, eval_steps=None), objective=Noting())
+    train(
+        model("lora"),
+        Letters(),
+        rows(16),
+        config(1, max_steps=2, eval_steps=None),
+        objective=Noting(),
+    )
     assert len(set(seeds)) == len(seeds) == 2 * 4
 
 
@@ -207,7 +243,9 @@ def test_the_command_line_under_torchrun(tmp_path):
     chat = ours("chatml")
     save(tmp_path / "model", vocab_size=len(chat), tie_word_embeddings=True)
     chat.save_pretrained(tmp_path / "model")
-    sums = [{"prompt": f"{a} plus {b}", "completion": str(a + b)} for a in range(3) for b in range(3)]
+    sums = [
+        {"prompt": f"{a} plus {b}", "completion": str(a + b)} for a in range(3) for b in range(3)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     given = [
         str(tmp_path / "model"),
@@ -220,9 +258,18 @@ def test_the_command_line_under_torchrun(tmp_path):
     done = torchrun("-m", "minilora", "train", *given, f"--adapter={tmp_path / 'two'}", "--fsdp=true",
                     "--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done after 4 steps") == done.stdout.count("parallel: 2 processes, FSDP2") == 1
-    assert main(["train", *given, f"--adapter={tmp_path / 'one'}", "--per_device_train_batch_size=4"]) == 0
-    found, expected = (read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    assert (
+        done.stdout.count("done after 4 steps")
+        == done.stdout.count("parallel: 2 processes, FSDP2")
+        == 1
+    )
+    assert (
+        main(["train", *given, f"--adapter={tmp_path / 'one'}", "--per_device_train_batch_size=4"])
+        == 0
+    )
+    found, expected = (
+        read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one")
+    )
     assert relative(found, expected) < 1e-5
     assert torchrun("-m", "minilora", "inspect", tmp_path / "one").returncode != 0
     failed = torchrun("-m", "minilora", "train", *given, "--fsdp=true", "--optim=adamw_8bit")

@@ -1,6 +1,7 @@
 """Training every parameter is transformers' own training, and checkpoints, resuming and saving know it.
 
-Oracle: the twenty steps of test_train_vs_peft.py on a whole transformers model, with its own loss and torch's AdamW.
+Oracle: the twenty steps of test_train_vs_peft.py on a whole transformers model, with its own loss
+and torch's AdamW.
 """
 
 import json
@@ -27,13 +28,17 @@ FULL = {"method": "full"} | FAST | {"learning_rate": 1e-3}
 def test_twenty_steps_of_every_parameter(tied):
     theirs = oracle(vocab_size=len(Letters()), max_position_embeddings=64, tie_word_embeddings=tied)
     ours = twin(theirs)
-    config = TrainConfig(**CONFIG.to_dict() | {"method": "full", "learning_rate": 1e-3, "weight_decay": 0.0})
+    config = TrainConfig(
+        **CONFIG.to_dict() | {"method": "full", "learning_rate": 1e-3, "weight_decay": 0.0}
+    )
     expected = train_theirs(theirs, encode_dataset(rows(40), Letters(), config.max_length), config)
     assert train(ours, Letters(), rows(40), config).losses == pytest.approx(expected, rel=1e-4)
     assert max(expected) - min(expected) > 0.05 * expected[0]
     for name, parameter in theirs.named_parameters():
         found = ours.get_parameter(name)
-        assert (found - parameter).norm() < 2e-3 * parameter.norm(), name  # Adam: noise of tiny gradients, 20 steps
+        assert (found - parameter).norm() < 2e-3 * parameter.norm(), (
+            name
+        )  # Adam: noise of tiny gradients, 20 steps
 
 
 # ---- properties
@@ -52,11 +57,15 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
 def test_a_checkpoint_is_a_model_that_load_model_and_transformers_read(tied, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = llama(tie_word_embeddings=tied).requires_grad_(False)  # the config's word counts, not the caller's
+    model = llama(tie_word_embeddings=tied).requires_grad_(
+        False
+    )  # the config's word counts, not the caller's
     before = {name: p.clone() for name, p in model.named_parameters()}
     result = train(model, Letters(), rows(), TrainConfig(output_dir=tmp_path / "run", **FULL))
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert result.checkpoint is not None and not (result.checkpoint / "adapter_config.json").exists()
+    assert (
+        result.checkpoint is not None and not (result.checkpoint / "adapter_config.json").exists()
+    )
     ml.save_model(model, tmp_path / "saved")
     tokens = torch.arange(12)[None]
     for folder in (result.checkpoint, tmp_path / "saved"):
@@ -71,7 +80,10 @@ def test_bf16_computes_in_16_bits_on_weights_in_fp32():
     result = train(model, Letters(), rows(), TrainConfig(bf16=True, **FULL))
     expected = train(exact, Letters(), rows(), TrainConfig(**FULL))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert result.losses == pytest.approx(expected.losses, rel=0.02) and result.losses != expected.losses
+    assert (
+        result.losses == pytest.approx(expected.losses, rel=0.02)
+        and result.losses != expected.losses
+    )
 
 
 # ---- errors

@@ -1,7 +1,8 @@
 """8-bit AdamW keeps what it says in the bytes it says, LoRA+ and weight decay reach the parameters they are for, and
 NEFTune's noise is there in training only.
 
-Oracles: torch's AdamW, bitsandbytes' map and its 8-bit update on our own codes, transformers' rule for weight decay.
+Oracles: torch's AdamW, bitsandbytes' map and its 8-bit update on our own codes, transformers' rule
+for weight decay.
 """
 
 import numpy as np
@@ -13,7 +14,12 @@ from hypothesis import strategies as st
 from helpers.toy import FAST, Letters, adapters, llama, lora, rows
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
-from minilora.training.optim.adamw_8bit import AdamW8bit, dequantize_moment, plain_update, quantize_moment
+from minilora.training.optim.adamw_8bit import (
+    AdamW8bit,
+    dequantize_moment,
+    plain_update,
+    quantize_moment,
+)
 from minilora.training.optim.neftune import noisy_embeddings
 from minilora.training.optim.param_groups import new_optimizer
 from minilora_kernels import dynamic_map
@@ -28,7 +34,9 @@ def stepped(kind, shape, steps, seed=0, **extra):
     p = torch.nn.Parameter(torch.randn(shape, generator=generator))
     optimizer = kind([p], **KNOBS, **extra)
     for _ in range(steps):
-        p.grad = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 4
+        p.grad = (
+            torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator) ** 4
+        )
         optimizer.step()
     return p, optimizer
 
@@ -56,7 +64,8 @@ def test_small_parameters_keep_fp32_moments_and_stay_adamw():
 
 def test_an_update_from_8_bits_is_bitsandbytes():
     """The same codes, scales and gradient through its op: the parameter agrees to fp32 rounding. (What it then stores
-    differs: its CPU code rounds through a table of 65,536 entries, which loses the map's small values.)"""
+    differs: its CPU code rounds through a table of 65,536 entries, which loses the map's small
+    values.)"""
     import bitsandbytes  # noqa: F401  registers the op
 
     p, optimizer = stepped(AdamW8bit, (32, 256), 3)
@@ -76,7 +85,8 @@ def test_an_update_from_8_bits_is_bitsandbytes():
 
 def test_every_operation_rounds_once_to_nearest():
     """What a kernel can repeat bit for bit: the update in numpy's fp32, operation by operation. (torch fuses some of
-    its own, in another order on a CPU than on a GPU, and MKL's root is not always the nearest number.)"""
+    its own, in another order on a CPU than on a GPU, and MKL's root is not always the nearest
+    number.)"""
     numbers = (0.9, 1 - 0.9, 0.99, 1 - 0.99, 1 / 0.3, 1e-8, 0.999, -1e-3)
     beta1, rest1, beta2, rest2, correction, eps, decay, rate = np.float32(numbers)
     p, g, m, v = torch.randn(4, 10001)
@@ -102,7 +112,9 @@ def test_groups_are_what_lora_plus_and_transformers_make(ratio):
     model = lora()
     model.model.norm.weight.requires_grad_(True)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = new_optimizer(model, parameters, TrainConfig(loraplus_lr_ratio=ratio, weight_decay=0.1))
+    optimizer = new_optimizer(
+        model, parameters, TrainConfig(loraplus_lr_ratio=ratio, weight_decay=0.1)
+    )
     names = {id(p): name for name, p in parameters.items()}
     seen = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     decayed = set(get_parameter_names(model, [type(model.model.norm)], [r"bias"]))
@@ -133,7 +145,12 @@ def test_codes_are_the_nearest_values_of_the_map(seed, n, signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_thresholds_and_their_neighbours(signed):
     at = midpoints(dynamic_map(signed))
-    for x in (at, torch.nextafter(at, torch.tensor(2.0)), torch.nextafter(at, torch.tensor(-2.0)), dynamic_map(signed)):
+    for x in (
+        at,
+        torch.nextafter(at, torch.tensor(2.0)),
+        torch.nextafter(at, torch.tensor(-2.0)),
+        dynamic_map(signed),
+    ):
         x = torch.cat([x, torch.ones(256 - len(x))])
         assert torch.equal(quantize_moment(x, signed)[0].long(), exact_codes(x, signed)[0])
 
@@ -146,7 +163,12 @@ def test_two_bytes_a_parameter():
 
 def test_it_learns_what_adamw_learns():
     """Losses in the steep part of a toy run: 0.1 % apart, where another seed is 20 % off."""
-    config = {"learning_rate": 3e-3, "max_steps": 30, "save_steps": None, "lr_scheduler_type": "constant"}
+    config = {
+        "learning_rate": 3e-3,
+        "max_steps": 30,
+        "save_steps": None,
+        "lr_scheduler_type": "constant",
+    }
     losses = {}
     for optim in ("adamw_torch", "adamw_8bit"):
         model = llama(hidden_size=64, intermediate_size=128)
@@ -169,7 +191,10 @@ def test_noise_in_training_only_and_of_the_stated_size():
 
 
 def test_noise_changes_training_and_repeats_with_the_seed():
-    runs = [train(lora(), Letters(), rows(), TrainConfig(neftune_noise_alpha=a, **FAST)).losses for a in (0, 5, 5)]
+    runs = [
+        train(lora(), Letters(), rows(), TrainConfig(neftune_noise_alpha=a, **FAST)).losses
+        for a in (0, 5, 5)
+    ]
     assert runs[1] == runs[2] != runs[0]
 
 
@@ -179,13 +204,17 @@ def test_noise_changes_training_and_repeats_with_the_seed():
 def test_8_bit_moments_survive_a_resume_bit_for_bit(tmp_path):
     def run(folder, **fields):
         model = llama(hidden_size=64, intermediate_size=128).requires_grad_(True)
-        config = TrainConfig(output_dir=folder, **(FAST | {"save_steps": 2, "optim": "adamw_8bit"} | fields))
+        config = TrainConfig(
+            output_dir=folder, **(FAST | {"save_steps": 2, "optim": "adamw_8bit"} | fields)
+        )
         return model, train(model, Letters(), rows(), config)
 
     whole, result = run(tmp_path)
     resumed, again = run(None, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.losses == result.losses
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True)
+    )
     with pytest.raises(ValueError, match="optim was adamw_8bit, is adamw_torch"):
         run(None, optim="adamw_torch", resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -196,9 +225,18 @@ def test_lora_plus_moves_b_more_from_the_first_step():
     for ratio in (1.0, 4.0):
         model = lora()
         before = adapters(model)
-        train(model, Letters(), rows(), TrainConfig(loraplus_lr_ratio=ratio, **(FAST | {"max_steps": 1})))
-        moved[ratio] = max((p - before[n]).abs().max().item() for n, p in adapters(model).items() if "lora_B" in n)
-    assert moved[4.0] == pytest.approx(4 * moved[1.0], rel=1e-3)  # ε over the gradient is what is left
+        train(
+            model,
+            Letters(),
+            rows(),
+            TrainConfig(loraplus_lr_ratio=ratio, **(FAST | {"max_steps": 1})),
+        )
+        moved[ratio] = max(
+            (p - before[n]).abs().max().item() for n, p in adapters(model).items() if "lora_B" in n
+        )
+    assert moved[4.0] == pytest.approx(
+        4 * moved[1.0], rel=1e-3
+    )  # ε over the gradient is what is left
 
 
 # ---- error

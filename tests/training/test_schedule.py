@@ -32,7 +32,9 @@ def test_rates_are_those_of_transformers(name, warmup, total):
     theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
     config = TrainConfig(learning_rate=3e-4, lr_scheduler_type=name, warmup_steps=warmup)
     for step in range(total):
-        assert learning_rate(config, step, total) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        assert learning_rate(config, step, total) == pytest.approx(
+            theirs.get_last_lr()[0], rel=1e-12, abs=1e-18
+        )
         optimizer.step()
         theirs.step()
 
@@ -41,7 +43,11 @@ def test_warmup_ratio_counts_as_transformers_does():
     from transformers import TrainingArguments
 
     for ratio, total in [(0.1, 100), (0.03, 50), (0.05, 7), (1.0, 4)]:
-        steps = TrainingArguments(warmup_steps=ratio, report_to=[]).get_warmup_steps(total) if ratio < 1 else total
+        steps = (
+            TrainingArguments(warmup_steps=ratio, report_to=[]).get_warmup_steps(total)
+            if ratio < 1
+            else total
+        )
         by_ratio = TrainConfig(warmup_ratio=ratio)
         by_steps = TrainConfig(warmup_steps=steps)
         assert [learning_rate(by_ratio, s, total) for s in range(total)] == [
@@ -56,7 +62,9 @@ def test_constant_does_not_drop_a_warmup():
 
 def test_total_steps():
     assert total_steps(TrainConfig(num_train_epochs=2), 7) == 14
-    assert total_steps(TrainConfig(num_train_epochs=0.5), 7) == 4  # never fewer samples than asked for
+    assert (
+        total_steps(TrainConfig(num_train_epochs=0.5), 7) == 4
+    )  # never fewer samples than asked for
     assert total_steps(TrainConfig(num_train_epochs=2, max_steps=100), 7) == 100
 
 
@@ -83,7 +91,9 @@ plans = st.builds(
 @given(plans, st.integers(0, 3))
 def test_an_epoch_has_every_sample_once(plan, epoch):
     steps = [plan[epoch * len(plan) + index] for index in range(len(plan))]
-    assert Counter(i for step in steps for micro in step for i in micro) == Counter(range(len(plan.lengths)))
+    assert Counter(i for step in steps for micro in step for i in micro) == Counter(
+        range(len(plan.lengths))
+    )
     assert all(0 < len(micro) <= plan.micro_batch_size for step in steps for micro in step)
     sizes = sorted(sum(map(len, step)) for step in steps)
     assert sizes[1:] == [plan.step_size] * (len(steps) - 1)  # only one step may be smaller
@@ -101,7 +111,9 @@ def test_a_step_depends_on_nothing_but_its_number(plan, random):
 def test_a_step_has_the_same_samples_however_it_is_split(lengths, group):
     splits = [(8, 1), (4, 2), (2, 4), (1, 8)]
     configs = [
-        TrainConfig(per_device_train_batch_size=b, gradient_accumulation_steps=a, group_by_length=group)
+        TrainConfig(
+            per_device_train_batch_size=b, gradient_accumulation_steps=a, group_by_length=group
+        )
         for b, a in splits
     ]
     plans = [BatchPlan(lengths, config) for config in configs]
@@ -112,18 +124,27 @@ def test_a_step_has_the_same_samples_however_it_is_split(lengths, group):
 
 def test_epochs_and_seeds_differ():
     config = TrainConfig(per_device_train_batch_size=4)
-    plan, other = BatchPlan([5] * 64, config), BatchPlan([5] * 64, dataclasses.replace(config, seed=43))
-    orders = [[plan[epoch * 16 + i] for i in range(16)] for epoch in range(3)] + [[other[i] for i in range(16)]]
+    plan, other = (
+        BatchPlan([5] * 64, config),
+        BatchPlan([5] * 64, dataclasses.replace(config, seed=43)),
+    )
+    orders = [[plan[epoch * 16 + i] for i in range(16)] for epoch in range(3)] + [
+        [other[i] for i in range(16)]
+    ]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
 def test_grouping_by_length_saves_padding_and_stays_shuffled():
     generator = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(2000, generator=generator).mul(0.8).exp() * 60).long().clamp_min(2).tolist()
+    lengths = (
+        (torch.randn(2000, generator=generator).mul(0.8).exp() * 60).long().clamp_min(2).tolist()
+    )
     share = {}
     for group in (False, True):
         plan = BatchPlan(lengths, TrainConfig(group_by_length=group))
-        micros = [[lengths[i] for i in micro] for number in range(len(plan)) for micro in plan[number]]
+        micros = [
+            [lengths[i] for i in micro] for number in range(len(plan)) for micro in plan[number]
+        ]
         share[group] = 1 - sum(lengths) / sum(len(micro) * max(micro) for micro in micros)
         longest = [max(micro) for micro in micros]
         rises = sum(a < b for a, b in zip(longest, longest[1:], strict=False)) / (len(longest) - 1)
@@ -134,7 +155,9 @@ def test_grouping_by_length_saves_padding_and_stays_shuffled():
 def test_grouping_mixes_small_data_anew_each_epoch():
     """With few steps an epoch, one window would be all of them, and neighbours by length the same in every epoch."""
     plan = BatchPlan(list(range(2, 66)), TrainConfig(per_device_train_batch_size=4))
-    first, second = ({frozenset(i for m in plan[e * 16 + s] for i in m) for s in range(16)} for e in range(2))
+    first, second = (
+        {frozenset(i for m in plan[e * 16 + s] for i in m) for s in range(16)} for e in range(2)
+    )
     assert len(first & second) <= 2
 
 
@@ -158,7 +181,12 @@ def test_order_does_not_depend_on_the_hash_seed():
 
 
 def test_seeds_differ_in_the_32_bits_that_torch_uses():
-    seeds = {seed_of(seed, kind, step) for seed in range(20) for kind in ("epoch", "dropout") for step in range(100)}
+    seeds = {
+        seed_of(seed, kind, step)
+        for seed in range(20)
+        for kind in ("epoch", "dropout")
+        for step in range(100)
+    }
     assert len(seeds) == 4000 and all(0 <= seed < 2**32 for seed in seeds)
 
 
@@ -176,9 +204,18 @@ def test_names_and_defaults_are_those_of_training_arguments():
     from transformers import TrainingArguments
 
     theirs = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    own = {"max_length", "packing", "group_by_length", "warmup_ratio"}  # SFTConfig's; two also transformers 4's
+    own = {
+        "max_length",
+        "packing",
+        "group_by_length",
+        "warmup_ratio",
+    }  # SFTConfig's; two also transformers 4's
     own |= {"loraplus_lr_ratio", "early_stopping_patience"}  # PEFT's; EarlyStoppingCallback's
-    own |= {"eval_metrics", "eval_answers", "dataset_cache"}  # transformers takes functions; datasets has its own cache
+    own |= {
+        "eval_metrics",
+        "eval_answers",
+        "dataset_cache",
+    }  # transformers takes functions; datasets has its own cache
     own |= {"method"}  # ours alone
     assert {f.name for f in dataclasses.fields(TrainConfig)} - theirs.keys() <= own
     values = TrainConfig().to_dict()
@@ -227,4 +264,8 @@ def test_an_unknown_name_gets_the_nearest():
 
 def test_harmless_spellings_are_accepted(tmp_path):
     config = TrainConfig(learning_rate=1, num_train_epochs=2, output_dir=tmp_path)
-    assert (config.learning_rate, config.num_train_epochs, config.output_dir) == (1.0, 2.0, str(tmp_path))
+    assert (config.learning_rate, config.num_train_epochs, config.output_dir) == (
+        1.0,
+        2.0,
+        str(tmp_path),
+    )

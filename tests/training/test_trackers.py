@@ -1,6 +1,7 @@
 """What a tracker is told is what log.jsonl says, also after a resume; and runs can be drawn from it.
 
-Oracle: the trackers' own readers (TensorBoard's event files, W&B's offline file, trackio's database).
+Oracle: the trackers' own readers (TensorBoard's event files, W&B's offline file, trackio's
+database).
 """
 
 import json
@@ -27,7 +28,12 @@ def run(folder, **fields):
 def logged(folder):
     """{(step, name): value} of every figure in log.jsonl."""
     lines = [line for line in read_log(folder) if "step" in line]
-    return {(line["step"], name): value for line in lines for name, value in line.items() if name != "step"}
+    return {
+        (line["step"], name): value
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
+    }
 
 
 def leveldb_records(content):
@@ -54,7 +60,11 @@ def test_tensorboard_has_the_log_also_after_a_resume(tmp_path):
     run(tmp_path, report_to="tensorboard")
     run(tmp_path, report_to="tensorboard", resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    found = {
+        (event.step, tag): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
     expected = logged(tmp_path)
     assert found.keys() == expected.keys()
     for key in (key for key in expected if key[1] not in ("tokens_per_second", "peak_memory")):
@@ -74,8 +84,15 @@ def test_wandb_offline_has_the_log(tmp_path, monkeypatch):
     for data in leveldb_records(file.read_bytes()):
         record = Record()
         record.ParseFromString(data)
-        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        found |= {(items["_step"], name): value for name, value in items.items() if not name.startswith("_")}
+        items = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        found |= {
+            (items["_step"], name): value
+            for name, value in items.items()
+            if not name.startswith("_")
+        }
     assert found == {key: pytest.approx(value) for key, value in logged(tmp_path).items()}
     assert file.stem == f"run-{(tmp_path / 'wandb_run_id').read_text()}"
 
@@ -92,7 +109,9 @@ def test_trackio_has_the_log(tmp_path, monkeypatch):
     (file,) = (tmp_path / "trackio").glob("minilora*.db")
     with sqlite3.connect(file) as database:
         lines = database.execute("select step, metrics from metrics").fetchall()
-    found = {(step, name): value for step, text in lines for name, value in json.loads(text).items()}
+    found = {
+        (step, name): value for step, text in lines for name, value in json.loads(text).items()
+    }
     assert found == {key: pytest.approx(value) for key, value in logged(tmp_path / "run").items()}
 
 
@@ -106,23 +125,33 @@ def test_runs_are_drawn(tmp_path):
     assert titles.keys() == {"loss (dots: eval)", "learning rate", "grad norm", "tokens per second"}
     loss, dots = titles["loss (dots: eval)"].lines[:2]
     expected = logged(tmp_path / "a")
-    assert [*zip(*loss.get_data(), strict=True)] == [(s, v) for (s, name), v in expected.items() if name == "loss"]
+    assert [*zip(*loss.get_data(), strict=True)] == [
+        (s, v) for (s, name), v in expected.items() if name == "loss"
+    ]
     assert [*zip(*dots.get_data(), strict=True)] == results[0].eval_losses
-    assert len({line.get_linestyle() for line in titles["learning rate"].lines}) == 2  # told apart in grey
+    assert (
+        len({line.get_linestyle() for line in titles["learning rate"].lines}) == 2
+    )  # told apart in grey
     pixels = matplotlib.image.imread(tmp_path / "runs.png")
     assert pixels.shape[0] > 300 and pixels[..., :3].std() > 0.01
-    assert results[0].plot(tmp_path / "one.svg") and (tmp_path / "one.svg").read_text().startswith("<?xml")
+    assert results[0].plot(tmp_path / "one.svg") and (tmp_path / "one.svg").read_text().startswith(
+        "<?xml"
+    )
 
 
 # ---- error
 
 
 def test_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="report_to: 'tensorbord' matches nothing. Nearest: 'tensorboard'"):
+    with pytest.raises(
+        ValueError, match="report_to: 'tensorbord' matches nothing. Nearest: 'tensorboard'"
+    ):
         TrainConfig(report_to="wandb, tensorbord")
     assert trackers(TrainConfig(report_to="none"), 0) == []
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb is not installed .* pip install 'minilora\[track\]'"):
+    with pytest.raises(
+        ValueError, match=r"wandb is not installed .* pip install 'minilora\[track\]'"
+    ):
         trackers(TrainConfig(report_to="wandb"), 0)
     with pytest.raises(ValueError, match="no such log exists"):
         runs([tmp_path])

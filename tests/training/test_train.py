@@ -1,7 +1,7 @@
 """The training loop computes what it says: one division a step, the same gradient for any split, every sample seen.
 
-Oracles: a loop of ten lines with plain AdamW over whole unpadded samples, and counting. (Against PEFT and
-transformers: test_train_vs_peft.py. Against itself, interrupted: test_checkpoint.py.)
+Oracles: a loop of ten lines with plain AdamW over whole unpadded samples, and counting. (Against
+PEFT and transformers: test_train_vs_peft.py. Against itself, interrupted: test_checkpoint.py.)
 """
 
 import io
@@ -60,8 +60,12 @@ def test_equals_a_plain_loop_over_whole_samples(schedule):
         nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.param_groups[0]["lr"] = learning_rate(config, step, 8)
         optimizer.step()
-        assert result.losses[step] == pytest.approx(loss.item(), rel=1e-5)  # fp32, other order of sums, 8 steps of Adam
-    assert relative(adapters(model), adapters(plain)) < 1e-3  # Adam divides tiny gradients by their own size
+        assert result.losses[step] == pytest.approx(
+            loss.item(), rel=1e-5
+        )  # fp32, other order of sums, 8 steps of Adam
+    assert (
+        relative(adapters(model), adapters(plain)) < 1e-3
+    )  # Adam divides tiny gradients by their own size
     assert result.losses[-1] < result.losses[0]
 
 
@@ -81,7 +85,9 @@ def test_loss_and_gradient_do_not_depend_on_the_split(kind):
         samples = [examples[i : i + size] for i in range(0, 12, size)]
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses, _ = loop._backward(alone(model), SFT(), samples, torch.autocast("cpu", enabled=False), scaler)
+        losses, _ = loop._backward(
+            alone(model), SFT(), samples, torch.autocast("cpu", enabled=False), scaler
+        )
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((losses.sum().item(), gradients))
     for loss, gradients in found[1:]:
@@ -103,7 +109,9 @@ def test_training_does_not_depend_on_the_split():
     ]
     for result in results[1:]:
         assert result.losses[0] == pytest.approx(results[0].losses[0], rel=1e-6)
-        assert result.losses == pytest.approx(results[0].losses, rel=1e-4)  # five steps of Adam later
+        assert result.losses == pytest.approx(
+            results[0].losses, rel=1e-4
+        )  # five steps of Adam later
 
 
 def test_eval_loss_does_not_depend_on_its_batch_size():
@@ -121,7 +129,12 @@ def test_only_labelled_positions_reach_the_head():
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape))
     model.lm_head.bias = nn.Parameter(torch.zeros(131))
     _, count = token_loss(model, batch)
-    assert sum(shape[0] for shape in seen) == count == trained_tokens(batch) < (batch["labels"] != -100).sum() + 1
+    assert (
+        sum(shape[0] for shape in seen)
+        == count
+        == trained_tokens(batch)
+        < (batch["labels"] != -100).sum() + 1
+    )
 
 
 def test_both_kinds_of_model_give_the_same_loss_and_labels_are_never_passed():
@@ -143,7 +156,9 @@ def test_the_first_token_is_never_trained():
     assert count == 2 and loss.item() > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # the name 4 and 5 share
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)  # the name 4 and 5 share
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
 def test_gradient_checkpointing_changes_nothing_but_memory(kind):
     def model():
@@ -152,27 +167,44 @@ def test_gradient_checkpointing_changes_nothing_but_memory(kind):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         return LlamaForCausalLM(LlamaConfig(vocab_size=131, **sizes))
 
     losses = []
     for on in (False, True):
         m = lora(model(), dropout=0.1)
         recomputed = []
-        m.model.layers[0].input_layernorm.register_forward_hook(lambda *_, seen=recomputed: seen.append(1))
-        losses.append(train(m, Letters(), rows(), TrainConfig(gradient_checkpointing=on, **FAST)).losses)
+        m.model.layers[0].input_layernorm.register_forward_hook(
+            lambda *_, seen=recomputed: seen.append(1)
+        )
+        losses.append(
+            train(m, Letters(), rows(), TrainConfig(gradient_checkpointing=on, **FAST)).losses
+        )
         assert len(recomputed) == (10 if on else 5)
-        assert not getattr(m, "gradient_checkpointing", False) and not getattr(m, "is_gradient_checkpointing", False)
+        assert not getattr(m, "gradient_checkpointing", False) and not getattr(
+            m, "is_gradient_checkpointing", False
+        )
     assert losses[0] == losses[1]
 
 
 def test_every_sample_is_seen_once_an_epoch_and_max_steps_cycles(monkeypatch):
     seen = []
-    monkeypatch.setattr(SFT, "collate", lambda _, batch: seen.extend(e.row for e in batch) or padded(batch))
-    result = train(lora(), Letters(), rows(10), TrainConfig(num_train_epochs=2, per_device_train_batch_size=4))
+    monkeypatch.setattr(
+        SFT, "collate", lambda _, batch: seen.extend(e.row for e in batch) or padded(batch)
+    )
+    result = train(
+        lora(), Letters(), rows(10), TrainConfig(num_train_epochs=2, per_device_train_batch_size=4)
+    )
     assert result.steps == 6 and sorted(seen) == sorted([*range(10)] * 2)
     seen.clear()
-    result = train(lora(), Letters(), rows(10), TrainConfig(max_steps=7, per_device_train_batch_size=4))
+    result = train(
+        lora(), Letters(), rows(10), TrainConfig(max_steps=7, per_device_train_batch_size=4)
+    )
     assert result.steps == 7 and sorted(seen[:20]) == sorted([*range(10)] * 2) and len(seen) > 20
     assert result.tokens == sum(len(encode_dataset(rows(10), Letters())[i].input_ids) for i in seen)
 
@@ -199,7 +231,9 @@ def test_modes_and_frozen_weights_are_left_as_they_were():
 def test_dropout_is_on_in_training_and_off_in_evaluation():
     model, modes = lora(dropout=0.5), []
     layer = next(m for m in model.modules() if isinstance(m, LoRALayer))
-    layer.register_forward_pre_hook(lambda m, _: modes.append((m.training, torch.is_grad_enabled())))
+    layer.register_forward_pre_hook(
+        lambda m, _: modes.append((m.training, torch.is_grad_enabled()))
+    )
     train(model, Letters(), rows(), TrainConfig(max_steps=2), eval_dataset=rows(4))
     assert modes == [(True, True), (True, True), (False, False)]
 
@@ -209,7 +243,9 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
 
 def test_evaluation_every_n_steps_and_at_the_end():
     model = lora()
-    result = train(model, Letters(), rows(), TrainConfig(eval_steps=2, **FAST), eval_dataset=rows(8, seed=1))
+    result = train(
+        model, Letters(), rows(), TrainConfig(eval_steps=2, **FAST), eval_dataset=rows(8, seed=1)
+    )
     assert [step for step, _ in result.eval_losses] == [2, 4, 5]
     expected, _ = mean_loss(model, encode_dataset(rows(8, seed=1), Letters(), 1024), 3)
     assert result.eval_loss == result.eval_losses[-1][1] == pytest.approx(expected, rel=1e-6)
@@ -228,20 +264,31 @@ def test_the_log_is_json_lines_that_agree_with_the_result(tmp_path):
     assert [line["step"] for line in steps] == [2, 4]
     assert steps[1]["loss"] == pytest.approx(sum(result.losses[2:4]) / 2)
     assert steps[1]["learning_rate"] == pytest.approx(1e-2 * (1 - 3 / 5))
-    assert [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line] == result.eval_losses
-    assert lines[-1]["steps"] == 5 and lines[-1]["tokens"] == result.tokens and lines[-1]["interrupted"] is False
+    assert [
+        (line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line
+    ] == result.eval_losses
+    assert (
+        lines[-1]["steps"] == 5
+        and lines[-1]["tokens"] == result.tokens
+        and lines[-1]["interrupted"] is False
+    )
 
 
 def test_nothing_is_written_without_an_output_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = train(lora(), Letters(), rows(), TrainConfig(learning_rate=1e-2, max_steps=3, save_steps=1))
+    result = train(
+        lora(), Letters(), rows(), TrainConfig(learning_rate=1e-2, max_steps=3, save_steps=1)
+    )
     assert list(tmp_path.iterdir()) == [] and result.checkpoint is None and result.log is None
 
 
 def test_the_result_counts():
     result = train(lora(), Letters(), rows(), TrainConfig(**FAST))
     assert result.steps == len(result.losses) == 5 and result.loss == result.losses[-1]
-    assert result.peak_memory_bytes > 50e6 and 0 < result.tokens / result.tokens_per_second < result.seconds
+    assert (
+        result.peak_memory_bytes > 50e6
+        and 0 < result.tokens / result.tokens_per_second < result.seconds
+    )
     assert "losses" not in repr(result)
 
 

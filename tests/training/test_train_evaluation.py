@@ -1,6 +1,7 @@
 """What is measured while training is what `evaluate` measures; the best step and early stopping follow from it alone.
 
-Oracles: `mean_loss` and `evaluate` after a run that stops there, and picking by hand from the list of figures.
+Oracles: `mean_loss` and `evaluate` after a run that stops there, and picking by hand from the list
+of figures.
 """
 
 import json
@@ -25,12 +26,16 @@ TEXT = [{"text": f"{word} {word[::-1]}"} for word in ("alpha", "beta", "gamma", 
 def run(model=None, eval_dataset=None, **fields):
     model = lora() if model is None else model
     held_out = rows(6, seed=1) if eval_dataset is None else eval_dataset
-    return model, train(model, Letters(), rows(), TrainConfig(**(FAST | fields)), eval_dataset=held_out)
+    return model, train(
+        model, Letters(), rows(), TrainConfig(**(FAST | fields)), eval_dataset=held_out
+    )
 
 
 def decide(losses, **fields):
     """(best step, whether to stop) after evaluations at steps 1, 2, … with these eval losses."""
-    chosen = Evaluation(Process(torch.device("cpu")), Letters(), rows(2), *_sft(), TrainConfig(**fields))
+    chosen = Evaluation(
+        Process(torch.device("cpu")), Letters(), rows(2), *_sft(), TrainConfig(**fields)
+    )
     evals = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses, 1)]
     best = chosen.best(evals)
     return best and best["step"], chosen.exhausted(evals)
@@ -47,18 +52,27 @@ def _sft():
 
 def test_figures_are_those_of_evaluate():
     held_out = rows(6, seed=1)
-    model, result = run(eval_metrics="exact_match, token_f1,json_valid", eval_answers=4, eval_steps=5, max_steps=5)
+    model, result = run(
+        eval_metrics="exact_match, token_f1,json_valid", eval_answers=4, eval_steps=5, max_steps=5
+    )
     scores = evaluate(model, Letters(), held_out[:4], metrics={"json_valid": json_valid})
     loss, _ = mean_loss(model, encode_dataset(held_out, Letters(), 1024), 8)
     assert result.evals == [
-        {"step": 5, "eval_loss": pytest.approx(loss, rel=1e-6), "eval_exact_match": scores.exact_match}
+        {
+            "step": 5,
+            "eval_loss": pytest.approx(loss, rel=1e-6),
+            "eval_exact_match": scores.exact_match,
+        }
         | {"eval_token_f1": scores.token_f1, "eval_json_valid": scores.metrics["json_valid"]}
     ]
 
 
 def test_what_was_forgotten_is_measured_beside_the_task(tmp_path):
     model, result = run(
-        eval_dataset={"task": rows(6, seed=1), "general": TEXT}, eval_steps=2, max_steps=4, output_dir=tmp_path
+        eval_dataset={"task": rows(6, seed=1), "general": TEXT},
+        eval_steps=2,
+        max_steps=4,
+        output_dir=tmp_path,
     )
     loss, _ = mean_loss(model, encode_dataset(TEXT, Letters(), 1024), 8)
     assert [sorted(f) for f in result.evals] == [
@@ -74,7 +88,10 @@ def test_measuring_changes_nothing_that_is_trained():
     with_it, _ = run(eval_steps=1, eval_metrics="exact_match")
     model = lora()
     train(model, Letters(), rows(), TrainConfig(**FAST))
-    assert all(torch.equal(a, b) for a, b in zip(adapters(with_it).values(), adapters(model).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(adapters(with_it).values(), adapters(model).values(), strict=True)
+    )
 
 
 # ---- property
@@ -101,22 +118,37 @@ def test_more_is_better_of_answers_and_less_of_losses():
         {"step": 2, "eval_loss": 2.0, "eval_exact_match": 0.9},
     ]
     for metric, step in (("eval_loss", 1), ("eval_exact_match", 2)):
-        config = TrainConfig(metric_for_best_model=metric, eval_metrics="exact_match", load_best_model_at_end=True)
-        best = Evaluation(Process(torch.device("cpu")), Letters(), rows(2), *_sft(), config).best(evals)
+        config = TrainConfig(
+            metric_for_best_model=metric, eval_metrics="exact_match", load_best_model_at_end=True
+        )
+        best = Evaluation(Process(torch.device("cpu")), Letters(), rows(2), *_sft(), config).best(
+            evals
+        )
         assert best is not None and best["step"] == step
 
 
-OVERSHOOTS = {"learning_rate": 0.2, "lr_scheduler_type": "constant", "max_steps": 12, "eval_steps": 2}
+OVERSHOOTS = {
+    "learning_rate": 0.2,
+    "lr_scheduler_type": "constant",
+    "max_steps": 12,
+    "eval_steps": 2,
+}
 
 
 def test_a_run_stops_early_and_ends_with_its_best_weights(tmp_path):
-    fields = OVERSHOOTS | {"early_stopping_patience": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    fields = OVERSHOOTS | {
+        "early_stopping_patience": 2,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+    }
     model, result = run(output_dir=tmp_path, save_steps=1, **fields)
     losses = dict(result.eval_losses)
     assert result.best_step == min(losses, key=losses.__getitem__) == result.steps - 4
     loss, _ = mean_loss(model, encode_dataset(rows(6, seed=1), Letters(), 1024), 8)
     assert loss == pytest.approx(losses[result.best_step], rel=1e-6)
-    assert {f"checkpoint-{result.best_step}", f"checkpoint-{result.steps}"} <= {p.name for p in tmp_path.iterdir()}
+    assert {f"checkpoint-{result.best_step}", f"checkpoint-{result.steps}"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     assert sum(p.is_dir() for p in tmp_path.iterdir()) == 2
 
 
@@ -130,7 +162,10 @@ def test_a_resumed_run_stops_where_the_other_did(tmp_path):
     assert again.evals == whole.evals and again.steps == whole.steps < 12
     finished, nothing = run(output_dir=tmp_path, resume_from_checkpoint="last", **fields)
     assert nothing.steps == whole.steps
-    assert all(torch.equal(a, b) for a, b in zip(adapters(model).values(), adapters(finished).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(adapters(model).values(), adapters(finished).values(), strict=True)
+    )
 
 
 # ---- error
@@ -139,7 +174,10 @@ def test_a_resumed_run_stops_where_the_other_did(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"eval_metrics": "exact_mach"}, "eval_metrics: 'exact_mach' matches nothing. Nearest: 'exact_match'"),
+        (
+            {"eval_metrics": "exact_mach"},
+            "eval_metrics: 'exact_mach' matches nothing. Nearest: 'exact_match'",
+        ),
         (
             {"metric_for_best_model": "eval_f1", "early_stopping_patience": 1},
             "metric_for_best_model .* Nearest: 'eval_loss'",

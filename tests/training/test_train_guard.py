@@ -29,7 +29,9 @@ def test_16_bit_follows_the_model_with_fp32_masters(dtype):
     model = lora(llama().to(dtype))
     result = train(model, Letters(), rows(), TrainConfig(**FAST))
     assert all(
-        p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+        p.dtype == torch.float32 and p.grad.dtype == torch.float32
+        for p in model.parameters()
+        if p.requires_grad
     )
     assert result.losses == pytest.approx(exact.losses, rel=2e-2)  # measured: 2e-3 (bf16)
     assert result.losses[-1] < result.losses[0]
@@ -38,7 +40,12 @@ def test_16_bit_follows_the_model_with_fp32_masters(dtype):
 def test_the_loss_scale_is_taken_off_before_clipping(tmp_path):
     norms = []
     for name, model in [("fp32", lora()), ("fp16", lora(llama().half()))]:
-        result = train(model, Letters(), rows(), TrainConfig(output_dir=tmp_path / name, logging_steps=1, **FAST))
+        result = train(
+            model,
+            Letters(),
+            rows(),
+            TrainConfig(output_dir=tmp_path / name, logging_steps=1, **FAST),
+        )
         assert result.log is not None
         lines = [json.loads(line) for line in result.log.read_text().splitlines()]
         norms.append([line["grad_norm"] for line in lines if "grad_norm" in line])
@@ -48,7 +55,9 @@ def test_the_loss_scale_is_taken_off_before_clipping(tmp_path):
 @pytest.mark.parametrize(("field", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_autocast_when_asked_for(field, dtype):
     model, seen = lora(), []
-    model.model.layers[0].mlp.down_proj.base_layer.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    model.model.layers[0].mlp.down_proj.base_layer.register_forward_hook(
+        lambda m, i, out: seen.append(out.dtype)
+    )
     train(model, Letters(), rows(), TrainConfig(**{field: True}, **FAST), eval_dataset=rows(4))
     assert set(seen) == {dtype}
 
@@ -66,7 +75,9 @@ def test_the_loss_scaler_skips_an_overflow_and_goes_on(monkeypatch):
     monkeypatch.setattr(run, "precision_of", huge)
     train(model, Letters(), rows(), TrainConfig(**FAST))
     assert scalers[0].get_scale() == 2.0**115
-    assert relative(adapters(model), before) == 0  # every step overflowed: nothing moved, nothing was poisoned
+    assert (
+        relative(adapters(model), before) == 0
+    )  # every step overflowed: nothing moved, nothing was poisoned
 
 
 def test_precision_errors():
@@ -78,7 +89,9 @@ def test_precision_errors():
     ]:
         with pytest.raises(ValueError, match=message):
             precision_of(model, TrainConfig(**fields), device)
-    assert not precision_of(lora(llama().bfloat16()), TrainConfig(bf16=True), device)[1].is_enabled()
+    assert not precision_of(lora(llama().bfloat16()), TrainConfig(bf16=True), device)[
+        1
+    ].is_enabled()
     assert precision_of(lora(llama().half()), TrainConfig(), device)[1].is_enabled()
 
 
@@ -109,7 +122,10 @@ def test_interrupted_in_a_step_keeps_the_steps_before_it():
 
 
 def test_ctrl_c_waits_for_the_end_of_an_update():
-    before, done = signal.signal(signal.SIGINT, signal.default_int_handler), []  # a background job ignores it
+    before, done = (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        [],
+    )  # a background job ignores it
     with pytest.raises(KeyboardInterrupt):
         with uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
@@ -138,9 +154,9 @@ def test_nothing_to_train():
 
 def test_masters_below_fp32():
     model = lora()
-    next(m for m in model.modules() if isinstance(m, LoRALayer)).adapters["default"].lora_A.data = torch.zeros(
-        4, 32, dtype=torch.bfloat16
-    )
+    next(m for m in model.modules() if isinstance(m, LoRALayer)).adapters[
+        "default"
+    ].lora_A.data = torch.zeros(4, 32, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="lora_A trains in torch.bfloat16.*1 of 28 are not"):
         train(model, Letters(), rows())
 
@@ -162,7 +178,9 @@ def test_an_adapter_without_gradient_is_named_at_step_1(how):
     layer.__class__ = type("Cut", (Cut,), {"how": how})
     before = adapters(model)
     name = r"model\.layers\.1\.self_attn\.q_proj\.adapters\.default"
-    with pytest.raises(ValueError, match=f"step 1: [12] of the trained parts got no gradient: {name}"):
+    with pytest.raises(
+        ValueError, match=f"step 1: [12] of the trained parts got no gradient: {name}"
+    ):
         train(model, Letters(), rows(), TrainConfig(**FAST))
     assert relative(adapters(model), before) == 0
 
@@ -190,7 +208,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_changes_nothing():
 
 def test_a_gradient_that_is_not_finite_names_its_step():
     model = lora()
-    model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.register_hook(lambda g: g * float("inf"))
+    model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.register_hook(
+        lambda g: g * float("inf")
+    )
     with pytest.raises(ValueError, match="step 1: the gradient is"):
         train(model, Letters(), rows(), TrainConfig(**FAST))
 

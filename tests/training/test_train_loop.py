@@ -28,8 +28,8 @@ def flat_loop():
 def test_train_loop_has_the_losses_of_ml_train(tmp_path):
     """Twenty steps from one adapter in 4 bits: losses within 1e-5 of each other, relative.
 
-    Both sum the same fp32 terms in another order. One step differs by a few eps = 1.2e-7; twenty steps of AdamW, each
-    bounded by the learning rate, keep the difference below 100 eps.
+    Both sum the same fp32 terms in another order. One step differs by a few eps = 1.2e-7; twenty
+    steps of AdamW, each bounded by the learning rate, keep the difference below 100 eps.
     """
     folder = furnish(tmp_path)
     tokenizer = load_tokenizer(folder / "model")

@@ -1,8 +1,8 @@
 """Training with minilora is training with PEFT and transformers: the same losses for 20 steps, from the same model,
 adapter file and batches, and the same adapter at the end.
 
-The oracle's side is theirs alone: PeftModel from the files, transformers' own labels and loss (divided by
-`num_items_in_batch` under accumulation), torch's AdamW, transformers' scheduler.
+The oracle's side is theirs alone: PeftModel from the files, transformers' own labels and loss
+(divided by `num_items_in_batch` under accumulation), torch's AdamW, transformers' scheduler.
 """
 
 from typing import Any
@@ -42,8 +42,12 @@ def train_theirs(model: Any, examples, config: TrainConfig) -> list[float]:
 
     plan = BatchPlan([len(e.input_ids) for e in examples], config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps
+    )
     model.train()
     losses = []
     for step in range(config.max_steps):
@@ -59,26 +63,34 @@ def train_theirs(model: Any, examples, config: TrainConfig) -> list[float]:
     return losses
 
 
-def compare(ours: Any, theirs: Any, tokenizer: Any, data: list, config: TrainConfig, folder) -> None:
+def compare(
+    ours: Any, theirs: Any, tokenizer: Any, data: list, config: TrainConfig, folder
+) -> None:
     from peft import PeftModel
 
     inject(ours, LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)
     for layer in ours.modules():
-        if isinstance(layer, LoRALayer):  # B beside zero, or half of the gradients would be zero at first
+        if isinstance(
+            layer, LoRALayer
+        ):  # B beside zero, or half of the gradients would be zero at first
             layer.adapters["default"].lora_B.data.normal_(std=0.02, generator=generator)
     save_adapter(ours, folder / "start")
     theirs = PeftModel.from_pretrained(theirs, folder / "start", is_trainable=True)
     expected = train_theirs(theirs, encode_dataset(data, tokenizer, config.max_length), config)
     found = train(ours, tokenizer, data, config)
     assert found.losses == pytest.approx(expected, rel=1e-4)
-    assert max(expected) - min(expected) > 0.05 * expected[0]  # something was learned: the agreement means something
+    assert (
+        max(expected) - min(expected) > 0.05 * expected[0]
+    )  # something was learned: the agreement means something
     theirs.save_pretrained(folder / "end")
     ends = load_file(folder / "end" / "adapter_model.safetensors")
     starts = load_file(folder / "start" / "adapter_model.safetensors")
     for key, tensor in adapter_state_dict(ours).items():
         moved = (ends[key] - starts[key]).norm()
-        assert (tensor - ends[key]).norm() < 0.02 * moved, key  # Adam turns tiny gradients' noise into whole steps
+        assert (tensor - ends[key]).norm() < 0.02 * moved, (
+            key
+        )  # Adam turns tiny gradients' noise into whole steps
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -104,7 +116,9 @@ def test_the_frozen_base_keeps_its_dtype(tmp_path):
     train(model, Letters(), rows(8), TrainConfig(max_steps=1, save_steps=None))
     after = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     assert {p.dtype for p in after.values()} == {torch.bfloat16, torch.uint8}
-    assert all(p.dtype == before[name].dtype and torch.equal(p, before[name]) for name, p in after.items())
+    assert all(
+        p.dtype == before[name].dtype and torch.equal(p, before[name]) for name, p in after.items()
+    )
     theirs = prepare_model_for_kbit_training(oracle().bfloat16())
     assert theirs.get_input_embeddings().weight.dtype == torch.float32
 

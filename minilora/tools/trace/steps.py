@@ -34,7 +34,7 @@ STYLE = """\
 .minilora-trace td{font-family:monospace}
 .minilora-trace .phase th{padding-top:9px;border-bottom:1px solid currentColor}
 .minilora-trace tbody tr:hover{background:#8883}
-.minilora-trace caption{text-align:left;font-weight:bold;white-space:nowrap;caption-side:top;color:inherit}"""  # noqa: E501
+.minilora-trace caption{text-align:left;font-weight:bold;white-space:nowrap;caption-side:top;color:inherit}"""
 
 
 @dataclass(frozen=True, repr=False)

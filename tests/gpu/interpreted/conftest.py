@@ -9,7 +9,8 @@ from triton.runtime import interpreter
 def inside(monkeypatch) -> None:
     """Every address that a load or a store touches lies in one tensor that the launch was given.
 
-    A read past the end changes no result, and here is no error either; on a GPU it may be a fault."""
+    A read past the end changes no result, and here is no error either; on a GPU it may be a
+    fault."""
     extents: list[tuple[int, int]] = []
     convert, builder = interpreter._implicit_cvt, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -21,17 +22,27 @@ def inside(monkeypatch) -> None:
 
     def noted(argument):
         if hasattr(argument, "data_ptr") and argument.numel():
-            last = sum((size - 1) * stride for size, stride in zip(argument.shape, argument.stride(), strict=True))
+            last = sum(
+                (size - 1) * stride
+                for size, stride in zip(argument.shape, argument.stride(), strict=True)
+            )
             start = argument.data_ptr()
             extents.append((start, start + (last + 1) * argument.element_size()))
         return convert(argument)
 
     def check(pointers, mask) -> None:
-        touched = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        touched = np.broadcast_to(
+            pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape)
+        )
         touched = touched[np.broadcast_to(mask.data, touched.shape).astype(bool)]
         if len(touched):
-            first, end = int(touched.min()), int(touched.max()) + pointers.get_element_ty().primitive_bitwidth // 8
-            assert any(start <= first and end <= stop for start, stop in extents), "outside of what was given"
+            first, end = (
+                int(touched.min()),
+                int(touched.max()) + pointers.get_element_ty().primitive_bitwidth // 8,
+            )
+            assert any(start <= first and end <= stop for start, stop in extents), (
+                "outside of what was given"
+            )
 
     def checked_load(self, pointers, mask, *rest):
         check(pointers, mask)

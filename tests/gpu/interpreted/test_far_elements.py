@@ -1,6 +1,7 @@
 """Proves that offsets of kernels are 64-bit where they must be, beyond 2^31 elements.
 
-A program near the end runs alone, in memory that is never touched elsewhere and so never comes into being.
+A program near the end runs alone, in memory that is never touched elsewhere and so never comes into
+being.
 """
 
 import pytest
@@ -31,12 +32,16 @@ def only_program(monkeypatch):
 
     def only(number: int) -> None:
         def program(builder: object, axis: int) -> interpreter.TensorHandle:
-            return interpreter.TensorHandle(torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32)
+            return interpreter.TensorHandle(
+                torch.tensor([number], dtype=torch.int32).numpy(), interpreter.tl.int32
+            )
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
         nf4 = nf4_dequantize, nf4_quantize, nf4_gemv, nf4_matmul
         for module in (*nf4, adamw_8bit, cross_entropy, swiglu, rms_norm, rope):
-            monkeypatch.setattr(module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k))
+            monkeypatch.setattr(
+                module, "run", lambda name, kernel, programs, *a, **k: run(name, kernel, 1, *a, **k)
+            )
 
     return only
 
@@ -48,9 +53,15 @@ FAR = 2**31 + 4096 * 64  # elements; the last 4096 are looked at
 def test_dequantising_far_elements(only_program, per_program, dequantize):
     x = normal(per_program)
     small = parts_of(x, 64, True)
-    packed, codes = torch.empty(FAR // 2, dtype=torch.uint8), torch.empty(FAR // 64, dtype=torch.uint8)
+    packed, codes = (
+        torch.empty(FAR // 2, dtype=torch.uint8),
+        torch.empty(FAR // 64, dtype=torch.uint8),
+    )
     packed[-per_program // 2 :], codes[-per_program // 64 :] = small[0], small[1]
-    nested, out = small[2].expand(FAR // 64 // 256).contiguous(), torch.empty(FAR, dtype=torch.float16)
+    nested, out = (
+        small[2].expand(FAR // 64 // 256).contiguous(),
+        torch.empty(FAR, dtype=torch.float16),
+    )
     only_program(FAR // per_program - 1)
     dequantize(packed, codes, nested, small[3], 64, out)
     assert torch.equal(out[-per_program:], dense(small, 64, (per_program,), torch.float16))
@@ -69,7 +80,10 @@ def test_quantising_far_elements(only_program):
 def test_a_token_through_far_rows(only_program, gemv, rows_per_program):
     rows, k = 2**34 // 4096 + 2, 4096  # more than 2^31 words
     small = parts_of(normal(2, k), 64, True)
-    packed, codes = torch.empty(rows * k // 2, dtype=torch.uint8), torch.empty(rows * k // 64, dtype=torch.uint8)
+    packed, codes = (
+        torch.empty(rows * k // 2, dtype=torch.uint8),
+        torch.empty(rows * k // 64, dtype=torch.uint8),
+    )
     packed[-k:], codes[-2 * k // 64 :] = small[0], small[1]
     nested = small[2].expand(-(-rows * k // 64 // 256)).contiguous()
     x = torch.zeros(k)
@@ -96,12 +110,17 @@ def test_few_tokens_through_far_rows(only_program):
 
 def test_a_row_of_far_logits(only_program):
     columns, rows = 2**18, 2**13 + 2
-    logits, labels = torch.empty(rows, columns, dtype=torch.float16), torch.zeros(rows, dtype=torch.long)
+    logits, labels = (
+        torch.empty(rows, columns, dtype=torch.float16),
+        torch.zeros(rows, dtype=torch.long),
+    )
     logits[-1] = 1.0
     only_program(rows - 1)
     cross_entropy.cross_entropy(logits, labels, loss := torch.empty(rows), True, 2.0**10)
     assert loss[-1].item() == pytest.approx(18 * 0.6931472, rel=1e-6)
-    assert logits[-1, 0] == -(2**10) and (logits[-1, 1:] == 2.0**-8).all()  # lift (p - 1) rounded, lift / V
+    assert (
+        logits[-1, 0] == -(2**10) and (logits[-1, 1:] == 2.0**-8).all()
+    )  # lift (p - 1) rounded, lift / V
 
 
 def test_a_step_on_far_values(only_program):
@@ -116,17 +135,26 @@ def test_a_step_on_far_values(only_program):
 
 
 def test_a_norm_of_far_rows(only_program):
-    x, w = torch.empty(FAR // 4096, 4096, dtype=torch.float16), torch.full((4096,), 3.0, dtype=torch.float16)
+    x, w = (
+        torch.empty(FAR // 4096, 4096, dtype=torch.float16),
+        torch.full((4096,), 3.0, dtype=torch.float16),
+    )
     x[-1] = 2.0
     only_program(len(x) - 1)
     y, r = rms_norm.rms_norm(x, w, 0.0, False)
     assert (y[-1] == 3).all() and r[-1] == 0.5
-    dx = rms_norm.rms_norm_backward(x, w, r, x, False)  # dy = x: dh = 6 and h = 1, so that dx = r (6 - 1 * 6)
+    dx = rms_norm.rms_norm_backward(
+        x, w, r, x, False
+    )  # dy = x: dh = 6 and h = 1, so that dx = r (6 - 1 * 6)
     assert (dx[-1] == 0).all()
 
 
 def test_the_weight_of_a_norm_of_far_rows(only_program, monkeypatch):
-    x, r, strip = torch.empty(FAR // 4096, 4096, dtype=torch.float16), torch.empty(FAR // 4096, 1), 16 * rms_norm.STEPS
+    x, r, strip = (
+        torch.empty(FAR // 4096, 4096, dtype=torch.float16),
+        torch.empty(FAR // 4096, 1),
+        16 * rms_norm.STEPS,
+    )
     x[-strip:], r[-strip:] = 2.0, 0.5  # dy = x: dw is 2 a row
     sums = []
     monkeypatch.setattr(torch.Tensor, "sum", lambda self, dim: sums.append(self))
@@ -143,11 +171,15 @@ def test_a_gate_of_far_values(only_program):
     y, (dgate, dup) = swiglu.gated(x, x, False), swiglu.gated_backward(x, x, x, False)
     only_program(0)
     expected = swiglu.gated(near, near, False), *swiglu.gated_backward(near, near, near, False)
-    assert all(torch.equal(far[-1024:], part) for far, part in zip((y, dgate, dup), expected, strict=True))
+    assert all(
+        torch.equal(far[-1024:], part) for far, part in zip((y, dgate, dup), expected, strict=True)
+    )
 
 
 def test_a_rotation_of_far_heads(only_program):
-    x = torch.empty(FAR // 2**19 + 1, 2**12, 2, 64, dtype=torch.float16).transpose(1, 2)  # (B, 2, T, 64)
+    x = torch.empty(FAR // 2**19 + 1, 2**12, 2, 64, dtype=torch.float16).transpose(
+        1, 2
+    )  # (B, 2, T, 64)
     x[-1, :, -8:] = normal(2, 8, 64, dtype=torch.float16, scale=1.0)
     cos, sin = (torch.rand(1, 1, 2**12, 32).half().repeat(1, 1, 1, 2) for _ in range(2))
     only_program(x.numel() // 64 // 32 - 1)  # 32 heads of 32 pairs

@@ -10,7 +10,13 @@ from minilora_kernels import FEW_ON_A_GPU
 from minilora_kernels.triton import launch, nf4_matmul
 from minilora_kernels.triton.nf4_matmul import MOST
 
-SHAPES = [((5, 32), 2, 32), ((70, 96), 16, 64), ((33, 1056), 17, 64), ((64, 512), 64, 256), ((3, 2080), 5, 4096)]
+SHAPES = [
+    ((5, 32), 2, 32),
+    ((70, 96), 16, 64),
+    ((33, 1056), 17, 64),
+    ((64, 512), 64, 256),
+    ((3, 2080), 5, 4096),
+]
 
 
 @pytest.mark.parametrize("sizes, nested, dtype", few_fast(SHAPES, [False, True], [*MOST]))
@@ -24,9 +30,9 @@ def test_a_few_tokens_through_a_layer(sizes, nested, dtype):
     got = nf4_matmul.matmul(x, *parts, shape, blocksize, bias)
     exact = x.double() @ W.double().T + bias.double()
     terms = x.double().abs() @ W.double().abs().T + bias.double().abs()
-    # a term passes its product's rounding (none in 16 bits), and one an addition: of the inner size and the bias, in
-    # whatever order and parts. n roundings by 1 + u or less make 1 + n u / (1 - n u). Then one to x's dtype, which for
-    # subnormal results is half of the smallest
+    # a term passes its product's rounding (none in 16 bits), and one an addition: of the inner size
+    # and the bias, in whatever order and parts. n roundings by 1 + u or less make 1 + n u / (1 - n
+    # u). Then one to x's dtype, which for subnormal results is half of the smallest
     n_u = (shape[1] + 1) * 2**-24
     info = torch.finfo(dtype)
     bound = n_u / (1 - n_u) * terms
@@ -48,23 +54,34 @@ def test_a_few_tokens_stay_inside(shape, tokens, enough, monkeypatch):
     guarded.check()
 
 
-@pytest.mark.parametrize("tile", [launch.tile(8, ROWS=128, CHUNKS=4), launch.tile(2, ROWS=32, CHUNKS=1)])
+@pytest.mark.parametrize(
+    "tile", [launch.tile(8, ROWS=128, CHUNKS=4), launch.tile(2, ROWS=32, CHUNKS=1)]
+)
 def test_other_tiles_read_the_same_columns(tile):
     """Of one row of codes and more, at each place in a word and a chunk."""
     shape = (70, 352)
     parts = parts_of(normal(*shape), 32, True)
     ones = torch.eye(352, dtype=torch.float16)[5::6].contiguous()  # 58 of them
     with launch.overridden("matmul_nf4", tile):
-        assert torch.equal(nf4_matmul.matmul(ones, *parts, shape, 32), dense(parts, 32, shape, ones.dtype)[:, 5::6].T)
+        assert torch.equal(
+            nf4_matmul.matmul(ones, *parts, shape, 32),
+            dense(parts, 32, shape, ones.dtype)[:, 5::6].T,
+        )
 
 
 def test_which_products_have_a_kernel_for_few_tokens():
     assert max(MOST.values()) == FEW_ON_A_GPU
     cpu = torch.device("cpu")
     for dtype, most in MOST.items():
-        assert nf4_matmul.fits(dtype, cpu, (576, 1536), most) and nf4_matmul.fits(dtype, cpu, (1, 32), 2)
-        assert not nf4_matmul.fits(dtype, cpu, (576, 1536), most + 1) and not nf4_matmul.fits(dtype, cpu, (4, 33), 2)
-        assert not nf4_matmul.fits(dtype, cpu, (0, 64), 2) and not nf4_matmul.fits(dtype, cpu, (2**20, 2**16), 2)
+        assert nf4_matmul.fits(dtype, cpu, (576, 1536), most) and nf4_matmul.fits(
+            dtype, cpu, (1, 32), 2
+        )
+        assert not nf4_matmul.fits(dtype, cpu, (576, 1536), most + 1) and not nf4_matmul.fits(
+            dtype, cpu, (4, 33), 2
+        )
+        assert not nf4_matmul.fits(dtype, cpu, (0, 64), 2) and not nf4_matmul.fits(
+            dtype, cpu, (2**20, 2**16), 2
+        )
         assert not nf4_matmul.fits(dtype, cpu, (576, 1536), 0)
     assert not nf4_matmul.fits(torch.float64, cpu, (576, 1536), 2)
 
@@ -102,7 +119,9 @@ def test_a_layer_takes_the_kernel_for_a_few_tokens(monkeypatch):
         x = normal(2, 4, 64, dtype=dtype)
         with torch.no_grad():
             got = layer(x)
-        expected = nn.functional.linear(x.double(), layer.dequantize(dtype).double(), layer.bias.double())
+        expected = nn.functional.linear(
+            x.double(), layer.dequantize(dtype).double(), layer.bias.double()
+        )
         torch.testing.assert_close(got.double(), expected, rtol=2**-9, atol=2**-9)
     assert ran == [8, 8]  # not fp64's
     with torch.no_grad():

@@ -1,14 +1,24 @@
 """Proves in Triton's interpreter that every kernel has the bits of reference.py, textbook and fast alike.
 
-tests/gpu/test_interpreter.py runs this file, and the ordinary NF4 tests, in a process of their own with
-TRITON_INTERPRET=1, on the pinned Triton and, in `make test-all`, on others. What the interpreter cannot show is machine
-code: whether a kernel compiles, and to what, is tests/bench/test_kernel_report.py's.
+tests/gpu/test_interpreter.py runs this file, and the ordinary NF4 tests, in a process of their own
+with TRITON_INTERPRET=1, on the pinned Triton and, in `make test-all`, on others. What the
+interpreter cannot show is machine code: whether a kernel compiles, and to what, is
+tests/bench/test_kernel_report.py's.
 """
 
 import pytest
 import torch
 
-from helpers.kernel_parts import DEQUANTIZE, GEMV, QUANTIZE, Guarded, dense, few_fast, normal, parts_of
+from helpers.kernel_parts import (
+    DEQUANTIZE,
+    GEMV,
+    QUANTIZE,
+    Guarded,
+    dense,
+    few_fast,
+    normal,
+    parts_of,
+)
 from minilora_kernels import dynamic_map, nf4_thresholds
 from minilora_kernels.nf4 import reference
 from minilora_kernels.nf4.codebook import midpoints
@@ -27,11 +37,25 @@ from minilora_kernels.triton import (
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-SIZES = [0, 1, 2, 7, 8, 9, 63, 64, 65, 1003 * 8, 4096 * 3 + 5]  # no whole word, ragged words, blocks and programs
+SIZES = [
+    0,
+    1,
+    2,
+    7,
+    8,
+    9,
+    63,
+    64,
+    65,
+    1003 * 8,
+    4096 * 3 + 5,
+]  # no whole word, ragged words, blocks and programs
 
 
 def test_this_is_the_interpreter():
-    assert launch.interpreted(), "run through tests/gpu/test_interpreter.py, or with TRITON_INTERPRET=1"
+    assert launch.interpreted(), (
+        "run through tests/gpu/test_interpreter.py, or with TRITON_INTERPRET=1"
+    )
 
 
 # ---- oracle: the reference
@@ -42,7 +66,9 @@ def test_quantised_is_the_reference(blocksize, dtype, quantize):
     for n in SIZES:
         x = normal(n, dtype=dtype)
         x[: n // 3] = 0  # whole blocks of zeros, and blocks that begin with them
-        for got, expected in zip(quantize(x, blocksize), reference.quantize(x, blocksize), strict=True):
+        for got, expected in zip(
+            quantize(x, blocksize), reference.quantize(x, blocksize), strict=True
+        ):
             assert torch.equal(got, expected), n
 
 
@@ -53,7 +79,9 @@ def test_ties_and_their_neighbours(quantize):
     up = torch.full_like(t, torch.inf)
     near = torch.cat([t, torch.nextafter(t, up), torch.nextafter(t, -up)])  # (45,)
     for scale in (1.0, 0.75, 3.1e-5, 1.7e38, 2.0**-126):
-        x = torch.cat([torch.tensor([scale]), near * scale, -near * scale])  # (91,): blocks of 64 and 27
+        x = torch.cat(
+            [torch.tensor([scale]), near * scale, -near * scale]
+        )  # (91,): blocks of 64 and 27
         for got, expected in zip(quantize(x, 64), reference.quantize(x, 64), strict=True):
             assert torch.equal(got, expected), scale
 
@@ -65,7 +93,9 @@ def test_every_bin_edge():
     x = torch.cat([torch.ones(1), *steps]).clamp(-1, 1)
     assert torch.equal(nf4_quantize.quantize(x, 128)[0], reference.quantize(x, 128)[0])
     bins = nf4_quantize._bin_table() >> 32
-    assert (bins != torch.tensor(torch.inf).view(torch.int32)).sum() == 15  # a threshold each, so none lost
+    assert (
+        bins != torch.tensor(torch.inf).view(torch.int32)
+    ).sum() == 15  # a threshold each, so none lost
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
@@ -95,7 +125,8 @@ def test_ties_of_the_second_level():
     """Every midpoint of the 8-bit map: the mean is an exact 0, as each has its negative in the other half."""
     half = torch.cat([torch.ones(1), midpoints(dynamic_map())])  # (256,)
     got, expected = (
-        double(torch.cat([half, -half])) for double in (nf4_quantize.double_quantize, reference.double_quantize)
+        double(torch.cat([half, -half]))
+        for double in (nf4_quantize.double_quantize, reference.double_quantize)
     )
     assert got[2].item() == 0 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -136,7 +167,13 @@ def test_a_token_stays_inside(shape, gemv):
 # ---- one token
 
 
-SHAPES = [(5, 64), (33, 576), (3, 1056), (7, 2048), (2, 4128)]  # short rows, long ones, ragged in both directions
+SHAPES = [
+    (5, 64),
+    (33, 576),
+    (3, 1056),
+    (7, 2048),
+    (2, 4128),
+]  # short rows, long ones, ragged in both directions
 
 
 @pytest.mark.parametrize("shape, nested, gemv", few_fast(SHAPES, [False, True], GEMV))
@@ -162,7 +199,8 @@ def test_a_token_through_a_layer(blocksize, dtype, gemv):
         exact = W @ x.double() + bias.double()
         got = gemv(x, *parts, shape, blocksize, bias)
         assert got.dtype == dtype and got.shape == shape[:1]
-        # a sum of n products in any order errs by n eps sum |w x| at most; then one rounding to x's dtype
+        # a sum of n products in any order errs by n eps sum |w x| at most; then one rounding to x's
+        # dtype
         sizes = W.abs() @ x.double().abs() + bias.double().abs()
         bound = (shape[1] + 1) * 2**-24 * sizes + torch.finfo(dtype).eps * exact.abs()
         assert ((got.double() - exact).abs() <= bound).all(), shape
@@ -170,7 +208,11 @@ def test_a_token_through_a_layer(blocksize, dtype, gemv):
 
 def test_which_shapes_have_a_fused_kernel():
     assert nf4_gemv.fits((576, 1536)) and nf4_gemv.fits((1, 32))
-    assert not nf4_gemv.fits((4, 33)) and not nf4_gemv.fits((0, 64)) and not nf4_gemv.fits((2**20, 2**16))
+    assert (
+        not nf4_gemv.fits((4, 33))
+        and not nf4_gemv.fits((0, 64))
+        and not nf4_gemv.fits((2**20, 2**16))
+    )
 
 
 # ---- round trip of the launch
@@ -212,7 +254,9 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         (swiglu, "_gated_backward"),
         (nf4_matmul, "_matmul"),
     ]:
-        monkeypatch.setattr(module, name, {(1,): lambda *a, **k: options.append(k["enable_fp_fusion"])})
+        monkeypatch.setattr(
+            module, name, {(1,): lambda *a, **k: options.append(k["enable_fp_fusion"])}
+        )
     parts, x = parts_of(normal(1, 64), 64, True), normal(64)
     for quantize in QUANTIZE:
         quantize(x, 64)

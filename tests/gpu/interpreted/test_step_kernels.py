@@ -21,7 +21,10 @@ from minilora_kernels.triton import rms_norm as norm_kernels
 from minilora_kernels.triton import swiglu as gate_kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-VALUES, STRIP = 256, norm_kernels.STEPS * 16  # of a program: here, of a norm; rows of which dw is summed
+VALUES, STRIP = (
+    256,
+    norm_kernels.STEPS * 16,
+)  # of a program: here, of a norm; rows of which dw is summed
 UNIT = 2.0**-24  # half an ulp of fp32
 
 
@@ -35,15 +38,21 @@ def exact(function, *inputs):
 def close(found: Tensor, expected: Tensor, roundings: int, terms: Tensor) -> bool:
     """Within `roundings` to found's dtype, and what fp32 did: `terms` units."""
     info = torch.finfo(found.dtype)
-    bound = roundings * info.eps / 2 * expected.abs() + UNIT * terms.abs() + info.smallest_normal * info.eps
+    bound = (
+        roundings * info.eps / 2 * expected.abs()
+        + UNIT * terms.abs()
+        + info.smallest_normal * info.eps
+    )
     return bool(((found.double() - expected).abs() <= bound).all())
 
 
-def rounded_between(found: Tensor, inner: Tensor, factor: Tensor, units: Tensor | float, lost: Tensor | float = 0):
+def rounded_between(
+    found: Tensor, inner: Tensor, factor: Tensor, units: Tensor | float, lost: Tensor | float = 0
+):
     """Whether found is round(round(inner) · factor), if inner (fp64) is right to `units` in fp32, and `lost` on top.
 
-    Rounding and multiplying keep order, so the result lies between those of the two ends. In 16 bits these are mostly
-    one number: a rounding left out, or one that cuts off, falls outside."""
+    Rounding and multiplying keep order, so the result lies between those of the two ends. In 16
+    bits these are mostly one number: a rounding left out, or one that cuts off, falls outside."""
     dtype = found.dtype
     error = UNIT * units * inner.abs() + lost
     ends = [(inner + side * error).to(dtype).double() * factor.double() for side in (-1, 1)]
@@ -54,7 +63,17 @@ def rounded_between(found: Tensor, inner: Tensor, factor: Tensor, units: Tensor 
 # ---- norm
 
 
-ROWS_OF = [(1, 1), (0, 8), (5, 24), (37, 128), (5, 576), (2, VALUES - 1), (2, VALUES), (3, VALUES + 5), (STRIP + 3, 40)]
+ROWS_OF = [
+    (1, 1),
+    (0, 8),
+    (5, 24),
+    (37, 128),
+    (5, 576),
+    (2, VALUES - 1),
+    (2, VALUES),
+    (3, VALUES + 5),
+    (STRIP + 3, 40),
+]
 
 
 @pytest.mark.parametrize("shape, dtype, gemma", few_fast(ROWS_OF, DTYPES, [False, True]))
@@ -64,11 +83,15 @@ def test_norms(shape, dtype, gemma, monkeypatch):
         monkeypatch.setitem(launch._overridden, name, launch.tile(1, VALUES=VALUES))
     # of which rows are a whole number in most cases, in several strips too
     monkeypatch.setitem(launch._overridden, "rms_norm_weight", launch.tile(1, ROWS=16, COLUMNS=8))
-    x, w, dy = (normal(*shape, dtype=dtype, scale=1.0) for shape in ((rows, width), (width,), (rows, width)))
+    x, w, dy = (
+        normal(*shape, dtype=dtype, scale=1.0) for shape in ((rows, width), (width,), (rows, width))
+    )
     y, r = norm_kernels.rms_norm(x, w, 1e-5, gemma)
     expected, dx, dw = exact(lambda x, w: plain_rms_norm(x, w, 1e-5, gemma), x, w, dy)
     assert y.dtype == dtype and r.shape == (rows, 1)
-    sums = math.log2(width) + 8  # roundings of a sum along a row, in pairs, and of what is made of it
+    sums = (
+        math.log2(width) + 8
+    )  # roundings of a sum along a row, in pairs, and of what is made of it
     assert close(y, expected, 2, sums * expected)
     h = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt()
     if gemma:
@@ -77,7 +100,9 @@ def test_norms(shape, dtype, gemma, monkeypatch):
         assert rounded_between(y, h, w, sums)
     found = norm_kernels.rms_norm_backward(x, w, r, dy, gemma)
     dh, h = dy.double() * (w.double() + gemma), x.double() * r
-    assert close(found, dx, 1, sums * r * (dh.abs() + h.abs() * (dh * h).abs().mean(1, keepdim=True)))
+    assert close(
+        found, dx, 1, sums * r * (dh.abs() + h.abs() * (dh * h).abs().mean(1, keepdim=True))
+    )
     found = norm_kernels.rms_norm_weight(x, r, dy)
     assert found.dtype == torch.float32
     assert close(found, dw, 0, (rows + 8) * (dy * h).abs().sum(0))
@@ -87,7 +112,9 @@ def test_a_row_of_zeros_and_one_that_is_not_finite():
     x = torch.zeros(4, 40)
     x[1, 3], x[2, 5], x[3] = torch.nan, torch.inf, 1.0
     y, _ = norm_kernels.rms_norm(x, torch.ones(40), 1e-5, False)
-    assert (y[0] == 0).all() and torch.equal(y.isnan(), plain_rms_norm(x, torch.ones(40), 1e-5).isnan())
+    assert (y[0] == 0).all() and torch.equal(
+        y.isnan(), plain_rms_norm(x, torch.ones(40), 1e-5).isnan()
+    )
     assert (y[3] - 1).abs().max() < 1e-5
 
 
@@ -97,7 +124,11 @@ def test_a_row_of_zeros_and_one_that_is_not_finite():
 def z_of(x, gelu):
     """The sigmoid's argument and its slope, in fp64."""
     k = math.sqrt(8 / math.pi)
-    return (k * (x + 0.044715 * x**3), k * (1 + 3 * 0.044715 * x**2)) if gelu else (x, torch.ones_like(x))
+    return (
+        (k * (x + 0.044715 * x**3), k * (1 + 3 * 0.044715 * x**2))
+        if gelu
+        else (x, torch.ones_like(x))
+    )
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -105,14 +136,16 @@ def z_of(x, gelu):
 def test_gates_over_the_whole_range(dtype, gelu):
     """Every sixteenth bf16 number below 2^7 (gelu's z then reaches 10^5), zeros of both signs among them."""
     gate = torch.arange(0, 1 << 16, 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    gate = gate[gate.isfinite() & (gate.abs() < 2**7) & ((gate.abs() > 2**-100) | (gate == 0))].to(dtype)
+    gate = gate[gate.isfinite() & (gate.abs() < 2**7) & ((gate.abs() > 2**-100) | (gate == 0))].to(
+        dtype
+    )
     up, dy = normal(len(gate), dtype=dtype, scale=1.0), normal(len(gate), dtype=dtype, scale=1.0)
     # not the plain form, whose 1 + tanh leaves nothing of a small s, in fp64 too
     y, dgate, dup = exact(lambda g, u: g * z_of(g, gelu)[0].sigmoid() * u, gate, up, dy)
     z, dz = z_of(gate.double(), gelu)
     s = z.sigmoid()
-    # z is rounded, and moves e^-z by as much; beyond 2^128 that is infinite, and s below 2^-120 becomes 0. What is
-    # rounded between two products, f(g) or dy u, may be subnormal in fp16
+    # z is rounded, and moves e^-z by as much; beyond 2^128 that is infinite, and s below 2^-120
+    # becomes 0. What is rounded between two products, f(g) or dy u, may be subnormal in fp16
     grows, lost = 8 + 4 * z.abs().clamp(max=128), 2.0**-96 + 2.0**-1 * (dtype == torch.float16)
     found = gate_kernels.gated(gate, up, gelu)
     assert close(found, y, 2, grows * y + lost * up)
@@ -122,7 +155,9 @@ def test_gates_over_the_whole_range(dtype, gelu):
     # f' = s + g s (1 - s) z': of its terms, for they may cancel; 1 - s has the error of s
     sizes = s * (1 + (gate * dz).abs())
     assert close(found[0], dgate, 2, grows * (dy * up) * sizes + lost * (1 + dz))
-    assert close(found[0], product * slope, 1, grows * product * sizes + lost * (1 + dz))  # one after dy u's own
+    assert close(
+        found[0], product * slope, 1, grows * product * sizes + lost * (1 + dz)
+    )  # one after dy u's own
     assert close(found[1], dup, 2, grows * dup + lost * dy)
     assert rounded_between(found[1], gate * s, dy, grows, lost * UNIT)
 
@@ -151,7 +186,10 @@ def test_a_rotation_has_the_plain_forms_bits(shape, batch, dtype, monkeypatch):
     heads, length, size = shape
     monkeypatch.setitem(launch._overridden, "rotate", launch.tile(1, VALUES=512))
     fused = normal(3, length, heads + 2, size, dtype=dtype, scale=1.0)
-    for x in (fused[:, :, :heads].transpose(1, 2), normal(3, heads, length, size, dtype=dtype, scale=1.0)):
+    for x in (
+        fused[:, :, :heads].transpose(1, 2),
+        normal(3, heads, length, size, dtype=dtype, scale=1.0),
+    ):
         cos, sin = angles(batch, length, size, dtype)
         y = rope.rotate(x, cos, sin, 1.0)
         assert torch.equal(y, plain_rotate(x, cos, sin)) and y.transpose(1, 2).is_contiguous()
@@ -163,9 +201,14 @@ def test_views_are_read_as_what_they_show():
     dy = normal(24, 6, scale=1.0).T
     copies = [t.contiguous() for t in (gate, up, dy)]
     assert torch.equal(gate_kernels.gated(gate, up, True), gate_kernels.gated(*copies[:2], True))
-    found, expected = (gate_kernels.gated_backward(*given, True) for given in ((gate, up, dy), copies))
+    found, expected = (
+        gate_kernels.gated_backward(*given, True) for given in ((gate, up, dy), copies)
+    )
     assert all(map(torch.equal, found, expected))
-    x, turned = normal(2, 3, 6, 24, scale=1.0), [part.mT.contiguous().mT for part in angles(2, 6, 24, torch.float32)]
+    x, turned = (
+        normal(2, 3, 6, 24, scale=1.0),
+        [part.mT.contiguous().mT for part in angles(2, 6, 24, torch.float32)],
+    )
     assert torch.equal(rope.rotate(x, *turned, 1.0), plain_rotate(x, *turned))
 
 
@@ -194,7 +237,9 @@ def test_kernels_stay_inside(shape, sizes, monkeypatch):
     found = [y, norm_kernels.rms_norm_backward(x, w, r, x, False), gate_kernels.gated(x, x, True)]
     found += [*gate_kernels.gated_backward(x, x, x, False)]
     found += [rope.rotate(x[None, None], *angles(1, rows, width, x.dtype), 1.0)]
-    assert len(made) == len(found) == 6 and all((memory[-64:] == 77).all() for memory in made), "written past the end"
+    assert len(made) == len(found) == 6 and all((memory[-64:] == 77).all() for memory in made), (
+        "written past the end"
+    )
     assert all((memory[:-64] != 77).all() for memory in made), "not all is written"
 
 

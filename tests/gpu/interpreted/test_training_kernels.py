@@ -36,7 +36,16 @@ def test_the_kernels_are_what_runs(monkeypatch):
 
 
 def numbers(t, beta1=0.9, beta2=0.99, lr=1e-2):
-    return beta1, 1 - beta1, beta2, 1 - beta2, 1 / math.sqrt(1 - beta2**t), 1e-8, 1 - lr * 0.1, -lr / (1 - beta1**t)
+    return (
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        1 / math.sqrt(1 - beta2**t),
+        1e-8,
+        1 - lr * 0.1,
+        -lr / (1 - beta1**t),
+    )
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 1003, 256 * 9, 256 * 13 + 77])
@@ -80,16 +89,21 @@ def _codes_of(y_ptr, midpoints_ptr, out_ptr, SIGNED: tl.constexpr):
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_code_begins_where_the_map_says(signed):
     """At each midpoint and right above it, which proves it for all numbers: the bin grows with y (seven rising lines,
-    the least of them, rounded), so that between two midpoints it is one of theirs, and a comparison tells which."""
+    the least of them, rounded), so that between two midpoints it is one of theirs, and a comparison
+    tells which."""
     t = midpoints(dynamic_map(signed))
     ends = torch.tensor([-1.0, 0.0, -0.0, 1e-45, 2.0**-126, 1.0, 1 + 2.0**-23])
     far = torch.full_like(t, torch.inf)
     y = torch.cat([t, torch.nextafter(t, far), torch.nextafter(t, -far), dynamic_map(signed), ends])
-    y = torch.cat([y, torch.randn(10**4) * 10 ** (torch.rand(10**4) * 8 - 8)]).clamp(-1, 1 + 2.0**-23)
+    y = torch.cat([y, torch.randn(10**4) * 10 ** (torch.rand(10**4) * 8 - 8)]).clamp(
+        -1, 1 + 2.0**-23
+    )
     y = y if signed else y.abs()
     y = torch.cat([y, torch.zeros(-len(y) % 256)])
     table = (adam8bit._signed_midpoints if signed else adam8bit._unsigned_midpoints)()
-    _codes_of[(len(y) // 256,)](y, table, out := torch.empty(len(y), dtype=torch.int32), SIGNED=signed)
+    _codes_of[(len(y) // 256,)](
+        y, table, out := torch.empty(len(y), dtype=torch.int32), SIGNED=signed
+    )
     assert torch.equal(out, torch.bucketize(y, t, out_int32=True))
 
 
@@ -122,17 +136,30 @@ def test_what_is_not_finite_shows_and_stays_in_its_block(bad):
     expected, moments, kept = p.clone(), plain.zero_moments(p, True), plain.zero_moments(p, True)
     adam8bit.step(p, g, moments, numbers(1))
     plain.plain_step(expected, g, kept, numbers(1))
-    assert torch.isfinite(moments[1]).tolist() == torch.isfinite(kept[1]).tolist() == [True, False, True]
+    assert (
+        torch.isfinite(moments[1]).tolist()
+        == torch.isfinite(kept[1]).tolist()
+        == [True, False, True]
+    )
     assert p.isnan().nonzero().tolist() == expected.isnan().nonzero().tolist() == [[300]]
 
 
 @pytest.mark.parametrize("n", [1, 300, 1024, 5 * 256])
 def test_a_step_stays_inside(n):
     rows = -(-n // 256)
-    sizes = [(n, torch.float32), (rows * 256, torch.uint8), (rows, torch.float32)] + [(rows * 256, torch.uint8)]
-    memory = [torch.full((size + 64,), 77, dtype=dtype) for size, dtype in [*sizes, (rows, torch.float32)]]
+    sizes = [(n, torch.float32), (rows * 256, torch.uint8), (rows, torch.float32)] + [
+        (rows * 256, torch.uint8)
+    ]
+    memory = [
+        torch.full((size + 64,), 77, dtype=dtype) for size, dtype in [*sizes, (rows, torch.float32)]
+    ]
     p, *moments = (whole[:-64] for whole in memory)
-    adam8bit.step(p, torch.randn(n), [m.view(rows, -1) if m.dtype == torch.uint8 else m for m in moments], numbers(1))
+    adam8bit.step(
+        p,
+        torch.randn(n),
+        [m.view(rows, -1) if m.dtype == torch.uint8 else m for m in moments],
+        numbers(1),
+    )
     assert all((whole[-64:] == 77).all() for whole in memory), "written past the end"
 
 
@@ -162,13 +189,16 @@ def ours(logits, labels, gradient=True, lift=1.0):
     return loss, out
 
 
-@pytest.mark.parametrize("columns, dtype", few_fast([1, 2, 50, TILE - 1, TILE, TILE + 1, 3 * TILE + 5], DTYPES))
+@pytest.mark.parametrize(
+    "columns, dtype", few_fast([1, 2, 50, TILE - 1, TILE, TILE + 1, 3 * TILE + 5], DTYPES)
+)
 def test_loss_and_gradient_of_a_chunk(columns, dtype):
     logits = (torch.randn(6, columns) * 5).to(dtype)
     labels = torch.tensor([0, columns - 1, columns // 2, min(TILE, columns) - 1, TILE % columns, 0])
     loss, gradient = ours(logits, labels)
     expected_loss, expected = exact(logits, labels)
-    # 2^-16: z - m, below 2^6, is rounded by 2^-19, times log2 e by as much again, and sums round too
+    # 2^-16: z - m, below 2^6, is rounded by 2^-19, times log2 e by as much again, and sums round
+    # too
     assert ((loss - expected_loss).abs() <= 2.0**-16).all()
     unit = torch.finfo(dtype).eps / 2
     bound = (2.0**-16 + unit) * expected.abs() + torch.finfo(dtype).smallest_normal * unit
@@ -178,7 +208,10 @@ def test_loss_and_gradient_of_a_chunk(columns, dtype):
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_where_logits_lie_makes_no_difference(shift):
     """Of integers, so that a shift is exact; e to the power of them would be 0, or infinite."""
-    logits, labels = torch.randint(-9, 9, (4, TILE + 7)).float(), torch.tensor([0, 1, TILE, TILE + 6])
+    logits, labels = (
+        torch.randint(-9, 9, (4, TILE + 7)).float(),
+        torch.tensor([0, 1, TILE, TILE + 6]),
+    )
     for found, expected in zip(ours(logits + shift, labels), ours(logits, labels), strict=True):
         torch.testing.assert_close(found, expected, rtol=2.0**-16, atol=2.0**-16)
 
@@ -190,12 +223,16 @@ def test_a_token_the_model_is_sure_of_keeps_its_gradient():
     labels = torch.ones(4, dtype=torch.long)
     _, gradient = ours(logits, labels, lift=2.0)
     expected = 2 * exact(logits, labels)[1]
-    expected[:, 1] = -expected[:, 0] - expected[:, 2]  # a row's gradient adds up to 0; fp64's p is 1 too
+    expected[:, 1] = (
+        -expected[:, 0] - expected[:, 2]
+    )  # a row's gradient adds up to 0; fp64's p is 1 too
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=0)
 
 
 def test_logits_far_apart_masked_words_and_nothing_else():
-    logits = torch.tensor([[3e4, -3e4, 0.0], [-torch.inf, 1.0, 2.0], [5.0, 5.0, 5.0], [-torch.inf, -torch.inf, 7.0]])
+    logits = torch.tensor(
+        [[3e4, -3e4, 0.0], [-torch.inf, 1.0, 2.0], [5.0, 5.0, 5.0], [-torch.inf, -torch.inf, 7.0]]
+    )
     labels = torch.tensor([1, 2, 0, 2])
     loss, gradient = ours(logits, labels)
     expected_loss, expected = exact(logits, labels)
@@ -207,7 +244,11 @@ def test_a_label_that_is_no_word_and_logits_that_are_no_numbers_show():
     logits = torch.randn(6, 7)
     logits[3, 2] = torch.nan
     loss, gradient = ours(logits, torch.tensor([6, -1, 3, 3, 7, 2**40]))
-    assert loss.isnan().tolist() == gradient.isnan().all(1).tolist() == [False, True, False, True, True, True]
+    assert (
+        loss.isnan().tolist()
+        == gradient.isnan().all(1).tolist()
+        == [False, True, False, True, True, True]
+    )
 
 
 def test_without_a_gradient_the_logits_stay():
@@ -254,7 +295,11 @@ def test_the_whole_op_is_that_of_the_plain_rows(dtype, trained, monkeypatch):
 
 
 def test_compiled_without_a_graph_break():
-    hidden, weight, labels = torch.randn(9, 8, requires_grad=True), torch.randn(11, 8), torch.randint(11, (9,))
+    hidden, weight, labels = (
+        torch.randn(9, 8, requires_grad=True),
+        torch.randn(11, 8),
+        torch.randint(11, (9,)),
+    )
 
     def f(h):
         return ce.linear_cross_entropy(h, weight, labels, 4)
