@@ -14,7 +14,8 @@ from tests.bench.test_kernel_bench import last_line, python
 
 # In the interpreter: what is timed on a GPU, against plain torch; a little tuning; the check.
 RIGHT = """
-import torch, kernel_bench, kernel_jobs, kernel_tune
+import torch
+from benchmarks.gpu_kernels import kernel_bench, kernel_jobs, kernel_tune
 from benchmarks._lib.bench_timing import CpuClock
 from minilora_kernels.triton.launch import tile
 
@@ -79,7 +80,8 @@ def test_what_is_written_past_the_end_and_a_zeros_sign_are_differences():
 # mistake can be. (The thresholds of the second level, which no sample meets so closely, 1 in 1000
 # off.)
 WRONG = """
-import torch, kernel_bench, kernel_check
+import torch
+from benchmarks.gpu_kernels import kernel_bench, kernel_check
 from benchmarks.gpu_kernels.check_parts import Mismatch
 from minilora_kernels.triton import nf4_dequantize, nf4_quantize
 from minilora_kernels.triton import adamw_8bit, cross_entropy, swiglu, rms_norm, rope

@@ -105,7 +105,7 @@ class Library:
         return f"{compile_files} -fopenmp || {compile_files}"  # some compilers lack OpenMP
 
     def _cache_path(self, compiler: str, command: str) -> Path | None:
-        """Return the file of the library in the cache; None where there is no home folder."""
+        """Return the file of the library in the cache; None if the user has no home folder."""
         try:
             folder = _cache_folder()
             program = os.stat(compiler)

@@ -85,7 +85,7 @@ def dequantize(
         out: Tensor of n values that receives the result.
 
     Returns:
-        False, with nothing written, if the compiler is not done or there is none, if `out` is not
+        False, with nothing written, if the compiler is not done or does not exist, if `out` is not
         fp32 or bf16, and if the last block is short.
     """
     library = LIBRARY.loaded()
@@ -149,7 +149,7 @@ def multiplier(
     Returns:
         A function from x (…, in), fp32 or bf16, and bias (out,) of the same dtype or None to
         W x + bias (…, out). It holds the addresses of the tensors: it is valid until they move.
-        None if there is no compiled code, or if a row does not consist of full blocks.
+        None if no compiled code exists, or if a row does not consist of full blocks.
     """
     library = LIBRARY.loaded(wait=True)
     rows, inner = shape
@@ -180,7 +180,7 @@ def multiplier(
         done = c_multiply(address, x.data_ptr(), count, bias_address, y.data_ptr(), is_bf16)
         if not done:
             raise MemoryError(
-                f"NF4 product: there is no memory for a copy of the {x.numel()} values of x; free "
+                f"NF4 product: the copy of the {x.numel()} values of x does not fit in memory; free "
                 "some memory"
             )
         return y

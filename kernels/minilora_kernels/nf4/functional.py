@@ -109,8 +109,8 @@ def multiplier(weight: NF4Weight) -> Callable[[Tensor, Tensor | None], Tensor] |
 
     Returns:
         A function of x (…, in) and bias (out,) or None, which returns W x + bias (…, out). Its
-        arguments must be contiguous and of one dtype of `nf4.DTYPES`. None if there is no compiled
-        code for the weight, or if the environment forbids it.
+        arguments must be contiguous and of one dtype of `nf4.DTYPES`. None if no compiled
+        code fits the weight, or if the environment forbids it.
     """
     if path_for(weight.device) != "cpu":
         return None

@@ -120,18 +120,9 @@ def _matmul(
     first_chunk = tl.minimum(row_idx, n_rows - 1)[:, None] * n_chunks  # (ROWS, 1)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     words, absmax = _load_weights(
-        begin,
-        end,
-        first_chunk,
-        words_ptr,
-        scales_ptr,
-        nested_ptr,
-        offset_ptr,
-        map_ptr,
-        BLOCKSIZE,
-        NESTED,
-        CHUNKS,
-    )
+        begin, end, first_chunk, words_ptr, scales_ptr, nested_ptr, offset_ptr, map_ptr,
+        BLOCKSIZE, NESTED, CHUNKS,
+    )  # fmt: skip
     for start in tl.range(begin, end, CHUNKS, num_stages=1):
         # load: x, and the weights of the next step while those of this step are multiplied
         k = start * 32 + tl.arange(0, CHUNKS * 32)[:, None]
@@ -140,18 +131,9 @@ def _matmul(
         codes = _codes(words)  # (ROWS, CHUNKS, 4, 2, 2, 2)
         scale = absmax  # (ROWS, CHUNKS)
         words, absmax = _load_weights(
-            start + CHUNKS,
-            end,
-            first_chunk,
-            words_ptr,
-            scales_ptr,
-            nested_ptr,
-            offset_ptr,
-            map_ptr,
-            BLOCKSIZE,
-            NESTED,
-            CHUNKS,
-        )
+            start + CHUNKS, end, first_chunk, words_ptr, scales_ptr, nested_ptr, offset_ptr, map_ptr,
+            BLOCKSIZE, NESTED, CHUNKS,
+        )  # fmt: skip
 
         # compute: one gather for all codes, one rounding, and the tensor cores
         W = lookup(levels_ptr, levels, codes)  # (ROWS, CHUNKS, 4, 2, 2, 2)
