@@ -147,13 +147,18 @@ def _heat_map(axes: Any, values: Mapping[str, float]) -> Any:
     axes.set_facecolor("#dddddd")
     mesh = axes.pcolormesh(grid, cmap=MAP)
     stride = max(1, -(-len(rows) // 16))  # at most 16 labels
-    labels = ["–" if number < 0 else number for number in rows[::stride]]
+    labels = [_row_label(number) for number in rows[::stride]]
     axes.set_yticks([i + 0.5 for i in range(0, len(rows), stride)], labels)
     axes.set_xticks(
         [i + 0.5 for i in range(len(columns))], _captions(columns).values(), rotation=90
     )
     axes.set_ylabel("layer")
     return mesh
+
+
+def _row_label(number: int) -> str:
+    """Return the label of a row; modules without a layer number have a dash."""
+    return "–" if number < 0 else str(number)
 
 
 def _number(name: str) -> int:

@@ -135,8 +135,11 @@ def named_adapters(layer: Any) -> list[tuple[str, Any]]:
     """
     if not isinstance(layer, LoRALayer):
         return []
-    several = len(layer.active) > 1
-    return [(f"{name}." if several else "", layer.adapters[name]) for name in layer.active]
+    pairs = []
+    for name in layer.active:
+        prefix = f"{name}." if len(layer.active) > 1 else ""
+        pairs.append((prefix, layer.adapters[name]))
+    return pairs
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:

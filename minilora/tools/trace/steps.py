@@ -184,6 +184,11 @@ def _text_row(row: Sequence[str], widths: list[int]) -> str:
     return "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
+def _rms_cell(layer: "LayerTrace", name: str) -> str:
+    """Return the rms of a step, or an empty cell if the layer has no such step."""
+    return f"{layer[name].rms:.3g}" if name in layer else ""
+
+
 def _html_row(tag: str, row: Sequence[str]) -> str:
     """Return a row of the HTML table."""
     cells = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row]
@@ -278,7 +283,7 @@ class Trace(_Table, dict[str, LayerTrace]):
         names = self._summary_names()
         rows = []
         for path, layer in self.items():
-            cells = [f"{layer[name].rms:.3g}" if name in layer else "" for name in names]
+            cells = [_rms_cell(layer, name) for name in names]
             rows.append((path, *cells))
         title = f"{len(self)} layers; t[name] shows one with all its steps"
         return _Content(title, ("rms of", *names), [("", rows)])
