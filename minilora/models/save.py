@@ -406,7 +406,7 @@ def _write_weights(folder: Path, entries: list[_Entry], shard_bytes: int) -> set
 def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
     """Return the tensors of each file in the model's order.
 
-    A tensor larger than `limit` bytes has a file of its own.
+    A tensor larger than `limit` bytes is alone in its file.
     """
     groups: list[list[_Entry]] = [[]]
     size = 0

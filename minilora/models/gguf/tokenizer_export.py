@@ -1,6 +1,6 @@
 """The fields that a GGUF file stores for a tokenizer: the reverse of tokenizer.py.
 
-llama.cpp has a rule for words of its own behind each name of a pre-tokenizer, and merges any pair
+llama.cpp has one rule for words for each name of a pre-tokenizer, and it merges any pair
 that makes a token. A tokenizer whose ids llama.cpp would not reproduce is an error, with one
 exception that is only a warning: the place of ▁ in front of a text (see `to_fields`).
 """
