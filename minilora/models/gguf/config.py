@@ -75,7 +75,7 @@ def read_config(
             f"{path} is one of {fields['split.count']} parts: join them with "
             "llama-gguf-split --merge."
         )
-    keys = _architecture_keys(path, fields, arch)
+    keys = _architecture_keys(path, fields, str(arch))
     if "token_embd.weight" not in records:
         raise ValueError(f"{path}: no token_embd.weight: the file is not a complete model.")
 
