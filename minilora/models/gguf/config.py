@@ -121,7 +121,7 @@ def _head_dim(path: Path, keys: dict[str, Any], hidden_size: int, heads: int) ->
     head_dim = keys.get("attention.key_length", hidden_size // heads)
     value_dim = keys.get("attention.value_length", head_dim)
     rotated_dim = keys.get("rope.dimension_count", head_dim)
-    if value_dim != head_dim or rotated_dim != head_dim:
+    if {value_dim, rotated_dim} != {head_dim}:  # a list raises a TypeError here
         raise ValueError(
             f"{path}: heads of {head_dim} channels of which not all are rotated or valued: "
             "not supported."

@@ -153,7 +153,7 @@ class _Reader:
         too_many_strings = element_kind == _STRING and count > _MAX_STRINGS
         if element_kind == _ARRAY or too_many_strings:
             raise ValueError(
-                f"{self.path} is damaged: it has an array of arrays, or of {count} strings."
+                f"{self.path} is damaged: it has an array of arrays, or of {count} elements."
             )
         if element_kind not in _SCALAR_CODES:
             return [self.value(element_kind) for _ in range(count)]
