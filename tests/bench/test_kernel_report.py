@@ -82,7 +82,8 @@ COUNT = (
     f"print(json.dumps(kernel_report.rows({TARGETS}, {(*MOST,)})))"
 )
 COUNT_FEW = f"""
-import json, kernel_report
+import json
+from benchmarks.gpu_model import kernel_report
 ours = kernel_report.rows(["{FAST_TARGET}"], {FAST})
 theirs = kernel_report.bitsandbytes_rows(["{FAST_TARGET}"], {FAST_PEERS})
 amd, _ = kernel_report.compiled(kernel_report.jobs()["gated"], "gfx942")
