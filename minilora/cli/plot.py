@@ -8,7 +8,12 @@ from minilora.tools.plot.logs import runs as draw_runs
 
 
 def plot(runs: Sequence[str], file: str) -> None:
-    """Draw the logs of one or several runs into one picture."""
+    """Draw the logs of one or several runs into one picture.
+
+    Args:
+        runs: output_dir of each run, or its log.jsonl.
+        file: the picture: .svg, .png or .pdf.
+    """
     draw_runs(runs, file)
     print(file)
 

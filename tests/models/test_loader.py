@@ -309,7 +309,10 @@ def test_shards_and_index_must_agree(tmp_path):
     first, second = sorted(set(places.values()))[:2]
     name = next(name for name, file in places.items() if file == first)
     case(f"{second} is missing: the index names it", remove=second)
-    case(f"{name} is in {first}, but .* names {second}", lambda i: i["weight_map"].update({name: second}))
+    case(
+        f"{name} is in {first}, but .* names {second}",
+        lambda i: i["weight_map"].update({name: second}),
+    )
     case("tensor ghost is in None", lambda i: i["weight_map"].update({"ghost": first}))
     case(f"tensor {name} is in {first}, but .* names None", lambda i: i["weight_map"].pop(name))
     case("weight_map must map", lambda i: i.update({"weight_map": None}))

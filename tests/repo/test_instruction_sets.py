@@ -4,6 +4,7 @@ The commands are taken from make itself. What torch, oneDNN and the C compiler t
 fresh process.
 """
 
+import os
 import platform
 import re
 import shutil
@@ -88,7 +89,8 @@ def test_the_run_says_which(options, tmp_path, monkeypatch):
     (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     run = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", str(tmp_path)]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "kernels"))
+    folders = (ROOT / "kernels", ROOT / "tests")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("cpu: ")]
     assert len(said) == 1 and said[0].endswith("; torch: DEFAULT; C: -march=x86-64")

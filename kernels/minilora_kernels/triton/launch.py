@@ -315,6 +315,10 @@ def nearest(x, dtype: tl.constexpr):
     """Round fp32 to `dtype`, to nearest, in a kernel that continues with the rounded value.
 
     The interpreter's cast to bf16 cuts off; there the rounding is done on the bits, ties to even.
+
+    Args:
+        x: fp32 values of any shape.
+        dtype: The dtype of the result.
     """
     if BY_HAND:
         if dtype == tl.bfloat16:

@@ -48,7 +48,17 @@ GATHERS = tl.constexpr(TRITON_VERSION >= (3, 4))
 
 @triton.jit
 def absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED: tl.constexpr):
-    """Return the scale of each block in `block_idx`; blocks outside `mask` are not read."""
+    """Return the scale of each block in `block_idx`; blocks outside `mask` are not read.
+
+    Args:
+        block_idx: Numbers of blocks, of any shape.
+        mask: True for the blocks to read, of the same shape.
+        scales_ptr: fp32 scales (K,), or uint8 codes (K,) if NESTED.
+        nested_ptr: fp32 scales of the codes (ceil(K/256),), not read unless NESTED.
+        offset_ptr: fp32 offset (1,), not read unless NESTED.
+        map_ptr: fp32 values of the codes (256,), not read unless NESTED.
+        NESTED: The scales are quantised (double quantisation).
+    """
     scale = tl.load(scales_ptr + block_idx, mask=mask, other=0)
     if NESTED:
         nested = tl.load(nested_ptr + block_idx // 256, mask=mask, other=0)
@@ -61,7 +71,13 @@ def absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NEST
 
 @triton.jit
 def lookup(entries_ptr, entries, index):
-    """Return entries[index] for an index of any shape; `entries` was loaded from `entries_ptr`."""
+    """Return entries[index] for an index of any shape.
+
+    Args:
+        entries_ptr: Address of the table.
+        entries: The table, loaded from `entries_ptr`.
+        index: Positions in the table, of any shape.
+    """
     if GATHERS:
         flat_index = tl.reshape(index, [index.numel])
         values = tl.reshape(tl.gather(entries, flat_index, 0), index.shape)
