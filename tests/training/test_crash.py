@@ -222,7 +222,7 @@ def test_a_crash_between_two_shards_never_leaves_a_mixture(tmp_path, monkeypatch
     writers(tmp_path)["shards"](1)
     folder, calls = tmp_path / "shards", []
     before = contents(folder)
-    owner, name = (save, "_write") if moment == "writing" else (os, "replace")
+    owner, name = (save, "_write_safetensors") if moment == "writing" else (os, "replace")
     real = getattr(owner, name)
 
     def crash(path, other, *rest):
