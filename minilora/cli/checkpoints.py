@@ -55,7 +55,8 @@ def merge(
     loaded, tokenizer = load(model, adapter, **loading)
     source = None
     if target == "original":
-        source, _ = load(model, adapter, **(loading | {"quantize": None}))
+        dense: dict[str, Any] = {**loading, "quantize": None}
+        source, _ = load(model, adapter, **dense)
     if target is None:
         target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
     report = merge_report(loaded, source)

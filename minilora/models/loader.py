@@ -272,8 +272,10 @@ def _check_tied(checkpoint: Checkpoint) -> None:
     """Raise ValueError if the config ties the output layer and the file has another weight for it."""
     head = checkpoint.read("lm_head.weight")
     embedding = checkpoint.read("model.embed_tokens.weight")
-    four_bit = isinstance(head, NF4Weight) or isinstance(embedding, NF4Weight)
-    if four_bit or not torch.equal(head, embedding):
+    equal = (
+        isinstance(head, Tensor) and isinstance(embedding, Tensor) and torch.equal(head, embedding)
+    )
+    if not equal:
         raise ValueError(
             f"{checkpoint.where('lm_head.weight')}: lm_head.weight is not the embedding, but "
             "config.json ties the two (tie_word_embeddings). Set it to false, or remove "
