@@ -22,7 +22,9 @@ EmptyDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 PositiveInt = Annotated[int, Field(ge=1)] | None
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompts = Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=64)]
+# The limits stand at each kind of list: at a union of lists, the JSON schema would lack them.
+Texts = Annotated[list[Text], Field(min_length=1, max_length=64)]
+TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
 
 
 class Strict(BaseModel):
@@ -136,7 +138,7 @@ class Chat(OpenAI):
 class Completion(OpenAI):
     """The body of POST /v1/completions: texts to continue, or their token ids."""
 
-    prompt: Text | TokenIds | Prompts
+    prompt: Text | TokenIds | Texts | TokenIdLists
     best_of: One = None
     echo: Literal[False] | None = None
     logprobs: None = None
