@@ -98,8 +98,8 @@ test: lint types  ## pytest -n 2 -m "not slow and not gpu"
 test-all: install tritons  ## pytest -n 2 -m "(slow or gpu) and not demo": the real model, the wheel, examples, notebooks
 	$(UNDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "(slow or gpu) and not demo" --durations=20
 
-# These train a real model for minutes with every core, so they are no part of CI: it runs the same in short forms.
-check-demo: install  ## pytest -m demo: the demo in full, held to the README's figures
+# These train a real model for minutes with every core. CI runs their short forms.
+check-demo: install  ## pytest -m demo: the demo in full, and planned against measured memory
 	$(BIN)/python -m pytest -q -m demo --durations=5
 
 format: install  ## ruff check --fix . && ruff format .

@@ -22,6 +22,8 @@ def check(*options: str) -> dict[str, dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.demo  # several processes train the real model for minutes: make check-demo
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     sys.platform != "linux", reason="reads anonymous memory in Linux's way: NOT TESTED here"
 )
