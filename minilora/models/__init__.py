@@ -1,13 +1,14 @@
 """The decoder, and loading and saving of checkpoints.
 
-decoder.py           Llama, Mistral, Qwen and Gemma 3 in one file
-config.py            the shape of a decoder, from config.json
-rope_config.py       rotary positions and their frequencies
-kv_cache.py          keys and values of earlier tokens
-padded_batch.py      rows of different lengths, read into a cache
-loader.py            load_model: tensor by tensor, quantised on the way
-checkpoint.py        safetensors files, sharded or not
-save.py              save_model: a folder for transformers, dense or in 4 bits
-parameter_count.py   trainable, total and stored parameters
-gguf/                llama.cpp's file format
+decoder.py              Llama, Mistral, Qwen and Gemma 3 in one file
+config.py               the shape of a decoder, from config.json
+rope_config.py          rotary positions and their frequencies
+kv_cache.py             keys and values of earlier tokens
+padded_batch.py         rows of different lengths, read into a cache
+loader.py               load_model: tensor by tensor, quantised on the way
+checkpoint.py           safetensors files, sharded or not
+save.py                 save_model: a folder for transformers, dense or in 4 bits
+safetensors_writer.py   the safetensors files, tensor by tensor
+parameter_count.py      trainable, total and stored parameters
+gguf/                   llama.cpp's file format
 """

@@ -5,22 +5,14 @@ With merge=True each layer is made dense when it is written:
     W' = W + Σ s · B A      in fp32, rounded once to the stored dtype
 
 A second model is never in memory: beyond the model, saving needs the memory of one layer's W and
-B A. safetensors' own writer takes all tensors at once, so this module writes the file:
-
-    u64 length of the header
-    header, JSON: name -> dtype, shape, [begin, end) in the data
-    data, tensor by tensor
-
-In the format "bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. The weight
-files appear when all of them are written, and those of an earlier save are removed.
-models/gguf/write.py writes GGUF files.
+B A: models/safetensors_writer.py makes, writes and frees one tensor after the other. In the format
+"bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. models/gguf/write.py writes
+GGUF files.
 """
 
 import json
-import math
-import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import together, whole, write_text
+from minilora.common import write_text
 from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.files.save_load import CONFIG_FILE
 from minilora.lora.layer import LoRALayer
@@ -38,6 +30,7 @@ from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.gguf.write import write_gguf
+from minilora.models.safetensors_writer import Entry, remove_stale_weights, write_weights
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
@@ -47,31 +40,8 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_DTYPE_CODES = {  # torch dtype -> safetensors' code
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-}
 _FORMATS = ("safetensors", "bnb-4bit", "gguf")
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _BIAS_FIELDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}  # of the config, by parent module
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor to write; `make` computes it only when the file has reached it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def save_model(
@@ -135,9 +105,9 @@ def save_model(
         entries = [
             replace(entry, dtype=original_dtypes.get(entry.name, entry.dtype)) for entry in entries
         ]
-    file_names = _write_weights(folder, entries, shard_bytes)
+    file_names = write_weights(folder, entries, shard_bytes)
     _write_config(model, config, folder, entries, format)
-    _remove_stale_weights(folder, file_names)
+    remove_stale_weights(folder, file_names)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -272,7 +242,7 @@ def _biased_layers(config: DecoderConfig) -> set[str]:
 
 
 def _write_config(
-    model: CausalLM, config: DecoderConfig, folder: Path, entries: list[_Entry], format: str
+    model: CausalLM, config: DecoderConfig, folder: Path, entries: list[Entry], format: str
 ) -> None:
     """Write config.json with the embedding's dtype."""
     embedding = next(entry for entry in entries if entry.name == "model.embed_tokens.weight")
@@ -315,7 +285,7 @@ def _quantization_config(model: CausalLM, dtype: str) -> dict[str, Any]:
 
 def _all_entries(
     model: CausalLM, config: DecoderConfig, dtype: torch.dtype | None, format: str
-) -> list[_Entry]:
+) -> list[Entry]:
     """Return the tensors that a model of `config` has: no tied head, and zeros for new biases."""
     entries = {entry.name: entry for entry in _entries(model, "", dtype, format)}
     if config.tie_word_embeddings:
@@ -326,13 +296,13 @@ def _all_entries(
             base: Any = unwrapped(model.get_submodule(path))
             shape = (base.out_features,)
             zeros = partial(torch.zeros, shape)
-            entries[name] = _Entry(name, shape, dtype or _layer_dtype(base), zeros)
+            entries[name] = Entry(name, shape, dtype or _layer_dtype(base), zeros)
     return list(entries.values())
 
 
 def _entries(
     module: nn.Module, prefix: str, dtype: torch.dtype | None, format: str
-) -> Iterator[_Entry]:
+) -> Iterator[Entry]:
     """Yield every tensor of a module and its children under its plain name, adapters merged."""
     if isinstance(module, LoRALayer | NF4Linear):
         yield from _layer_entries(module, prefix, dtype, format)
@@ -341,29 +311,29 @@ def _entries(
         yield from _entries(child, f"{prefix}{name}.", dtype, format)
     for name, value in module.named_parameters(recurse=False, remove_duplicate=False):
         shape = tuple(value.shape)
-        yield _Entry(f"{prefix}{name}", shape, dtype or value.dtype, value.detach)
+        yield Entry(f"{prefix}{name}", shape, dtype or value.dtype, value.detach)
 
 
 def _layer_entries(
     layer: LoRALayer | NF4Linear, prefix: str, dtype: torch.dtype | None, format: str
-) -> Iterator[_Entry]:
+) -> Iterator[Entry]:
     """Yield the weight and bias of a layer, dense, or in bitsandbytes' parts for "bnb-4bit"."""
     base: Any = unwrapped(layer)
     layer_dtype = _layer_dtype(base)
     if format == "bnb-4bit" and isinstance(base, NF4Linear):
         for name, part in _four_bit_state(layer, base, f"{prefix}weight").items():
-            yield _Entry(name, tuple(part.shape), part.dtype, part.detach)
+            yield Entry(name, tuple(part.shape), part.dtype, part.detach)
     else:
         shape = tuple(base.weight.shape)
         make = partial(merged_weight, layer)
-        yield _Entry(f"{prefix}weight", shape, dtype or layer_dtype, make)
+        yield Entry(f"{prefix}weight", shape, dtype or layer_dtype, make)
     bias = merged_bias(layer)
     if bias is None:
         return
     bias_dtype = dtype or bias.dtype
     if any(adapter.lora_bias is not None for adapter in active_adapters(layer)):
         bias_dtype = dtype or layer_dtype  # the sum itself is in fp32
-    yield _Entry(f"{prefix}bias", tuple(bias.shape), bias_dtype, bias.detach)
+    yield Entry(f"{prefix}bias", tuple(bias.shape), bias_dtype, bias.detach)
 
 
 def _layer_dtype(base: Any) -> torch.dtype:
@@ -380,91 +350,6 @@ def _four_bit_state(layer: nn.Module, base: NF4Linear, name: str) -> dict[str, T
         merged = quantize_nf4(merged_weight(layer), weight.blocksize, weight.double_quant)
         weight = replace(merged, dtype=weight.dtype)
     return weight.state_dict(name)
-
-
-# The files
-
-
-def _write_weights(folder: Path, entries: list[_Entry], shard_bytes: int) -> set[str]:
-    """Write the weight files and, for several, their index; return their names."""
-    shards = _shards(entries, shard_bytes)
-    with together(folder, folder / _INDEX) as temporary:
-        for file_name, shard in shards.items():
-            _write_safetensors(temporary / file_name, shard)
-    if len(shards) == 1:
-        return set(shards)
-    weight_map = {}
-    for file_name, shard in shards.items():
-        for entry in shard:
-            weight_map[entry.name] = file_name
-    total_size = sum(entry.nbytes for entry in entries)
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_text(folder / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return {*shards, _INDEX}
-
-
-def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
-    """Return the tensors of each file in the model's order.
-
-    A tensor larger than `limit` bytes is alone in its file.
-    """
-    groups: list[list[_Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if groups[-1] and size + entry.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
-    if len(groups) == 1:
-        return {_SINGLE: entries}
-    count = len(groups)
-    shards = {}
-    for number, group in enumerate(groups, start=1):
-        shards[f"model-{number:05}-of-{count:05}.safetensors"] = group
-    return shards
-
-
-@torch.no_grad()
-def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
-    """Write one safetensors file; each tensor is made, checked, written and freed in turn."""
-    # The largest item size first keeps every tensor aligned to its item size.
-    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    with whole(path) as temporary, temporary.open("wb") as file:
-        file.write(_safetensors_header(entries))
-        for entry in entries:
-            tensor = entry.make().to(entry.dtype)  # entry.shape
-            if not torch.stack(tensor.aminmax()).isfinite().all():
-                raise ValueError(
-                    f"{entry.name} holds NaN or infinity in {entry.dtype}: nothing was written."
-                )
-            data = tensor.contiguous().flatten().cpu().view(torch.uint8)  # (nbytes,)
-            file.write(data.numpy().data)
-            del tensor, data  # before the next one is made
-
-
-def _safetensors_header(entries: list[_Entry]) -> bytes:
-    """Return the length and the JSON of a header, padded to a multiple of 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for entry in entries:
-        end = begin + entry.nbytes
-        header[entry.name] = {
-            "dtype": _DTYPE_CODES[entry.dtype],
-            "shape": entry.shape,
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _remove_stale_weights(folder: Path, file_names: set[str]) -> None:
-    """Remove the weight files of an earlier save."""
-    for path in [*folder.glob("model-*.safetensors"), folder / _SINGLE, folder / _INDEX]:
-        if path.name not in file_names:
-            path.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 
 from helpers.toy import Letters, llama, lora, rows
 from minilora.lora.files.save_load import save_adapter
-from minilora.models import save
+from minilora.models import safetensors_writer
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
 from minilora.training import checkpoint
@@ -222,7 +222,9 @@ def test_a_crash_between_two_shards_never_leaves_a_mixture(tmp_path, monkeypatch
     writers(tmp_path)["shards"](1)
     folder, calls = tmp_path / "shards", []
     before = contents(folder)
-    owner, name = (save, "_write_safetensors") if moment == "writing" else (os, "replace")
+    owner, name = (
+        (safetensors_writer, "_write_safetensors") if moment == "writing" else (os, "replace")
+    )
     real = getattr(owner, name)
 
     def crash(path, other, *rest):

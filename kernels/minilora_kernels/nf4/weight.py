@@ -31,16 +31,18 @@ from torch import Tensor
 
 from minilora_kernels.nf4.codebook import dynamic_map, nf4_codebook
 from minilora_kernels.nf4.reference import NESTED_BLOCKSIZE, double_dequantize
+from minilora_kernels.nf4.state_dict import (
+    DTYPES,
+    JSON_KEY,
+    NESTED_FIELDS,
+    check_keys,
+    check_table,
+    entries_of,
+    finite_floats,
+    read_info,
+)
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_JSON_KEY = "quant_state.bitsandbytes__nf4"
-_NESTED_FIELDS = {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -267,10 +269,10 @@ class NF4Weight:
         if nested_absmax is not None and offset is not None:
             state[".nested_absmax"] = nested_absmax
             state[".nested_quant_map"] = dynamic_map().to(self.device)
-            info |= _NESTED_FIELDS
+            info |= NESTED_FIELDS
             info["nested_offset"] = 0.0 if offset.is_meta else offset.item()
         json_bytes = bytearray(json.dumps(info).encode())
-        state[f".{_JSON_KEY}"] = torch.frombuffer(json_bytes, dtype=torch.uint8).to(self.device)
+        state[f".{JSON_KEY}"] = torch.frombuffer(json_bytes, dtype=torch.uint8).to(self.device)
         return {prefix + key: tensor for key, tensor in state.items()}
 
     @classmethod
@@ -288,19 +290,19 @@ class NF4Weight:
             ValueError: If an entry is missing, unexpected, of the wrong shape or not finite, or if
                 the 4-bit type or its code table is another one.
         """
-        entries = _entries_of(state, prefix)
-        info = _read_info(entries, prefix)
+        entries = entries_of(state, prefix)
+        info = read_info(entries, prefix)
         nested = "nested_offset" in info
-        _check_keys(entries, nested, prefix)
-        _check_table(entries, "quant_map", nf4_codebook(), prefix)
+        check_keys(entries, nested, prefix)
+        check_table(entries, "quant_map", nf4_codebook(), prefix)
         if not nested:
-            scales = _finite_floats(entries, "absmax", prefix)
+            scales = finite_floats(entries, "absmax", prefix)
             nested_absmax = None
             offset = None
         else:
-            _check_table(entries, "nested_quant_map", dynamic_map(), prefix)
+            check_table(entries, "nested_quant_map", dynamic_map(), prefix)
             scales = entries["absmax"].contiguous()
-            nested_absmax = _finite_floats(entries, "nested_absmax", prefix)
+            nested_absmax = finite_floats(entries, "nested_absmax", prefix)
             offset = torch.tensor([info["nested_offset"]], dtype=torch.float32)
             offset = offset.to(nested_absmax.device)
         return cls.from_parts(
@@ -332,102 +334,3 @@ def check_format(dtype: torch.dtype, blocksize: int) -> None:
         raise ValueError(
             f"NF4: expected a blocksize of {BLOCKSIZES}, got {blocksize!r}; 64 is the usual one"
         )
-
-
-def _entries_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries of one parameter, with the prefix cut off; its own name becomes ''."""
-    entries = {}
-    for key, tensor in state.items():
-        if key == prefix or key.startswith(prefix + "."):
-            entries[key[len(prefix) :].lstrip(".")] = tensor
-    return entries
-
-
-def _check_keys(entries: Mapping[str, Tensor], nested: bool, prefix: str) -> None:
-    """Raise ValueError unless the entries have exactly the keys of the format."""
-    names = {"", "absmax", "quant_map", _JSON_KEY}
-    if nested:
-        names |= {"nested_absmax", "nested_quant_map"}
-    missing = sorted(names - set(entries))
-    unexpected = sorted(set(entries) - names)
-    if missing or unexpected:
-        raise ValueError(
-            f"NF4 state of {prefix!r}: missing {missing}, unexpected {unexpected}; expected "
-            f"exactly {sorted(names)} after the name ('' is the name itself); load the complete "
-            "file in which it was saved"
-        )
-
-
-def _check_table(entries: Mapping[str, Tensor], name: str, table: Tensor, prefix: str) -> None:
-    """Raise ValueError unless the entry is the standard table."""
-    entry = entries[name]
-    if entry.dtype != torch.float32 or not torch.equal(entry.cpu(), table):
-        raise ValueError(
-            f"NF4 state: {prefix}.{name} is not the standard table; only the standard table is "
-            "supported"
-        )
-
-
-def _finite_floats(entries: Mapping[str, Tensor], name: str, prefix: str) -> Tensor:
-    """Return the entry as a contiguous tensor; raise ValueError unless it is finite fp32."""
-    tensor = entries[name]
-    finite = tensor.is_meta or torch.isfinite(tensor).all()
-    if tensor.dtype != torch.float32 or not finite:
-        raise ValueError(
-            f"NF4 state: expected {prefix}.{name} to be finite fp32, got {tensor.dtype}; the file "
-            "is damaged"
-        )
-    return tensor.contiguous()
-
-
-def _read_info(entries: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """Return the JSON entry with every field checked."""
-    info = _parse_json(entries, prefix)
-    nested = isinstance(info, dict) and "nested_offset" in info
-    fixed: dict[str, Any] = {"quant_type": "nf4"}
-    names = {"quant_type", "blocksize", "dtype", "shape"}
-    if nested:
-        fixed |= _NESTED_FIELDS
-        names |= {*_NESTED_FIELDS, "nested_offset"}
-    if not isinstance(info, dict) or set(info) != names:
-        raise ValueError(
-            f"NF4 state: expected the JSON fields {sorted(names)} in {prefix}.{_JSON_KEY}, got "
-            f"{info}"
-        )
-    fixed_ok = all(info[name] == value for name, value in fixed.items())
-    dtype_ok = info["dtype"] in list(DTYPES)
-    offset_ok = not nested or _is_finite_number(info["nested_offset"])
-    if not (fixed_ok and dtype_ok and _is_list_of_sizes(info["shape"]) and offset_ok):
-        raise ValueError(
-            f"NF4 state: {prefix}.{_JSON_KEY} is {info}; expected {fixed}, a dtype of "
-            f"{sorted(DTYPES)}, a list of sizes as shape and a finite offset"
-        )
-    return info
-
-
-def _parse_json(entries: Mapping[str, Tensor], prefix: str) -> Any:
-    """Return the parsed JSON entry."""
-    if _JSON_KEY not in entries:
-        raise ValueError(
-            f"NF4 state of {prefix!r}: expected the key {prefix}.{_JSON_KEY}, got "
-            f"{sorted(entries) or 'no key of it'}; other 4-bit types (fp4) are not supported: "
-            "dequantise with bitsandbytes and quantise again"
-        )
-    try:
-        return json.loads(bytes(entries[_JSON_KEY].tolist()))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise ValueError(
-            f"NF4 state: {prefix}.{_JSON_KEY} is not JSON text ({error}); the file is damaged"
-        ) from error
-
-
-def _is_list_of_sizes(shape: Any) -> bool:
-    """Return True for a list of integers that are not negative."""
-    if not isinstance(shape, list):
-        return False
-    return all(type(size) is int and size >= 0 for size in shape)
-
-
-def _is_finite_number(value: Any) -> bool:
-    """Return True for an int or a finite float; a bool is neither."""
-    return type(value) in (int, float) and abs(value) < math.inf
