@@ -11,7 +11,6 @@ the memory that QLoRA saves. The ops have no derivative, because the weight is f
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,11 @@ from minilora_kernels.backend import ENVIRONMENT, path_for
 from minilora_kernels.c import nf4
 from minilora_kernels.custom_op import register
 from minilora_kernels.nf4 import reference, torch_cpu
+from minilora_kernels.nf4.operands import Parts, check_parts, contiguous, for_a_kernel
 from minilora_kernels.nf4.weight import NF4Weight, check_format
 
 FEW = 8  # rows of x up to which a product from the codes is faster than one with a dense W
 FEW_ON_A_GPU = 64  # the same for nf4_matmul.py; by the model in benchmarks/gpu_model/fusing.py
-
-# packed, scales, nested_absmax, offset, as NF4Weight.parts() gives them
-_Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 # ---- public functions
@@ -217,18 +214,18 @@ def _dequantize_out(
             "dequantize_nf4_out: expected a contiguous out, got one with strides "
             f"{out.stride()}; call out.contiguous() first"
         )
-    _check_parts((packed, scales, nested_absmax, offset), out.shape, blocksize)
+    check_parts((packed, scales, nested_absmax, offset), out.shape, blocksize)
     path = path_for(out.device)
     if path == "triton":
         from minilora_kernels.triton import nf4_dequantize
 
-        packed, scales, nested_absmax, offset, _ = _for_a_kernel(
+        packed, scales, nested_absmax, offset, _ = for_a_kernel(
             packed, scales, nested_absmax, offset, out
         )
         nf4_dequantize.dequantize(packed, scales, nested_absmax, offset, blocksize, out)
         return
     if path == "cpu" and _c_allowed():
-        packed, scales, nested_absmax, offset = _contiguous(packed, scales, nested_absmax, offset)
+        packed, scales, nested_absmax, offset = contiguous(packed, scales, nested_absmax, offset)
         if nf4.dequantize(packed, scales, nested_absmax, offset, blocksize, out):
             return
     implementation = torch_cpu if path == "cpu" else reference
@@ -283,7 +280,7 @@ def _gemv_fake(x, packed, scales, nested_absmax, offset, shape, blocksize, bias)
 
 
 def _gemv_in_triton(
-    x: Tensor, parts: _Parts, shape: Sequence[int], blocksize: int, bias: Tensor | None
+    x: Tensor, parts: Parts, shape: Sequence[int], blocksize: int, bias: Tensor | None
 ) -> Tensor | None:
     """Return W x + bias by a Triton kernel, or None where no kernel fits."""
     rows = x.shape[:-1].numel()
@@ -297,8 +294,8 @@ def _gemv_in_triton(
         fits = nf4_matmul.fits(x.dtype, x.device, shape, rows)
     if not fits:
         return None
-    _check_parts(parts, shape, blocksize)
-    packed, scales, nested_absmax, offset, bias, x_dense = _for_a_kernel(*parts, bias, x)
+    check_parts(parts, shape, blocksize)
+    packed, scales, nested_absmax, offset, bias, x_dense = for_a_kernel(*parts, bias, x)
     weight = (packed, scales, nested_absmax, offset, shape, blocksize)
     if rows == 1:
         y = nf4_gemv.gemv(x_dense.view(-1), *weight, bias)  # (out,)
@@ -308,7 +305,7 @@ def _gemv_in_triton(
 
 
 def _gemv_in_c(
-    x: Tensor, parts: _Parts, shape: Sequence[int], blocksize: int, bias: Tensor | None
+    x: Tensor, parts: Parts, shape: Sequence[int], blocksize: int, bias: Tensor | None
 ) -> Tensor | None:
     """Return W x + bias by compiled C, or None where it does not fit."""
     rows = x.shape[:-1].numel()
@@ -316,87 +313,24 @@ def _gemv_in_c(
         return None
     if bias is not None and bias.dtype != x.dtype:
         return None
-    _check_parts(parts, shape, blocksize)
+    check_parts(parts, shape, blocksize)
     multiply = _c_multiplier(*parts, shape, blocksize)
     if multiply is None:
         return None
-    return multiply(*_contiguous(x, bias))
+    return multiply(*contiguous(x, bias))
 
 
 def _c_multiplier(packed, scales, nested_absmax, offset, shape, blocksize):
     """Return a compiled function of x and bias, or None."""
     if not _c_allowed():
         return None
-    parts = _contiguous(packed, scales, nested_absmax, offset)
+    parts = contiguous(packed, scales, nested_absmax, offset)
     return nf4.multiplier(*parts, shape=shape, blocksize=blocksize)
 
 
 def _c_allowed() -> bool:
     """Return False if the environment names a path: "cpu" stands for torch without C."""
     return ENVIRONMENT not in os.environ
-
-
-# ---- checks
-
-
-def _check_parts(parts: _Parts, shape: Sequence[int], blocksize: int) -> None:
-    """Raise ValueError unless the parts are a weight of this shape."""
-    n = torch.Size(shape).numel()
-    blocks = -(-n // blocksize)
-    nested = parts[2] is not None
-    expected_parts: dict[str, tuple[torch.dtype, int] | None] = {
-        "packed": (torch.uint8, (n + 1) // 2),
-        "scales": (torch.uint8 if nested else torch.float32, blocks),
-        "nested_absmax": None,
-        "offset": None,
-    }
-    if nested:
-        nested_blocks = -(-blocks // reference.NESTED_BLOCKSIZE)
-        expected_parts["nested_absmax"] = (torch.float32, nested_blocks)
-        expected_parts["offset"] = (torch.float32, 1)
-    for (name, expected), part in zip(expected_parts.items(), parts, strict=True):
-        actual = None
-        if part is not None:
-            actual = (part.dtype, part.numel())
-        if actual != expected:
-            raise ValueError(
-                f"NF4 weight of shape {tuple(shape)} in blocks of {blocksize}: expected {name} to "
-                f"be (dtype, size) {expected}, got {actual}; pass fp32 scales alone, or uint8 "
-                "scales with nested_absmax and offset, as NF4Weight.parts() gives them"
-            )
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    """Return the tensors, each contiguous or None."""
-    result: list[Any] = []
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.contiguous()
-        result.append(tensor)
-    return result
-
-
-def _for_a_kernel(packed: Tensor, *others: Tensor | None) -> list[Any]:
-    """Return the tensors, each contiguous or None, and check their device and their alignment.
-
-    On a tensor of another device, or at an address that is not aligned, a kernel would fault or
-    read wrong values.
-    """
-    tensors = _contiguous(packed, *others)
-    present = [tensor for tensor in tensors if tensor is not None]
-    devices = [str(tensor.device) for tensor in present]
-    if len(set(devices)) > 1:
-        raise ValueError(f"NF4: expected all tensors on one device, got {devices}; move them")
-    for i, tensor in enumerate(present):
-        alignment = tensor.element_size()
-        if i == 0:
-            alignment = 4  # packed is read as 32-bit words
-        if tensor.data_ptr() % alignment != 0:
-            raise ValueError(
-                f"NF4: expected memory that begins at a multiple of {alignment} bytes, got a "
-                f"{tensor.dtype} tensor at {tensor.data_ptr():#x}; clone it"
-            )
-    return tensors
 
 
 # ---- registration
