@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,4 +164,19 @@ def peak_memory(device: torch.device) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":  # bytes there, kilobytes elsewhere
         return peak
-    return peak * 1024
+    return _vm_hwm() or peak * 1024
+
+
+def _vm_hwm() -> int:
+    """Return VmHWM of this process in bytes, or 0 where the system has no such line.
+
+    Linux starts `ru_maxrss` at the peak of the process that called exec: a child of a large
+    process would report its parent's memory. VmHWM counts this process alone.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

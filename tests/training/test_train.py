@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.tiny import python
 from helpers.toy import FAST, Letters, Wrapped, adapters, alone, llama, lora, relative, rows
 from minilora.data import encode_dataset
 from minilora.lora.layer import LoRALayer
@@ -290,6 +291,21 @@ def test_the_result_counts():
         and 0 < result.tokens / result.tokens_per_second < result.seconds
     )
     assert "losses" not in repr(result)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives a child its parent's peak")
+def test_peak_memory_is_not_the_parents():
+    """Start a small process from one that has held 2 GiB; each reports its own peak."""
+    child = "import torch; from minilora.training.runtime import peak_memory; "
+    child += "print(peak_memory(torch.device('cpu')))"
+    code = f"""
+import subprocess, sys
+import numpy as np
+held = np.ones(2**28)  # 2 GiB in fp64
+del held
+print(subprocess.check_output([sys.executable, "-c", {child!r}], text=True))
+"""
+    assert 50e6 < int(python(code)) < 2**30
 
 
 def test_quiet_when_not_a_terminal(capsys, monkeypatch):
