@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import minilora as ml
-from minilora.tools.sweep import table
 
 FOLDER = Path("out/sweep")
 SEARCH = {"r": "2,8,32", "lora_alpha": "4:64:log", "lora_dropout": "0,0.1"}
@@ -63,7 +62,7 @@ def main() -> dict:
         *(f"--{name}={value}" for name, value in options.items()),
     ]
     study = ml.sweep(arguments, SEARCH, FOLDER, trials=trials, metric="eval_loss")
-    print(table(study))
+    print(ml.sweep_table(study))
 
     # 3. The base, the defaults (r = α = 8) and the best, on rows that no trial saw.
     model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)

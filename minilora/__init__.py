@@ -4,6 +4,7 @@ Importing it is light: torch and our own files. safetensors, tokenizers, jinja2,
 are imported by the functions that need them.
 """
 
+from minilora import data, losses
 from minilora.common import __version__ as __version__
 from minilora.data.mixture import mix_datasets, train_test_split
 from minilora.data.preview import Preview, preview
@@ -28,6 +29,7 @@ from minilora.lora.merging.combine import combine_adapters
 from minilora.lora.merging.merge import dequantized_weights, merge
 from minilora.losses import DPO, SFT, Classify, Distill, KLToBase
 from minilora.models.loader import load_model
+from minilora.models.padded_batch import inference
 from minilora.models.parameter_count import ParameterCount, count_parameters
 from minilora.models.save import save_model
 from minilora.quant.nf4_linear import NF4Linear
@@ -42,7 +44,7 @@ from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory
 from minilora.tools.merge_report import MergeReport, merge_report
 from minilora.tools.model_card import write_model_card
 from minilora.tools.push_to_hub import push_to_hub
-from minilora.tools.sweep import sweep
+from minilora.tools.sweep import sweep, sweep_table
 from minilora.tools.trace.run import trace
 from minilora.tools.trace.steps import Trace
 from minilora.tools.verify import verify
@@ -89,6 +91,7 @@ __all__ = [
     "combine_adapters",
     "compare_exports",
     "count_parameters",
+    "data",
     "delete_adapter",
     "dequantize_nf4",
     "dequantized_weights",
@@ -96,12 +99,14 @@ __all__ = [
     "eject",
     "evaluate",
     "generate",
+    "inference",
     "inject",
     "inspect",
     "list_adapters",
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "losses",
     "merge",
     "merge_report",
     "mix_datasets",
@@ -120,6 +125,7 @@ __all__ = [
     "serve",
     "set_adapter",
     "sweep",
+    "sweep_table",
     "trace",
     "train",
     "train_test_split",

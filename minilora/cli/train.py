@@ -14,7 +14,7 @@ from minilora.data.formats import check_file
 from minilora.losses import OBJECTIVES
 from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options
-from minilora.tools.sweep import table
+from minilora.tools.sweep import sweep_table
 from minilora.training.distributed import process_on
 
 
@@ -170,7 +170,7 @@ def sweep(
         raise ValueError(
             f"--search: expected OPTION=VALUES, each option once, got {' '.join(search)}."
         )
-    print(table(search_options([model, *options], values, folder, **settings)))
+    print(sweep_table(search_options([model, *options], values, folder, **settings)))
 
 
 def check_training(model: str, quantize: str | None, dtype: str, data: str | None) -> int:

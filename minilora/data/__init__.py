@@ -18,6 +18,7 @@ from minilora.data.collate import collate
 from minilora.data.dataset import EncodedDataset, encode_dataset
 from minilora.data.formats import SHAPES, Chat, RawText, Text, as_messages, read_dataset
 from minilora.data.loss_mask import IGNORE, Example, encode_row
+from minilora.data.packing import PackedDataset, pack
 from minilora.data.prompt import encode_prompt, end_of_turn, split_prompt
 from minilora.data.report import DataReport
 from minilora.data.tokenizer import AnyTokenizer, Tokenizer, load_tokenizer
@@ -31,6 +32,7 @@ __all__ = [
     "DataReport",
     "EncodedDataset",
     "Example",
+    "PackedDataset",
     "RawText",
     "Text",
     "Tokenizer",
@@ -41,6 +43,7 @@ __all__ = [
     "encode_row",
     "end_of_turn",
     "load_tokenizer",
+    "pack",
     "read_dataset",
     "split_prompt",
 ]

@@ -12,8 +12,8 @@ The training loop knows the `Objective` protocol only.
 
 from minilora.losses.classification import Classify
 from minilora.losses.distillation import Distill, KLToBase
-from minilora.losses.dpo import DPO
-from minilora.losses.sft import SFT
+from minilora.losses.dpo import DPO, answer_logprobs
+from minilora.losses.sft import SFT, Objective, mean_loss, means, token_loss
 
 OBJECTIVES = {
     "sft": SFT,
@@ -23,4 +23,16 @@ OBJECTIVES = {
     "classify": Classify,
 }
 
-__all__ = ["DPO", "OBJECTIVES", "SFT", "Classify", "Distill", "KLToBase"]
+__all__ = [
+    "DPO",
+    "OBJECTIVES",
+    "SFT",
+    "Classify",
+    "Distill",
+    "KLToBase",
+    "Objective",
+    "answer_logprobs",
+    "mean_loss",
+    "means",
+    "token_loss",
+]

@@ -107,7 +107,7 @@ def sweep(
     return study
 
 
-def table(study: Study) -> str:
+def sweep_table(study: Study) -> str:
     """Return a table of the trials that gave a value, best first.
 
     Args:
