@@ -1,9 +1,11 @@
-"""One adapter through every door, and what each door costs: bytes, logits, held-out loss. python examples/interop.py
+"""One adapter in every storage format, and the cost of each: bytes, logits, held-out loss.
 
-One idea: an adapter is a small file that loses nothing; merged weights are for readers that know no
-adapters, and what merging costs depends on how the result is stored. So measure each file as it
-comes back, not as it went in. Everything computes in fp32, so that a difference is the file's. The
-last line printed is one JSON document.
+Run it with `python examples/interop.py`.
+
+An adapter file is small and loses nothing. Merged weights are for programs that cannot read
+adapters, and the cost of merging depends on the storage format of the result. So this example
+measures each file after loading it again. Everything computes in fp32, so that every difference
+comes from the file. The last printed line is one JSON document.
 """
 
 import importlib.util
@@ -17,24 +19,35 @@ import torch
 
 import minilora as ml
 
-SHORT = bool(os.environ.get("MINILORA_SHORT"))  # fewer steps and rows, every check
+SHORT = bool(os.environ.get("MINILORA_SHORT"))  # fewer steps and rows, but every check
 FOLDER = Path("out/interop")
-STEPS, HELD_OUT = (4, 4) if SHORT else (50, 40)
+STEPS = 4 if SHORT else 50
+HELD_OUT = 4 if SHORT else 40
 
 
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    """(1, T, V) of one held-out text; a transformers model wraps them."""
+    """Return the logits (1, T, V) of one text; a transformers model wraps them in an object."""
     with torch.no_grad():
-        out = model(tokens)
-    return out if isinstance(out, torch.Tensor) else out.logits
+        output = model(tokens)
+    if isinstance(output, torch.Tensor):
+        return output
+    return output.logits
 
 
-def size(path: Path) -> int:
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+def stored_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
-def in_peft(adapter: Path, base: Path):
-    """The adapter where it is at home elsewhere: PEFT, on transformers' model."""
+def load(path: str | Path, **options):
+    """Load a model that computes in fp32."""
+    return ml.load_model(path, dtype="float32", **options)
+
+
+def load_in_peft(adapter: Path, base: Path):
+    """Load the adapter with PEFT into the transformers model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -42,99 +55,114 @@ def in_peft(adapter: Path, base: Path):
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
+def train_adapter(model, tokenizer, rows: list) -> None:
+    """Inject an adapter on every linear layer and train it.
+
+    Args:
+        model: the base model; it receives the adapter.
+        tokenizer: its tokenizer.
+        rows: training rows.
+    """
+    ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    config = ml.TrainConfig(
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=5e-4,
+        save_steps=None,
+    )
+    ml.train(model, tokenizer, rows, config)
+    model.eval()
+
+
+def print_inspection(adapter: Path) -> None:
+    """Print the number of tensors of an adapter and the size of its first three updates."""
+    inspection = ml.inspect(adapter)
+    print(f"\n{inspection.kind}: {inspection.facts['tensors']} tensors; updates of 3 layers:")
+    for layer in list(inspection.layers)[:3]:
+        spectrum = inspection.layers[layer]
+        print(f"  {layer}: rank {spectrum['rank']}, norm {spectrum['norm']:.2f}")
+
+
+def print_merge_errors(model) -> None:
+    """Print the error of merging for each storage format, before any file is written."""
+    report = ml.merge_report(model)
+    print("\nerror of storing W + ΔW, relative to ΔW:")
+    for target, error in report.total.error.items():
+        print(f"  {target}: {error:.2g}")
+
+
+def print_table(table: dict[str, dict]) -> None:
+    """Print bytes, largest change of a logit and loss of each storage format."""
+    print(f"\n{'':<24}{'MB':>8}{'logit change':>14}{'held-out loss':>16}")
+    for name, row in table.items():
+        megabytes = "-"
+        if row["bytes"] is not None:
+            megabytes = f"{row['bytes'] / 1e6:.1f}"
+        print(f"{name:<24}{megabytes:>8}{row['difference']:14.2g}{row['loss']:16.3f}")
+
+
 def main() -> dict:
-    """Train, write, read back, measure; returns the document it prints."""
+    """Train, write, load again, measure; return the printed document."""
     started = time.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
     rows = ml.samples.icd10(test_rows=HELD_OUT, train_rows=STEPS * 8)
     source = ml.samples.smollm2()
     tokenizer = ml.load_tokenizer(source)
-    text = "\n".join(message["content"] for row in rows.test[:4] for message in row["messages"])
-    tokens = torch.tensor([tokenizer.encode(text)])
-    table: dict[
-        str, tuple[int | None, float, float]
-    ] = {}  # door -> bytes, largest logit difference, loss
+    contents = []
+    for row in rows.test[:4]:
+        contents += [message["content"] for message in row["messages"]]
+    tokens = torch.tensor([tokenizer.encode("\n".join(contents))])  # (1, T)
+    table: dict[str, dict] = {}
 
-    def load(path: str | Path, **options):
-        return ml.load_model(path, dtype="float32", **options)
-
-    def measure(door: str, model, path: Path | None = None) -> float:
-        """A row of the table; returns the largest difference of a logit from the trained model's."""
+    def measure(name: str, model, path: Path | None = None) -> float:
+        """Add a row to the table; return the largest difference from the trained logits."""
         difference = (logits(model, tokens) - reference).abs().max().item()
         loss = ml.evaluate(model, tokenizer, rows.test, max_new_tokens=0).loss
-        table[door] = (size(path) if path else None, difference, loss)
+        size = None if path is None else stored_bytes(path)
+        table[name] = {"bytes": size, "difference": difference, "loss": loss}
         return difference
 
-    # 1. A base in 4 bits, as bitsandbytes keeps it, and an adapter trained on it (QLoRA).
+    # 1. Write a 4-bit base in the format of bitsandbytes, and train an adapter on it (QLoRA).
     model = load(source, quantize="nf4")
     ml.save_model(model, FOLDER / "base", format="bnb-4bit", tokenizer=tokenizer)
     ml.save_model(model, FOLDER / "dense", merge=True)  # the same values in fp32, for PEFT below
-    before = ml.evaluate(model, tokenizer, rows.test, max_new_tokens=0).loss
-    ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    steps = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-4,
-        "save_steps": None,
-    }
-    ml.train(model, tokenizer, rows.train, ml.TrainConfig(**steps))
-    reference = logits(model.eval(), tokens)
+    train_adapter(model, tokenizer, rows.train)
+    reference = logits(model, tokens)  # (1, T, V)
     with ml.disable_adapters(model):
-        difference = (logits(model, tokens) - reference).abs().max().item()
-    table["base, 4 bits"] = (size(FOLDER / "base"), difference, before)
+        measure("base, 4 bits", model, FOLDER / "base")
     measure("trained, in memory", model)
 
-    # 2. The adapter alone: 64 rows of each weight tell which base it belongs to.
-    ml.save_adapter(model, FOLDER / "adapter")
-    again = load(FOLDER / "base")
-    ml.load_adapter(again, FOLDER / "adapter")
-    assert measure("adapter", again, FOLDER / "adapter") == 0  # every bit
+    # 2. Write the adapter alone. Its file stores fingerprints of the base: 64 rows of each weight.
+    adapter = FOLDER / "adapter"
+    ml.save_adapter(model, adapter)
+    loaded = load(FOLDER / "base")
+    ml.load_adapter(loaded, adapter)
+    assert measure("adapter", loaded, adapter) == 0  # every bit is equal
     if importlib.util.find_spec("peft"):
-        moved = measure(
-            "adapter, in PEFT", in_peft(FOLDER / "adapter", FOLDER / "dense"), FOLDER / "adapter"
-        )
-        assert moved < 1e-3  # fp32, the same products added in another order
-    learned = ml.inspect(FOLDER / "adapter")
-    print(f"\n{learned.kind}: {learned.facts['tensors']} tensors; first layers' updates:")
-    print(
-        "\n".join(
-            f"  {layer}: rank {s['rank']}, norm {s['norm']:.2f}"
-            for layer, s in [*learned.layers.items()][:3]
-        )
-    )
+        peft_model = load_in_peft(adapter, FOLDER / "dense")
+        # PEFT adds the same fp32 products in another order.
+        assert measure("adapter, in PEFT", peft_model, adapter) < 1e-3
+    print_inspection(adapter)
 
-    # 3. Merged. What storing it will lose is known before anything is written.
-    report = ml.merge_report(model)
-    print(
-        "\nlost by storing W + ΔW, relative to ΔW:",
-        {t: f"{e:.2g}" for t, e in report.total.error.items()},
-    )
+    # 3. Merge into the weights and write them. The report gives the error in advance.
+    print_merge_errors(model)
     ml.save_model(model, FOLDER / "bf16", merge=True, dtype=torch.bfloat16)
     measure("merged, bf16", load(FOLDER / "bf16"), FOLDER / "bf16")
     try:
         ml.save_model(model, FOLDER / "4-bit", format="bnb-4bit", merge=True)
-        raise AssertionError("merging into 4 bits was not refused")
+        raise AssertionError("Merging into 4 bits was not refused.")
     except ValueError as refusal:
         print(f"\nrefused: {refusal}")
     ml.save_model(model, FOLDER / "4-bit", format="bnb-4bit", merge=True, requantize=True)
     measure("merged, 4 bits again", load(FOLDER / "4-bit"), FOLDER / "4-bit")
-    for kind in ("bfloat16", "q8_0"):
-        path = FOLDER / f"{kind}.gguf"
-        ml.save_model(model, path, format="gguf", merge=True, dtype=kind, tokenizer=tokenizer)
-        measure(f"GGUF, {kind}", load(path), path)
+    for dtype in ("bfloat16", "q8_0"):
+        path = FOLDER / f"{dtype}.gguf"
+        ml.save_model(model, path, format="gguf", merge=True, dtype=dtype, tokenizer=tokenizer)
+        measure(f"GGUF, {dtype}", load(path), path)
 
-    print(f"\n{'':<24}{'MB':>8}{'logits move':>14}{'held-out loss':>16}")
-    for door, (size_, difference, loss) in table.items():
-        print(
-            f"{door:<24}{'-' if size_ is None else f'{size_ / 1e6:.1f}':>8}{difference:14.2g}{loss:16.3f}"
-        )
+    print_table(table)
     document = {
-        "doors": {
-            door: dict(zip(("bytes", "difference", "loss"), row, strict=True))
-            for door, row in table.items()
-        }
-    }
-    document |= {
+        "formats": table,
         "rows_test": len(rows.test),
         "steps": STEPS,
         "seconds": time.perf_counter() - started,
