@@ -1,106 +1,183 @@
-"""One base, two adapters: trained apart, answering in one batch, added up. python examples/several_tasks.py
+"""One base model with two adapters: trained separately, used in one batch, and added.
 
-One idea: an adapter is a task that is switched on by name. Two of them in one batch answer as each
-alone. Their sum is one adapter that holds both tasks, and what that costs each of them is measured,
-with half of each beside it.
+Run it with `python examples/several_tasks.py`.
+
+An adapter holds one task and is activated by its name. In one batch, each row is answered as if its
+adapter were the only one. The sum of two adapters is one adapter for both tasks. The example
+measures the cost of the sum for each task, and the cost of half of each adapter.
 
 Tasks: a diagnosis → its chapter of ICD-10-CM, and a US address → JSON, each held out by group. The
-last line printed is one JSON document.
+last printed line is one JSON document.
 """
 
 import json
 import os
 import time
+from typing import Any
 
 import minilora as ml
 
+SHORT = bool(os.environ.get("MINILORA_SHORT"))  # fewer steps and rows
+STEPS = 2 if SHORT else 32
+BATCH_SIZE = 2 if SHORT else 6
+ANSWER_TOKENS = 2 if SHORT else 64
 
-def main() -> dict:
-    """Run the example; returns the document it prints. MINILORA_SHORT=1 cuts steps and rows."""
-    started, short = time.perf_counter(), bool(os.environ.get("MINILORA_SHORT"))
-    steps, batch = (2, 2) if short else (32, 6)
 
-    # 1. One base in 4 bits, two tasks.
-    source = ml.samples.smollm2()
-    tasks = {
-        "icd10": ml.samples.icd10(test_rows=4 if short else 80, train_rows=steps * batch),
-        "address": ml.samples.address(test_rows=2 if short else 24),
-    }
-    model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)
-
-    scoring: dict[str, dict] = {
-        "icd10": {"labels": tasks["icd10"].labels, "max_new_tokens": 4},
-        "address": {
-            "metrics": {"json_valid": ml.samples.json_valid, "field_f1": ml.samples.field_f1},
-            "max_new_tokens": 2 if short else 64,
-        },
+def load_tasks() -> dict[str, ml.samples.Task]:
+    """Return the two tasks by name."""
+    return {
+        "icd10": ml.samples.icd10(test_rows=4 if SHORT else 80, train_rows=STEPS * BATCH_SIZE),
+        "address": ml.samples.address(test_rows=2 if SHORT else 24),
     }
 
-    def measure() -> dict[str, float]:
-        with ml.dequantized_weights(model):
-            chapter, fields = (
-                ml.evaluate(model, tokenizer, task.test, batch_size=50, **scoring[name])
-                for name, task in tasks.items()
-            )
-        exact, likeliest = chapter.exact_match or 0.0, chapter.label_accuracy or 0.0
-        return {"chapter exact": exact, "chapter constrained": likeliest} | fields.metrics
 
-    table = {"base": measure()}
+def measure(model, tokenizer, tasks: dict[str, ml.samples.Task]) -> dict[str, float]:
+    """Return the figures of both tasks on the held-out rows.
 
-    # 2. An adapter each. Only the one at work trains; the base is never written to.
-    for name, task in tasks.items():
-        ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"), name=name)
-        ml.set_adapter(model, name)
-        config = ml.TrainConfig(
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=1e-3,
-            warmup_ratio=0.1,
-            max_length=160,
+    Args:
+        model: the model, with or without an active adapter.
+        tokenizer: its tokenizer.
+        tasks: the two tasks by name.
+    """
+    json_metrics = {"json_valid": ml.samples.json_valid, "field_f1": ml.samples.field_f1}
+    with ml.dequantized_weights(model):
+        chapter = ml.evaluate(
+            model,
+            tokenizer,
+            tasks["icd10"].test,
+            labels=tasks["icd10"].labels,
+            max_new_tokens=4,
+            batch_size=50,
         )
-        ml.train(model, tokenizer, task.train, config)
-        table[name] = measure()
+        address = ml.evaluate(
+            model,
+            tokenizer,
+            tasks["address"].test,
+            metrics=json_metrics,
+            max_new_tokens=ANSWER_TOKENS,
+            batch_size=50,
+        )
+    return {
+        "chapter exact": chapter.exact_match or 0.0,
+        "chapter constrained": chapter.label_accuracy or 0.0,
+        **address.metrics,
+    }
 
-    # 3. One batch, a row each: every row is answered as if its adapter were the only one.
-    names = [name for name in tasks for _ in range(2)]
-    prompts = [row["messages"][:-1] for name in tasks for row in tasks[name].test[:2]]
-    together = ml.generate(
-        model, tokenizer, prompts, max_new_tokens=2 if short else 64, adapters=names
+
+def train_adapter(model, tokenizer, name: str, rows: list) -> None:
+    """Add an adapter to the model, activate it and train it.
+
+    Args:
+        model: the model; its other adapters and its base do not change.
+        tokenizer: its tokenizer.
+        name: name of the new adapter.
+        rows: training rows.
+    """
+    config = ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    ml.inject(model, config, name=name)
+    ml.set_adapter(model, name)
+    training = ml.TrainConfig(
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=1e-3,
+        warmup_ratio=0.1,
+        max_length=160,
     )
-    for name, prompt, answer in zip(names, prompts, together, strict=True):
-        ml.set_adapter(model, name)  # the switch
-        alone = ml.generate(model, tokenizer, prompt, max_new_tokens=2 if short else 64)
-        print(
-            f"{name:<8} {prompt[-1]['content']!r} → {answer!r}{'' if answer == alone else f', alone {alone!r}'}"
-        )
+    ml.train(model, tokenizer, rows, training)
 
-    # 4. Adapters as values: ΔW of both tasks in one adapter, of rank 32.
-    one, other = (ml.AdapterWeights.of(model, name) for name in tasks)
-    for label, value in {"sum": one + other, "half of each": 0.5 * one + 0.5 * other}.items():
-        value.put(model, label.replace(" ", "-"))
-        ml.set_adapter(model, label.replace(" ", "-"))
-        table[label] = measure()
 
-    columns = list(table["base"])
-    print(f"\n{'':<14}" + "".join(f"{name:>21}" for name in columns))
-    for label, found in table.items():
-        print(f"{label:<14}" + "".join(f"{found[name]:21.3f}" for name in columns))
+def answer_in_one_batch(model, tokenizer, tasks: dict[str, ml.samples.Task]) -> None:
+    """Answer two prompts of each task in one batch, and print them with the separate answers.
+
+    Args:
+        model: a model with one adapter for each task.
+        tokenizer: its tokenizer.
+        tasks: the two tasks by name.
+    """
+    adapters = []
+    prompts = []
+    for name, task in tasks.items():
+        for row in task.test[:2]:
+            adapters.append(name)
+            prompts.append(row["messages"][:-1])
+    answers = ml.generate(
+        model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, adapters=adapters
+    )
+    for name, prompt, answer in zip(adapters, prompts, answers, strict=True):
+        ml.set_adapter(model, name)
+        separate = ml.generate(model, tokenizer, prompt, max_new_tokens=ANSWER_TOKENS)
+        print(f"{name:<8} {prompt[-1]['content']!r} → {answer!r}")
+        if separate != answer:
+            print(f"{'':<8} separately: {separate!r}")
+
+
+def print_table(table: dict[str, dict[str, float]]) -> None:
+    """Print one line for each model and one column for each figure."""
+    print("\n" + " " * 14, end="")
+    for name in table["base"]:
+        print(f"{name:>21}", end="")
+    print()
+    for label, figures in table.items():
+        print(f"{label:<14}", end="")
+        for value in figures.values():
+            print(f"{value:21.3f}", end="")
+        print()
+
+
+def main() -> dict[str, Any]:
+    """Run the example and return the printed document. MINILORA_SHORT=1 reduces steps and rows."""
+    started = time.perf_counter()
+
+    # 1. Load one base in 4 bits and two tasks.
+    source = ml.samples.smollm2()
+    tasks = load_tasks()
+    model = ml.load_model(source, quantize="nf4")
+    tokenizer = ml.load_tokenizer(source)
+    table = {"base": measure(model, tokenizer, tasks)}
+
+    # 2. Train an adapter for each task. Only the active adapter is trained.
+    for name, task in tasks.items():
+        train_adapter(model, tokenizer, name, task.train)
+        table[name] = measure(model, tokenizer, tasks)
+
+    # 3. Use both adapters in one batch.
+    answer_in_one_batch(model, tokenizer, tasks)
+
+    # 4. Add the adapters: one adapter of rank 32 holds ΔW of both tasks.
+    chapter = ml.AdapterWeights.of(model, "icd10")
+    address = ml.AdapterWeights.of(model, "address")
+    combinations = {
+        "sum": chapter + address,
+        "half of each": 0.5 * chapter + 0.5 * address,
+    }
+    for label, weights in combinations.items():
+        name = label.replace(" ", "-")
+        weights.put(model, name)
+        ml.set_adapter(model, name)
+        table[label] = measure(model, tokenizer, tasks)
+
+    # 5. Print the figures, and the baselines of the first task.
+    print_table(table)
     rows = tasks["icd10"]
     majority = ml.samples.majority_class(rows.train, rows.test)
     neighbour = ml.samples.nearest_neighbour(rows.train, rows.test)
-    print(f"{'majority class':<14}{majority:21.3f}   the commonest training answer, no model")
-    print(f"{'neighbour':<14}{neighbour:21.3f}   the most similar training row's chapter, no model")
-    if not short:
-        assert table["icd10"]["chapter exact"] > table["address"]["chapter exact"], (
-            "an adapter's task is not its own"
-        )
-        assert table["address"]["field_f1"] > table["icd10"]["field_f1"]
-    document = {"table": table, "majority": majority, "nearest_neighbour": neighbour}
-    document |= {
+    print(f"{'majority class':<14}{majority:21.3f}   the most common training answer, no model")
+    print(
+        f"{'neighbour':<14}{neighbour:21.3f}   chapter of the most similar training row, no model"
+    )
+    if not SHORT:
+        chapters = {name: table[name]["chapter exact"] for name in tasks}
+        fields = {name: table[name]["field_f1"] for name in tasks}
+        assert chapters["icd10"] > chapters["address"], "Each adapter must be best at its task."
+        assert fields["address"] > fields["icd10"], "Each adapter must be best at its task."
+    document = {
+        "table": table,
+        "majority": majority,
+        "nearest_neighbour": neighbour,
         "rows_test": {name: len(task.test) for name, task in tasks.items()},
-        "steps": steps,
+        "steps": STEPS,
+        "seconds": time.perf_counter() - started,
     }
-    document |= {"seconds": time.perf_counter() - started}
     print(json.dumps(document))
     return document
 

@@ -1,13 +1,14 @@
-"""Which r, α and dropout? A small search, and the best of it on rows that the search did not see.
-python examples/sweep.py
+"""A small search over r, α and dropout, judged on rows that the search did not use.
 
-One idea: the best of many trials was chosen by the rows it was measured on, so its figure there
-flatters it. A third set of rows, looked at once and at the end, says what the choice is worth
-beside the defaults.
+Run it with `python examples/sweep.py`.
 
-Each trial is `minilora train` in a process of its own; Optuna (pip install "minilora[sweep]") draws
-the options. Task: a diagnosis → its chapter of ICD-10-CM, every set of rows from other disease
-categories. The last line printed is one JSON document.
+The best of many trials was chosen by the rows it was measured on, so its figure on these rows is
+too good. The example therefore holds out a third set of rows, measures the best trial on it once,
+at the end, and compares it with the defaults.
+
+Each trial is one run of `minilora train` in a new process. Optuna (pip install "minilora[sweep]")
+draws the options. Task: a diagnosis → its chapter of ICD-10-CM, with different disease categories
+in each set of rows. The last printed line is one JSON document.
 """
 
 import importlib.util
@@ -16,99 +17,115 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import minilora as ml
 
+SHORT = bool(os.environ.get("MINILORA_SHORT"))  # fewer trials, steps and rows
 FOLDER = Path("out/sweep")
 SEARCH = {"r": "2,8,32", "lora_alpha": "4:64:log", "lora_dropout": "0,0.1"}
+TRIALS = 1 if SHORT else 5
+HELD_OUT = 4 if SHORT else 80  # rows to choose by, and rows to judge by
+STEPS = 2 if SHORT else 10
+BATCH_SIZE = 2 if SHORT else 8
+TRAINING: dict[str, Any] = {  # options that the trials and the defaults share
+    "max_steps": STEPS,
+    "per_device_train_batch_size": BATCH_SIZE,
+    "learning_rate": 1e-3,
+    "warmup_ratio": 0.1,
+}
 
 
-def main() -> dict:
-    """Run the example; returns the document it prints. MINILORA_SHORT=1 cuts trials, steps and rows."""
-    started, short = time.perf_counter(), bool(os.environ.get("MINILORA_SHORT"))
-    trials, steps, batch = (1, 2, 2) if short else (5, 10, 8)
-    if not importlib.util.find_spec("optuna"):
-        raise SystemExit('a sweep needs Optuna: pip install "minilora[sweep]"')
-    shutil.rmtree(FOLDER, ignore_errors=True)  # an earlier search, which this one would go on with
-    FOLDER.mkdir(parents=True)
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSON Lines."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
-    # 1. Three sets: to train on, to choose by, to judge by.
-    few = 4 if short else 80
-    task, source = (
-        ml.samples.icd10(test_rows=2 * few, train_rows=steps * batch),
-        ml.samples.smollm2(),
-    )
-    sets = {"train": task.train, "choose": task.test[:few], "judge": task.test[few:]}
-    for name, rows in sets.items():
-        (FOLDER / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
 
-    # 2. The search: as `minilora sweep … --search r=2,8,32` does it.
+def search_options(source: str):
+    """Run the trials and return Optuna's study.
+
+    The command line does the same: `minilora sweep MODEL rows.jsonl --search r=2,8,32`.
+    """
     options = {
         "quantize": "nf4",
         "target_modules": "all-linear",
-        "max_steps": steps,
-        "learning_rate": 1e-3,
-    }
-    options |= {
-        "per_device_train_batch_size": batch,
         "eval_dataset": FOLDER / "choose.jsonl",
-        "warmup_ratio": 0.1,
+        **TRAINING,
     }
-    arguments = [
-        source,
-        str(FOLDER / "train.jsonl"),
-        *(f"--{name}={value}" for name, value in options.items()),
-    ]
-    study = ml.sweep(arguments, SEARCH, FOLDER, trials=trials, metric="eval_loss")
+    arguments = [source, str(FOLDER / "train.jsonl")]
+    arguments += [f"--{name}={value}" for name, value in options.items()]
+    return ml.sweep(arguments, SEARCH, FOLDER, trials=TRIALS, metric="eval_loss")
+
+
+def main() -> dict:
+    """Run the example and return the printed document. MINILORA_SHORT=1 reduces steps and rows."""
+    started = time.perf_counter()
+    if not importlib.util.find_spec("optuna"):
+        raise SystemExit('This example needs Optuna: pip install "minilora[sweep]"')
+    shutil.rmtree(FOLDER, ignore_errors=True)  # otherwise the sweep would continue an earlier one
+    FOLDER.mkdir(parents=True)
+
+    # 1. Split the rows into three sets: to train on, to choose by, to judge by.
+    task = ml.samples.icd10(test_rows=2 * HELD_OUT, train_rows=STEPS * BATCH_SIZE)
+    source = ml.samples.smollm2()
+    sets = {
+        "train": task.train,
+        "choose": task.test[:HELD_OUT],
+        "judge": task.test[HELD_OUT:],
+    }
+    for name, rows in sets.items():
+        write_rows(FOLDER / f"{name}.jsonl", rows)
+
+    # 2. Search.
+    study = search_options(source)
     print(ml.sweep_table(study))
 
-    # 3. The base, the defaults (r = α = 8) and the best, on rows that no trial saw.
-    model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)
+    # 3. Measure the base, the defaults (r = α = 8) and the best trial on rows that no trial used.
+    model = ml.load_model(source, quantize="nf4")
+    tokenizer = ml.load_tokenizer(source)
 
     def measure() -> dict[str, float]:
         with ml.dequantized_weights(model):
             scores = ml.evaluate(
-                model, tokenizer, sets["judge"], labels=task.labels, max_new_tokens=0, batch_size=50
+                model,
+                tokenizer,
+                sets["judge"],
+                labels=task.labels,
+                max_new_tokens=0,
+                batch_size=50,
             )
         return {"loss": scores.loss, "constrained": scores.label_accuracy or 0.0}
 
-    found = {"base": measure()}
+    table = {"base": measure()}
     ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
-    fields = {
-        "max_steps": steps,
-        "per_device_train_batch_size": batch,
-        "learning_rate": 1e-3,
-        "warmup_ratio": 0.1,
-    }
-    ml.train(model, tokenizer, sets["train"], ml.TrainConfig(**fields))
-    found["defaults"] = measure()
+    ml.train(model, tokenizer, sets["train"], ml.TrainConfig(**TRAINING))
+    table["defaults"] = measure()
     ml.eject(model)
     ml.load_adapter(model, FOLDER / f"trial-{study.best_trial.number}" / "adapter")
-    found["best trial"] = measure()
+    table["best trial"] = measure()
 
+    # 4. Print the figures and the baselines.
     print(f"\n{'':<22}{'loss':>8}{'constrained':>13}")
-    for name, row in found.items():
+    for name, row in table.items():
         print(f"{name:<22}{row['loss']:8.3f}{row['constrained']:13.3f}")
-    print(f"{'best, as it was chosen':<22}{study.best_value:8.3f}")
+    print(f"{'best, when chosen':<22}{study.best_value:8.3f}")
     majority = ml.samples.majority_class(sets["train"], sets["judge"])
     neighbour = ml.samples.nearest_neighbour(sets["train"], sets["judge"])
-    print(f"{'majority class':<22}{'':8}{majority:13.3f}   the commonest training answer, no model")
-    print(
-        f"{'nearest neighbour':<22}{'':8}{neighbour:13.3f}   the most similar training row, no model"
-    )
+    print(f"{'majority class':<22}{majority:21.3f}   the most common training answer, no model")
+    print(f"{'nearest neighbour':<22}{neighbour:21.3f}   the most similar training row, no model")
 
-    document = {"table": found, "best": study.best_params, "best_value": study.best_value}
-    document |= {
-        "trials": [{"value": t.value, **t.params} for t in study.trials],
+    trials = [{"value": trial.value, **trial.params} for trial in study.trials]
+    document = {
+        "table": table,
+        "best": study.best_params,
+        "best_value": study.best_value,
+        "trials": trials,
         "majority": majority,
-    }
-    document |= {
         "nearest_neighbour": neighbour,
         "rows": {name: len(rows) for name, rows in sets.items()},
+        "seconds": time.perf_counter() - started,
     }
-    document |= {"seconds": time.perf_counter() - started}
     print(json.dumps(document))
     return document
 
