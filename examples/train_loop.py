@@ -1,8 +1,8 @@
 """QLoRA fine-tuning in one flat file of plain PyTorch. Read this file first.
 
-Run it with `python examples/train_loop.py`. It teaches a small chat model in 4 bits to name the
-ICD-10 chapter of a diagnosis. `ml.train` does the same steps and adds checkpoints, evaluation,
-logging, packing and several processes; a test compares the losses of the two.
+Run it with `python examples/train_loop.py`. It teaches a 4-bit chat model to name the ICD-10
+chapter of a diagnosis. `ml.train` does the same steps and adds checkpoints, evaluation, logging,
+packing and several processes; a test compares the losses of the two.
 """
 
 import os
@@ -17,12 +17,10 @@ IGNORE = -100  # a label with this value adds nothing to the loss
 
 def encode(tokenizer, messages):
     """Return the token ids of a conversation, and labels that supervise only its last message."""
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    text = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    prompt_ids = tokenizer.encode(text, add_special_tokens=False)
     answer_ids = tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
-    answer_ids = answer_ids + [tokenizer.eos_token_id]  # the model must learn to stop
+    answer_ids.append(tokenizer.eos_token_id)  # the model must learn to stop
     return prompt_ids + answer_ids, [IGNORE] * len(prompt_ids) + answer_ids
 
 
@@ -37,18 +35,24 @@ def collate(examples, pad_id):
     return input_ids, labels
 
 
-def answer_loss(model, input_ids, labels):
+def answer_loss(model, batch):
     """Return the mean of -log p(token) over the supervised tokens of a batch."""
+    input_ids, labels = batch  # (B, T) each
     logits = model(input_ids)  # (B, T, V): the logits at position t predict token t + 1
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),  # (B * (T - 1), V)
-        labels[:, 1:].flatten(),  # (B * (T - 1),)
-        ignore_index=IGNORE,
-    )
+    predictions = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
+    targets = labels[:, 1:].flatten()  # (B * (T - 1),)
+    return F.cross_entropy(predictions, targets, ignore_index=IGNORE)
 
 
 def train_loop(model, batches, pad_id, learning_rate):
-    """Train the adapter, one optimiser step a batch; return the loss of each step."""
+    """Train the adapter, one optimiser step a batch; return the loss of each step.
+
+    Args:
+        model: the base model with the adapter.
+        batches: lists of encoded examples, one list for each step.
+        pad_id: token id that fills the shorter rows of a batch.
+        learning_rate: learning rate of the first step.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]  # only A and B of each layer
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     model.train()
@@ -56,7 +60,7 @@ def train_loop(model, batches, pad_id, learning_rate):
     for step, examples in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / len(batches))  # linear decay to zero
-        loss = answer_loss(model, *collate(examples, pad_id))
+        loss = answer_loss(model, collate(examples, pad_id))
         loss.backward()  # gradients of A and B; the 4-bit weights are frozen
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -76,11 +80,11 @@ def main():
     print(ml.count_parameters(model))
 
     # 2. Conversations as token ids, in batches of eight.
-    steps = 2 if os.environ.get("MINILORA_SHORT") else 60
     batch_size = 8
+    steps = 2 if os.environ.get("MINILORA_SHORT") else 60
     task = ml.samples.icd10(train_rows=steps * batch_size)
     examples = [encode(tokenizer, row["messages"]) for row in task.train]
-    batches = [examples[i * batch_size : (i + 1) * batch_size] for i in range(steps)]
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
 
     # 3. Training. B starts at zero, so the first loss is the loss of the base model.
     losses = train_loop(model, batches, tokenizer.pad_token_id or 0, learning_rate=1e-3)
@@ -88,8 +92,8 @@ def main():
 
     # 4. The trained model answers, and the adapter becomes a folder that PEFT can load.
     question = task.test[0]["messages"][:-1]
-    print(question[-1]["content"])
-    print("->", ml.generate(model, tokenizer, question, max_new_tokens=6))
+    answer = ml.generate(model, tokenizer, question, max_new_tokens=6)
+    print(question[-1]["content"], "->", answer)
     ml.save_adapter(model, "out/train_loop")
 
 
