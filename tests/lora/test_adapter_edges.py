@@ -1,6 +1,8 @@
-"""Proves what holds where two features of an adapter meet: embeddings and convolutions with unusual bases, parts that
-train whole beside tied weights, several adapters that come and go, and files with less in them than
-usual."""
+"""Tests of adapter features in combination.
+
+They cover embeddings and convolutions with unusual options, modules_to_save together with tied
+weights, several adapters that are added and deleted, and files in which little has been trained.
+"""
 
 import json
 
@@ -29,7 +31,7 @@ def test_a_frequent_token_s_gradient_is_scaled_as_in_the_base():
     layer.use(["default"])
     layer(torch.tensor([1, 1, 1, 2])).sum().backward()
     grad = layer.adapters["default"].lora_A.grad  # (r, V)
-    torch.testing.assert_close(grad[:, 1], grad[:, 2])  # three times a third
+    torch.testing.assert_close(grad[:, 1], grad[:, 2])  # token 1: three times one third
 
 
 @pytest.mark.parametrize("numbers", [[1], [], 0])
@@ -59,7 +61,7 @@ def test_layers_are_numbered_as_peft_numbers_them(numbers, pattern):
 # ---- property
 
 
-def test_roundings_of_one_weight_to_two_dtypes_may_be_one_base():
+def test_same_base_of_bf16_and_fp16_roundings_is_undecided():
     then, now = (
         fingerprint(nn.Linear(64, 64, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)
     )
@@ -73,13 +75,13 @@ def test_a_4_bit_layer_s_bias_counts_as_a_parameter():
     assert ml.count_parameters(model).total == 64 * 32 + 32
 
 
-def test_a_convolution_has_room_for_the_smaller_of_its_sides():
+def test_conv_adapter_rank_is_at_most_the_smaller_side():
     assert ConvAdapter(nn.Conv2d(1, 8, 2), 4, *PLAIN, seed=0).r == 4
     with pytest.raises(ValueError, match="r: expected 1 to 4, got 5"):
         ConvAdapter(nn.Conv2d(1, 8, 2), 5, *PLAIN, seed=0)
 
 
-def test_what_waits_follows_the_model_s_mode_when_it_comes_back():
+def test_inactive_module_takes_the_models_mode_when_activated():
     model = build("llama")
     ml.inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
     ml.set_adapter(model, [])
@@ -101,7 +103,7 @@ def test_gaussian_values_depend_on_the_layer_and_the_seed():
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
 
 
-def test_untied_copies_are_two_and_are_merged_as_two():
+def test_untied_modules_to_save_are_merged_separately():
     model = build("tied")
     ml.inject(
         model,
@@ -111,10 +113,10 @@ def test_untied_copies_are_two_and_are_merged_as_two():
     )
     assert model.lm_head.weight is not model.get_input_embeddings().weight
     expected = output(shake(model))
-    close(output(ml.merge(model)), expected, 1e-5)  # fp32, another order of sums
+    close(output(ml.merge(model)), expected, 1e-5)  # fp32, sums in another order
 
 
-def test_a_tie_inside_a_part_needs_no_word():
+def test_a_tie_inside_a_saved_module_needs_no_tie_option():
     words, head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
     head.weight = words.weight
     model = nn.ModuleDict(
@@ -127,13 +129,13 @@ def test_a_tie_inside_a_part_needs_no_word():
     )
 
 
-def test_all_linear_leaves_out_what_trains_whole():
+def test_all_linear_leaves_out_modules_to_save():
     model = build("llama")
     names = ml.inject(model, LoRAConfig(target_modules="all-linear", modules_to_save=["down_proj"]))
     assert len(names) == 6 * 3 and not any(name.endswith("down_proj") for name in names)
 
 
-def test_deleting_an_adapter_leaves_the_others_at_work_and_frees_its_parts():
+def test_delete_adapter_keeps_the_others_and_frees_its_modules():
     model = build("llama")
     ml.inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ml.inject(model, LoRAConfig(target_modules=["q_proj"]), name="second")
@@ -145,9 +147,8 @@ def test_deleting_an_adapter_leaves_the_others_at_work_and_frees_its_parts():
     assert model.lm_head is head and head.weight.requires_grad
     ml.delete_adapter(model, "default")
     assert model.lm_head is not head
-    ml.inject(
-        model, LoRAConfig(target_modules=["lm_head"]), name="fourth"
-    )  # which nothing trains any more
+    # No other adapter trains lm_head any more.
+    ml.inject(model, LoRAConfig(target_modules=["lm_head"]), name="fourth")
     lora_configs(model).tokenizers["fourth"] = {"chat_template": "x"}
     ml.delete_adapter(model, "fourth")
     ml.inject(model, LoRAConfig(target_modules=["lm_head"]), name="fourth")
@@ -157,7 +158,7 @@ def test_deleting_an_adapter_leaves_the_others_at_work_and_frees_its_parts():
 # ---- round trip
 
 
-def test_a_name_that_the_output_layer_has_too_is_spelt_out(tmp_path):
+def test_save_writes_the_full_path_of_a_name_shared_with_the_head(tmp_path):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -172,7 +173,7 @@ def test_a_name_that_the_output_layer_has_too_is_spelt_out(tmp_path):
     assert ml.load_adapter(Model(), tmp_path, check_base=False) == ["block.proj"]
 
 
-def test_a_file_whose_module_alone_has_trained_is_no_untrained_adapter(tmp_path):
+def test_load_accepts_a_file_in_which_only_a_saved_module_trained(tmp_path):
     model = build("llama")
     ml.inject(model, LoRAConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
     model.model.norm.weight.data += 1
@@ -184,7 +185,7 @@ def test_a_file_whose_module_alone_has_trained_is_no_untrained_adapter(tmp_path)
 # ---- error
 
 
-def test_an_untied_file_leaves_a_shared_adapter_of_its_name_alone(tmp_path):
+def test_load_of_an_untied_file_over_a_shared_adapter_is_refused(tmp_path):
     model = build("tied")
     targets = ["embed_tokens", "lm_head"]
     ml.inject(model, LoRAConfig(r=2, target_modules=targets, tie="untie"))

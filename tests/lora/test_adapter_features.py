@@ -1,6 +1,9 @@
-"""Proves that an adapted model still holds its base: its tensors under their plain names, to be read and to be loaded;
-and that biases and whole modules that train with an adapter are PEFT's in the file, and are
-switched and undone with the adapter, bit for bit."""
+"""Tests of the base's state dict under adapters, and of trained biases and whole modules.
+
+An adapted model still has the tensors of its base under their plain names, for reading and for
+loading. Biases and whole modules that train with an adapter are stored in the file as PEFT stores
+them. They are switched and removed with the adapter, bit for bit.
+"""
 
 import copy
 import io
@@ -42,7 +45,7 @@ def llama() -> nn.Module:
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "4 bits"])
-def test_the_base_is_there_under_its_plain_names(llama, quantised):
+def test_base_state_dict_has_the_bases_names_and_tensors(llama, quantised):
     model = copy.deepcopy(llama)
     if quantised:
         ml.quantize_model(model)
@@ -56,9 +59,9 @@ def test_the_base_is_there_under_its_plain_names(llama, quantised):
     assert (
         base_state_dict(model)["model.norm.weight"].data_ptr()
         == model.get_parameter("model.norm.weight").data_ptr()
-    )  # live, no copy
+    )  # the live tensor, not a copy
     ml.eject(model)
-    assert same(base_state_dict(model), expected)  # and without adapters it is the state itself
+    assert same(base_state_dict(model), expected)  # without adapters: the state itself
 
 
 def test_the_base_of_a_module_under_two_names():
@@ -71,18 +74,18 @@ def test_the_base_of_a_module_under_two_names():
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "4 bits"])
-def test_a_bare_state_goes_to_the_base_and_leaves_the_adapters(llama, quantised):
+def test_load_state_dict_of_a_plain_state_changes_the_base_only(llama, quantised):
     model, other = copy.deepcopy(llama), twin(oracle(seed=1, attention_bias=True))
     if quantised:
         ml.quantize_model(model)
         ml.quantize_model(other)
     ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
-    model = copy.deepcopy(shake(model))  # the hook survives a copy
+    model = copy.deepcopy(shake(model))  # the load hook survives a copy
     before = {key: value.clone() for key, value in adapter_state_dict(model).items()}
     bare = dict(other.state_dict())
     keys = list(bare)
     model.load_state_dict(bare)
-    assert list(bare) == keys  # what the caller gave is not changed
+    assert list(bare) == keys  # the caller's dict is not changed
     assert same(base_state_dict(model), other.state_dict())
     assert same(adapter_state_dict(model), before)
     with ml.disable_adapters(model):
@@ -112,7 +115,7 @@ def hf(family: str = "llama") -> nn.Module:
         config = GPT2Config(
             n_embd=32, n_layer=2, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0
         )
-        return shake(GPT2LMHeadModel(config).eval())  # biases start at zero
+        return shake(GPT2LMHeadModel(config).eval())  # biases are zero at first
     return oracle(attention_bias=True)
 
 
@@ -145,7 +148,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    family, fields = TRAINED["norms and Conv1D"]  # the families of our decoder: test_matrix.py
+    family, fields = TRAINED["norms and Conv1D"]  # families of our decoder: test_matrix.py
     base = hf(family)
     ours = copy.deepcopy(base)
     ml.inject(ours, ml.LoRAConfig(r=4, **fields))
@@ -159,13 +162,12 @@ def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
         {name for name, p in model.named_parameters() if p.requires_grad}
         for model in (ours, theirs)
     ]
-    assert plain(trainable[0]) == plain(trainable[1])  # what trains is what PEFT trains
+    assert plain(trainable[0]) == plain(trainable[1])  # the same parameters train
     shake(ours)
     ml.save_adapter(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
-    torch.testing.assert_close(
-        logits(again), logits(ours), rtol=1e-5, atol=2e-5
-    )  # fp32: sums in another order
+    # fp32, sums in another order
+    torch.testing.assert_close(logits(again), logits(ours), rtol=1e-5, atol=2e-5)
     assert (logits(ours) - logits(base)).abs().max() > 1e-2
     again.save_pretrained(str(tmp_path / "theirs"))
     loaded = copy.deepcopy(base)
@@ -185,9 +187,8 @@ def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
 @pytest.mark.parametrize(("family", "fields"), TRAINED.values(), ids=TRAINED)
 def test_without_its_adapter_the_model_is_the_base(family, fields):
     model = hf(family)
-    model.get_parameter("lm_head.weight").requires_grad_(
-        False
-    )  # something to restore that is not the default
+    # eject must restore a flag that is not the default.
+    model.get_parameter("lm_head.weight").requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modules, state, expected = (
         dict(model.named_modules()),
@@ -195,7 +196,7 @@ def test_without_its_adapter_the_model_is_the_base(family, fields):
         logits(model),
     )
     ml.inject(model, ml.LoRAConfig(r=4, **fields))
-    assert torch.equal(logits(model), expected)  # copies start where the originals are
+    assert torch.equal(logits(model), expected)  # copies start with the original values
     trained = logits(shake(model))
     assert not torch.equal(trained, expected)
     assert same(base_state_dict(model), state)
@@ -210,7 +211,7 @@ def test_without_its_adapter_the_model_is_the_base(family, fields):
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-def test_several_adapters_with_parts_take_turns(llama):
+def test_adapters_with_saved_modules_or_biases_can_be_switched(llama):
     model, expected = copy.deepcopy(llama), logits(llama)
     outputs = {}
     for seed, (name, fields) in enumerate(
@@ -227,15 +228,15 @@ def test_several_adapters_with_parts_take_turns(llama):
         ml.LoRAConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"]),
         name="other",
     )
-    assert torch.equal(
-        logits(model), expected
-    )  # its copy is of the original, not of another adapter's
+    # The new lm_head is a copy of the original, not of another adapter's copy.
+    assert torch.equal(logits(model), expected)
     for name in ("head", "biases", "head"):
         ml.set_adapter(model, name)
         assert torch.equal(logits(model), outputs[name])
         trainable = [path for path, p in model.named_parameters() if p.requires_grad]
         assert ("lm_head.weight" in trainable) == (name == "head")
-    ml.set_adapter(model, ["head", "biases"])  # one has the head, the other the biases: they add up
+    # One trains the head and the other the biases, so that both can be active.
+    ml.set_adapter(model, ["head", "biases"])
     before = logits(model)
     with pytest.raises(ValueError, match="both train 'lm_head': use one at a time"):
         ml.set_adapter(model, ["head", "other"])
@@ -245,7 +246,7 @@ def test_several_adapters_with_parts_take_turns(llama):
     assert model.lm_head.weight.requires_grad is False and same(
         base_state_dict(model), llama.state_dict()
     )
-    assert torch.equal(model.lm_head.weight, llama.lm_head.weight)  # its copy left with it
+    assert torch.equal(model.lm_head.weight, llama.lm_head.weight)  # its copy is removed, too
     ml.set_adapter(model, "biases")
     assert torch.equal(logits(model), outputs["biases"])
     ml.delete_adapter(model, "biases")
@@ -263,8 +264,8 @@ def test_parts_of_a_16_bit_or_4_bit_model_train_in_fp32(llama, tmp_path, fields)
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"], **fields))
     out = logits(model)
     assert out.dtype == torch.bfloat16
-    # bf16 rounds by 2^-8; the head, norm and embedding do so once where they did twice: four such
-    # steps
+    # bf16 rounds by 2^-8. The head, norm and embedding now round once instead of twice: the bound
+    # is four such roundings.
     assert (out - expected).abs().max() <= expected.abs().max() * 2**-6
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     model(TOKENS).float().square().mean().backward()
@@ -276,12 +277,11 @@ def test_parts_of_a_16_bit_or_4_bit_model_train_in_fp32(llama, tmp_path, fields)
     again = again.bfloat16()
     ml.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-    assert torch.equal(
-        logits(copy.deepcopy(model)), logits(model)
-    )  # hooks and registry survive a copy
+    # Hooks and registry survive a copy.
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
-def test_merge_keeps_what_was_trained(llama):
+def test_merge_keeps_trained_biases_and_modules(llama):
     model = copy.deepcopy(llama)
     ml.inject(
         model,
@@ -292,9 +292,8 @@ def test_merge_keeps_what_was_trained(llama):
     shake(model)
     merged = ml.merge(model)
     assert merged.state_dict().keys() == llama.state_dict().keys()
-    assert_rounded(
-        logits(merged), logits(model), rounding(merged, logits)
-    )  # merging only reorders sums
+    # Merging only reorders sums.
+    assert_rounded(logits(merged), logits(model), rounding(merged, logits))
     assert not ml.eject(merged) and torch.equal(merged.lm_head.weight, model.lm_head.weight)
 
 
@@ -330,7 +329,7 @@ def test_parts_that_cannot_train_are_refused_and_the_model_untouched(llama, fiel
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_what_else_cannot_train(llama):
+def test_tied_4_bit_16_bit_or_already_trained_parts_are_refused(llama):
     config = ml.LoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="'lm_head' shares its weight"):
         ml.inject(twin(oracle(tie_word_embeddings=True)), config)

@@ -1,6 +1,9 @@
-"""Proves that adapters are PEFT files both ways, byte for byte, that the same adapter gives the same bytes, and that a
-file which does not fit is refused with the model untouched (PEFT computes something else, mostly
-without a word)."""
+"""Tests of adapter files: exchange with PEFT, equal bytes, and refused files.
+
+Adapters are PEFT files in both directions, byte for byte, and equal adapters give equal bytes. A
+file that does not fit is refused and the model stays unchanged. PEFT loads such files, mostly
+without a warning, and then computes another result.
+"""
 
 import copy
 import json
@@ -36,7 +39,7 @@ def bases():
 
 
 def trained(base: nn.Module, seed: int = 0, **fields) -> nn.Module:
-    """A copy of `base` with an adapter whose B is not zero."""
+    """Return a copy of `base` with an adapter whose B is not zero."""
     model = copy.deepcopy(base)
     inject(model, LoRAConfig(**{"target_modules": "all-linear"} | fields), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +51,7 @@ def trained(base: nn.Module, seed: int = 0, **fields) -> nn.Module:
 # ---- oracle; the families of minilora's decoder are in test_matrix.py
 
 
-def test_gpt2_goes_both_ways(bases, tmp_path):
+def test_gpt2_adapter_file_loads_in_peft(bases, tmp_path):
     from peft import PeftModel
 
     ours = trained(bases["gpt2"])
@@ -156,7 +159,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_what_does_not_fit_is_refused_and_the_model_untouched(bases, tmp_path, damage, message):
+def test_damaged_or_unsuitable_file_is_refused_and_the_model_unchanged(
+    bases, tmp_path, damage, message
+):
     save_adapter(trained(bases["llama"]), tmp_path)
     damage(tmp_path)
     model = copy.deepcopy(bases["llama"])
@@ -185,14 +190,14 @@ SILENT = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Found missing adapter keys"
-)  # the most that PEFT says of any of them
+# PEFT gives at most this warning for any of these files.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize(("damage", "other"), SILENT.values(), ids=SILENT)
-def test_what_peft_loads_and_computes_something_else_with_is_refused(
-    bases, tmp_path, damage, other
-):
-    """Left over: no word. Missing: a warning, and the base's output there. NaN: no word, and NaN. Deeper: a warning."""
+def test_files_that_peft_loads_with_a_wrong_result_are_refused(bases, tmp_path, damage, other):
+    """PEFT loads extra keys and NaN silently, and warns of missing keys and of a deeper base.
+
+    Layers with missing keys give the base's output; NaN in the file gives NaN.
+    """
     from peft import PeftModel
 
     save_adapter(trained(bases["llama"]), tmp_path)
@@ -204,7 +209,7 @@ def test_what_peft_loads_and_computes_something_else_with_is_refused(
 
 
 def test_the_config_s_bytes_do_not_depend_on_the_hash_seed(tmp_path):
-    """PEFT keeps targets in a set and writes them in its order: another order in another process."""
+    """PEFT writes targets in the order of a set, which differs between processes."""
     code = """
 import sys, torch, minilora as ml
 from torch import nn
@@ -233,7 +238,7 @@ def test_neutral_fields_of_newer_files_are_accepted(bases, tmp_path):
     assert len(load_adapter(copy.deepcopy(bases["llama"]), tmp_path)) == 14
 
 
-def test_files_that_are_not_there(bases, tmp_path):
+def test_missing_files_raise(bases, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_adapter(bases["llama"], tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):

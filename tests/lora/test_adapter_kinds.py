@@ -1,8 +1,8 @@
-"""Proves that adapters on embeddings and convolutions, and those with a bias, are PEFT's: files both ways, byte for
-byte; and that merging gives the same outputs.
+"""Tests of adapters on embeddings and convolutions, and of adapters with a bias, against PEFT.
 
-Outputs are about 1 to 10 in size. Ours and PEFT's add up the same fp32 products in another order:
-1e-6 relative is some eight roundings of 6e-8.
+Files are exchanged in both directions, byte for byte, and merging gives the same outputs. Outputs
+are about 1 to 10 in size. minilora and PEFT add up the same fp32 products in another order:
+1e-6 relative is about sixteen roundings of 6e-8.
 """
 
 import copy
@@ -57,12 +57,12 @@ def adapted(kind: str, fields: dict) -> nn.Module:
 
 
 @kinds
-def test_peft_reads_what_we_write_and_the_other_way_round(tmp_path, kind, fields):
+def test_files_are_exchanged_with_peft_in_both_directions(tmp_path, kind, fields):
     from peft import PeftModel
 
     ours = adapted(kind, fields)
     expected = output(ours)
-    assert (expected - output(build(kind))).abs().max() > 1e-3  # there is something to lose
+    assert (expected - output(build(kind))).abs().max() > 1e-3  # the adapter has an effect
     ml.save_adapter(ours, tmp_path / "ours")
     assert not [
         key for key in load_file(tmp_path / "ours" / WEIGHTS_FILE) if "base_layer.weight" in key
@@ -109,7 +109,7 @@ def test_an_embedding_starts_as_peft_s_does():
             mine = tensors[re.sub(r".*lora_(embedding_\w).*", r"\1", name)]
             assert mine.shape == tensor.shape and bool(mine.any()) == bool(tensor.any())
     B = tensors["embedding_B"]
-    assert abs(B.std() - 1) < 0.15  # 256 draws of N(0, 1): 1/√512 = 4 % is one deviation
+    assert abs(B.std() - 1) < 0.15  # 256 draws of N(0, 1): one σ of std is 1/√512 = 4 %
     again = build("llama")
     ml.inject(again, ml.LoRAConfig(r=4, target_modules=["embed_tokens", "q_proj"]), seed=3)
     assert torch.equal(
@@ -139,7 +139,7 @@ def test_gradients_are_peft_s_and_a_padding_token_gets_none(tmp_path):
 
 
 @kinds
-def test_merged_it_computes_the_same(kind, fields):
+def test_merged_model_computes_the_same(kind, fields):
     model = adapted(kind, fields)
     expected, state = output(model), copy.deepcopy(model.state_dict())
     merged = ml.merge(model)
@@ -176,7 +176,7 @@ def test_in_16_bits_an_embedding_s_output_stays_in_16_bits():
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["embed_tokens"], lora_alpha=16))
     shake(model)
     assert model.model.embed_tokens(TOKENS).dtype == torch.bfloat16
-    # E, ΔE and their sum are each rounded by 2^-9 where merging rounds once
+    # E, ΔE and their sum are each rounded by 2^-9; merging rounds once.
     close(
         model.model.embed_tokens(TOKENS).float(),
         ml.merge(model).model.embed_tokens(TOKENS).float(),
@@ -192,7 +192,7 @@ def test_all_linear_takes_neither_embeddings_nor_convolutions():
     )
 
 
-def test_dropout_is_on_the_inputs_that_can_be_dropped():
+def test_dropout_applies_to_layers_but_not_to_embedding_ids():
     model = adapted(
         "images", {"target_modules": ["words", "flat"], "r": 2, "lora_dropout": 0.5}
     ).train()

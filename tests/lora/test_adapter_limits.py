@@ -1,5 +1,9 @@
-"""Proves that a bias which an adapter adds goes into merged and saved models or is refused before anything is written,
-and that what an adapter of another kind cannot get right is refused, with the model untouched."""
+"""Tests of new biases in merged and saved models, and of adapters that are refused.
+
+A bias that an adapter adds is written to merged and saved models, or saving is refused before
+anything is written. An adapter that a layer cannot support is refused, and the model stays
+unchanged.
+"""
 
 import copy
 import json
@@ -49,13 +53,13 @@ def test_a_new_bias_goes_into_the_saved_model(tmp_path, format):
     ("family", "target"),
     [("qwen2", "o_proj"), ("qwen3", "up_proj"), ("mistral", "q_proj"), ("llama", "lm_head")],
 )
-def test_a_bias_that_a_config_cannot_tell_of_is_refused_before_writing(tmp_path, family, target):
+def test_save_refuses_a_bias_that_the_config_cannot_express(tmp_path, family, target):
     model = twin(oracle(family))
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=[target], lora_bias=True))
     with pytest.raises(ValueError, match=f"{target} has a bias .* {family} model has no field"):
         ml.save_model(model, tmp_path / "saved", merge=True)
     assert not [*tmp_path.iterdir()]
-    close(output(ml.merge(shake(model))), output(model), 1e-5)  # in memory it can be
+    close(output(ml.merge(shake(model))), output(model), 1e-5)  # merging in memory works
 
 
 # ---- error
@@ -100,14 +104,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "fields", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_right_is_refused(make, fields, message):
+def test_unsupported_layers_and_ranks_are_refused(make, fields, message):
     model = make()
     with pytest.raises(ValueError, match=message):
         ml.inject(model, ml.LoRAConfig(**{"r": 2, "target_modules": ["words"]} | fields))
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_inspect_tells_the_size_of_every_kind_of_update(tmp_path):
+def test_inspect_reports_the_norm_of_every_kind_of_update(tmp_path):
     model = build("images")
     ml.inject(
         model, ml.LoRAConfig(r=2, target_modules=["flat", "long", "words", "head"], task_type=None)
@@ -120,7 +124,7 @@ def test_inspect_tells_the_size_of_every_kind_of_update(tmp_path):
         assert abs(found[path]["norm"] - norm) <= 1e-6 * norm
 
 
-def test_a_bias_of_one_adapter_is_no_bias_of_the_base_to_another():
+def test_bias_all_does_not_train_the_bias_of_another_adapter():
     model = build("gpt2")
     ml.inject(model, ml.LoRAConfig(target_modules=["c_attn"], lora_bias=True))
     ml.inject(model, ml.LoRAConfig(target_modules=["c_fc"], bias="all"), name="second")
@@ -128,7 +132,7 @@ def test_a_bias_of_one_adapter_is_no_bias_of_the_base_to_another():
     assert trained and not any("adapters.default" in name for name in trained)
 
 
-def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
+def test_lora_plus_applies_to_b_and_its_bias_but_not_to_embeddings():
     from minilora.training.config import TrainConfig
     from minilora.training.optim.param_groups import new_optimizer
 
@@ -147,7 +151,7 @@ def test_lora_plus_is_for_b_and_its_bias_and_leaves_embeddings_alone():
     }
 
 
-def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
+def test_grouped_convolution_equals_peft_and_cannot_be_merged(tmp_path):
     from peft import PeftModel
 
     torch.manual_seed(0)
@@ -161,9 +165,8 @@ def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
     with pytest.raises(ValueError, match="2 groups cannot hold its adapter"):
         ml.merge(model)
     layer = model.long.adapters["default"]
-    impulses = torch.eye(6 * 5).view(
-        30, 6, 5
-    )  # at each place of a kernel: the columns of the update
+    # One impulse per element of a kernel gives the columns of the update.
+    impulses = torch.eye(6 * 5).view(30, 6, 5)
     A, B = (p.detach() for p in (layer.lora_A, layer.lora_B))
     columns = torch.nn.functional.conv1d(
         torch.nn.functional.conv1d(impulses, A), layer.scaling * B, groups=2
@@ -172,7 +175,7 @@ def test_groups_run_as_in_peft_and_are_not_merged(tmp_path):
 
 
 @pytest.mark.parametrize("start", [False, "orthogonal"])
-def test_how_a_file_s_adapter_began_is_its_own_affair(tmp_path, start):
+def test_load_accepts_files_with_other_initialisations(tmp_path, start):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -186,7 +189,7 @@ def test_how_a_file_s_adapter_began_is_its_own_affair(tmp_path, start):
         ml.LoRAConfig(init_lora_weights=start)
 
 
-def test_another_base_beside_the_adapter_is_refused(tmp_path):
+def test_load_refuses_a_file_that_holds_other_base_weights(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     theirs = shake(
@@ -195,7 +198,7 @@ def test_another_base_beside_the_adapter_is_refused(tmp_path):
     theirs.save_pretrained(str(tmp_path))
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     key = "base_model.model.lm_head.base_layer.weight"
-    ml.load_adapter(build("llama").bfloat16(), tmp_path)  # equal in the coarser dtype
+    ml.load_adapter(build("llama").bfloat16(), tmp_path)  # equal in bf16
     tensors[key][5, 7] += 0.5
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     model = build("llama")
@@ -218,7 +221,7 @@ def test_another_base_beside_the_adapter_is_refused(tmp_path):
         ml.load_adapter(build("llama"), tmp_path)
 
 
-def test_an_untrained_embedding_or_bias_is_told_by_what_starts_at_zero(tmp_path):
+def test_untrained_embedding_or_bias_is_known_by_its_zero_factor(tmp_path):
     for fields, trained in (
         ({"target_modules": ["embed_tokens"]}, "lora_A"),
         ({"lora_bias": True}, "lora_bias"),
@@ -234,7 +237,7 @@ def test_an_untrained_embedding_or_bias_is_told_by_what_starts_at_zero(tmp_path)
         ml.load_adapter(build("llama"), tmp_path)
 
 
-def test_a_bias_with_another_start_is_refused():
+def test_lora_bias_with_gaussian_initialisation_is_refused():
     with pytest.raises(
         ValueError, match="lora_bias: PEFT has it without use_dora and with init_lora_weights=True"
     ):
@@ -242,8 +245,8 @@ def test_a_bias_with_another_start_is_refused():
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "train"])
-def test_a_name_that_cannot_be_changes_nothing(name):
-    """The last one is a method of the nn.ModuleDict that holds the adapters."""
+def test_inject_with_an_invalid_name_changes_nothing(name):
+    """The name "train" is a method of the nn.ModuleDict that holds the adapters."""
     model = build("llama")
     with pytest.raises(
         ValueError,
@@ -258,8 +261,8 @@ def test_ejecting_from_a_model_without_adapters_freezes_nothing():
     assert ml.eject(model) == [] and all(p.requires_grad for p in model.parameters())
 
 
-def test_a_file_tells_conv1d_of_its_own_layers_only(tmp_path):
-    """PEFT's `fan_in_fan_out`."""
+def test_fan_in_fan_out_describes_the_adapters_own_layers(tmp_path):
+    """PEFT's field `fan_in_fan_out` is true for adapters of Conv1D layers."""
     model = nn.ModuleDict({"gpt2": build("gpt2"), "linear": nn.Linear(4, 4)})
     for name, turned in (("c_attn", True), ("linear", False)):
         ml.inject(model, ml.LoRAConfig(r=2, target_modules=[name]), name=name)

@@ -1,8 +1,9 @@
-"""Proves that adapters add up as their ΔW do: linear, SVD, TIES and DARE, for any ranks, strengths and layers.
+"""Tests of adapter arithmetic: linear combination, SVD, TIES and DARE.
 
-Oracles: ΔW in fp64, PEFT's TIES on ΔW, Eckart–Young. Property: one adapter with weight 1 is itself,
-bit for bit; a value, its folder and its model are one. PEFT's "linear" and rsLoRA's double: what is
-not to be had here.
+Adapters add up as their ΔW do, for any ranks, scalings and layers. Oracles: ΔW in fp64, PEFT's TIES
+on ΔW, and the Eckart–Young theorem. Property: one adapter with weight 1 stays the same, bit for
+bit, as a value, in its folder and in its model. Two tests show faults of PEFT that minilora does
+not have: its "linear" is inexact, and an rsLoRA comes out twice as strong.
 """
 
 import json
@@ -54,7 +55,7 @@ def value(given: dict, seed: int = 0) -> ml.AdapterWeights:
 
 
 def deltas(adapter: ml.AdapterWeights) -> dict[str, Tensor]:
-    """ΔW by layer from the file's own tensors, fp64."""
+    """Return ΔW in fp64 for each layer, computed from the file's own tensors."""
     found, prefix = {}, "base_model.model."
     config = ml.LoRAConfig.from_dict(adapter.values)
     for key, B in adapter.tensors.items():
@@ -77,7 +78,10 @@ def weighted(adapters, weights) -> dict[str, Tensor]:
 def same_deltas(
     found: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 4e-7
 ) -> None:
-    """To within a few roundings of fp32 (6e-8 each): of s B, of w s B, and of each factor where there was an SVD."""
+    """Assert that ΔW are equal within a few fp32 roundings (6e-8 each).
+
+    The roundings are those of s B, of w s B, and of each factor after an SVD.
+    """
     assert found.keys() == expected.keys()
     for path, delta in expected.items():
         assert (found[path] - delta).norm() <= relative * delta.norm(), path
@@ -88,14 +92,14 @@ def same_deltas(
 
 @pytest.mark.parametrize(("w", "v"), [(0.5, 0.5), (1, -1), (0.7, 0.3), (0.7, -0.3)])
 def test_sums_are_exact_where_peft_s_linear_is_not(w, v):
-    """INTEROP §5, row 7: two random adapters of rank 4; "linear" is off by most of ΔW, concatenation by nothing."""
+    """For two random adapters of rank 4, "linear" loses most of ΔW, and concatenation is exact."""
     a, b = (value(KINDS["plain"], seed) for seed in (0, 1))
     expected = weighted([a, b], [w, v])
     same_deltas(deltas(w * a + v * b), expected)
     same_deltas(deltas(ml.combine_adapters([a, b], [w, v])), expected)
     assert ml.combine_adapters([a, b], [w, v]).error == 0
     if v < 0 < w < 1:
-        return  # PEFT takes a root of each weight: sign and size of 0.7 and -0.3 are in the other rows
+        return  # PEFT takes the root of each weight; other rows test a sign and a size alone
     theirs = get_peft_model(
         oracle(num_hidden_layers=2), LoraConfig(**KINDS["plain"]), adapter_name="a"
     )
@@ -126,7 +130,7 @@ def test_other_ranks_strengths_and_layers_add_up_in_a_model():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_truncation_is_eckart_young_and_says_what_it_loses(rank):
+def test_truncation_is_eckart_young_and_reports_its_error(rank):
     total = value(KINDS["plain"]) + value(KINDS["rslora"], 1)
     cut = total.truncate(rank)
     assert ml.combine_adapters([total], rank=rank).error == cut.error
@@ -145,13 +149,11 @@ def test_truncation_is_eckart_young_and_says_what_it_loses(rank):
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.3], [1.0, -0.5]])
 def test_ties_is_peft_s_on_delta_w(weights):
     a, b = value(KINDS["plain"]), value(KINDS["patterns"], 1)
-    found = ml.combine_adapters(
-        [a, b], weights, "ties", density=0.3, rank=64
-    )  # every rank there is: nothing is lost
+    # The full rank: nothing is lost.
+    found = ml.combine_adapters([a, b], weights, "ties", density=0.3, rank=64)
     smallest = min(min(delta.shape) for delta in deltas(found).values())
-    assert (
-        found.error < smallest * 2**-24
-    )  # of an SVD in fp32: p(n)·u of the norm, p(n) below n for n singular values
+    # The error of an SVD in fp32 is p(n)·u of the norm, with p(n) below n for n singular values.
+    assert found.error < smallest * 2**-24
     first, second = deltas(a), deltas(b)
     for path, delta in deltas(found).items():
         parts = [part.get(path, torch.zeros_like(delta)).float() for part in (first, second)]
@@ -163,7 +165,7 @@ def test_ties_is_peft_s_on_delta_w(weights):
     assert cut.error == pytest.approx((sum(off) / whole).sqrt().item(), rel=1e-4)
 
 
-def test_dare_drops_and_scales_numbers_of_delta_w():
+def test_dare_drops_and_scales_entries_of_delta_w():
     a, density = value(KINDS["plain"]), 0.25
     found = ml.combine_adapters([a], [2.0], "dare", density=density, rank=64)
     for path, delta in deltas(a).items():
@@ -189,7 +191,7 @@ def test_dare_drops_and_scales_numbers_of_delta_w():
 
 @pytest.mark.parametrize("given", [*KINDS.values(), DORA, PISSA], ids=[*KINDS, "dora", "pissa"])
 def test_one_adapter_with_weight_1_is_itself(given, tmp_path):
-    """INTEROP §5, row 8: in PEFT an rsLoRA comes out twice as strong, and a DoRA otherwise."""
+    """PEFT returns an rsLoRA twice as strong, and another DoRA."""
     one = model()
     ml.inject(one, ml.LoRAConfig(**given))
     expected = output(shake(one))
@@ -207,7 +209,7 @@ def test_one_adapter_with_weight_1_is_itself(given, tmp_path):
             ).read_bytes()
         again = model()
         made.put(again)
-        if given is not PISSA:  # whose file is a plain LoRA
+        if given is not PISSA:  # PiSSA is saved as a plain LoRA
             assert torch.equal(output(again), expected)
         close(output(again), expected, 1e-5)
 
@@ -222,7 +224,7 @@ def test_peft_s_rslora_comes_out_twice_as_strong():
     assert ratio.item() == pytest.approx(2, rel=1e-4)
 
 
-def test_a_sum_is_peft_s_file_and_knows_its_base(tmp_path):
+def test_a_sum_is_saved_as_a_peft_file_with_its_base(tmp_path):
     from peft import PeftModel
 
     total = 0.5 * value(KINDS["plain"]) + value(KINDS["patterns"], 1)
@@ -240,7 +242,7 @@ def test_a_sum_is_peft_s_file_and_knows_its_base(tmp_path):
     assert json.loads((tmp_path / "sum" / CONFIG_FILE).read_text())["r"] == 10
 
 
-def test_gpt2_s_turned_weights():
+def test_adapters_of_conv1d_layers_add_up():
     one = build("gpt2")
     ml.inject(one, ml.LoRAConfig(r=2, target_modules=["c_attn"]))
     shake(one)
@@ -252,7 +254,7 @@ def test_gpt2_s_turned_weights():
 # ---- error
 
 
-def test_what_cannot_be_added():
+def test_adding_incompatible_adapters_raises():
     a, dora = value(KINDS["plain"]), value(DORA)
     for bad in (
         lambda: 2 * dora,
@@ -298,7 +300,7 @@ def test_what_cannot_be_added():
         (1, {"rank": 0}, "rank: expected 1 or more"),
     ],
 )
-def test_options_that_do_not_fit(count, options, message):
+def test_combine_adapters_with_invalid_options_raises(count, options, message):
     with pytest.raises(ValueError, match=message):
         ml.combine_adapters([value(KINDS["plain"])] * count, **options)
 

@@ -1,7 +1,9 @@
-"""Proves that an adapter's base is known again however it is stored: in 16 or 32 bits, in NF4 made from either, read
-from bitsandbytes' folder or from GGUF; that another base is refused in each; and that only what
-really cannot be compared is a notice. The 4-bit layer remembers its source through copies, casts
-and files, and forgets it with it."""
+"""Tests that an adapter's base is recognised in every kind of storage.
+
+The kinds are 16 or 32 bits, NF4 quantised from either, a bitsandbytes folder, and GGUF. Another
+base is refused in each. Only bases that cannot be compared give a warning. A 4-bit layer keeps the
+fingerprint of its source through copies, casts and files, and drops it when its codes change.
+"""
 
 import copy
 import itertools
@@ -46,12 +48,15 @@ def stored(linear: nn.Linear, kind: str) -> nn.Module:
 
 
 def pair(dtype: torch.dtype = torch.float32) -> list[nn.Linear]:
-    """A layer, in values that `dtype` holds, and another of equal shape. 33 wide: rows that do not end with a byte."""
+    """Return a layer with values that `dtype` holds, and another of equal shape.
+
+    The width is 33, so that rows of codes do not end with a byte.
+    """
     return [nn.Linear(33, 70).to(dtype).float() for _ in range(2)]
 
 
 def without_source(layer: nn.Module) -> NF4Linear:
-    """As it is read from bitsandbytes' folder."""
+    """Return the layer as it is read from a bitsandbytes folder."""
     assert isinstance(layer, NF4Linear)
     return NF4Linear(layer.weight)
 
@@ -61,8 +66,8 @@ def without_source(layer: nn.Module) -> NF4Linear:
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("then", "now"), itertools.product(STORED, STORED))
-def test_the_same_source_is_known_and_another_is_not(source, then, now):
-    """Undecided alone: both were rounded to 16 bits, one so and one so, and nobody knows from what."""
+def test_same_base_accepts_the_source_and_rejects_another(source, then, now):
+    """Only bf16 against fp16 is undecided: both were rounded from an unknown source."""
     one, other = pair(source)
     before, same, different = (
         fingerprint(stored(*given)) for given in ((one, then), (one, now), (other, now))
@@ -77,7 +82,7 @@ def test_the_same_source_is_known_and_another_is_not(source, then, now):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, plain scales", "nf4 of bf16"])
-def test_without_a_source_the_codes_decide_between_4_bit_layers_and_nothing_between_others(kind):
+def test_same_base_without_a_source_compares_4_bit_codes_only(kind):
     one, other = pair(torch.bfloat16)
     known, read, unrelated = (
         stored(one, kind),
@@ -95,21 +100,20 @@ def test_without_a_source_the_codes_decide_between_4_bit_layers_and_nothing_betw
     )
 
 
-def test_what_came_from_gguf_is_compared_with_its_like_only():
-    """Its rows may be roundings, so a difference to other rows proves nothing; between two such bases it does."""
+def test_gguf_bases_are_rejected_only_against_gguf_bases():
+    """Rows from GGUF may be rounded: only a difference from another GGUF base is conclusive."""
     one, other = pair()
     for kind in ("fp32", "bf16", "nf4"):
         a, b = (fingerprint(stored(layer, kind), "m-Q4_1.gguf") for layer in (one, other))
         assert a[0].startswith("gguf-") and same_base(a, b) is False and same_base(a, a) is True
         for then in ("fp32", "nf4"):
-            assert (
-                same_base(fingerprint(stored(one, then)), a) is True
-            )  # F32 or F16 in the file: nothing was rounded
+            # The rows are equal: the file held F32 or F16 and rounded nothing.
+            assert same_base(fingerprint(stored(one, then)), a) is True
             assert same_base(fingerprint(stored(one, then)), b) is None
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
-def test_an_older_file_has_one_hash_and_is_compared_by_it(kind):
+def test_same_base_with_an_older_file_compares_its_one_hash(kind):
     one, other = pair()
     stored_as, shape, hashes = fingerprint(stored(one, kind))
     old = [stored_as, shape, hashes.split(",")[0].split(":")[1]]
@@ -119,7 +123,7 @@ def test_an_older_file_has_one_hash_and_is_compared_by_it(kind):
         assert same_base(old, fingerprint(one)) is None
 
 
-# ---- property: what a 4-bit layer remembers
+# ---- property: the source of a 4-bit layer
 
 
 def test_copies_casts_and_files_keep_the_source():
@@ -136,7 +140,7 @@ def test_copies_casts_and_files_keep_the_source():
     assert isinstance(layer.source, str) and len(layer.source) < 100
 
 
-def test_the_state_dict_is_bitsandbytes_still():
+def test_the_source_adds_nothing_to_the_state_dict():
     layer = NF4Linear.from_linear(nn.Linear(64, 70))
     plain = without_source(layer)
     assert layer.state_dict().keys() - {"bias"} == plain.state_dict().keys()
@@ -157,7 +161,10 @@ def test_other_codes_make_the_source_unknown():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders: two bases in bf16; of the first its 4 bits as bitsandbytes keeps them, F32 and Q8_0 in GGUF."""
+    """Return a folder with two bases in bf16, each also in bitsandbytes' 4 bits.
+
+    The first base is also there as GGUF files in F32 and Q8_0.
+    """
     folder = tmp_path_factory.mktemp("bases")
     for name, seed in (("one", 0), ("other", 1)):
         save(folder / name, dtype=torch.bfloat16, seed=seed)
@@ -190,7 +197,7 @@ NAMES = ["bf16", "fp32", "nf4", "nf4 plain", "nf4 in bf16"]
 
 @pytest.mark.parametrize("loaded", LOADS, ids=NAMES)
 @pytest.mark.parametrize("trained", LOADS, ids=NAMES)
-def test_one_folder_is_one_base_and_another_is_refused(place, trained, loaded):
+def test_adapter_loads_on_its_base_in_every_form_and_on_no_other(place, trained, loaded):
     folder = adapter(place, "one", **trained)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -203,7 +210,7 @@ def test_one_folder_is_one_base_and_another_is_refused(place, trained, loaded):
     assert not lora_layers(model)
 
 
-def test_quantize_model_remembers_too(place):
+def test_quantize_model_keeps_the_source(place):
     folder = adapter(place, "one", dtype="bfloat16")
     for name, works in (("one", True), ("other", False)):
         model = load(place, name)
@@ -217,7 +224,7 @@ def test_quantize_model_remembers_too(place):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_4_bit_base_made_dense_is_the_base_that_was_trained(place, dtype):
-    """Both ways: an adapter of the 4-bit base on the dense one, and back."""
+    """An adapter of the 4-bit base loads on the dense one, and the reverse."""
     for name, works in (("one", True), ("other", False)):
         model = load(place, name, **NF4)
         for path, layer in model.named_modules():
@@ -254,7 +261,7 @@ def test_bitsandbytes_folders_are_known_by_their_codes(place):
         ("one, q8_0.gguf", "one", "was gguf-fp32, is fp32"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line(place, trained, loaded, kinds):
+def test_bases_that_cannot_be_compared_give_a_one_line_warning(place, trained, loaded, kinds):
     folder = adapter(place, trained)
     with pytest.warns(
         UserWarning, match=f"6 layers cannot be compared with the base: {FIRST} {kinds}"
@@ -272,7 +279,7 @@ def test_gguf_that_was_not_quantised_is_the_same_base(place):
 
 
 def test_older_files_load(place):
-    """One hash a layer, of what was stored, and one of the whole tokenizer."""
+    """Older files have one hash per layer, of the stored weight, and one of the whole tokenizer."""
     path = adapter(place, "one") / WEIGHTS_FILE
     bound = read_binding(path)
     bound["tokenizer"] = "0123456789abcdef"

@@ -1,7 +1,9 @@
-"""Proves that an adapter knows the base and the tokenizer it was trained with: another base of equal shape is refused,
-another tokenizer or template too; that PEFT reads the file; and that equal contents are equal bytes
-in every process, though safetensors writes its metadata in a random order. How a base is known in
-another storage: test_base_kinds.py."""
+"""Tests of the base and the tokenizer that an adapter file records.
+
+Another base of equal shape is refused, and so is another tokenizer or chat template. PEFT reads the
+file. Equal contents give equal bytes in every process, although safetensors writes its metadata in
+a random order. test_base_kinds.py tests bases in other kinds of storage.
+"""
 
 import copy
 import json
@@ -36,7 +38,10 @@ FIRST = "model.layers.0.self_attn.q_proj"
 
 
 class Spelled(Letters):
-    """Letters with the method that tells one vocabulary from another, and a letter to differ in."""
+    """Letters with `convert_ids_to_tokens`, which identifies a vocabulary.
+
+    Two vocabularies can differ in their last letter.
+    """
 
     last = "z"
 
@@ -77,7 +82,7 @@ def silently(model, folder, **options):
 # ---- oracle: PEFT
 
 
-def test_peft_reads_a_file_with_fingerprints_and_we_read_its_own_without(tmp_path):
+def test_peft_reads_fingerprinted_files_and_we_read_files_without(tmp_path):
     from peft import PeftModel
 
     reference = oracle()
@@ -87,14 +92,14 @@ def test_peft_reads_a_file_with_fingerprints_and_we_read_its_own_without(tmp_pat
     expected = ours(tokens(1, 8)).logits
     torch.testing.assert_close(theirs(tokens(1, 8)).logits, expected, rtol=1e-5, atol=1e-5)
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = oracle(seed=1)  # PEFT's file does not say which base: nothing to compare, nothing said
+    again = oracle(seed=1)  # PEFT's file does not record its base: no comparison, no warning
     silently(again, tmp_path / "theirs")
 
 
 # ---- property
 
 
-def test_what_is_written(saved):
+def test_metadata_holds_seed_version_tokenizer_and_layers(saved):
     values = metadata(saved)
     assert values["seed"] == 7 and values["version"] and values["tokenizer"] is None
     assert values["layers"].keys() == {
@@ -104,7 +109,10 @@ def test_what_is_written(saved):
 
 
 def test_equal_contents_are_equal_bytes_in_every_process(tmp_path):
-    """safetensors keeps metadata in a hash map with a random seed a process: of 8, all but 1 in 128 would differ."""
+    """safetensors keeps metadata in a hash map with a random seed per process.
+
+    In its own order, 8 files would be equal by chance once in 128 runs.
+    """
     code = """
 import sys, hashlib, pathlib, torch
 from minilora.lora.files.base_check import write_bound
@@ -148,19 +156,19 @@ def test_a_weight_of_any_rank_has_a_fingerprint(layer):
     assert fingerprint(layer)[2] != hashes
 
 
-def test_nf4_is_known_again_with_or_without_double_quantisation_and_in_another_dtype():
-    linear = nn.Linear(33, 70)  # rows that do not end with a byte
+def test_nf4_fingerprint_ignores_double_quantisation_and_dtype():
+    linear = nn.Linear(33, 70)  # rows of codes do not end with a byte
     plain, double = (NF4Linear.from_linear(linear, double_quant=flag) for flag in (False, True))
     assert fingerprint(plain) == fingerprint(double) == fingerprint(double.to(torch.bfloat16))
     assert fingerprint(plain)[2] != fingerprint(NF4Linear.from_linear(nn.Linear(33, 70)))[2]
 
 
-# ---- round trip: the same base is known again
+# ---- round trip: the same base is recognised
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_checkpoint_in_two_dtypes_is_one_base(base, tmp_path, dtype):
-    """Cast exactly one way, so comparable whichever of the two the adapter was saved on."""
+    """The cast to fp32 is exact, so that the adapter may be saved on either of the two."""
     low = copy.deepcopy(base).to(dtype)
     high = copy.deepcopy(low).float()
     for trained_on, loaded_into in ((low, high), (high, low)):
@@ -168,18 +176,17 @@ def test_one_checkpoint_in_two_dtypes_is_one_base(base, tmp_path, dtype):
         silently(copy.deepcopy(loaded_into), tmp_path)
 
 
-def test_the_same_base_loads_silently_beside_another_adapter_too(base, saved):
+def test_the_same_base_loads_silently_next_to_another_adapter(base, saved):
     model = copy.deepcopy(base)
     silently(model, saved)
     silently(model, saved, name="second")
     save_adapter(model, saved / "again", name="second")
-    assert (saved / "again" / WEIGHTS_FILE).read_bytes() == (
-        saved / WEIGHTS_FILE
-    ).read_bytes()  # the seed came along
+    # The bytes are equal, so that the seed was loaded and saved again.
+    assert (saved / "again" / WEIGHTS_FILE).read_bytes() == (saved / WEIGHTS_FILE).read_bytes()
 
 
-def test_train_notes_the_tokenizer_for_every_file_that_follows(tmp_path):
-    """For checkpoints and the adapter alike, without being told again; a file that was loaded says it again."""
+def test_train_records_the_tokenizer_for_all_later_files(tmp_path):
+    """Checkpoints and saved adapters record the tokenizer; so does a file saved after loading."""
     model, tokenizer = lora(), Spelled()
     train(
         model,
@@ -197,11 +204,11 @@ def test_train_notes_the_tokenizer_for_every_file_that_follows(tmp_path):
     delete_adapter(again, "default")
     save_adapter(lora(again), tmp_path / "new")
     assert metadata(tmp_path / "new")["tokenizer"] is None
-    assert hash_tokenizer(Letters()).keys() == {"chat_template"}  # it cannot list its tokens
+    assert hash_tokenizer(Letters()).keys() == {"chat_template"}  # its tokens are unknown
 
 
 def test_a_padded_vocabulary_is_the_same_one():
-    """GGUF names the ids between the tokenizer's last and the embedding's."""
+    """GGUF names the ids between the tokenizer's last id and the embedding's last id."""
 
     class Padded(Spelled):
         def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
@@ -218,7 +225,7 @@ def test_a_padded_vocabulary_is_the_same_one():
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "4 bits"])
 def test_another_base_of_equal_shape_is_refused_and_the_model_untouched(base, tmp_path, quantised):
-    """PEFT loads onto different base weights of equal shape without a word."""
+    """PEFT loads onto different base weights of equal shape without a warning."""
     models = [copy.deepcopy(base), twin(oracle(seed=1))]
     if quantised:
         for model in models:
@@ -245,7 +252,7 @@ def test_another_base_of_equal_shape_is_refused_and_the_model_untouched(base, tm
         ),
     ],
 )
-def test_another_tokenizer_is_refused_and_the_error_says_what_differs(base, tmp_path, change, what):
+def test_another_tokenizer_is_refused_and_the_difference_is_named(base, tmp_path, change, what):
     tokenizer: Any = Spelled()
     save_adapter(adapted(copy.deepcopy(base)), tmp_path, tokenizer=tokenizer)
     silently(copy.deepcopy(base), tmp_path, tokenizer=tokenizer)
@@ -257,18 +264,17 @@ def test_another_tokenizer_is_refused_and_the_error_says_what_differs(base, tmp_
         load_adapter(model, tmp_path, tokenizer=tokenizer)
     assert not lora_layers(model)
     silently(model, tmp_path, tokenizer=tokenizer, check_base=False)
-    silently(copy.deepcopy(base), tmp_path)  # no tokenizer at hand: not asked
+    silently(copy.deepcopy(base), tmp_path)  # without a tokenizer: not compared
 
 
-def test_one_other_layer_is_enough(base, saved):
+def test_one_changed_layer_is_enough_to_refuse(base, saved):
     model = copy.deepcopy(base)
     model.get_submodule("model.layers.2.mlp.up_proj").weight.data += 1e-3
     with pytest.raises(ValueError, match="model.layers.2.mlp.up_proj holds other weights"):
         load_adapter(model, saved)
     model = copy.deepcopy(base)
-    model.get_submodule(
-        "model.layers.2.mlp.down_proj"
-    ).weight.data += 1e-3  # no adapter there: not asked
+    # This layer has no adapter and is not compared.
+    model.get_submodule("model.layers.2.mlp.down_proj").weight.data += 1e-3
     silently(model, saved)
 
 
