@@ -1,4 +1,8 @@
-"""Proves that inject adapts exactly what PEFT adapts for the same config, undoes exactly, and never ignores a word."""
+"""Tests of inject and eject.
+
+inject adapts the same layers as PEFT for the same config and ignores no entry of it. eject restores
+the model exactly.
+"""
 
 import copy
 import re
@@ -68,7 +72,7 @@ def gpt2():
 
 
 def adapted(model: nn.Module) -> dict[str, tuple[int, float]]:
-    """Layer → (rank, scaling)."""
+    """Return (rank, scaling) for each adapted layer."""
     layers = lora_layers(model).items()
     return {
         path: (layer.adapters["default"].r, layer.adapters["default"].scaling)
@@ -126,8 +130,8 @@ def test_adapts_gpt2_as_peft_does(gpt2):
         "alpha 0",
     ],
 )
-def test_what_peft_accepts_without_a_word_is_refused(llama, fields):
-    """A typo beside a right name, a layer that is not there, a rank of 400 on 32 inputs, an adapter times 0."""
+def test_configs_that_peft_accepts_silently_are_refused(llama, fields):
+    """The faults: a typo next to a correct name, an unknown layer, rank 400 of 32, scaling 0."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -137,8 +141,8 @@ def test_what_peft_accepts_without_a_word_is_refused(llama, fields):
         inject(copy.deepcopy(llama), LoRAConfig(**fields))
 
 
-def test_an_adapter_put_into_an_evaluating_model_evaluates(llama):
-    """PEFT's dropout is active after injection into a model in eval mode: two calls give two outputs."""
+def test_adapter_injected_in_eval_mode_has_no_dropout(llama):
+    """In PEFT, dropout is active after injection into a model in eval mode: two calls differ."""
     from peft import LoraConfig, get_peft_model
 
     fields = {"target_modules": ["q_proj"], "lora_dropout": 0.5}
@@ -164,7 +168,7 @@ names = st.lists(
 @given(names, st.integers(1, 16), st.integers(0, 3))
 def test_eject_undoes_exactly(llama, targets, r, seed):
     model = copy.deepcopy(llama)
-    model.model.embed_tokens.requires_grad_(False)  # something to restore that is not the default
+    model.model.embed_tokens.requires_grad_(False)  # eject must restore this flag
     modules = dict(model.named_modules())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     tokens = torch.arange(8)[None]
@@ -192,7 +196,7 @@ def test_initialisation_depends_on_seed_and_layer_name_only(llama):
         for p in one
     )
     drawn = {layer.adapters["default"].lora_A.flatten()[0].item() for layer in other.values()}
-    assert len(drawn) == len(other)  # each layer its own numbers
+    assert len(drawn) == len(other)  # each layer draws its own values
 
 
 def test_gaussian_initialisation(llama):
@@ -201,12 +205,11 @@ def test_gaussian_initialisation(llama):
     drawn = torch.cat(
         [layer.adapters["default"].lora_A.flatten() for layer in lora_layers(model).values()]
     )
-    assert (
-        abs(drawn.std() - 1 / 4) < 0.01
-    )  # 2,688 draws: 1.4 % of 1/4 is one deviation, 0.01 nearly three
+    # 2,688 draws: one σ of the estimate is 1.4 % of 1/4, and 0.01 is nearly three σ.
+    assert abs(drawn.std() - 1 / 4) < 0.01
 
 
-def test_several_adapters_live_side_by_side(llama):
+def test_several_adapters_are_switched_combined_and_deleted(llama):
     model, tokens = copy.deepcopy(llama), torch.arange(8)[None]
     base = model(tokens).logits
     inject(model, LoRAConfig(target_modules=["q_proj"]))
@@ -258,7 +261,7 @@ def test_a_peft_tutorial_config_runs_unchanged(llama):
     assert len(inject(copy.deepcopy(llama), config)) == 6
 
 
-# ---- error: each names what was meant, and the model is as it was
+# ---- error: the message names the nearest match, and the model is unchanged
 
 
 @pytest.mark.parametrize(
@@ -327,6 +330,5 @@ def test_other_misuse_raises(llama, gpt2):
         inject(nn.Sequential(nn.ReLU()), LoRAConfig(target_modules="all-linear"))
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear, which has no adapter"):
-        inject(
-            attention, LoRAConfig(target_modules=["out_proj"])
-        )  # torch reads its weight and never calls it
+        # MultiheadAttention reads the weight of out_proj and never calls the layer.
+        inject(attention, LoRAConfig(target_modules=["out_proj"]))

@@ -1,6 +1,9 @@
-"""Proves that a LoRALayer is h = W x + s·B A x and nothing else: equal to PEFT's layer and to a merged weight, the
-base's own bits while an adapter is off or new, fp32 masters under every cast, and the module laws
-of torch."""
+"""Tests of LoRALayer, h = W x + s·B A x.
+
+The layer equals PEFT's layer and a merged weight. With a new or inactive adapter its output is that
+of the base, bit for bit. Adapter weights stay in fp32 under every cast. Copies, files, autocast,
+meta tensors, checkpointing and compilation work as for torch's own modules.
+"""
 
 import copy
 import io
@@ -16,7 +19,7 @@ from minilora.lora.layer import LoRAAdapter, LoRALayer
 
 
 def trained(base: nn.Module, **kwargs) -> LoRALayer:
-    """A LoRALayer whose B is not zero."""
+    """Return a LoRALayer whose B is not zero."""
     layer = LoRALayer(base, **kwargs)
     for adapter in layer.adapters.values():
         nn.init.normal_(adapter.lora_B)
@@ -37,18 +40,16 @@ def test_equals_peft(use_rslora):
     theirs.lora_A["default"].weight.data = ours.adapters["default"].lora_A.data.clone()
     theirs.lora_B["default"].weight.data = ours.adapters["default"].lora_B.data.clone()
     x = torch.randn(5, 48)
-    torch.testing.assert_close(
-        ours(x), theirs(x), rtol=1e-5, atol=1e-5
-    )  # fp32 sums: s z B, or s (z B)
+    # fp32: one side computes s z B, the other s (z B).
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
 def test_initial_values_are_those_of_nn_linear():
     adapter = LoRAAdapter(10_000, 64, r=16)
     bound = 0.01  # 1/√in
     assert adapter.lora_A.abs().max() <= bound
-    assert (
-        abs(adapter.lora_A.std() - bound / 3**0.5) < 0.01 * bound
-    )  # 160,000 draws: 1/√160,000 = 0.25 %
+    # 160,000 draws: 1/√160,000 = 0.25 %.
+    assert abs(adapter.lora_A.std() - bound / 3**0.5) < 0.01 * bound
     assert not adapter.lora_B.any()
 
 
@@ -61,7 +62,7 @@ def test_initial_values_are_those_of_nn_linear():
     st.data(),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_is_the_equation(in_features, out_features, data, dtype):
+def test_output_equals_the_equation(in_features, out_features, data, dtype):
     r = data.draw(st.integers(1, min(in_features, out_features)))
     alpha = data.draw(st.floats(0.1, 64))
     layer = trained(
@@ -70,10 +71,10 @@ def test_is_the_equation(in_features, out_features, data, dtype):
     A, B = layer.adapters["default"].lora_A, layer.adapters["default"].lora_B
     W = layer.weight + alpha / r * B @ A
     x = torch.randn(3, in_features, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), x @ W.T + layer.bias)  # fp64: the order of the sums
+    torch.testing.assert_close(layer(x), x @ W.T + layer.bias)  # fp64, sums in another order
 
 
-def test_new_or_switched_off_it_is_the_base_bit_for_bit():
+def test_new_or_inactive_adapter_gives_the_base_output_bit_for_bit():
     base, x = nn.Linear(48, 32), torch.randn(5, 48)
     expected = base(x)
     new = LoRALayer(base)
@@ -131,7 +132,7 @@ def test_forward_train_and_eval_change_no_weight():
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-def test_dropout_follows_the_mode_of_the_base_it_is_put_on():
+def test_dropout_follows_the_mode_of_its_base():
     layer = trained(nn.Linear(48, 32).eval(), lora_dropout=0.5)
     x = torch.randn(5, 48)
     assert torch.equal(layer(x), layer(x))
@@ -139,13 +140,13 @@ def test_dropout_follows_the_mode_of_the_base_it_is_put_on():
     assert not torch.equal(layer(x), layer(x))
 
 
-# ---- the laws of modules
+# ---- module behaviour: casts, copies, meta tensors, compilation
 
 
 @pytest.mark.parametrize(
     "cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)]
 )
-def test_casts_reach_the_base_and_spare_the_masters(cast):
+def test_casts_change_the_base_and_keep_adapters_in_fp32(cast):
     layer = trained(nn.Linear(48, 32))
     layer(torch.randn(2, 48)).sum().backward()
     masters = {name: p.clone() for name, p in layer.adapters.named_parameters()}
@@ -201,7 +202,7 @@ def test_one_compilation_for_each_set_of_active_adapters():
     assert counter.frame_count == 2
 
 
-def test_repr_says_what_one_wants_to_know():
+def test_repr_shows_rank_alpha_active_adapters_and_bits():
     text = repr(LoRALayer(nn.Linear(48, 32), r=4, lora_alpha=16))
     assert all(part in text for part in ("r=4", "lora_alpha=16", "active=('default',)", "bits=32"))
 

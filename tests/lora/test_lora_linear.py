@@ -1,7 +1,7 @@
-"""Proves that a layer and its adapter in one step are the two terms, and that what is made again is what it was.
+"""Tests of `lora_linear`, the fused layer and adapter, and of recomputed activations.
 
-The step equals the plain form forward and backward, leaves to it what it cannot do, and keeps no
-output of a norm or a gate.
+lora_linear equals the reference implementation, forward and backward, and uses it for the cases
+that it does not support. It keeps no output of a norm or a gate: backward recomputes them.
 """
 
 import threading
@@ -34,7 +34,7 @@ def layer(kind: str, dtype: torch.dtype, bias: bool = True, **options) -> ml.LoR
 
 
 def answers(form, made: ml.LoRALayer, x: Tensor) -> list[Tensor]:
-    """y, and the gradients of x and of what trains."""
+    """Return y, and the gradients of x and of the trainable parameters."""
     made.zero_grad()
     leaf = x.detach().clone().requires_grad_()
     y = form(made, leaf)
@@ -45,8 +45,8 @@ def answers(form, made: ml.LoRALayer, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(48,), (7, 48), (2, 3, 48), (0, 48)], ids=str)
-def test_layer_and_adapter_in_one_step(kind, dtype, shape):
-    """Fewer roundings than the two terms apart, each within half an ulp of what it rounds."""
+def test_lora_linear_equals_the_reference(kind, dtype, shape):
+    """The fused form has fewer roundings than the two separate terms, each within half an ulp."""
     made, x = layer(kind, dtype), noise(*shape, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(lora_linear(made, x), plain_lora_linear(made, x))
@@ -62,7 +62,7 @@ def test_layer_and_adapter_in_one_step(kind, dtype, shape):
         )
 
 
-def test_layer_and_adapter_pass_a_gradient_check():
+def test_lora_linear_passes_a_gradient_check():
     made = layer("dense", torch.float64).double()
     made.base_layer.bias.requires_grad_()
     names = [name for name, p in made.named_parameters() if p.requires_grad]
@@ -79,7 +79,7 @@ def test_layer_and_adapter_pass_a_gradient_check():
 
 
 def refused() -> dict[str, ml.LoRALayer]:
-    """Layers of which the fast form must leave its hands."""
+    """Return layers that the fused form does not support."""
     made = {
         name: layer("dense", torch.float32)
         for name in ("hook", "two", "none", "bias", "wide", "trained")
@@ -97,7 +97,7 @@ def refused() -> dict[str, ml.LoRALayer]:
 
 
 @pytest.mark.parametrize("name", ["hook", "two", "none", "bias", "trained", "dropout"])
-def test_what_the_one_step_leaves_to_the_plain_form(name):
+def test_lora_linear_uses_the_reference_for_unsupported_layers(name):
     made, x = refused()[name], noise(5, 48)
     torch.manual_seed(1)
     found = lora_linear(made, x)
@@ -106,14 +106,14 @@ def test_what_the_one_step_leaves_to_the_plain_form(name):
     assert "_LoRALinear" not in str(found.grad_fn)
 
 
-def test_autocast_takes_the_plain_form():
+def test_lora_linear_uses_the_reference_under_autocast():
     made, x = layer("dense", torch.float32), noise(5, 48)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(lora_linear(made, x), plain_lora_linear(made, x))
 
 
 def test_threads_do_not_share_the_dense_weight():
-    """Each dequantises and multiplies many times over; a shared buffer would mix their weights."""
+    """Each thread dequantises and multiplies many times: a shared buffer would mix the weights."""
     layers = [layer("nf4", torch.float32, bias=False) for _ in range(2)]
     layers[1].base_layer = ml.NF4Linear.from_linear(nn.Linear(48, 40, bias=False))
     x, wrong = noise(5, 48), []
@@ -135,7 +135,7 @@ def test_threads_do_not_share_the_dense_weight():
     assert not wrong
 
 
-# ---- what is made again
+# ---- recomputed activations
 
 
 def projections(count: int) -> list[ml.LoRALayer]:
@@ -157,8 +157,11 @@ def gate_and_layer(x: Tensor, w: Tensor, made: list[ml.LoRALayer]) -> Tensor:
 
 @pytest.mark.parametrize("form,count", [(norm_and_layers, 3), (gate_and_layer, 1)])
 @pytest.mark.parametrize("way", ["once", "twice", "checkpointed"])
-def test_what_is_made_again_gives_the_same_gradients(form, count, way):
-    """Norm or gate, and the layers that read it; also if backward runs twice, or under gradient checkpointing."""
+def test_recomputed_activations_give_the_same_gradients(form, count, way):
+    """Backward runs once, twice, or under gradient checkpointing.
+
+    The graph is a norm or a gate, and the layers that read it.
+    """
     made, results = projections(count), []
     for plain in (False, True):
         x, w = noise(9, 48), noise(48, seed=1)
@@ -180,21 +183,21 @@ def test_what_is_made_again_gives_the_same_gradients(form, count, way):
             ]
         )
     for found, expected in zip(*results, strict=True):
-        assert (found - expected).norm() <= 1e-5 * expected.norm()  # fp32, sums in other orders
+        assert (found - expected).norm() <= 1e-5 * expected.norm()  # fp32, sums in another order
 
 
-def test_nothing_is_kept_that_can_be_made_again():
-    """Of a norm and its three layers: the norm's input, its r and three z, and no output of the norm."""
+def test_activations_that_can_be_recomputed_are_not_kept():
+    """A norm and its three layers keep the norm's input, its r and three z, but not its output."""
     made, x, w = projections(3), noise(200, 48), noise(48, seed=1)
     frozen = sum(p.numel() for one in made for p in one.parameters()) + w.numel()
-    squares = 3 * 200 * 40  # which `square` keeps
+    squares = 3 * 200 * 40  # kept by `square`
     assert kept(lambda: norm_and_layers(x, w, made)) == 4 * (
         x.numel() + 200 + 3 * 200 * 4 + frozen - 3 * 40 + squares
     )
 
 
-def test_what_was_made_again_is_gone_after_its_last_reader():
-    """Held on to, the outputs of all layers would be there at the end of backward, which is what making them saves."""
+def test_recomputed_activations_are_freed_after_the_last_reader():
+    """Otherwise all outputs would exist when backward ends: recomputing would save no memory."""
     made = projections(3)
     normed = rms_norm(noise(9, 48), noise(48, seed=1), 1e-5)
     gate = gated(noise(9, 48), noise(9, 48, seed=2))
@@ -204,7 +207,7 @@ def test_what_was_made_again_is_gone_after_its_last_reader():
     assert [recipe.value for recipe in recipes] == [None, None] and recipes[1].active is None
 
 
-def test_a_tensor_that_was_written_to_is_kept_as_it_is():
+def test_an_activation_changed_in_place_is_not_recomputed():
     made, x, w = projections(1), noise(9, 48), noise(48, seed=1)
 
     def form(x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
-"""Proves that a merged model computes what the adapted one does, is an ordinary dense model, and that the model it was
-made from keeps every byte."""
+"""Tests of merging adapters into a copy of the model.
+
+The merged model computes the same as the adapted model and is an ordinary dense model. The adapted
+model keeps every byte.
+"""
 
 import warnings
 
@@ -69,11 +72,10 @@ def test_the_merged_model_computes_the_same(kind, quantize):
     model = model_with_adapter(kind, quantize)
     expected = model(TOKENS).logits
     merged = merge(model)
-    torch.testing.assert_close(
-        merged(TOKENS).logits, expected, rtol=1e-4, atol=2e-5
-    )  # fp32, other order of sums
+    # fp32, sums in another order
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=2e-5)
     set_adapter(model, [])
-    assert (model(TOKENS).logits - expected).abs().max() > 1e-2  # the adapters did something
+    assert (model(TOKENS).logits - expected).abs().max() > 1e-2  # the adapters have an effect
     assert not any(isinstance(m, (LoRALayer, NF4Linear)) for m in merged.modules())
 
 
@@ -99,7 +101,7 @@ def test_the_given_model_keeps_every_byte(kind, quantize):
     modules, logits = dict(model.named_modules()), model(TOKENS).logits
     merged = merge(model)
     for parameter in merged.parameters():
-        parameter.data.zero_()  # whatever happens to the copy
+        parameter.data.zero_()  # a change of the copy
     merged.bfloat16()
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -107,7 +109,7 @@ def test_the_given_model_keeps_every_byte(kind, quantize):
 
 
 def test_a_merged_layer_shares_no_buffer_or_hook_with_the_given_one():
-    """Gemma's embedding has a buffer that no state dict holds."""
+    """Gemma's embedding has a buffer that is not in the state dict."""
     model = build("gemma")
     inject(model, LoRAConfig(r=2, target_modules=["embed_tokens"]))
     words, expected = model.model.embed_tokens.base_layer, output(model)
@@ -118,8 +120,8 @@ def test_a_merged_layer_shares_no_buffer_or_hook_with_the_given_one():
     assert words.embed_scale.dtype == torch.float32 and torch.equal(output(model), expected)
 
 
-def test_a_new_bias_of_a_transformers_model_is_announced():
-    """Its config has no word for it: from_pretrained would leave it out of what save_pretrained wrote."""
+def test_merge_warns_of_a_new_bias_in_a_transformers_model():
+    """The config has no field for the bias: from_pretrained would drop it from the saved model."""
     model = build("llama")
     inject(model, LoRAConfig(r=2, target_modules=["q_proj"], lora_bias=True))
     with pytest.warns(
@@ -136,7 +138,7 @@ def test_a_new_bias_of_a_transformers_model_is_announced():
             merge(model)
 
 
-def test_a_bias_that_trained_beside_4_bits_is_rounded_with_its_weight():
+def test_merge_rounds_the_fp32_bias_of_a_4_bit_layer():
     model = llama(attention_bias=True).bfloat16()
     quantize_model(model)
     inject(model, LoRAConfig(target_modules=["q_proj"], bias="lora_only"))
@@ -165,12 +167,15 @@ def test_the_merged_model_is_ordinary():
     plain = type(model)(model.config)
     plain.load_state_dict(merged.state_dict())
     assert torch.equal(plain.eval()(TOKENS).logits, merged(TOKENS).logits)
-    assert inject(merged)  # and can be adapted again
+    assert inject(merged)  # it can be adapted again
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dequantized_model_says_the_same(dtype):
-    """Bit for bit; but few tokens are multiplied from the codes: W is not rounded, sums are in another order."""
+def test_dequantized_weights_give_the_same_output(dtype):
+    """The outputs are equal bit for bit, except for few tokens.
+
+    Few tokens are multiplied from the codes: W is not rounded, and sums are in another order.
+    """
     model = llama().to(dtype)
     quantize_model(model)
     inject(model, LoRAConfig(target_modules=["q_proj", "down_proj"]))
@@ -182,7 +187,7 @@ def test_a_dequantized_model_says_the_same(dtype):
         with dequantized_weights(model):
             assert not any(isinstance(module, NF4Linear) for module in model.modules())
             assert torch.equal(model(many), expected)
-            # a rounding of each weight and sum, through two layers
+            # Each weight and each sum is rounded, through two layers.
             assert (model(TOKENS[:, :1]) - few).norm() <= 8 * torch.finfo(dtype).eps * few.norm()
             model.train()
     for path, layer in four_bit.items():

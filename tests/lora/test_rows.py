@@ -1,8 +1,8 @@
-"""Proves that a batch whose rows have adapters of their own is, row by row, the same batch under each adapter: in one
-pass, in generation, in training; and that an adapter can be swapped from disk, moved and switched
-while models run.
+"""Tests of batches in which each row has its own adapter.
 
-Oracle: `set_adapter` and the whole batch. fp32 to 1e-5: batched products sum in another order.
+Each row equals the same row of the batch under its adapter alone, in one pass, in generation and in
+training. An adapter can be loaded from disk, moved and switched while models run. Oracle:
+`set_adapter` and the whole batch. The bound is 1e-5 in fp32: batched products sum in another order.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def adapted(model: nn.Module | None = None, **more) -> nn.Module:
 
 
 def alone(model: nn.Module, names, tokens) -> torch.Tensor:
-    """Each row of the batch, with its adapter active for all."""
+    """Return each row of the batch, computed with its adapter active for the whole batch."""
     found = []
     for row, name in enumerate(names):
         ml.set_adapter(model, [] if name is None else name)
@@ -48,7 +48,7 @@ def alone(model: nn.Module, names, tokens) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["ours", "transformers", "4 bits", "one token"])
-def test_each_row_is_its_adapter_s(kind):
+def test_each_row_equals_a_batch_under_its_adapter(kind):
     model = (
         oracle(num_hidden_layers=2) if kind == "transformers" else twin(oracle(num_hidden_layers=2))
     )
@@ -74,9 +74,9 @@ def test_each_row_is_its_adapter_s(kind):
     assert [layer.fused for layer in lora_layers(model).values()] == fused
 
 
-@pytest.mark.filterwarnings("error")  # torch makes room of the wrong size larger, and says so
-def test_rows_that_change_are_gathered_anew_in_the_memory_of_those_before():
-    """Fewer, more, other ranks, none, and what was made in inference mode."""
+@pytest.mark.filterwarnings("error")  # torch warns when it resizes an output buffer
+def test_changed_rows_are_gathered_again_in_the_same_memory():
+    """The turns have fewer rows, more rows, other ranks, no adapters, and inference mode."""
     model = adapted()
     turns = [
         ["two", "four", None],
@@ -98,7 +98,10 @@ def test_rows_that_change_are_gathered_anew_in_the_memory_of_those_before():
 
 
 def test_a_single_token_in_bf16_is_rounded_once():
-    """h + s B A x in fp32 of the base's h: within half a unit in the last place of bf16 (2^-8), and fp32's 1e-6."""
+    """h + s B A x is summed in fp32 from the base's h.
+
+    The error is at most half a unit in the last place of bf16 (2^-8), and 1e-6 for fp32.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 40, dtype=torch.bfloat16))
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["0"]))
@@ -113,7 +116,7 @@ def test_a_single_token_in_bf16_is_rounded_once():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_generation_gives_each_prompt_its_adapter(batch_size):
-    """Answers of different lengths leave the batch, and take their adapters with them."""
+    """Answers have different lengths: finished rows leave the batch, and so do their adapters."""
     model = adapted(llama())
     prompts = [
         "a common start, one",
@@ -159,7 +162,7 @@ def test_gradients_reach_each_row_s_adapter():
 # ---- property
 
 
-def test_what_changes_in_place_is_seen(tmp_path):
+def test_in_place_changes_of_an_adapter_take_effect(tmp_path):
     model = adapted()
     ml.set_adapter(model, "four")
     ml.save_adapter(shake(model, 7), tmp_path, name="four")
@@ -178,7 +181,7 @@ def test_what_changes_in_place_is_seen(tmp_path):
     assert not torch.equal(first, swapped)
 
 
-def test_a_swap_from_disk_leaves_the_base_and_compiles_nothing(tmp_path):
+def test_loading_an_adapter_keeps_the_base_and_recompiles_nothing(tmp_path):
     graphs = []
 
     def backend(graph, inputs):
@@ -206,8 +209,8 @@ def test_a_swap_from_disk_leaves_the_base_and_compiles_nothing(tmp_path):
     }
 
 
-def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch):
-    """Where there is one device, `meta` stands for another; a copy from there is only noted."""
+def test_adapter_moves_to_its_layers_device_when_activated(monkeypatch):
+    """`meta` stands for a second device; a copy from it is only recorded."""
     model = nn.Sequential(nn.Linear(8, 8, device="meta"))
     ml.inject(model, ml.LoRAConfig(r=2, target_modules=["0"]), name="there")
     layer = model[0]
@@ -245,18 +248,16 @@ def test_an_adapter_comes_to_its_layer_s_device_when_it_is_activated(monkeypatch
         ),
     ],
 )
-def test_what_rows_share_is_refused(given, message):
+def test_adapters_that_cannot_differ_by_row_are_refused(given, message):
     model = adapted(other={"r": 2} | given)
     with pytest.raises(ValueError, match=message), ml.per_row_adapters(model, ["four", "other"]):
         pass
-    with (
-        ml.per_row_adapters(model, ["four", "two"]),
-        torch.no_grad(),
-    ):  # the others are not in the way
+    # The other adapters of the model still work.
+    with ml.per_row_adapters(model, ["four", "two"]), torch.no_grad():
         model(TOKENS)
 
 
-def test_other_numbers_names_and_dropout_are_refused():
+def test_wrong_counts_unknown_names_and_dropout_are_refused():
     model = adapted()
     with pytest.raises(ValueError, match="3 adapters were named for 2 rows"):
         with ml.per_row_adapters(model, ["four", None, None]), torch.no_grad():

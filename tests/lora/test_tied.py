@@ -1,9 +1,9 @@
-"""Proves that a tied weight is adapted as declared: tie="shared" is one update in all places and stays tied,
-tie="untie" changes the named place alone; merged, saved and in PEFT's files.
+"""Tests of adapters on tied weights, in merged models, saved models and PEFT's files.
 
-PEFT's merge adds both updates, or a single one, to the one tied weight: the merged model is another
-one. Logits are up to 10 in size; 1e-6 relative is some eight fp32 roundings, and merging regroups
-sums over three layers: 1e-5.
+With tie="shared", one update applies in all places and the weights stay tied. With tie="untie",
+only the named place changes. PEFT's merge adds both updates, or a single one, to the one tied
+weight, and the merged model differs. Logits are up to 10 in size; 1e-6 relative is about sixteen
+fp32 roundings (6e-8 each), and merging regroups sums over three layers: 1e-5.
 """
 
 import copy
@@ -42,7 +42,7 @@ def weights(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 @targets
 @ties
-def test_files_go_both_ways(tmp_path, targets, tie):
+def test_files_are_exchanged_with_peft_in_both_directions(tmp_path, targets, tie):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     shared = tie == "shared"
@@ -69,7 +69,7 @@ def test_files_go_both_ways(tmp_path, targets, tie):
 
 
 @targets
-def test_what_we_share_peft_shares(tmp_path, targets):
+def test_a_shared_update_is_shared_in_peft_too(tmp_path, targets):
     from peft import PeftModel
 
     ours = build("tied")
@@ -82,7 +82,7 @@ def test_what_we_share_peft_shares(tmp_path, targets):
 
 @ties
 @pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
-def test_modules_to_save_go_both_ways(tmp_path, tie, part):
+def test_modules_to_save_are_exchanged_with_peft(tmp_path, tie, part):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     fields = {"target_modules": ["q_proj"], "modules_to_save": [part]}
@@ -105,7 +105,7 @@ def test_modules_to_save_go_both_ways(tmp_path, tie, part):
 
 
 def test_lora_on_a_tied_head_alone_is_merged_without_the_embedding(tmp_path):
-    """PEFT's merge_and_unload adds the update to the embedding too: its logits are another model's."""
+    """PEFT's merge_and_unload adds the update to the embedding, too, and so changes the logits."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +135,7 @@ def test_lora_on_a_tied_head_alone_is_merged_without_the_embedding(tmp_path):
 
 @ties
 @targets
-def test_off_new_merged_and_undone(tie, targets):
+def test_new_inactive_merged_and_ejected_models_are_exact(tie, targets):
     for model in (build("tied"), twin(build("tied"))):
         base, state, modules = (
             output(model),
@@ -201,7 +201,7 @@ def test_whole_modules_are_tied_as_declared(tie, parts, tmp_path):
     assert torch.equal(output(model), base) and weights(model)[0] is weights(model)[1]
 
 
-def test_adapters_with_and_without_the_tie_take_turns():
+def test_shared_and_untied_adapters_can_be_switched():
     model = twin(build("tied"))
     outputs = {}
     for name, tie in (("both", "shared"), ("head", "untie")):
@@ -209,9 +209,8 @@ def test_adapters_with_and_without_the_tie_take_turns():
         outputs[name] = output(shake(model))
     ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj"]), name="neither")
     merged = ml.merge(model)
-    assert (
-        weights(merged)[0] is weights(merged)[1] and merged.config.tie_word_embeddings
-    )  # it touches neither
+    # The active adapter targets neither weight, and they stay tied.
+    assert weights(merged)[0] is weights(merged)[1] and merged.config.tie_word_embeddings
     for name in ("both", "head", "both"):
         ml.set_adapter(model, name)
         assert torch.equal(output(model), outputs[name])
@@ -224,7 +223,7 @@ def test_adapters_with_and_without_the_tie_take_turns():
 
 
 @ties
-def test_it_trains_and_a_run_is_resumed(tmp_path, tie):
+def test_training_with_a_tied_adapter_resumes_exactly(tmp_path, tie):
     def run(folder, **fields):
         model = llama()  # tied
         inject(model, tie, target_modules=["embed_tokens", "q_proj"])
@@ -284,7 +283,7 @@ def test_a_tie_must_be_declared_where_there_is_one_and_only_there():
         ml.LoRAConfig(tie="yes")
 
 
-def test_what_cannot_be_shared():
+def test_layers_that_cannot_share_an_update_are_refused():
     fields = {"target_modules": ["embed_tokens"]}
     with pytest.raises(ValueError, match="one rank and strength"):
         inject(build("tied"), "shared", **fields, rank_pattern={"lm_head": 2})
@@ -297,7 +296,7 @@ def test_what_cannot_be_shared():
     assert inject(model, "untie", target_modules=["a"]) == ["a"]
 
 
-def test_two_updates_in_a_file_that_says_shared_are_refused(tmp_path):
+def test_load_refuses_a_shared_file_with_two_updates(tmp_path):
     model = build("tied")
     inject(model, "shared", target_modules=["lm_head"])
     ml.save_adapter(shake(model), tmp_path)

@@ -1,10 +1,10 @@
-"""Proves that models which minilora has no decoder for work through transformers, whatever they are built of.
+"""Tests of transformers models for which minilora has no decoder.
 
-GPT-2 (Conv1D), OPT, Phi-3 (fused qkv and gate_up), T5 (encoder and decoder), ViT (images in,
-classes out), tiny and random. Oracle: PEFT adapts the same layers, and reads the trained adapter to
-the same output. Property: a new adapter changes nothing, in 4 bits too. Round trip: an adapter.
-Errors: load_model names this way. Outputs are about 1 in size, and PEFT's layer computes the same
-sums: 1e-5 is some fp32 roundings over two layers.
+The models are GPT-2 (Conv1D), OPT, Phi-3 (fused qkv and gate_up), T5 (encoder and decoder) and ViT
+(images in, classes out), tiny and random. Oracle: PEFT adapts the same layers, and gives the same
+output with the trained adapter. Property: a new adapter changes nothing, also in 4 bits. Round
+trip: an adapter file. Errors: load_model's message points to transformers. Outputs are about 1 in
+size, and PEFT's layer computes the same sums: 1e-5 is some fp32 roundings over two layers.
 """
 
 import copy
@@ -45,23 +45,25 @@ FIELDS = {
     "vit": WIDTH | {"intermediate_size": 64, "image_size": 32, "patch_size": 8, "num_labels": 5},
 }
 CLASSES = {"t5": AutoModelForSeq2SeqLM, "vit": AutoModelForImageClassification}
+# PEFT chooses its wrapper by the task: None fits a model that generates no text.
 TASKS = {
     "t5": ml.TaskType.SEQ_2_SEQ_LM,
     "vit": None,
-}  # PEFT wraps by it: None is right for a model that writes no text
+}
+# The number of linear layers, without the head of a language model.
 LAYERS = {
     "gpt2": 8,
     "opt": 12,
     "phi3": 8,
     "t5": 32,
     "vit": 13,
-}  # linear ones, the head of a language model aside
+}
 models = pytest.mark.parametrize("name", FIELDS)
 quantised = pytest.mark.parametrize("name", [name for name in FIELDS if name != "gpt2"])
 
 
 def build(name: str) -> nn.Module:
-    """The same random weights every time, large enough for all to matter."""
+    """Return a model with the same random weights every time, large enough to affect the output."""
     model = CLASSES.get(name, AutoModelForCausalLM).from_config(
         AutoConfig.for_model(name, **FIELDS[name])
     )
@@ -74,7 +76,7 @@ def build(name: str) -> nn.Module:
 
 
 def output(model: nn.Module, name: str) -> Tensor:
-    """The logits of a fixed input."""
+    """Return the logits of a fixed input."""
     ids = torch.arange(3, 15).view(2, 6)
     if name == "vit":
         return model(
@@ -86,7 +88,7 @@ def output(model: nn.Module, name: str) -> Tensor:
 
 
 def adapted(model: nn.Module, name: str) -> nn.Module:
-    """`model` with a new adapter on every linear layer."""
+    """Return `model` with a new adapter on every linear layer."""
     task = TASKS.get(name, ml.TaskType.CAUSAL_LM)
     names = ml.inject(model, ml.LoRAConfig(r=4, target_modules="all-linear", task_type=task))
     assert len(names) == LAYERS[name]
@@ -94,7 +96,7 @@ def adapted(model: nn.Module, name: str) -> nn.Module:
 
 
 def trained(model: nn.Module, name: str) -> nn.Module:
-    """Two steps: by ml.train, which trains causal language models, or by two lines of anybody's loop."""
+    """Train two steps: causal language models with ml.train, others with a short loop."""
     before = adapters(model)
     if name in CLASSES:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -103,9 +105,8 @@ def trained(model: nn.Module, name: str) -> nn.Module:
             F.cross_entropy(logits, torch.ones(len(logits), dtype=torch.long)).backward()
             optimizer.step()
     else:
-        whole = ml.TrainConfig(
-            **FAST | {"max_steps": 2, "per_device_train_batch_size": 24}
-        )  # the same rows twice
+        # Both steps see the same rows.
+        whole = ml.TrainConfig(**FAST | {"max_steps": 2, "per_device_train_batch_size": 24})
         result = ml.train(model, Letters(), rows(24), whole)
         assert result.steps == 2 and 0 < result.losses[1] < result.losses[0]
     assert all(not torch.equal(tensor, before[key]) for key, tensor in adapters(model).items())
@@ -113,10 +114,10 @@ def trained(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_in_peft(model: nn.Module, base: nn.Module, name: str, folder: Path) -> None:
-    """Saved by us, `base` with the adapter gives in PEFT what `model` gives; and in minilora, bit for bit."""
+    """Save the adapter of `model`; check that `base` with it gives its output, also in PEFT."""
     ml.save_adapter(model, folder)
     expected = output(model, name)
-    assert (output(base, name) - expected).abs().max() > 1e-3  # there is something to lose
+    assert (output(base, name) - expected).abs().max() > 1e-3  # the adapter has an effect
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
     torch.testing.assert_close(output(theirs, name), expected, rtol=1e-5, atol=1e-5)
     again = copy.deepcopy(base)
@@ -128,7 +129,7 @@ def check_in_peft(model: nn.Module, base: nn.Module, name: str, folder: Path) ->
 
 
 @models
-def test_all_linear_is_what_peft_takes_it_for(name):
+def test_all_linear_selects_the_same_layers_as_peft(name):
     theirs = get_peft_model(build(name), LoraConfig(r=4, target_modules="all-linear"))
     found = ml.inject(model := build(name), ml.LoRAConfig(r=4, target_modules="all-linear"))
     assert sorted(found) == sorted(theirs.targeted_module_names)
@@ -138,9 +139,8 @@ def test_all_linear_is_what_peft_takes_it_for(name):
 @models
 def test_a_trained_adapter_runs_in_peft(name, tmp_path):
     model = adapted(build(name), name)
-    with (
-        torch.no_grad()
-    ):  # with gradients torch has another attention for T5's trainable position biases
+    # With gradients, torch uses another attention kernel for T5's trainable position biases.
+    with torch.no_grad():
         assert torch.equal(output(model, name), output(build(name), name))  # B is zero
     check_in_peft(trained(model, name), build(name), name, tmp_path)
 
@@ -158,9 +158,8 @@ def test_a_4_bit_model_trains_and_its_adapter_runs_in_peft(name, tmp_path):
     with torch.no_grad():
         for path in names:
             rounded = ml.dequantize_nf4(model.get_submodule(path).weight)
-            assert (
-                0.05 < (rounded - weights[path]).norm() / weights[path].norm() < 0.15
-            )  # NF4's, of normal weights
+            # The relative error of NF4 for normally distributed weights.
+            assert 0.05 < (rounded - weights[path]).norm() / weights[path].norm() < 0.15
             weights[path].copy_(rounded)
     torch.testing.assert_close(output(model, name), output(dense, name), rtol=1e-5, atol=1e-5)
     check_in_peft(trained(adapted(model, name), name), dense, name, tmp_path)
@@ -169,7 +168,7 @@ def test_a_4_bit_model_trains_and_its_adapter_runs_in_peft(name, tmp_path):
 # ---- errors
 
 
-def test_load_model_lists_what_it_reads_and_shows_this_way(tmp_path):
+def test_load_model_of_an_unknown_family_points_to_transformers(tmp_path):
     build("phi3").save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,

@@ -1,7 +1,8 @@
-"""Proves that DoRA, PiSSA and LoftQ are what their papers and PEFT have: files both ways, logits, losses of 20 steps.
+"""Tests of DoRA, PiSSA and LoftQ against their papers and PEFT.
 
-Oracles: PEFT, norms of W + s B A in fp64, bitsandbytes' NF4. What one does with them:
-test_variants_used.py; DoRA in every family and format: test_matrix.py.
+Files are exchanged in both directions; logits and the losses of 20 steps agree. Oracles: PEFT,
+norms of W + s B A in fp64, and bitsandbytes' NF4. test_variants_used.py tests operations on them,
+and test_matrix.py tests DoRA in every family and format.
 """
 
 import copy
@@ -41,7 +42,7 @@ KEEPS_W = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    """Nothing here is about crashes or PEFT's README beside an adapter."""
+    """Skip fsync and PEFT's model card, which these tests do not need."""
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
 
@@ -57,7 +58,10 @@ def injected(given: dict, model: nn.Module | None = None) -> nn.Module:
 
 
 def close(a: nn.Module, b: nn.Module) -> None:
-    """Logits are around 4: fp32 sums in another order, through two layers (6e-8 · 4 each)."""
+    """Assert that outputs are equal up to rounding.
+
+    Logits are around 4: fp32 sums in another order, through two layers (6e-8 · 4 each).
+    """
     torch.testing.assert_close(output(a), output(b), rtol=0, atol=3e-5)
 
 
@@ -96,17 +100,17 @@ def test_our_file_in_peft(kind, given, tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_peft_s_pissa_and_its_converted_file(kind, rslora, tmp_path):
-    """PEFT's raw file finds A₀ and B₀ in W again, as PEFT does when it loads one; ours is its converted file, bit for
-    bit, patterns of α included."""
+    """From PEFT's raw file, A₀ and B₀ are computed from W again, as PEFT does.
+
+    Our file equals PEFT's converted file, bit for bit, patterns of α included.
+    """
     targets = {"target_modules": ["c_attn" if kind == "gpt2" else "q_proj"], "use_rslora": rslora}
-    patterns = (
-        {} if rslora else {"rank_pattern": {r"0\..*": 3}, "alpha_pattern": {r"1\..*": 5}}
-    )  # PEFT: not together
+    # PEFT does not support patterns together with rsLoRA here.
+    patterns = {} if rslora else {"rank_pattern": {r"0\..*": 3}, "alpha_pattern": {r"1\..*": 5}}
     base, given = build(kind), PISSA | targets | patterns
     other = theirs(given, copy.deepcopy(base))
-    other.peft_config[
-        "default"
-    ].init_lora_weights = True  # what PEFT asks for before the start is saved
+    # PEFT requires this value when the initial adapter is saved.
+    other.peft_config["default"].init_lora_weights = True
     other.save_pretrained(str(tmp_path / "start"))
     other.peft_config["default"].init_lora_weights = "pissa"
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +160,7 @@ def test_a_file_of_peft_s_dora(tmp_path):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_dora_with_dropout_is_peft_s(bias, tmp_path):
-    """Equal masks, as both drop once a layer, in the same order."""
+    """The masks are equal: both libraries draw one per layer, in the same order."""
     given = DORA | {"lora_dropout": 0.4}
     model = shake(injected(given, twin(small(attention_bias=bias))))
     ml.save_adapter(model, tmp_path)
@@ -173,16 +177,16 @@ def test_dora_with_dropout_is_peft_s(bias, tmp_path):
 
 
 def side_by_side(given: dict, folder) -> tuple[nn.Module, nn.Module]:
-    """The variant here and in PEFT, with the same A and B, before training."""
+    """Return the variant in minilora and in PEFT, with the same A and B, before training."""
     base = small(vocab_size=len(Letters()), max_position_embeddings=64)
     ours = injected(given, twin(base))
-    if given is PISSA:  # PEFT finds its own start in the same W
+    if given is PISSA:  # PEFT computes its own start from the same W
         other = theirs(given, base)
         for path, adapter in adapters(ours).items():
             A = other.get_submodule(f"base_model.model.{path}").lora_A["default"].weight
             assert torch.equal(adapter.lora_A, A)
         return ours, other
-    if given is LOFTQ:  # PEFT has only CUDA for it: a plain LoRA beside the same replaced base
+    if given is LOFTQ:  # PEFT's needs CUDA: a plain LoRA on the same replaced base
         with ml.disable_adapters(ours), torch.no_grad():
             for path, layer in lora_layers(ours).items():
                 base.get_submodule(path).weight.copy_(layer.base_layer.dequantize())
@@ -203,14 +207,13 @@ def test_twenty_steps_are_peft_s(given, tmp_path):
     expected = train_theirs(other, encode_dataset(data, Letters(), config.max_length), config)
     found = ml.train(ours, Letters(), data, config)
     assert found.losses == pytest.approx(expected, rel=1e-4)
-    assert (
-        expected[0] - expected[-1] > 0.05 * expected[0]
-    )  # something was learned: the agreement means something
+    # The loss falls, so that the agreement is about training.
+    assert expected[0] - expected[-1] > 0.05 * expected[0]
     moved = {
         key: (tensor - before[key]).abs().max()
         for key, tensor in ml.adapter_state_dict(ours).items()
     }
-    assert all(distance > 1e-3 for distance in moved.values()), moved  # m too
+    assert all(distance > 1e-3 for distance in moved.values()), moved  # m as well
     assert any("magnitude" in key for key in moved) == bool(given.get("use_dora"))
 
 
@@ -227,7 +230,7 @@ def test_norms_are_those_of_the_sum(quantised):
     W = (layer.dequantize(torch.float64) if quantised else linear.weight.double()).detach()
     V = W + 7 / 3 * adapter.lora_B.double() @ adapter.lora_A.double()
     norms = V.norm(dim=1)
-    # fp32: each of the three sums is rounded by 2⁻²⁴ a term, of which there are 48 at most
+    # fp32: each of the three sums is rounded by 2⁻²⁴ per term and has at most 48 terms.
     torch.testing.assert_close(adapter.norms(layer).double(), norms, rtol=48 * 2**-24, atol=0)
     x = torch.randn(5, 48, dtype=torch.float64)
     expected = (
@@ -239,7 +242,10 @@ def test_norms_are_those_of_the_sum(quantised):
 
 
 def test_norms_of_rows_that_cancel():
-    """W + s B A is a thousandth of W: the error is 2⁻²³ of what cancelled, as documented, times the terms."""
+    """W + s B A is a thousandth of W: the error is 2⁻²³ of the cancelled values, times the terms.
+
+    This is the documented bound.
+    """
     linear = nn.Linear(48, 32, bias=False)
     linear.weight.data = torch.randn(32, 2) @ torch.randn(2, 48)
     adapter = injected(
@@ -291,9 +297,9 @@ def test_pissa_begins_as_the_principal_part(given, most, quantised):
         error = (adapter.scaling * adapter.lora_B @ adapter.lora_A - best(W, 4)).norm() / best(
             W, 4
         ).norm()
-        # exact: 2⁻²⁴ over the gap between σ₄ and σ₅, which noise of 64 columns has at some
-        # hundredths of σ₁ in 4 iterations: what is lost of σ² beside the best is small, though the
-        # spectrum of noise is flat
+        # Exact: the error is 2⁻²⁴ over the gap between σ₄ and σ₅, which is some hundredths of σ₁
+        # for noise of 64 columns. In 4 iterations: the loss of σ² compared with the best is small,
+        # although the spectrum of noise is flat.
         lost = (W - adapter.scaling * adapter.lora_B @ adapter.lora_A).norm() / (
             W - best(W, 4)
         ).norm() - 1
@@ -301,8 +307,10 @@ def test_pissa_begins_as_the_principal_part(given, most, quantised):
 
 
 def test_loftq_is_algorithm_1_with_bitsandbytes_nf4():
-    """PEFT's own LoftQ runs on CUDA only; its SVD and bitsandbytes' 4 bits, put together as in the paper. With α = r,
-    as PEFT leaves s out."""
+    """The oracle combines PEFT's SVD and bitsandbytes' 4 bits as in the paper.
+
+    PEFT's own LoftQ runs on CUDA only. α is r, because PEFT leaves s out.
+    """
     torch.manual_seed(0)
     linear = nn.Linear(128, 64).bfloat16().float()
     W = res = linear.weight.detach().clone()
@@ -312,14 +320,14 @@ def test_loftq_is_algorithm_1_with_bitsandbytes_nf4():
         res = W - parts["L"] @ parts["R"]
     model = injected(LOFTQ | {"lora_alpha": 4, "target_modules": ["0"]}, nn.Sequential(linear))
     adapter = model[0].adapters["default"]
-    # 8-bit scales may be one step of 256 apart, which is what bitsandbytes' CPU rounds otherwise
-    # (INTEROP: 1.5e-3 each)
+    # 8-bit scales may differ by one step of 256 (1.5e-3 each): bitsandbytes rounds them differently
+    # on the CPU.
     assert (model[0].base_layer.dequantize() - Q).abs().max() <= 4e-3 * W.abs().max()
     found = model[0].base_layer.dequantize() + adapter.lora_B @ adapter.lora_A
     assert ((W - found).norm() / (W - Q - parts["L"] @ parts["R"]).norm() - 1).abs() < 0.01
 
 
-def test_loftq_is_nearer_with_each_iteration_and_whatever_alpha_is():
+def test_loftq_error_falls_with_iterations_and_ignores_alpha():
     torch.manual_seed(0)
     errors = {}
     for alpha, count in ((4, 1), (4, 5), (16, 5)):
@@ -338,8 +346,7 @@ def test_loftq_is_nearer_with_each_iteration_and_whatever_alpha_is():
         errors[alpha, count] = (
             (W - Q - adapter.delta(torch.float32)).norm() / (W - plain).norm()
         ).item()
-        assert torch.equal(Q, plain) == (
-            count == 1
-        )  # the 4 bits are another matrix's after the first
+        # After the first iteration, another matrix is quantised.
+        assert torch.equal(Q, plain) == (count == 1)
     assert errors[4, 5] < 0.99 * errors[4, 1] < 0.99
     assert errors[16, 5] == pytest.approx(errors[4, 5], rel=1e-3)

@@ -1,6 +1,9 @@
-"""Proves that all one does with an adapter is done with DoRA, PiSSA and LoftQ, or refused: merge, switch, eject, trace,
-checkpoints, 4 bits, 16 bits, a plan of memory. Property: nothing changes at the start, and W never,
-except where LoftQ says so."""
+"""Tests of all operations on adapters with DoRA, PiSSA and LoftQ.
+
+Each works or is refused: merge, switch, eject, trace, checkpoints, 4 bits, 16 bits, a memory plan.
+Property: a new adapter changes nothing, and W never changes, except where LoftQ replaces it with a
+warning.
+"""
 
 import copy
 import json
@@ -40,16 +43,16 @@ variants = pytest.mark.parametrize("given", VARIANTS.values(), ids=VARIANTS)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    """Nothing here is about crashes."""
+    """Skip fsync, which these tests do not need."""
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-# ---- property: nothing moves before training, and W never
+# ---- property: a new adapter changes nothing, and W never changes
 
 
 @KEEPS_W
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "4 bits"])
-def test_w_stays_and_the_start_changes_no_bit(given, quantised):
+def test_new_variant_keeps_w_and_the_output_bit_for_bit(given, quantised):
     model = twin(small(attention_bias=True))
     if quantised:
         ml.quantize_model(model)
@@ -70,7 +73,7 @@ def test_w_stays_and_the_start_changes_no_bit(given, quantised):
     )
 
 
-def test_loftq_says_that_it_replaces_the_base_and_both_files_come_back(tmp_path):
+def test_loftq_warns_that_it_replaces_the_base_and_both_files_load(tmp_path):
     model = twin(small())
     ml.save_model(model, tmp_path / "plain")
     targets = {"target_modules": "all-linear"}
@@ -85,15 +88,15 @@ def test_loftq_says_that_it_replaces_the_base_and_both_files_come_back(tmp_path)
     again = ml.load_model(tmp_path / "base", dtype="float32", device="cpu")
     ml.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(output(again), expected)
-    for kind in (None, "nf4"):  # beside W, or NF4(W), it is noise
+    for kind in (None, "nf4"):  # the adapter does not fit W or NF4(W)
         other = ml.load_model(tmp_path / "plain", dtype="float32", device="cpu", quantize=kind)
         with pytest.raises(ValueError, match="other weights|another base|differ"):
             ml.load_adapter(other, tmp_path / "adapter")
 
 
 @variants
-def test_a_stopped_run_goes_on(given, tmp_path):
-    """And, with gradient checkpointing, as without."""
+def test_resumed_and_checkpointed_runs_equal_the_whole_run(given, tmp_path):
+    """A resumed run, and a run with gradient checkpointing, equal the whole run."""
 
     def run(folder, **options):
         model = injected(given, twin(small(vocab_size=len(Letters()))))
@@ -116,7 +119,7 @@ def test_a_stopped_run_goes_on(given, tmp_path):
 
 
 @KEEPS_W
-def test_it_runs_on_the_plain_form_and_can_be_traced_copied_and_loaded(given):
+def test_reference_ops_trace_copy_and_state_dict_give_the_same_output(given):
     model = shake(injected(given))
     expected = output(model)
     with ml.reference_ops():
@@ -139,7 +142,7 @@ def test_it_runs_on_the_plain_form_and_can_be_traced_copied_and_loaded(given):
 
 @KEEPS_W
 def test_in_16_bits_the_error_is_that_of_the_base(given):
-    """Against fp64 weights: no more than 4 roundings to bf16 (2⁻⁹ each) beyond what the base alone is off by."""
+    """Compared with fp64, the error is at most 4 bf16 roundings (2⁻⁹ each) above the base's."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(128, 64, bias=False))
     model = shake(injected(given | {"target_modules": ["0"]}, layer))
@@ -154,7 +157,7 @@ def test_in_16_bits_the_error_is_that_of_the_base(given):
 
 
 @pytest.mark.parametrize("given", [DORA, PISSA])
-def test_a_plan_knows_it(given):
+def test_memory_plan_counts_the_variants_parameters(given):
     config = DecoderConfig(
         97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     )
@@ -180,7 +183,7 @@ def test_a_plan_knows_it(given):
         (LOFTQ | {"loftq_config": {"loftq_iter": 0}}, "loftq_config: expected >= 1"),
     ],
 )
-def test_what_does_not_go_together(fields, message):
+def test_incompatible_config_fields_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         ml.LoRAConfig(**fields)
 
@@ -196,7 +199,7 @@ def test_other_kinds_of_layers_are_refused_and_the_model_untouched(given):
         assert not lora_layers(model)
 
 
-def test_what_has_no_room_or_no_dense_weight():
+def test_rank_too_large_or_base_not_dense_raises():
     with pytest.raises(ValueError, match="a LoRA of rank 2r: expected 1 to 16, got 17"):
         injected(
             PISSA | {"r": 17}, nn.Sequential(nn.Linear(32, 64)) and twin(small(hidden_size=32))
@@ -211,7 +214,7 @@ def test_what_has_no_room_or_no_dense_weight():
     assert ml.list_adapters(model) == ["default"]
 
 
-def test_dora_does_not_add_up():
+def test_dora_cannot_be_active_with_another_adapter():
     model = injected(SOME)
     ml.inject(model, ml.LoRAConfig(**DORA), name="second")
     ml.inject(model, ml.LoRAConfig(**PISSA), name="third")
@@ -223,7 +226,7 @@ def test_dora_does_not_add_up():
 
 
 @pytest.mark.parametrize("how", ["pissa_niter_4", "loftq"])
-def test_a_file_beside_another_base_is_refused(how, tmp_path):
+def test_a_file_of_an_adapter_for_a_replaced_base_is_refused(how, tmp_path):
     model = shake(injected(SOME))
     ml.save_adapter(model, tmp_path)
     values = json.loads((tmp_path / CONFIG_FILE).read_text())
