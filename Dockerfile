@@ -1,4 +1,5 @@
-# minilora serve, on a CPU. Build: docker build -t minilora .   Run: compose.yaml, and docs/serve.md for what to mount.
+# minilora serve on a CPU. Build: docker build -t minilora .   Run: see compose.yaml; docs/serve.md
+# lists the folders to mount.
 FROM python:3.12.12-slim-bookworm AS build
 WORKDIR /src
 RUN python -m venv /opt/minilora
@@ -6,13 +7,13 @@ ENV PATH=/opt/minilora/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY minilora minilora
 COPY kernels kernels
-# torch alone from PyTorch's index, where its build without CUDA is
+# Only torch comes from PyTorch's index, which has the build without CUDA.
 RUN grep '^torch==' constraints.txt > torch.txt \
     && pip install --no-cache-dir -r torch.txt --index-url https://download.pytorch.org/whl/cpu \
     && pip install --no-cache-dir -c constraints.txt '.[serve,gguf]'
 
 FROM python:3.12.12-slim-bookworm
-# the C compiler is for few tokens through 4-bit layers, compiled at first use and kept in MINILORA_CACHE
+# The C compiler builds the CPU kernels at first use; MINILORA_CACHE stores them.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 \

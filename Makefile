@@ -1,6 +1,6 @@
-# Each target sets up what it needs, once. The raw command stands beside it, for those without make.
+# Each target installs what it needs, once. Its description shows the command to run without make.
 #
-#   make demo                    fine-tune a real model, before/after table
+#   make demo                    fine-tune a real model, print a table of before and after
 #   make demo TASK=address       the same on US addresses -> JSON
 #   make test                    lint, types and the fast tests
 #   make test ISA=avx2           the same as on a processor without AVX-512 (or ISA=default: with SSE alone)
@@ -21,10 +21,10 @@ FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 .DEFAULT_GOAL := help
 .PHONY: help venv install tritons demo test test-all check-demo lint format types bench pictures notebooks docs clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
 
-# ---- set-up: stamp files inside the environment, so that it runs once and again when versions change
+# ---- set-up: stamp files in the environment make it run once, and again when versions change
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,8 +43,9 @@ $(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/python
 
 venv: $(BIN)/python  ## python3 -m venv .venv
 
-# The oldest and the newest Triton, each in a folder that PYTHONPATH lays over the pinned one. numpy goes with them:
-# from 2.4 on it no longer makes a Python number of an array with one element, which Triton 3.3's interpreter asks for.
+# The oldest and the newest supported Triton, each in a folder that PYTHONPATH puts before the
+# pinned version. Each folder also has an older numpy: numpy 2.4 no longer converts an array with
+# one element to a Python number, and the interpreter of Triton 3.3 needs this conversion.
 tritons: $(TRITONS:%=$(VENV)/triton-%)  ## pip install --no-deps --target .venv/triton-VERSION triton==VERSION 'numpy<2.4'
 
 $(VENV)/triton-%: | install
@@ -52,13 +53,14 @@ $(VENV)/triton-%: | install
 
 install: $(VENV)/.all  ## pip install -c constraints.txt -e '.[all]'
 
-# ---- what it is for
+# ---- demo, benchmarks and documentation
 
 demo: $(VENV)/.demo  ## python examples/demo.py --task icd10 (or address)
 	$(BIN)/python examples/demo.py --task $(TASK)
 
-# Each says what it leaves out where there is no GPU, and where peers are not installed. scale_8b.py takes its 16 GB only
-# if told where (--folder); the longest are peers.py (a quarter of an hour), qlora_parity.py and bench_train.py.
+# Each benchmark prints what it leaves out without a GPU or without the other libraries. scale_8b.py
+# writes its 16 GB only if --folder is given. The longest ones are peers.py (a quarter of an hour),
+# qlora_parity.py and bench_train.py.
 BENCHMARKS = $(filter-out benchmarks/docs/%,$(shell grep -l __main__ benchmarks/*/*.py))
 
 bench: install  ## python benchmarks/GROUP/NAME.py, each in turn: most of an hour on two cores, 3 GB of temporary files
@@ -66,14 +68,14 @@ bench: install  ## python benchmarks/GROUP/NAME.py, each in turn: most of an hou
 	  $(BIN)/python $$script || failed="$$failed $$script"; echo "== $$(($$(date +%s) - begun)) s"; done; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
-pictures: install  ## python benchmarks/docs/pictures.py && python benchmarks/docs/explorer.py: those in docs/
+pictures: install  ## python benchmarks/docs/pictures.py && python benchmarks/docs/explorer.py: draw the pictures in docs/
 	$(BIN)/python benchmarks/docs/pictures.py
 	$(BIN)/python benchmarks/docs/explorer.py
 
 notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
 	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
 
-docs: install  ## python docs/site/pages.py && zensical build -s -f out/zensical.toml: a site in out/site
+docs: install  ## python docs/site/pages.py && zensical build -s -f out/zensical.toml: build a site in out/site
 	$(BIN)/python docs/site/pages.py
 	$(BIN)/zensical build -s -f out/zensical.toml
 
@@ -86,8 +88,9 @@ lint: install  ## ruff check . && ruff format --check .
 types: install  ## basedpyright
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# An x86 processor runs the tests as an older one: ISA=avx2, or ISA=default. torch's own loops, oneDNN, MKL and the C
-# that is compiled here follow a variable each. What dtype="auto" goes by follows none of them: CONTRIBUTING.md.
+# ISA=avx2 and ISA=default make an x86 processor run the tests with the instructions of an older
+# one. One variable each sets torch's own loops, oneDNN, MKL and the compiled C code. None of them
+# changes the choice of dtype="auto" (CONTRIBUTING.md).
 UNDER_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 MINILORA_MARCH=x86-64-v3
 UNDER_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MINILORA_MARCH=x86-64
 UNDER = $(if $(ISA),$(or $(UNDER_$(ISA)),$(error ISA must be avx2 or default, got $(ISA))))
@@ -98,7 +101,7 @@ test: lint types  ## pytest -n 2 -m "not slow and not gpu"
 test-all: install tritons  ## pytest -n 2 -m "(slow or gpu) and not demo": the real model, the wheel, examples, notebooks
 	$(UNDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "(slow or gpu) and not demo" --durations=20
 
-# These train a real model for minutes with every core. CI runs their short forms.
+# These tests train a real model for minutes on every core. CI runs their short forms.
 check-demo: install  ## pytest -m demo: the demo in full, and planned against measured memory
 	$(BIN)/python -m pytest -q -m demo --durations=5
 
