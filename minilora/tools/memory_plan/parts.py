@@ -5,7 +5,7 @@ from typing import Any
 # Field of MemoryPlan -> its caption in the table and the picture.
 PARTS = {
     "packed": "4-bit codes",
-    "scales": "their scales",
+    "scales": "block scales",
     "dense": "dense weights",
     "adapters": "adapters (fp32)",
     "optimizer": "optimiser",

@@ -368,8 +368,8 @@ def table(plans: list[MemoryPlan]) -> str:
         if any(values):
             rows.append([caption, *(_gigabytes(value) for value in values)])
     rows.append(["total, GB", *(_gigabytes(plan.total) for plan in plans)])
-    rows.append(["fullest in", *(plan.moment for plan in plans)])
-    rows.append(["numbers that train", *(f"{plan.trainable:,}" for plan in plans)])
+    rows.append(["peak during", *(plan.moment for plan in plans)])
+    rows.append(["trainable parameters", *(f"{plan.trainable:,}" for plan in plans)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [about(plans[0])]
     for caption, *values in rows:
