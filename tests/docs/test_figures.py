@@ -1,13 +1,15 @@
-"""Proves that every figure in a text has a source, and lists which: `FIGURES` names it for each section that has any.
+"""Tests that every figure in a text has a source.
 
-    log: HEADING     a script's output, kept in that entry of docs/LOG.md: each figure stands there, literally
-    test: FILE       a test of that file reprints it or computes it again
-    given: REASON    a definition, a version, a setting: nothing was measured
-    cell: CODE       of a notebook: the code that prints or asserts it
+`FIGURES` names the sources for each section that contains figures:
 
-What counts as a figure: a number with decimals, or one before a unit. Fenced code is left out, as
-tests reprint what it shows or run it. An entry of the log names the script, test or command that
-reprints it.
+    log: HEADING     a script's output in that entry of docs/LOG.md, which has the same figure
+    test: FILE       a test of that file prints the figure or computes it again
+    given: REASON    a definition, a version or a setting: nothing was measured
+    cell: CODE       code of the notebook that prints or asserts the figure
+
+A figure is a number with decimals, or a number before a unit. Fenced code is left out, because
+other tests run it or print its output. Each entry of the log names the script, test or command that
+prints its figures.
 """
 
 import re
@@ -34,15 +36,15 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     "docs/glossary.md": {"A weight, by hand": ["test: test_pages.py"]},
     "docs/gpu.md": {"What to expect": ["given: what is known of memory in general"]},
     "docs/memory.md": {"Will it fit?": ["given: sizes of cards"]},
-    "docs/reference.md": {"The public door": ["given: weights in an example"]},
+    "docs/reference.md": {"Public functions and classes": ["given: weights in an example"]},
     "docs/serve.md": {
-        "How fast": [SERVED],
+        "Speed": [SERVED],
         "Limits": ["given: a setting of minilora/serving/middleware.py"],
     },
-    "docs/speed.md": {"How fast, how small": [PEERS]},
+    "docs/speed.md": {"Speed and memory": [PEERS]},
     "docs/variants.md": {
-        "Variants": ["log: the variants in the same budget"],
-        "Many adapters": [SERVED],
+        "Variants of LoRA": ["log: the variants in the same budget"],
+        "Several adapters": [SERVED],
     },
     "docs/when.md": dict.fromkeys(
         (
@@ -57,7 +59,7 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     ),
     "kernels/README.md": {
         "What runs where": ["given: versions"],
-        "What the machine code says": ["test: test_kernel_report.py"],
+        "Instruction counts": ["test: test_kernel_report.py"],
     },
     "notebooks/1_lora_from_scratch.py": {
         "2. A toy: how large must r be?": ["given: the toy's singular values"]
@@ -96,19 +98,20 @@ FIGURES: dict[str, dict[str, list[str]]] = {
 
 
 def sections(page: str) -> dict[str, str]:
-    """Heading -> the text below it, up to the next heading of any depth."""
+    """Return heading -> the text up to the next heading of any level."""
     parts = re.split(r"^#+ (.*)$", prose(page), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def entries() -> dict[str, str]:
-    """Title, without its date -> text of an entry of the log."""
+    """Return title without date -> text, for each entry of the log."""
     parts = re.split(r"^## [\d-]+: (.*)$", text("docs/LOG.md"), flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_what_a_figure_is():
-    said = "1.37 times, 0.32, 1,429 MB, 40 %, 12 ms; but torch 2.13.0, 2 cores, arXiv:2305.18290, r = 16, #7.5, bf16"
+def test_figure_matches_decimals_and_numbers_before_units():
+    said = "1.37 times, 0.32, 1,429 MB, 40 %, 12 ms; "
+    said += "but torch 2.13.0, 2 cores, arXiv:2305.18290, r = 16, #7.5, bf16"
     assert FIGURE.findall(said) == ["1.37", "0.32", "1,429", "40", "12"]
 
 
@@ -140,11 +143,11 @@ def test_every_figure_has_its_source(page: str):
                 for figure in figures
                 if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d)", kept)
             ]
-            assert not missing, f"{page}, {heading}: {missing} are not in the entry of the log"
+            assert not missing, f"{page}, {heading}: the entry of the log does not have {missing}"
 
 
 def rows(said: str) -> dict[str, list[str]]:
-    """First cell -> the other cells of the tables in a text."""
+    """Return first cell -> other cells, for each row of the tables in a text."""
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in said.splitlines()
@@ -153,9 +156,9 @@ def rows(said: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in lines}
 
 
-def test_tables_are_those_of_the_log():
-    """A figure of one row is no source for another row's; and the README's are those of docs/speed.md."""
-    pages = {"docs/when.md": 20, "docs/serve.md": 3, "docs/variants.md": 6}  # rows at least
+def test_rows_of_tables_equal_those_of_the_log():
+    """Compare whole rows, and the figures of the README with those of docs/speed.md."""
+    pages = {"docs/when.md": 20, "docs/serve.md": 3, "docs/variants.md": 6}  # page -> least rows
     for page, least in pages.items():
         found = [
             line for line in text(page).splitlines() if re.match(r"\| [^|]+ \| [\d,.]+ \|", line)
@@ -178,7 +181,10 @@ RENAMED = {
 
 
 def found_today(path: str) -> bool:
-    """Whether a file that the log names is in its folder or below; notebooks may have another number."""
+    """Return True if a file that the log names exists in its folder or below.
+
+    A notebook may have another number.
+    """
     folder, _, name = path.partition("/")
     name = re.sub(r"^\d_", "", name.rpartition("/")[2])
     name = RENAMED.get(name, name)
@@ -186,7 +192,7 @@ def found_today(path: str) -> bool:
 
 
 @pytest.mark.parametrize("title", entries())
-def test_an_entry_of_the_log_names_what_reprints_it(title: str):
+def test_an_entry_of_the_log_names_a_script_or_command(title: str):
     said = entries()[title]
     named = re.findall(
         r"(?:python|pytest)[^`\n]*?((?:benchmarks|examples|notebooks|tests)/[\w/]+\.py)", said
