@@ -9,7 +9,7 @@ import torch
 
 import minilora as ml
 from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_quantize, load
-from minilora.data.formats import check_file
+from minilora.data.read_rows import check_file
 from minilora.lora.merging.merge import STORAGES
 from minilora.tools.compare_exports import compare_exports as compare_forms
 from minilora.tools.inspect import inspect as inspect_path

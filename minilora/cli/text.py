@@ -7,7 +7,7 @@ from typing import Any
 import minilora as ml
 from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_quantize, load
 from minilora.cli.values import add_fields, parse_value
-from minilora.data.formats import check_file
+from minilora.data.read_rows import check_file
 from minilora.lora.files.save_load import find_adapter
 from minilora.serving.serve import check as check_server
 

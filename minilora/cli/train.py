@@ -10,7 +10,7 @@ import minilora as ml
 from minilora.cli.options import add_command, add_quantize, summary
 from minilora.cli.preview import before_training
 from minilora.cli.values import CONFIGS, add_fields
-from minilora.data.formats import check_file
+from minilora.data.read_rows import check_file
 from minilora.losses import OBJECTIVES
 from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options

@@ -1,5 +1,6 @@
 """Data: from rows to batches.
 
+read_rows.py        datasets and files → rows
 formats.py          rows of any known shape → conversations or plain text
 chat_template.py    conversation → text
 tokenizer.py        text ↔ token ids
@@ -16,10 +17,11 @@ preview.py          rows token by token, with facts about the dataset (dataset_f
 from minilora.data.chat_template import ALPACA_TEMPLATE
 from minilora.data.collate import collate
 from minilora.data.dataset import EncodedDataset, encode_dataset
-from minilora.data.formats import SHAPES, Chat, RawText, Text, as_messages, read_dataset
+from minilora.data.formats import SHAPES, Chat, RawText, Text, as_messages
 from minilora.data.loss_mask import IGNORE, Example, encode_row
 from minilora.data.packing import PackedDataset, pack
 from minilora.data.prompt import encode_prompt, end_of_turn, split_prompt
+from minilora.data.read_rows import read_dataset
 from minilora.data.report import DataReport
 from minilora.data.tokenizer import AnyTokenizer, Tokenizer, load_tokenizer
 

@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 # A format for a checkpoint without a template: `tokenizer.chat_template = ALPACA_TEMPLATE`. It
@@ -103,3 +104,24 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+def read_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+    """Return the template of a checkpoint, {name: template} if there are several, or None.
+
+    Args:
+        folder: the checkpoint.
+        config: the content of its tokenizer_config.json.
+    """
+    template = config.get("chat_template")
+    named = {}
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+    elif isinstance(template, str):
+        named = {"default": template}
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        named = {"default": file.read_text(encoding="utf-8")}
+    for further in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        named[further.stem] = further.read_text(encoding="utf-8")
+    return named.get("default") if set(named) <= {"default"} else named

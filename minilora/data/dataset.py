@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.dataset_cache import StoredExamples, cached, load, store
-from minilora.data.formats import Chat, Row, as_messages, check_file, extra_keys, iterate_dataset
+from minilora.data.formats import Chat, as_messages, extra_keys
 from minilora.data.loss_mask import Example, encode_row
+from minilora.data.read_rows import Row, check_file, iterate_dataset
 from minilora.data.report import DataReport, numbers
 from minilora.data.tokenizer import AnyTokenizer
 

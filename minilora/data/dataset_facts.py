@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from minilora.data import IGNORE, AnyTokenizer, Chat, Example, as_messages
 from minilora.data.chat_template import template_errors
 from minilora.data.dataset import Encoder
-from minilora.data.formats import Row
 from minilora.data.prompt import is_special
+from minilora.data.read_rows import Row
 from minilora.data.report import numbers
 from minilora.lora.files.base_check import hash_tokenizer
 

@@ -1,7 +1,6 @@
-"""Datasets: rows of any known shape → conversations or plain text.
+"""Rows of any known shape → conversations or plain text.
 
-A dataset is a list, an iterable or a `datasets.Dataset` of dicts, or a path to .jsonl, .json, .csv
-or .parquet. Each row is recognised by its keys, in this order; a row of no known shape is an error:
+Each row is recognised by its keys, in this order; a row of no known shape is an error:
 
     messages                    OpenAI: [{"role", "content"}, …]; `tools` go to the template
     conversations               ShareGPT: [{"from", "value"}, …]; `system` becomes the first message
@@ -16,14 +15,12 @@ None count as absent: Arrow gives every row the keys of all others. Other keys a
 report lists them.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-Row = Mapping[str, Any]
+from minilora.data.read_rows import Row
+
 Message = dict[str, Any]
 
 # shape: the keys that define it, and further keys that are used if present
@@ -96,152 +93,6 @@ class Text:
 
 class RawText(str):
     """A prompt to encode without the chat template."""
-
-
-def read_dataset(dataset: Any) -> list[Row]:
-    """Return the rows of a dataset.
-
-    Args:
-        dataset: rows, or a path to a file of rows.
-
-    Raises:
-        ValueError: there are no rows, a row is not a dict, or the file is of an unknown kind.
-    """
-    return list(iterate_dataset(dataset))
-
-
-def iterate_dataset(dataset: Any) -> Iterator[Row]:
-    """Yield the rows of a dataset one by one.
-
-    Memory holds a few rows of a .jsonl or .csv, a row group of a .parquet, all rows of a .json
-    file.
-
-    Args:
-        dataset: rows, or a path to a file of rows.
-
-    Yields:
-        The rows.
-
-    Raises:
-        ValueError: there are no rows, a row is not a dict, or the file is of an unknown kind.
-    """
-    empty = True
-    for index, row in enumerate(_rows_of(dataset)):
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"row {index}: expected a dict, got {type(row).__name__}: {str(row)[:60]!r}."
-            )
-        empty = False
-        yield row
-    if empty:
-        name = dataset if isinstance(dataset, str | Path) else type(dataset).__name__
-        raise ValueError(f"dataset: {name} is empty.")
-
-
-def _rows_of(dataset: Any) -> Iterable[Any]:
-    if isinstance(dataset, str | Path):
-        return _read_file(Path(dataset))
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"dataset: expected rows, got a {type(dataset).__name__} with keys "
-            f"{list(dataset)[:8]}. "
-            'Pass one split, such as dataset["train"], or a list of dicts.'
-        )
-    if isinstance(dataset, Iterable):
-        return dataset
-    raise ValueError(
-        f"dataset: expected a list, an iterable or a path, got {type(dataset).__name__}."
-    )
-
-
-def check_file(path: str | Path) -> str:
-    """Return the ending of a dataset file, in lower case.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: the ending is unknown.
-        FileNotFoundError: the file does not exist.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
-        raise ValueError(
-            f"dataset: expected a path to .jsonl, .json, .csv or .parquet, got {str(path)!r}. "
-            'For a data set of the Hub, pass the result of `datasets.load_dataset(name, split="train")`.'
-        )
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"dataset: {path} does not exist. Expected a file of rows; paths begin at {Path.cwd()}."
-        )
-    return suffix
-
-
-def _read_file(path: Path) -> Iterator[Any]:
-    suffix = check_file(path)
-    try:
-        if suffix == ".parquet":
-            yield from _read_parquet(path)
-        else:
-            yield from _read_text(path, suffix)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}. Save it as UTF-8.") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f'{path}: reading parquet needs pyarrow (pip install "minilora[data]").'
-        ) from error
-    with ParquetFile(path) as file:
-        # One row group at a time: asked for all groups, pyarrow would read ahead without a limit.
-        for group in range(file.num_row_groups):
-            for batch in file.iter_batches(256, row_groups=[group]):
-                yield from batch.to_pylist()
-
-
-def _read_text(path: Path, suffix: str) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if suffix == ".csv":
-            yield from _read_csv(path, file)
-        elif suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _json(line, f"{path}, line {number}")
-        else:
-            rows = _json(file.read(), str(path))
-            if not isinstance(rows, list):
-                raise ValueError(
-                    f"{path}: expected a JSON list of rows, got {type(rows).__name__}."
-                )
-            yield from rows
-
-
-def _read_csv(path: Path, file: Iterable[str]) -> Iterator[Any]:
-    try:
-        for index, row in enumerate(csv.DictReader(file)):
-            # DictReader puts surplus cells under the key None, and None into missing cells.
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}: the number of cells of row {index} differs from the header's."
-                )
-            yield row
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}: Python cannot read this CSV: {error}. .jsonl has no such limits."
-        ) from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = ""
-        if error.msg == "Extra data":
-            hint = " One object a line is .jsonl: rename the file."
-        raise ValueError(f"{where}: not JSON: {error}.{hint}") from error
 
 
 def shape_of(row: Row, index: int = 0) -> str:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora.data.chat_template import template_errors
-from minilora.data.formats import Chat, Message, Row, Text, as_messages
+from minilora.data.formats import Chat, Message, Text, as_messages
 from minilora.data.prompt import opening_ids, turn_end
+from minilora.data.read_rows import Row
 from minilora.data.tokenizer import AnyTokenizer
 from minilora_kernels.ops.cross_entropy import IGNORE
 

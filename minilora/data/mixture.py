@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from minilora.data.formats import Row, read_dataset
+from minilora.data.read_rows import Row, read_dataset
 
 
 class SourcedRow(dict):

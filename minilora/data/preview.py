@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 from minilora.data import IGNORE, AnyTokenizer, DataReport, Example, encode_row
 from minilora.data.dataset_facts import Facts
-from minilora.data.formats import iterate_dataset
 from minilora.data.packing import pack
+from minilora.data.read_rows import iterate_dataset
 
 EDGE = 6  # tokens shown at each end of a run: tokens that are all trained, or all not
 WIDTH = 160  # most characters of a run

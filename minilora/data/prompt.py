@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.data.formats import Chat, Message, RawText, Row, as_messages
+from minilora.data.formats import Chat, Message, RawText, as_messages
+from minilora.data.read_rows import Row
 from minilora.data.tokenizer import AnyTokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from minilora.common import write_text
-from minilora.data.chat_template import render
+from minilora.data.chat_template import read_template, render
 from minilora.models.gguf.tokenizer import from_gguf
 
 SPECIAL_TOKENS = (
@@ -356,7 +356,7 @@ def _from_folder(folder: Path) -> Tokenizer:
             "vocabulary."
         )
     backend.add_special_tokens(further)
-    return Tokenizer(backend, special, _chat_template(folder, config), config)
+    return Tokenizer(backend, special, read_template(folder, config), config)
 
 
 def _further_special_tokens(config: dict[str, Any]) -> list[str]:
@@ -388,22 +388,6 @@ def _add_tokens(backend: Any, tokens: dict[str, dict[str, Any]], file: Path) -> 
                 f"{file}: tokenizer_config.json gives the added token {content!r} the id {number}, "
                 f"the vocabulary {got}. The two files belong to different checkpoints."
             )
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
-    """Return the template, or {name: template} if there are several."""
-    template = config.get("chat_template")
-    named = {}
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-    elif isinstance(template, str):
-        named = {"default": template}
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        named = {"default": file.read_text(encoding="utf-8")}
-    for further in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        named[further.stem] = further.read_text(encoding="utf-8")
-    return named.get("default") if set(named) <= {"default"} else named
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from minilora.data.dataset import encode_dataset
-from minilora.data.formats import Chat, RawText, as_messages, read_dataset
+from minilora.data.formats import Chat, RawText, as_messages
 from minilora.data.loss_mask import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
+from minilora.data.read_rows import read_dataset
 from minilora.evaluation.likeliest_label import choose
 from minilora.evaluation.metrics import Scores, exact_match, token_f1
 from minilora.generation.generate import end_tokens, generate_ids

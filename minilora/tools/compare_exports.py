@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.data.formats import read_dataset
 from minilora.data.loss_mask import IGNORE, Example
+from minilora.data.read_rows import read_dataset
 from minilora.data.tokenizer import load_tokenizer
 from minilora.lora.batched import per_row_adapters
 from minilora.lora.files.save_load import load_adapter

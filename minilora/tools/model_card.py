@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.common import read_tensors, write_text
-from minilora.data.formats import read_dataset
+from minilora.data.read_rows import read_dataset
 from minilora.evaluation.metrics import Scores
 from minilora.hub import HUB_ID
 from minilora.lora.files.base_check import read_binding

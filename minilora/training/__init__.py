@@ -7,7 +7,8 @@
     checks         errors that are raised before training or in a step
     precision      autocast and the loss scaler
     runtime        context managers for the run: modes, Ctrl-C, memory
-    checkpoint     checkpoints and resuming
+    checkpoint     one checkpoint: write and read it
+    run_folder     the checkpoints of a run: find, keep, delete
     validation     evaluation during training, the best step, early stopping
     metrics_log    log.jsonl and the progress bar
     trackers       TensorBoard, W&B and trackio

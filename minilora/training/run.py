@@ -17,13 +17,14 @@ from minilora.lora.files.base_check import note_tokenizer
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
 from minilora.training import checks
 from minilora.training.batch_sampler import BatchPlan
-from minilora.training.checkpoint import Checkpoints, Progress, trainable_parameters
+from minilora.training.checkpoint import Progress, trainable_parameters
 from minilora.training.config import TrainConfig
 from minilora.training.distributed import process_on
 from minilora.training.optim.lr_schedule import total_steps
 from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.process import Process
+from minilora.training.run_folder import Checkpoints
 from minilora.training.runtime import reset_peak_memory
 from minilora.training.validation import Evaluation
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.common import unknown
-from minilora.data.formats import iterate_dataset
+from minilora.data.read_rows import iterate_dataset
 from minilora.evaluation.evaluate import evaluate
 from minilora.evaluation.metrics import json_valid
 from minilora.losses.sft import SFT, Objective, means

@@ -20,7 +20,7 @@ from torch import nn
 from helpers.toy import FAST, Letters, adapters, llama, lora, rows
 from minilora import DPO, KLToBase, LoRAConfig, inject, quantize_model
 from minilora.losses.sft import SFT
-from minilora.training import checkpoint
+from minilora.training import run_folder
 from minilora.training.config import TrainConfig
 from minilora.training.distributed import Parallel
 from minilora.training.loop import TrainResult, train
@@ -170,8 +170,8 @@ def facts(folder: Path) -> dict[str, Any]:
 def main(folder: Path, chosen: str) -> None:
     """The chosen runs of the comparison, then the facts."""
     saved: list[Path] = []
-    save = checkpoint.save_checkpoint
-    checkpoint.save_checkpoint = lambda path, *rest: saved.append(path) or save(path, *rest)
+    save = run_folder.save_checkpoint
+    run_folder.save_checkpoint = lambda path, *rest: saved.append(path) or save(path, *rest)
     found: dict[str, Any] = {}
     for name in RUNS[chosen]:
         kind, engine = name.split()

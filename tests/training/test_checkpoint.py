@@ -19,7 +19,7 @@ import torch
 
 from helpers.toy import Letters, llama, lora, rows
 from minilora.lora.files.save_load import load_adapter
-from minilora.training import checkpoint, validation
+from minilora.training import checkpoint, run_folder, validation
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
@@ -124,7 +124,7 @@ def test_resumed_from_an_older_checkpoint_replaces_what_came_after_it(tmp_path):
         logging_steps=1,
         resume_from_checkpoint=str(tmp_path / "checkpoint-3"),
     )
-    assert same(resumed, model) and checkpoint.checkpoint_steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    assert same(resumed, model) and run_folder.checkpoint_steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == result.losses
     assert sum("seconds" in line for line in lines) == 1
@@ -189,7 +189,7 @@ def test_a_checkpoint_is_an_adapter_that_loads(whole):
 
 def test_save_total_limit_keeps_the_newest(tmp_path):
     run(tmp_path, save_steps=2, save_total_limit=2)
-    assert checkpoint.checkpoint_steps(tmp_path) == [6, 7]
+    assert run_folder.checkpoint_steps(tmp_path) == [6, 7]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoint-6",
         "checkpoint-7",
@@ -199,10 +199,10 @@ def test_save_total_limit_keeps_the_newest(tmp_path):
 
 def test_save_steps_and_the_end(whole, tmp_path):
     folder, _, result = whole
-    assert checkpoint.checkpoint_steps(folder) == [1, 2, 3, 4, 5, 6, 7]
+    assert run_folder.checkpoint_steps(folder) == [1, 2, 3, 4, 5, 6, 7]
     assert result.checkpoint == folder / "checkpoint-7"
     _, result = run(tmp_path)
-    assert checkpoint.checkpoint_steps(tmp_path) == [7]
+    assert run_folder.checkpoint_steps(tmp_path) == [7]
 
 
 # ---- crashes
@@ -255,7 +255,7 @@ def start(folder: Path, save: int | None) -> subprocess.Popen:
     while not (
         log.exists()
         and log.read_text().count("\n") > 6
-        and (not save or checkpoint.checkpoint_steps(folder))
+        and (not save or run_folder.checkpoint_steps(folder))
     ):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -269,7 +269,7 @@ def test_ctrl_c_ends_a_process_cleanly(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err, err
-    (step,) = checkpoint.checkpoint_steps(tmp_path)
+    (step,) = run_folder.checkpoint_steps(tmp_path)
     assert out.splitlines()[-1] == f"returned {step} True {tmp_path / f'checkpoint-{step}'}"
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["interrupted"] is True
     resumed, result = run(tmp_path, resume_from_checkpoint="last", learning_rate=1e-3, max_steps=step + 2,
@@ -281,13 +281,13 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
     process = start(tmp_path, 1)  # saves all the time: the kill falls into a save
     process.kill()
     process.communicate(timeout=60)
-    for step in checkpoint.checkpoint_steps(tmp_path):
+    for step in run_folder.checkpoint_steps(tmp_path):
         load_adapter(llama(), tmp_path / f"checkpoint-{step}")
         assert (
             json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())["step"]
             == step
         )
-    last = checkpoint.checkpoint_steps(tmp_path)[-1]
+    last = run_folder.checkpoint_steps(tmp_path)[-1]
     (tmp_path / ".checkpoint-99.tmp").mkdir()  # as a kill in a save leaves it
     _, result = run(
         tmp_path, resume_from_checkpoint="last", max_steps=last + 2, per_device_train_batch_size=8

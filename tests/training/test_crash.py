@@ -22,7 +22,7 @@ from minilora.lora.files.save_load import save_adapter
 from minilora.models import safetensors_writer
 from minilora.models.loader import load_model
 from minilora.models.save import save_model
-from minilora.training import checkpoint
+from minilora.training import run_folder
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
@@ -132,9 +132,9 @@ def start(script: str, **values: object) -> subprocess.Popen:
 
 def resume(folder: Path, undisturbed: Path, steps: int, method: str = "lora") -> None:
     """Go on to that step; the result is the undisturbed run's, to the bit, and nothing half is left."""
-    at = checkpoint.checkpoint_steps(folder)
+    at = run_folder.checkpoint_steps(folder)
     result = run(folder, steps, method, resume_from_checkpoint="last" if at else None)
-    assert result.steps == steps and checkpoint.checkpoint_steps(folder)[-1] == steps
+    assert result.steps == steps and run_folder.checkpoint_steps(folder)[-1] == steps
     ours, theirs = ({path.name: path.read_bytes() for path in (where / f"checkpoint-{steps}").iterdir()}
                     for where in (folder, undisturbed))  # fmt: skip
     assert ours == theirs, (steps, at)
@@ -150,7 +150,7 @@ def test_killed_at_random_moments_and_resumed_is_as_if_nothing_had_happened(tmp_
     for name, process in processes.items():
         _, err = process.communicate(timeout=120)
         assert process.returncode == -9, (name, err)
-        reached[name] = (checkpoint.checkpoint_steps(tmp_path / name) or [0])[-1]
+        reached[name] = (run_folder.checkpoint_steps(tmp_path / name) or [0])[-1]
     assert max(reached.values()) > 2  # some had come a way
     last = max(reached.values()) + 2
     run(tmp_path / "undisturbed", last, save_total_limit=None)
@@ -213,7 +213,7 @@ def test_a_run_resumed_from_an_early_step_keeps_what_it_saves(tmp_path):
     early = str(tmp_path / "checkpoint-2")
     result = run(tmp_path, 4, resume_from_checkpoint=early, save_total_limit=1)
     assert result.checkpoint == tmp_path / "checkpoint-4" and result.checkpoint.is_dir()
-    assert checkpoint.checkpoint_steps(tmp_path) == [4, 6]
+    assert run_folder.checkpoint_steps(tmp_path) == [4, 6]
 
 
 @pytest.mark.parametrize("moment", ["writing", "moving"])

@@ -1,5 +1,6 @@
 """Adapter files in PEFT's format, and the check of the base that they belong to.
 
+find.py              the folder of an adapter, downloaded if necessary
 save_load.py         save_adapter, load_adapter
 adapter_tensors.py   the tensors of a file, and their names
 base_check.py        fingerprints of the base and the tokenizer

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from minilora.common import ends_with_any, is_conv1d, read_tensors, write_text
-from minilora.hub import HUB_ID, download
 from minilora.lora.active import check_adapters, disable_adapters, list_adapters, set_adapter
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter
@@ -35,13 +34,11 @@ from minilora.lora.files.base_check import (
     read_binding,
     write_bound,
 )
+from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_json
 from minilora.lora.inject import attach, new_adapters, new_parts
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import adaptable_layers
 from minilora.lora.variants.base import as_plain
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class AdapterContents(NamedTuple):
@@ -231,7 +228,7 @@ def read_contents(
     """
     path, _ = find_adapter(folder, revision, token)
     return AdapterContents(
-        _read_json(path / CONFIG_FILE),
+        read_json(path / CONFIG_FILE),
         read_tensors(path / WEIGHTS_FILE),
         read_binding(path / WEIGHTS_FILE),
     )
@@ -318,58 +315,6 @@ def _scalings(adapters: dict[str, Adapter]) -> dict[str, float]:
 def _distinct(adapters: dict[str, Adapter]) -> int:
     """Return the number of distinct adapters: layers with tied weights may share one."""
     return len({id(adapter) for adapter in adapters.values()})
-
-
-def find_adapter(
-    folder: str | Path, revision: str | None = None, token: str | None = None
-) -> tuple[Path, LoRAConfig]:
-    """Return the local folder of an adapter and its config; download it from the Hub if necessary.
-
-    Args:
-        folder: A folder, or the id of a repository on the Hub.
-        revision: Branch, tag or commit of a repository; None is the main branch.
-        token: Access token for the Hub; None uses the token of `hf auth login`.
-
-    Raises:
-        ValueError: The config is damaged or not supported.
-        FileNotFoundError: The folder or the config does not exist.
-        OSError: The Hub does not provide it.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        if "/" not in str(folder) or not HUB_ID.fullmatch(str(folder)):
-            raise FileNotFoundError(
-                f"{folder}: no such folder. Expected one with {CONFIG_FILE} and {WEIGHTS_FILE}."
-            )
-        path = download(str(folder), [CONFIG_FILE, WEIGHTS_FILE], revision, token)
-    values = _read_json(path / CONFIG_FILE)
-    try:
-        config = LoRAConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
-    # "pissa" is allowed: the exact decomposition of the same W gives the same A₀ and B₀ again.
-    if config.begins_from_weight and config.init_lora_weights != "pissa":
-        raise ValueError(
-            f"{path / CONFIG_FILE}: with init_lora_weights {config.init_lora_weights!r} "
-            "PEFT trained the adapter for another base than the named one, which the file does not "
-            "contain. Save that base, load it, and set the field to true."
-        )
-    return path, config
-
-
-def _read_json(path: Path) -> dict:
-    """Read a JSON object from a file, or raise an error that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}). Copy or download it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}.")
-    return values
 
 
 # ---- the adapter in the model

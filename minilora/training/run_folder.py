@@ -1,0 +1,212 @@
+"""The checkpoints of a run in its folder: when to write one, which to keep, which to resume from."""
+
+import os
+import re
+import shutil
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.training.checkpoint import (
+    Progress,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
+from minilora.training.config import TrainConfig
+from minilora.training.process import Process
+
+
+class Checkpoints:
+    """The checkpoints of one run in `config.output_dir`; without a folder nothing is written.
+
+    Attributes:
+        newest: The newest checkpoint, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        config: TrainConfig,
+        parallel: Process,
+    ):
+        """Prepare the checkpoints of a run; write nothing.
+
+        Args:
+            model: The model that was passed to `train`.
+            optimizer: The optimiser over its trainable parameters.
+            scaler: The loss scaler.
+            config: The run.
+            parallel: This process; only the main one writes.
+
+        Raises:
+            ValueError: If `load_best_model_at_end` is set without an `output_dir`.
+        """
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.config = config
+        self.parallel = parallel
+        self.folder = None if config.output_dir is None else Path(config.output_dir)
+        self.newest: Path | None = None
+        if config.load_best_model_at_end and self.folder is None:
+            raise ValueError(
+                "load_best_model_at_end takes the best weights from output_dir, which is None: "
+                "set it."
+            )
+
+    def resume(self, data: dict[str, Any]) -> Progress:
+        """Return the progress to continue from, and load its weights and moments.
+
+        Args:
+            data: The values that give a step number its meaning.
+
+        Returns:
+            The progress of the checkpoint in `resume_from_checkpoint`, or that of a new run.
+
+        Raises:
+            ValueError: If the checkpoint does not exist, is damaged or belongs to another run.
+        """
+        data = data | {"optim": self.config.optim}
+        self.newest = find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+        if self.newest is None:
+            return Progress(data)
+        progress = load_checkpoint(self.newest, self.model, self.optimizer, data)
+        self.scaler.load_state_dict(progress.scaler)
+        return progress
+
+    def due(self, progress: Progress, best: dict[str, float] | None) -> bool:
+        """Return True if this step is to be saved: every `save_steps`, and the best step.
+
+        Args:
+            progress: The run.
+            best: The best evaluation so far. It counts with `load_best_model_at_end` only.
+        """
+        if self.config.load_best_model_at_end and best is not None:
+            if best["step"] == progress.step:
+                return True
+        every = self.config.save_steps
+        return every is not None and progress.step % every == 0
+
+    def save(self, progress: Progress, best: dict[str, float] | None) -> None:
+        """Save this step and delete the checkpoints that are not to be kept.
+
+        Nothing happens at step 0, or if the step is already saved.
+
+        Args:
+            progress: The run.
+            best: The best evaluation so far; its checkpoint is kept with `load_best_model_at_end`.
+        """
+        if self.folder is None or progress.step == 0:
+            return
+        folder = self._folder_of(progress.step)
+        if self.newest == folder:
+            return
+        progress.scaler = self.scaler.state_dict()
+        self.newest = folder
+        # Later steps can exist: a run that is resumed from an early checkpoint leaves them there.
+        protected = {progress.step}
+        if best is not None and self.config.load_best_model_at_end:
+            protected.add(int(best["step"]))
+        with self.parallel.full_tensors(self.optimizer):
+            if self.parallel.is_main:
+                save_checkpoint(folder, self.model, self.optimizer, progress)
+                delete_old_checkpoints(self.folder, self.config.save_total_limit, protected)
+
+    def restore(self, step: int) -> None:
+        """Load the weights and moments of a saved step.
+
+        Args:
+            step: A step with a checkpoint.
+        """
+        folder = self._folder_of(step)
+        load_checkpoint(folder, self.model, self.optimizer, read_progress(folder).data)
+
+    def _folder_of(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        assert self.folder is not None
+        return self.folder / f"checkpoint-{step}"
+
+
+def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:
+    """Return the checkpoint to resume from.
+
+    Args:
+        output_dir: Folder of the run's checkpoints.
+        resume: A checkpoint, None for a new run, or "last" for the newest in `output_dir` that is
+            not damaged. Each damaged one is reported.
+
+    Returns:
+        A folder, or None for a new run.
+
+    Raises:
+        ValueError: If `resume` is "last" and no checkpoint is usable, or if it is None and
+            `output_dir` contains checkpoints of an earlier run.
+    """
+    steps = checkpoint_steps(output_dir)
+    if resume is None and steps:
+        raise ValueError(
+            f"output_dir: {output_dir} holds checkpoints of an earlier run, up to step "
+            f'{steps[-1]}. Continue it with resume_from_checkpoint="last", or delete the folder, '
+            "or choose another one."
+        )
+    if resume is None:
+        return None
+    if resume != "last":
+        return Path(resume)
+    for step in reversed(steps):
+        folder = Path(output_dir or "") / f"checkpoint-{step}"
+        try:
+            read_progress(folder)
+            return folder
+        except ValueError as error:
+            print(f"resume_from_checkpoint: {error}")
+    missing = "undamaged checkpoint" if steps else "checkpoint"
+    raise ValueError(
+        f'resume_from_checkpoint="last": {output_dir} holds no {missing}. Leave it None to start a '
+        "new run."
+    )
+
+
+def checkpoint_steps(output_dir: Path | None) -> list[int]:
+    """Return the steps that have a checkpoint, in order.
+
+    Args:
+        output_dir: Folder of a run; it need not exist.
+    """
+    if output_dir is None or not output_dir.is_dir():
+        return []
+    steps = []
+    for path in output_dir.iterdir():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match:
+            steps.append(int(match[1]))
+    return sorted(steps)
+
+
+def delete_old_checkpoints(
+    output_dir: Path, keep: int | None, protected: Container[int] = ()
+) -> None:
+    """Delete old checkpoints, and the remains of a save that was killed.
+
+    Args:
+        output_dir: Folder of the run.
+        keep: Number of newest checkpoints to keep; None keeps all.
+        protected: Steps that are kept in any case.
+    """
+    for remains in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(remains)
+    if keep is None:
+        return
+    for step in checkpoint_steps(output_dir)[:-keep]:
+        if step in protected:
+            continue
+        # The rename removes the checkpoint in one operation; the deletion may be interrupted.
+        folder = output_dir / f".checkpoint-{step}.tmp"
+        os.replace(output_dir / f"checkpoint-{step}", folder)
+        shutil.rmtree(folder)
