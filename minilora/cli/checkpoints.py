@@ -134,7 +134,8 @@ def verify(checkpoint: str, source: str | None, against: str | None) -> int:
     verdicts = verify_checkpoint(checkpoint, source, against)
     for name, verdict in verdicts.items():
         print(f"{name:<60} {verdict}")
-    return int(any(verdict.startswith("different") for verdict in verdicts.values()))
+    differing = [verdict for verdict in verdicts.values() if verdict.startswith("different")]
+    return 1 if differing else 0
 
 
 def compare_exports(model: str, dataset: str, adapter: str, **options: Any) -> int:

@@ -96,7 +96,10 @@ def _check_range(name: str, number: float, rules: Mapping[str, Any]) -> None:
     if in_closed_range and rules["above"] < number < rules["below"]:
         return
     signs = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
-    limits = [f"{sign} {rules[key]:g}" for key, sign in signs.items() if math.isfinite(rules[key])]
+    limits = []
+    for key, sign in signs.items():
+        if math.isfinite(rules[key]):
+            limits.append(f"{sign} {rules[key]:g}")
     expected = " and ".join(limits)
     raise ValueError(f"{name}: expected {expected}, got {number!r}. It is: {rules['help']}.")
 

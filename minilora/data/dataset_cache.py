@@ -66,7 +66,9 @@ class StoredExamples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        start = int(self.records["end"][index - 1]) if index > 0 else 0
+        start = 0
+        if index > 0:
+            start = int(self.records["end"][index - 1])
         end = int(self.records["end"][index])
         stored = np.fromfile(self.folder / TOKENS, "<i4", end - start, offset=4 * start)  # (T,)
         ids = np.where(stored < 0, ~stored, stored)

@@ -128,7 +128,10 @@ def extra_keys(row: Row, index: int = 0) -> set[str]:
     """
     required, optional = SHAPES[shape_of(row, index)]
     known = required | optional
-    extra = {str(key) for key, value in row.items() if value is not None and key not in known}
+    extra = set()
+    for key, value in row.items():
+        if value is not None and key not in known:
+            extra.add(str(key))
     for key in required & MESSAGE_LISTS:
         if isinstance(row[key], list):
             for message in row[key]:

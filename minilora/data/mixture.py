@@ -87,7 +87,10 @@ def _name(dataset: Any, number: int) -> str:
 def _most_rows(sizes: Sequence[int], weights: Sequence[Fraction]) -> int:
     """Return the largest number of rows of which no dataset has to repeat a row."""
     total = sum(weights)
-    return int(min(size * total / weight for size, weight in zip(sizes, weights, strict=True)))
+    limits = []
+    for size, weight in zip(sizes, weights, strict=True):
+        limits.append(size * total / weight)
+    return int(min(limits))
 
 
 def shares(total: int, weights: Sequence[Fraction]) -> list[int]:
@@ -102,7 +105,8 @@ def shares(total: int, weights: Sequence[Fraction]) -> list[int]:
     """
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
-    order = sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])
+    rounded_down_by = [share - count for share, count in zip(exact, counts, strict=True)]
+    order = sorted(range(len(weights)), key=rounded_down_by.__getitem__, reverse=True)
     for index in order[: total - sum(counts)]:
         counts[index] += 1
     return counts

@@ -35,7 +35,8 @@ def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     bins: list[list[int]] = []
     rooms: list[int] = []  # the different amounts of room left, sorted
     with_room: dict[int, list[int]] = {}  # amount of room left → the bins that have it
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for index in longest_first:
         length = lengths[index]
         if length > room:
             raise ValueError(
@@ -98,7 +99,9 @@ def pack(examples: Sequence[Example], lengths: Sequence[int], room: int) -> Pack
         room: most tokens of a row.
     """
     bins = best_fit(lengths, room)
-    row_lengths = [sum(lengths[i] for i in indices) for indices in bins]
+    row_lengths = []
+    for indices in bins:
+        row_lengths.append(sum(lengths[index] for index in indices))
     return PackedDataset(examples, bins, row_lengths, room)
 
 

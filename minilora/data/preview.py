@@ -175,7 +175,10 @@ def preview(
         report = facts.report()
     except ValueError as error:
         report = f"training would stop here: {error}"
-    wanted = range(min(rows, facts.rows)) if isinstance(rows, int) else sorted(set(rows))
+    if isinstance(rows, int):
+        wanted = list(range(min(rows, facts.rows)))
+    else:
+        wanted = sorted(set(rows))
     beyond = [number for number in wanted if not 0 <= number < facts.rows]
     if beyond:
         raise ValueError(f"rows: expected numbers from 0 to {facts.rows - 1}, got {beyond[0]}.")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from minilora.common import order_by_length
 from minilora.generation.generate import check_lengths
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
@@ -41,7 +42,10 @@ class Labels:
         self.padded = torch.tensor(
             [[*label, *[0] * (longest - len(label))] for label in ids]
         )  # (L, J)
-        heads = sorted({tuple(label[:j]) for label in ids for j in range(1, len(label))})
+        beginnings: set[tuple[int, ...]] = set()
+        for label in ids:
+            beginnings.update(tuple(label[:length]) for length in range(1, len(label)))
+        heads = sorted(beginnings)
         number = {head: i for i, head in enumerate(heads)}
         self.tokens = torch.tensor([[head[-1] for head in heads]])  # (1, N)
         self.sees = torch.tensor([_beginnings(head, heads) for head in heads])  # (N, N)
@@ -102,7 +106,7 @@ def choose(
     check_lengths(model, prompts, max(map(len, labels)))
     table = Labels(labels)
     best = [0] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = order_by_length(prompts)
     with inference(model):
         prefix, size = shared_prefix(model, prompts)
         for start in range(0, len(order), batch_size):

@@ -101,7 +101,8 @@ def obstacle(model: nn.Module) -> str | None:
             "autocast is on, and a graph would outlive its copies of weights: load the model in "
             "the dtype of the computation"
         )
-    if any(type(m) is NF4Linear for m in modules.values()) and path_for(device) != "triton":
+    has_nf4 = any(type(module) is NF4Linear for module in modules.values())
+    if has_nf4 and path_for(device) != "triton":
         return (
             f"4-bit layers run on the path {path_for(device)!r}, which copies tables from the "
             "host: install triton"

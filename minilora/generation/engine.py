@@ -132,7 +132,8 @@ class Engine:
             )
         size = len(ask.prompt)
         vocabulary = self.model.config.vocab_size
-        if not ask.prompt or not all(0 <= token < vocabulary for token in ask.prompt):
+        unknown_ids = [token for token in ask.prompt if not 0 <= token < vocabulary]
+        if not ask.prompt or unknown_ids:
             raise ValueError(
                 f"prompt: expected at least one token, each from 0 to {vocabulary - 1}."
             )
@@ -160,7 +161,8 @@ class Engine:
             The new parts of the answers.
         """
         pieces = self._time_out()
-        if self.context is not None and not all(row.done for row in self.rows):
+        unfinished = [row for row in self.rows if not row.done]
+        if self.context is not None and unfinished:
             last_tokens = [[row.text.ids[-1]] for row in self.rows]
             pieces += self._advance(self.rows, self.context.extend(last_tokens))
         joining = self._admit()
@@ -273,7 +275,10 @@ class Engine:
             self._remove(name)
 
     def _used(self, name: str) -> bool:
-        return any(row.ask.adapter == name and not row.done for row in (*self.rows, *self.waiting))
+        for row in (*self.rows, *self.waiting):
+            if row.ask.adapter == name and not row.done:
+                return True
+        return False
 
     def _remove(self, name: str) -> None:
         self.leaving.remove(name)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minilora.common import order_by_length
 from minilora.data.prompt import encode_prompt, end_of_turn
 from minilora.generation.cuda_graph import graphs
 from minilora.generation.sampling import Decoding, pick
@@ -71,7 +72,9 @@ def generate(
     """
     single = _is_single(prompt)
     prompts: list[Any] = [prompt] if single else list(prompt)
-    stops = [stop] if isinstance(stop, str | int) else list(stop or [])
+    if isinstance(stop, str | int):
+        stop = [stop]
+    stops = list(stop or [])
     stop_texts = [text for text in stops if isinstance(text, str)]
     stop_ids = {token for token in stops if isinstance(token, int)}
     if "" in stop_texts:
@@ -99,7 +102,9 @@ def _is_single(prompt: Any) -> bool:
     """Return True for one prompt: a text, a message or a list of messages."""
     if isinstance(prompt, str | Mapping):
         return True
-    return bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
+    if not prompt:
+        return False
+    return all(isinstance(message, Mapping) for message in prompt)
 
 
 def _stop_test(tokenizer: Any, words: Sequence[str]) -> Callable[[list[int]], bool] | None:
@@ -179,7 +184,7 @@ def generate_ids(
         rule = replace(rule, cuda_graph=False)
     seed = secrets.randbits(64) if rule.seed is None else rule.seed
     draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = order_by_length(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     steps = step_by_step(model, rule, len(prompts))
     with inference(model), matrix_vector(model), row_adapters or nullcontext() as loaded:

@@ -166,7 +166,10 @@ class PerRowAdapters:
             pairs[None] = (torch.zeros_like(A), torch.zeros_like(B))
         A = self._stack((key, "A"), [pairs[adapter][0] for adapter in adapters])  # (rows, r, in)
         B = self._stack((key, "B"), [pairs[adapter][1] for adapter in adapters])  # (rows, out, r)
-        scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
+        scalings = [0.0] * len(adapters)
+        for row, adapter in enumerate(adapters):
+            if adapter is not None:
+                scalings[row] = adapter.scaling
         s = torch.tensor(scalings, device=key[1])[:, None, None]  # (rows, 1, 1)
         b = _stacked_biases(adapters, plain, B)  # (rows, 1, out)
         if b is not None:

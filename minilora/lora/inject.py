@@ -269,7 +269,10 @@ def _check_tie(
 def _is_one_module(model: nn.Module, path: str, others: list[str], changed: list[str]) -> bool:
     """Return True if the other paths are names of the same module, and all of them are changed."""
     module = model.get_submodule(path)
-    return all(name in changed and model.get_submodule(name) is module for name in others)
+    for name in others:
+        if name not in changed or model.get_submodule(name) is not module:
+            return False
+    return True
 
 
 def _check_effect(

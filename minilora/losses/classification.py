@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.common import unknown
+from minilora.common import order_by_length, unknown
 from minilora.data import IGNORE, Example, RawText, encode_prompt, read_dataset
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
@@ -203,7 +203,7 @@ class Classify:
         """
         examples = [_example(text, tokenizer, None, index) for index, text in enumerate(texts)]
         # Longest first: texts of similar length share a batch, which saves padding.
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i]), reverse=True)
+        order = order_by_length(examples)
         predicted = [0] * len(examples)
         with inference(model):
             for start in range(0, len(order), batch_size):

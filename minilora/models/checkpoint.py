@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from minilora.common import is_list_of
 from minilora.models.config import DecoderConfig
 from minilora_kernels import NF4Weight
 
@@ -260,7 +261,7 @@ class SafetensorsCheckpoint:
         """Read the headers of all shards, and check that the index agrees with them."""
         path = self.folder / _INDEX
         files = _read_json(path).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        if not isinstance(files, dict) or not is_list_of(list(files.values()), str):
             raise ValueError(f"{path}: weight_map must map each tensor to the name of its file.")
         for name in set(files.values()):
             if not name or Path(name).name != name or "\\" in name or name == "..":
@@ -302,7 +303,7 @@ def _dense_modules(path: Path, quantization: Any) -> list[str]:
             "quantize='nf4'."
         )
     skip = settings.get("llm_int8_skip_modules") or []
-    if not isinstance(skip, list) or not all(isinstance(name, str) and name for name in skip):
+    if not is_list_of(skip, str) or "" in skip:
         raise ValueError(
             f"{path}: llm_int8_skip_modules must be a list of module names or null, got {skip!r}."
         )

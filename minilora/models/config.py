@@ -151,8 +151,11 @@ class DecoderConfig:
             config = _one_rope(config, family)
         known = {f.name for f in fields(cls)} - {"rope", "extra"}
         values = _known_values(config, family, known)
-        required = [f.name for f in fields(cls) if f.default is MISSING and f.name != "extra"]
-        missing = [name for name in required if name not in values]
+        missing = []
+        for f in fields(cls):
+            required = f.default is MISSING and f.name != "extra"
+            if required and f.name not in values:
+                missing.append(f.name)
         if missing:
             raise ValueError(
                 f"config.json lacks {', '.join(missing)}: is this the config of a {model_type} model?"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.common import within
 from minilora.hub import resolve
 from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
@@ -265,7 +266,10 @@ def _check_skip(model: CausalLM, checkpoint: Checkpoint) -> None:
 
 
 def _is_skipped(path: str, skip: list[str]) -> bool:
-    return any(f"{path}.".startswith(f"{entry}.") or path.endswith(entry) for entry in skip)
+    for entry in skip:
+        if within(path, entry) or path.endswith(entry):
+            return True
+    return False
 
 
 def _check_tied(checkpoint: Checkpoint) -> None:

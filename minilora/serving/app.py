@@ -266,7 +266,8 @@ def _invalid_request(error: RequestValidationError) -> Refused:
     fields = []
     messages = []
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"][1:]) or "the body"
+        parts = [str(part) for part in problem["loc"][1:]]
+        field = ".".join(parts) or "the body"
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
             message = "unknown field, which this server does not support: remove it"

@@ -226,6 +226,7 @@ def _adapters_with_zero_gradient(model: nn.Module) -> list[str]:
             continue
         for name, adapter in layer.adapters.items():
             gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-            if gradients and not any(gradient.any() for gradient in gradients):
+            not_zero = [gradient for gradient in gradients if gradient.any()]
+            if gradients and not not_zero:
                 paths.append(f"{path}.adapters.{name}")
     return paths

@@ -11,7 +11,7 @@ fine-tuning; adapters need a higher rate.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from minilora.common import check_options, nearest, option, unknown
+from minilora.common import check_options, comma_separated, nearest, option, unknown
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -170,8 +170,7 @@ class TrainConfig:
     @property
     def trackers(self) -> list[str]:
         """The names in `report_to`; "none" counts as no name, as in transformers."""
-        names = [name.strip() for name in (self.report_to or "").split(",")]
-        return [name for name in names if name not in ("", "none")]
+        return [name for name in comma_separated(self.report_to) if name != "none"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict of plain values."""

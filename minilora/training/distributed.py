@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minilora.common import order_by_length
 from minilora.lora.registry import lora_configs
 from minilora.training.optim.adamw_8bit import AdamW8bit
 from minilora.training.process import Loss, Measure, Process, full, in_process_group
@@ -140,7 +141,7 @@ class Parallel(Process):
         divided = 0  # number of items that are divided among the ranks
         if equal_passes or not self.fsdp:
             divided = len(items) - len(items) % self.world_size
-        order = sorted(range(len(items)), key=lambda i: len(items[i]))
+        order = order_by_length(items, longest_first=False)
         own_share = order[self.rank : divided : self.world_size]
         left_over = order[divided:]
         sums: dict[str, float] = {}

@@ -20,7 +20,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from minilora.common import unknown
+from minilora.common import comma_separated, unknown
 from minilora.data.read_rows import iterate_dataset
 from minilora.evaluation.evaluate import evaluate
 from minilora.evaluation.metrics import json_valid
@@ -111,10 +111,13 @@ class Evaluation:
             total: Steps of the run.
             evals: The evaluations so far.
         """
-        if not self.sets or any(figures["step"] == step for figures in evals):
+        evaluated_steps = [figures["step"] for figures in evals]
+        if not self.sets or step in evaluated_steps:
             return False
+        if step == total:
+            return True
         every = self.config.eval_steps
-        return step == total or (every is not None and step > 0 and step % every == 0)
+        return every is not None and step > 0 and step % every == 0
 
     def measure(self) -> Figures:
         """Return the figures of the model in its present state, the same in every process."""
@@ -178,8 +181,7 @@ class Evaluation:
 
 def _metric_names(config: TrainConfig) -> list[str]:
     """Return the names in `eval_metrics`; ValueError for an unknown one."""
-    names = [name.strip() for name in (config.eval_metrics or "").split(",")]
-    names = [name for name in names if name]
+    names = comma_separated(config.eval_metrics)
     for name in names:
         if name not in ANSWERS:
             raise unknown("eval_metrics", name, ANSWERS)

@@ -60,7 +60,8 @@ def read_labeled(path: Path) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for address in ElementTree.parse(path).getroot().findall("AddressString"):
         words = [(word.tag, (word.text or "").strip()) for word in address]
-        if not words or any(tag == "NotAddress" for tag, _ in words):
+        tags = [tag for tag, _ in words]
+        if not words or "NotAddress" in tags:
             continue
         fields: dict[str, list[str]] = {}
         for tag, text in words:

@@ -31,8 +31,11 @@ def prose(rows: int = 20, characters: int = 1000) -> list[dict[str, str]]:
             f"rows is {rows}, expected 1 to {len(long)}, the number of topics with "
             f"{characters} characters"
         )
-    chosen = [long[i * len(long) // rows] for i in range(rows)]
-    return [{"text": text[:characters].rsplit(" ", 1)[0]} for text in chosen]
+    excerpts = []
+    for row in range(rows):
+        text = long[row * len(long) // rows]
+        excerpts.append({"text": text[:characters].rsplit(" ", 1)[0]})
+    return excerpts
 
 
 def _running_text(topic: str) -> str:

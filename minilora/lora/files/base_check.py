@@ -86,8 +86,9 @@ def same_base(then: list[Any], now: list[Any]) -> bool | None:
     common = hashes_then.keys() & hashes_now.keys()
     codes = {kind for kind in common if kind.startswith(_NF4)}
     rows = common & {dtype_then, dtype_now}
-    if any(hashes_then[kind] == hashes_now[kind] for kind in rows | codes):
-        return True
+    for kind in rows | codes:
+        if hashes_then[kind] == hashes_now[kind]:
+            return True
     if then[0].startswith(_GGUF) != now[0].startswith(_GGUF):
         return None  # one may be a rounding of the other
     if codes:

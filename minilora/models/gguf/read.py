@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilora.common import is_list_of
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf.config import ROPE_FACTORS, read_config
 from minilora.models.gguf.header import Record, read_header
@@ -290,8 +291,7 @@ def _damaged_lists(values: dict[str, Any]) -> list[str]:
     """Return the keys whose value is not a list of the elements that belong there."""
     damaged = []
     for key, element in _LIST_ELEMENTS.items():
-        value = values.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, element) for item in value):
+        if not is_list_of(values.get(key, []), element):
             damaged.append(key)
     return damaged
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from minilora.common import column_widths
 from minilora.hub import HUB_ID, download, resolve
 from minilora.lora.config import LoRAConfig
 from minilora.lora.registry import lora_configs
@@ -370,7 +371,7 @@ def table(plans: list[MemoryPlan]) -> str:
     rows.append(["total, GB", *(_gigabytes(plan.total) for plan in plans)])
     rows.append(["peak during", *(plan.moment for plan in plans)])
     rows.append(["trainable parameters", *(f"{plan.trainable:,}" for plan in plans)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = column_widths(rows)
     lines = [about(plans[0])]
     for caption, *values in rows:
         cells = [caption.ljust(widths[0])]

@@ -33,7 +33,8 @@ def codebook(others: Mapping[str, Tensor] | None = None, path: str | Path | None
     if others is None:
         others = {"Int4: 15 even steps": torch.linspace(-1, 1, 15)}
     for name, levels in others.items():
-        if levels.dim() != 1 or len(levels) < 2 or not (levels.diff() > 0).all():
+        ascending = levels.dim() == 1 and len(levels) > 1 and bool((levels.diff() > 0).all())
+        if not ascending:
             raise ValueError(
                 f"others[{name!r}]: expected ascending levels (n,), got shape "
                 f"{tuple(levels.shape)}. Sort them."

@@ -26,7 +26,9 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If the file does not exist, or is not a log.
     """
-    path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
+    path = Path(run)
+    if path.is_dir():
+        path = path / "log.jsonl"
     if not path.is_file():
         raise ValueError(
             f"{path}: no such log exists. Expected the output_dir of a run, or its log.jsonl."
@@ -104,7 +106,10 @@ def _draw_panel(axes: Any, name: str, records: Mapping[str, list[dict[str, Any]]
 
 def _series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Return the steps and values of the records that contain a quantity."""
-    records = [record for record in lines if "step" in record and record.get(name) is not None]
-    steps = [record["step"] for record in records]
-    values = [record[name] for record in records]
+    steps = []
+    values = []
+    for record in lines:
+        if "step" in record and record.get(name) is not None:
+            steps.append(record["step"])
+            values.append(record[name])
     return steps, values

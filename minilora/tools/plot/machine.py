@@ -33,7 +33,8 @@ def memory(plans: "MemoryPlan | Sequence[MemoryPlan]", path: str | Path | None =
         ValueError: If the list is empty or contains another object.
     """
     plans = list(plans) if isinstance(plans, Sequence) else [plans]
-    if not plans or not all(_is_plan(plan) for plan in plans):
+    others = [plan for plan in plans if not _is_plan(plan)]
+    if not plans or others:
         raise ValueError(
             f"memory: expected plans (results of plan_memory), at least one, got {plans!r}."
         )
@@ -150,7 +151,9 @@ def _intensity(row: Mapping[str, Any]) -> float:
 
 def _format_intensity(x: float, _: Any) -> str:
     """Return the label of a tick; values below 1 are fractions."""
-    return f"{x:g}" if x >= 1 else f"1/{1 / x:g}"
+    if x >= 1:
+        return f"{x:g}"
+    return f"1/{1 / x:g}"
 
 
 def _draw_roof(axes: Any, rows: Sequence[Mapping[str, Any]], gb_per_s: float, peak: float) -> None:

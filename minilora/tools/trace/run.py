@@ -125,7 +125,9 @@ def _check_traceable(module: nn.Module, chosen: Mapping[str, nn.Module]) -> None
                 "Give the model that is not compiled."
             )
     for path, layer in chosen.items():
-        if any(p.is_meta or hasattr(p, "device_mesh") for p in layer.parameters()):
+        on_meta = any(parameter.is_meta for parameter in layer.parameters())
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in layer.parameters())
+        if on_meta or sharded:
             raise ValueError(
                 f"trace: {path} is on the meta device or sharded, so its values are not available. "
                 "Trace a model that is loaded on one device."

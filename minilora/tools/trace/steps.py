@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.common import ends_with, unknown
+from minilora.common import column_widths, ends_with, unknown
 
 # Phase of a step -> its heading in the table.
 PHASES = {
@@ -153,7 +153,7 @@ class _Table:
         all_rows = [head]
         for _, rows in parts:
             all_rows += rows
-        widths = [max(map(len, column)) for column in zip(*all_rows, strict=True)]
+        widths = column_widths(all_rows)
         lines = [title, _text_row(head, widths)]
         for heading, rows in parts:
             if heading:

@@ -47,7 +47,8 @@ def new_optimizer(
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
         return torch.optim.AdamW(groups, fused=fused, **options)
     paged = config.optim.startswith("paged")
-    if paged and not any(p.is_cuda for p in parameters.values()):
+    on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+    if paged and not on_gpu:
         print(
             f"optim: {config.optim!r} keeps its moments in host memory. Without a GPU they are in "
             'host memory anyway; "adamw_8bit" gives the same run.'
