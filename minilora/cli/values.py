@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import minilora as ml
-from minilora.common import unknown
+from minilora.common import unknown_name
 
 CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
 MAPPINGS = ("rank_pattern", "alpha_pattern")  # fields whose value is a table
@@ -43,7 +43,7 @@ def from_toml(path: Path, known: Collection[str]) -> list[str]:
     values = _without_tables(content)
     for name in values:
         if name not in known:
-            raise unknown(f"{path}", name, known)
+            raise unknown_name(f"{path}", name, known)
     missing = {"model", "dataset"} - values.keys()
     if missing:
         raise ValueError(

@@ -8,10 +8,10 @@ sequences.py      types and lengths of sequences; widths of columns
 """
 
 from minilora.common.atomic_files import (
-    naming,
+    atomic_write,
+    atomic_writes,
+    path_in_errors,
     read_tensors,
-    together,
-    whole,
     write_tensors,
     write_text,
 )
@@ -19,9 +19,9 @@ from minilora.common.modules import (
     ends_with,
     ends_with_any,
     is_conv1d,
+    is_within,
     output_layer,
     tied_modules,
-    within,
 )
 from minilora.common.options import check_options, option
 from minilora.common.sequences import (
@@ -30,11 +30,13 @@ from minilora.common.sequences import (
     is_list_of,
     order_by_length,
 )
-from minilora.common.suggestions import nearest, unknown
+from minilora.common.suggestions import nearest, unknown_name
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "atomic_write",
+    "atomic_writes",
     "check_options",
     "column_widths",
     "comma_separated",
@@ -42,17 +44,15 @@ __all__ = [
     "ends_with_any",
     "is_conv1d",
     "is_list_of",
-    "naming",
+    "is_within",
     "nearest",
     "option",
     "order_by_length",
     "output_layer",
+    "path_in_errors",
     "read_tensors",
     "tied_modules",
-    "together",
-    "unknown",
-    "whole",
-    "within",
+    "unknown_name",
     "write_tensors",
     "write_text",
 ]

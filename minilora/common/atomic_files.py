@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file or folder atomically.
 
     The `with` block writes to a temporary path, which replaces `path` at the end. An exception
@@ -33,7 +33,7 @@ def whole(path: Path) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.old.tmp")
     _remove(temporary)  # left by an earlier crash
     try:
-        with naming(path):
+        with path_in_errors(path):
             yield temporary
         for part in [temporary, *temporary.rglob("*")]:
             _fsync(part)
@@ -48,7 +48,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """Add a path to an OSError of the `with` block, which may not name it (a full disk).
 
     Args:
@@ -65,7 +65,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def together(folder: Path, index: Path) -> Iterator[Path]:
+def atomic_writes(folder: Path, index: Path) -> Iterator[Path]:
     """Write several files that belong together and move them into a folder.
 
     `index` is removed before the first file is moved. A crash therefore leaves the old files, the
@@ -79,7 +79,7 @@ def together(folder: Path, index: Path) -> Iterator[Path]:
         A temporary folder to write to.
     """
     new = folder / ".new"
-    with whole(new) as temporary:
+    with atomic_write(new) as temporary:
         temporary.mkdir()
         yield temporary
     index.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
         path: The file to create or replace.
         text: Its content.
     """
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -125,7 +125,7 @@ def write_tensors(
             tensor = tensor.clone()
         contiguous[key] = tensor
         addresses.add(address)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
         except SafetensorError as error:

@@ -26,7 +26,7 @@ def ends_with_any(path: str, entries: Iterable[str]) -> bool:
     return any(ends_with(path, entry) for entry in entries)
 
 
-def within(path: str, module: str) -> bool:
+def is_within(path: str, module: str) -> bool:
     """Return True if `path` is the path of a module or of something inside it.
 
     Args:

@@ -20,7 +20,7 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return difflib.get_close_matches(name, last_parts, n) or sorted(last_parts)[:n]
 
 
-def unknown(kind: str, name: str, candidates: Iterable[str]) -> ValueError:
+def unknown_name(kind: str, name: str, candidates: Iterable[str]) -> ValueError:
     """Return a ValueError for a name that matches nothing, with the nearest names.
 
     Args:

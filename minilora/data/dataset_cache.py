@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from minilora.common import __version__, whole
+from minilora.common import __version__, atomic_write
 from minilora.data.loss_mask import IGNORE, Example
 from minilora.data.report import DataReport
 
@@ -156,7 +156,7 @@ def cached(path: Path, tokenizer: Any, max_length: int | None, cache: Path, exam
         if time.time() - unfinished.stat().st_mtime > DAY:
             shutil.rmtree(unfinished)
     new = folder.with_name(f"{folder.name}-{uuid4().hex}")
-    with whole(new) as temporary:
+    with atomic_write(new) as temporary:
         temporary.mkdir()
         store(temporary, examples)
         after = path.stat()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minilora.common import unknown
+from minilora.common import unknown_name
 from minilora.lora.inject import eject
 from minilora.lora.layer import LoRALayer
 from minilora.lora.registry import lora_configs, lora_layers
@@ -142,4 +142,4 @@ def check_adapters(model: nn.Module, names: Iterable[str]) -> None:
     known = list_adapters(model)
     for name in names:
         if name not in known:
-            raise unknown("adapter", name, known)
+            raise unknown_name("adapter", name, known)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import within
+from minilora.common import is_within
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter, EmbeddingAdapter, new_adapter, unwrapped
 from minilora.lora.fused_linear import lora_linear
@@ -247,9 +247,9 @@ def _check_tie(
     tied = lora_configs(model).parts.tied(model)
     for root in changed:
         for path in tied:
-            if not within(path, root):
+            if not is_within(path, root):
                 continue
-            others = [name for name in tied[path] if not within(name, root)]
+            others = [name for name in tied[path] if not is_within(name, root)]
             if _is_one_module(model, path, others, changed):
                 continue
             if config.tie is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import ends_with, tied_modules, unknown, within
+from minilora.common import ends_with, is_within, tied_modules, unknown_name
 from minilora.lora.layer import LoRALayer
 
 Part = nn.Module | nn.Parameter
@@ -183,8 +183,8 @@ class TrainedParts:
         """Raise ValueError for a part that overlaps with a part of another adapter."""
         for path in [*modules, *biases, *adapted]:
             for name in self.originals:
-                inside = within(path, name) and (name != path or path in adapted)
-                around = path in modules and name != path and within(name, path)
+                inside = is_within(path, name) and (name != path or path in adapted)
+                around = path in modules and name != path and is_within(name, path)
                 if inside or around:
                     raise ValueError(
                         f"{path!r}: another adapter trains {name!r} with it: "
@@ -231,7 +231,7 @@ def _move_like(part: Part, previous: Part) -> None:
 
 def _within_any(path: str, modules: Iterable[str]) -> bool:
     """Return True if a path is inside one of several modules, or is one of them."""
-    return any(within(path, module) for module in modules)
+    return any(is_within(path, module) for module in modules)
 
 
 def _lora_paths(model: nn.Module) -> set[str]:
@@ -247,7 +247,7 @@ def _matching_modules(model: nn.Module, entries: Iterable[str]) -> list[str]:
     for entry in entries:
         matches = [path for path in paths if ends_with(path, entry)]
         if not matches:
-            raise unknown("modules_to_save", entry, paths)
+            raise unknown_name("modules_to_save", entry, paths)
         matching += matches
     return matching
 
@@ -256,7 +256,7 @@ def _check_modules(modules: list[str], adapted: set[str], lora_paths: set[str]) 
     """Raise ValueError for a module that contains, or is, something else that trains."""
     for path in modules:
         for other in (*adapted, *lora_paths, *modules):
-            if other != path and within(other, path):
+            if other != path and is_within(other, path):
                 raise ValueError(
                     f"modules_to_save: {path!r} holds {other!r}, which trains too: "
                     "name one of the two."

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from minilora.common import ends_with, ends_with_any, output_layer, unknown
+from minilora.common import ends_with, ends_with_any, output_layer, unknown_name
 from minilora.lora.config import LoRAConfig, fits_pattern
 from minilora.lora.embedding_conv import is_adaptable, is_linear
 from minilora.lora.layer import LoRALayer
@@ -140,7 +140,7 @@ def _match(
         matching = [path for path in candidates if re.fullmatch(entries, path)]
         if not matching:
             kind = f"{option} (a regular expression for the whole name)"
-            raise unknown(kind, entries, candidates)
+            raise unknown_name(kind, entries, candidates)
         return matching
     if not entries:
         raise ValueError(
@@ -164,7 +164,7 @@ def _no_match(
                 f"{option}: {entry!r} is {type(module).__name__}, which has no adapter. "
                 f"Layers in it that have: {inside or 'none'}."
             )
-    return unknown(option, entry, candidates)
+    return unknown_name(option, entry, candidates)
 
 
 def _in_numbered_layers(paths: list[str], config: LoRAConfig) -> list[str]:
@@ -209,7 +209,7 @@ def _layer_numbers(paths: list[str], layers_pattern: list[str] | str | None) -> 
                 any_match = True
                 numbers.setdefault(path, int(match[1]))
         if layers_pattern and not any_match:
-            raise unknown("layers_pattern", pattern, paths)
+            raise unknown_name("layers_pattern", pattern, paths)
     return numbers
 
 
@@ -219,4 +219,4 @@ def _check_patterns(config: LoRAConfig, chosen: list[str]) -> None:
     for name, pattern in patterns.items():
         for key in pattern:
             if not any(fits_pattern(key, path) for path in chosen):
-                raise unknown(name, key, chosen)
+                raise unknown_name(name, key, chosen)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.common import order_by_length, unknown
+from minilora.common import order_by_length, unknown_name
 from minilora.data import IGNORE, Example, RawText, encode_prompt, read_dataset
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
@@ -226,7 +226,7 @@ class Classify:
             )
         label = row.get("label")
         if label not in self.labels:
-            raise unknown(f"row {index}: label", str(label), self.labels)
+            raise unknown_name(f"row {index}: label", str(label), self.labels)
         example = _example(row[shape], tokenizer, max_length, index)
         return replace(example, label=self.labels.index(label))
 

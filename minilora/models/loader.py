@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import within
+from minilora.common import is_within
 from minilora.hub import resolve
 from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
@@ -267,7 +267,7 @@ def _check_skip(model: CausalLM, checkpoint: Checkpoint) -> None:
 
 def _is_skipped(path: str, skip: list[str]) -> bool:
     for entry in skip:
-        if within(path, entry) or path.endswith(entry):
+        if is_within(path, entry) or path.endswith(entry):
             return True
     return False
 

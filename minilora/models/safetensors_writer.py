@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.common import together, whole, write_text
+from minilora.common import atomic_write, atomic_writes, write_text
 
 _DTYPE_CODES = {  # torch dtype -> safetensors' code
     torch.float64: "F64",
@@ -70,7 +70,7 @@ def write_weights(folder: Path, entries: list[Entry], shard_bytes: int) -> set[s
         ValueError: If a tensor holds NaN or infinity; then no file has changed.
     """
     shards = _shards(entries, shard_bytes)
-    with together(folder, folder / _INDEX) as temporary:
+    with atomic_writes(folder, folder / _INDEX) as temporary:
         for file_name, shard in shards.items():
             _write_safetensors(temporary / file_name, shard)
     if len(shards) == 1:
@@ -112,7 +112,7 @@ def _write_safetensors(path: Path, entries: list[Entry]) -> None:
     """Write one safetensors file; each tensor is made, checked, written and freed in turn."""
     # The largest item size first keeps every tensor aligned to its item size.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(_safetensors_header(entries))
         for entry in entries:
             tensor = entry.make().to(entry.dtype)  # entry.shape

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from minilora.common import ends_with, ends_with_any, output_layer, tied_modules, unknown
+from minilora.common import ends_with, ends_with_any, output_layer, tied_modules, unknown_name
 from minilora.quant.nf4_linear import NF4Linear
 
 
@@ -35,7 +35,7 @@ def quantize_model(
     skip = list(skip or ())
     for entry in skip:
         if not any(ends_with(path, entry) for path in linears):
-            raise unknown("skip", entry, linears)
+            raise unknown_name("skip", entry, linears)
     output = output_layer(model)
     tied = tied_modules(model)
     names = []

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import read_tensors, whole, write_tensors, write_text
+from minilora.common import atomic_write, read_tensors, write_tensors, write_text
 from minilora.lora.files.save_load import save_adapter
 from minilora.lora.layer import LoRALayer
 from minilora.models.decoder import CausalLM
@@ -74,7 +74,7 @@ def save_checkpoint(
         tensors[f"parameter:{name}"] = parameter
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}:{name}"] = value
-    with whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         temporary.mkdir()
         _save_weights(temporary, model)
         write_tensors(temporary / TENSORS, tensors)

@@ -11,7 +11,7 @@ fine-tuning; adapters need a higher rate.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from minilora.common import check_options, comma_separated, nearest, option, unknown
+from minilora.common import check_options, comma_separated, nearest, option, unknown_name
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -165,7 +165,7 @@ class TrainConfig:
             )
         for name in self.trackers:
             if name not in TRACKERS:
-                raise unknown("report_to", name, TRACKERS)
+                raise unknown_name("report_to", name, TRACKERS)
 
     @property
     def trackers(self) -> list[str]:

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minilora.common import naming, write_text
+from minilora.common import path_in_errors, write_text
 from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
 from minilora.training.trackers import trackers
@@ -104,7 +104,7 @@ class Log:
             **record: The fields of the JSON object.
         """
         if self._file is not None:
-            with naming(Path(self._file.name)):
+            with path_in_errors(Path(self._file.name)):
                 self._file.write(json.dumps(record) + "\n")
         if "step" not in record:
             return
@@ -120,7 +120,7 @@ class Log:
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None:
-            with naming(Path(self._file.name)):
+            with path_in_errors(Path(self._file.name)):
                 self._file.close()
 
 

@@ -20,7 +20,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from minilora.common import comma_separated, unknown
+from minilora.common import comma_separated, unknown_name
 from minilora.data.read_rows import iterate_dataset
 from minilora.evaluation.evaluate import evaluate
 from minilora.evaluation.metrics import json_valid
@@ -83,7 +83,7 @@ class Evaluation:
         ranks_steps = config.load_best_model_at_end or config.early_stopping_patience is not None
         figures = self._figure_names(objective)
         if ranks_steps and config.metric_for_best_model not in figures:
-            raise unknown(
+            raise unknown_name(
                 "metric_for_best_model (it needs eval_dataset)",
                 config.metric_for_best_model,
                 figures,
@@ -184,7 +184,7 @@ def _metric_names(config: TrainConfig) -> list[str]:
     names = comma_separated(config.eval_metrics)
     for name in names:
         if name not in ANSWERS:
-            raise unknown("eval_metrics", name, ANSWERS)
+            raise unknown_name("eval_metrics", name, ANSWERS)
     return names
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import __version__, whole, write_tensors
+from minilora.common import __version__, atomic_write, write_tensors
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.quant.fingerprint import digest, hash_rows
@@ -200,7 +200,7 @@ def write_bound(path: Path, tensors: Mapping[str, Tensor], bound: dict[str, Any]
         bound: The metadata, from `binding`.
     """
     text = json.dumps(bound, sort_keys=True, separators=(",", ":"))
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         write_tensors(temporary, tensors, {KEY: text})
         _sort_metadata(temporary)
 

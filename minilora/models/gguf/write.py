@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.common import whole
+from minilora.common import atomic_write
 from minilora.models.config import DecoderConfig
 from minilora.models.gguf.config import ARCHITECTURES, ROPE_FACTORS, SIZES
 from minilora.models.gguf.read import NAMES, TOP, TokenizerFields, permuted_heads
@@ -58,7 +58,7 @@ def write_gguf(
     _check_options(config, dtype)
     heads = permuted_heads(config)
     sources = [*_rope_factors(config), *sources]
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config.model_type])
         try:
             _add_fields(writer, config, KINDS[dtype])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minilora.common import unknown
+from minilora.common import unknown_name
 from minilora.lora.registry import lora_layers
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def most(plan: "MemoryPlan", name: str, limit: int) -> int:
         layers = lora_layers(plan.shapes).values()
         highest = min(min(layer.in_features, layer.out_features) for layer in layers)
     else:
-        raise unknown("most", name, _searchable(plan))
+        raise unknown_name("most", name, _searchable(plan))
 
     @cache
     def total(n: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import unknown
+from minilora.common import unknown_name
 from minilora.lora.embedding_conv import Adapter, active_adapters
 from minilora.lora.merging.merge import merged_weight
 from minilora.lora.registry import lora_layers
@@ -57,7 +57,7 @@ def spectra(model: nn.Module, path: str | Path | None = None) -> Any:
         curves, cells = figure.subplots(1, 2)
         _draw_singular_values(curves, updates)
         figure.colorbar(_heat_map(cells, shares), ax=cells, label="‖ΔW‖ / ‖W‖")
-        cells.set_title("where the update went")
+        cells.set_title("relative size of the update by layer")
     return figure
 
 
@@ -95,7 +95,7 @@ def _draw_singular_values(axes: Any, updates: Mapping[str, Tensor]) -> None:
             **line(number),
         )
     axes.set(
-        title="singular values of ΔW, median of the layers", xlabel="which, largest first", ylim=0
+        title="singular values of ΔW, median of the layers", xlabel="index, largest first", ylim=0
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")
@@ -124,7 +124,7 @@ def merge_error(
     total = report.total.error
     for target in targets:
         if target not in total:
-            raise unknown("targets", target, total)
+            raise unknown_name("targets", target, total)
     targets = targets or [target for target in total if target != "float32"]
     layers = sorted(report.layers, key=lambda layer: layer.name)  # the report has the worst first
     with canvas(1.5 + 3 * len(targets), 4, path) as figure:
@@ -133,7 +133,7 @@ def merge_error(
             errors = {layer.name: layer.error[target] for layer in layers if target in layer.error}
             label = "‖M − (W + ΔW)‖ / ‖ΔW‖" if axes is panels[-1] else ""
             figure.colorbar(_heat_map(axes, errors), ax=axes, label=label)
-            axes.set_title(f"{target}: {total[target]:.2g} in all")
+            axes.set_title(f"{target}: {total[target]:.2g} over all layers")
     return figure
 
 

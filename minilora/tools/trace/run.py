@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from minilora.common import ends_with, ends_with_any, unknown
+from minilora.common import ends_with, ends_with_any, unknown_name
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import LoRALayer
 from minilora.quant.nf4_linear import NF4Linear
@@ -97,7 +97,7 @@ def _choose(module: nn.Module, layers: str | Sequence[str] | None) -> dict[str, 
         entries = [layers] if isinstance(layers, str) else layers
         for entry in entries:
             if not any(ends_with(path, entry) for path in candidates):
-                raise unknown("layers", entry, candidates)
+                raise unknown_name("layers", entry, candidates)
         chosen = {path: layer for path, layer in candidates.items() if ends_with_any(path, entries)}
     _check_traceable(module, chosen)
     return chosen

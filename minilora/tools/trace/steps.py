@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minilora.common import column_widths, ends_with, unknown
+from minilora.common import column_widths, ends_with, unknown_name
 
 # Phase of a step -> its heading in the table.
 PHASES = {
@@ -236,7 +236,7 @@ class LayerTrace(_Table, dict[str, Step]):
             self[name] = Step.of(value, name, maths, phase, self.keep)
 
     def __missing__(self, name: str) -> Step:
-        message = str(unknown(f"{self.name}: step", name, self))
+        message = str(unknown_name(f"{self.name}: step", name, self))
         if not self.calls:
             message += " The layer was not called."
         if name in BEFORE:
@@ -272,7 +272,7 @@ class Trace(_Table, dict[str, LayerTrace]):
                 "Give more of its name."
             )
         if not matches:
-            raise unknown("layer", name, self)
+            raise unknown_name("layer", name, self)
         return self[matches[0]]
 
     def table(self) -> _Content:
