@@ -1,9 +1,10 @@
-"""Proves that bins and one comparison (torch_cpu.py) find the code that a search among all thresholds does, for every
-number that occurs: all fp32 values of [-1, 1], give or take an ulp, once for the weights and once
-for the scales.
+"""Proves that bins and one comparison (torch_cpu.py) find the codes of a full threshold search.
 
-Oracle: torch.bucketize on the thresholds, as reference.py has it. The fast test takes thresholds
-and their neighbours.
+The comparison covers every number that occurs: all fp32 values of [-1, 1], plus or minus one ulp,
+once for the weights and once for the scales.
+
+Oracle: torch.bucketize on the thresholds, as in reference.py. The fast test takes thresholds and
+their neighbours.
 """
 
 import pytest
@@ -16,7 +17,7 @@ THRESHOLDS = {"weights": nf4_thresholds(), "scales": reference.midpoints(dynamic
 
 
 def codes(kind: str, x: torch.Tensor) -> torch.Tensor:
-    """What the fast path makes of scaled values; weights come in pairs."""
+    """Return the codes that the fast path gives to scaled values; weights are packed in pairs."""
     if kind == "scales":
         return torch_cpu._nested_codes(x)
     packed = torch.empty(len(x) // 2, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Proves that the derived code tables are bitsandbytes' to the bit, and that nobody can damage them.
+"""Proves that the derived code tables equal bitsandbytes' bit for bit and cannot be changed.
 
-Oracles: the sha256 of the tables' bytes, bitsandbytes' own tables, the 15 thresholds written out in
-its CUDA source.
+Oracles: the sha256 of the tables' bytes, bitsandbytes' own tables, and the 15 thresholds written
+out in its CUDA source.
 """
 
 import hashlib
@@ -42,9 +42,8 @@ def test_thresholds_are_the_literals_of_the_cuda_source():
 def test_levels_span_minus_one_to_one_around_an_exact_zero():
     levels, values = nf4_codebook(), dynamic_map()
     assert levels[0] == -1 and levels[7] == 0 and levels[15] == 1
-    assert (
-        values[127] == 0 and values[255] == 1 and values.min() > -1
-    )  # bitsandbytes' signed map has no -1
+    # bitsandbytes' signed map has no -1
+    assert values[127] == 0 and values[255] == 1 and values.min() > -1
     assert (levels.diff() > 0).all() and (values.diff() > 0).all()
 
 

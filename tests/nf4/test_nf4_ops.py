@@ -1,7 +1,8 @@
-"""Proves that the custom ops hold under opcheck, torch.compile, meta, threads and inference mode, and choose aloud.
+"""Proves that the NF4 ops work under opcheck, torch.compile, meta, threads and inference mode.
 
-The oracle of the compiled and the forced paths is the eager fast path, whose bits
-test_nf4_quantize.py proves.
+It also proves that a forced path is obeyed or refused, and that a slow path is announced. The
+oracle of the compiled and the forced paths is the eager fast path, whose bits test_nf4_quantize.py
+proves.
 """
 
 import os
@@ -54,8 +55,8 @@ def test_opcheck_of_few_tokens(shape, tokens, bias, double_quant):
         dequantize_nf4(weight, torch.float64),
         None if not bias else arguments[-1].double(),
     )
-    # a sum of n products and a bias in fp32, in any order, is off by at most (n + 1) u times the
-    # sum of magnitudes
+    # the error of an fp32 sum of n products and a bias, in any order, is at most (n + 1) u times
+    # the sum of magnitudes
     sizes = F.linear(
         x.abs(),
         dequantize_nf4(weight, torch.float32).abs(),
@@ -81,7 +82,7 @@ def test_a_token_that_does_not_fit_raises():
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_both_names_are_one_function(dtype, double_quant):
+def test_forward_and_backward_dequantize_ops_are_equal(dtype, double_quant):
     weight = weight_of(double_quant=double_quant)
     first, second = (op(*weight.parts(), dtype) for op in DEQUANTIZE)
     assert first.dtype == dtype and first.shape == weight.shape
@@ -104,7 +105,7 @@ def test_compiled_without_a_graph_break(double_quant):
     assert torch.equal(scale(x), quantize_nf4(x, double_quant=False).absmax)
 
 
-def test_the_weight_itself_can_be_compiled_over():
+def test_dequantize_compiles_with_a_weight_as_argument():
     weight = weight_of()
     assert torch.equal(
         torch.compile(dequantize_nf4, fullgraph=True, backend="aot_eager")(weight),
@@ -113,7 +114,7 @@ def test_the_weight_itself_can_be_compiled_over():
 
 
 def test_compiling_keeps_the_two_names_apart():
-    """With one name, common-subexpression elimination would leave one call, and the dense weight alive between."""
+    """One op name would let the compiler merge both calls and keep the dense weight."""
     names = []
 
     def count(graph, inputs):
@@ -160,7 +161,8 @@ def test_out_is_written_in_its_own_dtype():
 
 
 @pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter knows one thread"
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="Triton's interpreter supports only one thread",
 )
 def test_threads_do_not_share_scratch():
     weights = [weight_of((700 + i, 512)) for i in range(4)]
@@ -171,7 +173,7 @@ def test_threads_do_not_share_scratch():
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert right == [True] * 20  # a thread that died would have said nothing
+    assert right == [True] * 20  # 4 threads x 5 checks
 
 
 def test_first_use_in_inference_mode_does_not_spoil_training():
@@ -202,10 +204,10 @@ def test_the_reference_can_be_forced_and_has_the_same_bits(monkeypatch):
         fast.append((weight.packed, weight.scales, dequantize_nf4(weight)))
     assert all(torch.equal(a, b) for other in fast[1:] for a, b in zip(fast[0], other, strict=True))
     monkeypatch.delattr(torch_cpu, "quantize")
-    quantize_nf4(x)  # the reference, or this would raise
+    quantize_nf4(x)  # raises unless the reference runs
 
 
-def test_a_path_that_cannot_be_obeyed_raises(monkeypatch):
+def test_a_forced_path_that_cannot_run_raises(monkeypatch):
     monkeypatch.setenv("MINILORA_NF4", "gpu")
     with pytest.raises(ValueError, match="expected auto, reference, cpu or triton, got 'gpu'"):
         quantize_nf4(torch.ones(64))
@@ -295,6 +297,6 @@ def test_parts_that_do_not_fit_raise(op):
             op(*parts, torch.float32)
 
 
-def test_the_door_is_what_it_says():
+def test_all_is_sorted_and_importable():
     assert minilora_kernels.__all__ == sorted(minilora_kernels.__all__)
     assert all(hasattr(minilora_kernels, name) for name in minilora_kernels.__all__)

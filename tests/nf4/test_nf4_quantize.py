@@ -1,9 +1,10 @@
-"""Proves that quantising is bitsandbytes' to the bit, that the fast path is the reference, and what the error is.
+"""Proves that quantising equals bitsandbytes bit for bit, and the fast path the reference.
 
-Equality is exact throughout. Against bitsandbytes on the CPU only where it is right: codes and
-absmax always (its quantiser is plain torch), dequantised values where rows are whole blocks (its
-AVX-512 code takes wrong scales else) and blocks are below 2048 (above it compiles), 8-bit scale
-codes give or take one (its table is coarse).
+It also proves a bound on the error. All comparisons are exact. Results are compared with
+bitsandbytes on the CPU only where it is right: codes and absmax always (its quantiser is plain
+torch), dequantised values only where rows are whole blocks (otherwise its AVX-512 code takes wrong
+scales) and blocks are smaller than 2048 (from there on it compiles). The 8-bit scale codes may
+differ by one (its table is coarse).
 """
 
 import math
@@ -63,9 +64,11 @@ def test_any_size_is_bitsandbytes(shape, dtype):
 
 @pytest.mark.parametrize("shape", [(64, 32), (64, 16), (128, 96), (256, 304), (1000,)], ids=str)
 def test_values_are_right_where_bitsandbytes_returns_others(shape):
-    """From its codes and scales by the definition: where a block crosses rows its AVX-512 code takes the scale of
-    another block (an error of 0.18 to 0.25 for 0.1), and it returns a vector as a matrix of one
-    row."""
+    """Compare with the definition, applied to bitsandbytes' codes and scales.
+
+    Where a block crosses rows, bitsandbytes' AVX-512 code takes the scale of another block (an
+    error of 0.18 to 0.25 instead of 0.1). It returns a vector as a matrix of one row.
+    """
     x = normal(*shape)
     packed, state = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
     codes = (
@@ -75,24 +78,18 @@ def test_values_are_right_where_bitsandbytes_returns_others(shape):
     found = dequantize_nf4(quantize_nf4(x, 64, double_quant=False))
     assert torch.equal(found, expected.view(shape))
     assert (found - x).norm() < 0.11 * x.norm()
-    assert len(shape) > 1 or bnb.dequantize_4bit(packed, state).shape == (
-        1,
-        *shape,
-    )  # the scales: on AVX-512 only
+    # only the shape is asserted: the scales are wrong on AVX-512 alone
+    assert len(shape) > 1 or bnb.dequantize_4bit(packed, state).shape == (1, *shape)
 
 
 @pytest.mark.parametrize("ulps", [-1, 0, 1])
 def test_ties_and_their_neighbours(ulps):
-    """At each threshold, one ulp below and above; a 1.0 in each block makes the scaling exact."""
+    """Check each threshold and one ulp on each side; a 1.0 in each block makes scaling exact."""
     t = nf4_thresholds()
     x = t if ulps == 0 else torch.nextafter(t, torch.full_like(t, ulps * torch.inf))
     block = torch.cat([torch.ones(1), x, -torch.ones(1), torch.zeros(47)])  # (64,)
-    expected = [
-        15,
-        *(code + (ulps > 0) for code in range(15)),
-        0,
-        *[7] * 47,
-    ]  # a tie takes the lower code
+    # a tie takes the lower code
+    expected = [15, *(code + (ulps > 0) for code in range(15)), 0, *[7] * 47]
     for path in (reference, torch_cpu):
         packed, absmax = path.quantize(block, 64)
         assert reference.unpack(packed).tolist() == expected and absmax.tolist() == [1.0], (
@@ -109,7 +106,10 @@ def test_the_first_element_is_in_the_high_nibble():
 
 
 def test_every_value_of_bf16_in_a_block_is_bitsandbytes():
-    """All 2^15 finite bf16 values of magnitude 2^-100 to 2^100, each with a scale of its own neighbourhood."""
+    """Compare all 2^15 finite bf16 values of magnitude 2^-100 to 2^100, in bit order and shuffled.
+
+    In bit order each block has a scale close to its values.
+    """
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     x = bits[
         bits.isfinite() & (bits.abs().float() > 2.0**-100) & (bits.abs().float() < 2.0**100)
@@ -130,7 +130,7 @@ def test_every_value_of_bf16_in_a_block_is_bitsandbytes():
 
 
 def numpy_double_quantize(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
-    """The rule once more, with math.fsum (exact) and a search; fp32 arithmetic."""
+    """Double-quantise in numpy's fp32, with an exact mean (math.fsum) and a search of the table."""
     offset = np.float32(math.fsum(absmax.tolist()) / len(absmax))
     d, bounds = absmax - offset, midpoints(dynamic_map()).numpy()
     nested = np.array([np.abs(d[i : i + 256]).max() for i in range(0, len(d), 256)], np.float32)
@@ -156,17 +156,19 @@ def test_double_quantisation_follows_its_rule(blocks):
 
 
 def test_equal_scales_have_the_code_of_zero():
-    """d = 0 everywhere: a2 = 0, and 1/a2 must not make NaN of it."""
+    """With d = 0 everywhere, a2 is 0, and 1/a2 must not produce NaN."""
     weight = quantize_nf4(torch.ones(640))
     assert weight.scales.tolist() == [127] * 10 and weight.absmax.tolist() == [1.0] * 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nested_scales_are_bitsandbytes_give_or_take_a_code(dtype):
-    """Its table has 65,536 entries over [-1, 1]: off by at most half a step, so by one code where codes are wider.
+    """Allow one code of difference, since bitsandbytes' table is coarse.
 
-    Near 0 codes are finer than the table; there the value differs by less than two steps. Its mean
-    is torch's in fp32, within an ulp or two of ours, which moves d by as much.
+    The table has 65,536 entries over [-1, 1]. It is off by at most half a step, so by one code
+    where codes are wider than a step. Near 0, codes are finer than the table; there the value
+    differs by less than two steps. Its mean is torch's in fp32, within an ulp or two of ours, and d
+    moves by as much.
     """
     x = normal(512, 1024, dtype=dtype)
     weight = quantize_nf4(x)
@@ -200,7 +202,10 @@ def test_the_offset_is_the_same_for_any_number_of_threads():
 
 @st.composite
 def tensors(draw) -> torch.Tensor:
-    """Any rank up to 3, odd and empty sizes, dtype, stride, scale; sometimes zeros and values on thresholds."""
+    """Draw a tensor of any rank up to 3, with any dtype, stride and scale.
+
+    Sizes may be odd or zero. Some tensors hold zeros or values on thresholds.
+    """
     shape = draw(st.lists(st.integers(0, 40), max_size=2)) + draw(
         st.lists(st.integers(0, 300), max_size=1)
     )
@@ -248,11 +253,11 @@ def test_cpu_is_the_reference_over_many_chunks(blocksize):
 
 @given(tensors(), st.sampled_from(BLOCKSIZES))
 def test_quantising_again_changes_nothing(x, blocksize):
-    """Every block holds its absmax as level +-1, and levels * absmax are nearest to themselves: fp32 and above."""
+    """In fp32 each block keeps its absmax as level +-1, and levels * absmax round to themselves."""
     x = x.float().clamp(-1e37, 1e37)
     once = quantize_nf4(x, blocksize, double_quant=False)
     twice = quantize_nf4(dequantize_nf4(once), blocksize, double_quant=False)
-    tiny = once.absmax < 2.0**-126  # such a block becomes zeros, its absmax 0
+    tiny = once.absmax < 2.0**-126  # such a block becomes zeros, and its absmax becomes 0
     assert torch.equal(once.packed, twice.packed)
     assert torch.equal(once.absmax.masked_fill(tiny, 0), twice.absmax)
 
@@ -279,7 +284,7 @@ def test_packing_is_undone_by_unpacking(codes):
 
 @pytest.mark.parametrize("path", [reference, torch_cpu])
 @pytest.mark.parametrize("absmax", [0.0, 2.0**-149, 2.0**-127, 2.0**-126])
-def test_blocks_of_almost_nothing_are_zeros(path, absmax):
+def test_blocks_of_subnormal_values_are_zeros(path, absmax):
     packed, scales = path.quantize(torch.tensor([absmax, -absmax] * 32), 64)
     assert packed.tolist() == [0xF0 if absmax == 2.0**-126 else 0x77] * 32
     assert scales.tolist() == [absmax]
@@ -299,14 +304,14 @@ def test_no_dimension_and_no_elements(shape, double_quant, dtype):
 @pytest.mark.parametrize("path", [reference, torch_cpu])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("index", [(0, 0), (3, 17), (299, 1001)])
-def test_what_is_not_finite_is_named(path, bad, index):
+def test_a_value_that_is_not_finite_is_named_with_its_index(path, bad, index):
     x = normal(300, 1002)  # more than one chunk, and a last block that is short
     x[index] = x[299, 1001] = bad
     with pytest.raises(ValueError, match=rf"got {bad} at index \({index[0]}, {index[1]}\)"):
         path.quantize(x, 64)
 
 
-def test_what_is_too_large_for_fp32_is_named():
+def test_a_value_too_large_for_fp32_is_named_with_its_index():
     with pytest.raises(ValueError, match=r"finite in fp32, got 1e\+300 at index \(1,\)"):
         quantize_nf4(torch.tensor([1.0, 1e300], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"got nan at index \(\)"):

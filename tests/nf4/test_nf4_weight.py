@@ -1,7 +1,7 @@
-"""Proves that NF4Weight is bitsandbytes' 4-bit state dict, both ways, and refuses what is not one.
+"""Proves that NF4Weight reads and writes bitsandbytes' 4-bit state dict and refuses any other.
 
-Oracle: the state dict of bitsandbytes' own Linear4bit: keys, order, dtypes, shapes, bytes. Read and
-written again it is identical, JSON text and 8-bit codes included.
+Oracle: the state dict of bitsandbytes' own Linear4bit: keys, order, dtypes, shapes, bytes. After
+reading and writing it is identical, including the JSON text and the 8-bit codes.
 """
 
 import copy
@@ -25,7 +25,10 @@ def dense(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def bnb_layer(
     W: torch.Tensor, nested: bool, storage: torch.dtype = torch.uint8, blocksize: int = 64
 ):
-    """A bitsandbytes layer that holds W in NF4; nothing ran through it (a forward in eval would repack it)."""
+    """Return a bitsandbytes layer with W in NF4.
+
+    No input ran through it, since a forward in eval would repack W.
+    """
     layer = bnb.nn.Linear4bit(W.shape[1], W.shape[0], bias=False, quant_storage=storage)
     options = dict(
         compress_statistics=nested, quant_type="nf4", quant_storage=storage, blocksize=blocksize
@@ -42,7 +45,7 @@ def bnb_layer(
 @pytest.mark.parametrize(
     "shape,blocksize", [((64, 64), 64), ((192, 320), 64), ((128, 512), 128), ((320, 1024), 32)]
 )
-def test_its_file_read_and_written_again_is_identical(shape, blocksize, dtype, nested):
+def test_a_bitsandbytes_file_read_and_written_again_is_identical(shape, blocksize, dtype, nested):
     layer = bnb_layer(dense(*shape, dtype=dtype), nested, blocksize=blocksize)
     theirs = layer.state_dict()
     weight = NF4Weight.from_state_dict(theirs)
@@ -68,8 +71,11 @@ def test_our_file_read_by_bitsandbytes_has_our_values(dtype, nested):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_we_write_is_what_it_writes(nested):
-    """Identical, but for the 8-bit codes and their mean, where bitsandbytes' CPU table and fp32 mean round coarsely."""
+def test_a_written_state_dict_equals_that_of_bitsandbytes(nested):
+    """Expect identical entries, except for the 8-bit codes and their mean.
+
+    For those, bitsandbytes' CPU table and fp32 mean round coarsely.
+    """
     W = dense(192, 320)
     ours, theirs = (
         quantize_nf4(W, double_quant=nested).state_dict(),
@@ -88,9 +94,10 @@ def test_what_we_write_is_what_it_writes(nested):
     assert mine == other
     if nested:
         assert ((ours["weight.absmax"].int() - theirs["weight.absmax"].int()).abs() <= 1).all()
+        # a difference of numbers 5 times as large, so the 2 ulp of the mean count 5 times
         torch.testing.assert_close(
             ours["weight.nested_absmax"], theirs["weight.nested_absmax"], rtol=1e-5, atol=0
-        )  # a difference of numbers 5 times larger: the 2 ulp of the mean, 5 times over
+        )
 
 
 def test_the_json_is_byte_for_byte_the_documented_one():
@@ -141,12 +148,12 @@ def test_any_weight_survives_state_dict_copy_pickle_and_save(shape, dtype, doubl
         assert torch.equal(dequantize_nf4(other), dequantize_nf4(weight))
 
 
-# ---- what is stored
+# ---- stored bytes
 
 
 @pytest.mark.parametrize("double_quant,bits", [(False, 4.5), (True, 4.127)])
 def test_bits_per_parameter(double_quant, bits):
-    """4 + 32/64, or 4 + 8/64 + 32/(64 * 256); computed without memory, on meta."""
+    """Expect 4 + 32/64 or 4 + 8/64 + 32/(64 * 256) bits; tensors on meta need no memory."""
     weight = quantize_nf4(torch.empty(4096, 14336, device="meta"), 64, double_quant)
     assert weight.device.type == "meta" and weight.absmax.shape == (4096 * 14336 // 64,)
     assert 8 * weight.nbytes / weight.numel == pytest.approx(bits, abs=5e-4)
@@ -178,7 +185,7 @@ def damaged(change) -> dict[str, torch.Tensor]:
 
 
 def rewrite(**fields):
-    """A change of the JSON entry; None removes a field."""
+    """Return a change of fields in the JSON entry; None removes a field."""
 
     def change(state):
         info = json.loads(bytes(state[KEY].tolist())) | fields

@@ -1,6 +1,8 @@
-"""Proves that NF4Linear is bitsandbytes' Linear4bit computed in x.dtype, that its scales survive what ruins an fp32
-buffer, that no dense weight is kept for backward, and that its state dict is bitsandbytes' and
-strictly read."""
+"""Proves that NF4Linear equals bitsandbytes' Linear4bit computed in x.dtype.
+
+Its scales survive casts that ruin an fp32 buffer, and backward keeps no dense weight. Its state
+dict is bitsandbytes' and is read strictly.
+"""
 
 import copy
 import io
@@ -59,9 +61,10 @@ def test_state_dict_goes_both_ways_with_bitsandbytes(double_quant):
         torch.equal(written[key], state[key]) and written[key].dtype == state[key].dtype
         for key in state
     )
+    # loading copies the tensors
     assert {t.data_ptr() for t in state.values()}.isdisjoint(
         p.data_ptr() for p in ours.parameters()
-    )  # a copy
+    )
     x = torch.randn(5, 128)
     torch.testing.assert_close(
         ours(x), nn.functional.linear(x, dense.float(), theirs.bias.float()), rtol=0, atol=1e-2
@@ -115,7 +118,7 @@ def test_casts_leave_codes_and_scales_alone(cast, double_quant):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [(48, 64), (40, 96), (16, 2080), (24, 33)])
-def test_one_token_without_gradients_takes_the_fused_way(size, bias):
+def test_one_token_without_gradients_runs_the_fused_gemv(size, bias):
     out_features, in_features = size
     layer, token = (
         NF4Linear.from_linear(nn.Linear(in_features, out_features, bias=bias)),
@@ -135,7 +138,7 @@ def test_one_token_without_gradients_takes_the_fused_way(size, bias):
 
 
 class Ops(TorchDispatchMode):
-    """Notes which of our ops are called."""
+    """Dispatch mode that records the calls of minilora's ops."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +196,7 @@ def test_forward_train_and_eval_change_nothing():
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-def test_qlora_is_a_lora_layer_around_it():
+def test_a_lora_layer_wraps_an_nf4_linear():
     layer = LoRALayer(quantized(), r=4)
     assert "bits=4" in repr(layer) and layer.weight.shape == (96, 128)
     layer(torch.randn(2, 128)).sum().backward()
