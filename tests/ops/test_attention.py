@@ -1,4 +1,7 @@
-"""Proves that the fused attention equals its plain form, forward and backward, and that the mask is its definition."""
+"""Proves that fused attention equals its reference and that the mask follows its definition.
+
+Outputs and gradients are compared.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from minilora_kernels.ops.attention import BLOCK, attention, causal_mask, plain_
 
 
 def heads(rows: int, count: int, length: int, kv_heads: int = 2, seed: int = 0) -> list[Tensor]:
-    """Random q (rows, 4, count, 8), k and v (rows, kv_heads, length, 8) that want gradients."""
+    """Return q (rows, 4, count, 8), k and v (rows, kv_heads, length, 8), random, with gradients."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(rows, 4, count, 8), (rows, kv_heads, length, 8), (rows, kv_heads, length, 8)]
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -22,7 +25,10 @@ def heads(rows: int, count: int, length: int, kv_heads: int = 2, seed: int = 0) 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fused_attention_equals_the_plain_form(kv_heads, count, length, masked, dtype):
-    """Forward and gradients, each number within what its own sums may round in two orders (bounds.py)."""
+    """Compare outputs and gradients.
+
+    Each number may differ by the rounding of its own sums in two orders (bounds.py).
+    """
     ids = torch.tensor([[0] * 4 + [1] * 5, [-1] * 2 + [0] * 7])[:, :length]
     mask = causal_mask(count, length, window=3, document_ids=ids) if masked else None
     grad = heads(2, count, length, seed=1)[0].detach()
@@ -34,16 +40,18 @@ def test_fused_attention_equals_the_plain_form(kv_heads, count, length, masked, 
         results.append([out, *(x.grad for x in inputs)])
     sizes = attention_sizes(*inputs, grad, mask)
     for fused, plain, size in zip(*results, sizes, strict=True):
-        assert (
-            (fused - plain).abs() <= torch.finfo(dtype).eps * size
-        ).all()  # two forms, an eps/2 each
+        # both implementations round by eps/2
+        assert ((fused - plain).abs() <= torch.finfo(dtype).eps * size).all()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("length", [BLOCK, BLOCK + 1, 2 * BLOCK + 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_backward_in_blocks(kv_heads, length, dtype):
-    """The same over several blocks of queries, against fp64; in bf16 hardly worse than the plain form's."""
+    """Compare gradients over several blocks of queries with fp64.
+
+    In bf16 the error is at most 1.5 times that of the reference implementation.
+    """
     results = []
     for form, kind in (
         (plain_attention, torch.float64),
@@ -63,7 +71,10 @@ def test_backward_in_blocks(kv_heads, length, dtype):
 
 
 def test_under_autocast():
-    """q and k in fp32 and v in bf16, as rotation leaves them: computed in bf16, and each gradient in its own dtype."""
+    """Compute in bf16 and return each gradient in the dtype of its input.
+
+    As after RoPE, q and k are in fp32 and v is in bf16.
+    """
     q, k, v = heads(2, 150, 150)
     v = v.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -77,9 +88,8 @@ def test_under_autocast():
         and v.grad.dtype == torch.bfloat16
     )
     for found, wanted in zip((q, k, v), exact, strict=True):
-        assert (
-            found.grad - wanted.grad
-        ).norm() <= 2e-2 * wanted.grad.norm()  # five roundings to bf16, 2^-9 each
+        # five roundings to bf16, 2^-9 each
+        assert (found.grad - wanted.grad).norm() <= 2e-2 * wanted.grad.norm()
 
 
 def test_plain_attention_passes_a_gradient_check():
@@ -93,7 +103,7 @@ def test_plain_attention_passes_a_gradient_check():
     data=st.data(),
 )
 def test_mask_is_its_definition(ids, window, data):
-    """Query i looks at key j exactly if j is not later, not too far back, and in the same document."""
+    """Query i attends to key j if j is not later, is in the window and is in the same document."""
     length = len(ids)
     count = data.draw(st.integers(1, length))
     mask = causal_mask(count, length, window=window, document_ids=torch.tensor([ids]))

@@ -1,7 +1,7 @@
-"""The chunked cross-entropy of an output layer is the plain one: loss and gradient, for every chunk size and head.
+"""Proves that the chunked cross-entropy of an output layer equals the plain one.
 
-Oracles: the five-line plain form, torch's own gradient check in fp64, and the size of what is alive
-at the peak.
+Loss and gradient are compared for every chunk size and head. Oracles: the five-line reference
+implementation, torch's own gradient check, and the bytes that are alive at the peak.
 """
 
 import pytest
@@ -50,7 +50,7 @@ def test_loss_and_gradient_equal_the_plain_form(N, D, V, chunk, seed):
 
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
 def test_gradient_by_finite_differences():
-    # logits are taken in fp32 by both forms, so the step is large and the tolerance that of fp32
+    # both implementations compute logits in fp32, so the step is large and the tolerance is fp32's
     hidden, weight, labels = problem(5, 4, 7)
     assert torch.autograd.gradcheck(
         lambda h: linear_cross_entropy(h, weight, labels, 2), hidden, eps=1e-2, atol=2e-3, rtol=1e-2
@@ -82,11 +82,10 @@ def test_16_bit_is_no_worse_than_the_plain_form(dtype):
 
 
 def test_fp16_keeps_gradients_that_would_underflow():
-    """A token the model is sure of: 1 - p is 6e-6 and its gradient 25 times fp16's smallest number."""
+    """With 1 - p = 6e-6 for the label, the gradient is 25 times fp16's smallest number."""
     weight = torch.tensor([[0.125] * 8, [-0.125] * 8], dtype=torch.float16)
-    hidden = torch.full(
-        (1, 8), 6.0, dtype=torch.float16
-    ).requires_grad_()  # logits 6 and -6, exactly
+    # the logits are exactly 6 and -6
+    hidden = torch.full((1, 8), 6.0, dtype=torch.float16).requires_grad_()
     labels = torch.tensor([0])
     exact = hidden.detach().float().requires_grad_()
     (expected,) = torch.autograd.grad(
@@ -105,7 +104,7 @@ def test_fp16_takes_a_loss_scale_that_fp16_cannot_hold():
 
 
 class Head(nn.Module):
-    """An output layer that is no plain matrix."""
+    """Output layer that is not a single matrix."""
 
     def __init__(self, D: int, V: int):
         super().__init__()
@@ -143,7 +142,7 @@ def test_trainable_weight_gets_its_gradient():
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_an_ignored_label_costs_nothing_and_moves_nothing(trained):
+def test_an_ignored_label_adds_no_loss_and_no_gradient(trained):
     hidden, weight, labels = problem(12, 6, 9)
     weight.requires_grad_(trained)
     labels[::3] = ce.IGNORE
@@ -159,7 +158,10 @@ def test_an_ignored_label_costs_nothing_and_moves_nothing(trained):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_each_row_of_a_head_that_trains_has_its_own_factor(dtype):
-    """As DPO has. 16-bit sums of three chunks, each rounded: 3 units of 2^-9 (bf16) on the norm at most."""
+    """Give each row its own factor, as DPO does.
+
+    The 16-bit sums of three chunks are each rounded: at most 3 units of 2^-9 (bf16) on the norm.
+    """
     hidden, weight, labels = problem(24, 16, 50, dtype)
     factor = torch.rand(24) * 2.0**12
     head = nn.Linear(16, 50, bias=False)
@@ -180,14 +182,13 @@ def test_a_head_that_trains_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden.bfloat16(), weight, labels, 4)
     (found,) = torch.autograd.grad(loss, weight)
-    assert (
-        found.dtype == torch.float32 and relative(found, expected) < 2e-2
-    )  # bf16's unit roundoff is 4e-3
+    # bf16's unit roundoff is 4e-3
+    assert found.dtype == torch.float32 and relative(found, expected) < 2e-2
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
-    """The largest tensor that any operation makes has chunk x V elements, and none of them is saved for backward."""
+    """No tensor has more than chunk x V elements, and none of that size is saved for backward."""
     N, D, V, chunk = 64, 4, 1000, 8
     hidden, weight, labels = problem(N, D, V)
     weight.requires_grad_(trainable)
@@ -221,9 +222,11 @@ def test_the_logits_of_the_batch_never_exist(trainable, monkeypatch):
 
 @pytest.mark.parametrize("trained, most", [(False, 0.35e9), (True, 1.5e9)])
 def test_bytes_at_8192_tokens_and_256000_words_on_a_gpu(trained, most, monkeypatch):
-    """Counted from what the op itself asks for, gradients included, on tensors without data: no card is needed. The
-    peers' published figures at Gemma 2's sizes, with the gradient of W: 1.16 GB (CCE) and 1.47 GB
-    (Liger)."""
+    """Count the op's own allocations, gradients included; tensors without data need no GPU.
+
+    Published figures of other libraries at Gemma 2's sizes, with the gradient of W: 1.16 GB (CCE)
+    and 1.47 GB (Liger).
+    """
     monkeypatch.setattr(ce, "has_kernels", lambda device: True)
     N, D, V = 8192, 2304, 256000
     with torch.device("meta"), Meter() as meter:
@@ -234,9 +237,8 @@ def test_bytes_at_8192_tokens_and_256000_words_on_a_gpu(trained, most, monkeypat
         linear_cross_entropy(hidden, weight, labels).backward()
     held = meter.stretch(0).rise
     print(f"{held / 1e6:.0f} MB above the inputs, W {'trained' if trained else 'frozen'}")
-    assert (
-        hidden.nbytes + trained * weight.nbytes + 512 * V * 2 < held <= most
-    )  # gradients and one chunk of logits
+    # gradients and one chunk of logits
+    assert hidden.nbytes + trained * weight.nbytes + 512 * V * 2 < held <= most
 
 
 def test_default_chunk_bounds_the_logits(monkeypatch):
@@ -255,7 +257,7 @@ def test_no_gradient_is_computed_when_none_is_asked_for(monkeypatch):
     hidden, weight, labels = problem(5, 4, 7)
     wanted = []
     monkeypatch.setattr(bindings, "cross_entropy", lambda *given: wanted.append(given[-1]))
-    monkeypatch.setattr(torch.Tensor, "scatter_", None)  # only the gradient needs it
+    monkeypatch.setattr(torch.Tensor, "scatter_", None)  # only the gradient calls scatter_
     with torch.no_grad():
         assert linear_cross_entropy(hidden.detach(), weight, labels) > 0
         assert linear_cross_entropy(hidden, weight, labels) > 0
@@ -266,7 +268,10 @@ def test_no_gradient_is_computed_when_none_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [3, None])
 def test_a_head_in_fp32_that_trains_under_autocast(chunk):
-    """Products are in bf16, what is summed over chunks is in fp32; bf16 rounds a logit and a probability by 2^-9."""
+    """Products are in bf16 and sums over chunks in fp32.
+
+    bf16 rounds a logit and a probability by 2^-9.
+    """
     hidden, weight, labels = problem(40, 16, 30)
     weight.requires_grad_()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -278,8 +283,8 @@ def test_a_head_in_fp32_that_trains_under_autocast(chunk):
         assert gradient.dtype == torch.float32 and relative(gradient, expected) < 2**-6
 
 
-def test_it_is_compiled_in_one_piece():
-    """Large enough for what eager code keeps in the pool."""
+def test_linear_cross_entropy_compiles_without_a_graph_break():
+    """The sizes are large enough that eager code takes buffers from the pool."""
     hidden, weight, labels = problem(64, 8, 9000)
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     grads = []
@@ -289,7 +294,7 @@ def test_it_is_compiled_in_one_piece():
     assert relative(grads[1], grads[0]) < 1e-5  # fp32, another exponential
 
 
-def test_no_labels_cost_nothing():
+def test_no_labels_give_a_loss_of_zero():
     hidden, weight, labels = problem(0, 4, 7)
     loss = linear_cross_entropy(hidden, weight, labels)
     loss.backward()

@@ -1,6 +1,7 @@
-"""Proves that every fast op equals its plain form, forward and backward, keeps less, and can be switched off.
+"""Proves that every fast op equals its reference, saves less memory, and can be switched off.
 
-Attention and cross-entropy have files of their own; here are their switch and what they keep.
+Outputs and gradients are compared. Attention and cross-entropy have their own files; this file
+tests their switch and the memory that they save for backward.
 """
 
 import shutil
@@ -23,11 +24,11 @@ from minilora_kernels.ops.swiglu import gated, plain_gated
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def code(request, monkeypatch):
-    """Every test runs with the steps that are compiled where a compiler is, and with those of torch."""
+    """Run every test with the compiled steps, if there is a C compiler, and with those of torch."""
     if request.param == "torch":
         monkeypatch.setenv("MINILORA_STEPS", "torch")
     elif shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc): the steps are torch's")
+        pytest.skip("no C compiler (cc): the steps run in torch")
     return request.param
 
 
@@ -40,7 +41,7 @@ def angles(length: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def forms(name: str, dtype: torch.dtype):
-    """(fast form, plain form, their differentiable inputs)."""
+    """Return the fast op, its reference implementation and their differentiable inputs."""
     x, w = noise(3, 5, 24, dtype=dtype), noise(24, dtype=dtype, seed=1)
     cos, sin = angles(5, 24, dtype)
     gate, up = noise(3, 5, 24, dtype=dtype), noise(3, 5, 24, dtype=dtype, seed=2)
@@ -80,9 +81,11 @@ NAMES = ["norm", "gemma's norm", "swiglu", "geglu", "rotate", "rotate, heads ins
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_fast_op_equals_its_plain_form(name, dtype, code):
-    """Values to the bit; but compiled, a sum is in another order and e^x is another approximation, so that some are
-    an ulp or two off. Gradients: sums in another order, and in 16 bit fewer roundings: a few ulp of
-    the largest."""
+    """Compare values bit for bit in torch, and within an ulp or two when compiled.
+
+    Compiled code sums in another order and approximates e^x in another way. Gradients sum in
+    another order and, in 16 bit, with fewer roundings, so they differ by a few ulp of the largest.
+    """
     quick, plain, inputs = forms(name, dtype)
     results = []
     for form in (quick, plain):
@@ -102,8 +105,11 @@ def test_a_fast_op_equals_its_plain_form(name, dtype, code):
 
 
 def near(y: Tensor, expected: Tensor, cancels: bool = False) -> bool:
-    """Within 4 units in the last place of fp32, 1 of bf16, whose roundings fall the same way but for ties; of the
-    largest value where torch's own form cancels (1 + tanh x)."""
+    """Return whether y is within 4 units in the last place of fp32, or 1 of bf16.
+
+    Values in bf16 round the same way, except for ties. The unit is that of the largest value where
+    torch's own form cancels (1 + tanh x).
+    """
     sizes = expected.abs().max() if cancels else expected.abs()
     ulps = 4 if y.dtype == torch.float32 else 1
     return bool(((y - expected).abs() <= ulps * torch.finfo(y.dtype).eps * sizes).all())
@@ -116,18 +122,16 @@ def test_a_fast_op_passes_a_gradient_check(name):
 
 
 @given(rows=st.integers(0, 700), width=st.integers(1, 700), gemma=st.booleans())
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture]
-)  # `code` holds for all of them
+# all examples run with the same `code`
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_norm_of_any_size_and_in_blocks(rows, width, gemma, code):
     x, w = noise(rows, width).detach(), noise(width, seed=1).detach()
     y, expected = rms_norm(x, w, 1e-5, gemma), plain_rms_norm(x, w, 1e-5, gemma)
     assert torch.equal(y, expected) if code == "torch" else near(y, expected)
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture]
-)  # `code` changes nothing here
+# `code` changes nothing here
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(0, 5000), width=st.integers(1, 300_000))
 def test_row_blocks_cover_every_row_once(rows, width):
     for device in ("cpu", "meta"):
@@ -136,19 +140,19 @@ def test_row_blocks_cover_every_row_once(rows, width):
         assert len(blocks) <= 1 or device == "cpu"
 
 
-# ---- the switch, and what is kept
+# ---- the switch and the memory saved for backward
 
 
 @pytest.mark.parametrize(
     "name,share", [("norm", 0.4), ("gemma's norm", 0.4), ("swiglu", 0.7), ("geglu", 0.7)]
 )
-def test_a_fast_op_keeps_less(name, share):
+def test_a_fast_op_saves_less_for_backward(name, share):
     quick, plain, inputs = forms(name, torch.bfloat16)
     assert kept(lambda: quick(*inputs)) <= share * kept(lambda: plain(*inputs))
 
 
-def test_attention_keeps_no_weights():
-    """T x T of them would be 4 x 256 x 256 x 4 bytes."""
+def test_attention_saves_no_attention_weights():
+    """The (T, T) weights would take 4 x 256 x 256 x 4 bytes."""
     q, k, v = noise(1, 4, 256, 8), noise(1, 2, 256, 8), noise(1, 2, 256, 8)
     assert kept(lambda: attention(q, k, v)) <= 4 * (q.numel() + k.numel() + v.numel())
     assert kept(lambda: plain_attention(q, k, v)) > 4 * 4 * 256 * 256
@@ -156,7 +160,7 @@ def test_attention_keeps_no_weights():
 
 @pytest.mark.parametrize("quantize", [False, True])
 def test_a_model_on_plain_ops(quantize):
-    """No fast op is left in the graph, and loss and gradients agree with the fast ones."""
+    """The graph contains no fast op, and loss and gradients agree with those of the fast ops."""
     model = llama()
     if quantize:
         ml.quantize_model(model)
@@ -182,9 +186,8 @@ def test_a_model_on_plain_ops(quantize):
     }
     assert ours <= seen[0] and not ours & seen[1]
     for found, expected in zip(*results, strict=True):
-        assert (
-            found - expected
-        ).norm() <= 1e-4 * expected.norm() + 1e-9  # fp32, sums in other orders
+        # fp32, sums in other orders
+        assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-9
 
 
 def run(model: nn.Module, ids: Tensor, plain: bool) -> Tensor:
@@ -195,7 +198,7 @@ def run(model: nn.Module, ids: Tensor, plain: bool) -> Tensor:
 
 
 def graph(tensor: Tensor) -> set:
-    """Every node of autograd's graph behind a tensor."""
+    """Return every node of the autograd graph of a tensor."""
     found, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -213,7 +216,7 @@ def test_the_switch_comes_back_after_an_error():
 
 
 def test_a_second_derivative_is_refused():
-    """Backward is written by hand, once: deriving it again would be silently wrong."""
+    """The handwritten backward is not differentiable; its derivative would be silently wrong."""
     x, w = noise(4, 24), noise(24, seed=1)
     (grad,) = torch.autograd.grad(rms_norm(x, w, 1e-5).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -1,4 +1,4 @@
-"""Proves that a tensor of the pool is like any other, and that what is freed is taken again and never piles up."""
+"""Proves that the buffer pool returns ordinary tensors, reuses freed memory and stays bounded."""
 
 import gc
 import threading
@@ -34,7 +34,7 @@ def big(size: int = allocator.SMALL) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-def test_a_tensor_like_any_other(dtype):
+def test_a_pooled_tensor_behaves_like_any_other(dtype):
     x = allocator.empty((3, 1 << 18, 2), dtype, CPU)
     assert (
         x.shape == (3, 1 << 18, 2)
@@ -45,9 +45,8 @@ def test_a_tensor_like_any_other(dtype):
     x.fill_(1)
     view, copy = x[1, :, 0], x.clone()
     del x
-    again = allocator.empty((3, 1 << 18, 2), dtype, CPU).fill_(
-        0
-    )  # the view holds its block: this is another one
+    # the view keeps its block in use, so this is another one
+    again = allocator.empty((3, 1 << 18, 2), dtype, CPU).fill_(0)
     assert (
         view.sum(dtype=torch.float64) == 1 << 18
         and copy.sum(dtype=torch.float64) == 3 << 19
@@ -55,19 +54,17 @@ def test_a_tensor_like_any_other(dtype):
     )
 
 
-def test_what_is_freed_is_taken_again():
+def test_a_freed_block_is_reused_if_it_fits():
     x = big()
     place = x.data_ptr()
     del x
-    assert (
-        waiting() == allocator.SMALL and big(allocator.SMALL + 1).data_ptr() != place
-    )  # too small for that one
+    # the freed block is too small for this tensor
+    assert waiting() == allocator.SMALL and big(allocator.SMALL + 1).data_ptr() != place
     fitting = big(allocator.SMALL)
     assert fitting.data_ptr() == place and waiting() == allocator.SMALL + 1
     del fitting
-    assert (
-        big(int(allocator.SMALL / allocator.SLACK) + 1).numel() < allocator.SMALL
-    )  # small, and malloc's: nothing was taken
+    # a small tensor comes from malloc and takes no block
+    assert big(int(allocator.SMALL / allocator.SLACK) + 1).numel() < allocator.SMALL
     allocator.release()
     assert waiting() == 0
 
@@ -77,8 +74,8 @@ def test_what_is_freed_is_taken_again():
     st.lists(st.integers(allocator.SMALL, 3 * allocator.SMALL), min_size=5, max_size=40),
     st.integers(1, 6),
 )
-def test_never_many_more_than_there_were_at_once(sizes, alive):
-    """Every tensor of another size, `alive` of them at a time."""
+def test_pool_memory_is_bounded_by_the_peak_of_live_tensors(sizes, alive):
+    """Allocate tensors of different sizes, `alive` of them at a time."""
     allocator.release()
     kept, most = [], 0
     with pytest.MonkeyPatch.context() as patch:
@@ -92,14 +89,14 @@ def test_never_many_more_than_there_were_at_once(sizes, alive):
     assert waiting() == allocator._totals.allocated
 
 
-def test_counting_modes_see_torchs_own():
+def test_fake_and_meta_tensors_bypass_the_pool():
     with FakeTensorMode():
         assert isinstance(big(), FakeTensor)
     assert allocator.empty((1 << 20,), torch.float32, torch.device("meta")).is_meta
     assert not allocator._totals.allocated
 
 
-def test_threads_share_it():
+def test_threads_can_share_the_pool():
     sums = []
 
     def work(number: int) -> None:
@@ -115,7 +112,7 @@ def test_threads_share_it():
     assert len(sums) == 200 and all(sums)
 
 
-def test_training_gives_all_back():
+def test_training_mode_releases_the_pool():
     model = llama()
     with runtime.training_mode(model, False):
         del (x := [big()])[0]
@@ -123,7 +120,7 @@ def test_training_gives_all_back():
     assert not waiting()
 
 
-def test_a_dequantised_weight_lies_in_it():
+def test_a_dequantised_weight_reuses_a_pooled_block():
     weight = quantize_nf4(torch.randn(1024, 512))
     before = dequantize_nf4(weight, torch.float32)
     place, values = before.data_ptr(), before.clone()
