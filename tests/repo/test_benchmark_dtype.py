@@ -1,6 +1,7 @@
-"""Proves that all sides of a benchmark compute in one dtype, the one this hardware is fast in, and that it is said.
+"""Proves that all sides of a benchmark compute in one dtype, the fast one of the machine.
 
-Oracle: the library's own rule, `load_model(dtype="auto")`. Errors: an unknown name of a dtype.
+It also proves that the dtype is printed. Oracle: the library's own rule,
+`load_model(dtype="auto")`. Error: an unknown dtype name.
 """
 
 import argparse
@@ -24,7 +25,7 @@ UNITS = {
 
 
 def pretend(monkeypatch, cpu: str) -> None:
-    """Let torch find a CPU of this class, and no GPU."""
+    """Make torch report a CPU of this class and no GPU."""
     avx512_bf16, amx = UNITS[cpu]
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -33,9 +34,7 @@ def pretend(monkeypatch, cpu: str) -> None:
 
 
 @pytest.mark.parametrize("cpu", UNITS)
-def test_auto_is_the_librarys_own_choice_and_a_name_is_taken_at_its_word(
-    monkeypatch, capsys, cpu: str
-):
+def test_auto_is_the_dtype_of_load_model_and_a_given_name_is_used(monkeypatch, capsys, cpu: str):
     pretend(monkeypatch, cpu)
     chosen = side_by_side.compute_dtype("auto")
     assert chosen == pick_dtype("auto", torch.device("cpu"))
@@ -47,7 +46,7 @@ def test_auto_is_the_librarys_own_choice_and_a_name_is_taken_at_its_word(
 
 
 @pytest.mark.parametrize("cpu", UNITS)
-def test_the_dtype_and_the_class_of_cpu_are_said_first(monkeypatch, capsys, cpu: str):
+def test_the_dtype_and_the_class_of_cpu_are_printed_first(monkeypatch, capsys, cpu: str):
     pretend(monkeypatch, cpu)
     for name in ("bfloat16", "float32"):
         found = side_by_side.machine(side_by_side.compute_dtype(name))
@@ -55,7 +54,7 @@ def test_the_dtype_and_the_class_of_cpu_are_said_first(monkeypatch, capsys, cpu:
         assert capsys.readouterr().out.startswith(f"dtype {name}, cpu {cpu}, cores ")
 
 
-def test_the_option_is_auto_unless_said_and_no_other_name_is_taken(capsys):
+def test_the_dtype_option_defaults_to_auto_and_refuses_other_names(capsys):
     parser = argparse.ArgumentParser()
     side_by_side.add_dtype(parser)
     assert parser.parse_args([]).dtype == "auto"
@@ -67,7 +66,7 @@ def test_the_option_is_auto_unless_said_and_no_other_name_is_taken(capsys):
 
 
 def test_both_sides_have_one_dtype(tmp_path):
-    """The saved base, what peers dequantise to and what they train are in the dtype that is asked for."""
+    """The saved base, the peers' dequantised weights and their trained weights have one dtype."""
     model = torch.nn.Linear(4, 4)
     for dtype in (torch.bfloat16, torch.float32):
         side_by_side.checkpoint(tmp_path / str(dtype), True, 1, 8, dtype)
@@ -83,7 +82,7 @@ def test_both_sides_have_one_dtype(tmp_path):
     assert isinstance(mixed, torch.autocast) and mixed.fast_dtype == torch.bfloat16
 
 
-def test_no_side_is_called_bf16_where_nothing_is(monkeypatch):
+def test_no_side_is_called_bf16_in_an_fp32_benchmark(monkeypatch):
     monkeypatch.setattr(peers, "missing_peers", lambda: "")
     assert peers.sides_of("full", torch.bfloat16) == ["minilora", "peers", "peers, bf16"]
     assert peers.sides_of("full", torch.float32) == ["minilora", "peers"]

@@ -74,7 +74,7 @@ NAMED = re.compile(
 
 
 def test_every_file_that_a_text_names_exists():
-    """Paths from the root, in pages, docstrings and comments. The log keeps the names of its day."""
+    """Check paths from the root in pages, docstrings and comments, except in docs/LOG.md."""
     wrong = []
     pages = [path.relative_to(ROOT).as_posix() for path in text_files() if path.suffix == ".md"]
     for path in sorted({*ALL_FILES, *pages}):

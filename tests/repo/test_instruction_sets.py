@@ -1,7 +1,7 @@
-"""Proves that `make test ISA=avx2` and `ISA=default` run the tests so, and that the run says under which it was.
+"""Proves that `make test ISA=avx2` and `ISA=default` set the CPU's instruction set, and report it.
 
-The commands are taken from make itself. What torch, oneDNN and the C compiler then do is asked in a
-fresh process.
+The commands come from make itself. A fresh process shows the effect on torch, oneDNN and the C
+compiler.
 """
 
 import os
@@ -20,13 +20,13 @@ from helpers.tiny import python
 MARCHES = {"avx2": "x86-64-v3", "default": "x86-64"}
 
 x86 = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="the sets are those of x86"
+    platform.machine() not in ("x86_64", "AMD64"), reason="the instruction sets are those of x86"
 )
 make = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 
 
 def told(isa: str) -> dict[str, str]:
-    """The variables that `make test ISA=…` sets for pytest, by make's own account."""
+    """Return the variables that `make test ISA=…` sets for pytest, as `make -n` prints them."""
     done = subprocess.run(
         ["make", "-n", "test", f"ISA={isa}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -35,7 +35,7 @@ def told(isa: str) -> dict[str, str]:
 
 
 def skip_without(isa: str) -> None:
-    """A processor cannot run what it does not have."""
+    """Skip the test if this processor lacks the instruction set."""
     if isa == "avx2" and not torch.cpu._is_avx2_supported():
         pytest.skip("this processor has no AVX2")
 
@@ -48,7 +48,7 @@ def test_without_the_switch_nothing_is_set():
 @x86
 @make
 @pytest.mark.parametrize("isa", MARCHES)
-def test_torch_and_the_c_compiler_follow(isa):
+def test_torch_and_the_c_compiler_use_the_chosen_set(isa):
     skip_without(isa)
     code = """
 import torch
@@ -61,7 +61,7 @@ print(torch.backends.cpu.get_cpu_capability(), machine_flags())
 @x86
 @make
 def test_other_sets_round_other_bits():
-    """A sum of 1000 products: each set adds it up in an order of its own, so one of the two must differ from ours."""
+    """Each set adds 1000 products in its own order, so the two results must differ."""
     skip_without("avx2")
     code = """
 import torch
@@ -82,8 +82,8 @@ def test_an_unknown_set_is_refused():
 
 @x86
 @pytest.mark.parametrize("options", [[], ["-q"]], ids=["header", "quiet"])
-def test_the_run_says_which(options, tmp_path, monkeypatch):
-    """In the header, or at the end where -q leaves the header out: once."""
+def test_a_run_reports_its_instruction_set_once(options, tmp_path, monkeypatch):
+    """The header reports it, or the end of the run where -q leaves out the header."""
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("MINILORA_MARCH", "x86-64")
     (tmp_path / "test_one.py").write_text("def test_one(): pass\n")

@@ -1,7 +1,7 @@
-"""Proves that what is installed is what was written: the wheel's content, and that it works where little else is.
+"""Proves that the wheel holds the library's files and works with few other packages.
 
-The clean environment is a new venv into which only the run-time packages and what they need are
-linked: no triton, no gguf, no matplotlib, no test oracle. Nothing is downloaded.
+The clean environment is a new venv with links to the run-time packages and their requirements: no
+triton, no gguf, no matplotlib, no test oracle. Nothing is downloaded.
 """
 
 import re
@@ -43,7 +43,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """Output of a command that must succeed, without what PYTHONPATH would lend it."""
+    """Return the output of a command that must succeed, run without this process's PYTHONPATH."""
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(cwd), **env}
     done = subprocess.run(
         [str(c) for c in command], cwd=cwd, env=clean, capture_output=True, text=True
@@ -53,12 +53,12 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def requirement_name(line: str) -> str:
-    """numpy>=1; python_version > "3" -> numpy"""
+    """Return the name in a requirement: numpy for `numpy>=1; python_version > "3"`."""
     return re.split(r"[^\w.-]", line, maxsplit=1)[0]
 
 
 def needed(*roots: str) -> dict[str, Distribution]:
-    """These packages and, extras aside, all that they require here, less triton."""
+    """Return these packages and all that they require here, without extras and without triton."""
     found: dict[str, Distribution] = {}
     queue = list(roots)
     while queue:
@@ -69,13 +69,13 @@ def needed(*roots: str) -> dict[str, Distribution]:
         try:
             found[key] = distribution(name)
         except PackageNotFoundError:
-            continue  # for another system or Python
+            continue  # required only on another system or Python
         queue += [line for line in found[key].requires or [] if "extra ==" not in line]
     return found
 
 
 def clean_environment(folder: Path) -> Path:
-    """A new venv with the run-time packages linked in; returns its python."""
+    """Make a venv with links to the run-time packages and return its python."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
     site = Path(
@@ -95,7 +95,7 @@ def clean_environment(folder: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str | Path, cwd: Path) -> str:
-    """This environment's pip, working on another; setuptools is linked there, so that nothing is fetched."""
+    """Run this environment's pip on another one; setuptools is linked there and not downloaded."""
     return run(
         sys.executable, "-m", "pip", "--python", python, *arguments, cwd=cwd, PIP_NO_INDEX="1"
     )
@@ -103,7 +103,7 @@ def pip(python: Path, *arguments: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads, so that it leaves no traces in the repository."""
+    """Copy the files that a build reads, so that it leaves no traces in the repository."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -162,8 +162,8 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path):
     assert "train" in run(python.parent / "minilora", "--help", cwd=tmp_path)
 
 
-def test_editable_beside_hugging_faces_kernels(checkout: Path, tmp_path: Path):
-    """From the repository root `import kernels` must find the installed package, not our source root."""
+def test_an_editable_install_does_not_shadow_hugging_faces_kernels(checkout: Path, tmp_path: Path):
+    """In the repository root `import kernels` must find the installed package, not our folder."""
     python = clean_environment(tmp_path / "env")
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     (site / "kernels").mkdir()
@@ -181,8 +181,8 @@ def test_editable_beside_hugging_faces_kernels(checkout: Path, tmp_path: Path):
         assert "from the Hugging Face package" in said and said.count(str(checkout)) == 2
 
 
-def test_constraints_pin_all_that_pyproject_names():
-    """constraints.txt answers "which version?" for each package that pyproject.toml asks for."""
+def test_constraints_pin_every_package_that_pyproject_names():
+    """Users install constraints.txt, so it needs a version of each of them."""
     extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
     asked = {requirement_name(line) for line in [*PROJECT["dependencies"], *extras]} - {"minilora"}
     assert asked <= set(constraints()), f"without a pin: {asked - set(constraints())}"

@@ -1,8 +1,8 @@
-"""Proves that the public door is one door, and light.
+"""Proves that the public interface is the same everywhere, and that its import is quick.
 
-`minilora.__all__`, what `dir` shows, what the file binds, docs/reference.md and the command line
-name the same things; `import minilora` loads none of the packages that only some users need, and
-costs little beside torch.
+`minilora.__all__`, `dir(minilora)`, the names that the file binds, docs/reference.md and the
+command line agree. `import minilora` loads none of the packages that only some users need, and
+takes little time compared with torch.
 """
 
 import ast
@@ -22,15 +22,16 @@ HEAVY = (
     *("gguf", "matplotlib", "pyarrow", "peft", "bitsandbytes", "hypothesis", "pytest"),
     *("fastapi", "uvicorn", "pydantic"),
 )
-IMPORT_SHARE = 0.2  # of what torch's import takes: machines differ, and this differs with them
+IMPORT_SHARE = 0.2  # of torch's import time, which differs between machines in the same way
+# command -> public function of another name
 COMMANDS = {
     "plan": "plan_memory",
     "push": "push_to_hub",
-}  # the public function where the command is not named after it
+}
 
 
 def python(code: str) -> str:
-    """What `code` prints in a fresh interpreter at the repository root."""
+    """Run code in a fresh interpreter at the repository root and return its output."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
@@ -39,7 +40,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
-# ---- one door
+# ---- one public interface
 
 
 def test_all_is_sorted_and_importable():
@@ -57,8 +58,8 @@ def test_dir_shows_the_door_and_nothing_else():
     }
 
 
-def test_the_file_binds_what_all_names():
-    """What editors complete is what `minilora/__init__.py` imports or assigns: nothing more, nothing less."""
+def test_the_file_binds_exactly_the_names_in_all():
+    """Editors complete the names that `minilora/__init__.py` imports or assigns."""
     bound: set[str] = set()
     for node in ast.walk(tree("minilora/__init__.py")):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -71,7 +72,7 @@ def test_the_file_binds_what_all_names():
 
 
 def page_names() -> set[str]:
-    """Backticked names that open a table row of the page on the public door."""
+    """Return the backticked names that open a table row of docs/reference.md."""
     openings = re.findall(r"^\s*\|\s*(`.*?)\|", text("docs/reference.md"), flags=re.M)
     return {
         name
@@ -85,7 +86,7 @@ def test_the_page_lists_the_door():
 
 
 def subcommands() -> set[str]:
-    """What `minilora --help` offers."""
+    """Return the commands that `minilora --help` lists."""
     usage = python(
         "import sys; from minilora.cli.main import main; sys.argv = ['minilora', '--help']; main()"
     )
@@ -95,7 +96,10 @@ def subcommands() -> set[str]:
 
 
 def page_commands() -> set[str]:
-    """X of each `minilora X`, or `minilora X | Y`, that starts a line of code, inline or fenced, of docs/cli.md."""
+    """Return each X of `minilora X`, or `minilora X | Y`, at the start of code in docs/cli.md.
+
+    The code is inline or fenced.
+    """
     page = text("docs/cli.md")
     code = re.findall(r"^```[^\n]*\n(.*?)^```", page, flags=re.M | re.S) + re.findall(
         r"`([^`\n]+)`", page
@@ -106,16 +110,16 @@ def page_commands() -> set[str]:
     return {command.strip() for several in lists for command in several.split("|")}
 
 
-def test_each_command_wraps_a_public_function_and_stands_on_its_page():
+def test_each_command_wraps_a_public_function_and_is_documented():
     offered = subcommands()
     for command in offered:
         assert COMMANDS.get(command, command.replace("-", "_")) in ml.__all__, (
-            f"minilora {command} wraps nothing public"
+            f"minilora {command} wraps no public function"
         )
     assert page_commands() == offered
 
 
-# ---- a light one
+# ---- a quick import
 
 
 def test_import_loads_torch_and_numpy_only():
@@ -126,8 +130,11 @@ def test_import_loads_torch_and_numpy_only():
 
 
 def test_import_is_quick(tmp_path, monkeypatch):
-    """Processor seconds beside torch's: a busy machine stretches the wall clock. The least of four is the cost, as
-    the first compiles the modules, which an installed package finds compiled."""
+    """Compare processor seconds with torch's, since a busy machine stretches the wall clock.
+
+    The least of four runs counts: the first compiles the modules, which an installed package has
+    compiled already.
+    """
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     clock = "time.process_time()"
