@@ -1,8 +1,9 @@
-"""Proves that the server speaks OpenAI's protocol, by OpenAI's own client, and gives each request its own answer.
+"""Proves that the server implements OpenAI's protocol and gives each request its own answer.
 
-Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings, whole or streamed;
-for 64 clients at a time too. Property: what is counted, what is listed, what comes and goes at run
-time. Error: what would have to be ignored is refused, in OpenAI's shape.
+OpenAI's own client sends the requests. Oracle: `ml.generate` with the request's adapter, prompt,
+seed and stop strings, for whole and streamed answers, also with 64 clients at a time. Property:
+counted metrics, listed models, and adapters that are loaded and unloaded at run time. Error: the
+server refuses, in OpenAI's format, fields that it would have to ignore.
 """
 
 import asyncio
@@ -45,7 +46,7 @@ def chat_ids(messages) -> list[int]:
 
 @pytest.fixture(scope="module")
 def expect():
-    """What a request has to say, by a model of the same weights that nobody serves."""
+    """Provide expected answers from a second model with the same weights, outside the server."""
     twin, known = build(), {}
 
     def find(
@@ -67,7 +68,7 @@ def expect():
     "sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}]
 )
 @pytest.mark.parametrize("name", ["base", NAMES[3]])
-def test_a_chat_is_generate_s_answer_whole_and_streamed(client, expect, name, sampling):
+def test_a_chat_answer_equals_generate_whole_and_streamed(client, expect, name, sampling):
     wanted = expect(chat_ids(HELLO), None if name == "base" else name, **sampling)
     given: Any = {"model": name, "messages": HELLO, "max_tokens": 12} | sampling
     whole = client.chat.completions.create(**given)
@@ -113,13 +114,12 @@ def test_completions_take_texts_and_ids(client, expect):
         assert texts == wanted
     for prompt in (prompts[0], ids[0]):
         assert client.completions.create(prompt=prompt, **given).choices[0].text == wanted[0]
-    usual = client.completions.create(
-        model="base", prompt="a", temperature=0
-    )  # sampled, an end could come sooner
+    # greedy, since a sampled answer could end sooner
+    usual = client.completions.create(model="base", prompt="a", temperature=0)
     assert usual.usage.completion_tokens == 16  # OpenAI's default
 
 
-def test_generate_is_generate(server, model, expect):
+def test_the_generate_route_equals_ml_generate(server, model, expect):
     wanted = expect(chat_ids([{"role": "user", "content": "hello"}]), NAMES[2])
     body = {"prompt": "hello", "adapter": NAMES[2], "max_new_tokens": 12}
     answer = http.post(f"{server.url}/generate", json=body).json()
@@ -158,7 +158,10 @@ def test_stop_strings_end_an_answer(client, expect):
 
 
 def test_64_clients_with_8_adapters_get_their_own_answers(server, expect):
-    """Streamed and whole in turns, greedy and sampled, through two batches at a time: none lost, none crossed."""
+    """Requests are streamed and whole, greedy and sampled, in several batches.
+
+    No answer is lost, and none goes to another client.
+    """
     wanted = asks(64, seed=1)
 
     async def one(client, number: int, ask: Ask) -> str:
@@ -313,13 +316,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("more", FINE)
-def test_what_changes_nothing_is_accepted(server, more):
+def test_fields_without_effect_are_accepted(server, more):
     answer = http.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
     assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED)
-def test_what_would_have_to_be_ignored_is_refused(server, more, message):
+def test_unsupported_fields_are_refused(server, more, message):
     answer = http.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
     error = answer.json()["error"]
     assert (
@@ -330,7 +333,7 @@ def test_what_would_have_to_be_ignored_is_refused(server, more, message):
     assert {*error} == {"message", "type", "param", "code"}
 
 
-def test_prompts_without_an_answer_are_refused(server):
+def test_invalid_prompts_are_refused(server):
     for prompt, message in [
         ([999999], "each from 0 to"),
         ([], "prompt"),
@@ -344,7 +347,7 @@ def test_prompts_without_an_answer_are_refused(server):
     assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
 
 
-def test_a_base_without_a_template_completes_and_says_why_it_cannot_chat(model):
+def test_a_base_without_a_chat_template_completes_and_refuses_chats(model):
     class Plain:
         chat_template = None
 

@@ -1,8 +1,9 @@
-"""Proves that Dockerfile, compose.yaml and docs/serve.md say what the server does: hadolint finds nothing, every option
-in them exists, the container has no rights that it does not need, the docs name each route and each
-refusal's status.
+"""Proves that Dockerfile, compose.yaml and docs/serve.md agree with the server.
 
-No image is built here: that takes a daemon and gigabytes.
+hadolint finds nothing, every option in them exists, and the container has no rights that it does
+not need. The docs name each route and the status of each refusal.
+
+No image is built here: that needs a daemon and gigabytes.
 """
 
 import re
@@ -28,8 +29,8 @@ HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or sh
     "hadolint"
 )
 OPTIONS = {field.name for field in fields(ml.ServeConfig)}
-# https://github.com/compose-spec/compose-spec/blob/main/schema/compose-spec.json: those of a
-# service that we use
+# The keys of a service in use, with their types in
+# https://github.com/compose-spec/compose-spec/blob/main/schema/compose-spec.json
 SERVICE: dict[str, type] = {
     **{
         "build": str,
@@ -64,7 +65,7 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines if line)]
 
 
-def test_the_image_is_pinned_small_in_rights_and_looked_after():
+def test_the_image_is_pinned_unprivileged_and_health_checked():
     found = instructions()
     assert all(
         re.match(r"python:\d+\.\d+\.\d+-slim-\w+( AS \w+)?$", rest)
@@ -91,7 +92,7 @@ def test_the_image_is_pinned_small_in_rights_and_looked_after():
     assert copied - {"/opt/minilora"} <= kept and all((ROOT / name).exists() for name in kept)
 
 
-def test_compose_is_what_its_schema_allows_and_gives_no_more_than_needed():
+def test_compose_follows_its_schema_and_gives_no_extra_rights():
     found: Any = yaml.safe_load(text("compose.yaml"))
     (service,) = found["services"].values()
     assert [*found] == ["services"] and {
@@ -101,7 +102,9 @@ def test_compose_is_what_its_schema_allows_and_gives_no_more_than_needed():
     assert service["security_opt"] == ["no-new-privileges:true"] and "privileged" not in service
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     assert all(volume.endswith(":ro") for volume in service["volumes"])
-    assert service["environment"][TOKEN].startswith(f"${{{TOKEN}:?")  # no token, no start
+    assert service["environment"][TOKEN].startswith(
+        f"${{{TOKEN}:?"
+    )  # does not start without a token
     assert int(service["stop_grace_period"].removesuffix("s")) > ml.ServeConfig().drain
 
 

@@ -1,4 +1,4 @@
-"""Proves that the server stops in good order, and loudly where it cannot go on."""
+"""Proves that the server shuts down in order and reports an error that ends its engine."""
 
 import os
 import signal
@@ -27,14 +27,14 @@ model = served.model
 
 @pytest.fixture(autouse=True)
 def _given_back(model):
-    """Whatever ends the engine, the model's layers are as they were."""
+    """Check that the model's layers are restored, whatever ends the engine."""
     before = [layer.fused for layer in lora_layers(model).values()]
     yield
     assert before and before == [layer.fused for layer in lora_layers(model).values()]
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest(model):
-    with endless(model, drain=10 * PATIENCE) as server:  # it ends with the last answer
+    with endless(model, drain=10 * PATIENCE) as server:  # draining ends with the last answer
         url, found = f"{server.url}/v1/completions", []
         running = threading.Thread(
             target=lambda: found.append(http.post(url, json=LONG, timeout=60))
@@ -52,7 +52,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(model):
 
 
 @pytest.mark.parametrize(("drain", "signals"), [(0.1, 1), (10 * PATIENCE, 2)])
-def test_draining_is_over_in_time_or_at_a_second_signal(model, drain, signals):
+def test_draining_ends_at_its_time_limit_or_a_second_signal(model, drain, signals):
     with endless(model, drain=drain) as server, ThreadPoolExecutor() as pool, held(server):
         pool.submit(http.post, f"{server.url}/v1/completions", json=SHORT)
         wait(lambda: server.guard.open)
@@ -71,7 +71,10 @@ def ran(
     count: int,
     stop: Callable[[], None] | None,
 ) -> None:
-    """Fill `found` with what `run` answers to `count` at once; `stop` is called when all are being answered."""
+    """Fill `found` with the answers of `run` to `count` requests at once.
+
+    `stop` is called when all of them are being answered.
+    """
     engine.ends = frozenset()
 
     def ask() -> None:
@@ -98,19 +101,20 @@ def ran(
 
 
 def listens(port: int) -> bool:
-    """Whether somebody does."""
+    """Return whether a server listens at this port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture
 def port() -> int:
-    """One that is free."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         return held.getsockname()[1]
 
 
-SENT = {  # to the process, and so to its main thread; or to the thread of a client, which wakes nobody
+# To the process, so to its main thread; or to the thread of a client, which wakes no other thread.
+SENT = {
     "process": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "thread": lambda: signal.raise_signal(signal.SIGTERM),
 }
@@ -118,8 +122,11 @@ SENT = {  # to the process, and so to its main thread; or to the thread of a cli
 
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("sent", SENT)
-def test_a_signal_ends_it_when_all_is_answered(model, port, count, sent):
-    """Three are under way, or it sleeps; either way the signal's handlers are then those of before."""
+def test_a_signal_ends_the_server_when_all_requests_are_answered(model, port, count, sent):
+    """Send it while three requests run or while the server is idle.
+
+    In both cases the signal handlers are restored.
+    """
     engine, handlers = (
         Engine(model, tokenizer()),
         [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)],
@@ -132,7 +139,7 @@ def test_a_signal_ends_it_when_all_is_answered(model, port, count, sent):
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-def test_what_the_engine_fails_with_is_told_to_everybody_printed_and_raised(model, port, capsys):
+def test_an_engine_error_is_sent_to_all_clients_printed_and_raised(model, port, capsys):
     engine, found = Engine(model, tokenizer()), []
     step = engine.step
 
@@ -150,7 +157,7 @@ def test_what_the_engine_fails_with_is_told_to_everybody_printed_and_raised(mode
     assert not listens(port) and "in broken" in capsys.readouterr().err  # a traceback
 
 
-def test_a_port_that_is_taken_ends_it_at_once(model):
+def test_a_port_in_use_ends_the_server_at_once(model):
     engine = Engine(model, tokenizer())
     with socket.create_server(("127.0.0.1", 0)) as held, pytest.raises(SystemExit) as ended:
         run(engine, ml.ServeConfig(port=held.getsockname()[1]), "base", None)
@@ -158,8 +165,8 @@ def test_a_port_that_is_taken_ends_it_at_once(model):
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_ends_well(tmp_path):
-    """A process of its own: eight answers are under way, all are finished, a ninth is refused, the status is 0."""
+def test_sigterm_under_load_finishes_answers_and_exits_with_0(tmp_path):
+    """In a separate process eight running answers are finished, and a ninth request is refused."""
     place = furnish(tmp_path)
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),

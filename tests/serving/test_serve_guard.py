@@ -1,7 +1,6 @@
-"""Proves that the server is not moved by who must not ask, and by what nobody should send.
+"""Proves that the server refuses unauthorised clients and malformed requests.
 
-Each refusal is one of OpenAI's errors, and after each the server answers the next request as if
-nothing had been.
+Each refusal is one of OpenAI's errors, and after each the server answers the next request as usual.
 """
 
 import hmac
@@ -31,10 +30,10 @@ def server(model):
         yield server
 
 
-# ---- who may ask
+# ---- access
 
 
-def test_without_the_token_nothing_is_told(model, monkeypatch):
+def test_requests_without_the_token_are_refused(model, monkeypatch):
     compared = []
     same = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or same(a, b))
@@ -57,9 +56,8 @@ def test_without_the_token_nothing_is_told(model, monkeypatch):
                 http.post(f"{server.url}/v1/completions", json=SHORT, headers=headers).status_code
                 == 401
             )
-        assert compared and all(
-            len(a) == len(b) == 32 for a, b in compared
-        )  # hashes: not even its length shows
+        # hashes are compared, so the time does not depend on the length of the token
+        assert compared and all(len(a) == len(b) == 32 for a, b in compared)
         for path in ("/", "/healthz"):
             assert (
                 http.get(f"{server.url}{path}", headers={"host": "proxy.example"}).status_code
@@ -75,8 +73,11 @@ def test_without_the_token_nothing_is_told(model, monkeypatch):
                 client.models.list()
 
 
-def test_a_page_under_another_name_is_refused(server, url):
-    """DNS rebinding: a stranger's page whose name leads to this machine. And what its forms could send."""
+def test_other_host_names_and_content_types_are_refused(server, url):
+    """In DNS rebinding the name of a foreign page leads to this machine.
+
+    The other content types are those that the forms of such a page could send.
+    """
     for host in ("evil.example", "evil.example:80", ""):
         refused = http.post(url, json=SHORT, headers={"host": host})
         assert refused.status_code == 403 and error(refused)["code"] == "wrong_host"
@@ -103,7 +104,7 @@ def test_a_page_under_another_name_is_refused(server, url):
         ({"timeout": 0.0}, {}, "timeout: expected > 0"),
     ],
 )
-def test_a_server_that_should_not_start_does_not(
+def test_a_server_with_an_unsafe_or_invalid_config_does_not_start(
     model, monkeypatch, capsys, given, environment, message
 ):
     for name, value in environment.items():
@@ -117,7 +118,7 @@ def test_a_server_that_should_not_start_does_not(
     )
 
 
-def test_what_is_missing_is_named(model, monkeypatch, capsys):
+def test_missing_packages_and_adapter_paths_are_named(model, monkeypatch, capsys):
     monkeypatch.setattr(import_module("minilora.serving.serve"), "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"fastapi and uvicorn: pip install 'minilora\[serve\]'"):
         ml.serve(model, tokenizer())
@@ -131,7 +132,7 @@ def test_what_is_missing_is_named(model, monkeypatch, capsys):
     )
 
 
-def test_names_of_bases_say_nothing_of_the_machine(tmp_path):
+def test_names_of_bases_hide_local_paths(tmp_path):
     for source, name in {
         str(tmp_path): tmp_path.name,
         "org/model": "org/model",
@@ -140,13 +141,13 @@ def test_names_of_bases_say_nothing_of_the_machine(tmp_path):
         assert base_name(source) == name
 
 
-def test_two_of_one_name_are_refused(model):
+def test_one_name_for_the_base_and_an_adapter_is_refused(model):
     with pytest.raises(ValueError, match="'adapter0' names the base and an adapter"):
         ml.serve(model, tokenizer(), config=ServeConfig(name=NAMES[0]))
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-# ---- what nobody should send
+# ---- malformed requests
 
 
 @pytest.mark.parametrize(
@@ -168,33 +169,28 @@ def test_two_of_one_name_are_refused(model):
         ),
     ],
 )
-def test_what_is_no_request_is_a_400(url, body):
+def test_a_malformed_body_is_refused_with_400_or_404(url, body):
     refused = http.post(url, content=body, headers=JSON)
     assert refused.status_code in (400, 404) and error(refused)["message"]
 
 
-def test_other_ways_and_places_are_refused(server, url):
+def test_other_methods_and_paths_are_refused(server, url):
     assert error(http.get(url))["message"] == "Method Not Allowed"
     assert error(http.get(f"{server.url}/v2"))["type"] == "not_found_error"
     assert error(http.get(f"{server.url}/v1/models/none"))["code"] == "model_not_found"
 
 
-def test_bodies_are_small_and_quick(server, url, monkeypatch):
+def test_large_and_slow_bodies_are_refused(server, url, monkeypatch):
     fits = json.dumps(SHORT).encode()
     for size, status in ((2000, 200), (2001, 413)):
         body = fits + b" " * (size - len(fits))
-        for content in (
-            body,
-            iter([body[:50], body[50:]]),
-        ):  # with its length, and in chunks without
+        for content in (body, iter([body[:50], body[50:]])):  # with its length, and in chunks
             answer = http.post(url, content=content, headers=JSON)
             assert answer.status_code == status
             assert status == 200 or error(answer)["code"] == "too_large"
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
-    for size, status in (
-        (100, b" 408 "),
-        (2001, b" 413 "),
-    ):  # what says it is too large is not waited for
+    # a body with too large a declared length is refused without waiting
+    for size, status in ((100, b" 408 "), (2001, b" 413 ")):
         with closing(
             socket.create_connection(server.servers[0].sockets[0].getsockname())
         ) as stalls:
@@ -204,7 +200,7 @@ def test_bodies_are_small_and_quick(server, url, monkeypatch):
 
 @pytest.fixture
 def folders(tmp_path, model):
-    """An allowed folder with an adapter, links out of it, and what lies outside."""
+    """Make an allowed folder with an adapter and links out of it, and folders outside of it."""
     allowed = tmp_path / "allowed"
     ml.save_adapter(model, allowed / "inside", name=NAMES[0])
     ml.save_adapter(model, tmp_path / "outside", name=NAMES[0])

@@ -1,4 +1,4 @@
-"""Proves that clients that leave, stall or come too many at a time harm nobody else.
+"""Proves that clients that disconnect, stall or come too many at a time affect no other client.
 
 Oracle of the load test: `ml.generate` for each request alone.
 """
@@ -45,17 +45,17 @@ def server(model):
         yield server
 
 
-def test_where_it_listens_is_said_once(model, capsys):
-    """uvicorn's count of ticks begins anew once a day."""
+def test_the_address_is_printed_once(model, capsys):
+    """uvicorn's tick counter returns to 0 once a day, and then the address is not printed again."""
     with endless(model) as server:
         asyncio.run_coroutine_threadsafe(server.on_tick(0), server.servers[0].get_loop()).result()
     assert capsys.readouterr().err.count(f"minilora listens at {server.url}\n") == 1
 
 
-# ---- too many, too long, gone
+# ---- too many requests, time limits, disconnected clients
 
 
-def test_too_many_at_a_time_are_told_when_to_come_again(model):
+def test_too_many_requests_are_refused_with_a_time_to_retry(model):
     with endless(model, batch_size=1, waiting=1) as server:
         url, statuses = f"{server.url}/v1/completions", []
         threads = [
@@ -71,15 +71,14 @@ def test_too_many_at_a_time_are_told_when_to_come_again(model):
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert error(refused)["type"] == "rate_limit_error"
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=10) as client:
-            assert (
-                client.completions.create(**SHORT).choices[0].finish_reason == "length"
-            )  # it waits and comes again
+            # the client waits and tries again
+            assert client.completions.create(**SHORT).choices[0].finish_reason == "length"
         for thread in threads:
             thread.join()
         assert statuses == [200, 200]
 
 
-def test_an_answer_ends_when_its_time_is_over(model):
+def test_an_answer_ends_at_its_time_limit(model):
     with endless(model, timeout=0.2) as server:
         url = f"{server.url}/v1/completions"
         late = http.post(url, json=LONG)
@@ -96,7 +95,7 @@ def test_an_answer_ends_when_its_time_is_over(model):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_frees_the_place(server, url, stream):
+def test_a_client_that_disconnects_frees_its_place(server, url, stream):
     engine = server.worker.engine
     with closing(socket.create_connection(server.servers[0].sockets[0].getsockname())) as leaves:
         body = json.dumps(LONG | {"stream": stream}).encode()
@@ -107,8 +106,8 @@ def test_who_leaves_frees_the_place(server, url, stream):
     assert row.done and len(row.text.ids) < LONG["max_tokens"]
 
 
-def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
-    """A client that takes the first event and then nothing, as the server sees it: `send` does not return."""
+def test_a_slow_reader_does_not_delay_other_clients(server, url, monkeypatch):
+    """After the first event the client reads nothing, so `send` in the server does not return."""
     monkeypatch.setattr(middleware, "GRACE", 0.5 - server.guard.config.timeout)
     body, sent, asked = json.dumps(LONG | {"stream": True}).encode(), [], []
     headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
@@ -147,14 +146,14 @@ def test_who_reads_slowly_keeps_nobody_waiting(server, url, monkeypatch):
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
 
-def test_an_engine_that_hangs_is_waited_for_no_longer_than_any(server, url, monkeypatch):
+def test_a_request_to_an_engine_that_hangs_ends_at_its_time_limit(server, url, monkeypatch):
     monkeypatch.setattr(middleware, "GRACE", 0.2 - server.guard.config.timeout)
     with held(server):
         late = http.post(url, json=LONG)
         assert late.status_code == 504 and error(late)["code"] == "timeout"
 
 
-def test_who_is_given_up_while_the_engine_accepts_frees_the_place(server, url, monkeypatch):
+def test_a_request_cancelled_while_it_is_accepted_frees_its_place(server, url, monkeypatch):
     engine, ask, rows = server.worker.engine, Ask([5], max_tokens=200), []
     entered, go_on = threading.Event(), threading.Event()
     accept = engine.submit
@@ -183,7 +182,7 @@ def test_who_is_given_up_while_the_engine_accepts_frees_the_place(server, url, m
 
 @pytest.mark.slow
 def test_clients_that_come_and_go_for_a_while(model):
-    """Hundreds of requests, a third of which leave under way; who stays gets the answer it would get alone."""
+    """A third of the clients disconnect early; the others get the answers of single requests."""
     wanted = [ask for ask in asks(150, seed=2) if ask.adapter in (None, *NAMES[:2])]
     twin = build(adapters=2)
     expected = [alone(twin, ask) for ask in wanted]

@@ -1,5 +1,7 @@
-"""Proves that the page at / asks both models and shows what they say, that nothing an answer holds can run there, and
-that it needs no network but its own server's. In a headless Chromium, where there is one.
+"""Proves that the page at / sends a prompt to two models and shows both answers.
+
+No content of an answer can run in the page, and the page uses no network other than its own
+server's. The tests run in a headless Chromium, where there is one.
 """
 
 import asyncio
@@ -24,8 +26,8 @@ PAGE = text("minilora/serving/page.html")
 PROMPT = "hello <b>world</b>"
 KEY = "a key of eight"
 SUBMIT = '$("form").requestSubmit();'
-# Headless Chromium's clock stands still while an answer's head is awaited: /hold gives it when it
-# is time to go on.
+# Headless Chromium's clock stops while the headers of a response are awaited: /hold sends them when
+# the page may continue.
 DRIVER = """<script>
 const hold = () => fetch("/hold", {headers: headers()});
 addEventListener("load", async () => {
@@ -45,10 +47,11 @@ model = served.model
 def driven(
     server: Any, key: str = "", tokens: int = 12, does: str = SUBMIT, *waits: Callable[[], Any]
 ) -> str:
-    """The address of the page with somebody who fills it in and does something, by default presses the button.
+    """Return the address of the page with a script that fills it in and runs `does`.
 
-    Each `hold()` lasts until the next of `waits` is true, by default until both answers are
-    over."""
+    By default the script presses the button. Each `hold()` lasts until the next of `waits` is true,
+    by default until both answers are complete.
+    """
     metrics = server.guard.metrics
     left = [*waits] or [lambda: metrics.finished.total() + metrics.requests["refused", 400] >= 2]
 
@@ -67,7 +70,7 @@ def driven(
     return f"{server.url}/driven"
 
 
-def test_the_page_is_served_whole_and_runs_nothing_else(model):
+def test_the_page_is_served_with_a_strict_content_policy(model):
     with serving(model) as server:
         answer = http.get(server.url)
     assert answer.text == PAGE
@@ -99,12 +102,12 @@ def test_both_models_answer_side_by_side(model, tmp_path):
         re.fullmatch(r"12 tokens in \d+\.\d s, ended by (length|stop)", note) for *_, note in found
     )
     assert wanted[0] != wanted[1] and STATE % "" in page
-    assert '<label id="key" hidden="">' in page  # nobody asks for a key
+    assert '<label id="key" hidden="">' in page  # the server needs no key
 
 
 @needs_browser
-def test_plain_text_of_one_model_twice_is_the_same(model, tmp_path):
-    """The second time that one asks, by Ctrl + Enter."""
+def test_one_model_on_both_sides_gives_the_same_answer(model, tmp_path):
+    """The second request is sent as plain text, with Ctrl + Enter."""
     does = SUBMIT + 'await hold(); $("mode").value = "text"; sides[1].model.value = "base";'
     does += (
         '$("prompt").dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", ctrlKey: true}));'
@@ -121,14 +124,14 @@ def test_plain_text_of_one_model_twice_is_the_same(model, tmp_path):
 
 @needs_browser
 def test_stop_ends_both_answers(model, tmp_path):
-    """In the server too, and one may ask again."""
+    """They end in the server too, and the page allows another request."""
     go_on = threading.Event()
     with endless(model) as server:
         metrics = server.guard.metrics
 
         def begun() -> bool:
             if both := metrics.first[float("inf")] == 2:
-                server.worker.call(go_on.wait)  # there is something left to stop
+                server.worker.call(go_on.wait)  # so that an answer is left to stop
             return both
 
         does = SUBMIT + 'await hold(); $("stop").click();'
@@ -154,7 +157,7 @@ def test_stop_ends_both_answers(model, tmp_path):
     ],
 )
 def test_an_error_is_shown(model, tmp_path, limits, message):
-    """One that comes in the stream, and one instead of it."""
+    """The first error comes in the stream, and the second one instead of it."""
     with endless(model, **limits) as server:
         page = chromium(driven(server, tokens=400), tmp_path, "--dump-dom")
     assert [found[1:] for found in FOUND.findall(page)] == [("note wrong", message)] * 2
@@ -162,15 +165,15 @@ def test_an_error_is_shown(model, tmp_path, limits, message):
 
 @needs_browser
 @pytest.mark.parametrize("key", [KEY, ""])
-def test_the_key_is_asked_for_where_there_is_one(model, tmp_path, monkeypatch, key):
+def test_the_page_asks_for_a_key_if_the_server_needs_one(model, tmp_path, monkeypatch, key):
     monkeypatch.setattr(
         middleware, "PUBLIC", (*middleware.PUBLIC, "/driven", *([] if key else ["/hold"]))
     )
     with serving(model, token=KEY) as server:
         if not key:
-            server.guard.metrics.finished["nobody"] = 2  # nothing is going to be answered
+            server.guard.metrics.finished["nobody"] = 2  # no request will be answered
         page = chromium(driven(server, key), tmp_path, "--dump-dom")
-    assert '<label id="key">' in page  # shown, since the first question was refused
+    assert '<label id="key">' in page  # shown, since the first request was refused
     notes = re.findall(r'<p class="note[^>]*>(.*?)</p>', page)
     assert all(note.startswith("12 tokens") for note in notes) if key else notes == ["", ""]
     assert key or "expected the server&#39;s token" in page or "expected the server's token" in page
@@ -179,7 +182,7 @@ def test_the_key_is_asked_for_where_there_is_one(model, tmp_path, monkeypatch, k
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 360])
 def test_nothing_is_cut_at_any_width(model, tmp_path, width):
-    """A narrow window puts one side under the other; nothing is wider than the window."""
+    """A narrow window puts one side below the other; nothing is wider than the window."""
     probe = "<script>addEventListener('load', () => { document.title = document.documentElement.scrollWidth + ' ' + "
     probe += (
         "sides.map(s => Math.round(s.answer.getBoundingClientRect().left)).join(' '); });</script>"
@@ -191,7 +194,6 @@ def test_nothing_is_cut_at_any_width(model, tmp_path, width):
     found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", shown)
     assert found, shown[:500]
     wide, left, right = map(int, found.groups())
-    assert wide <= max(
-        width, 500
-    )  # no window of headless Chromium is narrower where it prints the page
+    # headless Chromium has no narrower window when it prints the page
+    assert wide <= max(width, 500)
     assert (left < right) == (width == 1280)

@@ -1,9 +1,10 @@
-"""Proves that the server and its /openapi.json say the same of every request that schemathesis can make of the schema:
-what it allows is answered, what it forbids is refused with a documented status and body, and
-nothing is an error 500.
+"""Proves that the server and its /openapi.json agree on every request of schemathesis.
 
-A schema cannot say how many tokens a text has, or which two fields do not go together: such
-refusals are told apart by their words.
+A request that the schema allows is answered. A request that it forbids is refused with a documented
+status and body. No request causes an error 500.
+
+A schema cannot express how many tokens a text has, or which two fields exclude each other. Such
+refusals are recognised by their messages.
 """
 
 import re
@@ -28,7 +29,7 @@ BEYOND = re.compile(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_the_server_does_what_its_schema_says(mode):
+def test_the_server_obeys_its_schema(mode):
     answers = []
     with serving(build(adapters=2), **LIMITS) as server:
         for found in schemathesis.openapi.from_url(
@@ -36,7 +37,7 @@ def test_the_server_does_what_its_schema_says(mode):
         ).get_all_operations():
             operation = found.ok()
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
-                continue  # takes nothing that could be wrong
+                continue  # no input that could be wrong
 
             @QUICK
             @given(operation.as_strategy(generation_mode=mode))
