@@ -1,4 +1,4 @@
-"""Proves that a model card says what its folder and its figures hold, nothing else, and replaces nobody's text."""
+"""Proves that a model card states only facts of its folder and figures and keeps foreign text."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from minilora.tools.model_card import HERE, addressed, is_ours
 
 @pytest.fixture
 def folder(tmp_path):
-    """An adapter of the 4-bit toy model, which calls itself a repository of the Hub."""
+    """Save an adapter of the 4-bit toy model, whose name is that of a Hub repository."""
     model = toy.llama()
     ml.quantize_model(model, blocksize=32)
     model.name_or_path = "tiny/llama"
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def read(folder) -> tuple[dict, dict[str, str], str]:
-    """The front matter, the rows of all tables, the whole text."""
+    """Return the front matter, the rows of all tables and the whole text."""
     text = (folder / "README.md").read_text()
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
     assert front
@@ -55,7 +55,7 @@ def result(**fields):
 # ---- oracle
 
 
-def test_an_adapters_card_says_what_its_files_and_figures_hold(folder, tmp_path):
+def test_an_adapters_card_states_its_files_and_figures(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     scores = ml.Scores(
         n=4, tokens=9, loss=0.5, perplexity=math.exp(0.5), answers=4, exact_match=0.75
@@ -105,8 +105,8 @@ def test_an_adapters_card_says_what_its_files_and_figures_hold(folder, tmp_path)
         compile(code, "card", "exec")
 
 
-def test_a_base_s_own_weight_beside_its_adapter_has_not_trained(folder):
-    """As PEFT writes it for an adapted embedding or output layer."""
+def test_a_base_weight_in_an_adapter_file_does_not_count_as_trained(folder):
+    """PEFT writes one for an adapted embedding or output layer."""
     tensors = read_tensors(folder / "adapter_model.safetensors")
     base = {"base_model.model.lm_head.base_layer.weight": torch.zeros(97, 64)}
     write_tensors(folder / "adapter_model.safetensors", tensors | base)
@@ -147,8 +147,11 @@ def test_a_gguf_files_card(tmp_path):
 # ---- property
 
 
-def test_what_is_not_known_is_not_there(folder):
-    """No base on the Hub, no data, no figures: no field and no section for them. A path of this machine stays here."""
+def test_unknown_facts_are_left_out(folder):
+    """Without a Hub base, data or figures, the card has no fields and sections for them.
+
+    It contains no path of this machine.
+    """
     config = folder / "adapter_config.json"
     config.write_text(
         config.read_text()
@@ -183,7 +186,7 @@ def test_the_card_follows_the_files(folder):
         lambda text: text + "x",
     ],
 )
-def test_a_card_of_somebody_else_is_kept(folder, edit):
+def test_a_card_changed_by_its_owner_is_kept(folder, edit):
     ml.write_model_card(folder)
     card = folder / "README.md"
     assert is_ours(card.read_text())
@@ -194,7 +197,7 @@ def test_a_card_of_somebody_else_is_kept(folder, edit):
     assert card.read_text() == theirs == addressed(theirs, "me/it")
 
 
-def test_a_card_learns_where_it_lies(folder):
+def test_addressed_puts_the_repository_into_the_card(folder):
     ml.write_model_card(folder)
     text = (folder / "README.md").read_text()
     there = addressed(text, "me/it")

@@ -1,7 +1,7 @@
-"""The self-test passes where training is right, and each of its checks fails where that one thing is broken.
+"""Proves that the self-test passes on correct training and that each check finds its own fault.
 
-Oracle: models broken on purpose. `moved` has no broken model: a B without a gradient stops training
-at step 1 before.
+Oracle: models broken on purpose. The check `moved` has no broken model, since a B without a
+gradient stops training at step 1; its test breaks the optimiser.
 """
 
 import pytest
@@ -22,7 +22,7 @@ def failed(model, **options):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
-def test_a_sound_model_passes_and_is_as_it_was(kind):
+def test_a_correct_model_passes_and_is_unchanged(kind):
     model = llama() if kind != "bf16" else llama().bfloat16()
     if kind == "nf4":
         quantize_model(model)
@@ -38,7 +38,7 @@ def test_a_sound_model_passes_and_is_as_it_was(kind):
     assert wanted == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_what_depends_on_the_batch_is_found():
+def test_a_hidden_state_that_depends_on_the_batch_is_found():
     model = llama()
     model.model.norm.register_forward_hook(
         lambda module, inputs, out: out + 0.1 * out.mean(0, keepdim=True)

@@ -1,9 +1,10 @@
-"""Proves that `compare_exports` holds every form of a trained model against training: forms that only round pass in
-fp32, and a fault put into any one of them (its weights, its tokenizer, its cache) makes that one
-the first different stage.
+"""Proves that `compare_exports` compares every form of a trained model with training.
 
-Oracle: KL and top-1 by their definition. Errors: no rows, rows without an answer, options that mean
-nothing.
+Forms that only round pass in fp32. A fault put into one form (its weights, its tokenizer, its
+cache) makes that form the first different stage.
+
+Oracle: KL and top-1 by their definitions. Errors: no rows, rows without an answer, options without
+effect.
 """
 
 import json
@@ -40,7 +41,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """model/, rows.jsonl, and adapter/: q and up, B of some size, so that ΔW matters."""
+    """Write model/, rows.jsonl and adapter/ (q and up, with a B large enough for ΔW to matter)."""
     folder = furnish(tmp_path_factory.mktemp("compare_exports"), rows=ROWS)
     save_adapter(folder, "adapter", r=4, target_modules=["q_proj", "up_proj"])
     return folder
@@ -94,10 +95,9 @@ def test_every_form_of_a_dense_model_is_there_and_rounds(place):
     report, stages = compared(place)
     assert tuple(stages) == STAGES
     for name in ("merged", "merged folder", "gguf", "served"):
-        assert stages[name].verdict in ("equal", "rounded") and stages[name].kl < 1e-9, stages[
-            name
-        ]  # fp32
-    # NF4 is 9 % off in every weight: not what was trained
+        # fp32
+        assert stages[name].verdict in ("equal", "rounded") and stages[name].kl < 1e-9, stages[name]
+    # NF4 changes every weight by 9 %, so this is not the trained model
     assert stages["4 bits"].verdict == "different" and report.first is stages["4 bits"]
     assert "minilora merge measures it" in stages["4 bits"].note and not stages["merged"].note
     assert "first different: 4 bits" in str(report) and str(report).count("\n") == len(STAGES) + 1
@@ -114,12 +114,12 @@ def answers_of(place, rows: int) -> list[Answer]:
     return module._answers(ROWS[:rows], ml.load_tokenizer(place / "model"))
 
 
-# ---- a fault in one form is found there
+# ---- a fault in one form is found in its stage
 
 
 @pytest.mark.parametrize("stage", ["merged", "merged folder", "gguf", "served"])
-def test_a_fault_is_found_where_it_is(place, stage, monkeypatch):
-    """ΔW left out of the merge, of what is read back, of the served rows."""
+def test_a_fault_is_found_in_its_stage(place, stage, monkeypatch):
+    """Leave ΔW out of the merge, of the files that are read back, or of the served rows."""
     if stage == "merged":
         monkeypatch.setattr(
             module, "merge", lambda model: ml.load_model(place / "model", dtype="float32")
@@ -161,7 +161,7 @@ def test_another_tokenizer_in_a_form_is_found(place, monkeypatch):
 
 
 def test_a_wrong_cache_is_found(place, monkeypatch):
-    """A server that reads each token one place too far."""
+    """The server reads each token one place too far."""
     model = ml.load_model(place / "model", dtype="float32")
     ml.load_adapter(model, place / "adapter")
     answers = answers_of(place, 3)
@@ -181,10 +181,10 @@ def test_a_wrong_cache_is_found(place, monkeypatch):
     )
 
 
-# ---- what is left out, and what is refused
+# ---- forms that are left out, and errors
 
 
-def test_what_a_form_cannot_have_is_left_out_aloud(place, monkeypatch):
+def test_an_unsupported_form_is_left_out_with_a_note(place, monkeypatch):
     save_adapter(place, "dora", r=2, target_modules=["q_proj"], use_dora=True)
     monkeypatch.setitem(sys.modules, "gguf", None)
     _, stages = compared(place, "dora", rows=1)
@@ -205,7 +205,7 @@ def test_rows_that_cannot_be_compared(place):
         )
 
 
-def test_the_command_prints_the_report_and_says_by_its_status(place, capsys):
+def test_the_command_prints_the_report_and_returns_its_verdict(place, capsys):
     run = [
         "compare-exports",
         str(place / "model"),

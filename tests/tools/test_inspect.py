@@ -1,5 +1,8 @@
-"""Proves that `inspect` says what a folder or file holds, that spectra and angles are those of the dense update that is
-never formed, and that it reads PEFT's own adapters, embeddings and patterns included."""
+"""Proves that `inspect` reports the contents of a folder or file.
+
+Spectra and angles are those of the dense update, which `inspect` never forms. It reads PEFT's own
+adapters, including embeddings and patterns.
+"""
 
 import json
 import math
@@ -14,7 +17,10 @@ from minilora.tools.inspect import GGUF_KINDS, Inspection, inspect
 
 
 def write_adapter(folder, *updates, **config):
-    """An adapter on layers "0", "1", …, each a pair (A (r, in), B (out, r))."""
+    """Write an adapter with a layer for each pair (A (r, in), B (out, r)).
+
+    The layers are named "0", "1" and so on.
+    """
     folder.mkdir(exist_ok=True)
     tensors = {}
     for i, (A, B) in enumerate(updates):
@@ -124,7 +130,7 @@ def test_a_model_folder_in_16_and_in_4_bits(tmp_path):
 
 
 def test_only_the_files_that_are_the_model_count(tmp_path):
-    """Mistral's folders hold all tensors a second time; a folder saved twice may hold shards of the first time."""
+    """Ignore a second copy of all tensors (Mistral) and refuse shards of an earlier save."""
     tiny.save(tmp_path, {"max_shard_size": "50KB"})
     expected = inspect(tmp_path)
     write_tensors(tmp_path / "consolidated.safetensors", {"layers.0.wq": torch.zeros(2)})
@@ -136,17 +142,20 @@ def test_only_the_files_that_are_the_model_count(tmp_path):
     ):
         inspect(tmp_path)
     write_tensors(tmp_path / "model.safetensors", {"one": torch.zeros(2)})
-    assert [*inspect(tmp_path).tensors] == ["one"]  # as load_model
+    assert [*inspect(tmp_path).tensors] == ["one"]  # the same as load_model
 
 
 # ---- property
 
 
 def test_angles_are_the_ones_built_in(tmp_path):
-    """Column spaces 30° apart in one direction and shared in the other, row spaces at right angles."""
+    """The column spaces are 30° apart in one direction and equal in the other.
+
+    The row spaces are orthogonal.
+    """
     e = torch.eye(16)
     turned = math.cos(math.pi / 6) * e[:, 0] + math.sin(math.pi / 6) * e[:, 5]
-    mixing = torch.randn(2, 2)  # a basis of the same space is the same space
+    mixing = torch.randn(2, 2)  # another basis of the same space
     first = write_adapter(tmp_path / "a", (e[:2], e[:, :2]))
     second = write_adapter(
         tmp_path / "b", (e[2:4], torch.stack([turned, e[:, 1]], 1) @ mixing), (e[:2], e[:, :2])
@@ -160,11 +169,12 @@ def test_angles_are_the_ones_built_in(tmp_path):
     assert "columns max°" in str(found) and isinstance(found, Inspection)
 
 
-def test_a_lower_rank_and_a_zero_update_count_as_what_they_are(tmp_path):
+def test_low_rank_and_zero_updates_are_measured(tmp_path):
+    # B has rank 2, except for rounding in fp32
     A, B = (
         torch.randn(4, 16),
         torch.randn(12, 2) @ torch.randn(2, 4),
-    )  # of rank 2 but for rounding in fp32
+    )
     folder = write_adapter(tmp_path / "a", (A, B), (A, torch.zeros(12, 4)), lora_alpha=4)
     layers = inspect(folder).layers
     assert layers["0"]["rank"] == 2 and layers["0"]["norm"] == pytest.approx(
@@ -178,7 +188,7 @@ def test_a_lower_rank_and_a_zero_update_count_as_what_they_are(tmp_path):
     many = write_adapter(
         tmp_path / "m", *((torch.randn(4, 16), torch.randn(12, 4)) for _ in range(50))
     )
-    for found in inspect(many, many).layers.values():  # cosines of 1 and an ulp are 0° too
+    for found in inspect(many, many).layers.values():  # a cosine of 1 plus an ulp is 0° too
         assert [*found.values()] == pytest.approx([0] * 4, abs=1e-4)
     equal = write_adapter(tmp_path / "e", (torch.eye(16)[:4], torch.eye(12)[:, :4]))
     assert inspect(equal).layers["0"] == pytest.approx(
@@ -190,7 +200,7 @@ def test_a_lower_rank_and_a_zero_update_count_as_what_they_are(tmp_path):
 # ---- error
 
 
-def test_what_is_nothing_says_what_was_expected(tmp_path, capsys):
+def test_invalid_folders_raise_with_the_expected_contents(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     assert "expected a folder with .safetensors files" in capsys.readouterr().err
     write_tensors(tmp_path / "model.safetensors", {"w": torch.zeros(1)})

@@ -1,8 +1,8 @@
-"""Proves that a memory plan is what the code takes: weights and states to the byte, a step as it really runs.
+"""Proves that a memory plan equals the real memory: weights and states to the byte, and a step.
 
-The oracle of the static parts is a loaded model and a real optimiser; that of the step is the same
-step on real tensors, every layer of it, under a meter that only counts.
-benchmarks/training/plan_check.py holds it against the process.
+The oracle of the static parts is a loaded model and a real optimiser. The oracle of the step is the
+same step on real tensors, with every layer, under a meter that only counts.
+benchmarks/training/plan_check.py compares the plan with a whole process.
 """
 
 import time
@@ -39,7 +39,7 @@ LORAS = {
 
 
 def with_slow(fast: list[tuple], every: list[tuple]) -> list:
-    """The fast cases first. The other cases of `every` are slow."""
+    """Return the fast cases, then the other cases of `every`, marked slow."""
     return [
         *fast,
         *(pytest.param(*case, marks=pytest.mark.slow) for case in every if case not in fast),
@@ -47,7 +47,7 @@ def with_slow(fast: list[tuple], every: list[tuple]) -> list:
 
 
 def loaded(folder: Path, lora: ml.LoRAConfig | None, **how) -> torch.nn.Module:
-    """A real model, ready to train."""
+    """Load a real model that is ready to train."""
     model = ml.load_model(folder, **{"dtype": "float32"} | how)
     if lora is None:
         return model.requires_grad_(True)
@@ -56,7 +56,7 @@ def loaded(folder: Path, lora: ml.LoRAConfig | None, **how) -> torch.nn.Module:
 
 
 def is_static(plan: ml.MemoryPlan, model: torch.nn.Module, config: ml.TrainConfig) -> None:
-    """The plan's weights and states are those of `model`, which this trains for a step."""
+    """Check the plan's weights and states against `model`, which runs one optimiser step."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     originals = lora_configs(model).parts.originals.values()
     kept = sum(
@@ -79,7 +79,7 @@ def is_static(plan: ml.MemoryPlan, model: torch.nn.Module, config: ml.TrainConfi
     assert plan.optimizer == sum(t.nbytes for s in optimizer.state.values() for t in s.values())
 
 
-# ---- oracle: what is always there
+# ---- oracle: weights and optimiser states
 
 
 HOWS = {
@@ -125,7 +125,7 @@ def test_weights_and_states_of_full_fine_tuning(optim: str, tmp_path: Path):
     is_static(ml.plan_memory(tmp_path, config=config), loaded(tmp_path, None), config)
 
 
-def test_a_loaded_model_says_what_is_planned(tmp_path: Path):
+def test_a_loaded_model_has_the_plan_of_its_folder(tmp_path: Path):
     save(tmp_path)
     model = loaded(tmp_path, QV, quantize="nf4", blocksize=128)
     asked = ml.plan_memory(tmp_path, QV, SMALL, quantize="nf4", blocksize=128, dtype="float32")
@@ -140,7 +140,7 @@ def test_a_loaded_model_says_what_is_planned(tmp_path: Path):
 
 
 class Counter(Meter):
-    """The meter without its inventions, over tensors that are there."""
+    """Meter of real tensors, which replaces no values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
@@ -150,12 +150,12 @@ class Counter(Meter):
 
 
 def really(model: torch.nn.Module, config: ml.TrainConfig, autocast: bool) -> int:
-    """The most bytes that a real second step holds above weights and states, all layers run."""
+    """Return the peak bytes of a real second step, with all layers, above weights and states."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ids = tokens(config.per_device_train_batch_size, config.max_length)
     optimizer = new_optimizer(model, trained, config)
     with Counter() as meter, training_mode(model, config.gradient_checkpointing):
-        meter.count(list(model.parameters()))  # which are there already
+        meter.count(list(model.parameters()))  # they exist before the step
         weights = meter.live
         for _ in range(2):
             optimizer.zero_grad()
@@ -192,7 +192,7 @@ STEPS = with_slow(
 
 
 @pytest.mark.parametrize("kind, name, checkpointing, optim", STEPS)
-def test_a_step_is_what_really_runs(
+def test_a_planned_step_equals_a_real_step(
     kind: str, name: str, checkpointing: bool, optim: str, tmp_path: Path
 ):
     lora = LORAS.get(name)
@@ -206,15 +206,15 @@ def test_a_step_is_what_really_runs(
     bits = {"quantize": "nf4"} if lora else {}
     plan = ml.plan_memory(tmp_path, lora, config, dtype="float32", **bits)
     step = plan.gradients + plan.activations + plan.workspace + plan.logits
-    with ThreadPoolExecutor(1) as thread:  # buffers that are kept a thread begin anew
+    with ThreadPoolExecutor(1) as thread:  # a new thread has no kept buffers
         measured = thread.submit(really, loaded(tmp_path, lora, **bits), config, not lora).result()
-    # in the plan every token is learned, and the last of a row never is: 2 of 80 in what the head
-    # sees; and small tables that are kept count here when first seen. One more (B, T, D) a layer
-    # would be 6 %
+    # The plan supervises every token, but the last token of a row never is: the head gets 2 of 80
+    # rows less. Small cached tables count here when they are first used. One more (B, T, D) tensor
+    # in each layer would be 6 %.
     assert abs(step - measured) <= 0.04 * measured, (plan, measured)
 
 
-# ---- property: a step is walked once, and what is kept is bounded
+# ---- property: equal steps are walked once, and the cache is bounded
 
 
 SHAPE = {
@@ -226,7 +226,7 @@ SHAPE = {
 }
 SHAPE |= {"num_attention_heads": 4}
 BASE = {"model": SHAPE, "lora": ALL, "config": SMALL, "quantize": "nf4", "dtype": "float32"}
-OTHERS = {  # questions whose steps take other memory
+OTHERS = {  # changes of BASE whose steps take other memory
     "shape": {"model": SHAPE | {"intermediate_size": 64}},
     "rank": {"lora": replace(ALL, r=8)},
     "targets": {"lora": QV},
@@ -243,7 +243,7 @@ OTHERS = {  # questions whose steps take other memory
     "blocksize": {"blocksize": 128},
     "one level of scales": {"double_quant": False},
 }
-EQUALS = {  # questions whose steps take the same memory as that of BASE
+EQUALS = {  # changes of BASE whose steps take the same memory
     "the same": {},
     "padded": {"config": replace(SMALL, max_length=38)},
     "a card": {"card": "1GB"},
@@ -252,7 +252,7 @@ EQUALS = {  # questions whose steps take the same memory as that of BASE
 
 @pytest.fixture
 def walks(monkeypatch) -> list[ml.TrainConfig]:
-    """The configs of the steps that are walked from here on. Nothing is remembered from before."""
+    """Record the configs of the steps that are walked from here on, with an empty cache."""
     seen: list[ml.TrainConfig] = []
     step = planner.step
 
@@ -267,13 +267,16 @@ def walks(monkeypatch) -> list[ml.TrainConfig]:
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """Steps that hold nothing, for who counts walks only. Asked for before `walks`."""
+    """Replace steps by empty ones, for tests that only count walks.
+
+    A test lists this fixture before `walks`.
+    """
     monkeypatch.setattr(
         planner, "step", lambda model, config: ([("head", Stretch(0, 0, 0, {}))], 0)
     )
 
 
-def test_what_is_remembered_is_what_a_walk_finds(walks: list):
+def test_a_cached_plan_equals_a_new_one(walks: list):
     plan = ml.plan_memory(**BASE)
     assert ml.plan_memory(**BASE) == plan and len(walks) == 1
     planner._step_cache.clear()
@@ -290,25 +293,25 @@ def test_equal_steps_are_walked_once(quick: None, walks: list):
     assert len(walks) == 2
 
 
-def test_other_steps_are_walked_each(quick: None, walks: list, monkeypatch):
+def test_different_steps_are_each_walked(quick: None, walks: list, monkeypatch):
     for change in ({}, *OTHERS.values()):
         ml.plan_memory(**BASE | change)
     assert len(walks) == 1 + len(OTHERS)
-    monkeypatch.setenv("MINILORA_NF4", "reference")  # other code runs
+    monkeypatch.setenv("MINILORA_NF4", "reference")  # runs other code
     ml.plan_memory(**BASE)
     assert len(walks) == 2 + len(OTHERS)
 
 
-def test_no_more_is_remembered_than_allowed(quick: None, walks: list, monkeypatch):
+def test_the_step_cache_is_bounded(quick: None, walks: list, monkeypatch):
     monkeypatch.setattr(planner, "_CACHE_SIZE", 2)
-    for length in (8, 16, 8, 24, 8, 16):  # 24 takes the place of 16, which was used longest ago
+    for length in (8, 16, 8, 24, 8, 16):  # 24 replaces 16, the least recently used
         ml.plan_memory(**BASE | {"config": replace(SMALL, max_length=length)})
     assert [config.max_length for config in walks] == [8, 16, 24, 16]
     assert len(planner._step_cache) == 2
 
 
-def test_nothing_of_a_plan_stays():
-    """No tensor without values is left where a real step would find it: in a kept buffer or table, for example."""
+def test_a_plan_leaves_no_fake_tensors():
+    """A tensor without values in a cached buffer or table would break a real step."""
     code = """
 import gc
 import minilora as ml
@@ -326,7 +329,7 @@ print([thing for thing in gc.get_objects() if type(thing) is FakeTensor])
 
 
 def test_a_large_model_takes_seconds_and_no_memory(walks: list):
-    """Llama-3-8B's shape: processor seconds, of which about one is needed; a busy machine may double them."""
+    """Llama-3-8B's shape takes about one processor second, which a busy machine may double."""
     shape = {
         "model_type": "llama",
         "vocab_size": 128256,

@@ -1,7 +1,8 @@
-"""Proves what is said about cards: the last value that fits, the changes that fit, the worked examples, the shortage.
+"""Proves the statements of the planner about a memory limit, and the note when memory runs out.
 
-The worked examples are Llama's own sizes, written here; figures that texts quote about them come
-from these plans.
+The statements are the largest value that fits, the changes that fit, and the worked examples. The
+worked examples use Llama's own sizes, written here; the documentation takes its figures from these
+plans.
 """
 
 import json
@@ -65,17 +66,19 @@ def plan(shape: dict, config: ml.TrainConfig = ONE, **how) -> ml.MemoryPlan:
         ("all-linear", 41_943_040),
     ],
 )
-def test_what_llama_3_8b_trains_at_rank_16(targets, trainable: int):
+def test_trainable_parameters_of_llama_3_8b_at_rank_16(targets, trainable: int):
     found = plan(LLAMA_3_8B, lora=ml.LoRAConfig(r=16, target_modules=targets))
     assert found.trainable == trainable
     assert found.adapters == 4 * trainable  # fp32 masters
-    assert (
-        0 <= found.optimizer - 8 * trainable < 4 * 2 * 32 * 7 + 1
-    )  # two moments, and a count for each tensor
+    # two moments, and a count for each tensor
+    assert 0 <= found.optimizer - 8 * trainable < 4 * 2 * 32 * 7 + 1
 
 
 def test_7b_on_6_16_and_24_gb():
-    """4 bits on 6 GB; 16 bits on 16 with checkpointing; on 24 without, at this length; every parameter on none."""
+    """4 bits fit 6 GB, and 16 bits fit 16 GB with checkpointing or 24 GB without, at this length.
+
+    Training every parameter fits none of them.
+    """
     assert (
         plan(LLAMA_7B).total
         < parse_bytes("6GB")
@@ -86,14 +89,16 @@ def test_7b_on_6_16_and_24_gb():
         LLAMA_7B, replace(ONE, gradient_checkpointing=False), quantize=None
     ).total < parse_bytes("24GB")
     full = ml.plan_memory(LLAMA_7B, config=replace(ONE, method="full", bf16=True))
-    assert (
-        full.total > 16 * full.trainable > parse_bytes("100GB")
-    )  # 4 weights, 4 gradients, 8 moments
+    # bytes of a parameter: 4 for the weight, 4 for the gradient, 8 for the moments
+    assert full.total > 16 * full.trainable > parse_bytes("100GB")
 
 
 @pytest.mark.slow
 def test_65b_on_48_gb():
-    """QLoRA's title: r = 64 on every linear layer, moments in host memory as there (arXiv 2305.14314, §4)."""
+    """QLoRA's title result (arXiv 2305.14314, §4): r = 64 on every linear layer.
+
+    The moments are in host memory, as in the paper.
+    """
     config = replace(ONE, optim="paged_adamw_8bit")
     found = plan(LLAMA_65B, config, lora=replace(ALL, r=64))
     assert (
@@ -123,7 +128,7 @@ def test_paged_moments_are_in_host_memory():
     st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(-5, 500), st.integers(1, 60)
 )
 def test_the_largest_that_fits(rises: list[int], limit: int, start: int):
-    """Against looking at every one, on lines as crooked as can be."""
+    """Compare with a search of all values, for totals that rise irregularly."""
     totals = [sum(rises[: n + 1]) for n in range(len(rises))]
     found = largest(lambda n: totals[n - 1], limit, min(start, len(totals)), len(totals))
     assert found == sum(total <= limit for total in totals)
@@ -150,8 +155,8 @@ def test_one_more_does_not_fit(name: str, unit: int):
     assert found.most(name, 1000) == 0
 
 
-def test_no_more_than_there_is():
-    """Of a length the positions, of a rank the narrowest layer."""
+def test_most_is_limited_by_the_shape_of_the_model():
+    """The positions limit a length, and the narrowest layer limits a rank."""
     found = plan(TINY)
     assert (found.most("max_length", "1GB"), found.most("r", "1GB")) == (256, 64)
 
@@ -228,9 +233,8 @@ def test_the_page_shows_what_the_command_prints(tmp_path: Path, capsys):
 
 @pytest.mark.strict
 def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(
-        ml.MemoryPlan, "verdict", ""
-    )  # no picture shows it; the test above holds what it says
+    # no picture shows the verdict; the test above checks its text
+    monkeypatch.setattr(ml.MemoryPlan, "verdict", "")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     command = re.search(
         r"`minilora plan \S+ (.*) --plot docs/plan.svg`", text("docs/LOG.md").replace("\n", " ")
@@ -241,17 +245,16 @@ def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path, monke
         == 0
     )
     pictures = ((folder / "plan.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
-    drawn, kept = (
-        re.findall(r'<path d="([^"]*)" clip-path', picture) for picture in pictures
-    )  # bars and the line
+    # bars and the line
+    drawn, kept = (re.findall(r'<path d="([^"]*)" clip-path', picture) for picture in pictures)
     assert drawn == kept and len(drawn) > 10
 
 
-# ---- where memory runs out
+# ---- memory runs out
 
 
 class Short(SFT):
-    """An objective for which there is never enough."""
+    """Objective whose loss always raises an out-of-memory error."""
 
     def __init__(self, error: Exception):
         object.__setattr__(self, "error", error)
@@ -261,7 +264,7 @@ class Short(SFT):
 
 
 def train(model: torch.nn.Module, error: Exception, **fields) -> str:
-    """What the error of a run says beside itself."""
+    """Train until `error` is raised and return its notes."""
     with pytest.raises(type(error)) as raised:
         ml.train(model, Letters(), rows(), ml.TrainConfig(**FAST | fields), objective=Short(error))
     assert raised.value is error
@@ -283,7 +286,7 @@ def test_a_shortage_is_explained(error: RuntimeError):
 
 
 def test_a_shortage_plans_no_more_than_the_smallest_change(monkeypatch):
-    """The note names one change, so no other is planned."""
+    """The note names one change, so the planner plans no other."""
     made, changed = [], ml.MemoryPlan.changed
 
     def counted(self, **to):
@@ -297,14 +300,17 @@ def test_a_shortage_plans_no_more_than_the_smallest_change(monkeypatch):
     assert made == [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}]
 
 
-def test_what_is_no_shortage_or_cannot_be_planned():
+def test_other_errors_get_no_note_and_unknown_models_no_plan():
     assert train(lora(), RuntimeError("shapes do not match")) == ""
     note = train(Wrapped(lora()), RuntimeError(CPU))
     assert note.startswith("memory ran out") and "No plan: " in note
 
 
 def test_a_real_shortage_names_a_remedy():
-    """A process that may not grow: the allocator fails in forward, and what the note says then trains."""
+    """In a process that may not grow, the allocator fails in forward.
+
+    Training with the change that the note names then succeeds.
+    """
     code = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -313,7 +319,7 @@ from helpers.toy import FAST, Letters, llama, lora
 model = lora(llama(hidden_size=128, intermediate_size=4096, max_position_embeddings=4096))
 rows = [{"text": "abcdefgh" * 128}] * 8
 ml.train(model, Letters(), rows[:1], ml.TrainConfig(max_steps=1, max_length=16))
-ml.plan_memory(model, config=ml.TrainConfig(max_length=16))  # imports what it needs
+ml.plan_memory(model, config=ml.TrainConfig(max_length=16))  # imports the planner
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, size + 2**29))
 try:
@@ -364,7 +370,7 @@ def test_the_command_line_prints_the_note(monkeypatch, capsys):
         ({"shape": "no/such/model.gguf"}, "no folder or .gguf file"),
     ],
 )
-def test_what_cannot_be_planned_says_why(how: dict, message: str):
+def test_an_impossible_plan_raises_with_the_reason(how: dict, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(**{"shape": TINY} | how)
 

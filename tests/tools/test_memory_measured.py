@@ -1,7 +1,7 @@
-"""Proves that planned peaks are measured peaks: SmolLM2 trained in processes of its own, on a CPU or a GPU.
+"""Proves that planned peaks equal measured peaks, on a CPU and on a GPU.
 
-On a CPU this runs benchmarks/training/plan_check.py; on a GPU the same runs against
-torch.cuda.max_memory_allocated.
+SmolLM2 is trained in separate processes. On a CPU this runs benchmarks/training/plan_check.py; on a
+GPU it compares the same runs with torch.cuda.max_memory_allocated.
 """
 
 import json
@@ -14,7 +14,7 @@ from helpers.source import ROOT
 
 
 def check(*options: str) -> dict[str, dict]:
-    """Planned and measured bytes of each run of the benchmark."""
+    """Return the planned and measured bytes of each run of the benchmark."""
     command = [sys.executable, str(ROOT / "benchmarks" / "training" / "plan_check.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -25,17 +25,21 @@ def check(*options: str) -> dict[str, dict]:
 @pytest.mark.demo  # several processes train the real model for minutes: make check-demo
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="reads anonymous memory in Linux's way: NOT TESTED here"
+    sys.platform != "linux",
+    reason="reads anonymous memory from /proc, which only Linux has: NOT TESTED here",
 )
 def test_planned_peaks_are_measured_peaks():
-    """Within 10 %: of a process, where buffers that kernels make for themselves are not in the plan."""
+    """Allow 10 % of a process, since the plan omits buffers that kernels make for themselves."""
     for name, run in check().items():
         assert abs(run["measured"] / run["planned"] - 1) <= 0.1, (name, run)
 
 
 @pytest.mark.gpu
 def test_planned_peaks_are_allocated_on_a_gpu():
-    """The step is planned on the CPU's code path; cuBLAS's workspace and rounding to 512 bytes come on top."""
+    """The plan follows the CPU's code path.
+
+    cuBLAS's workspace and rounding to 512 bytes are added on a GPU.
+    """
     for name, run in check("--batch=8").items():
         assert run["device"] == "cuda"
         assert abs(run["measured"] / run["planned"] - 1) <= 0.1, (name, run)

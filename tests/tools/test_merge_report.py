@@ -1,6 +1,8 @@
-"""Proves that the merge report measures what merging does: its figures are those of the weights that `merge` makes,
-they show on random matrices what is known of 16-bit and NF4 targets, and the first stage that
-differs is the one that was changed."""
+"""Proves that the merge report measures the effect of a merge.
+
+Its figures are those of the weights that `merge` makes. On random matrices they equal the known
+figures of 16-bit and NF4 targets. The first stage that differs is the one that was changed.
+"""
 
 import copy
 from dataclasses import replace
@@ -22,7 +24,7 @@ from minilora.tools.merge_report import SHOWN, first_difference, merge_report
 from tests.lora.test_merge import TOKENS, model_with_adapter
 
 WIDTH, RANK = 512, 8
-# ‖ΔW‖/‖W‖ -> error in bf16 of the dequantised base, onto the original bf16 base, in NF4 again;
+# ‖ΔW‖/‖W‖ -> error in bf16 on the dequantised base, on the original bf16 base, and in NF4 again;
 # cosine in NF4 again.
 KNOWN = {
     0.003: (0.479, 30.7, 1.15, 0.01),
@@ -34,7 +36,10 @@ KNOWN = {
 
 
 def layer_with(size: float, quantize: bool = True) -> tuple[nn.Module, nn.Module]:
-    """A bf16 layer with N(0, 0.02²) weights and a Gaussian adapter of ‖ΔW‖ = size · ‖W‖; and the layer without it."""
+    """Return a bf16 layer with a Gaussian adapter of ‖ΔW‖ = size · ‖W‖, and the layer without it.
+
+    The weights are N(0, 0.02²).
+    """
     original = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).bfloat16()
     nn.init.normal_(original[0].weight, std=0.02)
     model = copy.deepcopy(original)
@@ -55,14 +60,13 @@ def layer_with(size: float, quantize: bool = True) -> tuple[nn.Module, nn.Module
 
 
 @pytest.mark.parametrize("size", KNOWN)
-def test_what_is_known_of_merging_is_measured_again(size):
+def test_known_figures_of_merging_are_measured(size):
     model, original = layer_with(size)
     total = merge_report(model, original).total
     bf16, onto_original, nf4, cosine = KNOWN[size]
     assert total.size == pytest.approx(size, rel=0.01)
-    assert total.error["bfloat16"] == pytest.approx(
-        bf16, rel=0.1
-    )  # the same law on another draw of W
+    # another draw of W from the same distribution
+    assert total.error["bfloat16"] == pytest.approx(bf16, rel=0.1)
     assert total.error["original"] == pytest.approx(onto_original, rel=0.1)
     assert total.error["nf4"] == pytest.approx(nf4, rel=0.1)
     assert total.cosine["nf4"] == pytest.approx(cosine, abs=0.05)
@@ -72,7 +76,7 @@ def test_what_is_known_of_merging_is_measured_again(size):
     delta = adapter.lora_B.double() @ adapter.lora_A.double()
     error = (merge(onto)[0].weight.double() - W - delta).norm() / delta.norm()
     assert total.error["original"] == pytest.approx(error.item(), rel=1e-9)
-    # an error at right angles to ΔW: cos = 1 / sqrt(1 + error²)
+    # the error is orthogonal to ΔW: cos = 1 / sqrt(1 + error²)
     assert total.cosine["bfloat16"] == pytest.approx(
         (1 + total.error["bfloat16"] ** 2) ** -0.5, abs=0.01
     )
@@ -81,10 +85,12 @@ def test_what_is_known_of_merging_is_measured_again(size):
 
 @torch.no_grad()
 def test_bf16_loses_a_part_of_a_small_adapter_that_fp32_keeps():
-    """An adapter worth 1 to 2 % of the logits: fp32 loses nothing of it, fp16 some per cent, bf16 tens of per cent."""
-    model = lora(
-        llama(hidden_size=64).bfloat16().float()
-    )  # weights that bf16 holds exactly, as of a checkpoint
+    """The adapter changes the logits by 1 to 2 %.
+
+    Of this change fp32 loses nothing, fp16 some per cent and bf16 tens of per cent.
+    """
+    # weights that bf16 holds exactly, as those of a checkpoint
+    model = lora(llama(hidden_size=64).bfloat16().float())
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.adapters["default"].lora_B, std=1.5e-3)
     tokens = torch.arange(64)[None]
@@ -93,14 +99,14 @@ def test_bf16_loses_a_part_of_a_small_adapter_that_fp32_keeps():
         effect = (trained - model(tokens)).norm() / trained.norm()
     lost = {}
     for storage in ("float32", "float16", "bfloat16"):
-        merged = merge(model, storage).float()  # the weights are rounded, computing stays in fp32
+        merged = merge(model, storage).float()  # rounds the weights and computes in fp32
         lost[storage] = (merged(tokens) - trained).norm() / trained.norm() / effect
     assert 0.005 < effect < 0.03
     assert lost["float32"] < 1e-3 and lost["float16"] < 0.1 and 0.15 < lost["bfloat16"] < 1
 
 
 def test_pefts_unmerge_in_bf16_does_not_undo_its_merge():
-    """Why there is no unmerge here: what rounding took from the base stays lost."""
+    """minilora has no unmerge, because the base cannot regain the bits that rounding removed."""
     from peft import LoraConfig, get_peft_model
 
     base = tiny.oracle().bfloat16()
@@ -210,7 +216,7 @@ def test_the_first_stage_that_differs_is_named():
 # ---- error
 
 
-def test_what_cannot_be_measured_or_merged_says_so():
+def test_impossible_reports_and_merges_raise():
     with pytest.raises(ValueError, match="changes anything"):
         merge_report(lora())
     model, original = layer_with(0.1)

@@ -1,7 +1,6 @@
-"""Proves that every picture shows the library's numbers, and that what cannot be drawn says why.
+"""Proves that every picture shows the library's numbers, and that invalid input raises.
 
-Oracle: what is drawn is the data of the figure's artists, compared with the library or with a
-definition.
+Oracle: the data of the figure's artists, compared with the library or with a definition.
 """
 
 import sys
@@ -20,7 +19,7 @@ from minilora.tools.memory_plan.parts import PARTS
 pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
 
 
-# ---- oracle: what is drawn
+# ---- oracle: the drawn data
 
 
 def test_every_function_is_drawn_here():
@@ -29,12 +28,12 @@ def test_every_function_is_drawn_here():
 
 def test_the_codebook_is_the_librarys_and_so_is_its_error():
     law, error = figures()["codebook"].axes
-    stems = next(c for c in law.collections if c.get_label() == "a level and its code")
+    stems = next(c for c in law.collections if c.get_label() == "level, with its code")
     assert [
         segment[0][0] for segment in stems.get_segments()
     ] == ml.plot.levels.nf4_codebook().tolist()
     x, y = (error.lines[0].get_data()[i] for i in (0, 1))
-    values = torch.linspace(-1, 1, 997)  # none of them a threshold, where the line jumps
+    values = torch.linspace(-1, 1, 997)  # none is a threshold, where the line jumps
     for start in range(0, len(values), 63):  # blocks whose absmax is 1
         block = torch.cat([torch.ones(1), values[start : start + 63]])
         rounded = ml.dequantize_nf4(ml.quantize_nf4(block, 64, double_quant=False)) - block
@@ -52,7 +51,7 @@ def test_a_histogram_counts_the_codes():
     assert [bar.get_height() for bar in used.patches] == pytest.approx(
         [100 * share for share in shares]
     )
-    before = next(patch for patch in values.patches if patch.get_label() == "before").get_data()
+    before = next(patch for patch in values.patches if patch.get_label() == "original").get_data()
     assert (before.values * np.diff(before.edges)).sum() == pytest.approx(1)
     error = ((ml.dequantize_nf4(packed) - source).norm() / source.norm()).item()
     assert values.get_title().endswith(f"= {error:.2%}")
@@ -90,7 +89,7 @@ def test_spectra_are_of_the_dense_update():
 
 
 def check_cells(axes, values: dict[str, float]):
-    """A heat map has a cell for each layer, in its row and column."""
+    """Check that a heat map has a cell for each layer, in its row and column."""
     grid = axes.collections[0].get_array()
     targets = [tick.get_text() for tick in axes.get_xticklabels()]
     assert grid.count() == len(values)
@@ -101,16 +100,15 @@ def check_cells(axes, values: dict[str, float]):
 
 def test_a_cell_is_a_layers_merge_error():
     report = ml.merge_report(adapted())
-    panels = [
-        axes for axes in figures()["merge_error"].axes if axes.get_title()
-    ]  # the others are colour bars
+    # axes without a title are colour bars
+    panels = [axes for axes in figures()["merge_error"].axes if axes.get_title()]
     assert [axes.get_title().partition(":")[0] for axes in panels] == ["bfloat16", "float16", "nf4"]
     for axes in panels:
         target = axes.get_title().partition(":")[0]
         check_cells(axes, {layer.name: layer.error[target] for layer in report.layers})
 
 
-def test_layers_that_share_a_last_word_and_layers_without_a_number_have_their_cells():
+def test_layers_with_one_last_name_or_no_number_have_their_own_cells():
     one = ml.merge_report(adapted()).total
     names = ["a.0.proj", "b.0.proj", "a.1.proj", "head"]
     layers = [
@@ -123,7 +121,7 @@ def test_layers_that_share_a_last_word_and_layers_without_a_number_have_their_ce
     assert [grid[0, 2], grid[1, 0], grid[1, 1], grid[2, 0]] == [4, 1, 2, 3] and grid.count() == 4
 
 
-def test_a_packed_batch_shows_who_sees_whom():
+def test_a_packed_batch_shows_its_attention_mask():
     strips, mask = figures()["packed"].axes
     documents, learned = batch()["document_ids"], batch()["labels"] != IGNORE
     row, T = documents[1], documents.shape[1]
@@ -146,7 +144,7 @@ def test_a_packed_batch_shows_who_sees_whom():
     assert dark == learned.sum().item()
 
 
-def test_points_lie_on_the_roof_or_where_they_were_timed():
+def test_points_are_on_the_roof_or_at_their_measured_speed():
     axes = figures()["roofline"].axes[0]
     x, y = axes.lines[0].get_data()
     assert list(y) == [min(100 * intensity, 1600) for intensity in x] and 16 in x
@@ -158,17 +156,15 @@ def test_points_lie_on_the_roof_or_where_they_were_timed():
     ]
     axes = ml.plot.roofline(timed, 100).axes[0]
     points = [c for c in axes.collections if len(c.get_offsets())]
-    assert [tuple(c.get_offsets()[0]) for c in points] == [
-        (2, 40),
-        (2, 80),
-    ]  # 4e6 in 100 us: 40e9 a second
-    assert [len(c.get_facecolors()) for c in points] == [1, 0]  # the other is hollow
+    # 4e6 in 100 us: 40e9 a second
+    assert [tuple(c.get_offsets()[0]) for c in points] == [(2, 40), (2, 80)]
+    assert [len(c.get_facecolors()) for c in points] == [1, 0]  # the other marker is hollow
 
 
 # ---- error
 
 
-def test_what_cannot_be_drawn_says_why(monkeypatch, tmp_path):
+def test_invalid_input_raises_with_the_reason(monkeypatch, tmp_path):
     source, packed = weight()
     with pytest.raises(ValueError, match="expected ascending levels"):
         ml.plot.codebook({"wrong": torch.tensor([1.0, 0.0])})

@@ -1,7 +1,7 @@
-"""Proves that every picture can be read: in grey, small, with no word cut or covered.
+"""Proves that every picture is readable: in grey, at a small size, with no text cut or covered.
 
-Property: no text leaves its figure or meets another, series are told apart without colour, equal
-figures are equal bytes. Round trip: the pictures in docs/ are what the script draws.
+Property: no text leaves its figure or overlaps another, series differ without colour, and equal
+figures have equal bytes. Round trip: the pictures in docs/ are those that the script draws.
 """
 
 import pickle
@@ -20,11 +20,11 @@ from minilora.tools.plot import style
 pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
 
 
-# ---- property: it can be read
+# ---- property: readable
 
 
 def texts(figure) -> list[tuple[str, Any]]:
-    """(text, box in pixels) of everything that is written."""
+    """Return (text, box in pixels) for every visible text."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
@@ -32,9 +32,8 @@ def texts(figure) -> list[tuple[str, Any]]:
     with_look = canvas.get_renderer()
     canvas.draw()
     hidden = set()
-    for axis in (
-        axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
-    ):  # ticks beyond the limits
+    # ticks outside the limits of the axis are hidden
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
         for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
             if not low <= tick.get_loc() <= high:
@@ -67,13 +66,12 @@ def test_no_text_is_cut_or_covered_by_another():
         for (text, box), (other, second) in combinations(written, 2):
             width = min(box.x1, second.x1) - max(box.x0, second.x0)
             height = min(box.y1, second.y1) - max(box.y0, second.y0)
-            assert min(width, height) < 1, (
-                f"{name}: {text!r} meets {other!r}"
-            )  # boxes are a pixel larger than letters
+            # boxes are a pixel larger than letters
+            assert min(width, height) < 1, f"{name}: {text!r} overlaps {other!r}"
 
 
 def lightness(colour: str) -> float:
-    """CIE L*, 0 to 100, of "#rrggbb": what a grey copy keeps of it."""
+    """Return CIE L* of "#rrggbb", 0 to 100: the lightness that a grey copy keeps."""
     rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -89,12 +87,12 @@ def test_neighbours_differ_in_grey():
         told = one["linestyle"] != other["linestyle"]
         assert told or abs(lightness(one["color"]) - lightness(other["color"])) >= 20, (i, j)
     assert len({str(style.line(i)) for i in range(35)}) == 35
-    assert max(map(lightness, style.LINES)) < 75  # on white
+    assert max(map(lightness, style.LINES)) < 75  # visible on white
     for one, other in combinations(ml.plot.batch.SHADES, 2):
-        assert abs(lightness(one) - lightness(other)) >= 15  # a black line is between them
+        assert abs(lightness(one) - lightness(other)) >= 15  # a black line separates them
 
 
-def test_areas_and_lines_are_told_apart_without_colour():
+def test_areas_and_lines_differ_without_colour():
     axes = figures()["memory"].axes[0]
     looks = [
         (c.patches[0].get_hatch(), round(lightness_of(c.patches[0].get_facecolor()), -1))
@@ -122,7 +120,7 @@ def test_equal_figures_are_equal_bytes_small_and_searchable(tmp_path):
         ml.plot.codebook(path=tmp_path / name)
     svg = (tmp_path / "one.svg").read_text()
     assert svg == (tmp_path / "two.svg").read_text() and len(svg) < 60_000
-    assert ">what rounding to the nearest level adds</text>" in svg and "<dc:date>" not in svg
+    assert ">error of rounding to the nearest level</text>" in svg and "<dc:date>" not in svg
     ml.plot.codebook(path=tmp_path / "one.png")
     ml.plot.codebook(path=tmp_path / "one.pdf")
     assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG" and (
@@ -130,18 +128,17 @@ def test_equal_figures_are_equal_bytes_small_and_searchable(tmp_path):
     ).read_bytes()[:4] == b"%PDF"
 
 
-def test_every_picture_without_figures_of_its_own_is_held():
+def test_every_picture_without_measured_figures_is_checked():
     assert {*pictures.PLAIN} == {"codebook", "packed", "roofline", "plan"}
 
 
-def test_nothing_of_the_look_stays_behind():
+def test_a_plot_leaves_the_settings_of_matplotlib_unchanged():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
     ml.plot.codebook()
-    assert {name for name in before if before[name] != matplotlib.rcParams[name]} <= {
-        "backend"
-    }  # it is found by then
+    # matplotlib chooses its backend at the first plot
+    assert {name for name in before if before[name] != matplotlib.rcParams[name]} <= {"backend"}
 
 
 # ---- round trip

@@ -1,5 +1,7 @@
-"""Proves that what is pushed to the Hub comes back bit for bit, is exactly what belongs there, and what the Hub refuses
-is explained: huggingface_hub's own client against a stand-in over HTTP, in processes of their own.
+"""Proves that a push to the Hub uploads exactly the right files and explains refusals.
+
+The files come back bit for bit. huggingface_hub's own client, in separate processes, uses a
+stand-in for the Hub over HTTP.
 """
 
 import json
@@ -53,7 +55,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A base model, an adapter for it among files that are nobody's business, a merged model and a GGUF file."""
+    """Write a base model, its adapter among private files, a merged model and a GGUF file."""
     place = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
     save(place / "base", dtype=torch.bfloat16)
@@ -76,7 +78,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pushed(place, tmp_path_factory):
-    """What a writer's calls gave, and the Hub after them; the base is on the Hub, and a private repository."""
+    """Return the results of a writer's calls and the Hub after them.
+
+    The Hub holds the base and a private repository from the beginning.
+    """
     base = {path.name: path.read_bytes() for path in (place.path / "base").iterdir()}
     adapter, merged, gguf = (str(place.path / name) for name in ("adapter", "merged", "gguf"))
     calls = {
@@ -150,15 +155,14 @@ def test_an_adapter_comes_back_bit_for_bit(place, pushed):
     assert pushed.answers["adapter"] == f"{pushed.endpoint}/me/adapter/commit/{COMMIT}"
 
 
-def test_what_is_uploaded_is_what_belongs(place, pushed):
+def test_only_the_files_of_a_model_or_adapter_are_uploaded(place, pushed):
     first, branch, merged, gguf, _, carded = pushed.commits
     assert first | {"paths": sorted(first["paths"])} == {
         **{"repo": "me/adapter", "revision": "main", "summary": "The first", "paths": ADAPTER}
     }
-    assert (
-        branch["revision"] == "branch" and branch["paths"] == ADAPTER[1:]
-    )  # the card of the first push stays
-    assert merged["repo"] == "me/merged"  # a name alone is one's own
+    # the card of the first push stays
+    assert branch["revision"] == "branch" and branch["paths"] == ADAPTER[1:]
+    assert merged["repo"] == "me/merged"  # a name without an owner belongs to the user
     assert sorted(merged["paths"]) == ["README.md", "config.json", "model.safetensors"]
     assert sorted(gguf["paths"]) == ["README.md", "model.gguf"]
     assert (
@@ -172,8 +176,8 @@ def test_what_is_uploaded_is_what_belongs(place, pushed):
 
 
 @pytest.mark.slow
-def test_the_card_loads_what_was_pushed(place, pushed, tmp_path):
-    """Its code, ours and PEFT's, run but for the tokenizer's lines: both give the same logits."""
+def test_the_code_of_the_card_loads_the_pushed_adapter(place, pushed, tmp_path):
+    """Run its code for minilora and for PEFT, without the tokenizer's lines: the logits agree."""
     card = pushed.hub.repos["me/adapter"]["README.md"].decode()
     assert is_ours(card)
     ours, theirs = re.findall(r"```python\n(.*?)```", card, flags=re.S)
@@ -183,7 +187,7 @@ def test_the_card_loads_what_was_pushed(place, pushed, tmp_path):
     with serve(pushed.hub.repos) as (_, env):
         printed = python(code, **env | {"HF_HOME": str(tmp_path), "HF_TOKEN": WRITER})
     error, learned = json.loads(printed.splitlines()[-1])
-    assert error < 1e-4 and learned > 0.5  # fp32, other orders of summing
+    assert error < 1e-4 and learned > 0.5  # fp32, sums in other orders
 
 
 CHECK = """
@@ -210,7 +214,7 @@ def test_a_models_adapter_is_pushed_without_a_folder(pushed):
     )
 
 
-def test_the_command_says_where_it_went(monkeypatch, capsys):
+def test_the_command_prints_the_address(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(
         ml, "push_to_hub", lambda *given, **options: asked.append((given, options)) or "the/address"
@@ -254,7 +258,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_say_what_to_do(pushed, case):
+def test_refusals_name_the_cause_or_the_remedy(pushed, case):
     assert re.match(REFUSALS[case], pushed.answers[case]), pushed.answers[case]
 
 

@@ -1,8 +1,7 @@
-"""Proves that a trace tells what was computed: each step is its formula, worked out here from its parts, and outputs
-and gradients have the bits of a run inside `reference_ops` without it.
+"""Proves that a trace reports the computation: each step equals its formula, computed here.
 
-Then that any shape and block size is taken. What it leaves, keeps, shows and refuses:
-test_trace_limits.py.
+Outputs and gradients have the bits of a run inside `reference_ops` without a trace. Any shape and
+block size can be traced. test_trace_limits.py tests clean-up, memory, display and errors.
 """
 
 import copy
@@ -28,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def layer(
     kind: str = "nf4", shape: tuple[int, int] = (40, 48), blocksize: int = 64, **options: Any
 ) -> ml.LoRALayer:
-    """A layer whose B is not zero any more."""
+    """Return a LoRA layer whose B is not zero."""
     torch.manual_seed(0)
     base: nn.Module = nn.Linear(shape[1], shape[0])
     if kind != "dense":
@@ -39,13 +38,13 @@ def layer(
 
 
 def linear(shape: tuple[int, int] = (40, 48)) -> nn.Linear:
-    """What `layer` was made from."""
+    """Return the dense layer from which `layer` is made."""
     torch.manual_seed(0)
     return nn.Linear(shape[1], shape[0])
 
 
 def check_weight(t: Any, weight: ml.NF4Weight, source: Tensor | None) -> None:
-    """The steps of a 4-bit weight against the specification."""
+    """Compare the steps of a 4-bit weight with the specification."""
     value = {name: step.tensor for name, step in t.items()}
     shape, n = weight.shape, weight.numel
     nibbles = value["nibbles"]
@@ -140,10 +139,8 @@ def test_each_step_is_its_formula(kind, dtype, options):
     }
     if b is not None:
         backward["db"] = s * dh.sum((0, 1))
-    for (
-        name,
-        expected,
-    ) in backward.items():  # products in another order of the sums: within rounding of the largest
+    # sums in another order: within the rounding of the largest value
+    for name, expected in backward.items():
         bound = 8 * torch.finfo(dtype).eps * expected.abs().max()
         assert (value[name] - expected).abs().max() <= bound, name
     assert torch.equal(value["dx"], x.grad) and torch.equal(value["dA"], adapter.lora_A.grad)
@@ -160,19 +157,18 @@ def test_figures_are_those_of_the_values():
         assert (step.min, step.max) == (value.min(), value.max()) and step.first == (
             *value.reshape(-1)[:4].tolist(),
         )
-        assert step.rms == pytest.approx(
-            value.square().mean().sqrt().item(), rel=1e-5
-        )  # summed in fp32
+        # summed in fp32
+        assert step.rms == pytest.approx(value.square().mean().sqrt().item(), rel=1e-5)
     assert t["xA"] is t["LoRALayer"]["xA"] and str(t["xA"].tensor) in repr(t["xA"])
 
 
-# ---- oracle: a model runs as it does without
+# ---- oracle: a traced model computes the same
 
 
 def run_step(model: nn.Module, x: Any = None) -> list[Tensor]:
-    """Output, and the gradients of what trains."""
+    """Return the output and the gradients of the trainable parameters."""
     model.zero_grad()
-    torch.manual_seed(1)  # of dropout
+    torch.manual_seed(1)  # the seed of dropout
     y = model(noise(3, 48) if x is None else x)
     y.float().square().mean().backward()
     return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -210,7 +206,7 @@ def test_a_model_has_the_bits_of_plain_ops(way):
     assert one["xW"].dtype == (torch.bfloat16 if way == "autocast" else torch.float32)
 
 
-def test_beside_the_fast_ops_it_differs_by_rounding():
+def test_a_traced_model_differs_from_the_fast_ops_by_rounding():
     model = toy.lora()
     ids = torch.randint(3, 99, (2, 9))
     fast = run_step(model, ids)
@@ -226,7 +222,7 @@ def test_an_update_is_what_the_optimiser_changed():
     with ml.trace(made) as t:
         made(noise(3, 48)).sum().backward()
         before = copy.deepcopy(made.adapters["default"].state_dict())
-        torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()  # another one's step
+        torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()  # a step of another optimiser
         assert "update A" not in t["LoRALayer"]
         optimizer.step()
     after = made.adapters["default"].state_dict()
@@ -237,9 +233,8 @@ def test_an_update_is_what_the_optimiser_changed():
         assert torch.allclose(
             t[f"update {name}"].tensor, -0.5 * t[f"d{name}"].tensor, rtol=1e-5, atol=1e-6
         )
-        assert torch.equal(
-            t[name].tensor, before[f"lora_{name}"]
-        )  # a copy: the step did not change it
+        # a copy, which the step did not change
+        assert torch.equal(t[name].tensor, before[f"lora_{name}"])
     assert t["update A"].maths == "after SGD.step() - before"
 
 
@@ -268,4 +263,6 @@ def test_any_shape_and_block_size(out, inside, blocksize, double, rows):
         "dB": (out, 1),
     }
     assert {name: t[name].shape for name in shapes} == shapes and t["dx"].shape == x.shape
-    assert len(str(t).splitlines()) == 2 + 3 + len(t["LoRALayer"])  # a title, a head, three phases
+    assert len(str(t).splitlines()) == 2 + 3 + len(
+        t["LoRALayer"]
+    )  # a title, a header, three phases

@@ -1,6 +1,7 @@
-"""Proves that a trace leaves nothing behind, keeps little, shows everything, and what it does with other layers.
+"""Proves that a trace leaves nothing behind, keeps few tensors and shows every step.
 
-Then what is refused, with nothing changed. That its figures are right is test_trace.py's.
+It also tests traces of other layers, and errors that change nothing. test_trace.py proves that the
+figures are right.
 """
 
 import copy
@@ -26,7 +27,10 @@ from tests.tools.test_trace import layer, linear, run_step
 
 
 def test_other_layers_and_adapters():
-    """Dense and 4-bit ones without adapter; a disabled adapter; of embeddings and convolutions what is not shown."""
+    """Trace dense and 4-bit layers without an adapter, and a disabled adapter.
+
+    For embeddings and convolutions the steps of the adapter are not shown.
+    """
     model = nn.Sequential(
         nn.Embedding(9, 48), linear(), nn.Unflatten(1, (40, 1)), nn.Conv1d(40, 6, 1)
     )
@@ -55,8 +59,8 @@ def test_other_layers_and_adapters():
     assert torch.equal(t["3"]["dx"].tensor, x.grad)
 
 
-def test_the_last_call_is_told():
-    """Backward of an earlier call is not mixed into it, neither is one of a copy, nor what comes after the end."""
+def test_only_the_last_call_is_traced():
+    """It contains no backward of an earlier call or of a copy, and no call after the trace."""
     made = layer()
     with ml.trace(made) as t:
         first, second = made(noise(3, 48)), made(noise(5, 48))
@@ -92,11 +96,11 @@ def test_the_weight_is_shown_in_the_dtype_it_was_used_in():
     assert torch.equal(t["W"].tensor, made.base_layer.dequantize(torch.float16))
 
 
-# ---- nothing is left, little is kept
+# ---- clean-up and kept tensors
 
 
 def state(model: nn.Module) -> Any:
-    """Everything a trace could leave behind."""
+    """Return everything that a trace could leave in a model."""
     hooks = len(optimizers._global_optimizer_pre_hooks) + len(
         optimizers._global_optimizer_post_hooks
     )
@@ -113,7 +117,7 @@ def state(model: nn.Module) -> Any:
     )
 
 
-def test_nothing_is_left():
+def test_a_trace_leaves_nothing_behind():
     model = toy.lora()
     model.lm_head.weight.requires_grad_()
     before = state(model)
@@ -133,7 +137,7 @@ def test_nothing_is_left():
     )
 
 
-def test_nested_traces_each_see_what_runs_inside_them():
+def test_nested_traces_each_record_the_calls_inside_them():
     made = layer()
     with ml.trace(made) as outer:
         made(noise(2, 48))
@@ -150,7 +154,7 @@ def test_nested_traces_each_see_what_runs_inside_them():
     assert "forward" not in vars(made)
 
 
-def test_of_a_model_only_figures_are_kept():
+def test_only_figures_are_kept_for_a_whole_model():
     model = toy.lora(toy.llama(num_hidden_layers=30))
     ids = torch.randint(3, 99, (4, 64))
     with ml.trace(model) as t:
@@ -173,11 +177,11 @@ def test_of_a_model_only_figures_are_kept():
     ].kept is not None
 
 
-# ---- how it looks
+# ---- display
 
 
 class Page(HTMLParser):
-    """The tags of a page, and its cells."""
+    """Parser that collects the tags and the cells of a page."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -191,7 +195,7 @@ class Page(HTMLParser):
         self.cells.append(data)
 
 
-def test_a_notebook_shows_the_same():
+def test_a_notebook_shows_the_same_cells_as_the_text():
     holder = nn.ModuleDict({"<b>": layer(), "<i>": layer()})
     with ml.trace(holder) as several:
         pass
@@ -212,7 +216,7 @@ def test_a_notebook_shows_the_same():
     )
 
 
-def test_the_page_shows_what_is_printed(capsys):
+def test_the_docs_page_shows_the_printed_trace(capsys):
     found = re.search(
         r"<!-- trace -->\n```python\n(.*?)```\n\n```\n(.*?)```\n<!-- /trace -->",
         text("docs/trace.md"),
@@ -223,10 +227,10 @@ def test_the_page_shows_what_is_printed(capsys):
     assert capsys.readouterr().out == found[2]
 
 
-# ---- what is refused, with nothing changed
+# ---- errors that change nothing
 
 
-def test_names_that_fit_nothing():
+def test_names_that_match_no_layer_or_step_raise():
     model = toy.lora()
     before = state(model)
     for entry in ("layers.0.mlp.upproj", ["q_proj", "nothing"]):
@@ -260,7 +264,7 @@ def test_names_that_fit_nothing():
     assert state(model) == before
 
 
-def test_sources_that_are_not_the_weight():
+def test_sources_that_differ_from_the_weight_raise():
     made = layer()
     wrong = linear().weight + 0.01 * noise(40, 48)
     cases = [
@@ -282,7 +286,7 @@ def test_sources_that_are_not_the_weight():
     assert t["normalised"].max == 1
 
 
-def test_layers_that_cannot_be_run_step_by_step():
+def test_layers_that_cannot_run_step_by_step_raise():
     compiled, replaced = layer(), layer()
     compiled.compile()
     replaced.forward = replaced.base_layer.forward

@@ -1,5 +1,8 @@
-"""Proves that `verify` tells a checkpoint that bitsandbytes would have written from one it would not: on folders of
-transformers and bitsandbytes, of ours, and on files with one code, scale or table changed."""
+"""Proves that `verify` recognises a checkpoint that bitsandbytes would have written.
+
+It is tested on folders of transformers and bitsandbytes, on our own, and on files with one code,
+scale or table changed.
+"""
 
 import re
 from dataclasses import replace
@@ -21,11 +24,14 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """base/: a tiny bf16 Llama; nested/ and plain/: the same in 4 bits, written by transformers and bitsandbytes."""
+    """Write base/, a tiny bf16 Llama, and the same in 4 bits in nested/ and plain/.
+
+    transformers and bitsandbytes write the 4-bit folders.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = tmp_path_factory.mktemp("place")
-    # 208: a row that ends inside a block, which bitsandbytes' AVX-512 code reads with wrong scales
+    # a row of 208 ends inside a block, which bitsandbytes' AVX-512 code reads with wrong scales
     tiny.save(folder / "base", dtype=torch.bfloat16, hidden_size=128, intermediate_size=208)
     for name, nested in (("nested", True), ("plain", False)):
         config = BitsAndBytesConfig(
@@ -40,7 +46,10 @@ def place(tmp_path_factory):
 
 
 def change(place, tmp_path, kind: str, **entries: Tensor) -> str:
-    """A copy of a checkpoint with entries of NAME replaced, or by an empty one removed; the weight's key is ''."""
+    """Copy a checkpoint with entries of NAME replaced; an empty tensor removes its entry.
+
+    The key of the weight is ''.
+    """
     state = read_tensors(place / kind / "model.safetensors")
     state |= {NAME + key.replace("_", ".", 1) * bool(key): value for key, value in entries.items()}
     write_tensors(
@@ -57,7 +66,7 @@ def entry(place, kind: str, key: str = "") -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["nested", "plain"])
-def test_what_transformers_and_bitsandbytes_wrote_is_right(place, kind):
+def test_folders_of_transformers_and_bitsandbytes_are_right(place, kind):
     base, folder = place / "base", place / kind
     assert (
         set(verify(folder).values())
@@ -71,15 +80,15 @@ def test_what_transformers_and_bitsandbytes_wrote_is_right(place, kind):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_our_own_folder_is_right_by_its_source(tmp_path, stored):
-    """load_model quantises what is stored, whatever it computes in; transformers casts first."""
+def test_our_own_folder_is_right_compared_with_its_source(tmp_path, stored):
+    """load_model quantises the stored values in any compute dtype; transformers casts first."""
     tiny.save(tmp_path / "base", dtype=stored)
     model = load_model(tmp_path / "base", quantize="nf4", dtype="bfloat16", device="cpu")
     save_model(model, tmp_path / "four", format="bnb-4bit")
     assert set(verify(tmp_path / "four", source=tmp_path / "base").values()) == {EQUAL}
 
 
-def test_what_we_quantise_is_what_bitsandbytes_does(place, capsys):
+def test_our_quantised_weights_are_those_of_bitsandbytes(place, capsys):
     verdicts = verify(place / "base", against="bitsandbytes")
     assert len(verdicts) == 3 * 7 and set(verdicts.values()) <= {EQUAL, NESTED}
     assert main(["verify", str(place / "base"), "--against", "bitsandbytes"]) == 0
@@ -90,7 +99,7 @@ def test_what_we_quantise_is_what_bitsandbytes_does(place, capsys):
 
 
 @pytest.mark.parametrize("kind", ["nested", "plain"])
-def test_a_changed_code_is_found_by_its_source_and_a_lost_extreme_by_itself(place, tmp_path, kind):
+def test_a_changed_code_needs_the_source_and_a_lost_maximum_does_not(place, tmp_path, kind):
     codes = entry(place, kind)
     codes[5] ^= 0x10
     folder = change(place, tmp_path, kind, **{"": codes})
@@ -103,26 +112,25 @@ def test_a_changed_code_is_found_by_its_source_and_a_lost_extreme_by_itself(plac
     assert list(verify(folder).values()).count(EQUAL) == 20
 
 
-def test_a_block_of_zeros_is_no_fault(place, tmp_path):
+def test_a_block_of_zeros_is_right(place, tmp_path):
     codes = entry(place, "nested")
     codes[:32] = 0x77
     assert verify(change(place, tmp_path, "nested", **{"": codes}))[NAME] == EQUAL
 
 
-def test_one_nested_code_is_told_from_two():
+def test_a_difference_of_one_nested_code_passes_and_of_two_fails():
     W = torch.randn(64, 256).bfloat16()
     ours = quantize_nf4(W)
     for step, verdict in ((0, EQUAL), (1, NESTED), (2, "different: scales")):
         state = ours.state_dict()
         state["weight.absmax"] = state["weight.absmax"].clone()
-        far = int(
-            (state["weight.absmax"].int() - 200).abs().argmin()
-        )  # where codes are wider than the table's steps
+        # at code 200 the codes are wider than the steps of bitsandbytes' table
+        far = int((state["weight.absmax"].int() - 200).abs().argmin())
         state["weight.absmax"][far] += step
         assert compare(ours, type(ours).from_state_dict(state)) == verdict
     assert compare(ours, quantize_nf4(W, double_quant=False)).startswith("different")
     assert compare(ours, quantize_nf4(W, blocksize=128)).startswith("different")
-    assert "float32" in compare(ours, replace(ours, dtype=torch.float32))  # says what differs
+    assert "float32" in compare(ours, replace(ours, dtype=torch.float32))  # names the difference
     assert re.fullmatch(
         r"different: [\d,]+ of 8,192 bytes of codes", compare(ours, quantize_nf4(-W))
     )
@@ -136,13 +144,13 @@ def test_one_nested_code_is_told_from_two():
 # ---- error
 
 
-def test_another_table_is_different_and_says_why(place, tmp_path):
+def test_another_table_is_different_with_the_reason(place, tmp_path):
     folder = change(place, tmp_path, "plain", _quant_map=entry(place, "plain", ".quant_map") * 1.01)
     assert "not the standard table" in verify(folder)[NAME]
 
 
 @pytest.mark.parametrize("lost", ["", "_quant_map", "_absmax", "_quant_state.bitsandbytes__nf4"])
-def test_a_weight_that_lost_a_part_is_not_passed_over(place, tmp_path, lost):
+def test_a_weight_that_lost_a_part_is_reported(place, tmp_path, lost):
     verdicts = verify(change(place, tmp_path, "plain", **{lost: torch.empty(0)}))
     assert len(verdicts) == 21 and verdicts[NAME].startswith("different: NF4 state of")
 
