@@ -1,7 +1,7 @@
-"""A run that was stopped and resumed equals one that was not, bit for bit; a crash leaves whole checkpoints only.
+"""Proves that a resumed run equals an uninterrupted one bit for bit, also after a crash.
 
-Oracles: the uninterrupted run (dropout on); processes that are really interrupted and really
-killed.
+A crash leaves only complete checkpoints. Oracles: the uninterrupted run (with dropout), and
+processes that are really interrupted and really killed.
 """
 
 import json
@@ -32,7 +32,7 @@ CONFIG = {
 
 
 def run(folder=None, model=None, *, stop=None, data=None, **fields):
-    """Train a fresh model with dropout; `stop` presses Ctrl-C in the forward passes of that step."""
+    """Train a fresh model with dropout; `stop` presses Ctrl-C in a forward pass of that step."""
     model = lora(dropout=0.3) if model is None else model
     config = TrainConfig(output_dir=folder, **(CONFIG | fields))
     if stop is not None:
@@ -55,7 +55,7 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of 7 steps, 5 an epoch, with a checkpoint after each."""
+    """Run 7 steps, 5 in an epoch, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, *run(folder, save_steps=1, eval_steps=2, gradient_accumulation_steps=1)
 
@@ -74,7 +74,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, step):
     assert (again.steps, again.tokens, again.loss) == (result.steps, result.tokens, result.loss)
 
 
-def test_the_test_above_would_notice_dropout_and_order(whole):
+def test_a_resumed_run_without_dropout_differs(whole):
     folder, model, result = whole
     other, _ = run(
         None,
@@ -111,7 +111,7 @@ def test_interrupted_with_accumulation_then_resumed(tmp_path):
         [{k: v for k, v in x.items() if "second" not in k and k != "config"} for x in log]
         for log in lines
     ]
-    assert timeless[0] == timeless[1]  # every step stands there once
+    assert timeless[0] == timeless[1]  # every step is logged once
 
 
 def test_resumed_from_an_older_checkpoint_replaces_what_came_after_it(tmp_path):
@@ -173,7 +173,7 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
     assert same(resumed, model) and again.losses == result.losses
 
 
-# ---- what a checkpoint is
+# ---- contents of a checkpoint
 
 
 def test_a_checkpoint_is_an_adapter_that_loads(whole):
@@ -245,7 +245,10 @@ print("returned", result.steps, result.interrupted, result.checkpoint)
 
 
 def start(folder: Path, save: int | None) -> subprocess.Popen:
-    """A training process that has made some steps (and checkpoints, if it makes any)."""
+    """Start a training process and wait until it has made some steps.
+
+    If it saves checkpoints, wait for the first one too.
+    """
     script = SCRIPT.format(path=sys.path, folder=str(folder), save=save)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -259,7 +262,7 @@ def start(folder: Path, save: int | None) -> subprocess.Popen:
     ):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail(f"it made no steps: {process.communicate()}")
+            pytest.fail(f"the process made no steps: {process.communicate()}")
         time.sleep(0.02)
     return process
 
@@ -278,7 +281,7 @@ def test_ctrl_c_ends_a_process_cleanly(tmp_path):
 
 
 def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
-    process = start(tmp_path, 1)  # saves all the time: the kill falls into a save
+    process = start(tmp_path, 1)  # saves after each step, so that the kill happens during a save
     process.kill()
     process.communicate(timeout=60)
     for step in run_folder.checkpoint_steps(tmp_path):
@@ -288,7 +291,7 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
             == step
         )
     last = run_folder.checkpoint_steps(tmp_path)[-1]
-    (tmp_path / ".checkpoint-99.tmp").mkdir()  # as a kill in a save leaves it
+    (tmp_path / ".checkpoint-99.tmp").mkdir()  # left by a kill during a save
     _, result = run(
         tmp_path, resume_from_checkpoint="last", max_steps=last + 2, per_device_train_batch_size=8
     )
@@ -300,7 +303,9 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:], lambda b: b[:-100]]
 )
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(whole, tmp_path, capsys, damage, file):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_message(
+    whole, tmp_path, capsys, damage, file
+):
     for step in (3, 4):
         shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     newest = tmp_path / "checkpoint-4" / file
@@ -338,12 +343,12 @@ def test_nothing_to_resume_from(tmp_path):
         ({"data": rows(23, seed=5)}, "tokens was"),
     ],
 )
-def test_another_place_in_the_data(whole, fields, message):
+def test_resuming_at_another_place_in_the_data_raises(whole, fields, message):
     with pytest.raises(ValueError, match=message):
         run(None, resume_from_checkpoint=str(whole[0] / "checkpoint-4"), **fields)
 
 
-def test_another_adapter(whole):
+def test_resuming_with_another_adapter_raises(whole):
     where = str(whole[0] / "checkpoint-4")
     with pytest.raises(
         ValueError, match=r"o_proj.* is \(4, 32\) there, None here \(\d+ differ\)|differ"
@@ -351,7 +356,7 @@ def test_another_adapter(whole):
         run(None, model=lora(targets=["q_proj"]), resume_from_checkpoint=where)
 
 
-def test_a_truncated_checkpoint(whole, tmp_path):
+def test_resuming_from_a_truncated_checkpoint_raises(whole, tmp_path):
     broken = tmp_path / "checkpoint-4"
     shutil.copytree(whole[0] / "checkpoint-4", broken)
     file = broken / "trainer_state.safetensors"

@@ -1,8 +1,8 @@
-"""A run that is killed at any moment, or whose disk is full, loses nothing that was saved, and leaves nothing half.
+"""Proves that a killed run, or a run on a full disk, keeps all saved files and leaves none half.
 
-Oracle: the run that nobody disturbed, file by file. Processes really kill themselves (SIGKILL), at
-seeded calls of the file system, most of them in the middle of a save, and at seeded times. Writes
-really fail: RLIMIT_FSIZE lets the kernel refuse what is longer.
+Oracle: the undisturbed run, file by file. Processes really kill themselves (SIGKILL): at seeded
+calls of the file system, most of them in the middle of a save, and at seeded times. Writes really
+fail: with RLIMIT_FSIZE the kernel refuses longer files.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ RUN |= {"save_total_limit": 2}
 KILLS = [("call", number) for number in random.Random(0).sample(range(1, 200), 4)]
 KILLS += [("seconds", random.Random(seed).uniform(0.05, 0.6)) for seed in range(2)]
 
-# Trains on and on. `doomed` kills the process: in the given call of fsync, replace or unlink, or
-# after some seconds.
+# Trains without end. The process is killed in the given call of fsync, replace or unlink, or after
+# some seconds.
 KILLED = """
 import os, signal, sys, threading
 sys.path[:0] = {path!r}
@@ -59,7 +59,7 @@ else:
 run({folder!r}, 100000)
 """
 
-# One run a case; from the log of its second step on no file may be longer than `limit` bytes.
+# Makes a run for each case. When the second step is logged, files become limited to `limit` bytes.
 # Prints the errors.
 FULL = """
 import json, resource, sys
@@ -81,15 +81,15 @@ for file, (method, limit) in FIRST.items():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(json.dumps(found))
 """
-FIRST = {  # the first file that does not fit: what trains, the limit
+FIRST = {  # first file that does not fit -> method of training, limit in bytes
     "log.jsonl": ("lora", 1_000),
     "adapter_model.safetensors": ("lora", 8_000),
     "trainer_state.safetensors": ("lora", 40_000),
     "model.safetensors": ("full", 40_000),
 }
 
-# Writes every kind of file twice, the second time with a limit: name -> error, content before and
-# after.
+# Writes every kind of file twice, the second time with a limit. Prints name -> error, contents
+# before and after.
 WRITERS = """
 import json, resource, sys
 from pathlib import Path
@@ -111,14 +111,14 @@ print(json.dumps(found))
 
 
 def run(folder: object, steps: int, method: str = "lora", **fields):
-    """Train a fresh model with dropout for so many steps."""
+    """Train a fresh model for so many steps; a LoRA model has dropout."""
     model = lora(dropout=0.3) if method == "lora" else llama()
     config = TrainConfig(output_dir=str(folder), max_steps=steps, method=method, **(RUN | fields))
     return train(model, Letters(), rows(23), config)
 
 
 def start(script: str, **values: object) -> subprocess.Popen:
-    """A process of its own, with as many threads as this one: torch sums in their order."""
+    """Start a process with as many threads as this one, so that torch sums in the same order."""
     code = script.format(path=sys.path, **values)
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
@@ -131,7 +131,10 @@ def start(script: str, **values: object) -> subprocess.Popen:
 
 
 def resume(folder: Path, undisturbed: Path, steps: int, method: str = "lora") -> None:
-    """Go on to that step; the result is the undisturbed run's, to the bit, and nothing half is left."""
+    """Resume to that step and compare the checkpoint with the undisturbed run's, bit for bit.
+
+    No temporary file may be left.
+    """
     at = run_folder.checkpoint_steps(folder)
     result = run(folder, steps, method, resume_from_checkpoint="last" if at else None)
     assert result.steps == steps and run_folder.checkpoint_steps(folder)[-1] == steps
@@ -142,7 +145,7 @@ def resume(folder: Path, undisturbed: Path, steps: int, method: str = "lora") ->
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_is_as_if_nothing_had_happened(tmp_path):
+def test_a_run_killed_at_random_and_resumed_equals_an_undisturbed_run(tmp_path):
     processes, reached = {}, {}
     for what, after in KILLS:
         name = f"{what} {after:.3g}"
@@ -151,12 +154,11 @@ def test_killed_at_random_moments_and_resumed_is_as_if_nothing_had_happened(tmp_
         _, err = process.communicate(timeout=120)
         assert process.returncode == -9, (name, err)
         reached[name] = (run_folder.checkpoint_steps(tmp_path / name) or [0])[-1]
-    assert max(reached.values()) > 2  # some had come a way
+    assert max(reached.values()) > 2  # some made several steps
     last = max(reached.values()) + 2
     run(tmp_path / "undisturbed", last, save_total_limit=None)
-    assert any(
-        list((tmp_path / name).glob(".checkpoint-*.tmp")) for name in reached
-    )  # some died in a save
+    # some were killed during a save
+    assert any(list((tmp_path / name).glob(".checkpoint-*.tmp")) for name in reached)
     for name, step in reached.items():
         resume(tmp_path / name, tmp_path / "undisturbed", step + 2)
 
@@ -174,13 +176,12 @@ def test_a_full_disk_ends_a_run_with_what_was_saved_before(tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "log.jsonl"]
         resume(folder, tmp_path / method, 7, method)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines if "step" in line] == [
-            1
-        ]  # from then on every 10 steps
+        # after the resume only every 10th step is logged
+        assert [line["step"] for line in lines if "step" in line] == [1]
 
 
 def writers(folder: Path) -> dict[str, Callable[[int], None]]:
-    """What writes files, each into a folder of its name, with values that follow from a seed."""
+    """Return functions that write files into a folder of their name, with values from a seed."""
     return {
         "adapter": lambda seed: save_adapter(lora(llama(seed)), folder / "adapter"),
         "dense": lambda seed: save_model(llama(seed), folder / "dense"),
@@ -190,7 +191,7 @@ def writers(folder: Path) -> dict[str, Callable[[int], None]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Path → a hash of what is there."""
+    """Return a hash of each file in a folder, by its relative path."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -207,8 +208,8 @@ def test_a_full_disk_leaves_the_old_files_of_every_kind(tmp_path):
         assert before == after, name
 
 
-def test_a_run_resumed_from_an_early_step_keeps_what_it_saves(tmp_path):
-    """Beside later steps of the run before it, which are the newest by number."""
+def test_a_run_resumed_from_an_early_step_keeps_its_checkpoints(tmp_path):
+    """The folder also has later steps of the run before, which are the newest by number."""
     run(tmp_path, 6, save_total_limit=None)
     early = str(tmp_path / "checkpoint-2")
     result = run(tmp_path, 4, resume_from_checkpoint=early, save_total_limit=1)
@@ -218,7 +219,10 @@ def test_a_run_resumed_from_an_early_step_keeps_what_it_saves(tmp_path):
 
 @pytest.mark.parametrize("moment", ["writing", "moving"])
 def test_a_crash_between_two_shards_never_leaves_a_mixture(tmp_path, monkeypatch, moment):
-    """Of equal names: as long as they are written the old model is there, while they move none."""
+    """The new shards have the names of the old ones.
+
+    While they are written, the old model is intact. While they are moved, there is no model.
+    """
     writers(tmp_path)["shards"](1)
     folder, calls = tmp_path / "shards", []
     before = contents(folder)

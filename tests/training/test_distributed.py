@@ -1,13 +1,15 @@
-"""Proves that a run in two processes is the run of one: losses, adapters, evaluations, files, and how it ends.
+"""Proves that a run in two processes equals a run in one: losses, adapters, evaluations, files.
 
-Two ranks on the CPU (gloo) run ranks.py once; what they leave is compared with one process.
-The runs are LoRA, QLoRA, DPO, every parameter, biases and norms that train, by DDP and FSDP2.
-The fast tests take a few of these runs, the slow tests all.
-fp32 sums in another order differ by some 2^-24 a sum;
-after six steps of Adam losses agree to 1e-6. Adapters get ten times that: Adam divides a gradient
-by its own size, so the rounding of small ones weighs as much. Biases of keys are the extreme: one
-moves all scores of a query by much the same, which softmax takes out again, so that little but
-rounding is left of its gradient. Where biases train, Adam's epsilon is therefore above that.
+It also tests how a run ends. Two ranks on the CPU (gloo) run ranks.py once, and the tests compare
+their results with one process. The runs are LoRA, QLoRA, DPO, training of every parameter, and
+trainable biases and norms, by DDP and FSDP2. The fast tests take a few of these runs, the slow
+tests all.
+
+fp32 sums in another order differ by some 2^-24 a sum; after six steps of Adam the losses agree to
+1e-6. Adapters have ten times that tolerance: Adam divides a gradient by its own size, so the
+rounding of small gradients weighs as much. Biases of keys are the extreme: one of them moves all
+scores of a query by nearly the same amount, which softmax removes, so that little but rounding is
+left of its gradient. Where biases train, Adam's epsilon is therefore larger than that rounding.
 """
 
 import json
@@ -36,7 +38,7 @@ from minilora.training.loop import train
 
 
 def cases(names: dict[str, Sequence[str]]) -> list:
-    """(which runs, name) for parametrize; those of all runs are slow."""
+    """Return (set of runs, name) for parametrize; those of all runs are slow."""
     fast = [pytest.param("few", name, id=f"few-{name}") for name in names["few"]]
     return fast + [
         pytest.param("all", name, id=f"all-{name}", marks=pytest.mark.slow) for name in names["all"]
@@ -55,18 +57,18 @@ each_engine = pytest.mark.parametrize(
 
 @dataclass
 class Ran:
-    """What one process and two made of the same runs."""
+    """Results of the same runs in one process and in two."""
 
     chosen: str  # few or all
     folder: Path
     one: dict[str, Any]
     two: dict[str, Any]
     job: subprocess.CompletedProcess[str]  # of two processes
-    ending_s: float  # from the last file of the two to their end
+    ending_s: float  # seconds from the last file of the two processes to their end
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Two processes of one script or module."""
+    """Run a script or module in two processes."""
     roots = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     command = [
         sys.executable,
@@ -82,7 +84,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def ran(request, tmp_path_factory) -> Ran:
-    """The runs of one process, of which that of "nf4" has checkpoints, and those of two."""
+    """Return the runs of one process and of two; in one process only "nf4" has checkpoints."""
     chosen, folder = request.param, tmp_path_factory.mktemp("runs")
     fields = {"nf4": {"output_dir": folder / "one", "save_steps": 3}}
     kinds = dict.fromkeys(name.split()[0] for name in RUNS[chosen])
@@ -99,7 +101,7 @@ def ran(request, tmp_path_factory) -> Ran:
 def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     assert relative(found["adapters"], expected["adapters"]) < 1e-5
-    for name, values in expected["metrics"].items():  # differences of sums of some ten nats
+    for name, values in expected["metrics"].items():  # differences of sums of about ten nats
         assert found["metrics"][name] == pytest.approx(values, rel=1e-6, abs=1e-5)
     assert len(found["evals"]) == len(expected["evals"]) > 0
     for figures, others in zip(found["evals"], expected["evals"], strict=True):
@@ -146,16 +148,15 @@ def test_one_rank_writes_and_the_files_are_those_of_one_process(ran, engine):
 
 
 @few_and_all
-def test_packed_bytes_lie_in_shards_and_come_together_as_they_were(ran):
+def test_packed_weights_are_sharded_and_gathered_unchanged(ran):
     for fact in ran.two["facts"]:
-        assert (
-            len(fact["shards"]) == 2 * 7 * 4
-        )  # layers, linears in each, tensors of a 4-bit weight
+        # layers, linears in each, tensors of a 4-bit weight
+        assert len(fact["shards"]) == 2 * 7 * 4
         assert all(all(checks) for checks in fact["shards"].values())
 
 
 @few_and_all
-def test_what_is_wrong_on_one_rank_is_said_on_all(ran):
+def test_an_error_on_one_rank_is_raised_on_all(ran):
     first, second = ran.two["facts"]
     assert (
         first["not finite"] == second["not finite"]
@@ -175,19 +176,18 @@ def test_an_interrupt_of_one_rank_ends_all_after_the_same_step(ran):
 @pytest.mark.slow
 @pytest.mark.parametrize("ran", ["all"], indirect=True)
 def test_the_loss_scale_of_fp16_is_one_for_all_shards(ran):
-    assert ran.two["fp16"]["losses"] == pytest.approx(
-        ran.two["fp16 ddp"]["losses"], rel=1e-3
-    )  # of 11 bits
+    # fp16 has 11 bits
+    assert ran.two["fp16"]["losses"] == pytest.approx(ran.two["fp16 ddp"]["losses"], rel=1e-3)
 
 
 @few_and_all
-def test_rank_0_alone_speaks(ran):
-    starts = {"few": 4, "all": 10}[ran.chosen]  # of ranks.py's runs by DDP
+def test_only_rank_0_prints(ran):
+    starts = {"few": 4, "all": 10}[ran.chosen]  # DDP runs in ranks.py
     assert ran.job.stdout.count("parallel: 2 processes, DDP") == starts
 
 
 @pytest.mark.parametrize("ran", ["few"], indirect=True)
-def test_a_killed_rank_ends_the_job_and_says_so(ran):
+def test_a_killed_rank_ends_the_job_and_is_reported(ran):
     done = ran.job
     assert (
         done.returncode != 0
@@ -197,7 +197,7 @@ def test_a_killed_rank_ends_the_job_and_says_so(ran):
     assert ran.ending_s < 120  # far below any collective's timeout
 
 
-def test_the_bytes_that_travel():
+def test_traffic_is_the_bytes_sent_in_a_step():
     m = model("nf4")
     trained = sum(p.nbytes for p in m.parameters() if p.requires_grad)
     stored, layers = (sum(p.nbytes for p in part.parameters()) for part in (m, m.model.layers))
@@ -207,7 +207,7 @@ def test_the_bytes_that_travel():
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_a_step_is_shared_out_once_and_in_equal_numbers(count):
+def test_ranks_get_equal_numbers_of_the_micro_batches_of_a_step(count):
     shares = []
     for rank in range(3):
         parallel = Parallel.__new__(Parallel)  # outside a process group
@@ -239,7 +239,10 @@ def test_every_micro_batch_has_a_seed_of_its_own():
 
 @pytest.mark.slow
 def test_the_command_line_under_torchrun(tmp_path):
-    """Two processes and one write the same adapter, up to rounding; only one of the two writes and speaks."""
+    """Two processes and one write the same adapter, up to rounding.
+
+    Only one of the two writes and prints.
+    """
     chat = ours("chatml")
     save(tmp_path / "model", vocab_size=len(chat), tie_word_embeddings=True)
     chat.save_pretrained(tmp_path / "model")
@@ -253,7 +256,7 @@ def test_the_command_line_under_torchrun(tmp_path):
         "--dtype=float32",
         "--quantize=nf4",
         "--max_steps=4",
-        f"--dataset_cache={tmp_path / 'cache'}",  # which one of them writes and all read
+        f"--dataset_cache={tmp_path / 'cache'}",  # one process writes it, and all read it
     ]
     done = torchrun("-m", "minilora", "train", *given, f"--adapter={tmp_path / 'two'}", "--fsdp=true",
                     "--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}")  # fmt: skip

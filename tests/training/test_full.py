@@ -1,7 +1,7 @@
-"""Training every parameter is transformers' own training, and checkpoints, resuming and saving know it.
+"""Proves that training every parameter equals transformers' own training.
 
-Oracle: the twenty steps of test_train_vs_peft.py on a whole transformers model, with its own loss
-and torch's AdamW.
+Checkpoints, resuming and saving support it too. Oracle: the twenty steps of test_train_vs_peft.py
+on a whole transformers model, with its own loss and torch's AdamW.
 """
 
 import json
@@ -36,9 +36,8 @@ def test_twenty_steps_of_every_parameter(tied):
     assert max(expected) - min(expected) > 0.05 * expected[0]
     for name, parameter in theirs.named_parameters():
         found = ours.get_parameter(name)
-        assert (found - parameter).norm() < 2e-3 * parameter.norm(), (
-            name
-        )  # Adam: noise of tiny gradients, 20 steps
+        # in 20 steps Adam enlarges the noise of tiny gradients
+        assert (found - parameter).norm() < 2e-3 * parameter.norm(), name
 
 
 # ---- properties
@@ -49,7 +48,7 @@ def test_gradient_does_not_depend_on_the_split():
 
 
 def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
-    """With weight decay, which matrices have and vectors have not."""
+    """Weight decay is on; it applies to matrices and not to vectors."""
     check_resume(lambda: llama().requires_grad_(True), SFT(), rows(8), tmp_path, weight_decay=0.1)
 
 
@@ -57,9 +56,8 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
 def test_a_checkpoint_is_a_model_that_load_model_and_transformers_read(tied, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = llama(tie_word_embeddings=tied).requires_grad_(
-        False
-    )  # the config's word counts, not the caller's
+    # the config decides which parameters train, not this flag
+    model = llama(tie_word_embeddings=tied).requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     result = train(model, Letters(), rows(), TrainConfig(output_dir=tmp_path / "run", **FULL))
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
@@ -89,7 +87,7 @@ def test_bf16_computes_in_16_bits_on_weights_in_fp32():
 # ---- errors
 
 
-def test_what_cannot_train_is_refused_with_nothing_changed(tmp_path):
+def test_a_model_that_cannot_train_is_refused_and_unchanged(tmp_path):
     four_bit = llama(hidden_size=64, intermediate_size=64)
     ml.quantize_model(four_bit)
     for model, message in (
@@ -103,7 +101,7 @@ def test_what_cannot_train_is_refused_with_nothing_changed(tmp_path):
         assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def test_another_objective_is_another_run(tmp_path):
+def test_resuming_with_another_objective_raises(tmp_path):
     config = {"output_dir": tmp_path, "resume_from_checkpoint": "last"} | FAST
     train(lora(), Letters(), rows(), TrainConfig(output_dir=tmp_path, **FAST))
     with pytest.raises(ValueError, match=r"objective was SFT\(\), is KLToBase\(kl_weight=0.1\)"):

@@ -1,5 +1,7 @@
-"""8-bit AdamW keeps what it says in the bytes it says, LoRA+ and weight decay reach the parameters they are for, and
-NEFTune's noise is there in training only.
+"""Proves the optimiser options: 8-bit AdamW, LoRA+, weight decay and NEFTune.
+
+8-bit AdamW keeps its values in the stated number of bytes. LoRA+ and weight decay reach the right
+parameters. NEFTune adds noise in training only.
 
 Oracles: torch's AdamW, bitsandbytes' map and its 8-bit update on our own codes, transformers' rule
 for weight decay.
@@ -29,7 +31,7 @@ KNOBS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 
 
 def stepped(kind, shape, steps, seed=0, **extra):
-    """A parameter after some steps on seeded gradients, and its optimiser."""
+    """Return a parameter after some steps on seeded gradients, and its optimiser."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.nn.Parameter(torch.randn(shape, generator=generator))
     optimizer = kind([p], **KNOBS, **extra)
@@ -52,7 +54,10 @@ def exact_codes(x, signed):
 
 
 def test_the_first_update_is_adamw():
-    """Moments are rounded after they are used. fp32 sums in another order: a few ulp of values near 1."""
+    """Moments are rounded after they are used.
+
+    fp32 sums in another order: a few ulp of values near 1.
+    """
     ours, theirs = (stepped(kind, (64, 100), 1)[0] for kind in (AdamW8bit, torch.optim.AdamW))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
@@ -63,9 +68,11 @@ def test_small_parameters_keep_fp32_moments_and_stay_adamw():
 
 
 def test_an_update_from_8_bits_is_bitsandbytes():
-    """The same codes, scales and gradient through its op: the parameter agrees to fp32 rounding. (What it then stores
-    differs: its CPU code rounds through a table of 65,536 entries, which loses the map's small
-    values.)"""
+    """With the same codes, scales and gradient, the parameters agree to fp32 rounding.
+
+    The stored moments differ: bitsandbytes' CPU code rounds through a table of 65,536 entries,
+    which loses the small values of the map.
+    """
     import bitsandbytes  # noqa: F401  registers the op
 
     p, optimizer = stepped(AdamW8bit, (32, 256), 3)
@@ -84,13 +91,15 @@ def test_an_update_from_8_bits_is_bitsandbytes():
 
 
 def test_every_operation_rounds_once_to_nearest():
-    """What a kernel can repeat bit for bit: the update in numpy's fp32, operation by operation. (torch fuses some of
-    its own, in another order on a CPU than on a GPU, and MKL's root is not always the nearest
-    number.)"""
+    """Compare the update with numpy's fp32, operation by operation, so that a kernel can repeat it.
+
+    torch fuses some of its own operations, in another order on a CPU than on a GPU, and MKL's root
+    is not always the nearest number.
+    """
     numbers = (0.9, 1 - 0.9, 0.99, 1 - 0.99, 1 / 0.3, 1e-8, 0.999, -1e-3)
     beta1, rest1, beta2, rest2, correction, eps, decay, rate = np.float32(numbers)
     p, g, m, v = torch.randn(4, 10001)
-    p, v = p * 1e-3, v.abs()  # p of the size of its update, so that no bit of that is lost
+    p, v = p * 1e-3, v.abs()  # p is as large as its update, so that the sum loses no bit of it
     P, G, M, V = (t.clone().numpy() for t in (p, g, m, v))
     M = M * beta1 + G * rest1
     V = V * beta2 + G * G * rest2
@@ -137,7 +146,8 @@ def test_codes_are_the_nearest_values_of_the_map(seed, n, signed):
     codes, scales = quantize_moment(x, signed)
     expected, expected_scales = exact_codes(x, signed)
     assert torch.equal(codes.long(), expected) and torch.equal(scales, expected_scales)
-    if not signed:  # the signed map has no -1, so a block whose largest value is negative shrinks when stored again
+    # the signed map has no -1, so a block with a negative largest value shrinks when stored again
+    if not signed:
         again = quantize_moment(dequantize_moment(codes, scales, signed), signed)
         assert torch.equal(again[0], codes) and torch.equal(again[1], scales)
 
@@ -161,8 +171,8 @@ def test_two_bytes_a_parameter():
     assert kept == p.numel() * 2 + 2 * 4 * p.numel() // 256
 
 
-def test_it_learns_what_adamw_learns():
-    """Losses in the steep part of a toy run: 0.1 % apart, where another seed is 20 % off."""
+def test_8_bit_adamw_reaches_the_losses_of_adamw():
+    """In the steep part of a toy run the losses are 0.1 % apart; another seed is 20 % off."""
     config = {
         "learning_rate": 3e-3,
         "max_steps": 30,
@@ -220,7 +230,7 @@ def test_8_bit_moments_survive_a_resume_bit_for_bit(tmp_path):
 
 
 def test_lora_plus_moves_b_more_from_the_first_step():
-    """After one AdamW step every value has moved by about its rate; A's gradient is zero at first."""
+    """After one AdamW step every value has moved by about its rate; A's gradient starts at zero."""
     moved = {}
     for ratio in (1.0, 4.0):
         model = lora()
@@ -234,15 +244,14 @@ def test_lora_plus_moves_b_more_from_the_first_step():
         moved[ratio] = max(
             (p - before[n]).abs().max().item() for n, p in adapters(model).items() if "lora_B" in n
         )
-    assert moved[4.0] == pytest.approx(
-        4 * moved[1.0], rel=1e-3
-    )  # ε over the gradient is what is left
+    # the difference is ε over the gradient
+    assert moved[4.0] == pytest.approx(4 * moved[1.0], rel=1e-3)
 
 
 # ---- error
 
 
-def test_paged_says_that_it_does_nothing_on_a_cpu(capsys):
+def test_paged_moments_on_a_cpu_print_that_they_have_no_effect(capsys):
     train(lora(), Letters(), rows(), TrainConfig(optim="paged_adamw_8bit", **FAST))
     assert '"adamw_8bit"' in capsys.readouterr().out
 

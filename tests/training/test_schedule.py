@@ -1,6 +1,6 @@
-"""Learning rates are transformers' numbers, batches hold every sample once, and a config says what is wrong with it.
+"""Proves that learning rates equal transformers', and that an epoch has every sample once.
 
-Oracles: transformers' schedulers; for the batches, counting.
+An invalid config names its error. Oracles: transformers' schedulers; for the batches, counting.
 """
 
 import dataclasses
@@ -62,9 +62,8 @@ def test_constant_does_not_drop_a_warmup():
 
 def test_total_steps():
     assert total_steps(TrainConfig(num_train_epochs=2), 7) == 14
-    assert (
-        total_steps(TrainConfig(num_train_epochs=0.5), 7) == 4
-    )  # never fewer samples than asked for
+    # never fewer samples than requested
+    assert total_steps(TrainConfig(num_train_epochs=0.5), 7) == 4
     assert total_steps(TrainConfig(num_train_epochs=2, max_steps=100), 7) == 100
 
 
@@ -152,8 +151,11 @@ def test_grouping_by_length_saves_padding_and_stays_shuffled():
     assert share[True] < 0.25 * share[False]  # measured: 0.10 and 0.60
 
 
-def test_grouping_mixes_small_data_anew_each_epoch():
-    """With few steps an epoch, one window would be all of them, and neighbours by length the same in every epoch."""
+def test_grouping_mixes_small_data_differently_each_epoch():
+    """With few steps in an epoch, one window would contain all samples.
+
+    Samples that are neighbours by length would then be together in every epoch.
+    """
     plan = BatchPlan(list(range(2, 66)), TrainConfig(per_device_train_batch_size=4))
     first, second = (
         {frozenset(i for m in plan[e * 16 + s] for i in m) for s in range(16)} for e in range(2)
@@ -193,7 +195,7 @@ def test_seeds_differ_in_the_32_bits_that_torch_uses():
 # ---- config
 
 
-def test_every_field_says_what_it_is():
+def test_every_field_has_a_help_text():
     for f in dataclasses.fields(TrainConfig):
         assert len(f.metadata["help"]) > 10, f.name
     assert pickle.loads(pickle.dumps(TrainConfig(max_steps=3))) == TrainConfig(max_steps=3)
@@ -204,19 +206,13 @@ def test_names_and_defaults_are_those_of_training_arguments():
     from transformers import TrainingArguments
 
     theirs = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    own = {
-        "max_length",
-        "packing",
-        "group_by_length",
-        "warmup_ratio",
-    }  # SFTConfig's; two also transformers 4's
-    own |= {"loraplus_lr_ratio", "early_stopping_patience"}  # PEFT's; EarlyStoppingCallback's
-    own |= {
-        "eval_metrics",
-        "eval_answers",
-        "dataset_cache",
-    }  # transformers takes functions; datasets has its own cache
-    own |= {"method"}  # ours alone
+    # fields of SFTConfig, two of them also of transformers 4
+    own = {"max_length", "packing", "group_by_length", "warmup_ratio"}
+    # fields of PEFT and EarlyStoppingCallback
+    own |= {"loraplus_lr_ratio", "early_stopping_patience"}
+    # transformers takes functions; datasets has its own cache
+    own |= {"eval_metrics", "eval_answers", "dataset_cache"}
+    own |= {"method"}  # only in minilora
     assert {f.name for f in dataclasses.fields(TrainConfig)} - theirs.keys() <= own
     values = TrainConfig().to_dict()
     same = "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size weight_decay seed"
@@ -250,12 +246,12 @@ def test_names_and_defaults_are_those_of_training_arguments():
         ({"resume_from_checkpoint": "last"}, "set output_dir"),
     ],
 )
-def test_a_bad_value_says_what_was_expected(given, message):
+def test_an_invalid_value_names_the_expected_values(given, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         TrainConfig(**given)
 
 
-def test_an_unknown_name_gets_the_nearest():
+def test_an_unknown_name_raises_with_the_nearest_name():
     with pytest.raises(TypeError, match="no field 'learning_rat'. Nearest: learning_rate"):
         TrainConfig(learning_rat=1e-4)
     with pytest.raises(TypeError, match="per_device_train_batch_size"):

@@ -1,7 +1,7 @@
-"""What a tracker is told is what log.jsonl says, also after a resume; and runs can be drawn from it.
+"""Proves that trackers receive the figures of log.jsonl, also after a resume.
 
-Oracle: the trackers' own readers (TensorBoard's event files, W&B's offline file, trackio's
-database).
+Pictures of runs are drawn from the same file. Oracle: the trackers' own readers (TensorBoard's
+event files, W&B's offline file, trackio's database).
 """
 
 import json
@@ -26,7 +26,7 @@ def run(folder, **fields):
 
 
 def logged(folder):
-    """{(step, name): value} of every figure in log.jsonl."""
+    """Return {(step, name): value} for every figure in log.jsonl."""
     lines = [line for line in read_log(folder) if "step" in line]
     return {
         (line["step"], name): value
@@ -37,7 +37,10 @@ def logged(folder):
 
 
 def leveldb_records(content):
-    """The records of a file in LevelDB's log format, which W&B keeps offline: blocks of 32 KiB, behind 7 bytes."""
+    """Yield the records of W&B's offline file, in LevelDB's log format.
+
+    The file has blocks of 32 KiB after a header of 7 bytes.
+    """
     place, whole = 7, b""
     while place + 7 <= len(content):
         if (left := 32768 - place % 32768) < 7:
@@ -46,7 +49,7 @@ def leveldb_records(content):
         _, size, kind = struct.unpack_from("<IHB", content, place)
         whole += content[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield whole
             whole = b""
 
@@ -68,7 +71,7 @@ def test_tensorboard_has_the_log_also_after_a_resume(tmp_path):
     expected = logged(tmp_path)
     assert found.keys() == expected.keys()
     for key in (key for key in expected if key[1] not in ("tokens_per_second", "peak_memory")):
-        assert found[key] == pytest.approx(expected[key], rel=1e-6)  # it keeps fp32
+        assert found[key] == pytest.approx(expected[key], rel=1e-6)  # TensorBoard stores fp32
 
 
 def test_wandb_offline_has_the_log(tmp_path, monkeypatch):
@@ -78,7 +81,7 @@ def test_wandb_offline_has_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run(tmp_path, report_to="wandb")
-    wandb.teardown()  # its service has written all when it is gone
+    wandb.teardown()  # its service has written everything when it ends
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     found = {}
     for data in leveldb_records(file.read_bytes()):
@@ -129,9 +132,8 @@ def test_runs_are_drawn(tmp_path):
         (s, v) for (s, name), v in expected.items() if name == "loss"
     ]
     assert [*zip(*dots.get_data(), strict=True)] == results[0].eval_losses
-    assert (
-        len({line.get_linestyle() for line in titles["learning rate"].lines}) == 2
-    )  # told apart in grey
+    # the lines differ in grey
+    assert len({line.get_linestyle() for line in titles["learning rate"].lines}) == 2
     pixels = matplotlib.image.imread(tmp_path / "runs.png")
     assert pixels.shape[0] > 300 and pixels[..., :3].std() > 0.01
     assert results[0].plot(tmp_path / "one.svg") and (tmp_path / "one.svg").read_text().startswith(

@@ -1,7 +1,8 @@
-"""The training loop computes what it says: one division a step, the same gradient for any split, every sample seen.
+"""Proves the training loop: one division a step, one gradient for any split, every sample seen.
 
-Oracles: a loop of ten lines with plain AdamW over whole unpadded samples, and counting. (Against
-PEFT and transformers: test_train_vs_peft.py. Against itself, interrupted: test_checkpoint.py.)
+Oracles: a loop of ten lines with plain AdamW over whole unpadded samples, and counting.
+test_train_vs_peft.py compares training with PEFT and transformers, and test_checkpoint.py with
+interrupted runs.
 """
 
 import io
@@ -29,7 +30,10 @@ from minilora.training.optim.lr_schedule import learning_rate
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_equals_a_plain_loop_over_whole_samples(schedule):
-    """No batches, no padding, no chunks: each sample alone, its tokens' losses summed, divided by the step's count."""
+    """The plain loop has no batches, no padding and no chunks.
+
+    It sums the token losses of each single sample and divides them by the step's count.
+    """
     config = TrainConfig(
         learning_rate=1e-2,
         max_steps=8,
@@ -61,12 +65,10 @@ def test_equals_a_plain_loop_over_whole_samples(schedule):
         nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.param_groups[0]["lr"] = learning_rate(config, step, 8)
         optimizer.step()
-        assert result.losses[step] == pytest.approx(
-            loss.item(), rel=1e-5
-        )  # fp32, other order of sums, 8 steps of Adam
-    assert (
-        relative(adapters(model), adapters(plain)) < 1e-3
-    )  # Adam divides tiny gradients by their own size
+        # fp32, other order of sums, 8 steps of Adam
+        assert result.losses[step] == pytest.approx(loss.item(), rel=1e-5)
+    # Adam divides tiny gradients by their own size
+    assert relative(adapters(model), adapters(plain)) < 1e-3
     assert result.losses[-1] < result.losses[0]
 
 
@@ -110,9 +112,8 @@ def test_training_does_not_depend_on_the_split():
     ]
     for result in results[1:]:
         assert result.losses[0] == pytest.approx(results[0].losses[0], rel=1e-6)
-        assert result.losses == pytest.approx(
-            results[0].losses, rel=1e-4
-        )  # five steps of Adam later
+        # after five steps of Adam
+        assert result.losses == pytest.approx(results[0].losses, rel=1e-4)
 
 
 def test_eval_loss_does_not_depend_on_its_batch_size():
@@ -157,9 +158,8 @@ def test_the_first_token_is_never_trained():
     assert count == 2 and loss.item() > 0
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
-)  # the name 4 and 5 share
+# transformers 4 and 5 share this name
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
 def test_gradient_checkpointing_changes_nothing_but_memory(kind):
     def model():
@@ -239,7 +239,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert modes == [(True, True), (True, True), (False, False)]
 
 
-# ---- evaluation, log, what is printed
+# ---- evaluation, log, printed output
 
 
 def test_evaluation_every_n_steps_and_at_the_end():
@@ -252,7 +252,7 @@ def test_evaluation_every_n_steps_and_at_the_end():
     assert result.eval_loss == result.eval_losses[-1][1] == pytest.approx(expected, rel=1e-6)
     silent = train(lora(), Letters(), rows(), TrainConfig(**FAST))
     assert silent.eval_loss is None and silent.eval_losses == []
-    assert silent.losses == result.losses  # evaluating changes nothing
+    assert silent.losses == result.losses  # evaluation changes nothing
 
 
 def test_the_log_is_json_lines_that_agree_with_the_result(tmp_path):

@@ -1,7 +1,7 @@
-"""What is measured while training is what `evaluate` measures; the best step and early stopping follow from it alone.
+"""Proves that evaluation during training equals `evaluate`.
 
-Oracles: `mean_loss` and `evaluate` after a run that stops there, and picking by hand from the list
-of figures.
+The best step and early stopping follow from its figures alone. Oracles: `mean_loss` and `evaluate`
+after a run that stops there, and a choice by hand from the list of figures.
 """
 
 import json
@@ -32,7 +32,7 @@ def run(model=None, eval_dataset=None, **fields):
 
 
 def decide(losses, **fields):
-    """(best step, whether to stop) after evaluations at steps 1, 2, … with these eval losses."""
+    """Return (best step, whether to stop) after evaluations with these losses, from step 1 on."""
     chosen = Evaluation(
         Process(torch.device("cpu")), Letters(), rows(2), *_sft(), TrainConfig(**fields)
     )
@@ -67,7 +67,7 @@ def test_figures_are_those_of_evaluate():
     ]
 
 
-def test_what_was_forgotten_is_measured_beside_the_task(tmp_path):
+def test_general_text_is_measured_next_to_the_task(tmp_path):
     model, result = run(
         eval_dataset={"task": rows(6, seed=1), "general": TEXT},
         eval_steps=2,
@@ -84,7 +84,7 @@ def test_what_was_forgotten_is_measured_beside_the_task(tmp_path):
     assert [line for line in lines if "eval_loss" in line] == result.evals
 
 
-def test_measuring_changes_nothing_that_is_trained():
+def test_evaluation_does_not_change_the_trained_weights():
     with_it, _ = run(eval_steps=1, eval_metrics="exact_match")
     model = lora()
     train(model, Letters(), rows(), TrainConfig(**FAST))
@@ -103,16 +103,16 @@ def test_measuring_changes_nothing_that_is_trained():
         ([], 2, (None, False)),
         ([3.0], 1, (1, False)),
         ([3.0, 2.0, 2.5], 2, (2, False)),
-        ([3.0, 2.0, 2.5, 2.0], 2, (2, True)),  # as good is not better
+        ([3.0, 2.0, 2.5, 2.0], 2, (2, True)),  # an equal loss is not better
         ([3.0, 2.0, 2.5, 1.0], 2, (4, False)),
         ([3.0, 2.0, 2.5, 2.6], None, (2, False)),
     ],
 )
-def test_the_best_and_the_end(losses, patience, expected):
+def test_the_best_step_and_the_early_stop(losses, patience, expected):
     assert decide(losses, early_stopping_patience=patience) == expected
 
 
-def test_more_is_better_of_answers_and_less_of_losses():
+def test_a_higher_accuracy_and_a_lower_loss_are_better():
     evals = [
         {"step": 1, "eval_loss": 1.0, "eval_exact_match": 0.1},
         {"step": 2, "eval_loss": 2.0, "eval_exact_match": 0.9},
@@ -193,6 +193,6 @@ def test_errors_come_before_training(fields, message):
     assert all(torch.equal(before[name], value) for name, value in adapters(model).items())
 
 
-def test_a_best_step_needs_something_measured():
+def test_early_stopping_without_eval_dataset_raises():
     with pytest.raises(ValueError, match=r"it needs eval_dataset.*There are none"):
         train(lora(), Letters(), rows(), TrainConfig(early_stopping_patience=1, **FAST))

@@ -1,6 +1,6 @@
-"""Training in 16 bit, training interrupted, and what training refuses by name because it would be meaningless.
+"""Proves training in 16 bit, interrupted training, and the errors for training that cannot work.
 
-Oracles: the fp32 run; what the loss scaler must not change.
+Oracles: the fp32 run, and figures that the loss scaler must not change.
 """
 
 import json
@@ -75,9 +75,8 @@ def test_the_loss_scaler_skips_an_overflow_and_goes_on(monkeypatch):
     monkeypatch.setattr(run, "precision_of", huge)
     train(model, Letters(), rows(), TrainConfig(**FAST))
     assert scalers[0].get_scale() == 2.0**115
-    assert (
-        relative(adapters(model), before) == 0
-    )  # every step overflowed: nothing moved, nothing was poisoned
+    # every step overflowed, so no weight changed
+    assert relative(adapters(model), before) == 0
 
 
 def test_precision_errors():
@@ -99,7 +98,7 @@ def test_precision_errors():
 
 
 class Stopped(nn.Module):
-    """Raises KeyboardInterrupt in its n-th forward pass."""
+    """Model that raises KeyboardInterrupt after a number of forward passes."""
 
     def __init__(self, model, after):
         super().__init__()
@@ -122,10 +121,11 @@ def test_interrupted_in_a_step_keeps_the_steps_before_it():
 
 
 def test_ctrl_c_waits_for_the_end_of_an_update():
+    # a background job ignores SIGINT by default
     before, done = (
         signal.signal(signal.SIGINT, signal.default_int_handler),
         [],
-    )  # a background job ignores it
+    )
     with pytest.raises(KeyboardInterrupt):
         with uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
@@ -162,7 +162,7 @@ def test_masters_below_fp32():
 
 
 class Cut(LoRALayer):
-    """A layer whose correction is cut off from the gradient, or from the output."""
+    """LoRA layer whose correction is cut off from the gradient or from the output."""
 
     how = "detach"
 

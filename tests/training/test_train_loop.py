@@ -1,4 +1,7 @@
-"""Proves that the flat loop of examples/train_loop.py trains as `ml.train` does, on the same batches in fp32."""
+"""Proves that the flat loop of examples/train_loop.py trains as `ml.train` does.
+
+Both use the same batches in fp32.
+"""
 
 import importlib.util
 
@@ -56,7 +59,7 @@ def test_train_loop_has_the_losses_of_ml_train(tmp_path):
     found = loop.train_loop(adapted(), batches, tokenizer.pad_token_id, LEARNING_RATE)
 
     assert found == pytest.approx(expected, rel=1e-5)
-    assert found[-1] < 0.7 * found[0]  # they learn
+    assert found[-1] < 0.7 * found[0]  # the model learns
 
 
 def test_train_loop_supervises_the_answer_alone(tmp_path):

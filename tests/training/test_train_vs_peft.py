@@ -1,7 +1,9 @@
-"""Training with minilora is training with PEFT and transformers: the same losses for 20 steps, from the same model,
-adapter file and batches, and the same adapter at the end.
+"""Proves that training with minilora equals training with PEFT and transformers.
 
-The oracle's side is theirs alone: PeftModel from the files, transformers' own labels and loss
+From the same model, adapter file and batches both have the same losses for 20 steps and the same
+adapter at the end.
+
+The oracle uses only their code: PeftModel from the files, transformers' own labels and loss
 (divided by `num_items_in_batch` under accumulation), torch's AdamW, transformers' scheduler.
 """
 
@@ -71,26 +73,23 @@ def compare(
     inject(ours, LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)
     for layer in ours.modules():
-        if isinstance(
-            layer, LoRALayer
-        ):  # B beside zero, or half of the gradients would be zero at first
+        # with B at zero, half of the gradients would be zero at first
+        if isinstance(layer, LoRALayer):
             layer.adapters["default"].lora_B.data.normal_(std=0.02, generator=generator)
     save_adapter(ours, folder / "start")
     theirs = PeftModel.from_pretrained(theirs, folder / "start", is_trainable=True)
     expected = train_theirs(theirs, encode_dataset(data, tokenizer, config.max_length), config)
     found = train(ours, tokenizer, data, config)
     assert found.losses == pytest.approx(expected, rel=1e-4)
-    assert (
-        max(expected) - min(expected) > 0.05 * expected[0]
-    )  # something was learned: the agreement means something
+    # the model learned, so the agreement is meaningful
+    assert max(expected) - min(expected) > 0.05 * expected[0]
     theirs.save_pretrained(folder / "end")
     ends = load_file(folder / "end" / "adapter_model.safetensors")
     starts = load_file(folder / "start" / "adapter_model.safetensors")
     for key, tensor in adapter_state_dict(ours).items():
         moved = (ends[key] - starts[key]).norm()
-        assert (tensor - ends[key]).norm() < 0.02 * moved, (
-            key
-        )  # Adam turns tiny gradients' noise into whole steps
+        # Adam turns the noise of tiny gradients into whole steps
+        assert (tensor - ends[key]).norm() < 0.02 * moved, key
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -100,13 +99,16 @@ def test_twenty_steps_of_a_tiny_model(name, tmp_path):
 
 
 def test_twenty_steps_of_transformers_own_model_with_our_adapter(tmp_path):
-    """The same loop and layers around a model that is not ours."""
+    """Train a model of transformers with our loop and layers."""
     model = oracle(vocab_size=len(Letters()))
     compare(oracle(vocab_size=len(Letters())), model, Letters(), rows(40), CONFIG, tmp_path)
 
 
 def test_the_frozen_base_keeps_its_dtype(tmp_path):
-    """PEFT's preparation for k-bit training makes embeddings, head and norms fp32: twice the memory, before a step."""
+    """PEFT's preparation for k-bit training casts embeddings, head and norms to fp32.
+
+    That takes twice the memory before the first step.
+    """
     from peft import prepare_model_for_kbit_training
 
     save(tmp_path, dtype=torch.bfloat16, vocab_size=len(Letters()))

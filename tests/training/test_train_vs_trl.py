@@ -1,6 +1,7 @@
-"""Supervised fine-tuning with minilora is fine-tuning with TRL: the same twenty losses and the same adapter, from the
-same adapter file and the same tokens, TRL's SFTTrainer doing everything else: batches, masks, loss,
-AdamW, schedule.
+"""Proves that supervised fine-tuning with minilora equals fine-tuning with TRL.
+
+From the same adapter file and the same tokens both have the same twenty losses and the same
+adapter. TRL's SFTTrainer does everything else: batches, masks, loss, AdamW, schedule.
 """
 
 import pytest
@@ -43,9 +44,8 @@ def test_twenty_steps_of_sft_trainer(tmp_path):
     examples = encode_dataset(rows(42), Letters(), 64)
     plan = BatchPlan([len(example) for example in examples], CONFIG)
     order = [i for step in range(STEPS) for micro in plan[step] for i in micro]
-    assert (
-        len(order) == STEPS * 6
-    )  # no smaller step at an epoch's end, or TRL would cut its batches elsewhere
+    # no smaller step at the end of an epoch, where TRL would cut its batches differently
+    assert len(order) == STEPS * 6
     tokens = [
         {
             "input_ids": examples[i].input_ids,
@@ -82,14 +82,12 @@ def test_twenty_steps_of_sft_trainer(tmp_path):
     expected = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     found = train(ours, Letters(), rows(42), CONFIG).losses
     assert found == pytest.approx(expected, rel=1e-4)
-    assert (
-        max(expected) - min(expected) > 0.05 * expected[0]
-    )  # something was learned: the agreement means something
+    # the model learned, so the agreement is meaningful
+    assert max(expected) - min(expected) > 0.05 * expected[0]
     ends = {
         name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad
     }
     for key, tensor in adapter_state_dict(ours).items():
         moved = (ends[key] - start[key]).norm()
-        assert torch.norm(tensor - ends[key]) < 0.02 * moved, (
-            key
-        )  # Adam turns tiny gradients' noise into whole steps
+        # Adam turns the noise of tiny gradients into whole steps
+        assert torch.norm(tensor - ends[key]) < 0.02 * moved, key
