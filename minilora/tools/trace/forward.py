@@ -71,7 +71,7 @@ class _Tap:
             if len(arrived) == self.shares:
                 total = sum(arrived[1:], arrived[0])
                 for layer in layers:
-                    layer.add(total, "dx", "the sum of its shares", "backward")
+                    layer.add(total, "dx", "sum of the dx terms", "backward")
                 arrived.clear()
 
         if share:

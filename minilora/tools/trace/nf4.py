@@ -39,18 +39,18 @@ def weight_rows(weight: NF4Weight, source: Tensor | None) -> Iterator[Row]:
     code = unpack(weight.packed)[:n]  # (n,)
     if source is not None:
         yield from _quantisation_rows(weight, source.detach().to(weight.device), code)
-    yield code.view(weight.shape), "code", "thresholds below normalised, 0 to 15"
-    yield nibbles, "nibbles", "two codes side by side"
+    yield code.view(weight.shape), "code", "number of thresholds below normalised"
+    yield nibbles, "nibbles", "pairs of codes"
     yield weight.packed, "byte", "16 · first nibble + second"
     if weight.nested_absmax is not None and weight.offset is not None:
         yield weight.offset, "offset", "mean(absmax)"
         yield weight.nested_absmax, "nested absmax", "max |absmax - offset| of 256 blocks"
-        yield weight.scales, "nested code", "midpoints below (absmax - offset) / nested absmax"
+        yield weight.scales, "nested code", "number of midpoints below centred / nested absmax"
         yield weight.absmax, "decoded absmax", "map[nested code] · nested absmax + offset"
     elif source is None:
         yield weight.scales, "absmax", "max |block|"
     level = nf4_codebook().to(code.device)[code.int()]  # (n,)
-    yield level.view(weight.shape), "level", "the codebook's value of code"
+    yield level.view(weight.shape), "level", "value of code in the codebook"
     if source is not None:
         error = dequantize_nf4(weight, torch.float32) - source.to(weight.device)  # (out, in)
         yield error, "error", "level · absmax - the source"
