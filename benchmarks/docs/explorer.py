@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.bench_timing import MODELS
@@ -48,7 +47,7 @@ NAME = "SmolLM2-135M-Instruct"
 NOTE = (
     "Measured over the {weights:,} weights in the linear layers of SmolLM2-135M-Instruct{source}."
 )
-FROM_GGUF = ", from a GGUF file that had rounded them to 4 bits once before"
+FROM_GGUF = ", from a GGUF file that had already rounded them to 4 bits"
 
 
 def main() -> None:

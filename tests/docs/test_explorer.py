@@ -1,9 +1,9 @@
-"""Proves that docs/explorer.html shows the library's numbers, computes as the library does, and works in a browser.
+"""Tests of docs/explorer.html: its numbers, its arithmetic and its behaviour in a browser.
 
-Oracle: the JSON in the page against what the library gives now; the page's arithmetic, run by node,
-against the library's bit for bit. Property: it asks for nothing from a network, and every slider
-has a name. In a browser: what a link asks for is shown, sliders redraw, nothing is cut in a narrow
-window, and a dark page is dark.
+Oracle: the JSON in the page is compared with the library's numbers, and the page's arithmetic, run
+by node, with the library's results bit for bit. Property: the page loads nothing from the network,
+and every slider has a label. In a browser: the page opens with the settings of its link, sliders
+redraw it, no text is cut off in a narrow window, and the dark theme is dark.
 """
 
 import html
@@ -24,10 +24,11 @@ from minilora_kernels.nf4.reference import scaled_blocks
 
 TEXT = explorer.PAGE.read_text(encoding="utf-8")
 MATHS = re.search(r'<script id="maths">(.*?)</script>', TEXT, re.S)[1]
+# Numbers of parameters from the models' pages.
 PUBLISHED = {
     "SmolLM2-135M": 134_515_008,
     "Llama-3-8B": 8_030_261_248,
-}  # as the models' pages have them
+}
 PUBLISHED |= {"Mistral-7B": 7_241_732_096, "Qwen2.5-7B": 7_615_616_512}
 WIDTHS = {"wide": 1280, "narrow": 360}  # pixels
 needs_node = pytest.mark.skipif(
@@ -39,7 +40,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 # ---- oracle: the numbers
 
 
-def test_the_page_holds_the_librarys_numbers():
+def test_the_page_contains_the_numbers_of_the_library():
     held = explorer.embedded()
     fixed = explorer.fixed()
     assert {key: held[key] for key in fixed} == fixed
@@ -50,13 +51,12 @@ def test_the_page_holds_the_librarys_numbers():
     )
     for kind, found in again.items():
         kept = held["errors"]["normal"][kind]
-        assert found == pytest.approx(
-            [kept[1], kept[-1]], abs=2e-6
-        )  # they are rounded to six decimals
+        # The page rounds to six decimals.
+        assert found == pytest.approx([kept[1], kept[-1]], abs=2e-6)
 
 
 @pytest.mark.slow
-def test_the_page_holds_the_errors_of_real_weights():
+def test_the_page_contains_the_errors_of_real_weights():
     source = ml.samples.smollm2()
     held, found = explorer.embedded(), explorer.measured(source)
     assert held["block"] == found["block"]
@@ -70,7 +70,7 @@ def test_the_page_holds_the_errors_of_real_weights():
     assert f"{count:,} weights" in held["errors"]["note"]
 
 
-def test_the_script_writes_what_it_reads(tmp_path, monkeypatch):
+def test_the_script_writes_the_page_and_checks_it(tmp_path, monkeypatch):
     copy = tmp_path / "explorer.html"
     copy.write_text(TEXT, encoding="utf-8")
     held = explorer.embedded()
@@ -95,7 +95,7 @@ def test_the_script_writes_what_it_reads(tmp_path, monkeypatch):
 def test_a_block_is_quantised_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randn(200, 64, generator=generator) * torch.logspace(-6, 4, 200)[:, None]
-    blocks[0], blocks[1, 1:] = 0, 1e-41  # zeros, and one weight beside what is nearly nothing
+    blocks[0], blocks[1, 1:] = 0, 1e-41  # zeros, and one weight among nearly zeros
     blocks[2] = 2.0**-127  # below the smallest normal number
     levels, thresholds = explorer.embedded()["levels"], explorer.embedded()["thresholds"]
     script = """const [blocks, levels, thresholds] = given;
@@ -138,8 +138,11 @@ def test_the_largest_rank_is_the_largest_that_can_be_injected():
 
 
 @needs_node
-def test_bits_a_weight_are_what_is_stored():
-    """A whole number of groups of 256 blocks; `offset`, 4 bytes a tensor, is left out by the page and said so."""
+def test_bits_per_weight_equal_the_stored_bytes():
+    """Compare for a whole number of groups of 256 blocks.
+
+    The page leaves out `offset`, 4 bytes per tensor, and states that.
+    """
     n = 256 * max(explorer.BLOCKSIZES)
     cases = [(blocksize, double) for blocksize in explorer.BLOCKSIZES for double in (False, True)]
     weights = [ml.quantize_nf4(torch.zeros(n), *case) for case in cases]
@@ -148,7 +151,7 @@ def test_bits_a_weight_are_what_is_stored():
     assert node(MATHS + "return given.map((given) => bits(...given));", *cases) == stored
 
 
-# ---- property: it stands alone, and can be used without eyes or a mouse
+# ---- property: the page needs no network and is accessible
 
 
 class Elements(HTMLParser):
@@ -161,7 +164,7 @@ class Elements(HTMLParser):
         self.all.append((tag, dict(attrs)))
 
 
-def test_the_page_asks_for_nothing():
+def test_the_page_loads_nothing_from_the_network():
     outside = [
         url
         for url in re.findall(r"[a-z]+://[^\"'\s]+", TEXT)
@@ -182,7 +185,7 @@ def test_the_page_asks_for_nothing():
     assert len(TEXT) < 40_000
 
 
-def test_everything_has_a_name():
+def test_controls_and_pictures_have_labels():
     elements = Elements().all
     named = {attributes.get("for") for tag, attributes in elements if tag == "label"}
     controls = [
@@ -206,7 +209,10 @@ PROBE = (ROOT / "tests" / "helpers" / "explorer_probe.js").read_text(encoding="u
 
 
 def probed(tmp_path, width: int, address: str) -> dict:
-    """What the page says of itself after its sliders were moved. Chromium has no window narrower than 500 pixels."""
+    """Open the page, move its sliders and return the findings of the probe script.
+
+    Chromium has no window narrower than 500 pixels, so a style sets the width.
+    """
     page, text = (
         tmp_path / "page.html",
         TEXT.replace("</style>", f"html {{ width: {width}px; }}</style>"),
@@ -219,7 +225,7 @@ def probed(tmp_path, width: int, address: str) -> dict:
 
 
 def check_scale(drawn: list, out: int, into: int, r: int):
-    """W, A and B are to one scale; boxes have lines of 0.6 pixels around them."""
+    """Assert that W, A and B are drawn to the same scale. Boxes have borders of 0.6 pixels."""
     scale = drawn[0][0] / into
     sides = [side for matrix in drawn for side in matrix]
     assert sides == pytest.approx([scale * n for n in (into, out, into, r, r, out)], abs=1.2)
@@ -228,24 +234,24 @@ def check_scale(drawn: list, out: int, into: int, r: int):
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_sliders_redraw_and_nothing_is_cut(width: int, tmp_path):
+def test_sliders_redraw_the_page_and_no_text_is_cut_off(width: int, tmp_path):
     said = probed(tmp_path, width, "#model=Mistral-7B&r=64&b=128&double=0&targets=q_proj,v_proj")
     model = ml.LoRAConfig(r=64, target_modules=["q_proj", "v_proj"])
     count = ml.count_parameters(
         shapes(explorer.config("Mistral-7B"), model, torch.bfloat16, None)
     ).trainable
-    assert said["start"][0].startswith(f"{count:,} numbers train")
+    assert said["start"][0].startswith(f"{count:,} trainable parameters")
     assert said["start"][2].startswith("4.250 bits a weight")  # 4 + 32 / 128
     check_scale(said["drawn"], 4096, 4096, 64)  # q_proj
     assert (
         "this weight" in said["after"][1]
-        and "code: thresholds below it = 0, 0000 in bits" in said["after"][1]
+        and "code: number of thresholds below it = 0, 0000 in bits" in said["after"][1]
     )
     assert (
         "model=Llama-3-8B" in said["hash"] and "b=4096" in said["hash"] and "w=-300" in said["hash"]
     )
     assert all(said["live"]) and len(said["live"]) == 3
-    assert said["boxes"] >= 1  # the last layer cannot be unchecked
+    assert said["boxes"] >= 1  # the last checked layer stays checked
     assert said["right"] <= width, "the page is wider than its window"
     assert not said["cut"] and not said["met"]
 
