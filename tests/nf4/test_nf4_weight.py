@@ -104,7 +104,8 @@ def test_the_json_is_byte_for_byte_the_documented_one():
     weight = quantize_nf4(dense(64, 64))
     offset = weight.offset.item()
     text = (
-        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64], "nested_blocksize": 256, '
+        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 64], '
+        '"nested_blocksize": 256, '
         f'"nested_dtype": "float32", "nested_offset": {offset}}}'
     )
     assert bytes(weight.state_dict()[KEY].tolist()) == text.encode()

@@ -1,4 +1,4 @@
-"""Proves that the docstrings of the library are complete: every public function names each of its parameters.
+"""Proves that every public function of the library documents each of its parameters.
 
 ruff checks the form of docstrings (rule D, google convention); it accepts a missing `Args:`
 section.
@@ -43,7 +43,10 @@ def undocumented(node: Function) -> list[str]:
 
 
 def test_undocumented_finds_a_missing_parameter():
-    source = 'def f(a, b=1, *c, **d):\n    """Return.\n\n    Args:\n        a: one.\n        c: three.\n    """\n'
+    source = (
+        'def f(a, b=1, *c, **d):\n    """Return.\n\n    Args:\n'
+        '        a: one.\n        c: three.\n    """\n'
+    )
     assert undocumented(ast.parse(source).body[0]) == ["b", "d"]
     assert undocumented(ast.parse('def f(a):\n    """Return."""\n').body[0]) == ["a"]
 

@@ -123,7 +123,10 @@ def test_each_command_wraps_a_public_function_and_is_documented():
 
 
 def test_import_loads_torch_and_numpy_only():
-    code = "import sys, torch; before = set(sys.modules); import minilora; print(*(set(sys.modules) - before))"
+    code = (
+        "import sys, torch; before = set(sys.modules); "
+        "import minilora; print(*(set(sys.modules) - before))"
+    )
     roots = {name.partition(".")[0] for name in python(code).split()}
     assert not roots & set(HEAVY)
     assert {"minilora"} <= roots
@@ -138,7 +141,10 @@ def test_import_is_quick(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
     clock = "time.process_time()"
-    code = f"import time; a = {clock}; import torch; b = {clock}; import minilora; print(b - a, {clock} - b)"
+    code = (
+        f"import time; a = {clock}; import torch; b = {clock}; "
+        f"import minilora; print(b - a, {clock} - b)"
+    )
     torchs, ours = (
         min(times)
         for times in zip(*(map(float, python(code).split()) for _ in range(4)), strict=True)

@@ -94,7 +94,8 @@ def test_other_host_names_and_content_types_are_refused(server, url):
         (
             {"host": "0.0.0.0"},
             {},
-            "host 0.0.0.0: other machines could send requests without a token. Set MINILORA_API_KEY",
+            "host 0.0.0.0: other machines could send requests without a token. "
+            "Set MINILORA_API_KEY",
         ),
         ({"host": "example.org"}, {}, "other machines could send requests"),
         ({}, {"MINILORA_API_KEY": ""}, "MINILORA_API_KEY has 0 characters: expected 8 or more"),

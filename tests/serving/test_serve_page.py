@@ -183,7 +183,10 @@ def test_the_page_asks_for_a_key_if_the_server_needs_one(model, tmp_path, monkey
 @pytest.mark.parametrize("width", [1280, 360])
 def test_nothing_is_cut_at_any_width(model, tmp_path, width):
     """A narrow window puts one side below the other; nothing is wider than the window."""
-    probe = "<script>addEventListener('load', () => { document.title = document.documentElement.scrollWidth + ' ' + "
+    probe = (
+        "<script>addEventListener('load', () => { "
+        "document.title = document.documentElement.scrollWidth + ' ' + "
+    )
     probe += (
         "sides.map(s => Math.round(s.answer.getBoundingClientRect().left)).join(' '); });</script>"
     )

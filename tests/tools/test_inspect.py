@@ -89,8 +89,11 @@ def test_a_gguf_file(tmp_path, capsys):
     writer.add_embedding_length(32)
     for i in range(2):
         weight = torch.randn(8, 32).numpy()
-        writer.add_tensor(f"blk.{i}.ffn_up.weight", gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0),
-                          raw_dtype=gguf.GGMLQuantizationType.Q8_0)  # fmt: skip
+        writer.add_tensor(
+            f"blk.{i}.ffn_up.weight",
+            gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0),
+            raw_dtype=gguf.GGMLQuantizationType.Q8_0,
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -316,12 +316,15 @@ def test_a_plan_leaves_no_fake_tensors():
 import gc
 import minilora as ml
 from torch._subclasses.fake_tensor import FakeTensor
-shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-shape |= {"num_attention_heads": 4}
+shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
+shape |= {"num_hidden_layers": 2, "num_attention_heads": 4}
 lora = ml.LoRAConfig(r=64, target_modules="all-linear")
 config = ml.TrainConfig(optim="adamw_8bit", max_length=64)
 ml.plan_memory(shape, lora, config, quantize="nf4", dtype="float32")
-ml.plan_memory(shape, config=ml.TrainConfig(method="full", bf16=True, optim="adamw_8bit", gradient_checkpointing=True))
+config = ml.TrainConfig(
+    method="full", bf16=True, optim="adamw_8bit", gradient_checkpointing=True
+)
+ml.plan_memory(shape, config=config)
 gc.collect()
 print([thing for thing in gc.get_objects() if type(thing) is FakeTensor])
 """

@@ -215,9 +215,13 @@ def test_the_command_draws_and_compares(tmp_path: Path, capsys):
     assert main(["plan", str(tmp_path), *options, "--quantize", "nf4", "--card", "20MB"]) == 0
     only = capsys.readouterr().out
     alone = ml.plan_memory(
-        tmp_path, ml.LoRAConfig(r=4), ml.TrainConfig(per_device_train_batch_size=2, max_length=64), quantize="nf4",
-        dtype="bfloat16", card="20MB",
-    )  # fmt: skip
+        tmp_path,
+        ml.LoRAConfig(r=4),
+        ml.TrainConfig(per_device_train_batch_size=2, max_length=64),
+        quantize="nf4",
+        dtype="bfloat16",
+        card="20MB",
+    )
     assert "qlora fits 0.0 GB" in only and only.strip().replace("qlora fits", "fits") == str(alone)
 
 
@@ -328,7 +332,8 @@ except RuntimeError as error:
     print(note := error.__notes__[0])
     fields = dict(word.split("=") for word in note.split("GB: ")[-1].split(", "))
 fields = {name: int(value) for name, value in fields.items()}
-result = ml.train(model, Letters(), rows, ml.TrainConfig(**{"max_steps": 1, "max_length": 1024} | fields))
+config = ml.TrainConfig(**{"max_steps": 1, "max_length": 1024} | fields)
+result = ml.train(model, Letters(), rows, config)
 print("steps:", result.steps)
 """
     note = python(code, ROOT / "tests")

@@ -235,14 +235,21 @@ def test_the_command_prints_the_address(monkeypatch, capsys):
 
 
 REFUSALS = {
-    "no token": "ValueError: not logged in to the Hub: pass token=, set HF_TOKEN, or run `hf auth login`",
+    "no token": (
+        "ValueError: not logged in to the Hub: pass token=, set HF_TOKEN, or run `hf auth login`"
+    ),
     "stranger": "OSError: 'me/other': .*401.* The Hub does not know this token",
     "reader": "OSError: 'me/other': .*403.* This token may not do that",
     "broken": "OSError: 'broken/adapter': .*500.* Try again later",
-    "full": "OSError: 'me/full': Error while uploading 'adapter_model.safetensors' to the Hub. .*403.* Try again",
+    "full": (
+        "OSError: 'me/full': Error while uploading 'adapter_model.safetensors' to the Hub. "
+        ".*403.* Try again"
+    ),
     "not private": "ValueError: 'tiny/base' exists and is public",
     "no revision": "OSError: 'me/adapter' at revision 'absent': the Hub has no such revision",
-    "no repository": "OSError: 'me/absent' at revision 'branch' is neither a folder here nor a repository",
+    "no repository": (
+        "OSError: 'me/absent' at revision 'branch' is neither a folder here nor a repository"
+    ),
     "gated": "OSError: 'me/gated' at revision 'branch' is gated",
     "nothing": "ValueError: .* holds neither an adapter .* nor a model",
     "no folder": "ValueError: .*absent is not a folder",

@@ -238,7 +238,9 @@ sys.path[:0] = {path!r}
 from helpers.toy import Letters, lora, rows
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
-config = TrainConfig(output_dir={folder!r}, learning_rate=1e-3, max_steps=100000, save_steps={save}, logging_steps=1)
+config = TrainConfig(
+    output_dir={folder!r}, learning_rate=1e-3, max_steps=100000, save_steps={save}, logging_steps=1
+)
 result = train(lora(dropout=0.3), Letters(), rows(23), config)
 print("returned", result.steps, result.interrupted, result.checkpoint)
 """
@@ -275,8 +277,13 @@ def test_ctrl_c_ends_a_process_cleanly(tmp_path):
     (step,) = run_folder.checkpoint_steps(tmp_path)
     assert out.splitlines()[-1] == f"returned {step} True {tmp_path / f'checkpoint-{step}'}"
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["interrupted"] is True
-    resumed, result = run(tmp_path, resume_from_checkpoint="last", learning_rate=1e-3, max_steps=step + 2,
-                          per_device_train_batch_size=8)  # fmt: skip
+    resumed, result = run(
+        tmp_path,
+        resume_from_checkpoint="last",
+        learning_rate=1e-3,
+        max_steps=step + 2,
+        per_device_train_batch_size=8,
+    )
     assert result.steps == step + 2
 
 

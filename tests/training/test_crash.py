@@ -138,8 +138,10 @@ def resume(folder: Path, undisturbed: Path, steps: int, method: str = "lora") ->
     at = run_folder.checkpoint_steps(folder)
     result = run(folder, steps, method, resume_from_checkpoint="last" if at else None)
     assert result.steps == steps and run_folder.checkpoint_steps(folder)[-1] == steps
-    ours, theirs = ({path.name: path.read_bytes() for path in (where / f"checkpoint-{steps}").iterdir()}
-                    for where in (folder, undisturbed))  # fmt: skip
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (where / f"checkpoint-{steps}").iterdir()}
+        for where in (folder, undisturbed)
+    )
     assert ours == theirs, (steps, at)
     assert not [path for path in folder.rglob(".*")]
 

@@ -258,8 +258,16 @@ def test_the_command_line_under_torchrun(tmp_path):
         "--max_steps=4",
         f"--dataset_cache={tmp_path / 'cache'}",  # one process writes it, and all read it
     ]
-    done = torchrun("-m", "minilora", "train", *given, f"--adapter={tmp_path / 'two'}", "--fsdp=true",
-                    "--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}")  # fmt: skip
+    done = torchrun(
+        "-m",
+        "minilora",
+        "train",
+        *given,
+        f"--adapter={tmp_path / 'two'}",
+        "--fsdp=true",
+        "--per_device_train_batch_size=2",
+        f"--output_dir={tmp_path / 'out'}",
+    )
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.count("done after 4 steps")

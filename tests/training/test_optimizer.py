@@ -82,9 +82,23 @@ def test_an_update_from_8_bits_is_bitsandbytes():
     scales = [state[f"{name}_scale"].clone() for name in ("exp_avg", "exp_avg_sq")]
     beta1, beta2 = group["betas"]
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-        "adam", g, theirs, *codes, beta1, beta2, 0.0, 0.0, group["eps"], 4, group["lr"], dynamic_map(),
-        dynamic_map(False), *scales, group["weight_decay"], 1.0,
-    )  # fmt: skip
+        "adam",
+        g,
+        theirs,
+        *codes,
+        beta1,
+        beta2,
+        0.0,
+        0.0,
+        group["eps"],
+        4,
+        group["lr"],
+        dynamic_map(),
+        dynamic_map(False),
+        *scales,
+        group["weight_decay"],
+        1.0,
+    )
     p.grad = g
     optimizer.step()
     torch.testing.assert_close(p.detach(), theirs, rtol=1e-6, atol=1e-7)

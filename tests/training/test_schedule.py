@@ -165,8 +165,10 @@ def test_grouping_mixes_small_data_differently_each_epoch():
 
 def test_order_does_not_depend_on_the_hash_seed():
     code = (
-        "from minilora.training.config import TrainConfig\nfrom minilora.training.batch_sampler import BatchPlan\n"
-        "plan = BatchPlan([i % 7 + 2 for i in range(40)], TrainConfig())\nprint([plan[i] for i in range(9)])"
+        "from minilora.training.config import TrainConfig\n"
+        "from minilora.training.batch_sampler import BatchPlan\n"
+        "plan = BatchPlan([i % 7 + 2 for i in range(40)], TrainConfig())\n"
+        "print([plan[i] for i in range(9)])"
     )
     out = {
         subprocess.run(
@@ -215,8 +217,14 @@ def test_names_and_defaults_are_those_of_training_arguments():
     own |= {"method"}  # only in minilora
     assert {f.name for f in dataclasses.fields(TrainConfig)} - theirs.keys() <= own
     values = TrainConfig().to_dict()
-    same = "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size weight_decay seed"
-    same += " gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon max_grad_norm save_steps save_total_limit"
+    same = (
+        "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size "
+        "weight_decay seed"
+    )
+    same += (
+        " gradient_accumulation_steps adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+        "save_steps save_total_limit"
+    )
     for name in same.split():
         assert values[name] == theirs[name], name
     assert values["lr_scheduler_type"] == theirs["lr_scheduler_type"] == "linear"

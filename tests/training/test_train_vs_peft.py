@@ -134,6 +134,16 @@ def test_twenty_steps_of_smollm2(smollm2, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     task = samples.icd10()
     data = list(task.train)[:64]
-    compare(model, theirs, load_tokenizer(smollm2), data, TrainConfig(
-        max_steps=STEPS, learning_rate=5e-4, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    ), tmp_path)  # fmt: skip
+    compare(
+        model,
+        theirs,
+        load_tokenizer(smollm2),
+        data,
+        TrainConfig(
+            max_steps=STEPS,
+            learning_rate=5e-4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+        ),
+        tmp_path,
+    )
