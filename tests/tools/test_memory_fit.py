@@ -95,9 +95,9 @@ def test_7b_on_6_16_and_24_gb():
 
 @pytest.mark.slow
 def test_65b_on_48_gb():
-    """QLoRA's title result (arXiv 2305.14314, §4): r = 64 on every linear layer.
+    """QLoRA trains 65B parameters on 48 GB, with r = 64 on every linear layer.
 
-    The moments are in host memory, as in the paper.
+    The moments are in host memory, as in the paper (arXiv 2305.14314, §4).
     """
     config = replace(ONE, optim="paged_adamw_8bit")
     found = plan(LLAMA_65B, config, lora=replace(ALL, r=64))
