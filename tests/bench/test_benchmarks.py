@@ -1,10 +1,12 @@
-"""Proves that every benchmark runs in a short form, with peers and without, does equal work on both sides in the dtype
-that this hardware is fast in, says that dtype, and ends in one JSON document; that what judges them
-is right; and that the pictures in docs/ hold the figures they are drawn from.
+"""Tests of the benchmark scripts, of their shared timing code, and of the pictures in docs/.
 
-Property: ratios are of one round, the memory of a process that takes a block is the block's, a fit
-finds the parts of a sum. Errors: contenders that do different work, and one that dies, stop the
-benchmark, and growth beyond the order does.
+Every script runs in its short form, with and without the peer libraries installed. It does equal
+work on both sides, uses and prints the dtype that is fast on this hardware, and ends in one JSON
+document. A picture in docs/ contains the figures from which it is drawn.
+
+Property: a ratio compares times of one round; the measured memory of a process that allocates a
+block grows by the block's size; a fit finds the terms of a polynomial. Errors: contenders that do
+different work, a contender that dies, and growth beyond the algorithm's order are reported.
 """
 
 import json
@@ -23,7 +25,9 @@ from benchmarks.training.limit import elementwise_values
 from helpers.source import ROOT
 from minilora.models.config import DecoderConfig
 
-SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kernel_bench and kernel_report: other files
+# script -> (its options, a key of its document). Other files test plan_check, kernel_bench and
+# kernel_report.
+SCRIPTS = {
     "peers": (["--short"], "qlora"),
     "bench_load": (["--short"], "nf4"),
     "bench_generate": (["--short"], "dense"),
@@ -40,6 +44,7 @@ SCRIPTS = {  # script -> (its options, a key of its document); plan_check, kerne
     "variants": (["--short"], "variants"),
     "studies": (["--short"], "studies"),
 }
+# Scripts that compare with peer libraries and must also run without them.
 ALONE = (
     "peers",
     "bench_load",
@@ -48,14 +53,16 @@ ALONE = (
     "scale_8b",
     "qlora_parity",
     "bench_serve",
-)  # these have peers
-ANY_DTYPE = {*SCRIPTS} - {"fusing", "packing"}  # these two say in which dtype they are
+)
+ANY_DTYPE = {*SCRIPTS} - {"fusing", "packing"}  # these two have a fixed dtype, which they print
 NO_PEERS = """
 import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 absent = ("transformers", "peft", "bitsandbytes", "accelerate")
-PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest))
+def find_others(name, *rest):
+    return None if name.partition(".")[0] in absent else find(name, *rest)
+PathFinder.find_spec = staticmethod(find_others)
 """
 CONTENDER = """
 import sys; sys.path.insert(0, {folder!r})
@@ -69,7 +76,7 @@ serve(step, loaded=True)
 
 
 def run(script: str, *options: str, first: str = "") -> str:
-    """What a script prints; `first` comes before all else on the path."""
+    """Run a script and return its stdout. PYTHONPATH begins with the folder `first`, if given."""
     path = os.pathsep.join(
         [*filter(None, [first]), *(str(ROOT / folder) for folder in (".", "kernels"))]
     )
@@ -83,12 +90,15 @@ def run(script: str, *options: str, first: str = "") -> str:
 
 @cache
 def printed(script: str) -> list[str]:
-    """The lines of a script in its short form; its document is the last."""
+    """Return the lines that a script prints in its short form. The last line is its document."""
     return run(script, *SCRIPTS[script][0]).splitlines()
 
 
 def check_dtype(lines: list[str]) -> None:
-    """First line and document say one dtype, the one that `load_model` takes here, and the class of CPU."""
+    """Assert that the first line and the document state the same dtype and the class of CPU.
+
+    The dtype is the one that `load_model` chooses on this machine.
+    """
     found, expected = json.loads(lines[-1]), side_by_side.compute_dtype("auto")
     assert (
         found["dtype"] == side_by_side.dtype_name(expected)
@@ -103,7 +113,7 @@ def contender(tmp_path, size: int = 0, code: str = CONTENDER) -> side_by_side.Co
     return side_by_side.Contender(f"of {size}", [file])
 
 
-# ---- the judge
+# ---- the code that times and compares: side_by_side.py and bench_train.py
 
 
 def test_turns_alternate_and_ratios_are_of_one_round(tmp_path):
@@ -128,7 +138,7 @@ def test_turns_alternate_and_ratios_are_of_one_round(tmp_path):
 @pytest.mark.skipif(
     sys.platform != "linux", reason="memory is read from /proc, which only Linux has"
 )
-def test_memory_is_what_a_process_takes(tmp_path):
+def test_a_contender_reports_its_own_memory(tmp_path):
     block = 64 << 20
     small, large = contender(tmp_path), contender(tmp_path, block)
     assert small.ready["loaded"] and 0 < small.ready["start_seconds"] < 60
@@ -136,10 +146,10 @@ def test_memory_is_what_a_process_takes(tmp_path):
     for number in (1, 2):
         answer = large.step()
         assert answer["seconds"] == number
-        assert (
-            0 <= answer["anonymous"] - before - number * block < 2 << 20
-        )  # what else an interpreter takes
-        assert answer["resident"] > answer["anonymous"]  # the interpreter's own file is mapped
+        # Python itself may allocate up to 2 MiB more.
+        assert 0 <= answer["anonymous"] - before - number * block < 2 << 20
+        # The mapped file of the Python executable is resident but not anonymous.
+        assert answer["resident"] > answer["anonymous"]
     assert small.step()["anonymous"] < before + (2 << 20)
     small.close()
     large.close()
@@ -159,7 +169,7 @@ def test_different_work_and_a_dead_contender_stop_the_benchmark(tmp_path):
 
 
 def grown(seconds, megabytes, noise: float = 0) -> dict:
-    """What bench_train finds where these laws hold of the length."""
+    """Return bench_train's result for costs that are these functions of the sequence length."""
     laws, points = {"seconds": seconds, "megabytes": megabytes}, []
     for x in GROWS["length"][0]:
         ys = {unit: law(x) for unit, law in laws.items()}
@@ -171,28 +181,27 @@ def grown(seconds, megabytes, noise: float = 0) -> dict:
     return grow("length", points)
 
 
-def test_a_fit_finds_the_parts_of_a_sum():
+def test_fit_finds_the_terms_of_a_polynomial():
     xs = [128, 256, 512, 1024, 2048]
     assert fit(xs, [0.2 + 0.001 * x + 1e-6 * x * x for x in xs], 2) == pytest.approx(
         [0.2, 2.048, 4.194304]
     )
-    assert fit(xs, [3.0 - 0.001 * x for x in xs], 2)[1:] == [0, 0]  # no part is negative
-    assert len(fit(xs[:2], [1.0, 2.0], 2)) == 3  # fewer points than parts
+    assert fit(xs, [3.0 - 0.001 * x for x in xs], 2)[1:] == [0, 0]  # no negative term
+    assert len(fit(xs[:2], [1.0, 2.0], 2)) == 3  # fewer points than terms
 
 
-def test_growth_beyond_the_order_is_told_and_a_large_fixed_part_does_not_hide_it():
+def test_growth_beyond_the_order_is_reported_despite_a_large_fixed_cost():
     squares, line = (lambda x: 0.3 + 1e-3 * x + 1e-7 * x * x), (lambda x: 100 + 0.5 * x)
     assert not too_fast("length", grown(squares, line, noise=0.02))
     (told,) = too_fast("length", grown(squares, lambda x: line(x) + 2e-4 * x * x))
     assert re.match(r"megabytes grow as length\^1\.[2-9]\d at least .* own order is 1\.$", told)
     (told,) = too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line))
     assert told.startswith("seconds grow as length^2.")
-    assert not too_fast(
-        "length", grown(lambda x: 1 + 1e-9 * x**3, line, noise=0.6)
-    )  # it cannot be told from noise
+    # With 60 % noise the same growth is within the spread of the measurements.
+    assert not too_fast("length", grown(lambda x: 1 + 1e-9 * x**3, line, noise=0.6))
 
 
-def test_points_of_the_short_form_share_one_and_move_one_size():
+def test_short_form_measures_two_points_that_differ_in_one_size():
     (first, _), *_ = (sizes_of(kind, short=True) for kind in GROWS)
     for kind in GROWS:
         small, large = sizes_of(kind, short=True)
@@ -200,7 +209,7 @@ def test_points_of_the_short_form_share_one_and_move_one_size():
         assert [size[kind] for size in sizes_of(kind, short=False)] == GROWS[kind][0]
 
 
-def test_traffic_is_counted_by_hand():
+def test_elementwise_values_equal_a_count_by_hand():
     config = DecoderConfig(10, 576, 1536, 30, 9, 3)
     assert elementwise_values(config) == 10 * 576 + 4 * (576 + 192) + 8 * 1536 + 12 * 576
 
@@ -219,7 +228,7 @@ def test_a_script_ends_in_one_document(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ALONE)
-def test_without_peers_a_script_says_so_in_a_line_and_ends_well(script: str, tmp_path):
+def test_a_script_without_peers_names_them_and_succeeds(script: str, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NO_PEERS)
     options = [option for option in SCRIPTS[script][0] if option != "--peers"]
     *lines, last = run(script, *options, first=str(tmp_path)).splitlines()
@@ -230,9 +239,9 @@ def test_without_peers_a_script_says_so_in_a_line_and_ends_well(script: str, tmp
 
 
 @pytest.mark.slow
-def test_what_peers_publishes():
+def test_peers_document_has_every_job_and_side():
     found = json.loads(printed("peers")[-1])
-    full = 3 if found["dtype"] == "bfloat16" else 2  # the third has its weights in bf16
+    full = 3 if found["dtype"] == "bfloat16" else 2  # the third side has bf16 weights
     for job, sides in {"qlora": 4, "qlora-checkpointing": 2, "lora": 3, "full": full}.items():
         assert len(found[job]) == sides
         assert all(
@@ -249,7 +258,7 @@ def test_what_peers_publishes():
 # ---- pictures
 
 
-def test_pieces_of_one_measurement_are_joined_and_a_picture_keeps_them(tmp_path):
+def test_documents_of_one_measurement_join_and_the_svg_stores_them(tmp_path):
     pytest.importorskip(
         "matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'"
     )
@@ -281,7 +290,7 @@ def test_pieces_of_one_measurement_are_joined_and_a_picture_keeps_them(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "benchmark"), [("cost", "bench_train"), ("speed", "peers")])
-def test_the_pictures_of_the_docs_hold_their_figures_and_are_small(name: str, benchmark: str):
+def test_pictures_in_docs_contain_their_figures_and_are_small(name: str, benchmark: str):
     file = ROOT / "docs" / f"{name}.svg"
     assert pictures.document(str(file))["benchmark"] == benchmark
     assert file.stat().st_size < 100_000

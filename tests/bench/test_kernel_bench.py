@@ -1,6 +1,6 @@
-"""Proves that kernel_bench.py times the layers that it names, counts their bytes right, times nothing while a kernel
-is wrong, and runs to its end, on a CPU and where there is a GPU. test_kernel_check.py has the
-check.
+"""Tests of kernel_bench.py: layer shapes, byte counts, clocks, and full runs on a CPU and a GPU.
+
+Its check of the kernels' results is tested in test_kernel_check.py.
 """
 
 import json
@@ -35,7 +35,7 @@ SCRIPT = "benchmarks/gpu_kernels/kernel_bench.py"
 
 
 def python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess:
-    """A fresh interpreter that finds the library and the benchmarks, and no GPU."""
+    """Run a new Python process that can import the library and the benchmarks and sees no GPU."""
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
     env = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     env |= {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
@@ -45,16 +45,16 @@ def python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProc
 
 
 def last_line(done: subprocess.CompletedProcess) -> dict:
-    """The JSON document."""
+    """Return the JSON document on the last line of stdout."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ---- layers and bytes, against what is published and worked out
+# ---- layers and bytes, compared with published numbers and with a count by hand
 
 
 def test_layers_are_those_of_the_published_models():
-    """As the weights' shapes stand in the checkpoints: q and o, k and v, gate and up, down."""
+    """Shapes of the weights in the checkpoints: q and o, k and v, gate and up, down."""
     assert (
         layers("Llama-3-8B")
         == layers("Mistral-7B")
@@ -66,7 +66,7 @@ def test_layers_are_those_of_the_published_models():
 
 @pytest.mark.parametrize(
     ("model", "blocks", "vocabulary", "tied", "extra", "parameters"),
-    [  # extra: biases of q, k, v in a block; parameters as the models' pages have them
+    [  # extra: biases of q, k and v in a block; parameters: published on the models' pages
         ("Llama-3-8B", 32, 128256, False, 0, 8_030_261_248),
         ("Mistral-7B", 32, 32000, False, 0, 7_241_732_096),
         ("Qwen2.5-7B", 28, 152064, False, 3584 + 2 * 512, 7_615_616_512),
@@ -77,14 +77,18 @@ def test_layers_add_up_to_the_published_number_of_parameters(
     model, blocks, vocabulary, tied, extra, parameters
 ):
     (queries, hidden), (keys, _), (intermediate, _), _ = layers(model)
+    # q and o; k and v; gate, up and down; two norms; biases
     block = (
         2 * queries * hidden + 2 * keys * hidden + 3 * intermediate * hidden + 2 * hidden + extra
-    )  # two norms
+    )
     assert blocks * block + vocabulary * hidden * (1 if tied else 2) + hidden == parameters
 
 
 def test_bytes_of_a_call():
-    """4096 x 4096: n/2 bytes of codes, n/64 of scales, 4 a group of 256 scales, 4 of offset; 2 n of bf16."""
+    """Count the bytes of a 4096 x 4096 weight, n values, by hand.
+
+    Codes take n/2 bytes, scales n/64, each group of 256 scales 4, the offset 4, and bf16 values 2n.
+    """
     n = 4096 * 4096
     weight = n / 2 + n / 64 + 4 * n / (64 * 256) + 4
     moved = {job.name: job.bytes for job in jobs((4096, 4096), torch.device("cpu"), CpuClock(), ())}
@@ -127,7 +131,11 @@ def test_a_batch_takes_its_buffers_in_turn_and_the_first_round_does_not_count():
 
 
 def test_the_gpu_clock_fills_the_queue_before_it_starts(monkeypatch):
-    """Its steps, on a GPU that is not there: a rehearsal, copies for as long as it took, and the same calls timed."""
+    """Record the clock's steps with a fake GPU.
+
+    The clock runs the calls once untimed, queues copies that take as long, and then times the
+    same calls.
+    """
     steps = []
 
     class Event:
@@ -169,7 +177,7 @@ def test_the_gpu_clock_fills_the_queue_before_it_starts(monkeypatch):
 # ---- the script
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_main_without_a_gpu_reports_that_nothing_ran(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     kernel_bench.main([])
     said = capsys.readouterr().out
@@ -182,7 +190,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_script_without_a_gpu_says_so():
+def test_script_without_a_gpu_reports_that_nothing_ran():
     done = python(SCRIPT)
     assert last_line(done) == {"benchmark": "kernel_bench", "device": None, "rows": []}
     assert "no GPU here: nothing was run" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
@@ -196,7 +204,7 @@ def test_a_check_that_cannot_run_fails(monkeypatch):
             kernel_bench.main(options)
 
 
-def test_the_whole_way_on_a_cpu(tmp_path):
+def test_script_on_a_cpu_measures_every_job(tmp_path):
     picture = tmp_path / "roofline.png"
     options = (
         "--peers",
@@ -223,13 +231,13 @@ def test_the_whole_way_on_a_cpu(tmp_path):
         assert row["ratio"] == pytest.approx({name: us / ours for name, us in row["us"].items()})
         assert row["operations"] == math.prod(row["shape"]) * OPERATIONS[row["job"]]
         assert {"eager", "bitsandbytes"} < set(row["us"]) and not row["missing"]
-        # all do the same job; a product up to the rounding of W and of the result, 2^-8 each in
-        # bf16
+        # All contenders compute the same values. A product may differ by the rounding of W and
+        # of the result, 2^-8 each in bf16.
         assert max(row["differs"].values()) <= (2**-7 if row["job"] in PRODUCTS else 0), row
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
 
 
-def test_options_that_make_no_sense_are_refused(capsys):
+def test_invalid_options_are_refused(capsys):
     for options in (
         ["--models", "Llama-9"],
         ["--peers", "unsloth"],
@@ -244,7 +252,7 @@ def test_options_that_make_no_sense_are_refused(capsys):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_the_whole_way_on_a_gpu(tmp_path):
+def test_script_on_a_gpu_checks_and_measures_every_job(tmp_path):
     options = [
         "--models",
         "SmolLM2-135M",

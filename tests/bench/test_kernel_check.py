@@ -1,7 +1,10 @@
-"""Proves that the kernels pass kernel_bench.py's check in Triton's interpreter, that none is left out of it, and that a
-kernel which is wrong in one number is named, and nothing timed.
+"""Tests of kernel_bench.py's check of the kernels, in Triton's interpreter.
 
-What Triton interprets runs in processes of its own: here another test may have it compile.
+All kernels pass, no kernel is left out, and if one number of a kernel is wrong, the check names the
+kernel and nothing is timed.
+
+Triton interprets kernels in separate processes, because other tests in this process may have Triton
+compile them.
 """
 
 import pytest
@@ -12,20 +15,27 @@ from benchmarks.gpu_kernels.kernel_check import check_dequantize, dense_of, with
 from minilora_kernels.triton.launch import TILES
 from tests.bench.test_kernel_bench import last_line, python
 
-# In the interpreter: what is timed on a GPU, against plain torch; a little tuning; the check.
+# In the interpreter: the jobs that are timed on a GPU, compared with plain torch; a short tuning
+# run; the check.
 RIGHT = """
 import torch
 from benchmarks.gpu_kernels import kernel_bench, kernel_jobs, kernel_tune
 from benchmarks._lib.bench_timing import CpuClock
 from minilora_kernels.triton.launch import tile
 
-cpu, kernel_jobs.cpu = torch.device("cpu"), None  # the launchers must run, not what runs on a CPU otherwise
+cpu, kernel_jobs.cpu = torch.device("cpu"), None  # run the launchers, not the functions for a CPU
 for job in kernel_jobs.jobs((48, 64), cpu, CpuClock(), ["eager"]):
-    row = kernel_bench.row_of(job, (48, 64), [], CpuClock(), rounds=1)  # raises where plain torch has other bits
-    assert row["differs"]["eager"] <= (2**-7 if job.name in kernel_jobs.PRODUCTS else 0), row  # of W and y to bf16
+    # raises if the bits differ from plain torch
+    row = kernel_bench.row_of(job, (48, 64), [], CpuClock(), rounds=1)
+    # a product may differ by the rounding of W and y to bf16
+    assert row["differs"]["eager"] <= (2**-7 if job.name in kernel_jobs.PRODUCTS else 0), row
 kernel_tune.LARGE = kernel_tune.SMALL = (32, 64)
-grid = {"double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)], "rms_norm_weight": [tile(2, ROWS=4, COLUMNS=64)]}
-grid |= dict.fromkeys(("matmul_nf4", "cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"), [])
+grid = {
+    "double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)],
+    "rms_norm_weight": [tile(2, ROWS=4, COLUMNS=64)],
+}
+default_only = "matmul_nf4", "cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"
+grid |= dict.fromkeys(default_only, [])
 kernel_tune.tune(cpu, CpuClock(), 1, grid)
 kernel_bench.main(["--check"])
 """
@@ -56,7 +66,7 @@ def test_the_bound_lets_one_rounding_through_and_nothing_more():
             within_bound("wrong", wrong, W, x, bias)
 
 
-def test_what_is_written_past_the_end_and_a_zeros_sign_are_differences():
+def test_writes_past_the_end_and_the_sign_of_zero_are_reported():
     def careless(*arguments):
         out = arguments[-1]
         dequantize_right(*arguments)
@@ -76,9 +86,9 @@ def test_what_is_written_past_the_end_and_a_zeros_sign_are_differences():
         same_bits("zeros", torch.tensor([0.0, -0.0]), torch.zeros(2))
 
 
-# Each table that a launcher hands to its kernel, one unit in the last place off: as small as a
-# mistake can be. (The thresholds of the second level, which no sample meets so closely, 1 in 1000
-# off.)
+# Each table that a launcher passes to its kernel is wrong by one unit in the last place, the
+# smallest possible mistake. The thresholds of the second level are wrong by 1 in 1000, because no
+# sample value is that close to a threshold.
 WRONG = """
 import torch
 from benchmarks.gpu_kernels import kernel_bench, kernel_check
@@ -99,7 +109,14 @@ for module, constant, bend, kernels in (
         nf4_dequantize,
         "nf4_codebook",
         up,
-        ["gemv_nf4", "gemv_nf4_small", "gemv_nf4_textbook", "matmul_nf4", "dequantize_nf4_textbook", "dequantize_nf4"],
+        [
+            "gemv_nf4",
+            "gemv_nf4_small",
+            "gemv_nf4_textbook",
+            "matmul_nf4",
+            "dequantize_nf4_textbook",
+            "dequantize_nf4",
+        ],
     ),
 ):
     right = getattr(module, constant)
@@ -111,7 +128,7 @@ for module, constant, bend, kernels in (
             print("caught", error)
     if module is not nf4_dequantize:
         setattr(module, constant, right)
-# those without a table: each number that a launcher hands on, a little off
+# kernels without a table: each number that a launcher passes on is slightly wrong
 def off(module, launcher, kernel, bend):
     right = getattr(module, launcher)
     setattr(module, launcher, lambda *arguments: right(*bend(*arguments)))
@@ -125,11 +142,21 @@ head = cross_entropy, "cross_entropy", "cross_entropy"
 off(*head, lambda logits, labels, loss, *_: (logits, labels, loss, True, 1.0001))
 off(*head, lambda logits, labels, loss, *_: (logits, labels + 1, loss, True, 1))
 off(rms_norm, "rms_norm", "rms_norm", lambda x, w, eps, gemma: (x, w, eps + 1e-3, gemma))
-off(rms_norm, "rms_norm_backward", "rms_norm_backward", lambda x, w, r, dy, gemma: (x, w, r * 1.0001, dy, gemma))
+off(
+    rms_norm,
+    "rms_norm_backward",
+    "rms_norm_backward",
+    lambda x, w, r, dy, gemma: (x, w, r * 1.0001, dy, gemma),
+)
 off(rms_norm, "rms_norm_weight", "rms_norm_weight", lambda x, r, dy: (x, r * 1.0001, dy))
 off(rope, "rotate", "rotate", lambda x, cos, sin, sign: (x, cos, sin, sign * (1 + 2**-20)))
 off(swiglu, "gated", "gated", lambda gate, up, gelu: (gate, up, not gelu))
-off(swiglu, "gated_backward", "gated_backward", lambda gate, up, dy, gelu: (gate, up, dy * (1 + 2**-7), gelu))
+off(
+    swiglu,
+    "gated_backward",
+    "gated_backward",
+    lambda gate, up, dy, gelu: (gate, up, dy * (1 + 2**-7), gelu),
+)
 kernel_bench.main(["--check"])
 """
 
@@ -137,9 +164,8 @@ kernel_bench.main(["--check"])
 def test_a_wrong_kernel_is_named_and_nothing_is_timed():
     done = python("-c", WRONG, interpret=True)
     caught = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("caught")]
-    assert (
-        set(caught) == set(TILES) and len(caught) == len(TILES) + 3
-    )  # three tables of AdamW, two faults of a head
+    # AdamW has three tables, and cross-entropy has two faults.
+    assert set(caught) == set(TILES) and len(caught) == len(TILES) + 3
     assert (
         done.returncode == 1
         and "nothing is timed: dequantize_nf4 (7, 129) in blocks of 64" in done.stderr

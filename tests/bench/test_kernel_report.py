@@ -1,8 +1,10 @@
-"""Proves that the kernels compile to few, wide instructions on every card they are for, and that kernel_report.py
-says so: our goals, bitsandbytes' figures as counted by hand, and the JSON on its last line.
+"""Tests of kernel_report.py: instruction counts of our kernels and of bitsandbytes'.
 
-The report runs in a process of its own, where Triton compiles: another test may have it interpret
-here.
+Our kernels compile to few, wide instructions on every supported GPU. The figures of bitsandbytes'
+kernels equal a count by hand. The last line of the report is JSON.
+
+The report runs in a separate process in which Triton compiles, because other tests in this process
+may use Triton's interpreter.
 """
 
 import json
@@ -35,9 +37,9 @@ KEYS = {
     "kernel", "target", "instructions_per_element", "load_bits", "store_bits",
     "registers", "spills", "shared_bytes", "occupancy",
 }  # fmt: skip
-# At most so many instructions for one weight, logit, parameter or value. bitsandbytes 0.50.2 has
-# 24.8 to 26.6 (its double quantisation takes two more kernels), 65 to 72.5, for the GEMV 7.8 to 8
-# and for AdamW 448 to 506; no more.
+# The largest number of instructions for one weight, logit, parameter or value. bitsandbytes 0.50.2
+# needs 24.8 to 26.6 to dequantise (its double quantisation takes two more kernels), 65 to 72.5 to
+# quantise, 7.8 to 8 for the GEMV and 448 to 506 for AdamW.
 MOST = {
     "dequantize_nf4": 7.5,
     "dequantize_nf4_double_quant": 8.5,
@@ -73,9 +75,10 @@ FAST = (
     "gated",
     "gated_backward",
 )
-FAST_PEERS = ("dequantize_nf4", "gemv_nf4")  # bitsandbytes': straight code, and a loop
-STEPS = [kernel for kernel in MOST if kernel.startswith(("rms", "rotate", "gated"))]  # of a layer
-# of a line of the table: the kernel, instructions from and to, occupancy from and to
+FAST_PEERS = ("dequantize_nf4", "gemv_nf4")  # bitsandbytes' kernels without and with a loop
+# Kernels of a decoder layer's elementwise operations.
+STEPS = [kernel for kernel in MOST if kernel.startswith(("rms", "rotate", "gated"))]
+# A line of the table: kernel, instructions from and to, occupancy from and to.
 QUOTED = r"\| `\w+` \| ([\d.]+) to ([\d.]+) \| (\d+) to (\d+) \|"
 COUNT = (
     f"import json; from benchmarks.gpu_model import kernel_report; "
@@ -92,7 +95,7 @@ print(json.dumps({{"ours": ours, "theirs": theirs, "amd": amd.name}}))
 
 
 def python(*arguments: str) -> str:
-    """stdout of a fresh interpreter that finds the library and the benchmarks."""
+    """Run a new Python process that can import library and benchmarks; return its stdout."""
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "PYTHONPATH": path
@@ -106,25 +109,25 @@ def python(*arguments: str) -> str:
 
 @cache
 def goal_rows() -> list[dict]:
-    """A row for each kernel of MOST and each target."""
+    """Return a row for each kernel of MOST and each target."""
     return json.loads(python("-c", COUNT).splitlines()[-1])
 
 
 @cache
 def few() -> dict:
-    """Rows of FAST and of FAST_PEERS on FAST_TARGET; the name of a kernel compiled for AMD."""
+    """Return the rows of FAST and FAST_PEERS on FAST_TARGET, and a kernel compiled for AMD."""
     return json.loads(python("-c", COUNT_FEW).splitlines()[-1])
 
 
 @cache
 def report() -> tuple[str, dict]:
-    """What the script prints about one NVIDIA and one AMD target, and its last line."""
+    """Run the script for one NVIDIA and one AMD target; return its stdout and its document."""
     stdout = python("benchmarks/gpu_model/kernel_report.py", "--targets", "sm_86,gfx942")
     return stdout, json.loads(stdout.splitlines()[-1])
 
 
 def reaches_its_goals(kernel: str, row: dict) -> None:
-    """Asserts what a kernel's machine code must be on one target."""
+    """Assert that a kernel's machine code on one target is within its limits."""
     assert row["instructions_per_element"] <= MOST[kernel], row
     assert row["spills"] == 0, row
     assert row["load_bits"] >= 32, row
@@ -132,9 +135,8 @@ def reaches_its_goals(kernel: str, row: dict) -> None:
     assert kernel != "adamw_8bit" or row["store_bits"] >= 32 and row["shared_bytes"] <= 1024, row
     if kernel in STEPS:
         assert row["load_bits"] == 128 and row["occupancy"] >= 0.6, row
-        assert row["store_bits"] == 128 or "norm" in kernel, (
-            row
-        )  # r, and the sums of dw, are narrow
+        # The norm kernels also store r and the sums of dw, which are narrow.
+        assert row["store_bits"] == 128 or "norm" in kernel, row
     if kernel.startswith("dequantize"):
         assert row["store_bits"] == 128, row
     if kernel.startswith("gemv"):
@@ -164,12 +166,12 @@ def test_our_kernels_reach_their_goals(kernel):
 
 
 def bound_by_memory(bounds: list[dict]) -> bool:
-    """Whether DRAM binds each, with half of every other resource to spare."""
+    """Return True if DRAM is each kernel's bottleneck and the rest takes at most half its time."""
     return all(bound["binds"] == "DRAM" and bound["of_dram"] <= 0.5 for bound in bounds)
 
 
-def test_a_layers_steps_are_bound_by_memory_on_the_cards_of_one_target():
-    """By the model, and at their full size."""
+def test_layer_steps_are_memory_bound_on_the_cards_of_one_target():
+    """The roofline model computes the bound at full layer size."""
     found = [bound for bound in estimates(few()["ours"]) if bound["kernel"] in STEPS]
     assert {bound["card"] for bound in found} == {"RTX 3060", "RTX 3090"}
     assert {bound["kernel"] for bound in found} == set(STEPS) & set(FAST)
@@ -177,15 +179,15 @@ def test_a_layers_steps_are_bound_by_memory_on_the_cards_of_one_target():
 
 
 @pytest.mark.slow
-def test_a_layers_steps_are_bound_by_memory_on_every_card():
-    """By the model, and at their full size."""
+def test_layer_steps_are_memory_bound_on_every_card():
+    """The roofline model computes the bound at full layer size."""
     found = [bound for bound in estimates(goal_rows()) if bound["kernel"] in STEPS]
     assert {bound["card"] for bound in found} == CARDS.keys() - {"T4"}
     assert bound_by_memory(found), found
 
 
 def quoted() -> list[str]:
-    """The lines of kernels/README.md's table, between its markers, without the head."""
+    """Return the lines of the marked table in kernels/README.md, without its header."""
     table = (
         (ROOT / "kernels/README.md")
         .read_text()
@@ -196,7 +198,7 @@ def quoted() -> list[str]:
 
 
 @pytest.mark.strict
-def test_the_kernels_readme_quotes_ranges_that_hold_one_target():
+def test_kernels_readme_ranges_include_the_counts_of_one_target():
     lines = {line.split("`")[1]: line for line in quoted()}
     assert list(lines) == list(MOST)
     peers = {row["kernel"]: row for row in few()["theirs"]}
@@ -210,8 +212,8 @@ def test_the_kernels_readme_quotes_ranges_that_hold_one_target():
 
 @pytest.mark.slow
 @pytest.mark.strict
-def test_the_kernels_readme_quotes_the_counts():
-    """kernels/README.md's table, line by line."""
+def test_kernels_readme_table_equals_the_counts():
+    """Compare the table in kernels/README.md line by line."""
     lines = []
     for kernel in MOST:
         rows = [row for row in goal_rows() if row["kernel"] == kernel]
@@ -226,33 +228,31 @@ def test_the_kernels_readme_quotes_the_counts():
             else "none"
         )
         lines.append(
-            f"| `{kernel}` | {min(counts):.2f} to {max(counts):.2f} | {min(share)} to {max(share)} | {theirs} |"
+            f"| `{kernel}` | {min(counts):.2f} to {max(counts):.2f} "
+            f"| {min(share)} to {max(share)} | {theirs} |"
         )
     assert quoted() == lines, "\n".join(lines)
 
 
-# Counted by hand in the disassembly of the wheel's libbitsandbytes_cuda132.so, sm_86.
+# Counted by hand in the disassembly of the wheel's libbitsandbytes_cuda132.so, sm_86: instructions
+# per weight, registers, bytes of shared memory, occupancy.
 BY_HAND = {
-    "dequantize_nf4": (
-        422 / 16,
-        40,
-        2656,
-        32 / 48,
-    ),  # 432 lines less 9 NOP and the jump to itself; 16 weights a thread
+    # 432 lines minus 9 NOP and the jump to itself; 16 weights per thread
+    "dequantize_nf4": (422 / 16, 40, 2656, 32 / 48),
     "quantize_nf4": (65.0, 24, 180, 16 / 48),
     "gemv_nf4": (293 / 32, 39, 32, 1.0),  # 293 instructions in the loop, 32 weights
     "gemv_nf4_double_quant": (250 / 32, 57, 0, 32 / 48),
-    # 16 of the 128 HMMA that 32 x 64 x 128 take: 8 warps, 32 weights a thread. 261 instructions
-    # less 10 that fetch a scale, which not every warp does
+    # 16 of the 128 HMMA instructions of a 32 x 64 x 128 product: 8 warps, 32 weights per thread.
+    # 261 instructions minus 10 that load a scale, which not every warp executes.
     "matmul_nf4": (251 / 32, 64, 0, 32 / 48),
 }
 
 
 def counted_as_by_hand(found: list[dict], kernels: Iterable[str]) -> None:
-    """Asserts that the rows of `kernels` have the figures of BY_HAND."""
+    """Assert that the rows of `kernels` have the figures of BY_HAND."""
     if version("bitsandbytes") != "0.50.2":
         pytest.skip(
-            f"these figures are those of bitsandbytes 0.50.2, and here is {version('bitsandbytes')}"
+            f"the figures are of bitsandbytes 0.50.2, got version {version('bitsandbytes')}"
         )
     rows = {row["kernel"]: row for row in found}
     for kernel in kernels:
@@ -264,7 +264,8 @@ def counted_as_by_hand(found: list[dict], kernels: Iterable[str]) -> None:
             row["occupancy"],
         )
         assert figures == pytest.approx(BY_HAND[kernel]), kernel
-    # its weights come as bytes and go as single bf16; the codebook is looked up in global memory
+    # It loads packed weights as single bytes and stores single bf16 values. The codebook is in
+    # global memory.
     assert rows["dequantize_nf4"]["loads"] == {"8": 8, "32": 17} and rows["dequantize_nf4"][
         "stores"
     ] == {"16": 16}
@@ -280,11 +281,11 @@ def test_bitsandbytes_is_counted_as_by_hand():
 
 
 def test_the_last_line_is_json_with_the_figures_of_one_target(monkeypatch, capsys):
-    """The script makes its last line of counted rows; these are the rows that `few` counted."""
-    assert few()["amd"] == "_gated"  # compiled for AMD, and its machine code is there
+    """The script's last line contains the rows that `few` counted."""
+    assert few()["amd"] == "_gated"  # compiled for AMD to machine code
     monkeypatch.setattr(kernel_report, "rows", lambda targets: few()["ours"])
     monkeypatch.setattr(kernel_report, "bitsandbytes_rows", lambda targets: few()["theirs"])
-    monkeypatch.setattr(kernel_report, "three_launches", lambda found: [])  # it needs all kernels
+    monkeypatch.setattr(kernel_report, "three_launches", lambda found: [])  # needs all kernels
     monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--targets", FAST_TARGET])
     kernel_report.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -293,11 +294,11 @@ def test_the_last_line_is_json_with_the_figures_of_one_target(monkeypatch, capsy
     assert tuple(row["kernel"] for row in document["rows"]) == FAST
     every_figure([*document["rows"], *document["bitsandbytes"]])
     cards = {bound["card"] for bound in document["roofline"]}
-    assert cards == {"RTX 3060", "RTX 3090"}  # those of sm_86
+    assert cards == {"RTX 3060", "RTX 3090"}  # the cards with sm_86
 
 
 def every_figure(rows: list[dict]) -> None:
-    """Asserts that each row is of sm_86 and has every figure."""
+    """Assert that each row is of sm_86 and has every figure."""
     for row in rows:
         assert row.keys() >= KEYS and row["target"] == "sm_86", row
         assert row["instructions_per_element"] > 0 and 0 < row["occupancy"] <= 1, row
@@ -316,10 +317,10 @@ def test_the_last_line_is_json_with_every_figure():
     for kernel in kernels:
         assert f"{kernel} on gfx942" in stdout
     cards = {bound["card"] for bound in document["roofline"]}
-    assert cards == {"RTX 3060", "RTX 3090"}  # those of sm_86
+    assert cards == {"RTX 3060", "RTX 3090"}  # the cards with sm_86
 
 
-def test_what_is_not_used_on_a_card_is_left_out_and_its_place_says_so(monkeypatch, capsys):
+def test_kernels_not_used_on_a_card_are_left_out_and_reported(monkeypatch, capsys):
     assert rows(["sm_75"], ["matmul_nf4"]) == []
     monkeypatch.setattr(nf4_matmul, "OLD", True)
     assert rows(["sm_80"], ["matmul_nf4_64_tokens"]) == []
@@ -332,7 +333,7 @@ def test_what_is_not_used_on_a_card_is_left_out_and_its_place_says_so(monkeypatc
         "title",
         estimates([{"kernel": kernel, "target": target} | row for kernel, target in counted]),
     )
-    # LAYER bytes at 320 and 2039 GB/s
+    # time of LAYER bytes at 320 and 2039 GB/s
     expected = [
         ["T4", "A100-80"],
         ["183.5 issue 0.04", "28.8 issue 0.10"],
@@ -342,8 +343,11 @@ def test_what_is_not_used_on_a_card_is_left_out_and_its_place_says_so(monkeypatc
     assert [[line[38:55].strip(), line[55:].strip()] for line in table] == expected
 
 
-def test_figures_of_a_loop_and_of_what_stands_around_it():
-    """100 instructions on the way, 60 of them the loop: 40 elements in 4 trips are 40 + 4 x 60 instructions."""
+def test_figures_of_a_loop_and_of_the_code_around_it():
+    """Count a path of 100 instructions of which 60 are the loop.
+
+    40 elements in 4 iterations take 40 + 4 x 60 instructions.
+    """
     path = Tally(100, {128: 3, 8: 2}, {16: 1, 32: 2}, 0, {"alu": 50})
     loop = Tally(60, {64: 1}, {}, 0, {"alu": 30})
     looped = figures(Counts(path, loop, 0, 32, 0), elements=40, trip=10)
@@ -359,8 +363,12 @@ def test_figures_of_a_loop_and_of_what_stands_around_it():
     assert straight["pipes"] == {"issue": 2.5, "alu": 1.25}
 
 
-def test_three_launches_move_the_bytes_of_three():
-    """2.7659 bytes a weight: 2 + 1/2 + 4/64 as ever, 1 + 4 + 4/256 for each scale's code, 4 + 4 to add the mean."""
+def test_three_launches_take_the_time_of_their_bytes():
+    """Count 2.7659 bytes per weight.
+
+    Dequantisation moves 2 + 1/2 + 4/64. The two other kernels move 1 + 4 + 4/256 for each scale's
+    code and 4 + 4 for each scale to add the mean.
+    """
     rows = [
         {
             "kernel": name,

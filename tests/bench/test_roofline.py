@@ -1,5 +1,8 @@
-"""Proves that roofline.py computes bytes / bandwidth and instructions / lanes: figures worked out by hand from the
-datasheets' numbers, how they scale, and which resource is said to bind."""
+"""Tests of roofline.py, which computes bytes / bandwidth and instructions / lanes.
+
+Oracle: figures computed by hand from the datasheets. Property: times scale with the work, and the
+slowest resource is reported as the bottleneck.
+"""
 
 import pytest
 from hypothesis import given
@@ -21,7 +24,7 @@ SQUARE, LAYER = 4096 * 4096, 4096 * 14336
 
 
 def test_bytes_of_a_weight():
-    blocks = 256  # of 64 weights: one group of the second level
+    blocks = 256  # blocks of 64 weights: one group of the second level
     assert WEIGHT == (blocks * 64 * 4 / 8 + blocks * 4) / (blocks * 64) == 0.5625
     assert WEIGHT_DOUBLE_QUANT == (blocks * 64 * 4 / 8 + blocks * 1 + 4) / (blocks * 64)
 
@@ -43,11 +46,11 @@ def test_bytes_of_a_weight():
 def test_time_of_the_bytes(card, elements, bytes, microseconds):
     times = bounds(CARDS[card], elements, bytes, {"issue": 0.1})
     assert binding(times) == "DRAM"
-    assert max(times.values()) == pytest.approx(microseconds, abs=0.05)  # given to a tenth
+    assert max(times.values()) == pytest.approx(microseconds, abs=0.05)  # rounded to a tenth
 
 
 @pytest.mark.parametrize(
-    ("card", "pipe", "instructions"),  # per element, that take as long as the bytes
+    ("card", "pipe", "instructions"),  # instructions per element that take as long as the bytes
     [
         ("T4", "issue", 64.0),
         ("RTX 3060", "alu", 22.3),
@@ -57,7 +60,7 @@ def test_time_of_the_bytes(card, elements, bytes, microseconds):
         ("H100 SXM", "alu", 11.6),
     ],
 )
-def test_instructions_that_the_bytes_pay_for(card, pipe, instructions):
+def test_instructions_that_take_as_long_as_the_bytes(card, pipe, instructions):
     times = bounds(CARDS[card], SQUARE, HALF + WEIGHT_DOUBLE_QUANT, {pipe: instructions})
     assert pressure(times) == (pipe, pytest.approx(1, abs=0.05 / instructions))
 
@@ -65,8 +68,8 @@ def test_instructions_that_the_bytes_pay_for(card, pipe, instructions):
 @pytest.mark.parametrize(
     ("card", "fma", "lsu"), [("T4", 64, 16), ("A100-80", 64, 32), ("H100 SXM", 128, 32)]
 )
-def test_a_clock_of_one_card(card, fma, lsu):
-    """As many elements as the card has lanes take one clock."""
+def test_one_element_per_lane_takes_one_clock(card, fma, lsu):
+    """Elements in the number of the card's lanes take one clock cycle."""
     c = CARDS[card]
     for pipe, lanes in {"issue": 128, "alu": 64, "fma": fma, "lsu": lsu, "xu": 16}.items():
         times = bounds(c, c.sms * lanes, 0, {pipe: 1})
@@ -95,7 +98,7 @@ def test_twice_the_work_takes_twice_the_time(card, elements, bytes, pipe):
         (1, 1.0, {"alu": -1.0}, "'alu': -1"),
     ],
 )
-def test_nonsense_is_refused(elements, bytes, pipes, message):
+def test_invalid_arguments_are_refused(elements, bytes, pipes, message):
     with pytest.raises(ValueError, match=message):
         bounds(CARDS["T4"], elements, bytes, pipes)
 
@@ -104,11 +107,8 @@ def test_nonsense_is_refused(elements, bytes, pipes, message):
 
 
 @pytest.mark.parametrize(
-    (
-        "card",
-        "teraflops",
-    ),  # bf16 (T4: fp16) with fp32 sums, dense, as NVIDIA's datasheets have them
-    [
+    ("card", "teraflops"),
+    [  # dense bf16 (T4: fp16) with fp32 accumulation, from NVIDIA's datasheets
         ("T4", 65),
         ("RTX 3090", 71),
         ("RTX 4090", 165.2),
@@ -117,14 +117,14 @@ def test_nonsense_is_refused(elements, bytes, pipes, message):
         ("H100 SXM", 989.4),
     ],
 )
-def test_a_product_takes_its_operations_at_the_datasheets_rate(card, teraflops):
+def test_a_product_takes_its_operations_at_the_rate_of_the_datasheet(card, teraflops):
     assert product_us(CARDS[card], 8192, D, D, 0) == pytest.approx(
         2 * 8192 * D * D / teraflops / 1e6, rel=0.005
     )
 
 
-def test_the_branch_moves_sixteen_bytes_a_value_and_addmm_no_more_than_a_kernel():
-    """x, dy, dy, x read; y and dx read and written, in 2 bytes each."""
+def test_lora_branch_moves_sixteen_bytes_a_value():
+    """The branch reads x, dy, dy and x, and reads and writes y and dx, in 2 bytes each."""
     for card in CARDS.values():
         found = branch(card, 8192)
         assert found["branch"] == pytest.approx(8 * HALF * 8192 * D / card.gb_per_s / 1e3)
@@ -133,9 +133,12 @@ def test_the_branch_moves_sixteen_bytes_a_value_and_addmm_no_more_than_a_kernel(
         assert found["saved: y += s z B alone"] == 0
 
 
-def test_few_tokens_by_way_of_a_dense_weight_move_it_twice():
-    """With kernels of which no instruction counts: 0.516 bytes a weight, and 4 on top where W is made. Sums of the 8
-    parts of 4096 rows are written and read in fp32; x and y are in 2 bytes."""
+def test_few_tokens_through_a_dense_weight_move_the_weight_twice():
+    """Count bytes for kernels whose instructions take no time.
+
+    A weight takes 0.516 bytes, and 4 more where the dense W is written and read. The sums of the 8
+    parts of 4096 rows are written and read in fp32. x and y take 2 bytes per value.
+    """
     idle = {"pipes": {}}
     for card in CARDS.values():
         found = few_tokens(card, 2, idle, idle)

@@ -1,6 +1,8 @@
-"""Proves that sass.py follows machine code as a thread would, reads the widths of its accesses, and adds up what fits
-on an SM: programs written by hand, every way through random ones, real kernels compiled for cards
-that are not there.
+"""Tests of sass.py, which counts the instructions of machine code and computes the occupancy.
+
+It follows the path of one thread, reads the widths of memory accesses and computes how many warps
+fit on an SM. Inputs: programs written by hand, random programs of which every path is listed, and
+kernels compiled for GPUs that this machine does not have.
 """
 
 import re
@@ -20,24 +22,24 @@ TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 
 def targets(*fast: str) -> list:
-    """TARGETS for parametrize; all but `fast` are slow."""
+    """Return TARGETS for parametrize. All except `fast` are marked slow."""
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in TARGETS]
 
 
 def listing(*lines: str) -> str:
-    """Lines as the disassembler prints them: 16 bytes an instruction, each followed by its encoding."""
+    """Return lines in the disassembler's format: 16 bytes per instruction, then its encoding."""
     encoding = "/* 0x00000a0000017a02 */"
     return "\n".join(
         f"        /*{16 * n:04x}*/    {line} ;    {encoding}" for n, line in enumerate(lines)
     )
 
 
-# ---- programs by hand
+# ---- programs written by hand
 
 LOOP = (
     "MOV R1, c[0x0][0x28]",  # 00
     "@P0 EXIT",  # 10: not taken
-    "LDG.E.128 R4, [R2.64]",  # 20: head of the loop
+    "LDG.E.128 R4, [R2.64]",  # 20: start of the loop
     "FFMA R8, R4, R5, R8",  # 30
     "@!P1 BRA 0x20",  # 40
     "STG.E.U8 [R2.64], R8",  # 50
@@ -54,20 +56,20 @@ BRANCH = (
     "LDG.E R4, [R2.64]",  # 40: the long side
     "LDG.E R5, [R2.64+0x4]",
     "IADD3 R4, R4, R5, RZ",
-    "BRA 0x20",  # 70: back, and yet no loop
+    "BRA 0x20",  # 70: a jump back that makes no loop
 )
 NESTED = (
     "S2R R0, SR_TID.X",  # 00
-    "LDS R4, [R0]",  # 10: head of the outer loop
-    "IADD3 R5, R5, R4, RZ",  # 20: head of the inner loop
+    "LDS R4, [R0]",  # 10: start of the outer loop
+    "IADD3 R5, R5, R4, RZ",  # 20: start of the inner loop
     "@P0 BRA 0x20",  # 30
-    "BRA.U !UP1, 0x10",  # 40: its condition is an operand
+    "BRA.U !UP1, 0x10",  # 40: the condition is an operand
     "EXIT",  # 50
 )
 ASIDE = (
-    "BRA.DIV ~URZ, 0x40",  # 00: where the threads of a warp disagree
-    "CALL.REL.NOINC 0x60",  # 10: a helper
-    "CALL.ABS.NOINC 0x0",  # 20: another, whose address the linker has yet to fill in
+    "BRA.DIV ~URZ, 0x40",  # 00: taken if the threads of a warp diverge
+    "CALL.REL.NOINC 0x60",  # 10: call of a subroutine
+    "CALL.ABS.NOINC 0x0",  # 20: another call, whose address the linker will fill in
     "EXIT",  # 30
     "BRA 0x10",  # 40
     "NOP",  # 50
@@ -75,8 +77,8 @@ ASIDE = (
     "RET.REL.NODEC R2 0x0",
 )
 LEFT_BY_CALL = (
-    "LDS R4, [R0]",  # 00: head of the loop
-    "@P0 CALL.REL.NOINC 0x30",  # 10: the way out, and no helper, since an EXIT follows
+    "LDS R4, [R0]",  # 00: start of the loop
+    "@P0 CALL.REL.NOINC 0x30",  # 10: leaves the loop; no subroutine, since it ends in EXIT
     "BRA 0x0",  # 20
     "STG.E [R2.64], R4",  # 30
     "EXIT",  # 40
@@ -93,16 +95,21 @@ LEFT_BY_CALL = (
         (NESTED, None, [0, 1, 2, 3, 4, 5], [1, 2, 3, 4]),
         (ASIDE, None, [0, 1, 2, 3], []),
         (LEFT_BY_CALL, None, [0, 1, 2, 3, 4], [0, 1, 2]),
-        (LEFT_BY_CALL, "LDS", [0, 1, 2, 3, 4], [0, 1, 2]),  # a whole trip, not the shortest
+        (
+            LEFT_BY_CALL,
+            "LDS",
+            [0, 1, 2, 3, 4],
+            [0, 1, 2],
+        ),  # a full iteration, not the shortest path
         ((), None, [], []),
     ],
 )
-def test_the_way_through_is_that_of_a_thread_with_full_work(program, through, path, loop):
+def test_trace_follows_a_thread_that_does_all_of_the_work(program, through, path, loop):
     for found, expected in zip(trace(parse(listing(*program)), through), (path, loop), strict=True):
         assert [i.address // 16 for i in found] == expected
 
 
-def test_a_line_comes_apart():
+def test_parse_splits_a_line_into_its_parts():
     (i,) = parse(listing("@!UP1 LDG.E.U8.CONSTANT R4, [R2.64+-0x1]"))
     assert (i.predicate, i.opcode, i.kind) == ("@!UP1", "LDG.E.U8.CONSTANT", "LDG")
     assert i.operands.strip() == "R4, [R2.64+-0x1]"
@@ -116,7 +123,7 @@ def test_a_line_comes_apart():
         ("STG.E.U16", 16),
         ("LDG.E.64", 64),
         ("LDG.E.LTC128B.128", 128),
-        ("LDG.E.LTC128B", 32),  # what L2 fetches ahead, no width
+        ("LDG.E.LTC128B", 32),  # LTC128B is the L2 prefetch size, not the width
         ("STG.E.ENL2.256", 256),
         ("LDSM.16.M88.4", 128),
     ],
@@ -125,19 +132,22 @@ def test_the_width_of_an_access(opcode, expected):
     assert bits(opcode) == expected
 
 
-def test_what_instructions_amount_to():
+def test_tally_counts_accesses_and_pipes():
     memory = "LDG.E.128 LDGSTS.E.128 STG.E.U8 LDS.64 SHFL.IDX LDL"
     other = "FFMA IMAD.MOV.U32 HFMA2 MUFU.RCP I2F IADD3 LOP3.LUT LDC ULDC S2R BAR.SYNC EXIT"
     found = tally(parse(listing(*memory.split(), *other.split())))
     assert (found.instructions, found.shared) == (18, 1)
     assert (found.loads, found.stores) == ({128: 2}, {8: 1})
-    # lsu, in passes of 32 bits: 4 + 4 + 1 + 2, and one each for the shuffle and local memory
+    # lsu in passes of 32 bits: 4 + 4 + 1 + 2, and one each for the shuffle and for local memory
     assert found.pipes == {"lsu": 13, "fma": 3, "xu": 2, "alu": 2}
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 4), st.booleans()), min_size=1, max_size=9))
-def test_no_way_through_a_program_is_longer(steps):
-    """Against every way through it, listed. A step: may it jump, how far, is it a wide load where it may not."""
+def test_trace_finds_the_longest_path(steps):
+    """Compare with the list of all paths.
+
+    A step is (may jump, distance of the jump, is a wide load if it may not jump).
+    """
     lines = [
         f"@P0 BRA {16 * (n + far):#x}" if jump else f"LDG.E{'.128' * wide}"
         for n, (jump, far, wide) in enumerate(steps)
@@ -184,19 +194,19 @@ def _row_sums(source, target, columns, BLOCK: tl.constexpr):
 def _twice_the_sum(source, target, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     values = tl.load(source + at)
-    tl.store(target + at, values + tl.sum(values))  # every value lives until all are known
+    tl.store(target + at, values + tl.sum(values))  # every value stays in a register until here
 
 
 @cache
 def copy_kernel(target: str, dtype: torch.dtype, block: int) -> bytes:
-    """Machine code of a copy by 4 warps, of which each thread copies block / 128 values."""
+    """Return the machine code of a copy by 4 warps. Each thread copies block / 128 values."""
     x = torch.zeros(block, dtype=dtype)
     with imaginary_gpu(target) as launches:
         _copy[(1,)](x, x, BLOCK=block)
     return launches[0].binary
 
 
-# a copy's dtype, its block, and the accesses it takes: bits x how many
+# dtype of a copy, block size, and its memory accesses: width in bits -> number
 COPIES = [
     (torch.float32, 512, {128: 1}),
     (torch.float32, 1024, {128: 2}),
@@ -207,7 +217,7 @@ COPIES = [
 
 @pytest.mark.parametrize("target", targets("sm_86"))
 @pytest.mark.parametrize(("dtype", "block", "accesses"), COPIES)
-def test_a_copy_moves_as_wide_as_its_threads_have_values(target, dtype, block, accesses):
+def test_copy_accesses_are_as_wide_as_the_values_of_a_thread(target, dtype, block, accesses):
     counts = count(copy_kernel(target, dtype, block))
     assert counts.path.loads == counts.path.stores == accesses
     assert (counts.loop.instructions, counts.spills, counts.shared_bytes, counts.path.shared) == (
@@ -228,20 +238,17 @@ def test_a_real_loop_is_found(target):
         set(counts.loop.loads) == {128} and 0 < counts.loop.instructions < counts.path.instructions
     )
     assert counts.path.stores == {32: 1}
-    assert (
-        counts.path.shared > counts.loop.shared == 0
-    )  # the sum over the warps comes after the loop
-    assert (
-        counts.shared_bytes == 0
-    )  # Triton's shared memory is dynamic; sm_90's reserved KiB is not the kernel's
+    # The sum over the warps comes after the loop.
+    assert counts.path.shared > counts.loop.shared == 0
+    # Triton's shared memory is dynamic, and the KiB that sm_90 reserves is not counted.
+    assert counts.shared_bytes == 0
 
 
 def test_spills_are_counted():
     x = torch.zeros(4096)
     with imaginary_gpu("sm_86") as launches:
-        _twice_the_sum[(1,)](
-            x, x, BLOCK=4096, num_warps=1, maxnreg=64
-        )  # 128 values a thread in 64 registers
+        # 128 values per thread in 64 registers
+        _twice_the_sum[(1,)](x, x, BLOCK=4096, num_warps=1, maxnreg=64)
     counts = count(launches[0].binary)
     assert counts.spills > 0 and counts.registers <= 64
 
@@ -252,32 +259,27 @@ def test_spills_are_counted():
 @pytest.mark.parametrize(
     ("target", "registers", "shared", "threads", "warps"),
     [
-        ("sm_86", 32, 0, 128, 48),  # all that fits
+        ("sm_86", 32, 0, 128, 48),  # full occupancy
         ("sm_80", 56, 0, 64, 36),  # registers: 65536 / (56 x 32) = 36.6 warps
-        ("sm_90", 48, 0, 64, 40),  # 42.7 warps, given in fours
+        ("sm_90", 48, 0, 64, 40),  # 42.7 warps, allocated in groups of four
         ("sm_86", 41, 0, 32, 16),  # 16 blocks of one warp
         ("sm_86", 33, 0, 256, 48),  # 33 -> 40 registers, 51 -> 48 warps
-        (
-            "sm_89",
-            32,
-            20000,
-            128,
-            16,
-        ),  # shared: 100 KiB / (20000 + 1024 -> 21120) = 4.8 blocks of 4 warps
+        # shared: 100 KiB / (20000 + 1024 -> 21120) = 4.8 blocks of 4 warps
+        ("sm_89", 32, 20000, 128, 16),
         ("sm_75", 32, 16300, 128, 16),  # 64 KiB / (16300 -> 16384) = 4 blocks of 4 warps
         ("sm_75", 64, 256, 64, 32),
-        ("sm_120", 255, 0, 1024, 0),  # 8 warps by registers, and a block has 32
+        ("sm_120", 255, 0, 1024, 0),  # the registers allow 8 warps, and a block has 32
         ("sm_75", 32, 70000, 32, 0),
     ],
 )
-def test_what_fits_on_an_sm(target, registers, shared, threads, warps):
+def test_occupancy_of_an_sm(target, registers, shared, threads, warps):
     most = {"sm_75": 32, "sm_80": 64, "sm_86": 48, "sm_89": 48, "sm_90": 64, "sm_120": 48}[target]
     assert occupancy(target, registers, shared, threads) == warps / most
 
 
 @pytest.mark.parametrize("target", targets("sm_75", "sm_90"))
 @given(st.integers(1, 255), st.integers(0, 99 << 10), st.integers(1, 1024))
-def test_asking_for_more_never_fits_more(target, registers, shared, threads):
+def test_occupancy_never_rises_with_larger_demands(target, registers, shared, threads):
     here = occupancy(target, registers, shared, threads)
     assert 0 <= here <= 1
     assert occupancy(target, registers + 8, shared, threads) <= here
@@ -287,7 +289,7 @@ def test_asking_for_more_never_fits_more(target, registers, shared, threads):
 # ---- errors
 
 
-def test_what_is_no_machine_code_is_refused(tmp_path):
+def test_input_that_is_not_machine_code_is_refused(tmp_path):
     amd = b"\x7fELF" + bytes(14) + (224).to_bytes(2, "little")
     for binary in (b"", b"#!/bin/sh", amd):
         with pytest.raises(ValueError, match="need a cubin"):
@@ -319,6 +321,6 @@ def test_a_computed_jump_is_refused():
         (("sm_86", 32, 0, 0), "1 to"),
     ],
 )
-def test_what_no_sm_knows_is_refused(arguments, message):
+def test_values_outside_the_limits_of_an_sm_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         occupancy(*arguments)
