@@ -1,6 +1,8 @@
-"""Proves that the command line is the functions: train, evaluate, generate and merge on a folder give what the same
-calls give, every field is an option with its help, and a mistake is one line and a status, not a
-traceback."""
+"""Tests of the command line: train, evaluate, generate and merge.
+
+A command gives the same results as the function calls, every config field is an option with its
+help text, and a mistake gives a one-line message and an exit status, not a traceback.
+"""
 
 import copy
 import json
@@ -31,7 +33,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, its tokenizer and rows."""
+    """Folder with a model, its tokenizer and a dataset."""
     return furnish(tmp_path_factory.mktemp("place"), rows=ROWS)
 
 
@@ -115,15 +117,14 @@ def test_the_commands_do_what_the_functions_do(place, capsys):
     ml.load_adapter(dense, adapter)
     tokens = torch.tensor([chat.encode("1 plus 1")])
     merged = ml.load_model(place / "merged", dtype="float32")
-    torch.testing.assert_close(
-        merged(tokens), dense(tokens), rtol=1e-4, atol=1e-4
-    )  # fp32, other order of sums
+    # The sums in fp32 have another order.
+    torch.testing.assert_close(merged(tokens), dense(tokens), rtol=1e-4, atol=1e-4)
     assert ml.load_tokenizer(place / "merged").encode("1 plus 1") == chat.encode("1 plus 1")
 
 
 @pytest.fixture(scope="module")
 def adapter(place):
-    """A small adapter for the model in 4 bits: ‖ΔW‖ is about 1 % of ‖W‖."""
+    """Folder of a small adapter for the model in 4 bits: ‖ΔW‖ is about 1 % of ‖W‖."""
     model = ml.load_model(place / "model", quantize="nf4", dtype="float32")
     ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
     for layer in model.modules():
@@ -134,7 +135,7 @@ def adapter(place):
 
 
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "original"])
-def test_merge_writes_the_target_and_says_what_it_costs(place, adapter, capsys, target):
+def test_merge_writes_the_target_and_reports_its_error(place, adapter, capsys, target):
     source, rows, folder = str(place / "model"), str(place / "rows.jsonl"), place / target
     run = [
         "merge",
@@ -224,8 +225,8 @@ def test_merge_writes_4_bits_when_forced(place, adapter, capsys):
     assert all(torch.equal(value, written[key]) for key, value in expected.items())
 
 
-def test_merge_notices_what_the_folder_does_not_hold(place, adapter, capsys, monkeypatch):
-    """And warns of a loss that rises: here of a merge whose every target is damaged."""
+def test_merge_reports_a_damaged_folder_and_a_higher_loss(place, adapter, capsys, monkeypatch):
+    """Merge compares the written folder with the model, and warns if the merge raises the loss."""
     save = ml.save_model
 
     def damaged(model, folder, **options):
@@ -253,8 +254,8 @@ def zero_norms(module):
         module.weight.data.mul_(-30)
 
 
-def test_another_template_is_refused_unless_forced(place, tmp_path, capsys):
-    """By generate, evaluate and merge alike; `train` wrote down what it used."""
+def test_another_chat_template_is_refused_unless_forced(place, tmp_path, capsys):
+    """generate, evaluate and merge compare the chat template with the one that `train` recorded."""
     source, rows, adapter = tmp_path / "model", str(place / "rows.jsonl"), str(tmp_path / "adapter")
     shutil.copytree(place / "model", source)
     run = [
@@ -310,7 +311,7 @@ def test_another_template_is_refused_unless_forced(place, tmp_path, capsys):
         ('{"q_proj": 4}', dict[str, int], {"q_proj": 4}),
     ],
 )
-def test_values_are_read_by_their_fields_type(text, hint, value):
+def test_option_values_are_parsed_by_the_type_of_their_field(text, hint, value):
     read = parse_value(text, hint)
     assert read == value and type(read) is type(value)
 
@@ -351,7 +352,7 @@ def test_every_field_is_an_option_with_its_help(capsys):
         (["train", "./nowhere", __file__], "expected a path to .jsonl, .json, .csv or .parquet"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys):
+def test_a_mistake_gives_a_one_line_message(arguments, message, capsys):
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert said.startswith("minilora: ") and message in said and "Traceback" not in said
@@ -370,7 +371,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
         (["fly"], "fly"),
     ],
 )
-def test_bad_options_say_so(arguments, message, capsys):
+def test_a_bad_option_exits_with_status_2_and_a_message(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     said = capsys.readouterr().err

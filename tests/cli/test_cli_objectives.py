@@ -1,6 +1,8 @@
-"""Proves that `minilora train --objective` and `--method full` are the functions: what they save is what the same calls
-give, every field of an objective is an option with its help, and an option that would do nothing is
-refused."""
+"""Tests of `minilora train --objective` and `--method full`.
+
+They save the same weights as the function calls, every field of an objective is an option with its
+help text, and an option without an effect is refused.
+"""
 
 import re
 from dataclasses import fields
@@ -28,14 +30,14 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, its tokenizer and rows."""
+    """Folder with a model, its tokenizer and two datasets."""
     return furnish(tmp_path_factory.mktemp("place"), pairs=PAIRS, texts=TEXTS)
 
 
 # ---- oracle
 
 
-def test_dpo(place, capsys):
+def test_dpo_saves_the_adapter_of_the_function_calls(place, capsys):
     run = [
         "train",
         str(place / "model"),
@@ -120,9 +122,8 @@ def test_distill_loads_the_teacher_and_full_saves_the_model(place):
     assert ml.load_tokenizer(place / "full").encode("1 plus 1")
     base = ml.load_model(place / "model", dtype="float32")
     tokens = torch.arange(9)[None]
-    torch.testing.assert_close(
-        model(tokens), base(tokens), rtol=1e-2, atol=1e-2
-    )  # at such a rate it moves little
+    # At this learning rate the weights change little.
+    torch.testing.assert_close(model(tokens), base(tokens), rtol=1e-2, atol=1e-2)
     assert not torch.equal(model(tokens), base(tokens))
 
 
@@ -156,7 +157,7 @@ def test_every_field_of_an_objective_is_an_option_with_its_help(capsys):
         (["--method", "full", "--r", "4"], "--r has no effect with --objective sft --method full"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_loaded(options, message, capsys):
+def test_a_mistake_gives_a_one_line_message_before_anything_is_loaded(options, message, capsys):
     assert main(["train", "nowhere", "rows.jsonl", *options]) == 1
     said = capsys.readouterr().err
     assert said.startswith("minilora: ") and message in said and "Traceback" not in said

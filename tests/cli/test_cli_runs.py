@@ -1,4 +1,7 @@
-"""Runs from a file, drawn, searched and self-tested on the command line are what the options and functions give."""
+"""Tests of runs from a TOML file and of the commands plot, sweep and check-training.
+
+They give the same results as the options and the function calls.
+"""
 
 import re
 
@@ -29,7 +32,7 @@ learning_rate = 1e-3
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, its tokenizer, rows and a TOML file of a run."""
+    """Folder with a model, its tokenizer, a dataset and the TOML file of a run."""
     folder = furnish(tmp_path_factory.mktemp("place"), rows=ROWS)
     (folder / "run.toml").write_text(TOML.format(place=folder))
     return folder
@@ -38,7 +41,7 @@ def place(tmp_path_factory):
 # ---- oracle
 
 
-def test_a_run_from_a_file_is_the_run_of_its_options(place):
+def test_a_run_from_a_file_equals_the_run_of_its_options(place):
     given = [
         "train",
         f"{place}/model",
@@ -58,7 +61,7 @@ def test_a_run_from_a_file_is_the_run_of_its_options(place):
     ]
     given += ["--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-4"]
     assert main([*given, "--adapter", f"{place}/a", "--output_dir", f"{place}/out-a"]) == 0
-    file = ["train", f"{place}/run.toml", "--learning_rate", "1e-4"]  # the command line wins
+    file = ["train", f"{place}/run.toml", "--learning_rate", "1e-4"]  # overrides the file
     assert main([*file, "--adapter", f"{place}/b", "--output_dir", f"{place}/out-b"]) == 0
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (place / "a" / name).read_bytes() == (place / "b" / name).read_bytes()
@@ -89,7 +92,7 @@ def test_a_run_from_a_file_is_the_run_of_its_options(place):
     assert (place / "runs.svg").read_text().startswith("<?xml")
 
 
-def test_selftest(place, capsys):
+def test_check_training_reports_every_check_as_ok(place, capsys):
     assert (
         main(
             [
@@ -110,7 +113,7 @@ def test_selftest(place, capsys):
 
 
 @pytest.mark.slow  # three processes that import torch
-def test_a_search_is_resumed_and_its_best_is_the_log_s(place, capsys):
+def test_a_sweep_is_resumed_and_its_best_trial_is_that_of_the_logs(place, capsys):
     given = [
         "sweep",
         f"{place}/run.toml",
@@ -139,7 +142,7 @@ def test_a_search_is_resumed_and_its_best_is_the_log_s(place, capsys):
         not (place / "sweep" / "trial-2").exists()
         and (place / "sweep" / "trial-1" / "adapter").is_dir()
     )
-    assert main([*given[:-2], "--trials", "3", "--search", "r=2,8"]) == 1  # r twice
+    assert main([*given[:-2], "--trials", "3", "--search", "r=2,8"]) == 1  # r is given twice
     with pytest.raises(ValueError, match="holds a search over"):
         sweep([f"{place}/run.toml"], {"r": "2,8"}, place / "sweep")
 
@@ -155,7 +158,7 @@ def test_a_search_is_resumed_and_its_best_is_the_log_s(place, capsys):
         (TOML + "lerning_rate = 1\n", "'lerning_rate' matches nothing. Nearest: 'learning_rate'"),
     ],
 )
-def test_bad_files(place, tmp_path, capsys, text, message):
+def test_a_bad_toml_file_gives_a_message(place, tmp_path, capsys, text, message):
     (tmp_path / "run.toml").write_text(text.format(place=place))
     assert main(["train", f"{tmp_path}/run.toml"]) == 1
     assert message in capsys.readouterr().err
@@ -172,12 +175,12 @@ def test_bad_files(place, tmp_path, capsys, text, message):
         ("r=a:b", "are not both numbers"),
     ],
 )
-def test_bad_searches(place, tmp_path, capsys, search, message):
+def test_a_bad_search_gives_a_message(place, tmp_path, capsys, search, message):
     assert main(["sweep", f"{place}/run.toml", "--search", search, "--folder", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_a_search_without_a_result_says_where_to_look(place, tmp_path, capsys):
+def test_a_sweep_without_a_result_reports_the_errors_of_its_trials(place, tmp_path, capsys):
     given = [
         "sweep",
         f"{place}/run.toml",
@@ -193,6 +196,6 @@ def test_a_search_without_a_result_says_where_to_look(place, tmp_path, capsys):
     assert "q_prj" in captured.out and "none of 1 trials gave 'eval_loss'" in captured.err
 
 
-def test_an_unknown_option_is_refused(place):
+def test_an_unknown_option_after_a_file_is_refused(place):
     with pytest.raises(SystemExit):
         main(["train", f"{place}/run.toml", "--lerning_rate", "1"])
