@@ -1,5 +1,8 @@
-"""Proves that what the C compiler made is taken again by the next process, and only where it is what it was and nobody
-else could have written it."""
+"""Tests of the cache of compiled C libraries.
+
+The next process loads a compiled library from the cache, but only if sources, flags and processor
+are the same and no other user could have written the file.
+"""
 
 import platform
 import shutil
@@ -11,13 +14,13 @@ from helpers.tiny import python
 from minilora_kernels.c.compiler import Library
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="no C compiler (cc): there is nothing to keep"
+    shutil.which("cc") is None, reason="no C compiler (cc): there is no library to cache"
 )
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A C file, and a cache folder of its own."""
+    """Path of a C file. The cache is an empty folder next to it."""
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "answer.c").write_text("int answer(void) { return 42; }\n")
     return tmp_path / "answer.c"
@@ -35,7 +38,7 @@ def kept(source):
 
 @pytest.fixture
 def compiled(monkeypatch) -> list[str]:
-    """The commands that ran."""
+    """List of the compiler commands that ran."""
     ran, popen = [], subprocess.Popen
 
     def noted(command, *args, **kwargs):
@@ -46,12 +49,12 @@ def compiled(monkeypatch) -> list[str]:
     return ran
 
 
-def test_the_next_library_needs_no_compiler(source, compiled):
+def test_a_second_library_loads_the_cached_file(source, compiled):
     assert answer(source) == answer(source) == 42
-    assert len(compiled) == 1 and len(kept(source)) == 1  # and no half-written file beside it
+    assert len(compiled) == 1 and len(kept(source)) == 1  # no temporary file is left
 
 
-def test_another_source_flag_or_processor_is_compiled(source, compiled, monkeypatch):
+def test_a_change_of_source_flag_or_processor_compiles_again(source, compiled, monkeypatch):
     answer(source)
     source.write_text("int answer(void) { return 43; }\n")
     assert answer(source) == 43
@@ -61,11 +64,9 @@ def test_another_source_flag_or_processor_is_compiled(source, compiled, monkeypa
     assert len(compiled) == len(kept(source)) == 4
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="the names are those of x86"
-)
-def test_the_processor_to_compile_for_can_be_named(source, compiled, monkeypatch):
-    """`MINILORA_MARCH`: another file, and the compiler is told; what the shell would take as its own it does not."""
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86 processors")
+def test_minilora_march_selects_the_processor(source, compiled, monkeypatch):
+    """MINILORA_MARCH sets -march and has its own cached file. A shell command in it is refused."""
     monkeypatch.delenv("MINILORA_MARCH", raising=False)
     answer(source)
     monkeypatch.setenv("MINILORA_MARCH", "x86-64")
@@ -76,8 +77,8 @@ def test_the_processor_to_compile_for_can_be_named(source, compiled, monkeypatch
     assert Library("answer", [source]).loaded(wait=True) is None
 
 
-def test_a_second_source_and_a_header_count(source, compiled):
-    """They are compiled into the one library, and a change of either is compiled again."""
+def test_a_change_of_any_source_or_header_compiles_again(source, compiled):
+    """All sources are compiled into one library."""
     second, header = source.with_name("second.c"), source.with_name("number.h")
     second.write_text('#include "number.h"\nint second(void) { return NUMBER; }\n')
     for number in (1, 1, 2):
@@ -89,7 +90,7 @@ def test_a_second_source_and_a_header_count(source, compiled):
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_others_could_have_written_is_compiled_again(source, compiled, mode, what):
+def test_a_file_that_others_could_write_is_compiled_again(source, compiled, mode, what):
     answer(source)
     (file,) = kept(source)
     (file if what == "file" else file.parent).chmod(mode | 0o100)
@@ -97,7 +98,7 @@ def test_what_others_could_have_written_is_compiled_again(source, compiled, mode
     assert len(compiled) == 2
 
 
-def test_a_link_is_not_followed(source, compiled):
+def test_a_symbolic_link_in_the_cache_is_not_followed(source, compiled):
     answer(source)
     (file,) = kept(source)
     file.rename(source.parent / "elsewhere.so")
@@ -106,7 +107,7 @@ def test_a_link_is_not_followed(source, compiled):
     assert len(compiled) == 2 and not file.is_symlink()
 
 
-def test_a_damaged_file_is_made_again(source, compiled):
+def test_a_damaged_file_is_compiled_again(source, compiled):
     answer(source)
     (file,) = kept(source)
     file.write_bytes(b"no library")
@@ -115,19 +116,19 @@ def test_a_damaged_file_is_made_again(source, compiled):
     assert answer(source) == 42 and len(compiled) == 2
 
 
-def test_a_folder_that_cannot_be_written_to_keeps_nothing(source):
+def test_a_cache_that_cannot_be_written_is_not_used(source):
     (source.parent / "cache").write_text("a file, no folder")
     assert answer(source) == 42
 
 
-def test_a_user_without_a_home_keeps_nothing(source, monkeypatch):
+def test_without_a_home_folder_the_library_works_uncached(source, monkeypatch):
     monkeypatch.delenv("MINILORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert answer(source) == 42
 
 
-def test_a_second_process_takes_the_steps_of_the_first(tmp_path):
+def test_a_second_process_loads_the_compiled_steps_of_the_first(tmp_path):
     code = """
 import torch
 from minilora_kernels.c import bindings

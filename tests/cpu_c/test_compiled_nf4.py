@@ -1,5 +1,8 @@
-"""Proves that what is compiled gives the reference's bits when it dequantises, sums in fp32 when it multiplies, and
-that nothing depends on a compiler."""
+"""Tests of the compiled NF4 code for CPUs.
+
+Dequantisation has the bits of the reference implementation. Products from the codes are summed in
+fp32. Without a compiler everything works in torch.
+"""
 
 import ctypes
 import shutil
@@ -36,7 +39,10 @@ def expected(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 def weights(blocksize: int = 64, double_quant: bool = True, rows: int = 70) -> NF4Weight:
-    """Values of every size, ties of the rounding to bf16 among their products, a block of zeros."""
+    """Return weights from 1e-30 to 1e30 with a block of zeros.
+
+    Some products are ties of the rounding to bf16.
+    """
     generator = torch.Generator().manual_seed(rows + blocksize)
     x = torch.randn(rows, 4096, generator=generator) * torch.logspace(-30, 30, rows)[:, None]
     x[3] = 0
@@ -47,7 +53,7 @@ def weights(blocksize: int = 64, double_quant: bool = True, rows: int = 70) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_the_references_bits(dtype, blocksize, double_quant):
+def test_dequantize_has_the_bits_of_the_reference(dtype, blocksize, double_quant):
     assert nf4.ready()
     weight = weights(blocksize, double_quant)
     out = torch.full(weight.shape, torch.nan, dtype=dtype)
@@ -57,15 +63,15 @@ def test_the_references_bits(dtype, blocksize, double_quant):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The plain loops, which other processors get."""
+    """Library with the portable loops, which processors without wide registers use."""
     library = tmp_path_factory.mktemp("plain") / "nf4.so"
-    options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC"]  # without -march: no wide registers
+    options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC"]  # no -march: no wide registers
     subprocess.run(["cc", *options, "-o", library, *nf4.LIBRARY.sources], check=True)
     return ctypes.CDLL(str(library))
 
 
 @compiler
-def test_the_references_bits_without_wide_registers(plain):
+def test_dequantize_without_wide_registers_has_the_bits_of_the_reference(plain):
     weight = weights()
     out = torch.empty(weight.shape, dtype=torch.bfloat16)
     nf4.call(plain, *weight.parts()[:4], 64, out)
@@ -73,20 +79,20 @@ def test_the_references_bits_without_wide_registers(plain):
 
 
 @compiler
-def test_the_public_function_runs_it(monkeypatch):
+def test_dequantize_nf4_runs_the_compiled_code(monkeypatch):
     assert nf4.ready()
     weight, seen, call = weights(), [], nf4.call
     monkeypatch.setattr(nf4, "call", lambda *a: seen.append(a[1].shape) or call(*a))
     assert torch.equal(dequantize_nf4(weight, torch.bfloat16), expected(weight, torch.bfloat16))
     assert seen == [weight.packed.shape]
-    monkeypatch.setenv("MINILORA_NF4", "cpu")  # which insists on torch
+    monkeypatch.setenv("MINILORA_NF4", "cpu")  # forces torch
     assert torch.equal(dequantize_nf4(weight, torch.bfloat16), expected(weight, torch.bfloat16))
     assert len(seen) == 1
 
 
 @compiler
 @pytest.mark.parametrize("rows,dtype", [(65, torch.float64), (65, torch.float16)])
-def test_what_it_leaves_to_torch(rows, dtype):
+def test_other_dtypes_are_left_to_torch(rows, dtype):
     assert nf4.ready()
     weight = weights(rows=rows)
     out = torch.zeros(weight.shape, dtype=dtype)
@@ -95,7 +101,7 @@ def test_what_it_leaves_to_torch(rows, dtype):
 
 
 @compiler
-def test_a_last_block_that_is_not_whole_is_torchs():
+def test_an_incomplete_last_block_is_left_to_torch():
     weight = quantize_nf4(torch.randn(7, 9))
     assert not nf4.dequantize(*weight.parts()[:4], 64, torch.zeros(7, 9))
     assert torch.equal(dequantize_nf4(weight, torch.float32), expected(weight, torch.float32))
@@ -105,9 +111,12 @@ def test_a_last_block_that_is_not_whole_is_torchs():
 
 
 def assert_near(y, x, weight, bias):
-    """Against fp64. With n products and a bias summed in fp32 in any order, and scale and level rounded to a weight in
-    the oracle, fp32 is off by (n + 2) 2^-24 of the sum of magnitudes; bf16 rounds that once, by
-    2^-8 of it."""
+    """Compare y with a product in fp64.
+
+    n products and a bias are summed in fp32 in any order, and the oracle rounds scale times level
+    to a weight. So the error in fp32 is at most (n + 2) 2^-24 of the sum of magnitudes. bf16 adds
+    one rounding of at most 2^-8 of the result.
+    """
     W, b = dequantize_nf4(weight, torch.float64), None if bias is None else bias.double()
     exact = F.linear(x.double(), W, b)
     sizes = F.linear(x.double().abs(), W.abs(), None if b is None else b.abs())
@@ -136,7 +145,7 @@ def assert_near(y, x, weight, bias):
 def test_a_product_is_summed_in_fp32(
     plain, wide, out, blocks, blocksize, count, double_quant, with_bias, dtype
 ):
-    """All shapes that are multiplied from the codes, by both forms of the loop."""
+    """Test all shapes that are multiplied from the codes, with both forms of the loop."""
     assert nf4.ready()
     generator = torch.Generator().manual_seed(out * 100 + blocks)
     W, x = (torch.randn(n, blocks * blocksize, generator=generator) for n in (out, count))
@@ -151,7 +160,7 @@ def test_a_product_is_summed_in_fp32(
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of the weights that are multiplied from their codes, as it happens."""
+    """List of the shapes of all weights that are multiplied from their codes."""
     seen, multiplier = [], nf4.multiplier
     monkeypatch.setattr(
         nf4, "multiplier", lambda *a, **k: seen.append(tuple(k["shape"])) or multiplier(*a, **k)
@@ -163,27 +172,24 @@ def products(monkeypatch):
 @compiler
 @pytest.mark.parametrize("dtype", nf4.DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_takes_few_rows_so(dtype, bias, products):
+def test_a_layer_multiplies_few_rows_from_the_codes(dtype, bias, products):
     layer = NF4Linear.from_linear(nn.Linear(192, 40, bias=bias)).to(dtype)
     x = torch.randn(FEW, 2, 192, dtype=dtype).transpose(0, 1)  # not contiguous
     with torch.no_grad():
         for few in (x[0], x[1, :1], x[:, 3], x[:1, :5]):
             assert_near(layer(few), few, layer.weight, layer.bias)
         assert products == [(40, 192)] * 4
-        assert layer(x).shape == (2, FEW, 40) and layer(x[:, :0]).shape == (
-            2,
-            0,
-            40,
-        )  # too many, none
+        # too many rows, and none
+        assert layer(x).shape == (2, FEW, 40) and layer(x[:, :0]).shape == (2, 0, 40)
         layer(x[0].double()), layer(x[0].half())
-    layer(x[0])  # gradients are on: backward will want W
+    layer(x[0])  # gradients are enabled: backward needs the dense W
     assert len(products) == 4
 
 
 @compiler
-def test_what_switches_it_off(products, monkeypatch):
+def test_reference_ops_and_other_paths_use_the_dense_weight(products, monkeypatch):
     layer, x = NF4Linear.from_linear(nn.Linear(128, 32)), torch.randn(1, 128)
-    odd = NF4Linear.from_linear(nn.Linear(96, 32))  # a block of 64 lies in two rows
+    odd = NF4Linear.from_linear(nn.Linear(96, 32))  # a block of 64 values spans two rows
     with torch.no_grad():
         assert_near(odd(x[:, :96]), x[:, :96], odd.weight, odd.bias)
         with ml.reference_ops():
@@ -201,8 +207,11 @@ def test_what_switches_it_off(products, monkeypatch):
 
 @compiler
 @pytest.mark.parametrize("dtype", nf4.DTYPES)
-def test_generating_gives_the_layers_own_bits(dtype, products):
-    """With what it looks up looked up once, also below an adapter and with a bias; a wrong width raises as ever."""
+def test_matrix_vector_has_the_bits_of_the_layer(dtype, products):
+    """matrix_vector looks up each layer's parts once, also under an adapter and with a bias.
+
+    A wrong width of x raises the usual error.
+    """
     model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 32, bias=False)).to(dtype)
     ml.quantize_model(model)
     ml.inject(model, ml.LoRAConfig(target_modules=["1"]))
@@ -220,12 +229,12 @@ def test_generating_gives_the_layers_own_bits(dtype, products):
         assert "forward" not in vars(model[0])
 
 
-# ---- nothing depends on a compiler
+# ---- without a compiler
 
 
 @pytest.mark.parametrize("cc", ["nowhere", "false"], ids=["no compiler", "a compiler that fails"])
-def test_without_a_compiler(cc):
-    """The torch path goes on, and says nothing."""
+def test_without_a_compiler_torch_is_used(cc):
+    """The torch path runs without a message."""
     code = """
 import torch
 from minilora_kernels import dequantize_nf4, multiplier, quantize_nf4

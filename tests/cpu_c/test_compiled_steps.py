@@ -1,7 +1,8 @@
-"""Proves that the compiled steps are what they say to the last bits, at every size, and leave alone what is not theirs.
+"""Tests of the compiled elementwise operations ("steps") for CPUs.
 
-Oracles in fp64; test_ops.py and test_cross_entropy.py hold the ops that call them against their
-plain forms.
+They are exact to a few roundings at every size and return None for inputs that they do not support.
+The oracles compute in fp64. tests/ops compares the functions that call these steps with their
+reference implementations.
 """
 
 import shutil
@@ -20,7 +21,7 @@ from minilora_kernels.ops import attention as att
 from minilora_kernels.ops.rms_norm import plain_rms_norm
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None, reason="no C compiler (cc): the steps are torch's"
+    shutil.which("cc") is None, reason="no C compiler (cc): torch runs these operations"
 )
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-8}
@@ -32,15 +33,18 @@ def values(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -
 
 
 def close(found: Tensor, exact: Tensor, ulps: float, of: Tensor | None = None) -> bool:
-    """Within `ulps` roundings of the exact value, or of `of`."""
+    """Return True if the error is at most `ulps` roundings of the exact value, or of `of`."""
     bound = ulps * EPS[found.dtype] * (exact if of is None else of).abs() + 1e-36
     return bool(((found.double() - exact).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gelu", [False, True])
-def test_a_gate_over_the_whole_range(dtype, gelu):
-    """Every sixteenth bf16 number there is: also huge ones, where e^x is 0 or infinite, and zeros of both signs."""
+def test_gated_over_the_whole_range_of_values(dtype, gelu):
+    """Test every sixteenth bf16 number.
+
+    Among them are huge ones, where e^x is 0 or infinite, and zeros of both signs.
+    """
     bits = torch.arange(0, 1 << 16, 16, dtype=torch.int32).to(torch.int16)
     gate = bits.view(torch.bfloat16)
     gate = gate[gate.isfinite() & (gate.abs() < 1e12)].to(dtype)  # gelu's x³ must stay finite
@@ -50,7 +54,7 @@ def test_a_gate_over_the_whole_range(dtype, gelu):
     z = 1.5957691216057308 * (x + 0.044715 * x**3) if gelu else x
     exact = x * torch.sigmoid(z)
     assert y is not None and y.isfinite().all()
-    # z is rounded to fp32, and moves the sigmoid by as much: |z| units where it is small
+    # z is rounded to fp32, which changes the sigmoid by |z| units where the sigmoid is small.
     noise_of_z = exact * (1 + z.abs().clamp(max=90) * (2**-23 / EPS[dtype]))
     assert close(y, exact.where(z > -86, torch.zeros(())), 4, noise_of_z)
     for special in (torch.nan, torch.inf, -torch.inf):
@@ -60,7 +64,7 @@ def test_a_gate_over_the_whole_range(dtype, gelu):
 
 
 @given(rows=st.integers(1, 40), width=sizes, dtype=st.sampled_from(DTYPES), gemma=st.booleans())
-def test_norms(rows, width, dtype, gemma):
+def test_rms_norm_and_its_gradients(rows, width, dtype, gemma):
     x, w, dy = (
         values(*s, dtype=dtype, seed=i)
         for i, s in enumerate([(rows, width), (width,), (rows, width)])
@@ -83,9 +87,8 @@ def test_norms(rows, width, dtype, gemma):
         * found[1].double()
         * (1 + width**0.5)
     )
-    assert close(
-        back[0], exact_x.grad, 2, largest.expand_as(exact_x)
-    )  # a difference: fp32 noise of its terms
+    # dx is a difference, so its error is relative to the size of the two terms.
+    assert close(back[0], exact_x.grad, 2, largest.expand_as(exact_x))
     assert close(
         back[1], exact_w.grad, rows + 4, (dy.double() * exact_x.detach() * found[1]).abs().sum(0)
     )
@@ -99,7 +102,7 @@ def test_norms(rows, width, dtype, gemma):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_cross_entropy(rows, words, dtype, seed):
+def test_cross_entropy_loss_and_gradient(rows, words, dtype, seed):
     logits = values(rows, words, dtype=dtype, seed=seed, scale=5.0)
     labels = torch.randint(words, (rows,), generator=torch.Generator().manual_seed(seed))
     exact = logits.double().requires_grad_()
@@ -124,7 +127,7 @@ def test_weights_of_attention(N, size, start, G):
         patch.setenv("MINILORA_STEPS", "torch")
         P, dS = att._weights(*wide, start, G)
     assert (scores - P).abs().max() <= 1e-6 and (dP - dS).abs().max() <= 1e-5
-    assert torch.equal(scores == 0, P == 0)  # no weight on what comes later
+    assert torch.equal(scores == 0, P == 0)  # no attention to later tokens
 
 
 def test_threads_do_not_change_a_bit():
@@ -144,13 +147,13 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_what_is_left_to_torch(monkeypatch):
+def test_unsupported_inputs_are_left_to_torch(monkeypatch):
     x = torch.ones(2, 8)
     for other in (x.double(), x.half(), x.to("meta"), x.to(torch.int64)):
         assert bindings.gated(other, other, False) is None
-    assert bindings.gated(x, x.bfloat16(), False) is None  # of two dtypes
+    assert bindings.gated(x, x.bfloat16(), False) is None  # two dtypes
     loss = torch.empty(2)
-    for bad in ([0, 8], [-1, 3]):  # C would read and write beside the row
+    for bad in ([0, 8], [-1, 3]):  # C would read and write outside the row
         assert not bindings.cross_entropy(x.clone(), torch.tensor(bad), loss, True)
     assert not bindings.cross_entropy(
         x.clone(), torch.tensor([0, 1], dtype=torch.int32), loss, True
@@ -159,7 +162,7 @@ def test_what_is_left_to_torch(monkeypatch):
     assert bindings.gated(x, x, False) is None
 
 
-def test_a_strided_input_is_read_as_it_is():
+def test_a_strided_input_gives_the_values_of_its_contiguous_copy():
     x = values(6, 40, dtype=torch.float32)[:, ::2]
     expected, found = (
         bindings.gated(x.contiguous(), x.contiguous(), False),
@@ -170,7 +173,7 @@ def test_a_strided_input_is_read_as_it_is():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_model_learns_the_same_without_a_compiler(dtype, monkeypatch):
-    """Loss and gradients of a whole model, compiled and not."""
+    """Compare loss and gradients of a whole model with and without the compiled steps."""
     results = []
     for choice in ("auto", "torch"):
         monkeypatch.setenv("MINILORA_STEPS", choice)
@@ -184,13 +187,13 @@ def test_a_model_learns_the_same_without_a_compiler(dtype, monkeypatch):
             [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
         )
     for found, expected in zip(*results, strict=True):
-        # bf16: some ties fall the other way, and go through all layers
+        # In bf16 some ties are rounded the other way, and all later layers pass the change on.
         assert (found - expected).norm() <= {torch.float32: 1e-4, torch.bfloat16: 0.1}[
             dtype
         ] * expected.norm() + 1e-9
 
 
-def test_without_a_compiler_nothing_is_missing():
+def test_without_a_compiler_gated_is_the_reference_implementation():
     code = """
 import torch
 from minilora_kernels.c import bindings
