@@ -1,6 +1,8 @@
-"""Proves that bins are best-fit decreasing: never overfull, every example in one, within the bound, whatever the order.
+"""Tests of packing by best-fit decreasing.
 
-Oracles: a packing that looks at every bin; the optimum, by trying all.
+No bin is overfull, every example is in exactly one bin, the number of bins is within the known
+bound, and the order of the examples has no effect. Oracles: a packing that searches every bin, and
+the optimum found by trying all packings.
 """
 
 import itertools
@@ -16,7 +18,7 @@ from minilora.training.config import TrainConfig
 
 
 def naive(lengths: list[int], room: int) -> list[list[int]]:
-    """Best-fit decreasing as it is defined, by looking at every bin."""
+    """Pack by the definition of best-fit decreasing: search every bin."""
     bins: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         left = [room - sum(lengths[i] for i in found) for found in bins]
@@ -39,7 +41,8 @@ def test_bins_are_best_fit_decreasing(lengths, room):
     sums = [sum(lengths[i] for i in found) for found in bins]
     assert all(0 < total <= room for total in sums)
     assert sorted(sums) == sorted(sum(lengths[i] for i in found) for found in naive(lengths, room))
-    assert all(a + b > room for a, b in itertools.combinations(sums, 2))  # no two would go into one
+    # no two bins would fit into one
+    assert all(a + b > room for a, b in itertools.combinations(sums, 2))
 
 
 @given(st.lists(st.integers(1, 20), max_size=40), st.randoms(use_true_random=False))
@@ -49,7 +52,7 @@ def test_the_order_of_the_examples_does_not_matter(lengths, random):
 
 
 def optimum(lengths: list[int], room: int) -> int:
-    """The fewest bins, by trying all."""
+    """Return the smallest number of bins, found by trying all packings."""
     best = len(lengths)
 
     def place(index: int, left: list[int]) -> None:
@@ -73,7 +76,7 @@ def test_at_most_11_ninths_of_the_optimum(lengths):
     assert len(best_fit(lengths, 10)) <= 11 / 9 * optimum(lengths, 10) + 6 / 9
 
 
-def test_a_plan_of_packed_rows_is_a_plan():
+def test_a_batch_plan_of_packed_rows_covers_every_row_once():
     packed = pack([Example([1] * n, [1] * n) for n in (9, 8, 5, 5, 2, 1)], [9, 8, 5, 5, 2, 1], 10)
     assert (
         sorted(packed.lengths) == [10, 10, 10]

@@ -1,6 +1,6 @@
-"""Proves that a batch holds its examples, padded on the right to its own longest row, and nothing else.
+"""Tests of collate, which pads examples on the right to the longest example of the batch.
 
-Oracle: transformers' collator. Property: cutting the padding off gives the examples back.
+Oracle: the collator of transformers. Property: a batch without its padding is its examples.
 """
 
 import pytest
@@ -34,7 +34,7 @@ def test_equal_to_the_collator_of_transformers(examples, multiple):
 
 
 @given(st.lists(example, min_size=1, max_size=5), st.integers(1, 7))
-def test_the_examples_come_back_and_no_batch_is_longer_than_needed(examples, multiple):
+def test_a_batch_holds_its_examples_and_is_no_longer_than_needed(examples, multiple):
     batch = collate(examples, PAD, multiple)
     longest = max(len(e.input_ids) for e in examples)
     T = batch["input_ids"].shape[1]

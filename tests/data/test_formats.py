@@ -1,7 +1,7 @@
-"""Proves that rows of every documented shape mean what they should, and that no bad row gets through in silence.
+"""Tests of the dataset formats: shapes of rows, kinds of files, and errors.
 
-Each shape against the conversation it stands for; each file kind against the same rows in a list;
-then the errors, each of which must name the row, what it got and what was expected.
+Each shape of row is compared with the conversation that it describes, each kind of file with the
+same rows in a list. An error must name the row, the value it got and the value it expected.
 """
 
 import csv
@@ -27,10 +27,8 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     [
         ({"messages": [SYSTEM, USER, ANSWER]}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [USER, CALL], "tools": [1]}, Chat([USER, CALL], tools=[1])),
-        (
-            {"messages": [USER | {"name": None}, ANSWER]},
-            Chat([USER, ANSWER]),
-        ),  # None: Arrow's filling
+        # Arrow fills missing keys with None.
+        ({"messages": [USER | {"name": None}, ANSWER]}, Chat([USER, ANSWER])),
         (
             {
                 "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}],
@@ -48,16 +46,16 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
         ({"prompt": "u", "completion": "a"}, Text("a", prompt="u")),
         ({"prompt": [USER], "completion": [ANSWER]}, Chat([USER, ANSWER], first_trained=1)),
         ({"text": "t"}, Text("t")),
-        # several shapes at once: the first of SHAPES, and the others' keys are reported
+        # A row with keys of several shapes has the first of SHAPES. The report names other keys.
         ({"messages": [USER, ANSWER], "prompt": "u", "text": "x"}, Chat([USER, ANSWER])),
         ({"instruction": "u", "output": "a", "text": "x"}, Chat([USER, ANSWER])),
         ({"messages": None, "text": "t"}, Text("t")),
     ],
 )
-def test_each_shape_is_the_conversation_it_stands_for(row, expected):
+def test_a_row_of_each_shape_becomes_its_conversation(row, expected):
     before = json.dumps(row)
     assert as_messages(row) == expected
-    assert json.dumps(row) == before  # the row itself is untouched
+    assert json.dumps(row) == before  # the row itself is not changed
 
 
 def test_preference_rows_are_recognised_but_not_trained():
@@ -103,7 +101,7 @@ VALUES = (
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES))
-def test_a_row_is_understood_or_refused_by_number(row):
+def test_any_row_is_read_or_refused_with_its_number(row):
     try:
         assert isinstance(as_messages(row, 17), Chat | Text)
     except ValueError as error:
@@ -138,14 +136,14 @@ def to_parquet(path):
 
 
 @pytest.mark.parametrize("write", [to_jsonl, to_json, to_csv, to_parquet])
-def test_files_hold_the_rows_of_the_list(tmp_path, write):
+def test_read_dataset_gives_the_same_rows_for_every_kind_of_file(tmp_path, write):
     path = tmp_path / f"rows.{write.__name__[3:]}"
     write(path)
     assert read_dataset(path) == read_dataset(str(path)) == read_dataset(ROWS) == ROWS
     assert read_dataset(row for row in ROWS) == ROWS
 
 
-def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     (tmp_path / "rows.parquet").touch()
     with pytest.raises(ValueError, match=r"needs pyarrow \(pip install \"minilora\[data\]\"\)"):
@@ -263,6 +261,6 @@ def test_a_missing_file_raises(tmp_path):
         ({"conversations": [USER], "system": 3}, "'system' must be a text, got int"),
     ],
 )
-def test_bad_rows_name_row_fault_and_remedy(row, problem):
+def test_a_bad_row_raises_with_its_number_and_the_fault(row, problem):
     with pytest.raises(ValueError, match=f"row 12.*{problem}"):
         as_messages(row, 12)

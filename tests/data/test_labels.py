@@ -1,7 +1,7 @@
-"""Proves that exactly the assistant's words and the end of its turns are trained, under any chat template.
+"""Tests of the labels: only the assistant's answers and their end-of-turn tokens are trained.
 
-Oracle: transformers' own mask of assistant tokens. Property: for random conversations the labels
-spell the answers. Then plain texts, BOS, truncation, the report, and what raises.
+Oracle: transformers' mask of assistant tokens. Property: for random conversations the decoded
+labels are the answers. Then plain texts, BOS, truncation, the report and errors.
 """
 
 import pytest
@@ -24,7 +24,7 @@ KINDS = pytest.mark.parametrize("tokenizer_of", [ours, theirs], ids=["minilora",
 
 
 def trained(example, tokenizer) -> str:
-    """What the labels spell."""
+    """Decode the labels that are trained."""
     return tokenizer.decode([t for t in example.labels if t != IGNORE], skip_special_tokens=False)
 
 
@@ -40,11 +40,15 @@ def text_of(example, tokenizer) -> str:
     [("hello", "world"), ("a", "b", "c d", "hello hello"), ("x", "y", "z", "", "u", "v")],
 )
 def test_labels_are_the_mask_of_transformers(contents):
-    """transformers marks what stands between {% generation %} tags; ours must find the same without them."""
+    """transformers marks the text between {% generation %} tags.
+
+    minilora must find the same tokens without these tags.
+    """
     marked = CHATML.replace(
         "message['content'] + '<|im_end|>\\n' }}",
-        "'' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
-        "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+        "'' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
     )
     messages = chat(*contents, system="be brief")
     theirs_out = theirs("chatml").apply_chat_template(
@@ -70,7 +74,7 @@ words = st.text("helo was.,é中\n ", max_size=12).map(str.strip)
 @KINDS
 @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=4))
-def test_labels_spell_the_answers(tokenizer_of, family, pairs):
+def test_decoded_labels_are_the_answers(tokenizer_of, family, pairs):
     tokenizer = tokenizer_of(family)
     messages = chat(*(content for pair in pairs for content in pair))
     example = encode_row({"messages": messages}, tokenizer)
@@ -86,16 +90,16 @@ def test_labels_spell_the_answers(tokenizer_of, family, pairs):
 
 
 @given(words, words)
-def test_qwen3_trains_the_thought_it_will_generate(question, answer):
+def test_qwen3_trains_the_empty_thought_that_it_generates(question, answer):
     tokenizer = ours("qwen3")
     example = encode_row({"messages": chat(question, answer)}, tokenizer)
     assert trained(example, tokenizer) == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
 
 
-# ---- which turns
+# ---- trained turns
 
 
-def test_weight_zero_and_the_prompts_answers_are_not_trained():
+def test_answers_of_weight_zero_and_in_the_prompt_are_not_trained():
     tokenizer = ours("chatml")
     messages = chat("a", "b", "c", "d")
     messages[1]["weight"] = 0
@@ -104,7 +108,7 @@ def test_weight_zero_and_the_prompts_answers_are_not_trained():
     assert trained(encode_row(split, tokenizer), tokenizer) == "d<|im_end|>"
 
 
-def test_qwen3_trains_a_conversation_whose_earlier_answers_have_weight_zero():
+def test_qwen3_trains_the_last_answer_if_earlier_ones_have_weight_zero():
     messages = chat("a", "b", "c", "d")
     messages[1]["weight"] = 0
     example = encode_row({"messages": messages}, ours("qwen3"))
@@ -125,7 +129,7 @@ def test_tools_reach_the_template():
     assert '{"name": "clock"}' in text_of(example, ours("qwen3"))
 
 
-def test_alpaca_template_serves_a_base_model():
+def test_the_alpaca_template_works_for_a_base_model():
     tokenizer = Tokenizer(
         ours("llama3").backend, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     )
@@ -157,7 +161,7 @@ def test_plain_texts_get_bos_and_eos_once(tokenizer_of, family, row, text, learn
     example = encode_row(row, tokenizer)
     assert text_of(example, tokenizer) == text
     if row.get("text") == "hello" and family == "chatml":
-        learned = "<|im_end|>"  # "hello" is one token, and nothing predicts the first
+        learned = "<|im_end|>"  # "hello" is one token, and the first token has no prediction
     assert trained(example, tokenizer) == learned
     assert example.labels[0] == IGNORE
 
@@ -165,7 +169,7 @@ def test_plain_texts_get_bos_and_eos_once(tokenizer_of, family, row, text, learn
 @KINDS
 def test_a_template_that_writes_bos_gets_no_second_one(tokenizer_of):
     tokenizer = tokenizer_of("llama3")
-    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id  # the tokenizer would add one
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id  # the tokenizer adds BOS itself
     data = encode_dataset(
         [{"messages": chat("a", "b")}, {"text": "<|begin_of_text|>ab"}], tokenizer
     )
@@ -177,21 +181,17 @@ def test_a_template_that_writes_bos_gets_no_second_one(tokenizer_of):
 def test_an_eos_that_is_never_trained_is_reported():
     tokenizer = Tokenizer(ours("chatml").backend, {"eos_token": "<|endoftext|>"}, CHATML)
     data = encode_dataset([{"messages": chat("a", "b")}, {"text": "ab"}], tokenizer)
-    assert (
-        trained(data[0], tokenizer) == "b<|im_end|>"
-    )  # the template's end of turn, though it is not the EOS
+    # The template's end-of-turn token is trained, although it is not the EOS.
+    assert trained(data[0], tokenizer) == "b<|im_end|>"
     assert data.report.eos_missing == (0,) and "do not train the EOS" in str(data.report)
     nameless = Tokenizer(ours("chatml").backend, {})
     assert encode_dataset([{"text": "ab"}], nameless).report.eos_missing == (0,)
 
 
-# ---- prompts
-
-
 # ---- truncation and the report
 
 
-def test_truncation_keeps_the_left_and_is_reported():
+def test_truncation_keeps_the_beginning_and_is_reported():
     tokenizer = ours("chatml")
     rows = [{"messages": chat("a", "b" * n)} for n in (1, 9)]
     whole = [encode_row(row, tokenizer) for row in rows]
@@ -202,12 +202,12 @@ def test_truncation_keeps_the_left_and_is_reported():
         and data[1].labels == whole[1].labels[:limit]
     )
     assert data.report.truncated == (1,) and "cut at max_length" in str(data.report)
-    assert data.report.eos_missing == ()  # said once, as truncation
+    assert data.report.eos_missing == ()  # reported once, as truncation
     only_newline = encode_row(rows[1], tokenizer, len(whole[1].input_ids) - 1)
-    assert not only_newline.truncated  # nothing that would be trained is lost
+    assert not only_newline.truncated  # no trained token is lost
 
 
-def test_rows_without_a_trained_token_are_left_out_and_all_of_them_an_error():
+def test_rows_without_trained_tokens_are_left_out_and_only_such_rows_raise():
     tokenizer = ours("chatml")
     rows = [{"messages": chat("a" * 50, "b")}, {"messages": chat("a", "b")}]
     data = encode_dataset(rows, tokenizer, max_length=40)
@@ -250,7 +250,7 @@ def test_a_template_that_rewrites_history_names_the_turn():
         encode_row({"messages": chat("a", "b", "c", "d")}, ours("qwen3"), index=5)
 
 
-def test_a_generation_prompt_that_is_no_beginning_of_the_answer_names_the_turn():
+def test_a_generation_prompt_that_does_not_begin_the_answer_raises():
     template = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
     tokenizer = Tokenizer(ours("chatml").backend, {"eos_token": "<|im_end|>"}, template)
     with pytest.raises(ValueError, match="row 2, turn 1: .*generation prompt"):
@@ -258,17 +258,16 @@ def test_a_generation_prompt_that_is_no_beginning_of_the_answer_names_the_turn()
 
 
 @KINDS
-def test_a_border_that_merges_names_the_turn_and_the_tokens(tokenizer_of):
-    """The template ends its header with a newline, the answer begins with two, and "\\n\\n" is one token."""
+def test_a_token_across_the_border_of_prompt_and_answer_raises(tokenizer_of):
+    r"""The header ends with a newline, the answer begins with two, and "\n\n" is one token."""
     with pytest.raises(
         ValueError,
         match=r"row 0, turn 3: .*ends inside a token of the whole: '\\n' becomes '\\n\\n'",
     ):
         encode_row({"messages": chat("a", "b", "c", "\n\nd")}, tokenizer_of("chatml"))
     with pytest.raises(ValueError, match="row 4: the prompt ends inside a token.*a space"):
-        encode_row(
-            {"prompt": "he ", "completion": "was"}, tokenizer_of("mistral"), index=4
-        )  # " w" is one token
+        # " w" is one token
+        encode_row({"prompt": "he ", "completion": "was"}, tokenizer_of("mistral"), index=4)
     assert encode_row({"prompt": "he", "completion": " was"}, tokenizer_of("mistral"))
 
 
@@ -280,12 +279,12 @@ def test_a_border_that_merges_names_the_turn_and_the_tokens(tokenizer_of):
         ("mistral", [{"role": "user", "content": "a"}] * 2, "row 0: no assistant turn to train on"),
     ],
 )
-def test_a_template_that_refuses_names_the_row(tokenizer_of, family, messages, problem):
+def test_an_error_of_the_template_names_the_row(tokenizer_of, family, messages, problem):
     with pytest.raises(ValueError, match=problem):
         encode_row({"messages": messages}, tokenizer_of(family))
 
 
-def test_a_missing_template_says_how_to_give_one():
+def test_a_missing_template_raises_with_the_remedy():
     base = Tokenizer(ours("mistral").backend, {"eos_token": "</s>"})
     with pytest.raises(
         ValueError, match="row 0, .*no chat template.*tokenizer.chat_template = .*ALPACA_TEMPLATE"

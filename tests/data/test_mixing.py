@@ -1,7 +1,9 @@
-"""Proves that a mixture has exactly the proportions it was asked for, and that a split cuts through no group.
+"""Tests of mix_datasets and train_test_split.
 
-Oracle: counting, and shares by hand. Properties: largest remainder; every row of a cycled set
-equally often, or once more; a row stays on its side when others come. Round trip: paths. Errors.
+A mixture has exactly the requested proportions, and no group is on both sides of a split. Oracle:
+counting, and shares computed by hand. Properties: shares by the largest remainder; the rows of a
+repeated dataset appear equally often or once more; a row stays on its side of a split when other
+rows are added. Round trip: paths. Errors.
 """
 
 import json
@@ -45,18 +47,19 @@ def test_shares_by_hand(total, weights, expected):
     assert shares(total, [Fraction(str(weight)) for weight in weights]) == expected
 
 
-def test_a_mixture_has_its_proportions_and_says_so():
+def test_a_mixture_has_its_proportions_and_reports_them():
     mixed = ml.mix_datasets([(letters("a", 100), 0.8), (letters("b", 7), 0.2)], rows=60)
     assert sources(mixed) == {"a": 48, "b": 12}
     often = Counter(row["prompt"] for row in mixed)
-    assert set(often.values()) == {1, 2} and len(often) == 48 + 7  # a is cut, b gone through again
+    # a is cut, and b is repeated
+    assert set(often.values()) == {1, 2} and len(often) == 48 + 7
     report = encode_dataset(mixed, Letters()).report
     assert report.sources == {"set 0": (48, report.tokens - 60), "set 1": (12, 60)}
     assert "  12 rows, 60 tokens from set 1" in str(report)
     assert report.unused_keys == ()
 
 
-def test_without_rows_nothing_is_repeated_and_one_set_is_whole():
+def test_without_a_row_count_no_row_repeats_and_one_dataset_is_complete():
     mixed = ml.mix_datasets([(letters("a", 100), 3), (letters("b", 10), 1)])
     assert sources(mixed) == {"a": 30, "b": 10} and len({row["prompt"] for row in mixed}) == 40
 
@@ -78,7 +81,7 @@ def test_shares_are_within_one_of_exact(total, weights):
     st.lists(st.tuples(st.integers(10, 19), st.integers(1, 5)), min_size=1, max_size=4),
     st.integers(40, 90),
 )
-def test_every_row_of_a_set_comes_equally_often_or_once_more(sets, rows):
+def test_rows_of_a_dataset_appear_equally_often_or_once_more(sets, rows):
     parts = [(letters("abcd"[i], count), weight) for i, (count, weight) in enumerate(sets)]
     mixed = ml.mix_datasets(parts, rows=rows, seed=3)
     assert len(mixed) == rows and ml.mix_datasets(parts, rows=rows, seed=3) == mixed
@@ -90,7 +93,7 @@ def test_every_row_of_a_set_comes_equally_often_or_once_more(sets, rows):
     assert max(Counter(row["prompt"] for row in whole).values()) == 1
 
 
-def test_seeds_differ():
+def test_different_seeds_give_different_mixtures():
     parts = [(letters("a", 50), 1), (letters("b", 50), 1)]
     assert ml.mix_datasets(parts, seed=1) != ml.mix_datasets(parts, seed=2)
 
@@ -101,7 +104,7 @@ rows_of = st.lists(
 
 
 @given(rows_of, st.integers(0, 5))
-def test_a_split_loses_nothing_and_a_row_stays_when_rows_are_added(rows, seed):
+def test_a_split_keeps_all_rows_and_their_sides_when_rows_are_added(rows, seed):
     half = rows[: len(rows) // 2]
     try:
         before, after = (ml.train_test_split(some, test=0.5, seed=seed) for some in (half, rows))
@@ -111,7 +114,7 @@ def test_a_split_loses_nothing_and_a_row_stays_when_rows_are_added(rows, seed):
     order = {id(row): i for i, row in enumerate(rows)}
     assert sorted(order[id(row)] for side in after for row in side) == list(range(len(rows)))
     assert all(row in after[side] for side in (0, 1) for row in before[side])
-    assert not [row for row in after[0] if row in after[1]]  # equal rows lie on one side
+    assert not [row for row in after[0] if row in after[1]]  # equal rows are on one side
 
 
 @given(rows_of)
@@ -126,13 +129,12 @@ def test_no_group_is_on_both_sides(rows):
         assert not {group(row) for row in train} & {group(row) for row in test}
 
 
-def test_the_share_is_about_what_was_asked():
+def test_the_test_share_of_a_split_is_close_to_the_requested_one():
     train, test = ml.train_test_split(letters("a", 10_000), test=0.1)
-    assert (
-        abs(len(test) - 1000) < 120 and len(train) + len(test) == 10_000
-    )  # four standard deviations
+    # 120 rows are four standard deviations
+    assert abs(len(test) - 1000) < 120 and len(train) + len(test) == 10_000
     sides = ml.train_test_split(letters("a", 20) * 5, test=0.5)
-    assert not [row for row in sides[0] if row in sides[1]]  # equal rows lie on one side
+    assert not [row for row in sides[0] if row in sides[1]]  # equal rows are on one side
     assert ml.train_test_split(letters("a", 50), test=0.3, seed=1) != ml.train_test_split(
         letters("a", 50), test=0.3, seed=2
     )
@@ -144,7 +146,7 @@ def test_the_share_is_about_what_was_asked():
 # ---- round trip
 
 
-def test_paths_and_the_command_line(tmp_path, monkeypatch):
+def test_paths_and_the_mix_option_give_the_same_mixture(tmp_path, monkeypatch):
     paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text(
@@ -183,12 +185,12 @@ def result() -> SimpleNamespace:
         ([([], 1)], None, "is empty"),
     ],
 )
-def test_mix_refuses(parts, rows, message):
+def test_mix_datasets_refuses_bad_parts(parts, rows, message):
     with pytest.raises(ValueError, match=message):
         ml.mix_datasets(parts, rows=rows)
 
 
-def test_split_refuses(capsys):
+def test_train_test_split_refuses_bad_arguments(capsys):
     for share in (0, 1, -0.1, float("nan")):
         with pytest.raises(ValueError, match="test is a share between 0 and 1"):
             ml.train_test_split(letters("a", 9), test=share)

@@ -1,9 +1,10 @@
-"""Proves that a packed document is computed and learned as it is alone. (The bins: test_best_fit.py.)
+"""Tests of packing: a packed document gives the logits and gradients of the document alone.
 
-Oracle: the document alone (every family and switch of the decoder, windows, fp32 and bf16, with and
-without gradient checkpointing; models of transformers). Properties: no mask is made, every example
-trains once an epoch. Round trip: a packed batch cut up again. Errors: models that let documents see
-each other.
+The bins are tested in test_best_fit.py. Oracle: the document alone, for every family and option of
+the decoder, sliding windows, fp32 and bf16, with and without gradient checkpointing, and for models
+of transformers. Properties: no mask is built, and every example is trained once per epoch. Round
+trip: a packed batch is split into its documents. Errors: models whose documents attend to each
+other.
 """
 
 import itertools
@@ -33,12 +34,12 @@ from minilora_kernels.ops.attention import (
 from tests.lora.test_transformers_models import adapted, build
 from tests.ops.test_attention import heads
 
-SIZES = [[7, 1, 12, 3], [9, 2]]  # of the documents of two rows; the second ends in padding
+SIZES = [[7, 1, 12, 3], [9, 2]]  # lengths of the documents of two rows; the second has padding
 kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS.keys())
 
 
 def batch_of(sizes: list[list[int]]) -> tuple[list[list[Example]], dict[str, Tensor]]:
-    """Random documents, all of whose tokens are trained, and their packed batch."""
+    """Return random documents of which all tokens are trained, and their packed batch."""
     documents = [
         [tokens(1, n, seed=10 * r + d)[0].tolist() for d, n in enumerate(row)]
         for r, row in enumerate(sizes)
@@ -48,7 +49,7 @@ def batch_of(sizes: list[list[int]]) -> tuple[list[list[Example]], dict[str, Ten
 
 
 def packed_and_alone(model, sizes=SIZES) -> list[tuple[Tensor, Tensor]]:
-    """(logits of a document in its packed row, logits of it alone), for every document."""
+    """Return (logits in the packed row, logits of the document alone) for every document."""
     examples, batch = batch_of(sizes)
     packed = model(batch["input_ids"], batch["position_ids"], batch["document_ids"])
     assert torch.isfinite(packed).all()
@@ -74,7 +75,7 @@ def test_packed_logits_are_those_of_the_document_alone(fields):
         model, lambda model: torch.cat([alone for _, alone in packed_and_alone(model)])
     )
     assert_rounded(packed, alone, bound)
-    far = twin(oracle(**fields))  # the test would notice: one document instead of four
+    far = twin(oracle(**fields))  # counter-check: without document ids the logits differ
     _, batch = batch_of(SIZES)
     with torch.no_grad():
         joined = far(batch["input_ids"])[0, 8:20] - far(batch["input_ids"][:1, 8:20])
@@ -87,7 +88,10 @@ def test_packed_logits_are_those_of_the_document_alone(fields):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_packed_gradients_are_those_of_the_documents_alone(name, recompute, dtype, bound):
-    """Of the summed loss, for each parameter, relative to its length (measured: 2e-6 in fp32, 0.024 in bf16)."""
+    """Compare the gradients of the summed loss for each parameter, relative to their norm.
+
+    Measured differences: 2e-6 in fp32, 0.024 in bf16.
+    """
     model = twin(oracle(**KINDS[name])).train().to(dtype)
     model.gradient_checkpointing = recompute
     examples, batch = batch_of(SIZES)
@@ -103,8 +107,11 @@ def test_packed_gradients_are_those_of_the_documents_alone(name, recompute, dtyp
 
 
 @pytest.mark.parametrize("name", ["llama3", "window 5", "qwen2", "qwen3 window between", "gemma3"])
-def test_packed_in_bf16(name):
-    """Within two roundings of the largest logit (measured: equal bits; other kernels may add in another order)."""
+def test_packed_logits_in_bf16_are_within_two_roundings(name):
+    """The bound is two roundings of the largest logit.
+
+    Measured: equal bits. Other kernels may add in another order.
+    """
     model = twin(oracle(**KINDS[name])).bfloat16()
     with torch.no_grad():
         for packed, alone in packed_and_alone(model):
@@ -128,12 +135,11 @@ def test_document_by_document_equals_the_mask(window, dtype):
         results.append([out, *(x.grad for x in inputs)])
     sizes = attention_sizes(*inputs, grad, whole)
     for found, plain, size in zip(*results, sizes, strict=True):
-        assert (
-            (found - plain).abs() <= torch.finfo(dtype).eps * size
-        ).all()  # two forms, an eps/2 each
+        # Each of the two implementations may be off by eps/2.
+        assert ((found - plain).abs() <= torch.finfo(dtype).eps * size).all()
 
 
-def test_no_mask_is_made_but_for_documents_longer_than_the_window(monkeypatch):
+def test_a_mask_is_built_only_for_documents_longer_than_the_window(monkeypatch):
     from minilora.models import decoder
 
     made = []
@@ -148,7 +154,7 @@ def test_no_mask_is_made_but_for_documents_longer_than_the_window(monkeypatch):
         assert set(made) == expected and len(made) == len(expected) + len(alone)
 
 
-def test_an_id_that_comes_back_is_one_document_still():
+def test_a_document_id_that_returns_is_the_same_document():
     model, ids = twin(oracle()), tokens(1, 6)
     documents = torch.tensor([[0, 1, 0, 0, 1, 0]])
     assert document_runs(documents) is None
@@ -163,7 +169,10 @@ def test_an_id_that_comes_back_is_one_document_still():
 
 @pytest.mark.parametrize("kind", ["ours", "theirs"])
 def test_training_packed_equals_training_alone(kind, capsys):
-    """All rows in one step: the same tokens, the same division, so the same first loss and the same trained adapter."""
+    """All rows are in one step, packed or not.
+
+    The tokens and the divisor are the same, so the first loss and the trained adapter are the same.
+    """
     results, trained = [], []
     for packing in (True, False):
         model = lora() if kind == "ours" else adapted(build("phi3"), "phi3")
@@ -179,7 +188,7 @@ def test_training_packed_equals_training_alone(kind, capsys):
     )
 
 
-def test_every_example_is_seen_once_an_epoch_when_packed(monkeypatch):
+def test_packing_trains_every_example_once_per_epoch(monkeypatch):
     seen, real = [], SFT.collate
     monkeypatch.setattr(SFT, "collate", lambda self, batch: seen.extend(batch) or real(self, batch))
     config = TrainConfig(
@@ -204,7 +213,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_its_packed_row():
         train(model, Letters(), rows(), config)
 
 
-def test_a_run_resumes_only_with_the_packing_it_was_started_with(tmp_path):
+def test_a_run_resumes_only_with_the_same_packing(tmp_path):
     config = {"output_dir": tmp_path, "max_length": 40, **FAST}
     whole = train(
         lora(),
@@ -234,7 +243,7 @@ def test_a_run_resumes_only_with_the_packing_it_was_started_with(tmp_path):
 
 
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=3))
-def test_a_packed_batch_comes_apart_again(sizes):
+def test_a_packed_batch_contains_its_documents(sizes):
     examples, batch = batch_of(sizes)
     assert set(batch) == {"input_ids", "labels", "position_ids", "document_ids"}
     for row, documents in enumerate(examples):
@@ -250,7 +259,7 @@ def test_a_packed_batch_comes_apart_again(sizes):
         assert batch["position_ids"][row][padding].tolist() == list(range(int(padding.sum())))
 
 
-def test_the_first_token_of_each_document_trains_nothing():
+def test_the_first_token_of_each_document_is_not_trained():
     row = join([Example([5, 6], [5, 6]), Example([7, 8], [7, 8])])
     assert row.labels == [-100, 6, -100, 8]
 
@@ -260,13 +269,13 @@ def test_the_first_token_of_each_document_trains_nothing():
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_that_go_by_position_ids_pass_the_probe(implementation, dtype):
+def test_transformers_models_that_use_position_ids_pass_the_probe(implementation, dtype):
     for fields in (KINDS["llama"], KINDS["qwen3"], KINDS["gemma3"]):
         model = oracle(**fields).to(dtype).train()
         model.set_attn_implementation(implementation)
         check_packing(model)
         assert model.training
-    check_packing(build("gpt2").to(dtype))  # positions that are learned
+    check_packing(build("gpt2").to(dtype))  # learned position embeddings
 
 
 class NoPositions(Wrapped):
@@ -275,15 +284,15 @@ class NoPositions(Wrapped):
 
 
 @pytest.mark.parametrize("kind", [Wrapped, NoPositions])
-def test_a_model_whose_documents_see_each_other_is_refused(kind):
+def test_a_model_whose_documents_attend_to_each_other_is_refused(kind):
     with pytest.raises(
         ValueError, match=f"packing: {kind.__name__} lets packed documents see each other"
     ):
         check_packing(kind(llama()))
 
 
-def test_a_mask_over_everything_is_noticed():
-    """What keeps transformers from looking at position_ids: a mask of ones, or a cache."""
+def test_a_model_that_passes_an_attention_mask_is_refused():
+    """With a mask of ones or a cache, transformers ignores document borders in position_ids."""
     model = oracle()
     real = model.forward
     model.forward = lambda ids, **given: real(ids, attention_mask=torch.ones_like(ids), **given)
@@ -291,7 +300,7 @@ def test_a_mask_over_everything_is_noticed():
         check_packing(model)
 
 
-def test_other_errors():
+def test_packing_and_dataset_cache_need_supervised_fine_tuning():
     class Other:
         encode = collate = weight = loss = None
 

@@ -1,7 +1,7 @@
-"""Proves that a preview shows what training reads: its ids, labels, documents and positions are those of the batch.
+"""Tests of preview: it shows the token ids, labels, documents and positions of the batch.
 
-Then that the shown texts spell the row, that no content of a dataset reaches terminal or page as
-anything but text, that what is trained can be told without colour, and the command line.
+Then: the shown texts together are the row; the content of a dataset reaches the terminal and the
+page as text only; trained tokens are marked also without colour; the command line.
 """
 
 import json
@@ -29,7 +29,7 @@ UNLIKE = [
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_what_is_shown_is_the_batch(packing):
+def test_preview_shows_the_tokens_of_the_batch(packing):
     tokenizer = ours("llama3")
     examples = list(encode_dataset(UNLIKE, tokenizer, 200))
     if packing:
@@ -60,16 +60,16 @@ def test_what_is_shown_is_the_batch(packing):
     assert shown.report == encode_dataset(UNLIKE, tokenizer, 200).report
 
 
-# ---- property: the texts spell the row
+# ---- property: the shown texts are the row
 
 
 @given(st.text("helo was<>&\"'\n\x1b\x00é", max_size=30).map(str.strip))
-def test_texts_spell_the_row_and_nothing_gets_out(content):
+def test_shown_texts_are_the_row_and_are_escaped(content):
     tokenizer = ours("chatml")
     document = ml.preview([{"messages": chat(content, "b")}], tokenizer).documents[0]
     whole = tokenizer.apply_chat_template(chat(content, "b"), tokenize=False)
     assert "".join(text for _, text in document.runs) == whole
-    if content.isascii():  # one token may hold a part of another character
+    if content.isascii():  # a token may hold a part of a non-ASCII character
         assert "".join(token.text for token in document.tokens) == whole
     shown = ml.preview([{"messages": chat(content, "b")}], tokenizer)
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", shown.text() + shown._repr_html_())
@@ -81,7 +81,7 @@ def test_texts_spell_the_row_and_nothing_gets_out(content):
 
 
 class Page(HTMLParser):
-    """The tags and attributes of a page."""
+    """HTML parser that collects the tags and attributes of a page."""
 
     def __init__(self):
         super().__init__()
@@ -108,17 +108,19 @@ def test_a_sentencepiece_token_keeps_its_space():
         def __len__(self):
             return 5
 
-    tokens = ml.preview([{"text": "a b b"}], Words()).documents[0].tokens  # pyright: ignore[reportArgumentType] a part
+    # Words has only a part of a tokenizer's methods.
+    shown = ml.preview([{"text": "a b b"}], Words())  # pyright: ignore[reportArgumentType]
+    tokens = shown.documents[0].tokens
     assert [token.text for token in tokens] == ["a", " b", " b", " </s>"]
 
 
-# ---- how it looks
+# ---- layout
 
 
-def test_trained_is_told_without_colour(monkeypatch):
+def test_trained_tokens_are_marked_without_colour(monkeypatch):
     shown = ml.preview(ROWS, ours("chatml"), rows=1)
     lines = str(shown).splitlines()
-    assert "\x1b" not in str(shown) and repr(shown) == str(shown)  # no terminal here
+    assert "\x1b" not in str(shown) and repr(shown) == str(shown)  # stdout is no terminal
     assert "row 0: 51 tokens, 5 trained" in lines
     assert r"  trained      'as hello<|im_end|>'" in lines
     assert (
@@ -162,12 +164,10 @@ def test_rows_that_training_leaves_out_are_shown_by_number():
     ] and "packing: 6 examples in 4 rows" in str(packed)
 
 
-# ---- the command line, and what raises
+# ---- the command line and errors
 
 
-def test_the_command_shows_what_the_function_shows_and_train_names_it(
-    tmp_path, capsys, monkeypatch
-):
+def test_preview_command_shows_the_same_text_and_train_prints_it(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     save(tmp_path / "model", vocab_size=len(ours("chatml")), tie_word_embeddings=True)

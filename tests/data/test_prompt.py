@@ -1,4 +1,7 @@
-"""Proves that a prompt is encoded as training encoded what came before the answer, and where an answer ends."""
+"""Tests of prompts: a prompt has the tokens that training puts before the answer.
+
+Also the token that ends an answer.
+"""
 
 import pytest
 
@@ -35,13 +38,13 @@ def test_a_prompt_is_encoded_as_it_was_trained(tokenizer_of, family):
 
 @KINDS
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_end_of_turn_is_what_ends_an_answer(tokenizer_of, family):
+def test_end_of_turn_is_the_token_that_ends_an_answer(tokenizer_of, family):
     tokenizer = tokenizer_of(family)
     assert tokenizer.decode([end_of_turn(tokenizer)], skip_special_tokens=False) == END[family]
 
 
-def test_a_lone_space_of_sentencepiece_is_no_special_token():
-    """Its decoder strips the first space, so that the token shows as nothing, special or not."""
+def test_a_single_space_token_of_sentencepiece_is_not_special():
+    """The decoder strips the first space, so the token decodes to nothing, as special tokens do."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
 
@@ -51,7 +54,7 @@ def test_a_lone_space_of_sentencepiece_is_no_special_token():
     assert [is_special(tokenizer, token) for token in range(3)] == [False, False, True]
 
 
-def test_a_str_is_a_user_message_only_where_there_is_a_template():
+def test_a_str_is_a_user_message_only_if_there_is_a_chat_template():
     tokenizer = ours("llama3")
     as_chat = tokenizer.apply_chat_template(chat("hello"), add_generation_prompt=True)
     assert encode_prompt("hello", tokenizer) == encode_prompt(chat("hello"), tokenizer) == as_chat
@@ -74,6 +77,6 @@ def test_a_str_is_a_user_message_only_where_there_is_a_template():
         ({"messages": chat("a", "b"), "tools": [{}]}, "row 3: tools"),
     ],
 )
-def test_split_prompt_refuses_what_has_no_answer(row, problem):
+def test_split_prompt_refuses_rows_without_an_answer(row, problem):
     with pytest.raises(ValueError, match=problem):
         split_prompt(row, 3)

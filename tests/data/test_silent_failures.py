@@ -1,9 +1,9 @@
-"""Proves that what makes a fine-tuning run fail in silence is said before it starts: fixture → message, one a line.
+"""Tests of silent failures: mistakes in a dataset are reported before the training run starts.
 
-Each is what users of TRL, Axolotl, unsloth and transformers report (the thread in brackets). An
-error where the run would learn nothing, or other than its rows say; where only the user can know, a
-line of the report or of the preview. Then: a sound set raises nothing of the kind, and training
-itself stops at the same words.
+Each case is a mistake that users of TRL, Axolotl, unsloth or transformers have reported; its thread
+is in brackets. A run that would learn nothing, or something else than its rows contain, raises an
+error. If only the user can decide, the report or the preview has a line about it. A correct dataset
+gives no such error or line, and training itself raises the same errors.
 """
 
 import pytest
@@ -18,9 +18,8 @@ from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
 GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-R1 = CHATML.replace(
-    "message['content']", "message['content'].split('</think>')[-1]"
-)  # every thought is dropped
+# A template that drops every thought.
+R1 = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
 CALL = {
     "role": "assistant",
     "content": "",
@@ -29,7 +28,7 @@ CALL = {
 
 
 def templated(template: str, eos: str = "<|im_end|>", pad: str = "<|endoftext|>") -> Tokenizer:
-    """The ChatML tokenizer with another template, EOS or padding token."""
+    """Return the ChatML tokenizer with another template, EOS or padding token."""
     return Tokenizer(ours("chatml").backend, {"eos_token": eos, "pad_token": pad}, template)
 
 
@@ -38,7 +37,7 @@ def rows(*conversations: list) -> list[dict]:
 
 
 def weighted(*weights: int) -> list[dict]:
-    """A conversation whose answers have these weights."""
+    """Return a conversation whose answers have these weights."""
     return [
         turn | ({"weight": weights[i // 2]} if i % 2 else {})
         for i, turn in enumerate(chat(*[f"m{i}" for i in range(2 * len(weights))]))
@@ -49,16 +48,23 @@ ERRORS = {
     "response template not found [trl#1820, trl#1183]": (
         templated(CHATML.replace("'<|im_start|>' +", "'<|im_start|>' + loop.length | string +")),
         rows(chat("a", "b", "c", "d")),
-        "row 0, turn 1: the prompt before this answer is not a prefix of the whole conversation: .*character",
+        "row 0, turn 1: the prompt before this answer is not a prefix "
+        "of the whole conversation: .*character",
     ),
     "the border merges into one token [trl#598]": (
-        ours("chatml"), rows(chat("a", "\n\nb")), "row 0, turn 1: .* ends inside a token of the whole",
+        ours("chatml"),
+        rows(chat("a", "\n\nb")),
+        "row 0, turn 1: .* ends inside a token of the whole",
     ),
     "every label masked, by truncation [trl#6668, unsloth#3019]": (
-        ours("chatml"), rows(chat("a" * 90, "b")), "none of 1 rows has an answer to learn.* 1 are cut at max_length",
+        ours("chatml"),
+        rows(chat("a" * 90, "b")),
+        "none of 1 rows has an answer to learn.* 1 are cut at max_length",
     ),
     "every label masked, by weights [unsloth#2900]": (
-        ours("chatml"), rows(weighted(0, 0)), "row 0: no assistant turn .* .role, weight. .*.assistant., 0",
+        ours("chatml"),
+        rows(weighted(0, 0)),
+        "row 0: no assistant turn .* .role, weight. .*.assistant., 0",
     ),
     "labels off by the generation prompt [LlamaFactory#6987]": (
         templated(CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")),
@@ -66,10 +72,14 @@ ERRORS = {
         "row 0, turn 1: .* its generation prompt differs from the beginning of an answer",
     ),
     "history rewritten: earlier thoughts are dropped [gem#44, slime#330]": (
-        templated(QWEN3), rows(chat("a", "<think>p</think>b", "c", "d")), "row 0, turn 1: .* rewrites earlier turns",
+        templated(QWEN3),
+        rows(chat("a", "<think>p</think>b", "c", "d")),
+        "row 0, turn 1: .* rewrites earlier turns",
     ),
     "the thought of every answer is dropped [DeepSeek-R1#633]": (
-        templated(R1), rows(chat("a", "<think>pah</think>b")), "row 0, turn 1: .* leaves out 'pah', of its reasoning",
+        templated(R1),
+        rows(chat("a", "<think>pah</think>b")),
+        "row 0, turn 1: .* leaves out 'pah', of its reasoning",
     ),
     "reasoning_content is ignored [slime#330]": (
         ours("chatml"),
@@ -77,17 +87,26 @@ ERRORS = {
         "row 0, turn 1: the chat template leaves out 'hm', of its reasoning",
     ),
     "tool calls are ignored [axolotl#3824]": (
-        ours("chatml"), rows([*chat("a"), CALL]), "row 0, turn 1: the chat template leaves out 'clock'",
+        ours("chatml"),
+        rows([*chat("a"), CALL]),
+        "row 0, turn 1: the chat template leaves out 'clock'",
     ),
     "tools are ignored [fw-ai/cookbook#442]": (
         ours("chatml"),
-        [{"messages": chat("a", "b"), "tools": [{"type": "function", "function": {"name": "clock"}}]}],
+        [
+            {
+                "messages": chat("a", "b"),
+                "tools": [{"type": "function", "function": {"name": "clock"}}],
+            }
+        ],
         "row 0: the chat template leaves out 'clock'",
     ),
     "every answer is empty": (
-        ours("chatml"), rows(chat("a", " "), chat("c", "")), "none of 2 rows has an answer to learn.* 2 have an empty",
+        ours("chatml"),
+        rows(chat("a", " "), chat("c", "")),
+        "none of 2 rows has an answer to learn.* 2 have an empty",
     ),
-}  # fmt: skip
+}
 
 NOTES = {
     "EOS never trained [axolotl#3754, unsloth#416]": (
@@ -126,7 +145,8 @@ NOTES = {
         templated(CHATML.replace(GENERATION, "")),
         rows(chat("a", "b")),
         [
-            "has no generation prompt: each answer is learned with its header, '<|im_start|>assistant\\n'"
+            "has no generation prompt: "
+            "each answer is learned with its header, '<|im_start|>assistant\\n'"
         ],
     ),
     "only the last turn is trained, by weights [axolotl#2696]": (
@@ -153,13 +173,13 @@ NOTES = {
 
 
 @pytest.mark.parametrize("tokenizer, data, message", ERRORS.values(), ids=ERRORS)
-def test_a_run_that_would_be_meaningless_is_an_error(tokenizer, data, message):
+def test_a_dataset_that_would_train_nothing_or_wrong_text_raises(tokenizer, data, message):
     with pytest.raises(ValueError, match=message):
         encode_dataset(data, tokenizer, 64)
 
 
 @pytest.mark.parametrize("tokenizer, data, lines", NOTES.values(), ids=NOTES)
-def test_what_only_the_user_can_judge_is_a_line_of_the_preview(tokenizer, data, lines):
+def test_a_mistake_that_only_the_user_can_judge_is_in_the_preview(tokenizer, data, lines):
     report, known = (
         str(encode_dataset(data, tokenizer, 64).report),
         ml.preview(data, tokenizer, rows=0, max_length=64),
@@ -169,8 +189,8 @@ def test_what_only_the_user_can_judge_is_a_line_of_the_preview(tokenizer, data, 
         assert line in str(known)
 
 
-def test_a_sound_set_is_told_by_three_lines():
-    """And what looks like a failure and is none: a thought that the template keeps, a tool call that it writes."""
+def test_a_correct_dataset_gives_three_lines_and_no_error():
+    """Thoughts that the template keeps and tool calls that it writes raise no error either."""
     sound = ml.preview(
         rows(chat("a", "b"), chat("hello", "world", "c", "d")), ours("chatml"), rows=0
     )
@@ -181,9 +201,8 @@ def test_a_sound_set_is_told_by_three_lines():
         "  answers end in: '<|im_end|>' (EOS) 2",
     ]
     assert rest[-1].startswith("  chat template ") and len(rest) == 3
-    assert "generation prompt" not in str(
-        ml.preview(rows(chat("a", "b")), ours("mistral"))
-    )  # has none, and no header
+    # Mistral's template has no generation prompt and no header.
+    assert "generation prompt" not in str(ml.preview(rows(chat("a", "b")), ours("mistral")))
     assert encode_dataset(rows(chat("a", "<think>\nhm\n</think>\n\nb")), templated(QWEN3))
     writes = CHATML.replace(
         "message['content']", "message['content'] + message['tool_calls'] | default('') | string"
@@ -191,11 +210,11 @@ def test_a_sound_set_is_told_by_three_lines():
     assert encode_dataset(rows([*chat("a"), CALL]), templated(writes)).report.empty == ()
 
 
-# ---- what training itself says
+# ---- errors of training itself
 
 
 def small(vocabulary: int):
-    """A decoder with room for so many tokens, and an adapter."""
+    """Return a decoder with a vocabulary of this size, and an adapter."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -206,9 +225,9 @@ def small(vocabulary: int):
 
 
 def test_a_token_without_a_row_in_the_embedding_is_named_before_training():
-    """CUDA says "device-side assert triggered" [transformers#24698, tokenizers#1609]."""
+    """CUDA reports "device-side assert triggered" [transformers#24698, tokenizers#1609]."""
     tokenizer, data = ours("chatml"), rows(chat("a", "b"), chat("c", "d"))
-    needed = len(tokenizer) - 1  # <|endoftext|>, the last, is in no row
+    needed = len(tokenizer) - 1  # no row has the last token, <|endoftext|>
     config = TrainConfig(max_steps=1, save_steps=None)
     assert train(small(needed), tokenizer, data, config).steps == 1
     with pytest.raises(
@@ -220,7 +239,7 @@ def test_a_token_without_a_row_in_the_embedding_is_named_before_training():
         train(small(needed), tokenizer, data, config, eval_dataset=plain)
 
 
-def test_training_stops_at_the_same_words():
+def test_training_raises_the_same_error():
     with pytest.raises(ValueError, match="none of 1 rows has an answer to learn"):
         train(
             small(300),

@@ -1,8 +1,8 @@
-"""Proves that a dataset file tokenised into files is the dataset in memory, that a cache is never stale and never half
-there, and that memory does not grow with the file.
+"""Tests of the dataset cache and of streaming, which store the tokens of a dataset in files.
 
-Oracles: encoding in memory; processes that are really killed, or really write the same cache at
-once; resident memory.
+The stored examples equal those in memory, a cache is never out of date and never incomplete, and
+memory does not grow with the file. Oracles: encoding in memory; processes that are killed or write
+the same cache at the same time; resident memory.
 """
 
 import csv
@@ -36,14 +36,14 @@ from minilora.training.loop import train
 ROWS = [
     *({"messages": chat("a" * n, "b" * (7 - n))} for n in range(8)),
     {"messages": chat("a", "b", "c"), "id": 3},
-    {"messages": chat("a" * 60, "b")},  # nothing left to train at 48 tokens
+    {"messages": chat("a" * 60, "b")},  # cut at 48 tokens, no trained token is left
     {"messages": chat("a", "b" * 60)},
 ]
 LENGTH = 48
 
 
 def write(path, rows=ROWS):
-    """A file of the kind its name says."""
+    """Write the rows to a file of the kind that the suffix of `path` names; return `path`."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".json":
@@ -66,7 +66,7 @@ def write(path, rows=ROWS):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv"])
 @pytest.mark.parametrize("how", ["cache", "stream"])
-def test_equal_to_the_dataset_in_memory(tmp_path, monkeypatch, kind, how):
+def test_stored_examples_equal_the_dataset_in_memory(tmp_path, monkeypatch, kind, how):
     rows = (
         ROWS
         if kind != "csv"
@@ -94,7 +94,7 @@ def test_equal_to_the_dataset_in_memory(tmp_path, monkeypatch, kind, how):
 
 
 def small(tokenizer):
-    """An untrained decoder for this tokenizer, with an adapter."""
+    """Return an untrained decoder for this tokenizer, with an adapter."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -104,11 +104,12 @@ def small(tokenizer):
     return lora(CausalLM(DecoderConfig(len(tokenizer), tie_word_embeddings=True, **sizes)))
 
 
-def test_training_from_a_cache_is_training_from_memory(tmp_path):
+def test_training_from_a_cache_gives_the_losses_of_training_from_memory(tmp_path):
     path, tokenizer, found = write(tmp_path / "rows.jsonl"), ours("chatml"), []
     held_out = write(tmp_path / "held_out.jsonl", ROWS[:4])
     fields = {"max_length": LENGTH, "packing": True, "per_device_train_batch_size": 2, **FAST}
-    for cache in (None, tmp_path / "cache", tmp_path / "cache"):  # in memory; written; found
+    # in memory; with a cache that is written; with the cache that exists
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         torch.manual_seed(0)
         config = TrainConfig(dataset_cache=cache, **fields)
         found.append(train(small(tokenizer), tokenizer, path, config, eval_dataset=held_out))
@@ -117,7 +118,7 @@ def test_training_from_a_cache_is_training_from_memory(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_the_evaluation_of_stored_examples_reads_a_batch_at_a_time(tmp_path, monkeypatch):
+def test_evaluation_of_stored_examples_reads_one_batch_at_a_time(tmp_path, monkeypatch):
     path, tokenizer = write(tmp_path / "rows.jsonl"), ours("chatml")
     examples, seen = encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache"), []
     monkeypatch.setattr(SFT, "collate", lambda _, batch: seen.append(len(batch)) or padded(batch))
@@ -138,7 +139,7 @@ def test_a_second_call_encodes_nothing(tmp_path, monkeypatch):
     assert list(first) == list(second) and first.report == second.report
 
 
-def test_whatever_changes_the_examples_changes_the_key(tmp_path, monkeypatch):
+def test_any_change_of_the_examples_changes_the_cache_key(tmp_path, monkeypatch):
     path, tokenizer = write(tmp_path / "rows.jsonl"), ours("chatml")
     backend, names = tokenizer.backend, tokenizer.special_tokens
     keys = [
@@ -173,15 +174,14 @@ def test_whatever_changes_the_examples_changes_the_key(tmp_path, monkeypatch):
     assert cache_key(path, tokenizer, LENGTH) not in keys
 
 
-def test_another_process_that_was_faster_wins(tmp_path, monkeypatch):
+def test_if_two_processes_write_a_cache_the_first_one_is_used(tmp_path, monkeypatch):
     path, tokenizer, real = write(tmp_path / "rows.jsonl"), ours("chatml"), stored.store
 
     def slow(folder, examples):
         real(folder, examples)
         monkeypatch.setattr(stored, "store", real)
-        encode_dataset(
-            path, tokenizer, LENGTH, cache=tmp_path / "cache"
-        )  # the whole of it, meanwhile
+        # another call writes the complete cache first
+        encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache")
 
     monkeypatch.setattr(stored, "store", slow)
     found = encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache")
@@ -209,7 +209,7 @@ def start(path, cache) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_killed_writer_leaves_nothing_half_and_two_write_at_once(tmp_path):
+def test_a_killed_writer_leaves_no_incomplete_cache(tmp_path):
     path, cache = write(tmp_path / "rows.jsonl", ROWS * 2000), tmp_path / "cache"
     killed = start(path, cache)
     while not list(cache.glob(".*.tmp/tokens.bin")):
@@ -219,7 +219,7 @@ def test_a_killed_writer_leaves_nothing_half_and_two_write_at_once(tmp_path):
     assert killed.wait() == -signal.SIGKILL
     left = [folder.name for folder in cache.iterdir()]
     assert len(left) == 1 and left[0].startswith(".")
-    os.utime(cache / left[0], (0, 0))  # long ago: swept away by the next
+    os.utime(cache / left[0], (0, 0))  # the next writer deletes old temporary folders
     writers = [start(path, cache) for _ in range(2)]
     said = {writer.communicate()[0] for writer in writers}
     expected = encode_dataset(path, ours("chatml"), 48)
@@ -248,10 +248,10 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind):
-    """Ten times the file, 22 bytes more for each of its further rows (a record) and little else.
+    """A file ten times as large takes 22 bytes (a record) for each further row, and little else.
 
-    6 MB of 18,000 more rows: what allocators keep of buffers that came and went (pyarrow's most:
-    parquet).
+    The bound of 6 MB for 18,000 more rows allows for freed buffers that allocators keep. pyarrow
+    keeps most, for parquet.
     """
     rng, taken = random.Random(0), {}
     for megabytes in (1, 10):
@@ -262,13 +262,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
             int(python(MEMORY, path, limit, ROOT / "tests")) for limit in (0, 2**40)
         ]
     grown = [taken[10][i] - taken[1][i] for i in (0, 1)]
-    assert grown[0] < 6e6 < grown[1]  # streamed; in memory, so that the measure measures something
+    assert grown[0] < 6e6 < grown[1]  # streamed; in memory, which shows that the measurement works
 
 
 # ---- errors
 
 
-def test_errors(tmp_path, monkeypatch):
+def test_a_bad_dataset_or_damaged_cache_raises(tmp_path, monkeypatch):
     path, tokenizer, cache = write(tmp_path / "rows.jsonl"), ours("chatml"), tmp_path / "cache"
     with pytest.raises(
         ValueError,

@@ -1,8 +1,8 @@
-"""Proves that minilora's tokenizer and chat templates are transformers'.
+"""Tests of the tokenizer and of chat templates, which must equal those of transformers.
 
-Oracle: transformers on the same files, for ids, decoding and rendering.
-Round trip: what is saved loads in both. Errors: wrong folders, files that contradict each other,
-hostile templates.
+Oracle: transformers with the same files, for token ids, decoding and rendering. Round trip: a saved
+tokenizer loads in both libraries. Errors: wrong folders, files that contradict each other, hostile
+templates.
 """
 
 import json
@@ -22,21 +22,28 @@ CONVERSATIONS = [
     chat("a", "b", "c"),
 ]
 TOOLS = [{"name": "clock", "description": "says <what> it's & 'é'"}]
-# templates that use what the environment must offer
+# Templates that use all features that the template environment must have.
 ODD = {
-    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "generation": "{% for m in messages %}{% generation %}\n{{ m.content }}{% endgeneration %}|\n{% endfor %}",
-    "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ messages | tojson(ensure_ascii=true) }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+    "{{ m.content }}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}\n{{ m.content }}{% endgeneration %}|\n"
+    "{% endfor %}",
+    "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}"
+    "{{ messages | tojson(ensure_ascii=true) }}",
     "whitespace": "  {% if true %}\n  a\n  {% endif %}\n\n b {#- c #}\n{{ messages | length }}",
     "date": "{{ strftime_now('%Y %B') }}",
     "namespace": "{% set n = namespace(x=1) %}{% set n.x = n.x + 1 %}{{ n.x }}{{ dict(a=1)['a'] }}",
-    "specials": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ tools is none }}{{ documents }}",
+    "specials": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ tools is none }}"
+    "{{ documents }}",
     "undefined": "{% if enable_thinking is defined %}x{% endif %}{{ messages[0].thoughts or '-' }}",
 }
 
 
 def write(folder, config: dict, special=("<|im_start|>", "<|im_end|>"), **files: str):
-    """A checkpoint folder with a tokenizer.json of ours; `files` by stem, chat_template → .jinja, others .json."""
+    """Write a checkpoint folder with a tokenizer.json and return it.
+
+    The keys of `files` are file names without suffix: chat_template has .jinja, others .json.
+    """
     folder.mkdir(exist_ok=True)
     backend(list(special)).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -78,14 +85,14 @@ def test_odd_templates_render_as_transformers(template):
 @pytest.mark.parametrize(
     "options", [{"tools": TOOLS}, {"enable_thinking": False}, {"enable_thinking": True}]
 )
-def test_tools_and_template_variables_arrive(options):
+def test_tools_and_template_variables_reach_the_template(options):
     options = {"tokenize": False, "add_generation_prompt": True} | options
     text = ours("qwen3").apply_chat_template(chat("a"), **options)
     assert text == theirs("qwen3").apply_chat_template(chat("a"), **options)
     assert ("<what> it's & 'é'" in text) == ("tools" in options)
 
 
-def test_the_date_is_today():
+def test_strftime_now_gives_the_date_of_today():
     text = ours("chatml").apply_chat_template(chat("a"), chat_template=ODD["date"], tokenize=False)
     assert text == datetime.now().strftime("%Y %B")
 
@@ -101,11 +108,12 @@ def test_the_date_is_today():
             "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
             "bos_token": "<|im_start|>",
         },
+        # tokenizer.json decides if BOS is added
         {
             "eos_token": "<|im_end|>",
             "add_bos_token": True,
             "bos_token": "<|im_start|>",
-        },  # tokenizer.json has the word
+        },
         {
             "added_tokens_decoder": {
                 "266": {"content": "<new>", "special": True},
@@ -158,7 +166,7 @@ def test_folders_load_as_in_transformers(tmp_path, config):
     assert mine.convert_ids_to_tokens(3) == reference.convert_ids_to_tokens(3)
 
 
-def test_the_template_file_wins_and_named_templates_can_be_chosen(tmp_path):
+def test_a_template_file_has_priority_and_named_templates_can_be_chosen(tmp_path):
     from transformers import AutoTokenizer
 
     named = [{"name": "default", "template": "default"}, {"name": "tool_use", "template": "tools"}]
@@ -178,7 +186,7 @@ def test_the_template_file_wins_and_named_templates_can_be_chosen(tmp_path):
         only.apply_chat_template(chat("a"))
 
 
-def test_older_checkpoints_name_their_tokens_in_a_file_of_their_own(tmp_path):
+def test_special_tokens_map_of_older_checkpoints_is_read(tmp_path):
     tokens = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>"}
     tokenizer = load_tokenizer(write(tmp_path / "old", {}, special_tokens_map=json.dumps(tokens)))
     assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_start|>")
@@ -197,7 +205,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
 
 
 @given(st.text(max_size=40))
-def test_text_comes_back(text):
+def test_decode_inverts_encode(text):
     tokenizer = ours("chatml")
     assert tokenizer.decode(tokenizer.encode(text)) == text.encode("utf-8", "replace").decode()
 
@@ -205,7 +213,7 @@ def test_text_comes_back(text):
 @pytest.mark.parametrize(
     "template", [CHATML, None, {"default": CHATML, "other": "x"}], ids=["one", "none", "named"]
 )
-def test_what_is_saved_loads_in_both(tmp_path, template):
+def test_a_saved_tokenizer_loads_in_minilora_and_transformers(tmp_path, template):
     from transformers import AutoTokenizer
 
     source = Tokenizer(
@@ -226,7 +234,7 @@ def test_what_is_saved_loads_in_both(tmp_path, template):
     assert not list((tmp_path / "saved").glob(".*"))  # no temporary file is left
 
 
-def test_saving_keeps_what_the_config_said(tmp_path):
+def test_saving_keeps_the_fields_of_the_config(tmp_path):
     source = load_tokenizer(
         write(tmp_path / "a", {"model_max_length": 77, "eos_token": "<|im_end|>"})
     )
@@ -240,7 +248,7 @@ def test_saving_keeps_what_the_config_said(tmp_path):
 # ---- errors
 
 
-def test_a_missing_template_says_how_to_give_one():
+def test_a_missing_template_raises_with_the_remedy():
     base = Tokenizer(backend([]))
     with pytest.raises(
         ValueError, match=r"no chat template.*`tokenizer.chat_template = .*ALPACA_TEMPLATE"
@@ -265,12 +273,12 @@ def test_a_missing_template_says_how_to_give_one():
         ("{{ strftime_now.__globals__['json'] }}", "unsafe"),
     ],
 )
-def test_a_template_that_fails_or_reaches_out_raises(template, problem):
+def test_a_template_that_fails_or_is_unsafe_raises(template, problem):
     with pytest.raises(ValueError, match=problem):
         ours("chatml").apply_chat_template(chat("a"), chat_template=template)
 
 
-def test_rendering_leaves_the_messages_alone():
+def test_rendering_does_not_change_the_messages():
     messages = chat("a", "b")
     ours("qwen3").apply_chat_template(messages, chat_template=QWEN3)
     assert messages == chat("a", "b")
@@ -283,7 +291,7 @@ def test_wrong_folders_raise(tmp_path):
     with pytest.raises(ValueError, match="sentencepiece.*AutoTokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(Exception) as broken:  # `tokenizers` raises the bare class
+    with pytest.raises(Exception) as broken:  # the tokenizers package raises a plain Exception
         load_tokenizer(tmp_path)
     assert "tokenizer.json is not a tokenizer" in broken.value.__notes__[0]
     folder = write(tmp_path / "a", {})
