@@ -1,5 +1,8 @@
-"""Proves what the README says of the demo: that it learns more than a table lookup or the base model knows, within its
-time and memory, and that the figures quoted there are the ones it prints."""
+"""Tests of the README's claims about the demo.
+
+The demo learns more than a table lookup and the base model know, within its time limit, and it
+prints the figures that the README quotes.
+"""
 
 import importlib.util
 import json
@@ -11,16 +14,15 @@ import torch
 
 from helpers.source import ROOT, text
 
-TWICE_THE_INTERVAL = (
-    0.08  # two runs of 500 rows, each ± 0.04: bf16 sums in another order on another machine
-)
-SECONDS = (
-    600  # the bound without bf16 hardware; with it 300, which a busy CI machine must not be held to
-)
+# Two runs of 500 test rows, each ± 0.04: another machine adds bf16 numbers in another order.
+TWICE_THE_INTERVAL = 0.08
+# Time limit without bf16 hardware. With it the demo takes at most 300 s on an idle machine, but CI
+# machines are shared.
+SECONDS = 600
 
 
 @pytest.mark.slow
-@pytest.mark.demo  # ten minutes without 16-bit arithmetic; tests/docs/test_stories.py runs the short form
+@pytest.mark.demo  # ten minutes without bf16 hardware; test_stories.py runs the short form
 @pytest.mark.timeout(2 * SECONDS)
 def test_the_demo_learns_and_the_readme_quotes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -37,9 +39,8 @@ def test_the_demo_learns_and_the_readme_quotes_it(tmp_path, monkeypatch, capsys)
     interval = 1.96 * math.sqrt(after * (1 - after) / document["rows_test"])
     known = max(document["constrained_before"], document["nearest_neighbour"], document["majority"])
     assert document["rows_test"] >= 500 and after > known + interval
-    assert (
-        document["perplexity_general_after"] > document["perplexity_general_before"]
-    )  # it forgets, and says so
+    # The model forgets some general text, and the demo reports it.
+    assert document["perplexity_general_after"] > document["perplexity_general_before"]
     assert document["adapter_reload_equal"] and document["seconds"] < SECONDS
 
     quoted = {
@@ -48,8 +49,8 @@ def test_the_demo_learns_and_the_readme_quotes_it(tmp_path, monkeypatch, capsys)
     }
     assert abs(quoted["exact_match"] - after) < TWICE_THE_INTERVAL
     assert abs(quoted["constrained"] - document["constrained_after"]) < TWICE_THE_INTERVAL
-    # perplexity follows the weights' bf16 noise, and Python's version changes the prose: a quarter
-    # either way
+    # The perplexity depends on the rounding of the weights to bf16 and on the text, which the
+    # version of Python changes. It may differ by a quarter.
     assert quoted["perplexity_general"] == pytest.approx(
         document["perplexity_general_after"], rel=0.25
     )
@@ -61,6 +62,6 @@ def readme_table() -> str:
     return found[1]
 
 
-def test_the_readme_quotes_a_table():
+def test_the_readme_has_the_table_of_the_demo():
     names = re.findall(r"^(\w+) .* [\d.]+$", readme_table(), flags=re.M)
     assert {"exact_match", "constrained", "token_f1", "perplexity_general"} <= set(names)

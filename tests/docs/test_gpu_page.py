@@ -1,6 +1,8 @@
-"""Proves that docs/gpu.md says what the scripts say: its table is the one of expected.py, whose times are bytes over
-bandwidth; its commands are there; and the form holds every result once, each on a line that
-parses."""
+"""Tests of docs/gpu.md and of the form for benchmark results.
+
+The page's table is the output of expected.py, which computes times as bytes over bandwidth. The
+commands on the page exist. The form contains every result once, as one JSON document per line.
+"""
 
 import json
 import re
@@ -20,7 +22,7 @@ PAGE = "docs/gpu.md"
 
 @pytest.mark.slow  # compiles three kernels for six targets
 @pytest.mark.strict
-def test_the_table_is_the_scripts():
+def test_the_table_is_the_output_of_the_script():
     stdout = python("benchmarks/gpu_model/expected.py").stdout
     lines = [line for line in stdout.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(CARDS)
@@ -37,8 +39,8 @@ def test_the_table_is_the_scripts():
     )
 
 
-def test_a_token_takes_its_bytes_and_what_binds_is_named():
-    """Llama-3-8B: its published parameters less the embedding, the head and 65 norms are the linear weights."""
+def test_expected_times_are_bytes_over_bandwidth_or_name_the_bottleneck():
+    """Llama-3-8B: all parameters minus embedding, head and 65 norms are the linear weights."""
     weights = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
     assert linear_weights() == weights
     counted = [
@@ -62,7 +64,7 @@ def test_a_token_takes_its_bytes_and_what_binds_is_named():
     assert lines[3].count("(issue)") == 3
 
 
-def test_the_five_commands_are_there():
+def test_the_five_commands_of_the_page_exist():
     (block,) = re.findall(r"^```bash\n(.*?)^```", text(PAGE), flags=re.M | re.S)
     commands = block.splitlines()
     assert len(commands) == 5
@@ -77,7 +79,7 @@ def test_the_five_commands_are_there():
 
 
 def lines_of(block: str) -> list[dict]:
-    """What stands between the fences."""
+    """Return the JSON documents in a fenced block, one per line."""
     first, *lines, last = block.splitlines()
     assert (first, last) == ("```json", "```")
     return [json.loads(line) for line in lines]
@@ -98,8 +100,8 @@ def test_the_form_holds_every_result_once(capsys):
 
 
 @pytest.mark.parametrize(("cards", "expected"), [(1, "550.54"), (2, "of several cards")])
-def test_what_nvidia_smi_says(cards, expected, monkeypatch):
-    """A program that answers as nvidia-smi does: a line a card, as many values as were asked for."""
+def test_smi_reads_the_output_of_nvidia_smi(cards, expected, monkeypatch):
+    """Replace nvidia-smi by a program that prints one line per card with the requested values."""
     line = "NVIDIA X, 550.54, 2520, 2600, 10501, 10501, 300.5, 450.00, 61"
     run = bench_form.subprocess.run
     echo = [sys.executable, "-c", f"print({line!r}, *[{line!r}] * {cards - 1}, sep='\\n')"]
@@ -113,7 +115,7 @@ def test_what_nvidia_smi_says(cards, expected, monkeypatch):
     assert cards > 1 or found["temperature.gpu"] == "61" and len(found) == len(bench_form.ASKED)
 
 
-def test_without_nvidia_smi_and_git_the_form_says_so(monkeypatch):
+def test_the_form_without_nvidia_smi_and_git_reports_it(monkeypatch):
     def missing(command, **options):
         raise FileNotFoundError(command[0])
 

@@ -1,5 +1,9 @@
-"""Proves that what is written leads where it says: links to files and headings, examples to what they print, minutes to
-lines; and that `make docs` makes a site of it, with every public name and no dead link."""
+"""Tests of the documentation pages.
+
+Links lead to existing files and headings, examples print the output that they show, the minutes of
+the reading order follow from the numbers of lines, and `make docs` builds a site with every public
+name and no dead link.
+"""
 
 import doctest
 import re
@@ -20,7 +24,7 @@ NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("not
 
 
 def prose(page: str) -> str:
-    """A page without its fenced code, which has brackets of its own; of a notebook the comments."""
+    """Return a page without its fenced code, or the comments of a notebook."""
     said = text(page)
     if page.endswith(".py"):
         said = "\n".join(
@@ -30,20 +34,20 @@ def prose(page: str) -> str:
 
 
 def anchors(page: str) -> set[str]:
-    """The names of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_anchors_are_githubs():
+def test_anchors_equal_those_of_github():
     assert {"reading-order", "limits-and-what-to-use-instead"} <= anchors("README.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS])
-def test_links_lead_somewhere(page: str):
+def test_links_lead_to_existing_files_and_headings(page: str):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", prose(page)):
         there = (ROOT / page).parent / target if target else ROOT / page
-        assert there.exists(), f"{page} links to {target}, which is not on the disk"
+        assert there.exists(), f"{page} links to {target}, which does not exist"
         if anchor:
             assert anchor in anchors(there.resolve().relative_to(ROOT).as_posix()), (
                 f"{page}: no heading {anchor}"
@@ -59,13 +63,13 @@ def test_the_site_lists_every_page():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in text(page)])
-def test_examples_print_what_they_show(page: str):
+def test_examples_print_the_output_that_they_show(page: str):
     failed, tried = doctest.testfile(str(ROOT / page), module_relative=False)
     assert tried and not failed
 
 
 def test_minutes_of_the_reading_order_follow_from_the_lines():
-    """About twenty lines a minute, as the README says."""
+    """The README assumes about twenty lines per minute."""
     steps = re.findall(
         r"^\d+\. \[`([\w/]+\.py)`\]\(\S+\), (\d+) minutes", text("README.md"), flags=re.M
     )

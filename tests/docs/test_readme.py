@@ -1,7 +1,7 @@
-"""Proves that the README, the rooms and the pages name files that exist.
+"""Tests that the README, the packages and the pages name files that exist.
 
-The README lists the rooms and one reading order. The docstring of a room's `__init__.py` lists the
-room's files.
+The README lists the packages and one reading order. The docstring of a package's `__init__.py`
+lists the package's files.
 """
 
 import re
@@ -14,7 +14,7 @@ ROOMS = sorted(path.parent for folder in LIBRARY for path in (ROOT / folder).rgl
 
 
 def files_of(room) -> set[str]:
-    """Return the names of a room's files and folders, without caches and `__init__`."""
+    """Return the names of a package's files and folders, without caches and `__init__`."""
     names = {
         path.name for path in room.iterdir() if path.suffix in (".py", ".html") or path.is_dir()
     }
@@ -22,8 +22,8 @@ def files_of(room) -> set[str]:
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=[str(room.relative_to(ROOT)) for room in ROOMS])
-def test_a_room_lists_its_files(room):
-    """The top of the library lists its rooms in the README."""
+def test_a_package_lists_its_files(room):
+    """The README lists the packages of minilora."""
     listing = text((room / "__init__.py").relative_to(ROOT).as_posix())
     if room.name == "minilora":
         listing = text("README.md")
@@ -34,7 +34,7 @@ def test_a_room_lists_its_files(room):
         )
 
 
-def test_the_readme_lists_every_room_of_the_library():
+def test_the_readme_lists_every_package_of_the_library():
     for entry in files_of(ROOT / "minilora"):
         path = f"minilora/{entry}" + ("/" if "." not in entry else "")
         assert f"`{path}`" in text("README.md"), f"the README does not list {path}"

@@ -1,7 +1,7 @@
-"""Proves that every example and notebook runs to its end under plain `python`, in its short form.
+"""Tests that run every example and notebook with `python`, in its short form.
 
-MINILORA_SHORT=1 asks a story to cut steps and rows; its own assertions stay. The code of a
-notebook's solutions, which lie in folds, runs after it, on what it left behind.
+MINILORA_SHORT=1 reduces steps and rows; the assertions in the file stay. The code of a notebook's
+solutions, which are in <details> folds, runs after the notebook with its variables.
 """
 
 import os
@@ -16,7 +16,7 @@ from helpers.source import ROOT, sources, text
 
 
 def solutions(source: str) -> str:
-    """The ```python blocks in the <details> folds of a notebook's markdown cells, without the comment signs."""
+    """Return the ```python blocks in the <details> folds of a notebook, without comment signs."""
     folds = re.findall(r"^# <details>.*?^# </details>", source, flags=re.M | re.S)
     blocks = re.findall(r"^# ```python\n(.*?)^# ```$", "\n".join(folds), flags=re.M | re.S)
     return "".join(re.sub(r"^# ?", "", block, flags=re.M) for block in blocks)
@@ -24,13 +24,16 @@ def solutions(source: str) -> str:
 
 def test_solutions_are_found():
     plain = "# ```python\n# never\n# ```\n"
-    fold = "# <details><summary>Solution</summary>\n#\n# ```python\n# if a:\n#     b()\n#\n# c()\n# ```\n# </details>\n"
+    fold = (
+        "# <details><summary>Solution</summary>\n#\n"
+        "# ```python\n# if a:\n#     b()\n#\n# c()\n# ```\n# </details>\n"
+    )
     assert solutions(plain + fold + plain + fold) == 2 * "if a:\n    b()\n\nc()\n"
 
 
 @pytest.mark.parametrize("path", sources("notebooks"))
-def test_a_notebook_has_its_form(path: str):
-    """A question, an assert, a picture, an exercise with its solution in a fold."""
+def test_a_notebook_has_all_of_its_parts(path: str):
+    """The parts are a question, an assert, a picture, and an exercise with a folded solution."""
     parts = (
         "# **Question:**",
         "\nassert ",
@@ -44,7 +47,7 @@ def test_a_notebook_has_its_form(path: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sources("examples", "notebooks"))
-def test_a_story_runs(path: str, tmp_path: Path):
+def test_an_example_or_notebook_runs(path: str, tmp_path: Path):
     story = ROOT / path
     if path.startswith("notebooks/"):
         story = tmp_path / story.name
