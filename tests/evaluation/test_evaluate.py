@@ -1,10 +1,10 @@
-"""Proves that `evaluate` measures what it says: losses, answers, and the likeliest label.
+"""Tests of `evaluate`: losses, generated answers and the likeliest label.
 
-Oracle: transformers' own loss; each label's likelihood from one forward over its whole sequence; F1
-by hand. Property: no batch size and no order changes a score; the labels' tree and its shortcut
-pick what the full table picks, for random labels that share beginnings. Errors: rows, labels and
-names that fit nothing. Likelihoods are sums of up to ten fp32 log-probabilities of about 10: 1e-4
-is a hundred roundings.
+Oracle: the loss of transformers; the likelihood of each label from one forward pass over the whole
+sequence; F1 by hand. Property: batch size and order of rows do not change a score; the tree of
+labels and its shortcut choose the same label as the full table, for random labels with common
+beginnings. Errors: invalid rows, labels and names. Likelihoods are sums of up to ten fp32
+log-probabilities of about 10, so 1e-4 is a hundred roundings.
 """
 
 import math
@@ -47,7 +47,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def plain_scores(model, prompt: list[int], labels) -> torch.Tensor:
-    """Log-likelihood of each label, one whole forward each."""
+    """Return the log-likelihood of each label, with one full forward pass per label."""
     scores = []
     for label in labels:
         with torch.no_grad():
@@ -60,8 +60,8 @@ def plain_scores(model, prompt: list[int], labels) -> torch.Tensor:
 # ---- loss
 
 
-def test_loss_is_transformers_loss():
-    """Token-weighted over rows of different lengths: sum of (mean loss x trained tokens) / tokens."""
+def test_loss_equals_the_loss_of_transformers():
+    """The loss is a mean over tokens: sum of (mean loss of a row x its trained tokens) / tokens."""
     total, count = 0.0, 0
     for example in encode_dataset(ROWS, TOKENIZER):
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_text_rows_have_a_loss_only():
 @pytest.mark.parametrize(
     "tokenizer", [TOKENIZER, theirs("chatml")], ids=["minilora", "transformers"]
 )
-def test_predictions_are_what_generate_says(tokenizer):
+def test_predictions_are_the_answers_of_generate(tokenizer):
     prompts = [split_prompt(row)[0] for row in ROWS]
     answers = generate(MINE, tokenizer, prompts, max_new_tokens=6)
     rows = [
@@ -141,7 +141,7 @@ def test_metrics_by_hand():
         assert token_f1(reference, prediction) == pytest.approx(expected)
 
 
-def test_the_record_prints_and_serialises():
+def test_scores_print_and_convert_to_a_dict():
     scores = Scores(
         4, 10, 2.0, math.exp(2.0), 4, 0.5, 0.75, metrics={"valid": 1.0}, predictions=["x"]
     )
@@ -158,7 +158,7 @@ def test_the_record_prints_and_serialises():
 
 
 @pytest.mark.parametrize("model", [MINE, THEIRS], ids=["minilora", "transformers"])
-def test_constrained_is_the_argmax_of_whole_sequences(model):
+def test_choices_are_the_argmax_of_full_sequence_likelihoods(model):
     pairs = [split_prompt(row) for row in ROWS]
     prompts = [encode_prompt(prompt, TOKENIZER) for prompt, _ in pairs]
     ids = [[*TOKENIZER.encode(label), TOKENIZER.eos_token_id] for label in LABELS]
@@ -168,20 +168,18 @@ def test_constrained_is_the_argmax_of_whole_sequences(model):
     assert scores.label_accuracy == sum(
         c == answer for c, (_, answer) in zip(expected, pairs, strict=True)
     ) / len(ROWS)
-    assert (
-        label_table(LABELS, TOKENIZER, pairs[0][0], len(prompts[0])) == ids
-    )  # end of turn included
+    # the table includes the end-of-turn token
+    assert label_table(LABELS, TOKENIZER, pairs[0][0], len(prompts[0])) == ids
 
 
-LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(
-    tuple
-)  # few tokens: many common beginnings
+# Few different tokens, so that many labels have common beginnings.
+LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple)
 
 
 @settings(max_examples=25)
 @given(st.lists(LABEL, min_size=2, max_size=9, unique=True), st.integers(0, 99), st.integers(1, 4))
-def test_every_score_is_the_whole_sequence(labels, seed, batch_size):
-    """Tree and single line give the plain likelihood, and `choose` its arg-max, whatever the labels share."""
+def test_every_score_is_the_likelihood_of_the_full_sequence(labels, seed, batch_size):
+    """The tree and the single label give the same likelihood, and `choose` takes its arg-max."""
     prompts = [tokens(1, n, seed=seed + n)[0].tolist() for n in (3, 9, 4, 1)]
     expected = torch.stack([plain_scores(MINE, prompt, labels) for prompt in prompts])  # (B, L)
     with inference(MINE):
@@ -198,8 +196,8 @@ def test_every_score_is_the_whole_sequence(labels, seed, batch_size):
     assert (expected[torch.arange(4), chosen] >= best - 1e-4).all()
 
 
-def test_a_clear_favourite_is_read_alone(monkeypatch):
-    """The shortcut saves the tree where it may, and only there."""
+def test_a_clearly_likeliest_label_is_scored_without_the_tree(monkeypatch):
+    """The shortcut skips the tree if the likeliest label is certain, and only then."""
     prompts = [tokens(1, 6, seed=seed)[0].tolist() for seed in range(40)]
     order = MINE(torch.tensor(prompts)).detach()[:, -1].argsort(descending=True)  # (B, V)
     trees = []
@@ -219,7 +217,7 @@ def test_a_clear_favourite_is_read_alone(monkeypatch):
             int(plain_scores(MINE, prompt, labels).argmax())
         ]
         clear += not trees
-    assert clear > 30  # the likeliest token and what likely follows it against the two least likely
+    assert clear > 30  # a label of the likeliest tokens against two of the least likely tokens
     unlikely = [
         [
             int(order[0, 0]),
@@ -228,11 +226,12 @@ def test_a_clear_favourite_is_read_alone(monkeypatch):
     ]
     trees.clear()
     assert choose(MINE, prompts[:1], [*unlikely, [int(order[0, 1]), 3]], 1) == [1] or trees
-    assert trees == [1]  # the favourite ends badly: the other label had to be read
+    # The label with the likeliest first token has an unlikely second one, so the tree is needed.
+    assert trees == [1]
 
 
-def test_memory_of_the_labels_is_bounded(monkeypatch):
-    """Logits of the tree are made a few rows at a time; any number of them gives the same."""
+def test_choices_do_not_depend_on_the_rows_of_logits_at_a_time(monkeypatch):
+    """The tree computes logits for a few rows at a time, which bounds its memory."""
     prompts, labels = (
         [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 4)],
         [[1, 2, 3], [1, 4, 5], [2, 6]],
@@ -261,12 +260,12 @@ def test_memory_of_the_labels_is_bounded(monkeypatch):
         ({"max_new_tokens": 250}, "exceed the model's context of 256"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_of_evaluate_raise(options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(MINE, TOKENIZER, ROWS, **options)
 
 
-def test_bad_rows():
+def test_bad_rows_of_evaluate_raise():
     with pytest.raises(ValueError, match="empty"):
         evaluate(MINE, TOKENIZER, [])
     with pytest.raises(ValueError, match="row 1"):
@@ -282,7 +281,7 @@ def test_bad_rows():
 
 @pytest.mark.slow
 def test_smollm2_chooses_by_likelihood(smollm2):
-    """Cities of one and of several tokens; the choice is the arg-max of whole sequences."""
+    """The labels are cities of one and of several tokens."""
     from minilora.data import load_tokenizer
     from minilora.models.loader import load_model
 

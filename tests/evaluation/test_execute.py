@@ -1,6 +1,7 @@
-"""Generated code counts as right only if it and its tests run through, and cannot take the machine with it.
+"""Tests of pass_at_1, which runs generated code and its tests within limits.
 
-Oracle: fixtures whose outcome is known by reading them.
+Code is correct only if it and its tests run to the end. It cannot use up the machine's resources.
+The expected outcomes follow from reading the code.
 """
 
 import os
@@ -18,7 +19,7 @@ RIGHT = "def add(a, b):\n    return a + b"
 @pytest.mark.parametrize(
     "code", [RIGHT, f"Here:\n```python\n{RIGHT}\n```\nDone.", f"```\n{RIGHT}\n```"]
 )
-def test_right_answers_pass(code):
+def test_correct_answers_pass(code):
     assert pass_at_1(code, TESTS) == 1.0
 
 
@@ -27,15 +28,15 @@ def test_right_answers_pass(code):
     [
         "def add(a, b):\n    return a - b",
         "def add(a, b):\n    return",
-        "def add(a, b)\n    return a + b",  # no syntax
+        "def add(a, b)\n    return a + b",  # syntax error
         "I do not know.",
         "",
-        f"{RIGHT}\nraise SystemExit(0)",  # leaves before the tests
+        f"{RIGHT}\nraise SystemExit(0)",  # exits before the tests
         f"{RIGHT}\nimport os; os._exit(0)",
-        f"{RIGHT}\nimport torch",  # nothing that is installed
+        f"{RIGHT}\nimport torch",  # installed packages are not available
     ],
 )
-def test_wrong_answers_do_not(code):
+def test_wrong_answers_fail(code):
     assert pass_at_1(code, TESTS) == 0.0
 
 
@@ -49,18 +50,19 @@ def test_wrong_answers_do_not(code):
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     ],
 )
-def test_limits_hold(code):
+def test_limits_of_resources_are_enforced(code):
     if os.geteuid() == 0 and "resource.setrlimit" in code:
-        code += "\nx = bytearray(2 << 30)\n1 / 0"  # root may raise limits again: the answer still fails by itself
+        # root may raise limits again, so the code must fail without them
+        code += "\nx = bytearray(2 << 30)\n1 / 0"
     if os.geteuid() == 0 and "subprocess" in code:
-        code += "\n1 / 0"  # root is not counted in RLIMIT_NPROC
+        code += "\n1 / 0"  # RLIMIT_NPROC does not apply to root
     assert pass_at_1(code, "") == 0.0
 
 
 @pytest.mark.parametrize(
     "code", ["while True: pass", "import time; time.sleep(60)", "while True: print('x' * 99999)"]
 )
-def test_an_endless_answer_ends(code, monkeypatch):
+def test_an_endless_answer_is_stopped(code, monkeypatch):
     monkeypatch.setattr(code_execution, "SECONDS", 1)
     monkeypatch.setattr(
         code_execution, "_CHILD", code_execution._CHILD.replace('"CPU", 5', '"CPU", 1')

