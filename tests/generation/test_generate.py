@@ -1,12 +1,12 @@
-"""Proves that `generate` says what the model says, however prompts are batched, padded, cached or shared.
+"""Tests of `generate`: batching, padding, the cache, sampling, stops and errors.
 
-Oracle: transformers' `generate` (greedy, with padding), and its top-p filter. Property: batched
-equals alone, cached equals a loop without a cache, the sampled tokens are exactly the nucleus and
-come as often as they should; a sampled row does not see its neighbours. Then what ends an answer,
-and what raises.
+Oracle: `generate` of transformers (greedy, with padding), and its top-p filter. Property: the
+answers of a batch equal those of single prompts, and those with a cache equal a loop without a
+cache. Sampling draws exactly the tokens of the nucleus with their probabilities, and a sampled row
+does not depend on other rows. Then end tokens and stop strings, and errors.
 
-Token-for-token equality in fp32 needs an arg-max that stands clear of rounding: `gap` checks that
-these models' does.
+Token-for-token equality in fp32 needs an arg-max that rounding cannot change. `gap` checks this for
+the models here.
 """
 
 import numpy as np
@@ -26,7 +26,10 @@ from minilora.models.padded_batch import Context
 
 
 def plain_greedy(model, prompt: list[int], count: int, ends=frozenset()) -> list[int]:
-    """The definition: run everything again for each new token. Also asserts that no arg-max is a matter of rounding."""
+    """Decode greedily by the definition: read the whole sequence again for each new token.
+
+    Also assert that rounding cannot change an arg-max.
+    """
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -66,8 +69,8 @@ def test_greedy_equals_transformers(prompts):
     assert generate_ids(model, prompts, rule) == expected  # transformers' model through our loop
 
 
-def test_another_architecture_of_transformers():
-    """GPT-2: absolute positions, so a wrong position id would show."""
+def test_gpt2_of_transformers_gives_its_own_answers():
+    """GPT-2 has absolute positions, so a wrong position id changes the answer."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)
@@ -86,12 +89,11 @@ def test_another_architecture_of_transformers():
 
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 6}], ids=["no window", "window"])
 @pytest.mark.parametrize("common", [0, 5])
-def test_cached_and_batched_equals_the_definition(fields, common):
+def test_cached_and_batched_decoding_equals_the_definition(fields, common):
     _, mine = pair("mistral", **({"sliding_window": None} | fields))
     prompts = ragged(3, 12, 1, 7, 7, common=common)
-    ends = frozenset(
-        range(0, VOCABULARY, 11)
-    )  # one token in eleven ends an answer: rows leave at different times
+    # One token in eleven ends an answer, so rows end at different times.
+    ends = frozenset(range(0, VOCABULARY, 11))
     expected = [plain_greedy(mine, prompt, 15, ends) for prompt in prompts]
     assert len({len(answer) for answer in expected}) > 2
     for batch_size in (1, 2, 5):
@@ -104,7 +106,7 @@ def test_cached_and_batched_equals_the_definition(fields, common):
 
 
 def plain_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> set[int]:
-    """Take the likeliest token until top_p is reached."""
+    """Return the nucleus: take the likeliest tokens until their sum reaches top_p."""
     p = (logits.double() / temperature).softmax(-1)
     chosen, total = set(), 0.0
     for token in p.argsort(descending=True).tolist():
@@ -120,8 +122,8 @@ def plain_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> set
     temperature=st.floats(0.3, 3.0),
     top_p=st.floats(0.05, 1.0),
 )
-def test_the_nucleus_is_exact(values, temperature, top_p):
-    """A fine sweep of u draws every token of the nucleus in proportion to its probability, and no other."""
+def test_pick_draws_exactly_the_tokens_of_the_nucleus(values, temperature, top_p):
+    """Equally spaced numbers u draw each token of the nucleus by its probability, and no other."""
     logits, steps = torch.tensor(values), 4000
     sweep = [(i + 0.5) / steps for i in range(steps)]
     drawn = pick(logits.expand(steps, -1), temperature, top_p, sweep)
@@ -131,27 +133,31 @@ def test_the_nucleus_is_exact(values, temperature, top_p):
     mass = sum(p[token].item() for token in nucleus)
     for token in range(len(values)):
         expected = p[token].item() / mass if token in nucleus else 0.0
-        assert (
-            abs(share[token] - expected) <= 1.001 / steps
-        )  # a grid of 1 / steps hits an interval to within one step
+        # A grid with spacing 1 / steps measures an interval to within one step.
+        assert abs(share[token] - expected) <= 1.001 / steps
 
 
-def test_a_nucleus_that_is_full_takes_no_more():
+def test_a_nucleus_that_reaches_top_p_exactly_takes_no_further_token():
     assert pick(torch.zeros(3, 4), 1.0, 0.5, [0.0, 0.5, 0.999]) == [0, 1, 1]  # 1/4 + 1/4 is top_p
 
 
-def test_the_nucleus_is_transformers():
+def test_the_nucleus_equals_that_of_transformers():
     logits = 3 * torch.randn(20, VOCABULARY, generator=torch.Generator().manual_seed(0))
     for top_p in (0.1, 0.5, 0.9, 0.99):
-        kept = TopPLogitsWarper(top_p)(None, logits / 0.7) > -torch.inf  # pyright: ignore[reportArgumentType] unused ids
+        # The filter does not use its first argument, the ids.
+        warper = TopPLogitsWarper(top_p)
+        kept = warper(None, logits / 0.7) > -torch.inf  # pyright: ignore[reportArgumentType]
         for row in range(20):
             assert set(kept[row].nonzero().flatten().tolist()) == plain_nucleus(
                 logits[row], 0.7, top_p
             )
 
 
-def test_frequencies_of_sampled_tokens():
-    """First tokens of 4,000 rows against softmax(logits / T): chi-squared below about its 99.9 % quantile."""
+def test_sampled_tokens_have_the_frequencies_of_softmax():
+    """Compare the first tokens of 4,000 rows with softmax(logits / T).
+
+    Chi-squared must be below about its 99.9 % quantile.
+    """
     _, mine = pair()
     prompt = ragged(6)[0]
     with torch.no_grad():
@@ -159,7 +165,7 @@ def test_frequencies_of_sampled_tokens():
     rule = Decoding(1, temperature=0.8, seed=3, batch_size=1000)
     drawn = [answer[0] for answer in generate_ids(mine, [prompt] * 4000, rule)]
     expected = 4000 * p
-    common = expected >= 5  # the rare ones in one cell
+    common = expected >= 5  # all rare tokens share one cell
     observed = np.bincount(drawn, minlength=VOCABULARY)
     cells = [
         (observed[common], expected[common]),
@@ -169,7 +175,7 @@ def test_frequencies_of_sampled_tokens():
     assert freedom > 5 and chi2 < freedom + 3.1 * (2 * freedom) ** 0.5
 
 
-def test_a_sampled_row_does_not_see_its_neighbours():
+def test_a_sampled_row_does_not_depend_on_other_rows():
     _, mine = pair()
     prompts = ragged(5, 1, 17, 9, 30, 2)
 
@@ -188,8 +194,8 @@ def test_a_sampled_row_does_not_see_its_neighbours():
     assert cold == generate_ids(mine, prompts, Decoding(12))
 
 
-def test_one_token_through_a_dense_layer_is_a_vector_product_with_amx(monkeypatch):
-    """Its fp32 sum of 576 products is rounded once to bf16, to within 2^-8 of it."""
+def test_matrix_vector_with_amx_uses_a_vector_product_for_one_token(monkeypatch):
+    """The fp32 sum of 576 products is rounded once to bf16, by at most 2^-8 of it."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with matrix_vector(plain := torch.nn.Linear(8, 8, dtype=torch.bfloat16)):
         assert "forward" not in vars(plain)
@@ -202,10 +208,8 @@ def test_one_token_through_a_dense_layer_is_a_vector_product_with_amx(monkeypatc
             with matrix_vector(layer):
                 assert "forward" in vars(layer)
                 inside = layer(x), layer(x.expand(1, 2, -1))
-                assert torch.equal(inside[1], before[1])  # two tokens are a matrix
-                with matrix_vector(
-                    layer
-                ):  # a layer that has been given a forward of its own keeps it
+                assert torch.equal(inside[1], before[1])  # two tokens take the matrix product
+                with matrix_vector(layer):  # a layer whose forward is replaced keeps it
                     assert torch.equal(layer(x), inside[0])
             exact = layer.double()(x.double())
             size = torch.nn.functional.linear(
@@ -219,13 +223,13 @@ def test_one_token_through_a_dense_layer_is_a_vector_product_with_amx(monkeypatc
         ).all()
 
 
-# ---- text in, text out, and what ends it
+# ---- text in, text out, and the end of an answer
 
 
 @pytest.mark.parametrize(
     "tokenizer", [ours("chatml"), theirs("chatml")], ids=["minilora", "transformers"]
 )
-def test_one_in_one_out_and_a_list_in_a_list_out(tokenizer):
+def test_one_prompt_gives_a_text_and_a_list_gives_a_list(tokenizer):
     _, mine = pair()
     ids = generate_ids(
         mine, [encode_prompt("hello", tokenizer)], Decoding(8, ends=end_tokens(mine, tokenizer))
@@ -241,7 +245,7 @@ def test_one_in_one_out_and_a_list_in_a_list_out(tokenizer):
     assert generate(mine, tokenizer, []) == []
 
 
-def test_every_end_token_is_known():
+def test_end_tokens_come_from_config_tokenizer_and_template():
     theirs_model, mine = pair()
     tokenizer = ours("llama3")
     eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
@@ -250,16 +254,13 @@ def test_every_end_token_is_known():
     assert end_tokens(theirs_model, tokenizer) == {EOS, 7, 8, eot}
     names = {"eos_token": "<|end_header_id|>", "bos_token": "<|begin_of_text|>"}
     other = Tokenizer(tokenizer.backend, names, tokenizer.chat_template)
-    assert end_tokens(mine, other) == {
-        EOS,
-        other.eos_token_id,
-        eot,
-    }  # the turn's end is not the tokenizer's EOS
+    # the template's end-of-turn token is not the tokenizer's EOS
+    assert end_tokens(mine, other) == {EOS, other.eos_token_id, eot}
     other.chat_template = None
     assert end_tokens(mine, other) == {EOS, other.eos_token_id}
 
 
-def test_stops():
+def test_stop_strings_and_stop_tokens_cut_the_answer():
     _, mine = pair()
     tokenizer = ours("chatml")
     prompts = [RawText("hello"), RawText("as")]
@@ -278,8 +279,8 @@ def test_stops():
     assert cut[0] == tokenizer.decode(ids[0][: ids[0].index(last)], skip_special_tokens=True)
 
 
-def test_a_stop_string_stops_the_work(monkeypatch):
-    """What follows the stop string is not generated and thrown away."""
+def test_no_token_is_generated_after_a_stop_string(monkeypatch):
+    """The text after a stop string is not generated at all."""
     _, mine = pair()
     tokenizer = ours("chatml")
     text = generate(mine, tokenizer, RawText("hello"), max_new_tokens=40)
@@ -317,12 +318,12 @@ def test_a_stop_string_stops_the_work(monkeypatch):
         ),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_of_generate_raise(options, message):
     with pytest.raises(ValueError, match=message):
         generate(pair()[1], ours("chatml"), "hello", **options)
 
 
-def test_bad_prompts():
+def test_bad_prompts_raise():
     _, mine = pair()
     for prompt in ("", RawText(""), ["hello", ""], [[]]):
         with pytest.raises(ValueError, match="empty"):
@@ -358,4 +359,4 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     assert answers == [
         generate(model, tokenizer, question, max_new_tokens=24) for question in questions
     ]
-    assert len(answers[0]) < 80  # it ended by itself
+    assert len(answers[0]) < 80  # an end token ended the answer

@@ -1,10 +1,10 @@
-"""Proves that a token's step is fit for a CUDA graph and says what the growing cache says, without a GPU.
+"""Tests, without a GPU, that the step of a token can be captured as a CUDA graph.
 
-A graph replays work with the addresses, shapes and numbers that it was captured with. `taped` is
-its double: it notes each operation with its arguments, and replaying does them again on the very
-same tensors; Python of ours does not run. Oracle: the growing cache, over every switch of a config.
-Property: rows that end, batches, padding, a cache that fills; no tensor of a step lies on the host.
-Then when steps are captured at all. tests/gpu/test_gpu.py captures for real.
+A graph replays operations with the addresses, shapes and numbers of its capture. `taped` simulates
+this: it records each operation with its arguments and replays the operations on the same tensors,
+without running the Python code again. Oracle: decoding with a growing cache, for every option of a
+config. Property: rows that end, batches, padding, a cache that becomes full; no tensor of a step is
+on the host. Then the conditions for a capture. tests/gpu/test_gpu.py captures real graphs.
 """
 
 import pytest
@@ -27,6 +27,7 @@ from minilora.models.kv_cache import KVCache
 from minilora.models.padded_batch import Context, inference
 
 TOLERANCE = 2e-5  # as in test_context.py: some thirty fp32 roundings of logits of about 10
+# Operations that wait for a value of the GPU.
 HOST = {
     "_local_scalar_dense",
     "nonzero",
@@ -34,11 +35,11 @@ HOST = {
     "equal",
     "masked_select",
     "_unique2",
-}  # what waits for a value
+}
 
 
 class Tape(TorchDispatchMode):
-    """Every operation inside, with its arguments and results."""
+    """Record of every operation in the context, with arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,14 +54,16 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(
-                        new
-                    )  # memory of the step's own: the next operation looks for it there
+                    # The next operation reads the result at its address in the step's memory.
+                    old.copy_(new)
 
 
 @pytest.fixture
 def tapes(monkeypatch) -> list[Tape]:
-    """One of each capture by `taped`. Compiled steps, which are no operations of torch, are switched off."""
+    """List with a Tape for each capture by `taped`.
+
+    The compiled steps are switched off, because they are not operations of torch.
+    """
     monkeypatch.setenv("MINILORA_STEPS", "torch")
     TAPES.clear()
     return TAPES
@@ -70,7 +73,7 @@ TAPES: list[Tape] = []
 
 
 def taped(read, device):
-    """As graph.capture: what is captured does not happen, a replay does."""
+    """Replace cuda_graph.capture. As with a real capture, only a replay changes the state."""
     step = read.__self__
     state = [step.cache.at, step.positions, step.real, *step.cache.keys, *step.cache.values]
     before = [t.clone() for t in state]
@@ -93,12 +96,15 @@ def taped(read, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_says_what_the_growing_cache_says(kind, tapes):
-    """Two rows with padding between a common beginning and their own, past a window's width, to the last column."""
+def test_a_replayed_step_gives_the_logits_of_the_growing_cache(kind, tapes):
+    """Decode two rows with padding after a common beginning, to the last column of the cache.
+
+    The rows become longer than a sliding window.
+    """
     model = twin(oracle(**KINDS[kind]))
     with inference(model):
         start = Context(model)
-        if not model.config.sliding_window:  # with one, padding must stay in front
+        if not model.config.sliding_window:  # with a window, padding must be at the beginning
             start.extend([[3, 1, 4]])
         context = start.select([0, 0]) if start.real.numel() else start
         context.extend([[1, 5, 9, 2, 6, 5], [3, 5]])
@@ -112,7 +118,7 @@ def test_a_replayed_step_says_what_the_growing_cache_says(kind, tapes):
     assert len(tapes) == 1 and decode.step.replay is not None
 
 
-def test_adapters_and_4_bit_layers_replay_too(tapes):
+def test_a_replayed_step_works_with_adapters_and_4_bit_layers(tapes):
     model = twin(oracle())
     ml.quantize_model(model)
     ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
@@ -130,12 +136,12 @@ def test_adapters_and_4_bit_layers_replay_too(tapes):
     assert "gemv_nf4" in names and "index_copy_" in names
 
 
-# ---- property: answers do not depend on it
+# ---- property: answers do not depend on graphs
 
 
 @pytest.fixture
 def everywhere(monkeypatch, tapes) -> list[Tape]:
-    """cuda_graph=True works here, with small steps that fill up."""
+    """Let cuda_graph=True use `taped`, with small steps that become full."""
     monkeypatch.setattr(
         "minilora.generation.generate.graphs",
         lambda model, wanted, rows, new: Graphs(model, new, taped),
@@ -147,8 +153,8 @@ def everywhere(monkeypatch, tapes) -> list[Tape]:
 
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 6}], ids=["no window", "window"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_answers_are_those_without(fields, temperature, everywhere):
-    """Rows of all lengths that end at different times, in batches that share steps."""
+def test_answers_with_and_without_graphs_are_equal(fields, temperature, everywhere):
+    """Rows of different lengths end at different times, in batches that share steps."""
     _, mine = pair("mistral", **({"sliding_window": None} | fields))
     prompts = ragged(3, 12, 1, 7, 7, 2, 2, common=5)
     ends = frozenset(range(0, VOCABULARY, 11))  # one token in eleven ends an answer
@@ -159,12 +165,12 @@ def test_answers_are_those_without(fields, temperature, everywhere):
         assert len({len(answer) for answer in expected}) > 3
 
 
-def test_steps_are_captured_once_for_batches_alike_and_again_when_they_are_full(everywhere):
+def test_a_step_is_captured_once_per_shape_and_again_when_it_is_full(everywhere):
     _, mine = pair()
     prompts = ragged(*[4] * 6)
 
     def captured(new_tokens: int, batch_size: int) -> list[tuple[int, int]]:
-        """(rows, columns) of each capture."""
+        """Return (rows, columns) of each capture."""
         everywhere.clear()
         generate_ids(mine, prompts, Decoding(new_tokens, batch_size=batch_size, cuda_graph=True))
         masks = [
@@ -173,13 +179,16 @@ def test_steps_are_captured_once_for_batches_alike_and_again_when_they_are_full(
         ]
         return [tuple(mask.shape) for mask in masks]
 
-    assert captured(2, 6) == []  # a single step: the second would be captured
+    assert captured(2, 6) == []  # a single step; only the second step is captured
     assert captured(8, 2) == [(2, 12)]  # 4 + 8 tokens, three batches
     assert captured(40, 6) == [(6, 16), (6, 32), (6, 44)]
 
 
-def test_rows_that_go_make_a_smaller_step(everywhere):
-    """Of 5 rows 3 stay in their step, and 2 move to one of 2; what is read then is still theirs."""
+def test_a_step_shrinks_when_half_of_its_rows_have_ended(everywhere):
+    """With 3 of 5 rows left the step stays. With 2 left they move to a step of 2 rows.
+
+    The moved rows keep their keys and values.
+    """
     _, mine = pair()
     with inference(mine):
         context = Context(mine)
@@ -195,13 +204,13 @@ def test_rows_that_go_make_a_smaller_step(everywhere):
                 )
 
 
-# ---- property: it stays on its device
+# ---- property: a step stays on its device
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama3", "gemma3", "qwen3 window between"])
 @pytest.mark.parametrize("bits", [4, 32])
-def test_no_tensor_of_a_step_lies_on_the_host(kind, bits):
-    """On "meta", which has shapes and no values: what would be moved there from the CPU, or asked back, shows."""
+def test_no_tensor_of_a_step_is_on_the_host(kind, bits):
+    """On the device "meta", which has no values, a copy from or to the CPU is detected."""
     model = twin(oracle(**KINDS[kind]))
     if bits == 4:
         ml.quantize_model(model)
@@ -214,7 +223,7 @@ def test_no_tensor_of_a_step_lies_on_the_host(kind, bits):
     step = Step(model, like, 2, 64, taped)
     with inference(model):
         with Tape() as first:
-            step.read()  # moves RoPE's frequencies there
+            step.read()  # moves RoPE's frequencies to the device
         with Tape() as second:
             step.read()
     assert not on_one_device(first) and on_one_device(second)
@@ -222,16 +231,16 @@ def test_no_tensor_of_a_step_lies_on_the_host(kind, bits):
 
 
 def on_one_device(tape: Tape) -> bool:
-    """Whether each tensor that an operation takes or gives lies where the step does."""
+    """Return True if all arguments and results of the operations are on the step's device."""
     found = [t for _, *rest in tape.calls for t in tree_leaves(rest) if isinstance(t, Tensor)]
     return all(t.is_meta for t in found)
 
 
-# ---- when
+# ---- conditions for a capture
 
 
 def on_fake_gpu(model: nn.Module) -> nn.Module:
-    """Its parameters are those of a GPU that is not there, shapes only."""
+    """Replace the parameters by fake CUDA tensors, which have a shape and no values."""
     with FakeTensorMode():
         for module in model.modules():
             for name, p in module._parameters.items():
@@ -242,7 +251,7 @@ def on_fake_gpu(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_auto_captures_where_it_should_pay_and_true_where_it_can():
+def test_auto_captures_for_small_batches_and_true_for_all():
     with_adapter = twin(oracle())
     ml.inject(with_adapter, ml.LoRAConfig(target_modules="all-linear"))
     model = on_fake_gpu(with_adapter)
@@ -253,7 +262,7 @@ def test_auto_captures_where_it_should_pay_and_true_where_it_can():
     ):
         assert isinstance(graph.graphs(model, wanted, rows, new_tokens), Graphs) == fits
 
-    class Strange(nn.Module):  # who knows what its forward does
+    class Strange(nn.Module):  # a module with an unknown forward
         pass
 
     model.strange = Strange()
@@ -262,7 +271,7 @@ def test_auto_captures_where_it_should_pay_and_true_where_it_can():
 
 
 def _compile(model):
-    model._compiled_call_impl = print  # what model.compile() sets
+    model._compiled_call_impl = print  # model.compile() sets this attribute
 
 
 OBSTACLES = {
@@ -281,7 +290,7 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("why", OBSTACLES)
-def test_what_stands_in_the_way(why):
+def test_an_obstacle_raises_with_true_and_disables_auto(why):
     model = on_fake_gpu(twin(oracle()))
     OBSTACLES[why](model)
     with pytest.raises(ValueError, match=f"cuda_graph=True: .*{why}.* Leave it at 'auto'"):
@@ -289,24 +298,25 @@ def test_what_stands_in_the_way(why):
     assert not isinstance(graph.graphs(model, "auto", 1, 99), Graphs)
 
 
-def test_4_bit_layers_without_triton_and_autocast_stand_in_the_way(monkeypatch):
+def test_4_bit_layers_without_triton_and_autocast_are_obstacles(monkeypatch):
     model = twin(oracle())
     ml.quantize_model(model)
     on_fake_gpu(model)
     monkeypatch.setenv("MINILORA_NF4", "reference")
     assert "path 'reference'" in (obstacle(model) or "")
     dense = on_fake_gpu(twin(oracle()))
-    assert obstacle(dense) is None  # which has no such layers
+    assert obstacle(dense) is None  # no 4-bit layers
+    # autocast for a CPU has no effect on a GPU
     for kind, why in (
         ("cpu", "path 'reference'"),
         ("cuda", "autocast"),
-    ):  # a CPU's is none of a GPU's
+    ):
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, kind=kind: device == kind)
         assert why in (obstacle(model) or "")
     assert "autocast" in (obstacle(dense) or "")
 
 
-def test_a_model_elsewhere_or_of_another_kind_is_refused():
+def test_cuda_graph_refuses_a_model_on_a_cpu_or_of_transformers():
     theirs, mine = pair()
     with pytest.raises(ValueError, match="CUDA graphs need a GPU, and the model is on cpu"):
         generate(mine, ours("chatml"), "hello", cuda_graph=True)

@@ -1,9 +1,10 @@
-"""Proves that the engine answers each request as if it were alone, whoever else is in the batch, comes or goes.
+"""Tests of the engine: an answer does not depend on other requests in the batch.
 
-Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings; top-k against
-transformers' filter. Property: a row joins at the next token and leaves when done, the cache is as
-wide as its longest row, pieces are the whole text, a cancelled or late request frees its place,
-adapters come and go under way. Error: what is refused.
+Oracle: `ml.generate` with the request's adapter, prompt, seed and stop strings; the top-k filter of
+transformers. Property: a row joins at the next token and leaves when it is finished, the cache is
+as wide as its longest row, the pieces together are the text, a cancelled or late request frees its
+row, and adapters can be loaded and unloaded while requests run. Errors: refused requests, adapters
+and settings.
 """
 
 import pytest
@@ -36,8 +37,8 @@ def engine(model):
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
-def test_answers_are_those_of_one_user(kind):
-    """Requests come while others run; lengths, adapters and sampling are mixed; five at a time."""
+def test_answers_equal_those_of_single_requests(kind):
+    """New requests arrive while others run, five at a time, with mixed lengths and adapters."""
     model, wanted = build(**WINDOWS[kind]), asks(12)
     with_stops = [Ask(ask.prompt, ask.adapter, 12, stop=("e", "a b")) for ask in wanted[:4]]
     wanted += with_stops
@@ -56,8 +57,8 @@ def test_answers_are_those_of_one_user(kind):
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
-def test_joined_caches_go_on_as_before(kind):
-    """Logits to a fifth of the margin that the other tests ask of an arg-max."""
+def test_joined_caches_give_the_logits_of_separate_caches(kind):
+    """The tolerance is a fifth of the margin of an arg-max that the other tests require."""
     model = build(adapters=0, **WINDOWS[kind])
     rows = [
         [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15]],
@@ -68,7 +69,7 @@ def test_joined_caches_go_on_as_before(kind):
         contexts = [Context(model) for _ in rows]
         for context, prompts in zip(contexts, rows, strict=True):
             context.extend(prompts)
-        chosen = [[0, 1], [0], [2, 0]]  # the longest leaves, two change places
+        chosen = [[0, 1], [0], [2, 0]]  # the longest row leaves, two rows change places
         whole = joined([*zip(contexts, chosen, strict=True)])
         assert whole is not None and whole.cache.length == whole.real.shape[1] == 9
         for _ in range(3):
@@ -85,7 +86,7 @@ def test_joined_caches_go_on_as_before(kind):
     assert joined([(contexts[0], [])]) is None
 
 
-def test_top_k_is_transformers_filter():
+def test_top_k_equals_the_filter_of_transformers():
     logits = torch.randn(50)
     kept = set(
         torch.isfinite(TopKLogitsWarper(4)(torch.tensor([[0]]), logits[None]))[0]
@@ -104,7 +105,7 @@ def test_top_k_is_transformers_filter():
 # ---- property
 
 
-def test_a_request_joins_at_the_next_token_and_leaves_when_done(engine):
+def test_a_request_joins_at_the_next_token_and_leaves_when_finished(engine):
     long, short = Ask([40] * 30, NAMES[0], 9), Ask([41] * 3, NAMES[1], 2)
     engine.submit([long])
     assert [piece.ask for piece in engine.step()] == [long]
@@ -121,7 +122,7 @@ def test_a_request_joins_at_the_next_token_and_leaves_when_done(engine):
 
 
 def test_the_cache_is_as_wide_as_its_longest_row(engine):
-    """Or a server that is never idle would run out of memory."""
+    """Otherwise a server that is never idle would run out of memory."""
     engine.submit([Ask([40] * 50, None, 2)])
     widths = []
     for number in range(40):
@@ -134,8 +135,8 @@ def test_the_cache_is_as_wide_as_its_longest_row(engine):
     run(engine)
 
 
-def test_prompts_read_in_a_step_are_few_tokens(engine):
-    """Who runs waits for no more than one long prompt, or READ tokens of short ones."""
+def test_one_step_reads_a_limited_number_of_prompt_tokens(engine):
+    """Running requests wait for at most one long prompt, or READ tokens of short prompts."""
     engine.submit([Ask([40] * 300, None, 1), *(Ask([41] * 200, None, 1) for _ in range(3))])
     assert [len(engine.step()) for _ in range(3)] == [1, 2, 1]
 
@@ -143,8 +144,8 @@ def test_prompts_read_in_a_step_are_few_tokens(engine):
 @pytest.mark.parametrize(
     "stops", [(), ("é🙂",), ("hello w", "<|im_end|>"), ("lo", "hello there"), ("<|im_end|>",)]
 )
-def test_pieces_are_the_text_and_never_taken_back(stops):
-    """Characters of several tokens and the beginning of a stop string wait until they are sure."""
+def test_pieces_together_are_the_text_and_are_final(stops):
+    """Incomplete characters and a possible beginning of a stop string are held back."""
     text = tokenizer()
     said = "naïve 🙂 hello wo é🙃é🙂 hello world <|im_end|> and on"
     ids = text.encode(said, add_special_tokens=False)
@@ -163,7 +164,7 @@ def test_pieces_are_the_text_and_never_taken_back(stops):
     assert sum(map(bool, pieces)) > 5
 
 
-def test_a_cancelled_request_frees_its_place(engine):
+def test_a_cancelled_request_frees_its_row(engine):
     first, second = Ask([40] * 3, None, 200), Ask([41] * 4, NAMES[2], 3)
     engine.submit([first, *(Ask([42], None, 1) for _ in range(4)), second])
     engine.step()
@@ -176,7 +177,7 @@ def test_a_cancelled_request_frees_its_place(engine):
     assert run(engine) == {} and not engine.busy
 
 
-def test_a_late_request_ends_with_what_it_said(model):
+def test_a_late_request_ends_with_the_text_so_far(model):
     now = [0.0]
     engine = Engine(model, tokenizer(), batch_size=1, clock=lambda: now[0])
     slow, waits, quick = (
@@ -197,7 +198,7 @@ def test_a_late_request_ends_with_what_it_said(model):
     assert found[slow][0] == alone(model, Ask(slow.prompt, None, 2)) and found[waits][0] == ""
 
 
-def test_adapters_come_and_go_between_two_tokens(tmp_path):
+def test_adapters_are_loaded_and_unloaded_between_two_tokens(tmp_path):
     model = build(adapters=3)
     ml.save_adapter(model, tmp_path / "two", name=NAMES[2])
     base, kept = Ask([40, 50, 60], None, 12), Ask([41, 51], NAMES[1], 12)
@@ -234,7 +235,7 @@ def test_adapters_come_and_go_between_two_tokens(tmp_path):
 # ---- error
 
 
-def test_what_does_not_fit_is_refused_whole(engine):
+def test_a_submission_larger_than_the_queue_is_refused_as_a_whole(engine):
     engine.submit([Ask([1], None, 1) for _ in range(engine.most - 1)])
     with pytest.raises(Full, match="0 requests are being answered and 68 wait"):
         engine.submit([Ask([1]), Ask([1])])
@@ -267,8 +268,8 @@ def test_bad_requests_are_refused(engine, given, message):
     assert not engine.busy
 
 
-def test_what_cannot_be_chosen_row_by_row_is_refused(tmp_path):
-    """And leaves the model as it was."""
+def test_an_adapter_that_cannot_be_chosen_per_row_is_refused(tmp_path):
+    """The model does not change."""
     model = build(adapters=1)
     other = build(adapters=0)
     ml.inject(
@@ -294,7 +295,7 @@ def test_what_cannot_be_chosen_row_by_row_is_refused(tmp_path):
     assert run(engine)[again] == expected and engine.adapters == [NAMES[0]]
 
 
-def test_engines_of_other_models_and_sizes_are_refused(model):
+def test_engine_refuses_other_models_and_sizes(model):
     with pytest.raises(ValueError, match="expected a model of ml.load_model, got Linear"):
         Engine(torch.nn.Linear(2, 2), tokenizer())
     with pytest.raises(ValueError, match="expected 2 to the model's context of 512, got 513"):
