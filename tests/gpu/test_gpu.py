@@ -1,8 +1,8 @@
-"""Proves on a GPU what the rest proves on a CPU: the custom ops, NF4Linear in training and for few tokens, compiled
-too, the loss of a head, a layer's steps, 8-bit AdamW, and a token's step as a CUDA graph.
+"""Tests on a GPU: custom ops, NF4Linear, cross-entropy, elementwise kernels, 8-bit AdamW, graphs.
 
-`pytest -m gpu` runs this and benchmarks/gpu_kernels/kernel_bench.py's check. Nothing here has run
-yet: no GPU was at hand.
+NF4Linear is tested in training and with few tokens, also compiled. `pytest -m gpu` runs this file
+and the check of benchmarks/gpu_kernels/kernel_bench.py. These tests have not run yet, because no
+GPU was available.
 """
 
 import pytest
@@ -50,8 +50,8 @@ def test_ops_have_the_bits_of_the_cpu(shape, double_quant):
 
 
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
-def test_a_layer_trains_and_answers(mode):
-    """Compiled first of all, with no eager call before: CUDA graphs must find their tables."""
+def test_nf4_linear_forward_and_gradient(mode):
+    """The compiled call is the first call, so that CUDA graphs must find the tables themselves."""
     layer = NF4Linear.from_linear(nn.Linear(128, 96)).cuda()
     run = layer if mode is None else torch.compile(layer, mode=mode, fullgraph=True)
     W, b = layer.dequantize(torch.float64), layer.bias.double()
@@ -64,8 +64,8 @@ def test_a_layer_trains_and_answers(mode):
             y, few = run(tokens[:1]).clone(), run(tokens).clone()
         x.grad = None
         run(x).sum().backward()
-        # fp32, or TF32 where a user has allowed it: sums of 128 products, each rounded to 10 bits
-        # at worst
+        # fp32, or TF32 if the user allows it: sums of 128 products, each rounded to 10 bits in the
+        # worst case.
         for found in (y, few):
             expected = F.linear(tokens[: len(found)].double(), W, b)
             torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
@@ -87,8 +87,11 @@ def test_8_bit_adamw_has_the_bits_of_the_cpu():
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_loss_of_a_head(dtype, trained):
-    """Two chunks, against products in fp64: logits of rms 1 in 8 bits move the gradient by 2 %; fp32's may be TF32."""
+def test_linear_cross_entropy_loss_and_gradients(dtype, trained):
+    """Compare two chunks with fp64.
+
+    The rounding of logits of rms 1 to 8 bits changes the gradient by 2 %. fp32 may be TF32.
+    """
     N, D, V = 700, 256, 32000
     hidden = torch.randn(N, D, device="cuda", dtype=dtype, requires_grad=True)
     weight = (torch.randn(V, D, device="cuda") / 16).to(dtype).requires_grad_(trained)
@@ -109,10 +112,12 @@ def test_the_loss_of_a_head(dtype, trained):
 
 @pytest.mark.parametrize("kind", ["llama", "llama3", "window 5", "qwen3 window between", "gemma3"])
 @pytest.mark.parametrize("bits", [4, 32])
-def test_a_captured_step_says_what_the_growing_cache_says(kind, bits, monkeypatch):
-    """Through steps that fill up (16, then 32 columns), and with a row less. Attention over columns that are masked may
-    take another kernel, which adds up in another order: fp32 logits of about 4, through three
-    layers."""
+def test_a_captured_step_gives_the_logits_of_the_growing_cache(kind, bits, monkeypatch):
+    """Decode through full steps (16, then 32 columns), and with one row less.
+
+    Attention over masked columns may use another kernel, which adds in another order. The logits
+    are in fp32, about 4, after three layers.
+    """
     monkeypatch.setattr(graph, "LEAST", 16)
     monkeypatch.setattr(graph, "UNIT", 16)
     model = twin(oracle(**KINDS[kind]))
@@ -134,7 +139,7 @@ def test_a_captured_step_says_what_the_growing_cache_says(kind, bits, monkeypatc
             assert decode.step.replay is not None and decode.step.rows == len(rows)
 
 
-def test_answers_with_a_graph_are_those_without():
+def test_answers_with_and_without_a_graph_are_equal():
     model = twin(pair()[0]).cuda()
     rule = {"batch_size": 3, "ends": frozenset(range(0, VOCABULARY, 11))}
     found = [
@@ -145,8 +150,8 @@ def test_answers_with_a_graph_are_those_without():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_layers_steps(dtype, monkeypatch):
-    """Value and gradients by the kernels and by torch's operations on the same GPU, whose roundings are a few."""
+def test_elementwise_kernels_agree_with_torch(dtype, monkeypatch):
+    """Compare values and gradients with torch on the same GPU, up to a few roundings."""
     shapes = (70, 576), (576,), (70, 576)
     x, w, up = (
         torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes
@@ -175,7 +180,7 @@ def test_a_layers_steps(dtype, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: NOT TESTED here")
-def test_a_tensor_on_another_than_the_current_gpu():
+def test_a_tensor_on_a_gpu_that_is_not_the_current_one():
     x = torch.randn(64, 64)
     with torch.cuda.device(0):
         assert torch.equal(

@@ -1,10 +1,10 @@
-"""Proves the Triton kernels without a GPU: Triton's interpreter runs them on CPU tensors, in a process of its own.
+"""Tests of the Triton kernels without a GPU: Triton's interpreter runs them on CPU tensors.
 
-The process runs tests/gpu/interpreted/, which knows the kernels, those of training beside their
-plain forms too, and the ordinary tests of NF4 with MINILORA_NF4=triton, so that what holds for the
-CPU path (bitsandbytes' bits, bitsandbytes' files, autograd, torch.compile) holds for Triton's. The
-fast tests run few cases of each idea. `make test-all` runs every case. It repeats the kernels' own
-on the Tritons that the Makefile names, laid over the pinned one.
+A separate process runs tests/gpu/interpreted/, which tests each kernel, and the ordinary tests of
+NF4 with MINILORA_NF4=triton. So the tests of the CPU path (bits and files of bitsandbytes,
+autograd, torch.compile) also run with Triton. The fast tests run a few cases of each test.
+`make test-all` runs every case, and repeats tests/gpu/interpreted/ with the versions of Triton that
+the Makefile names.
 """
 
 import json
@@ -22,7 +22,10 @@ TRITONS = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text(), re.M)
 
 
 def interpreted(*arguments: str, **env: str) -> str:
-    """What pytest printed under the interpreter; it must have run something and failed nothing."""
+    """Run pytest with Triton's interpreter and return its output.
+
+    At least one test must pass and none may fail.
+    """
     env = (
         {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
         | {"TRITON_INTERPRET": "1"}
@@ -42,8 +45,7 @@ ORDINARY = [
     "tests/nf4/test_nf4_ops.py",
     "tests/quant/test_nf4_linear.py",
 ]
-# Ordinary tests that are slow in the interpreter, and those of their cases that are fast all the
-# same. None: no case is.
+# Ordinary tests that are slow in the interpreter, with their cases that are fast. None: no case.
 SLOW_HERE = {
     "test_codes_scales_and_values_are_bitsandbytes": "[32-dtype2] or [64-dtype0] or [4096-dtype1]",
     "test_nested_scales_are_bitsandbytes_give_or_take_a_code": None,
@@ -57,10 +59,10 @@ SLOW_HERE = {
 
 
 def fast_here() -> str:
-    """pytest's -k for all ordinary tests but those of SLOW_HERE, of which some cases stay."""
+    """Return pytest's -k for all ordinary tests except the slow cases of SLOW_HERE."""
     left_out = []
     for name, cases in SLOW_HERE.items():
-        whole = f"{name}[" if cases else name  # with cases: not the test whose name goes on
+        whole = f"{name}[" if cases else name  # "[" excludes tests with a longer name
         left_out.append(f"({whole} and not ({cases}))" if cases else whole)
     return f"not ({' or '.join(left_out)})"
 
@@ -70,7 +72,7 @@ def test_few_cases_of_the_kernels_in_the_interpreter():
 
 
 def test_few_ordinary_cases_in_the_interpreter():
-    """What SLOW_HERE names is there, and of all else every case runs."""
+    """The tests in SLOW_HERE exist, and every case of the other tests runs."""
     found = interpreted(
         *ORDINARY, "-m", "not slow", "-k", fast_here(), "-vv", MINILORA_NF4="triton"
     )
@@ -92,10 +94,10 @@ def test_kernels_in_another_triton(version: str):
     folder = Path(sys.prefix) / f"triton-{version}"
     if not folder.exists():
         pytest.skip(
-            f"triton {version} is not at {folder.name}: NOT TESTED; `make tritons` puts it there"
+            f"triton {version} is not at {folder.name}: NOT TESTED; `make tritons` installs it"
         )
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # conftest.py prints which one
+    # conftest.py prints the version
     assert f"triton {version}" in interpreted(
         "tests/gpu/interpreted", PYTHONPATH=path, MINILORA_NF4="triton"
     )
@@ -106,8 +108,7 @@ def test_kernels_in_another_triton(version: str):
         "--targets",
         "sm_75,sm_86,sm_120",
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True
-    )  # all compile; figures may differ
+    # All kernels compile. The figures may differ.
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1])["triton"] == version

@@ -1,4 +1,4 @@
-"""What holds in every test here: a kernel reads and writes what it was given, and nothing beside it."""
+"""Check, in every test of this folder, that a kernel accesses only the memory of its arguments."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,11 @@ from triton.runtime import interpreter
 
 @pytest.fixture(autouse=True)
 def inside(monkeypatch) -> None:
-    """Every address that a load or a store touches lies in one tensor that the launch was given.
+    """Assert that all addresses of a load or store are in one tensor of the launch's arguments.
 
-    A read past the end changes no result, and here is no error either; on a GPU it may be a
-    fault."""
+    A read past the end changes no result and raises no error in the interpreter. On a GPU it may be
+    an illegal memory access.
+    """
     extents: list[tuple[int, int]] = []
     convert, builder = interpreter._implicit_cvt, interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -41,7 +42,7 @@ def inside(monkeypatch) -> None:
                 int(touched.max()) + pointers.get_element_ty().primitive_bitwidth // 8,
             )
             assert any(start <= first and end <= stop for start, stop in extents), (
-                "outside of what was given"
+                "access outside of the arguments"
             )
 
     def checked_load(self, pointers, mask, *rest):

@@ -1,7 +1,7 @@
-"""Proves that offsets of kernels are 64-bit where they must be, beyond 2^31 elements.
+"""Tests that kernels use 64-bit offsets for tensors of more than 2^31 elements.
 
-A program near the end runs alone, in memory that is never touched elsewhere and so never comes into
-being.
+Only a program near the end runs. The operating system allocates no pages for the rest of the
+tensor, because nothing accesses it.
 """
 
 import pytest
@@ -27,7 +27,7 @@ from minilora_kernels.triton import (
 
 @pytest.fixture
 def only_program(monkeypatch):
-    """only_program(i): whatever is launched, one program runs, and takes itself for number i."""
+    """Function only_program(i): of every launch, one program runs, with program id i."""
     run = launch.run
 
     def only(number: int) -> None:
@@ -46,7 +46,7 @@ def only_program(monkeypatch):
     return only
 
 
-FAR = 2**31 + 4096 * 64  # elements; the last 4096 are looked at
+FAR = 2**31 + 4096 * 64  # elements; the tests compare the last 4096
 
 
 @pytest.mark.parametrize("per_program, dequantize", [(4096, DEQUANTIZE[0]), (1024, DEQUANTIZE[1])])
@@ -118,9 +118,8 @@ def test_a_row_of_far_logits(only_program):
     only_program(rows - 1)
     cross_entropy.cross_entropy(logits, labels, loss := torch.empty(rows), True, 2.0**10)
     assert loss[-1].item() == pytest.approx(18 * 0.6931472, rel=1e-6)
-    assert (
-        logits[-1, 0] == -(2**10) and (logits[-1, 1:] == 2.0**-8).all()
-    )  # lift (p - 1) rounded, lift / V
+    # lift (p - 1), rounded, and lift / V
+    assert logits[-1, 0] == -(2**10) and (logits[-1, 1:] == 2.0**-8).all()
 
 
 def test_a_step_on_far_values(only_program):
@@ -143,9 +142,8 @@ def test_a_norm_of_far_rows(only_program):
     only_program(len(x) - 1)
     y, r = rms_norm.rms_norm(x, w, 0.0, False)
     assert (y[-1] == 3).all() and r[-1] == 0.5
-    dx = rms_norm.rms_norm_backward(
-        x, w, r, x, False
-    )  # dy = x: dh = 6 and h = 1, so that dx = r (6 - 1 * 6)
+    # dy = x, so dh = 6, h = 1 and dx = r (6 - 1 * 6)
+    dx = rms_norm.rms_norm_backward(x, w, r, x, False)
     assert (dx[-1] == 0).all()
 
 
@@ -155,7 +153,7 @@ def test_the_weight_of_a_norm_of_far_rows(only_program, monkeypatch):
         torch.empty(FAR // 4096, 1),
         16 * rms_norm.STEPS,
     )
-    x[-strip:], r[-strip:] = 2.0, 0.5  # dy = x: dw is 2 a row
+    x[-strip:], r[-strip:] = 2.0, 0.5  # dy = x, so dw is 2 per row
     sums = []
     monkeypatch.setattr(torch.Tensor, "sum", lambda self, dim: sums.append(self))
     only_program(-(-len(x) // strip) * 32 - 1)  # the last of 32 pieces of the last strip
@@ -177,9 +175,8 @@ def test_a_gate_of_far_values(only_program):
 
 
 def test_a_rotation_of_far_heads(only_program):
-    x = torch.empty(FAR // 2**19 + 1, 2**12, 2, 64, dtype=torch.float16).transpose(
-        1, 2
-    )  # (B, 2, T, 64)
+    x = torch.empty(FAR // 2**19 + 1, 2**12, 2, 64, dtype=torch.float16)
+    x = x.transpose(1, 2)  # (B, 2, T, 64)
     x[-1, :, -8:] = normal(2, 8, 64, dtype=torch.float16, scale=1.0)
     cos, sin = (torch.rand(1, 1, 2**12, 32).half().repeat(1, 1, 1, 2) for _ in range(2))
     only_program(x.numel() // 64 // 32 - 1)  # 32 heads of 32 pairs

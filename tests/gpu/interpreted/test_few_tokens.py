@@ -1,4 +1,7 @@
-"""Proves in Triton's interpreter that a few tokens through a 4-bit layer, from its codes, are as by the dense W."""
+"""Tests, in Triton's interpreter, of the product of a few tokens with a 4-bit weight.
+
+The kernel multiplies from the codes. Its results are compared with the dense W.
+"""
 
 import pytest
 import torch
@@ -20,8 +23,8 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("sizes, nested, dtype", few_fast(SHAPES, [False, True], [*MOST]))
-def test_a_few_tokens_through_a_layer(sizes, nested, dtype):
-    """As by the dense W of x's dtype. One 1 among zeros reads a column exactly."""
+def test_matmul_of_few_tokens_equals_the_dense_product(sizes, nested, dtype):
+    """Compare with the dense W in x's dtype. A one-hot x gives a column of W exactly."""
     shape, tokens, blocksize = sizes
     tokens = min(tokens, MOST[dtype])
     parts, bias = parts_of(normal(*shape), blocksize, nested), normal(shape[0])
@@ -30,9 +33,10 @@ def test_a_few_tokens_through_a_layer(sizes, nested, dtype):
     got = nf4_matmul.matmul(x, *parts, shape, blocksize, bias)
     exact = x.double() @ W.double().T + bias.double()
     terms = x.double().abs() @ W.double().abs().T + bias.double().abs()
-    # a term passes its product's rounding (none in 16 bits), and one an addition: of the inner size
-    # and the bias, in whatever order and parts. n roundings by 1 + u or less make 1 + n u / (1 - n
-    # u). Then one to x's dtype, which for subnormal results is half of the smallest
+    # Each term is rounded in its product (not for 16-bit inputs) and in each addition: those of the
+    # inner size and of the bias, in any order and in any number of parts. n roundings by factors of
+    # at most 1 + u give a factor of at most 1 + n u / (1 - n u). The sum is rounded once to x's
+    # dtype, for a subnormal result by half of the smallest subnormal number.
     n_u = (shape[1] + 1) * 2**-24
     info = torch.finfo(dtype)
     bound = n_u / (1 - n_u) * terms
@@ -45,8 +49,8 @@ def test_a_few_tokens_through_a_layer(sizes, nested, dtype):
 
 @pytest.mark.parametrize("enough", [1, 2**15])
 @pytest.mark.parametrize("shape, tokens", [((1, 64), 3), ((65, 1056), 17)])
-def test_a_few_tokens_stay_inside(shape, tokens, enough, monkeypatch):
-    """In one part and in several."""
+def test_matmul_of_few_tokens_writes_only_its_result(shape, tokens, enough, monkeypatch):
+    """Test sums in one part and in several."""
     monkeypatch.setattr(nf4_matmul, "ENOUGH", enough)
     parts, x = parts_of(normal(*shape), 64, True), normal(tokens, shape[1], dtype=torch.float16)
     with Guarded() as guarded:
@@ -57,8 +61,8 @@ def test_a_few_tokens_stay_inside(shape, tokens, enough, monkeypatch):
 @pytest.mark.parametrize(
     "tile", [launch.tile(8, ROWS=128, CHUNKS=4), launch.tile(2, ROWS=32, CHUNKS=1)]
 )
-def test_other_tiles_read_the_same_columns(tile):
-    """Of one row of codes and more, at each place in a word and a chunk."""
+def test_other_tiles_give_the_same_columns(tile):
+    """Read columns at each position in a word and in a chunk of codes."""
     shape = (70, 352)
     parts = parts_of(normal(*shape), 32, True)
     ones = torch.eye(352, dtype=torch.float16)[5::6].contiguous()  # 58 of them
@@ -69,7 +73,7 @@ def test_other_tiles_read_the_same_columns(tile):
         )
 
 
-def test_which_products_have_a_kernel_for_few_tokens():
+def test_fits_accepts_supported_dtypes_shapes_and_token_counts():
     assert max(MOST.values()) == FEW_ON_A_GPU
     cpu = torch.device("cpu")
     for dtype, most in MOST.items():
@@ -92,14 +96,16 @@ def test_which_products_have_a_kernel_for_few_tokens():
         ("cuda:1", (8, 0), None, False, True),
         ("cuda:1", (12, 0), None, False, True),
         ("cuda:1", (7, 5), None, False, False),
-        ("cuda:1", (9, 0), "6.2", False, False),  # AMD's, which was compiled and never counted
+        ("cuda:1", (9, 0), "6.2", False, False),  # AMD: compiled but never counted
         ("cuda:1", (9, 0), None, True, False),
         ("cpu", (9, 0), None, False, False),
     ],
 )
-def test_which_cards_have_a_kernel_for_few_tokens(where, capability, hip, old, fits, monkeypatch):
+def test_fits_accepts_nvidia_gpus_from_capability_8_0(
+    where, capability, hip, old, fits, monkeypatch
+):
     def of(device: torch.device) -> tuple[int, int]:
-        assert device == torch.device("cuda:1")  # x's own, and never a CPU
+        assert device == torch.device("cuda:1")  # x's own device, never a CPU
         return capability
 
     monkeypatch.setattr(launch, "interpreted", lambda: False)
@@ -109,8 +115,8 @@ def test_which_cards_have_a_kernel_for_few_tokens(where, capability, hip, old, f
     assert nf4_matmul.fits(torch.bfloat16, torch.device(where), (576, 1536), 16) == fits
 
 
-def test_a_layer_takes_the_kernel_for_a_few_tokens(monkeypatch):
-    """Without gradients; one token and too many go other ways, as does what trains."""
+def test_a_layer_without_gradients_uses_the_kernel_for_few_tokens(monkeypatch):
+    """With one token, with too many tokens, and with gradients, it uses other code."""
     ran = []
     right = nf4_matmul.matmul
     monkeypatch.setattr(nf4_matmul, "matmul", lambda *a: ran.append(len(a[0])) or right(*a))
@@ -123,7 +129,7 @@ def test_a_layer_takes_the_kernel_for_a_few_tokens(monkeypatch):
             x.double(), layer.dequantize(dtype).double(), layer.bias.double()
         )
         torch.testing.assert_close(got.double(), expected, rtol=2**-9, atol=2**-9)
-    assert ran == [8, 8]  # not fp64's
+    assert ran == [8, 8]  # not for fp64
     with torch.no_grad():
         layer(x[:, :1].expand(2, 33, 64)), layer(x[0, 0])
     layer(x)

@@ -1,9 +1,9 @@
-"""Proves in Triton's interpreter that every kernel has the bits of reference.py, textbook and fast alike.
+"""Tests, in Triton's interpreter, of the NF4 kernels: they have the bits of reference.py.
 
-tests/gpu/test_interpreter.py runs this file, and the ordinary NF4 tests, in a process of their own
-with TRITON_INTERPRET=1, on the pinned Triton and, in `make test-all`, on others. What the
-interpreter cannot show is machine code: whether a kernel compiles, and to what, is
-tests/bench/test_kernel_report.py's.
+Each kernel has a textbook version and a fast version. tests/gpu/test_interpreter.py runs this file
+and the ordinary NF4 tests in a separate process with TRITON_INTERPRET=1, on the pinned Triton and,
+in `make test-all`, on others. The interpreter does not show machine code:
+tests/bench/test_kernel_report.py compiles the kernels and counts their instructions.
 """
 
 import pytest
@@ -37,6 +37,7 @@ from minilora_kernels.triton import (
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# No complete word of codes, incomplete last words, blocks and programs.
 SIZES = [
     0,
     1,
@@ -49,10 +50,10 @@ SIZES = [
     65,
     1003 * 8,
     4096 * 3 + 5,
-]  # no whole word, ragged words, blocks and programs
+]
 
 
-def test_this_is_the_interpreter():
+def test_these_tests_run_in_the_interpreter():
     assert launch.interpreted(), (
         "run through tests/gpu/test_interpreter.py, or with TRITON_INTERPRET=1"
     )
@@ -62,7 +63,7 @@ def test_this_is_the_interpreter():
 
 
 @pytest.mark.parametrize("blocksize, dtype, quantize", few_fast(BLOCKSIZES, DTYPES, QUANTIZE))
-def test_quantised_is_the_reference(blocksize, dtype, quantize):
+def test_quantize_has_the_bits_of_the_reference(blocksize, dtype, quantize):
     for n in SIZES:
         x = normal(n, dtype=dtype)
         x[: n // 3] = 0  # whole blocks of zeros, and blocks that begin with them
@@ -73,8 +74,11 @@ def test_quantised_is_the_reference(blocksize, dtype, quantize):
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
-def test_ties_and_their_neighbours(quantize):
-    """Each threshold, one ulp below and above, both signs, at scales whose reciprocal is exact and is not."""
+def test_quantize_of_ties_and_their_neighbours(quantize):
+    """Test each threshold, one ulp below and one above, with both signs.
+
+    The reciprocals of some scales are exact, those of others are not.
+    """
     t = nf4_thresholds()
     up = torch.full_like(t, torch.inf)
     near = torch.cat([t, torch.nextafter(t, up), torch.nextafter(t, -up)])  # (45,)
@@ -86,20 +90,19 @@ def test_ties_and_their_neighbours(quantize):
             assert torch.equal(got, expected), scale
 
 
-def test_every_bin_edge():
-    """Both sides of where the fast kernel's 32 bins meet."""
+def test_quantize_at_every_bin_edge():
+    """Test both sides of every edge of the fast kernel's 32 bins."""
     edges = torch.arange(-15.5, 16) / 15.5  # (32,)
     steps = [edges, *(torch.nextafter(edges, torch.full_like(edges, s)) for s in (-2.0, 2.0))]
     x = torch.cat([torch.ones(1), *steps]).clamp(-1, 1)
     assert torch.equal(nf4_quantize.quantize(x, 128)[0], reference.quantize(x, 128)[0])
     bins = nf4_quantize._bin_table() >> 32
-    assert (
-        bins != torch.tensor(torch.inf).view(torch.int32)
-    ).sum() == 15  # a threshold each, so none lost
+    # 15 bins have a threshold, so no threshold is missing
+    assert (bins != torch.tensor(torch.inf).view(torch.int32)).sum() == 15
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
-def test_a_block_below_the_smallest_normal_is_zero(quantize):
+def test_quantize_gives_zeros_for_a_block_below_the_smallest_normal(quantize):
     for tiny in (2.0**-126, 2.0**-127, 1e-44, 0.0):
         x = torch.full((64,), -tiny)
         for got, expected in zip(quantize(x, 64), reference.quantize(x, 64), strict=True):
@@ -108,21 +111,21 @@ def test_a_block_below_the_smallest_normal_is_zero(quantize):
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_reaches_absmax(bad, quantize):
+def test_a_value_that_is_not_finite_reaches_absmax(bad, quantize):
     x = normal(200)
     x[70] = bad
     assert torch.isfinite(quantize(x, 64)[1]).tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 4 * 256 * 3 + 9])
-def test_second_level_is_the_reference(count):
+def test_double_quantize_has_the_bits_of_the_reference(count):
     for absmax in (normal(count).abs(), torch.full((count,), 0.3), torch.zeros(count)):
         got, expected = nf4_quantize.double_quantize(absmax), reference.double_quantize(absmax)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_ties_of_the_second_level():
-    """Every midpoint of the 8-bit map: the mean is an exact 0, as each has its negative in the other half."""
+def test_double_quantize_of_ties():
+    """Test every midpoint of the 8-bit map, with its negative, so that the mean is exactly 0."""
     half = torch.cat([torch.ones(1), midpoints(dynamic_map())])  # (256,)
     got, expected = (
         double(torch.cat([half, -half]))
@@ -134,7 +137,7 @@ def test_ties_of_the_second_level():
 @pytest.mark.parametrize(
     "blocksize, dtype, nested, dequantize", few_fast(BLOCKSIZES, DTYPES, [False, True], DEQUANTIZE)
 )
-def test_dequantised_is_the_reference(blocksize, dtype, nested, dequantize):
+def test_dequantize_has_the_bits_of_the_reference(blocksize, dtype, nested, dequantize):
     for n in SIZES:
         parts = parts_of(normal(n), blocksize, nested)
         memory = torch.full((n + 64,), 7.0, dtype=dtype)
@@ -143,12 +146,12 @@ def test_dequantised_is_the_reference(blocksize, dtype, nested, dequantize):
         assert (memory[n:] == 7).all(), "written past the end"
 
 
-# ---- nothing is written past the end: results are slices of larger memory, filled with a mark
+# ---- no writes past the end: results are slices of larger memory with marked values
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
 @pytest.mark.parametrize("n", [1, 9, 64, 65, 2048, 4096 + 200])
-def test_quantising_stays_inside(n, quantize):
+def test_quantize_writes_only_its_results(n, quantize):
     with Guarded() as guarded:
         _, absmax = quantize(normal(n), 64)
         nf4_quantize.double_quantize(absmax)
@@ -157,7 +160,7 @@ def test_quantising_stays_inside(n, quantize):
 
 @pytest.mark.parametrize("gemv", GEMV)
 @pytest.mark.parametrize("shape", [(1, 64), (3, 2048), (17, 576)])
-def test_a_token_stays_inside(shape, gemv):
+def test_gemv_writes_only_its_result(shape, gemv):
     parts, x = parts_of(normal(*shape), 64, True), normal(shape[1])
     with Guarded() as guarded:
         gemv(x, *parts, shape, 64)
@@ -167,18 +170,19 @@ def test_a_token_stays_inside(shape, gemv):
 # ---- one token
 
 
+# Short and long rows, and sizes that are no multiple of a tile in either dimension.
 SHAPES = [
     (5, 64),
     (33, 576),
     (3, 1056),
     (7, 2048),
     (2, 4128),
-]  # short rows, long ones, ragged in both directions
+]
 
 
 @pytest.mark.parametrize("shape, nested, gemv", few_fast(SHAPES, [False, True], GEMV))
-def test_a_one_hot_x_reads_a_column(shape, nested, gemv):
-    """Exact: every other product is zero."""
+def test_gemv_of_a_one_hot_x_gives_a_column(shape, nested, gemv):
+    """The result is exact, because every other product is zero."""
     parts = parts_of(normal(*shape), 64, nested)
     W = dense(parts, 64, shape)
     for k in (0, 31, 32, shape[1] - 1):
@@ -188,7 +192,7 @@ def test_a_one_hot_x_reads_a_column(shape, nested, gemv):
 
 
 @pytest.mark.parametrize("blocksize, dtype, gemv", few_fast([32, 64, 256, 4096], DTYPES[:3], GEMV))
-def test_a_token_through_a_layer(blocksize, dtype, gemv):
+def test_gemv_of_a_token_is_within_its_error_bound(blocksize, dtype, gemv):
     for shape in SHAPES:
         parts, x, bias = (
             parts_of(normal(*shape), blocksize, True),
@@ -199,14 +203,14 @@ def test_a_token_through_a_layer(blocksize, dtype, gemv):
         exact = W @ x.double() + bias.double()
         got = gemv(x, *parts, shape, blocksize, bias)
         assert got.dtype == dtype and got.shape == shape[:1]
-        # a sum of n products in any order errs by n eps sum |w x| at most; then one rounding to x's
-        # dtype
+        # The error of a sum of n products in any order is at most n eps sum |w x|. The sum is
+        # rounded once to x's dtype.
         sizes = W.abs() @ x.double().abs() + bias.double().abs()
         bound = (shape[1] + 1) * 2**-24 * sizes + torch.finfo(dtype).eps * exact.abs()
         assert ((got.double() - exact).abs() <= bound).all(), shape
 
 
-def test_which_shapes_have_a_fused_kernel():
+def test_gemv_fits_accepts_supported_shapes():
     assert nf4_gemv.fits((576, 1536)) and nf4_gemv.fits((1, 32))
     assert (
         not nf4_gemv.fits((4, 33))
@@ -215,7 +219,7 @@ def test_which_shapes_have_a_fused_kernel():
     )
 
 
-# ---- round trip of the launch
+# ---- launches
 
 
 @pytest.mark.parametrize("words, warps", [(32, 1), (64, 2), (256, 8)])

@@ -1,5 +1,7 @@
-"""Proves in Triton's interpreter that the kernels of training do what their plain forms do: 8-bit AdamW bit for bit,
-cross-entropy up to fp32's roundings and one of the logits' dtype. Oracles: the plain step, fp64.
+"""Tests, in Triton's interpreter, of the kernels for 8-bit AdamW and for cross-entropy.
+
+8-bit AdamW has the bits of its reference implementation. Cross-entropy is exact up to roundings of
+fp32 and one rounding to the logits' dtype. Oracles: the reference step, and fp64.
 """
 
 import math
@@ -24,7 +26,7 @@ TILE = dict(launch.TILES["cross_entropy"]["default"].constants)["WIDTH"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def test_the_kernels_are_what_runs(monkeypatch):
+def test_has_kernels_follows_the_environment(monkeypatch):
     assert has_kernels(CPU)  # under MINILORA_NF4=triton
     monkeypatch.setenv("MINILORA_NF4", "auto")
     assert not has_kernels(CPU) and has_kernels(torch.device("cuda"))
@@ -32,7 +34,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
     assert not has_kernels(torch.device("cuda"))
 
 
-# ---- 8-bit AdamW: the plain step's bits
+# ---- 8-bit AdamW: the bits of the reference step
 
 
 def numbers(t, beta1=0.9, beta2=0.99, lr=1e-2):
@@ -49,14 +51,14 @@ def numbers(t, beta1=0.9, beta2=0.99, lr=1e-2):
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 1003, 256 * 9, 256 * 13 + 77])
-def test_a_step_has_the_bits_of_the_plain_one(n):
+def test_an_adamw_step_has_the_bits_of_the_reference_step(n):
     p = torch.randn(n)
     moments = plain.zero_moments(p, True)
     ours, kept = p.clone(), [part.clone() for part in moments]
     for t in range(1, 7):
-        g = torch.randn(n) * 10 ** (torch.rand(n) * 9 - 8)  # nine decades
+        g = torch.randn(n) * 10 ** (torch.rand(n) * 9 - 8)  # nine orders of magnitude
         g[torch.rand(n) < 0.1] = 0
-        g[: n // 3] *= t != 2  # whole blocks whose moments only shrink
+        g[: n // 3] *= t != 2  # in the second step, moments of whole blocks only shrink
         plain.plain_step(p, g, moments, numbers(t))
         adam8bit.step(ours, g, kept, numbers(t))
         for a, b in zip((p, *moments), (ours, *kept), strict=True):
@@ -64,7 +66,7 @@ def test_a_step_has_the_bits_of_the_plain_one(n):
 
 
 @pytest.mark.parametrize("paged", [False, True])
-def test_the_optimiser_steps_the_same_with_and_without(paged, monkeypatch):
+def test_the_optimiser_has_the_same_bits_with_and_without_kernels(paged, monkeypatch):
     def run(kernels):
         monkeypatch.setattr(plain, "has_kernels", lambda device: kernels)
         torch.manual_seed(0)
@@ -87,10 +89,12 @@ def _codes_of(y_ptr, midpoints_ptr, out_ptr, SIGNED: tl.constexpr):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_every_code_begins_where_the_map_says(signed):
-    """At each midpoint and right above it, which proves it for all numbers: the bin grows with y (seven rising lines,
-    the least of them, rounded), so that between two midpoints it is one of theirs, and a comparison
-    tells which."""
+def test_every_code_begins_at_its_midpoint(signed):
+    """Test each midpoint and the next number above it, which proves all numbers.
+
+    The bin never falls as y grows (it is the smallest of seven rising lines, rounded), so between
+    two midpoints it is the bin of one of the two, and a comparison selects the code.
+    """
     t = midpoints(dynamic_map(signed))
     ends = torch.tensor([-1.0, 0.0, -0.0, 1e-45, 2.0**-126, 1.0, 1 + 2.0**-23])
     far = torch.full_like(t, torch.inf)
@@ -108,8 +112,8 @@ def test_every_code_begins_where_the_map_says(signed):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.75, 0.7, 0.3, 1e-3, 3.1e-5, 1.7e18, 2.0**-126, 1e-40])
-def test_values_beside_a_midpoint_are_scaled_as_the_plain_step_scales(scale):
-    """Where a product and a quotient, or a reciprocal that is a little off, would fall on different sides."""
+def test_values_next_to_a_midpoint_get_the_code_of_the_reference_step(scale):
+    """Here a quotient and a product with an inexact reciprocal give different codes."""
     t = midpoints(dynamic_map()) * scale
     near = [torch.nextafter(t, torch.full_like(t, side)) for side in (-torch.inf, torch.inf)]
     g = torch.cat([torch.cat([torch.tensor([scale]), x]) for x in (t, *near)])  # three blocks
@@ -121,7 +125,7 @@ def test_values_beside_a_midpoint_are_scaled_as_the_plain_step_scales(scale):
 
 @pytest.mark.parametrize("largest", [2.0**-125, 2.0**-126, 2.0**-127, 2.0**-140])
 def test_a_block_around_the_smallest_normal_number(largest):
-    """Below it the reciprocal of the largest value would be infinite, or nearly."""
+    """Below that number the reciprocal of the largest value would be infinite or nearly so."""
     g = torch.linspace(-1, 1, 256) * largest
     p, moments, kept = torch.zeros(256), plain.zero_moments(g, True), plain.zero_moments(g, True)
     adam8bit.step(p.clone(), g, moments, numbers(1, beta1=0.0))
@@ -130,7 +134,7 @@ def test_a_block_around_the_smallest_normal_number(largest):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_shows_and_stays_in_its_block(bad):
+def test_a_gradient_that_is_not_finite_affects_only_its_block(bad):
     p, g = torch.randn(3 * 256), torch.randn(3 * 256)
     g[300] = bad
     expected, moments, kept = p.clone(), plain.zero_moments(p, True), plain.zero_moments(p, True)
@@ -145,7 +149,7 @@ def test_what_is_not_finite_shows_and_stays_in_its_block(bad):
 
 
 @pytest.mark.parametrize("n", [1, 300, 1024, 5 * 256])
-def test_a_step_stays_inside(n):
+def test_an_adamw_step_writes_only_its_results(n):
     rows = -(-n // 256)
     sizes = [(n, torch.float32), (rows * 256, torch.uint8), (rows, torch.float32)] + [
         (rows * 256, torch.uint8)
@@ -164,7 +168,7 @@ def test_a_step_stays_inside(n):
 
 
 @pytest.mark.parametrize("rows, warps", [(1, 1), (2, 4), (16, 8)])
-def test_other_tiles_step_the_same(rows, warps):
+def test_other_tiles_give_the_same_adamw_step(rows, warps):
     p, g = torch.randn(2000), torch.randn(2000)
     ours, moments, kept = p.clone(), plain.zero_moments(p, True), plain.zero_moments(p, True)
     with launch.overridden("adamw_8bit", launch.tile(warps, ROWS=rows)):
@@ -177,7 +181,7 @@ def test_other_tiles_step_the_same(rows, warps):
 
 
 def exact(logits, labels):
-    """Loss (C,) and gradient (C, V) in fp64."""
+    """Return loss (C,) and gradient (C, V) in fp64."""
     log_p = logits.double().log_softmax(1)
     own = log_p.gather(1, labels[:, None])
     return -own[:, 0], log_p.exp().scatter_(1, labels[:, None], own.expm1())
@@ -197,8 +201,8 @@ def test_loss_and_gradient_of_a_chunk(columns, dtype):
     labels = torch.tensor([0, columns - 1, columns // 2, min(TILE, columns) - 1, TILE % columns, 0])
     loss, gradient = ours(logits, labels)
     expected_loss, expected = exact(logits, labels)
-    # 2^-16: z - m, below 2^6, is rounded by 2^-19, times log2 e by as much again, and sums round
-    # too
+    # 2^-16: the rounding of z - m, below 2^6, is 2^-19. The product with log2 e adds as much, and
+    # the sums are rounded too.
     assert ((loss - expected_loss).abs() <= 2.0**-16).all()
     unit = torch.finfo(dtype).eps / 2
     bound = (2.0**-16 + unit) * expected.abs() + torch.finfo(dtype).smallest_normal * unit
@@ -206,8 +210,8 @@ def test_loss_and_gradient_of_a_chunk(columns, dtype):
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
-def test_where_logits_lie_makes_no_difference(shift):
-    """Of integers, so that a shift is exact; e to the power of them would be 0, or infinite."""
+def test_a_shift_of_all_logits_changes_nothing(shift):
+    """The logits are integers, so the shift is exact. Without the maximum e^z would be 0 or inf."""
     logits, labels = (
         torch.randint(-9, 9, (4, TILE + 7)).float(),
         torch.tensor([0, 1, TILE, TILE + 6]),
@@ -216,20 +220,20 @@ def test_where_logits_lie_makes_no_difference(shift):
         torch.testing.assert_close(found, expected, rtol=2.0**-16, atol=2.0**-16)
 
 
-def test_a_token_the_model_is_sure_of_keeps_its_gradient():
-    """1 - p of 6e-6 to 1e-26, where fp32's p is 1."""
+def test_the_gradient_of_a_very_likely_token_does_not_vanish():
+    """1 - p is 6e-6 to 1e-26, and p in fp32 is 1."""
     logits = torch.zeros(4, 3)
     logits[:, 1] = torch.tensor([12.0, 20.0, 40.0, 60.0])
     labels = torch.ones(4, dtype=torch.long)
     _, gradient = ours(logits, labels, lift=2.0)
     expected = 2 * exact(logits, labels)[1]
-    expected[:, 1] = (
-        -expected[:, 0] - expected[:, 2]
-    )  # a row's gradient adds up to 0; fp64's p is 1 too
+    # The gradient of a row sums to 0. In fp64 some p is 1 too, so its gradient is computed from
+    # the others.
+    expected[:, 1] = -expected[:, 0] - expected[:, 2]
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=0)
 
 
-def test_logits_far_apart_masked_words_and_nothing_else():
+def test_cross_entropy_of_distant_and_infinite_logits():
     logits = torch.tensor(
         [[3e4, -3e4, 0.0], [-torch.inf, 1.0, 2.0], [5.0, 5.0, 5.0], [-torch.inf, -torch.inf, 7.0]]
     )
@@ -240,7 +244,7 @@ def test_logits_far_apart_masked_words_and_nothing_else():
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-30)
 
 
-def test_a_label_that_is_no_word_and_logits_that_are_no_numbers_show():
+def test_an_invalid_label_or_logit_gives_nan_in_its_row():
     logits = torch.randn(6, 7)
     logits[3, 2] = torch.nan
     loss, gradient = ours(logits, torch.tensor([6, -1, 3, 3, 7, 2**40]))
@@ -251,7 +255,7 @@ def test_a_label_that_is_no_word_and_logits_that_are_no_numbers_show():
     )
 
 
-def test_without_a_gradient_the_logits_stay():
+def test_without_a_gradient_the_logits_do_not_change():
     for dtype in DTYPES:
         logits, labels = torch.randn(3, 100).to(dtype), torch.tensor([1, 2, 3])
         loss, after = ours(logits, labels, gradient=False)
@@ -259,7 +263,7 @@ def test_without_a_gradient_the_logits_stay():
 
 
 @pytest.mark.parametrize("columns", [5, TILE - 3, TILE + 8])
-def test_a_chunk_stays_inside(columns):
+def test_cross_entropy_writes_only_its_results(columns):
     memory = torch.full((3 * columns + 64,), 77.0)
     memory[:-64] = torch.randn(3 * columns)
     loss = torch.full((3 + 64,), 77.0)
@@ -269,8 +273,11 @@ def test_a_chunk_stays_inside(columns):
 
 
 @pytest.mark.parametrize("dtype, trained", few_fast(DTYPES, [False, True]))
-def test_the_whole_op_is_that_of_the_plain_rows(dtype, trained, monkeypatch):
-    """Both are within their own roundings of fp64, so the two differ by no more than one differs from that."""
+def test_head_logprobs_with_and_without_the_kernel_agree(dtype, trained, monkeypatch):
+    """Both are within their own roundings of fp64.
+
+    So the difference between the two is compared with the distance of one of them to fp64.
+    """
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(37, 24, generator=generator).to(dtype)
     weight = (torch.randn(301, 24, generator=generator) / 3).to(dtype)
@@ -294,7 +301,7 @@ def test_the_whole_op_is_that_of_the_plain_rows(dtype, trained, monkeypatch):
     assert (kernel[0][::5] == 0).all() and (kernel[1][::5] == 0).all()
 
 
-def test_compiled_without_a_graph_break():
+def test_linear_cross_entropy_compiles_without_a_graph_break():
     hidden, weight, labels = (
         torch.randn(9, 8, requires_grad=True),
         torch.randn(11, 8),
@@ -309,7 +316,7 @@ def test_compiled_without_a_graph_break():
     assert torch.equal(*(torch.autograd.grad(g(hidden), hidden)[0] for g in (compiled, f)))
 
 
-def test_opcheck():
+def test_opcheck_of_cross_entropy():
     for gradient in (False, True):
         arguments = (torch.randn(3, 20), torch.tensor([1, 2, 3]), torch.empty(3), gradient, 1.0)
         torch.library.opcheck(torch.ops.minilora.cross_entropy_, arguments)
