@@ -1,6 +1,6 @@
-"""What every test shares: threads, hypothesis' profile, what is skipped where, and two fixtures.
+"""Configuration of all tests: threads, the hypothesis profile, skips and two fixtures.
 
-A skip is loud: `-ra` in pyproject.toml prints each with its reason.
+`-ra` in pyproject.toml prints every skipped test with its reason.
 """
 
 import os
@@ -9,9 +9,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # its threads and pytest-xdist's processes do not mix
+# Threads of the tokenizers package conflict with pytest-xdist's processes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
@@ -19,8 +18,8 @@ import torch
 
 from helpers.source import constraints
 
-# No deadline, no health check of speed: machines are shared. Derandomised: the same examples
-# everywhere, so that a failure seen in CI is seen at home.
+# Machines are shared, so there is no deadline and no health check of speed. The examples are the
+# same on every machine, so that a failure in CI can be reproduced locally.
 hypothesis.settings.register_profile(
     "house",
     deadline=None,
@@ -30,11 +29,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # one core a worker; OMP_NUM_THREADS may not have reached us
+    torch.set_num_threads(1)  # one core per worker, even if OMP_NUM_THREADS is not set
 
 
 def off_the_pin() -> str:
-    """Which of torch and triton differ from constraints.txt, as text; empty if none does."""
+    """Return the versions of torch and triton that differ from constraints.txt, as text.
+
+    The text is empty if both are the pinned versions.
+    """
     pinned = constraints()
     found = {name: version(name).partition("+")[0] for name in ("torch", "triton")}
     return ", ".join(
@@ -44,13 +46,16 @@ def off_the_pin() -> str:
     )
 
 
-# Kernels in Triton's interpreter: tests/gpu/test_interpreter.py runs them, in a process that has it
-# switched on.
+# Tests of kernels in Triton's interpreter. tests/gpu/test_interpreter.py runs them in a process
+# with TRITON_INTERPRET=1.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpreted"]
 
 
 def processor() -> str:
-    """The processor, what torch takes of it, and what the C compiler is told: `make test ISA=` changes the last two."""
+    """Return the processor, the instruction set that torch uses, and the C compiler's flags.
+
+    `make test ISA=` changes the last two.
+    """
     from minilora_kernels.c.compiler import machine_flags
 
     kind = platform.processor() or platform.machine()
@@ -71,7 +76,10 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The processor where -q left the header out. Which Triton: tests/gpu/test_interpreter.py looks for it."""
+    """Print the processor (with -q pytest prints no header) and the version of Triton.
+
+    tests/gpu/test_interpreter.py reads the version of Triton from this line.
+    """
     if config.get_verbosity() < 0:
         terminalreporter.write_line(processor())
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,13 +88,15 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"in the interpreter of triton {triton.__version__}")
 
 
-SLOW_SECONDS = (
-    900  # limit of a slow test that sets none; pyproject.toml has the limit of the others
-)
+# Time limit of a slow test that sets no limit itself. pyproject.toml has the limit of fast tests.
+SLOW_SECONDS = 900
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests skip without an accelerator, `strict` tests off the pinned versions; slow tests get more time."""
+    """Skip `gpu` tests without an accelerator and `strict` tests with other versions.
+
+    Slow tests get a longer time limit.
+    """
     accelerator = torch.accelerator.is_available()
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
@@ -96,18 +106,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 pytest.mark.skip(reason="no accelerator on this machine: NOT TESTED here")
             )
         if item.get_closest_marker("strict") and (why := off_the_pin()):
-            item.add_marker(pytest.mark.skip(reason=f"strict, and here is {why}"))
+            item.add_marker(pytest.mark.skip(reason=f"needs the pinned versions, got {why}"))
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Every test draws the same numbers every time, whichever ran before it."""
+    """Seed torch, so that a test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def tiny_llama_config() -> dict:
-    """The config.json of a Llama small enough for a CPU: 2 layers, width 64, 4 heads on 2 KV heads, 384 tokens."""
+    """The config.json of a small Llama: 2 layers, width 64, 4 heads, 2 KV heads, 384 tokens."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -133,7 +143,7 @@ def tiny_llama_config() -> dict:
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    """What load_model and load_tokenizer take for SmolLM2-135M-Instruct: the Hub id, or the path of its GGUF."""
+    """Hub id of SmolLM2-135M-Instruct, or the path of its GGUF file if the Hub is unreachable."""
     from minilora import samples
 
     return samples.smollm2()

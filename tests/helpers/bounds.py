@@ -1,24 +1,24 @@
-"""How far apart rounding alone may leave two forms of one computation, on whatever processor they run.
+"""Bounds for the rounding difference of two implementations of the same computation.
 
-Processors add in different orders, so a distance measured on one of them is no bound on another. A
-bound here is computed in fp64 from the numbers that are multiplied, and comes out the same
-everywhere.
+Processors add in different orders, so a difference measured on one processor is not a bound for
+another. These bounds are computed in fp64 from the numbers that are multiplied, so they are the
+same on every processor.
 
-**Models** (`rounding`). A product of n terms in fp32 is fl(Σ wᵢxᵢ) = Σ wᵢ(1 + δᵢ)xᵢ: what rounding
-does to a product, a change of its weights does too. δᵢ is the sum of the roundings that term i goes
-through. Each is uniform within ±u, u = 2^-24, so that k of them come to about u √(k/3).
+**Models** (`rounding`). A product of n terms in fp32 is fl(Σ wᵢxᵢ) = Σ wᵢ(1 + δᵢ)xᵢ: rounding has
+the effect of a change of the weights. δᵢ is the sum of the roundings of term i. Each rounding is
+uniform within ±u, u = 2^-24, so k of them sum to about u √(k/3).
 
-`rounding` moves every weight by u in fp64, up or down by chance, and takes how far the outputs go.
-Each layer passes on what the layers before it did, as it passes on their rounding. With 4 lanes
-(the narrowest vectors), 96 terms (the widest layer of tiny.py) take 24 additions in a lane, 2 of
-the lanes' sums and 1 multiplication: k = 27, and √(k/3) = 3. That is one form. Two forms are at
-most twice as far apart: 6.
+`rounding` changes every weight by ±u in fp64, with random signs, and measures the change of the
+outputs. A layer passes on the changes of the layers before it in the same way as their rounding.
+With 4 lanes (the narrowest vectors), 96 terms (the widest layer of tiny.py) take 24 additions in a
+lane, 2 additions of the lanes' sums and 1 multiplication: k = 27, and √(k/3) = 3. This is the
+factor for one implementation. Two implementations differ by at most twice as much: 6.
 
-The distance is the 2-norm over all outputs. The largest of thousands of errors is a matter of luck,
-their norm is not: fp32 logits of every kind in tiny.py lie 1.6 to 2.5 times the movement from
-fp64's, with AVX2 and with SSE alone.
+The difference is the 2-norm over all outputs. The largest of thousands of errors is random, but
+their norm is not: for every model in tiny.py, with AVX2 and with SSE alone, the distance of fp32
+logits from fp64 is 1.6 to 2.5 times the measured change.
 
-**Attention** (`attention_sizes`) is short enough to follow term by term.
+**Attention** (`attention_sizes`) is bounded term by term.
 """
 
 import copy
@@ -33,11 +33,11 @@ from minilora.lora.merging.merge import dense
 from minilora_kernels.ops.attention import causal_mask
 
 UNIT = 2.0**-24  # fp32's unit roundoff
-DRAWS = 3  # of the weights' movement; their norms differ by a few hundredths
+DRAWS = 3  # number of random changes of the weights; their norms differ by a few hundredths
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """A copy in fp64: adapters merged, 4-bit weights dense, the same values otherwise."""
+    """Return a copy in fp64 with merged adapters and dense weights in place of 4-bit weights."""
     plain = copy.deepcopy(model)
     for path, layer in list(plain.named_modules()):
         inside = ".base_layer" in path
@@ -52,7 +52,7 @@ def _outputs(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
 
 
 def rounding(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> float:
-    """The 2-norm by which two fp32 forms of `run(model)` may differ: see above."""
+    """Return the bound for the 2-norm of the difference of two fp32 results of `run(model)`."""
     plain = exact(model)
     before, moved = _outputs(plain, run), []
     generator = torch.Generator().manual_seed(0)
@@ -66,38 +66,37 @@ def rounding(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> float:
 
 
 def assert_rounded(found: Tensor, expected: Tensor, bound: float) -> None:
-    """No further apart in 2-norm than `bound`, and nothing is NaN."""
+    """Assert that the 2-norm of the difference is at most `bound`, and not NaN."""
     distance = (found.double() - expected.double()).norm().item()
-    assert distance <= bound, f"{distance:.3g} apart, rounding explains {bound:.3g}"
+    assert distance <= bound, f"the difference is {distance:.3g}, the bound is {bound:.3g}"
 
 
 def attention_sizes(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None = None
 ) -> list[Tensor]:
-    """By what an eps must be multiplied to bound the error of attention's output and of its gradients of
-    q, k and v.
+    """Return error bounds, in units of eps, of attention's output and of the gradients of q, k, v.
 
-    Every sum is written with the sizes of its terms: |fl(Σ xᵢyᵢ) - Σ xᵢyᵢ| ≤ n·u·Σ |xᵢyᵢ| for any
-    order of n terms. Where terms cancel, as in dS for a query that sees one key, the sizes are
-    those before they cancel. Two forms are at most twice that apart, and eps = 2u.
+    Every sum is computed with the absolute values of its terms, because for any order of n terms
+    |fl(Σ xᵢyᵢ) - Σ xᵢyᵢ| ≤ n·u·Σ |xᵢyᵢ|. If terms cancel, as in dS for a query that attends to one
+    key, these are the values before they cancel. Two implementations differ by at most twice the
+    bound of one, and eps = 2u.
 
-    A score sums d products and is scaled; its error e makes its weight 1 + e times as large: (d +
-    2)·u·s·|q||k|. The sum that a weight is divided by has such errors too, hence twice; and S terms
-    of its own. So n is the error of a weight in units of u, and what follows adds its own sums to
-    it.
+    A score is a scaled sum of d products. Its error e multiplies its weight by 1 + e, where e is at
+    most (d + 2)·u·s·|q||k|. The divisor of a weight has such errors too, hence the factor 2, and it
+    is a sum of S terms. So n is the error of a weight in units of u. The products that use the
+    weights add the errors of their own sums.
     """
     q, k, v, grad = (x.detach().double() for x in (q, k, v, grad))
     (heads, T, d), kv_heads, S = q.shape[1:], k.shape[1], k.shape[2]
     G, scale = heads // kv_heads, d**-0.5
     k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
     mask = causal_mask(T, S) if mask is None else mask
-    P = (
-        (q @ k.mT * scale).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num()
-    )  # (B, heads, T, S)
+    # (B, heads, T, S)
+    P = (q @ k.mT * scale).masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num()
     score = (q.abs() @ k.abs().mT * scale * mask).max().item()
-    n = 2 * S + 2 * (d + 2) * score  # of a weight: of its own score, and of those in its sum
-    dP = grad.abs() @ v.abs().mT  # (B, heads, T, S), and so dS below: sizes
-    dS = P * (dP + (P * dP).sum(-1, keepdim=True))
+    n = 2 * S + 2 * (d + 2) * score  # error of a weight: of its score, and of those in its divisor
+    dP = grad.abs() @ v.abs().mT  # (B, heads, T, S), absolute values
+    dS = P * (dP + (P * dP).sum(-1, keepdim=True))  # (B, heads, T, S), absolute values
 
     def grouped(x: Tensor) -> Tensor:
         return x.unflatten(1, (kv_heads, G)).sum(2)  # (B, kv_heads, S, d)

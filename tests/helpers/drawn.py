@@ -1,4 +1,4 @@
-"""What the tests of pictures draw: small models, plans, batches and runs, and a figure of each kind."""
+"""Inputs for the tests of plots: small models, plans, batches and runs, and one figure per kind."""
 
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ RUN = {"per_device_train_batch_size": 2, "max_length": 128}
 
 @cache
 def adapted() -> torch.nn.Module:
-    """A decoder of three layers in 4 bits with an adapter that is not zero."""
+    """Return a 4-bit decoder of three layers with an adapter that is not zero."""
     torch.manual_seed(0)
     model = CausalLM(DecoderConfig(**SHAPE))
     ml.quantize_model(model)
@@ -56,9 +56,8 @@ def batch() -> dict[str, torch.Tensor]:
 
 @cache
 def weight() -> tuple[torch.Tensor, ml.NF4Weight]:
-    source = torch.randn(
-        48, 65, generator=torch.Generator().manual_seed(0)
-    )  # blocks run over row ends
+    # Rows of 65 values, so that blocks of 64 values cross the ends of rows.
+    source = torch.randn(48, 65, generator=torch.Generator().manual_seed(0))
     return source, ml.quantize_nf4(source)
 
 
@@ -90,7 +89,7 @@ def log(folder, seed: int):
 
 @cache
 def figures() -> dict[str, Any]:
-    """One of each kind, by its function's name."""
+    """Return one figure of each kind, by the name of its function."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         runs = ml.plot.runs([log(folder / "short", 0), log(folder / "a-run-with-a-longer-name", 1)])

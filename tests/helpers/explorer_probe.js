@@ -1,4 +1,4 @@
-// Runs at the end of a copy of docs/explorer.html: moves its sliders and notes what became of the page.
+// Runs at the end of a copy of docs/explorer.html: moves its sliders and records the page's state.
 const text = (id) => document.getElementById(id).textContent;
 const set = (id, value, kind = "input") => {
   const control = document.getElementById(id);

@@ -1,8 +1,8 @@
-"""A stand-in for the Hugging Face Hub, served over HTTP from memory, for the tests of downloading and uploading.
+"""Fake Hugging Face Hub, served over HTTP from memory, for the tests of downloads and uploads.
 
-It speaks what huggingface_hub asks of the Hub to fetch a repository (info, tree, resolve), and to
-push to one (create, validation of the card, preupload, LFS batch and PUT, commit as lines of JSON).
-Who may do what follows from the token.
+It answers the requests with which huggingface_hub downloads a repository (info, tree, resolve) and
+uploads to one (create, validation of the card, preupload, LFS batch and PUT, commit as JSON lines).
+The token determines the permissions.
 """
 
 import base64
@@ -21,16 +21,18 @@ WRITER, READER, COMMIT = "hf_writer", "hf_reader", "0123456789abcdef0123456789ab
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """`repos`: "owner/name" -> path -> content. `private`: those that only a known token sees.
+    """Request handler of the fake Hub.
 
-    "x/gated" is gated, "x/full" takes no large file, nothing can be created under "broken/".
+    `repos` maps "owner/name" -> path -> content. `private` holds the repositories that need a known
+    token. "x/gated" is gated, "x/full" refuses large files, and a repository under "broken/" cannot
+    be created.
     """
 
     repos: dict[str, dict[str, bytes]]
     private: set[str]
     requests: list[str]
-    blobs: dict[str, bytes]  # of the LFS store, by sha256
-    commits: list[dict[str, Any]]  # repository, revision, summary, paths, of each
+    blobs: dict[str, bytes]  # files of the LFS store, by sha256
+    commits: list[dict[str, Any]]  # repository, revision, summary and paths of each commit
 
     def do_GET(self) -> None:
         type(self).requests.append(f"{self.command} {self.path}")
@@ -74,7 +76,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             actions = [o | {"actions": {"upload": {"href": store + o["oid"]}}} for o in objects]
             return self.send({"objects": actions})
-        if self.path == "/api/validate-yaml":  # of a README.md
+        if self.path == "/api/validate-yaml":  # the front matter of a README.md
             front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
             ids = [front.get("base_model", "a/b"), *front.get("datasets", [])]
             errors = [
@@ -85,7 +87,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.send({"errors": errors, "warnings": []}, 400 if errors else 200)
         found = re.fullmatch(r"/api/models/(\w+/[\w-]+)/(preupload|commit)/(\w+)", self.path)
         if found is None:
-            return self.send({"error": f"the stand-in knows no {self.path}"}, 400)
+            return self.send({"error": f"the fake Hub does not support {self.path}"}, 400)
         if self.seen(found[1], found[3]) is None:
             return None
         if found[2] == "preupload":
@@ -130,7 +132,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             for f in files
         }
         self.repos[repo] |= contents
-        paths = [f["path"] for f in files]  # with what is sent twice
+        paths = [f["path"] for f in files]  # a file that is sent twice appears twice
         self.commits.append(
             {"repo": repo, "revision": revision, "summary": header["summary"], "paths": paths}
         )
@@ -141,7 +143,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def seen(self, repo: str, revision: str | None) -> dict[str, bytes] | None:
-        """The files of a repository; None, and the refusal is sent, where there is none for this token."""
+        """Return the files of a repository. Send an error and return None if it is not visible."""
         if repo.endswith("/gated"):
             return self.send({}, 403, "GatedRepo")
         if repo not in self.repos or (
@@ -169,7 +171,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(repos: dict[str, dict[str, bytes]]) -> Iterator[tuple[type[Hub], dict[str, str]]]:
-    """A running Hub, and the environment in which huggingface_hub speaks to it, with no token and over plain HTTP."""
+    """Run the fake Hub; yield its handler class and environment variables for huggingface_hub.
+
+    The variables set its address (plain HTTP) and no token.
+    """
     fresh: dict[str, Any] = {
         "repos": repos,
         "private": set(),

@@ -1,6 +1,8 @@
-"""What the tests of the kernels share.
+"""Shared parts of the tests of the kernels.
 
-Both kernels of each kind, weights by the reference, a look past the end, which cases are fast."""
+The textbook and fast kernel of each operation, weights quantised by the reference, a check for
+writes past the end, and the choice of fast cases.
+"""
 
 import random
 from collections.abc import Sequence
@@ -19,10 +21,11 @@ GEMV = [nf4_gemv.gemv, nf4_gemv.gemv_textbook]
 
 
 def few_fast(*axes: Sequence) -> list:
-    """Every combination of values as a case of parametrize.
+    """Return every combination of values as a case of parametrize.
 
-    As many cases are fast as the longest axis has values; the others are slow.
-    Each value of each axis is in a fast case. A fixed seed chooses which values meet."""
+    The number of fast cases is the number of values of the longest axis; the others are slow. Each
+    value of each axis is in a fast case. A fixed seed chooses the combinations.
+    """
     longest = max(len(axis) for axis in axes)
     chosen = random.Random(0)
     columns = []
@@ -45,7 +48,7 @@ def normal(*shape, dtype=torch.float32, scale=0.02):
 
 
 def parts_of(x, blocksize, nested):
-    """(packed, scales, nested_absmax, offset) by the reference."""
+    """Return (packed, scales, nested_absmax, offset), computed by the reference."""
     packed, absmax = reference.quantize(x, blocksize)
     return (packed, *reference.double_quantize(absmax)) if nested else (packed, absmax, None, None)
 
@@ -58,7 +61,10 @@ def dense(parts, blocksize, shape, dtype=torch.float32):
 
 
 class Guarded(TorchFunctionMode):
-    """Every torch.empty, empty_like and new_empty gets 64 marked values behind it; `check` looks at them."""
+    """Context in which torch.empty, empty_like and new_empty allocate 64 marked values more.
+
+    `check` asserts that the marked values have not changed.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models with every kind of layer that has an adapter, and what the tests of adapters compare."""
+"""Models with every kind of layer that can have an adapter, and their outputs for the tests."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
 
 
 class Images(nn.Module):
-    """Convolutions in each number of dimensions, a linear layer, and an embedding with a padding token."""
+    """Model with 1d, 2d and 3d convolutions, a linear layer and an embedding with padding_idx."""
 
     def __init__(self, groups: int = 1):
         super().__init__()
@@ -52,13 +52,13 @@ MODELS = {
 
 
 def build(kind: str) -> Any:
-    """The same random weights every time, in eval mode."""
+    """Return the model with the same random weights every time, in eval mode."""
     torch.manual_seed(0)
     return MODELS[kind]().eval()
 
 
 def shake(model: nn.Module, seed: int = 0) -> Any:
-    """`model` with everything that trains moved, as if it had been trained."""
+    """Add noise to all trainable parameters, as if the model had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -67,7 +67,7 @@ def shake(model: nn.Module, seed: int = 0) -> Any:
 
 
 def output(model: Any) -> Tensor:
-    """What a fixed input gives: logits, or the output of `Images`."""
+    """Return the output for a fixed input: logits, or the output of `Images`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad():
         out = model(IMAGES if isinstance(base, Images) else TOKENS)
@@ -75,5 +75,5 @@ def output(model: Any) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
-    """Equal to within `relative` of the largest value expected."""
+    """Assert that the largest error is at most `relative` times the largest expected value."""
     assert (found - expected).abs().max() <= relative * expected.abs().max()

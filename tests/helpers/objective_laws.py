@@ -1,5 +1,8 @@
-"""What holds of every objective: the same gradient for any split of a step, the same evaluation for any batch size, and
-a resumed run that equals one that never stopped. For the tests of each."""
+"""Checks that every objective must pass.
+
+The gradient does not depend on the micro-batches of a step, the evaluation does not depend on the
+batch size, and a resumed run equals an uninterrupted run.
+"""
 
 import math
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from minilora.training.loop import train
 
 
 def stirred(model: Any) -> Any:
-    """The model with every B beside zero, or half of the gradients would be zero."""
+    """Give every B random values, because with B = 0 half of the gradients are zero."""
     generator = torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, LoRALayer):
@@ -51,9 +54,8 @@ def check_splits(model: Any, objective: Objective, rows: list) -> None:
             )
         )
     (numbers, whole), *others = found
-    assert means(model, examples, 4, objective)[0] == pytest.approx(
-        numbers, rel=1e-5
-    )  # what evaluating would say
+    # the figures of an evaluation
+    assert means(model, examples, 4, objective)[0] == pytest.approx(numbers, rel=1e-5)
     total = math.sqrt(sum(g.norm().item() ** 2 for g in whole.values()))
     assert total > 0
     for other, gradients in others:
@@ -74,7 +76,10 @@ def check_eval_batches(model: Any, objective: Objective, rows: list) -> None:
 def check_resume(
     model: Callable[[], Any], objective: Objective, rows: list, folder: Path, **more: Any
 ) -> None:
-    """Five steps at once, or two and then three from the checkpoint: the same bits, in weights and in the figures."""
+    """Compare five steps with two steps and three more from the checkpoint.
+
+    Weights and figures have the same bits.
+    """
     fields = FAST | {"per_device_train_batch_size": 3, "save_steps": 2, "eval_steps": 2} | more
     whole, again = model(), model()
     expected = train(

@@ -1,4 +1,7 @@
-"""A tiny model of transformers, ours with the same weights, and random prompts: what the tests of answers share."""
+"""Models and random prompts for the tests of generation.
+
+A small transformers model, and minilora's decoder with the same weights.
+"""
 
 from functools import cache
 from typing import Any
@@ -11,7 +14,7 @@ VOCABULARY = 300  # room for the byte tokenizers of chats.py
 
 @cache
 def pair(family: str = "llama", **fields: Any):
-    """(transformers' model, ours) of the same weights, logits of about 10."""
+    """Return (transformers model, minilora's decoder) with the same weights, logits of about 10."""
     theirs = oracle(
         family, vocab_size=VOCABULARY, max_position_embeddings=256, eos_token_id=EOS, **fields
     )
@@ -19,6 +22,6 @@ def pair(family: str = "llama", **fields: Any):
 
 
 def ragged(*lengths: int, common: int = 0) -> list[list[int]]:
-    """Random prompts of these lengths that begin with `common` equal tokens."""
+    """Return random prompts of these lengths, each after the same `common` tokens."""
     front = tokens(1, common, seed=9)[0].tolist()
     return [front + tokens(1, n, seed=i)[0].tolist() for i, n in enumerate(lengths)]

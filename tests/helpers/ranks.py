@@ -1,7 +1,7 @@
-"""What every rank runs for test_distributed.py: `torchrun ranks.py FOLDER few|all`.
+"""Script that every rank runs for test_distributed.py: `torchrun ranks.py FOLDER few|all`.
 
-Rank 0 leaves the outcome in the folder.
-After the few runs one rank is killed, so that one start of two processes shows this too.
+Rank 0 saves the results in the folder. After the runs of `few`, one rank is killed, so that the
+same start of two processes also tests this.
 """
 
 import io
@@ -26,8 +26,8 @@ from minilora.training.distributed import Parallel
 from minilora.training.loop import TrainResult, train
 from minilora.training.process import full
 
-# In steps of 8 samples, micro-batches of 2: an epoch's last step has one sample, so that one of two
-# ranks is left without any, or five in three micro-batches.
+# Steps have 8 samples in micro-batches of 2. The last step of an epoch has one sample, so that one
+# of two ranks has none, or five samples in three micro-batches.
 SAMPLES = {"lora": 17, "nf4": 21, "dpo": 21, "full": 17, "biases": 17, "norms": 17}
 KINDS = tuple(SAMPLES)
 ENGINES = ("ddp", "fsdp")
@@ -38,7 +38,10 @@ RUNS = {
 
 
 def model(kind: str) -> Any:
-    """A toy with an adapter (dropout too: it must not depend on who draws it), its base in fp32 or 4 bits; or bare."""
+    """Return a small model with an adapter, its base in fp32 or in 4 bits; for "full" no adapter.
+
+    The adapter has dropout, which must not depend on the rank that draws it.
+    """
     base = llama(attention_bias=kind == "biases")
     if kind in ("nf4", "dpo"):
         quantize_model(base)
@@ -55,7 +58,7 @@ def model(kind: str) -> Any:
 
 
 def config(world: int, **fields: Any) -> TrainConfig:
-    """The run that all compare: 8 samples a step in micro-batches of 2."""
+    """Return the settings of all compared runs: 8 samples per step in micro-batches of 2."""
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // world}
     return TrainConfig(
         **FAST | sizes | {"max_steps": 6, "eval_steps": 3, "eval_metrics": "token_f1"} | fields
@@ -63,15 +66,15 @@ def config(world: int, **fields: Any) -> TrainConfig:
 
 
 def run(kind: str, world: int, **fields: Any) -> tuple[nn.Module, TrainResult]:
-    """Train a new model; (it, what came out)."""
+    """Train a new model; return the model and the result."""
     m, data, held_out, objective = model(kind), rows(SAMPLES[kind]), rows(5, seed=1), None
     if kind == "full":
         fields |= {"method": "full", "learning_rate": 1e-3}
     if kind == "biases":  # see test_distributed.py
         fields |= {"adam_epsilon": 1e-3}
-    if kind == "norms":  # which are switched off with the adapter
+    if kind == "norms":  # the trained norms are switched off with the adapter
         objective = KLToBase(0.5)
-    if kind == "dpo":  # its loss reads the model twice, once without adapters, and has further sums
+    if kind == "dpo":  # the loss runs the model twice, once without adapters, and logs more sums
         fields, objective = fields | {"eval_metrics": None}, DPO()
         data, held_out = ([_preference(row) for row in part] for part in (data, held_out))
     return m, train(
@@ -84,7 +87,7 @@ def _preference(row: dict[str, str]) -> dict[str, str]:
 
 
 def outcome(m: nn.Module, result: TrainResult) -> dict[str, Any]:
-    """What is compared."""
+    """Return the values that test_distributed.py compares."""
     return {
         "losses": result.losses,
         "metrics": result.metrics,
@@ -94,7 +97,7 @@ def outcome(m: nn.Module, result: TrainResult) -> dict[str, Any]:
 
 
 def refusal(kind: str = "lora", objective: Any = None, **fields: Any) -> str:
-    """The ValueError of a run."""
+    """Return the message of the ValueError that a run raises, or "none"."""
     try:
         train(model(kind), Letters(), rows(17), config(2, **fields), objective=objective)
     except ValueError as error:
@@ -103,7 +106,7 @@ def refusal(kind: str = "lora", objective: Any = None, **fields: Any) -> str:
 
 
 class Broken(SFT):
-    """A loss that is NaN on rank 1."""
+    """Objective whose loss is NaN on rank 1."""
 
     def loss(self, model: Any, batch: Any) -> Any:
         loss, further = super().loss(model, batch)
@@ -111,7 +114,7 @@ class Broken(SFT):
 
 
 class Signalled(SFT):
-    """Rank 1 gets a signal in its fifth micro-batch."""
+    """Objective that sends a signal to rank 1 in its fifth micro-batch."""
 
     number, calls = signal.SIGINT, 0
 
@@ -124,21 +127,24 @@ class Signalled(SFT):
 
 
 class Killed(Signalled):
-    """The same, and the signal cannot be caught."""
+    """Objective that kills rank 1 in its fifth micro-batch."""
 
     number, calls = signal.SIGKILL, 0
 
 
 def bytes_of_shards() -> dict[str, list[bool]]:
-    """Of each frozen 4-bit tensor: does it lie in bytes, in parts, and come together as it was?"""
+    """Check each frozen 4-bit tensor.
+
+    For each name, the list states if the shard is in bytes, if it is at most half of the tensor,
+    and if the gathered tensor equals the original.
+    """
     given = model("nf4")
     parallel = Parallel(torch.device("cpu"), fsdp=True)
     parallel.wrap(
         given, SFT(), torch.optim.AdamW([p for p in given.parameters() if p.requires_grad])
     )
-    parallel.loss(
-        SFT().collate(SFT().encode(rows(2), Letters(), 64).examples)
-    )  # gathered and dropped once
+    # The forward pass gathers the shards and frees them again.
+    parallel.loss(SFT().collate(SFT().encode(rows(2), Letters(), 64).examples))
     shards, found = dict(parallel.model.named_parameters()), {}
     for name, p in given.named_parameters():
         if p.dtype == torch.uint8:
@@ -154,7 +160,7 @@ def bytes_of_shards() -> dict[str, list[bool]]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What each rank saw, beside the runs."""
+    """Return the results of a rank that do not belong to the compared runs."""
     rank = dist.get_rank()
     interrupted = train(model("lora"), Letters(), rows(17), config(2), objective=Signalled())
     return {
@@ -168,7 +174,7 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, chosen: str) -> None:
-    """The chosen runs of the comparison, then the facts."""
+    """Run the chosen comparisons, then collect the facts of all ranks."""
     saved: list[Path] = []
     save = run_folder.save_checkpoint
     run_folder.save_checkpoint = lambda path, *rest: saved.append(path) or save(path, *rest)
@@ -176,9 +182,8 @@ def main(folder: Path, chosen: str) -> None:
     for name in RUNS[chosen]:
         kind, engine = name.split()
         fsdp, out = engine == "fsdp", folder / name.replace(" ", "-")
-        checkpoints = (
-            kind == "nf4"
-        )  # these also save, recompute activations, and resume a run of one process
+        # These runs also save, recompute activations, and resume a run of one process.
+        checkpoints = kind == "nf4"
         fields: dict[str, Any] = {"output_dir": out, "save_steps": 3} if checkpoints else {}
         found[name] = outcome(
             *run(kind, 2, fsdp=fsdp, gradient_checkpointing=checkpoints, **fields)
@@ -202,9 +207,9 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     place, chosen = sys.argv[1:]
     main(Path(place), chosen)
-    dist.barrier()  # nobody leaves while the other still writes
+    dist.barrier()  # wait until the other rank has written its results
     if chosen == "few":
-        sys.stdout.flush()  # what is not written yet is lost with the process
+        sys.stdout.flush()  # a killed process loses output that is not flushed
         with redirect_stdout(io.StringIO()):
             train(model("lora"), Letters(), rows(17), config(2), objective=Killed())
     dist.destroy_process_group()

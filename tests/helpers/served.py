@@ -1,4 +1,4 @@
-"""A tiny model with adapters, as the tests of the server ask it, and what each answer has to be."""
+"""A small model with adapters, requests and expected answers for the tests of the server."""
 
 import random
 import threading
@@ -24,18 +24,23 @@ from minilora.models.padded_batch import inference
 from minilora.serving.config import ServeConfig
 
 NAMES = [f"adapter{number}" for number in range(8)]
-MARGIN = 1e-4  # of the likeliest logit over the next: five times what batching moves a logit (test_serve_engine.py)
+# Smallest difference of the two largest logits: five times the change of a logit by batching
+# (test_serve_engine.py).
+MARGIN = 1e-4
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG = {"model": "base", "prompt": [5], "max_tokens": 200, "temperature": 0}
 SHORT = {"model": "base", "prompt": [5, 6], "max_tokens": 2, "temperature": 0}
-PATIENCE = 120.0  # seconds: machines are shared
+PATIENCE = 120.0  # time limit in seconds; machines are shared
 CALLS = ("get", "post", "request", "stream")
 http = SimpleNamespace(**{name: partial(getattr(httpx, name), timeout=PATIENCE) for name in CALLS})
 TARGETS = (["q_proj", "down_proj"], ["v_proj", "o_proj"], "all-linear")
 
 
 def build(adapters: int = len(NAMES), **fields: Any) -> Any:
-    """A model with the vocabulary of `ours("chatml")`, whose adapters differ in rank, layers and what they say."""
+    """Return a model with the vocabulary of `ours("chatml")` and adapters.
+
+    The adapters differ in rank, layers and answers.
+    """
     sizes = {
         "vocab_size": len(ours("chatml")),
         "max_position_embeddings": 512,
@@ -51,12 +56,15 @@ def build(adapters: int = len(NAMES), **fields: Any) -> Any:
 
 @cache
 def tokenizer() -> Any:
-    """A byte-level one, with a chat template."""
+    """Return a byte-level tokenizer with a chat template."""
     return ours("chatml")
 
 
 def asks(count: int, seed: int = 0, **fields: Any) -> list[Ask]:
-    """Prompts of many lengths, each with an adapter or the base, greedy and sampled in turns."""
+    """Return requests with prompts of many lengths, with an adapter or the base.
+
+    One in three is sampled, the others are greedy.
+    """
     rng = random.Random(seed)
     made = []
     for number in range(count):
@@ -69,7 +77,10 @@ def asks(count: int, seed: int = 0, **fields: Any) -> list[Ask]:
 
 
 def alone(model: Any, ask: Ask) -> str:
-    """The text that `ml.generate` gives of one request by itself. Also asserts that no arg-max hangs on rounding."""
+    """Return the text of `ml.generate` for a single request.
+
+    Also assert that rounding cannot change an arg-max.
+    """
     text = tokenizer().decode(ask.prompt)
     ml.set_adapter(model, [] if ask.adapter is None else ask.adapter)
     options = {
@@ -99,9 +110,11 @@ def serving(
     ends: bool = True,
     **options: Any,
 ) -> Iterator[Any]:
-    """A server of `model`, called "base", in two threads of this process, at a free port: `url`, `guard`, `worker`.
+    """Serve `model` under the name "base" in two threads of this process, at a free port.
 
-    Without `ends` no token ends an answer: all are as long as they may be."""
+    Yields the server with its `url`, `guard` and `worker`. With ends=False no token ends an answer,
+    so every answer has the largest length.
+    """
     from minilora.serving.server import build as build_server
 
     config = ServeConfig(port=0, **options)
@@ -132,7 +145,7 @@ def serving(
 
 @contextmanager
 def held(server: Any) -> Iterator[None]:
-    """Inside, the engine's thread does nothing."""
+    """Block the engine's thread inside the context."""
     go_on = threading.Event()
     server.worker.call(go_on.wait)
     try:
@@ -142,45 +155,48 @@ def held(server: Any) -> Iterator[None]:
 
 
 def run(engine: Engine, pieces: list[Piece] | None = None) -> dict[Ask, tuple[str, str]]:
-    """Step until nobody is left: the text of each request, and why it ended."""
+    """Step until no request is left; return the text and the finish reason of each request."""
     pieces = [] if pieces is None else pieces
     while engine.busy:
         pieces += engine.step()
     found: dict[Ask, tuple[str, str]] = {}
     for piece in pieces:
         text, finish = found.get(piece.ask, ("", ""))
-        assert not finish, "something was said after the end"
+        assert not finish, "a piece came after the end of the answer"
         found[piece.ask] = (text + piece.text, piece.finish or "")
     return found
 
 
 def wait(until: Any, seconds: float = PATIENCE) -> None:
-    """Until something is so."""
+    """Wait until the function `until` returns True."""
     end = time.monotonic() + seconds
     while not until():
-        assert time.monotonic() < end, "it never happened"
+        assert time.monotonic() < end, f"the condition is not true after {seconds} seconds"
         time.sleep(0.005)
 
 
 def error(answer: httpx.Response) -> dict[str, Any]:
-    """What an answer that is OpenAI's error, and nothing else, says."""
+    """Return the error in an answer, which must be an error in OpenAI's format and nothing else."""
     (name, found), *more = answer.json().items()
     assert name == "error" and not more and {*found} == {"message", "type", "param", "code"}
     return found
 
 
-endless = partial(serving, ends=False)  # answers as long as they may be
+endless = partial(serving, ends=False)  # every answer has the largest length
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """One that several servers of a module answer with."""
+    """Model that several servers of a module share."""
     return build(adapters=2)
 
 
 @pytest.fixture
 def url(server: Any) -> Iterator[str]:
-    """Where to complete. Afterwards all is as if nothing had been: the next one is answered, and nobody is left."""
+    """Address for completions.
+
+    After the test the server must answer another request and have no open request.
+    """
     yield f"{server.url}/v1/completions"
     assert http.post(f"{server.url}/v1/completions", json=SHORT).status_code == 200
     wait(

@@ -1,4 +1,7 @@
-"""Reading the repository's own source, for the tests of the house: files, syntax trees, imports, floors."""
+"""Source files of the repository for the tests of its structure.
+
+Files, syntax trees, imports, and the floors between which imports are allowed.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ("minilora", "kernels/minilora_kernels")
 STORIES = ("examples", "notebooks", "benchmarks")
 
-FLOORS: dict[str, int] = {  # imports go down these; a new room needs a line here, on purpose
+# A package imports only from lower floors. A new package needs a line here.
+FLOORS: dict[str, int] = {
     "minilora_kernels": 0,
     "minilora.common": 1,
     "minilora.hub": 1,
@@ -27,18 +31,17 @@ FLOORS: dict[str, int] = {  # imports go down these; a new room needs a line her
     "minilora.cli": 11,
     "minilora.__main__": 12,
 }
-# The two imports up: in functions, as one draws and the other explains what training left behind.
+# The two allowed imports from a higher floor. Both are inside functions: one draws the log of a
+# training run, the other explains an out-of-memory error.
 UPWARD = {
     ("minilora.training.loop", "minilora.tools.plot.logs"),  # TrainResult.plot
-    (
-        "minilora.training.runtime",
-        "minilora.tools.memory_plan.shortage",
-    ),  # the note on an out-of-memory error
+    # the note on an out-of-memory error
+    ("minilora.training.runtime", "minilora.tools.memory_plan.shortage"),
 }
 
 
 def sources(*folders: str) -> list[str]:
-    """Paths of the Python files under these folders, relative to the root."""
+    """Return the paths of the Python files under these folders, relative to the root."""
     found = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return sorted(
         path.relative_to(ROOT).as_posix()
@@ -53,23 +56,26 @@ ALL_FILES = sources(*LIBRARY, *STORIES, "tests")
 
 @cache
 def text(path: str) -> str:
-    """Content of a file, by its path from the root."""
+    """Return the content of a file, by its path from the root."""
     return (ROOT / path).read_text(encoding="utf-8")
 
 
 @cache
 def tree(path: str) -> ast.Module:
-    """Syntax tree of a file."""
+    """Return the syntax tree of a file."""
     return ast.parse(text(path), path)
 
 
 def lines(path: str) -> int:
-    """Number of lines of a file."""
+    """Return the number of lines of a file."""
     return len(text(path).splitlines())
 
 
 def module_of(path: str) -> str:
-    """minilora/models/__init__.py -> minilora.models; kernels/ is a source root and no part of a name."""
+    """Return the module of a path: minilora/models/__init__.py -> minilora.models.
+
+    kernels/ is a source root and not a part of module names.
+    """
     parts = Path(path).with_suffix("").parts
     parts = parts[1:] if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -79,7 +85,7 @@ MODULES = {module_of(path): path for path in LIBRARY_FILES}
 
 
 def is_type_checking(node: ast.AST) -> bool:
-    """Whether a node is `if TYPE_CHECKING: …`."""
+    """Return True if a node is `if TYPE_CHECKING: …`."""
     return isinstance(node, ast.If) and ast.unparse(node.test) in (
         "TYPE_CHECKING",
         "typing.TYPE_CHECKING",
@@ -87,7 +93,10 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def import_nodes(node: ast.AST, typed: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import below `node`, in functions too; those under `if TYPE_CHECKING:` only if `typed`."""
+    """Yield every import below `node`, also in functions.
+
+    Imports under `if TYPE_CHECKING:` are included only if `typed`.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
@@ -96,7 +105,10 @@ def import_nodes(node: ast.AST, typed: bool) -> Iterator[ast.Import | ast.Import
 
 
 def imports(path: str, typed: bool = True) -> set[str]:
-    """Dotted names that a file imports: `from a import b` is a.b where that is a module of ours, else a."""
+    """Return the dotted names that a file imports.
+
+    `from a import b` gives a.b if that is a module of the library, else a.
+    """
     package = (
         module_of(path) if path.endswith("__init__.py") else module_of(path).rpartition(".")[0]
     )
@@ -113,12 +125,12 @@ def imports(path: str, typed: bool = True) -> set[str]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a dotted name lies in the library."""
+    """Return True if a dotted name belongs to the library."""
     return name.partition(".")[0] in ("minilora", "minilora_kernels")
 
 
 def floor(module: str) -> int | None:
-    """The floor of a module of ours by the longest name that fits, None if FLOORS does not say."""
+    """Return the floor of a module by the longest matching name in FLOORS, or None."""
     if module == "minilora":
         return FLOORS[module]
     fitting = [
@@ -130,14 +142,14 @@ def floor(module: str) -> int | None:
 
 
 def functions(path: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Every function of a file, methods and inner ones too, as path:name."""
+    """Yield every function of a file, with methods and inner functions, as (path:name, node)."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{path}:{node.name}", node
 
 
 def text_files() -> Iterator[Path]:
-    """Every text file that the repository could hold: no caches, environments, outputs."""
+    """Yield every text file of the repository, without caches, environments and outputs."""
     outside = {"out", "build", "dist", "__pycache__"}
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
@@ -154,7 +166,7 @@ def text_files() -> Iterator[Path]:
 
 
 def constraints() -> dict[str, str]:
-    """Package -> version, as constraints.txt pins them."""
+    """Return package -> version, as pinned in constraints.txt."""
     lines = (
         line.partition("#")[0].strip()
         for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, the oracle of the model's tests, and ours with the same weights."""
+"""Small random transformers models, the oracle of many tests, and minilora decoders like them."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ GEMMA = {
     },
     **{"eos_token_id": None, "bos_token_id": None, "hidden_size": 80},  # √80 is not a 16-bit number
 }
-KINDS = {  # fields of `oracle`, for every switch that a config has
+KINDS = {  # fields of `oracle`, for every option of a config
     "llama": {},
     "one head each": {"num_key_value_heads": 4},
     "one key head": {"num_key_value_heads": 1},
@@ -111,42 +111,41 @@ KINDS = {  # fields of `oracle`, for every switch that a config has
 
 
 def oracle(family: str = "llama", seed: int = 0, **fields: Any) -> nn.Module:
-    """A transformers model whose every parameter is random and large enough for all of them to matter."""
+    """Return a transformers model with random parameters, all large enough to affect the output."""
     config = AutoConfig.for_model(family, **SIZES | {"tie_word_embeddings": False} | fields)
     model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = (
-                1.0 if "norm" in name and "gemma" not in family else 0.0
-            )  # norms stay near one (Gemma's are 1 + w)
+            # Weights of norms are near one. Gemma's norms use 1 + w.
+            mean = 1.0 if "norm" in name and "gemma" not in family else 0.0
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def twin(model: nn.Module) -> CausalLM:
-    """Our decoder with the config and the weights of a transformers model."""
+    """Return minilora's decoder with the config and the weights of a transformers model."""
     ours = CausalLM(DecoderConfig.from_hf(model.config.to_dict())).eval()
     ours.load_state_dict(model.state_dict())
     return ours
 
 
 def tokens(rows: int, count: int, seed: int = 0) -> Tensor:
-    """Random token ids (rows, count)."""
+    """Return random token ids (rows, count)."""
     return torch.randint(0, VOCAB, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
 def save(
     folder: Path, shards: dict | None = None, dtype: torch.dtype = torch.float32, **fields
 ) -> nn.Module:
-    """A random checkpoint written by transformers; returns its model."""
+    """Write a random checkpoint with transformers and return its model."""
     reference = oracle(**fields).to(dtype)
     reference.save_pretrained(folder, **(shards or {}))
     return reference
 
 
 def python(code: str, *arguments, **env: str) -> str:
-    """What `code` prints in a fresh interpreter."""
+    """Run `code` in a new Python process and return its stdout."""
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     kept = {
         name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")

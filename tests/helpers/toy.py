@@ -1,4 +1,4 @@
-"""A model, a tokenizer and rows, small enough that a training step takes milliseconds. For the tests of training."""
+"""A model, a tokenizer and a dataset for the tests of training; a step takes milliseconds."""
 
 import random
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ FAST = {"learning_rate": 1e-2, "max_steps": 5, "save_steps": None}  # fields of 
 
 
 class Letters:
-    """A tokenizer of one token a letter: 0 pads, 1 begins, 2 ends, the rest is ASCII."""
+    """Tokenizer with one token per letter: 0 is padding, 1 is BOS, 2 is EOS, the rest is ASCII."""
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, None
     eos_token, chat_template = "</s>", None
@@ -36,7 +36,7 @@ class Letters:
 
 
 def llama(seed: int = 0, **fields: Any) -> CausalLM:
-    """A random two-layer Llama, logits of a useful size, in eval mode."""
+    """Return a random two-layer Llama in eval mode, with logits of a useful size."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -55,33 +55,33 @@ def llama(seed: int = 0, **fields: Any) -> CausalLM:
 
 
 def lora(model: Any = None, dropout: float = 0.0, targets: Any = "all-linear") -> Any:
-    """The model with an adapter."""
+    """Inject an adapter into the model and return it."""
     model = llama() if model is None else model
     inject(model, LoRAConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets))
     return model
 
 
 def alone(model: Any, objective: Any = None) -> Process:
-    """What the loop runs in one process."""
+    """Return the Process that the training loop uses without distributed training."""
     process = process_on(next(model.parameters()).device)
     process.wrap(model, objective or SFT(), torch.optim.SGD(model.parameters()))
     return process
 
 
 def rows(count: int = 24, seed: int = 0) -> list[dict[str, str]]:
-    """Words to be repeated, of many lengths: something that can be learned."""
+    """Return rows that ask to repeat a word, of many lengths. A model can learn this."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdef", k=rng.randint(1, 12))) for _ in range(count)]
     return [{"prompt": f"{word}=", "completion": word} for word in words]
 
 
 def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of what trains."""
+    """Return copies of the trainable parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest relative difference of a tensor."""
+    """Return the largest relative difference of a tensor, in 2-norm."""
     assert found.keys() == expected.keys()
     return max(
         ((found[k] - expected[k]).norm() / expected[k].norm().clamp_min(1e-30)).item()
@@ -90,7 +90,7 @@ def relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 class Wrapped(nn.Module):
-    """Our decoder behind the interface of a transformers model."""
+    """minilora's decoder with the interface of a transformers model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -102,13 +102,13 @@ class Wrapped(nn.Module):
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Normal values that want a gradient."""
+    """Return normally distributed values that require a gradient."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def kept(function) -> int:
-    """Bytes that a forward pass keeps for backward, each storage once."""
+    """Return the bytes that a forward pass saves for backward, each storage counted once."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
