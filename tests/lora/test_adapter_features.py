@@ -145,7 +145,7 @@ def logits(model: nn.Module) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def test_biases_of_norms_and_conv1d_are_peft_s_both_ways(tmp_path):
+def test_biases_of_norms_and_conv1d_are_exchanged_with_peft(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     family, fields = TRAINED["norms and Conv1D"]  # families of our decoder: test_matrix.py

@@ -82,7 +82,7 @@ def test_files_are_exchanged_with_peft_in_both_directions(tmp_path, kind, fields
 
 
 @kinds
-def test_a_file_of_peft_s_own_gives_peft_s_output(tmp_path, kind, fields):
+def test_a_file_written_by_peft_gives_its_output(tmp_path, kind, fields):
     from peft import LoraConfig, get_peft_model
 
     theirs = shake(get_peft_model(build(kind), LoraConfig(**{"r": 4} | fields))).eval()
@@ -94,7 +94,7 @@ def test_a_file_of_peft_s_own_gives_peft_s_output(tmp_path, kind, fields):
     assert ml.count_parameters(ours).trainable == trained
 
 
-def test_an_embedding_starts_as_peft_s_does():
+def test_embedding_adapter_is_initialised_as_in_peft():
     from peft import LoraConfig, get_peft_model
 
     theirs = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["embed_tokens"]))
@@ -117,7 +117,7 @@ def test_an_embedding_starts_as_peft_s_does():
     )
 
 
-def test_gradients_are_peft_s_and_a_padding_token_gets_none(tmp_path):
+def test_gradients_equal_pefts_and_padding_tokens_get_none(tmp_path):
     from peft import PeftModel
 
     fields = {"target_modules": ["words", "flat", "long"], "r": 2, "lora_bias": False}

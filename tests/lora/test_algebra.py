@@ -147,7 +147,7 @@ def test_truncation_is_eckart_young_and_reports_its_error(rank):
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.3], [1.0, -0.5]])
-def test_ties_is_peft_s_on_delta_w(weights):
+def test_ties_on_delta_w_equals_peft(weights):
     a, b = value(KINDS["plain"]), value(KINDS["patterns"], 1)
     # The full rank: nothing is lost.
     found = ml.combine_adapters([a, b], weights, "ties", density=0.3, rank=64)
@@ -191,7 +191,7 @@ def test_dare_drops_and_scales_entries_of_delta_w():
 
 @pytest.mark.parametrize("given", [*KINDS.values(), DORA, PISSA], ids=[*KINDS, "dora", "pissa"])
 def test_one_adapter_with_weight_1_is_itself(given, tmp_path):
-    """PEFT returns an rsLoRA twice as strong, and another DoRA."""
+    """PEFT returns an rsLoRA twice as strong, and a different DoRA."""
     one = model()
     ml.inject(one, ml.LoRAConfig(**given))
     expected = output(shake(one))

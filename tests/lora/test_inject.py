@@ -84,7 +84,7 @@ def adapted(model: nn.Module) -> dict[str, tuple[int, float]]:
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-def test_adapts_what_peft_adapts(llama, fields):
+def test_inject_adapts_the_same_layers_as_peft(llama, fields):
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 

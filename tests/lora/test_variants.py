@@ -99,13 +99,13 @@ def test_our_file_in_peft(kind, given, tmp_path):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_peft_s_pissa_and_its_converted_file(kind, rslora, tmp_path):
+def test_pissa_files_of_peft_load_and_are_saved_as_converted(kind, rslora, tmp_path):
     """From PEFT's raw file, A₀ and B₀ are computed from W again, as PEFT does.
 
     Our file equals PEFT's converted file, bit for bit, patterns of α included.
     """
     targets = {"target_modules": ["c_attn" if kind == "gpt2" else "q_proj"], "use_rslora": rslora}
-    # PEFT does not support patterns together with rsLoRA here.
+    # PEFT does not convert patterns together with rsLoRA.
     patterns = {} if rslora else {"rank_pattern": {r"0\..*": 3}, "alpha_pattern": {r"1\..*": 5}}
     base, given = build(kind), PISSA | targets | patterns
     other = theirs(given, copy.deepcopy(base))
@@ -147,7 +147,7 @@ def test_peft_s_pissa_and_its_converted_file(kind, rslora, tmp_path):
             assert values[0][field] == values[1][field], field
 
 
-def test_a_file_of_peft_s_dora(tmp_path):
+def test_a_dora_file_of_peft_gives_its_output(tmp_path):
     other = theirs(DORA, small())
     shake(other).save_pretrained(str(tmp_path))
     model = twin(small())
@@ -159,7 +159,7 @@ def test_a_file_of_peft_s_dora(tmp_path):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_dora_with_dropout_is_peft_s(bias, tmp_path):
+def test_dora_with_dropout_equals_peft(bias, tmp_path):
     """The masks are equal: both libraries draw one per layer, in the same order."""
     given = DORA | {"lora_dropout": 0.4}
     model = shake(injected(given, twin(small(attention_bias=bias))))
@@ -195,7 +195,7 @@ def side_by_side(given: dict, folder) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("given", [DORA, PISSA, LOFTQ], ids=["dora", "pissa", "loftq"])
-def test_twenty_steps_are_peft_s(given, tmp_path):
+def test_losses_of_twenty_steps_equal_pefts(given, tmp_path):
     ours, other = side_by_side(
         given | ({} if given is PISSA else {}) if given is DORA else given, tmp_path
     )
@@ -213,7 +213,7 @@ def test_twenty_steps_are_peft_s(given, tmp_path):
         key: (tensor - before[key]).abs().max()
         for key, tensor in ml.adapter_state_dict(ours).items()
     }
-    assert all(distance > 1e-3 for distance in moved.values()), moved  # m as well
+    assert all(distance > 1e-3 for distance in moved.values()), moved  # m moves, too
     assert any("magnitude" in key for key in moved) == bool(given.get("use_dora"))
 
 
