@@ -1,5 +1,7 @@
-"""A classifier's adapter is a file of PEFT's task SEQ_CLS, both ways, with transformers' logits around it; and it
-trains as exactly as everything else here.
+"""Tests of the classification objective.
+
+The adapter of a classifier is a PEFT file of task SEQ_CLS, in both directions, and gives the logits
+of transformers' classifier. Training is as exact as with the other objectives.
 """
 
 import json
@@ -25,7 +27,7 @@ CONFIG = ml.LoRAConfig(
 
 
 def classifier(model=None, **fields):
-    """A model with a head and an adapter."""
+    """Return a model with a head and an adapter."""
     model = llama() if model is None else model
     ml.Classify(LABELS).add_head(model)
     ml.inject(
@@ -49,7 +51,7 @@ def causal():
 
 
 def theirs_from(causal):
-    """transformers' classifier on the weights of a causal model; its head is random and not ours."""
+    """Return transformers' classifier with the weights of a causal model and a random head."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     fields = causal.config.to_dict() | {"num_labels": len(LABELS), "pad_token_id": 0}
@@ -58,7 +60,7 @@ def theirs_from(causal):
     return model
 
 
-def test_peft_loads_what_training_saved(causal, tmp_path):
+def test_peft_loads_a_trained_classifier(causal, tmp_path):
     from peft import PeftModel
 
     ours = classifier(twin(causal), modules_to_save=["score"])
@@ -74,12 +76,12 @@ def test_peft_loads_what_training_saved(causal, tmp_path):
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits
         found = ml.Classify(LABELS).logits(ours.eval(), batch)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32, other order of sums
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # fp32, sums in another order
     assert found.std() > 0.1
 
 
-def test_we_load_what_peft_saved_and_train_on_transformers_own_model(causal, tmp_path):
-    """PEFT's file names both kinds of head, `classifier` and `score`, and holds the one there is."""
+def test_pefts_classifier_loads_and_trains_on_both_models(causal, tmp_path):
+    """PEFT's file names both kinds of head, `classifier` and `score`, and holds the model's."""
     from peft import LoraConfig, get_peft_model
 
     theirs = get_peft_model(
@@ -125,7 +127,7 @@ def test_a_resumed_run_is_one_that_never_stopped(tmp_path):
     check_resume(lambda: classifier(lora_dropout=0.1), ml.Classify(LABELS), ROWS, tmp_path)
 
 
-def test_it_learns_and_predict_says_what_it_learned():
+def test_training_reaches_full_accuracy_and_predict_returns_the_labels():
     model, objective = classifier(), ml.Classify(LABELS)
     config = TrainConfig(**FAST | {"max_steps": 40})
     result = train(model, Letters(), ROWS, config, objective=objective, eval_dataset=ROWS)
@@ -134,8 +136,8 @@ def test_it_learns_and_predict_says_what_it_learned():
         assert objective.predict(model, Letters(), TEXTS, size) == [row["label"] for row in ROWS]
 
 
-def test_the_head_trains_without_being_asked_for_as_in_peft():
-    """task_type SEQ_CLS alone: no adapter on the head, a copy of it that trains."""
+def test_task_type_seq_cls_trains_the_head_as_in_peft():
+    """With task_type SEQ_CLS alone, the head has no adapter, and a copy of it trains."""
     named = {name for name, p in classifier().named_parameters() if p.requires_grad}
     assert named == {
         name
@@ -143,7 +145,7 @@ def test_the_head_trains_without_being_asked_for_as_in_peft():
         if p.requires_grad
     }
     assert "score.weight" in named
-    carried = lora(llama())  # a task that is only carried in the file changes nothing
+    carried = lora(llama())  # without a head, task_type changes nothing
     plain = llama()
     ml.inject(
         plain, ml.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")

@@ -1,5 +1,8 @@
-"""The divergences are torch's `F.kl_div`, both ways and over the k likeliest tokens; and they train as exactly as
-everything else here, with a teacher that gets no gradient and no logits of a whole batch.
+"""Tests of the distillation objectives.
+
+The divergences equal torch's `F.kl_div`, in both directions and over the k most likely tokens.
+Training is as exact as with the other objectives. The teacher gets no gradient, and the logits of a
+whole batch never exist at once.
 """
 
 import pytest
@@ -46,7 +49,7 @@ def test_forward_and_reverse_are_torchs():
 
 @pytest.mark.parametrize("k", [1, 4, 30, 99])
 def test_top_k_as_documented(k):
-    """Forward: the teacher's k renormalised, the student whole. Reverse: the student too is renormalised over them."""
+    """The teacher is renormalised over its k tokens; the student only in the reverse divergence."""
     student, teacher = logits(0), logits(1)
     kept = teacher.argsort(-1, descending=True)[:, :k]
     p = teacher.softmax(-1).gather(1, kept)
@@ -95,12 +98,11 @@ def test_kl_to_base_is_the_formula_over_whole_logits():
     assert ml.KLToBase(kl_weight=0).loss(model, batch)[0].item() == pytest.approx(
         token_loss(model, batch)[0].item()
     )
-    assert (
-        objective.loss(lora(), batch)[1]["kl"] == 0
-    )  # an untrained adapter is the base, bit for bit
+    # An untrained adapter gives the base's output, bit for bit.
+    assert objective.loss(lora(), batch)[1]["kl"] == 0
 
 
-def test_an_adapter_on_the_head_is_off_in_the_base():
+def test_kl_to_base_switches_off_an_adapter_on_the_head():
     model = stirred(lora(llama(tie_word_embeddings=False), targets=["lm_head"]))
     batch = batch_of(ml.KLToBase())
     mask = (batch["labels"] != -100)[:, 1:]

@@ -1,7 +1,8 @@
-"""DPO is TRL's, loss for loss, on the batch that both are given; and it trains as exactly as everything else here.
+"""Tests of DPO against TRL.
 
+Each loss equals TRL's on the same batch, and training is as exact as with the other objectives.
 Oracle: the loss code of TRL's DPOTrainer, run on our batch, with the same model and the same
-adapter in PEFT, its reference the adapter switched off, as ours.
+adapter in PEFT. The reference of both is the model without its adapter.
 """
 
 from typing import Any
@@ -39,7 +40,7 @@ def batch_of(objective: ml.DPO, rows=ROWS) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Our model and PEFT's, the same weights, an adapter that does something."""
+    """Return our model and PEFT's, with the same weights and an adapter that has an effect."""
     from peft import PeftModel
 
     theirs = oracle(vocab_size=len(Letters()), max_position_embeddings=64)
@@ -50,7 +51,7 @@ def both(tmp_path_factory):
 
 
 def trl_loss(model: Any, batch: dict[str, torch.Tensor], folder, **fields: Any):
-    """(loss, metrics) of TRL on our batch: its trainer is set up on rows of its own, which it never sees."""
+    """Return TRL's (loss, metrics) on our batch; its trainer is built with rows that it ignores."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
@@ -59,9 +60,8 @@ def trl_loss(model: Any, batch: dict[str, torch.Tensor], folder, **fields: Any):
     config = DPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False, **fields)
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
-    model.delete_adapter(
-        "ref"
-    )  # a copy of the adapter as it was; without it TRL's reference is the base, as ours
+    # "ref" is a copy of the initial adapter; without it TRL's reference is the base, as here.
+    model.delete_adapter("ref")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     inputs["completion_mask"] = (batch["labels"] != -100).long()
     loss = trainer.compute_loss(model, inputs)
@@ -97,15 +97,14 @@ def test_loss_gradient_and_metrics_are_trls(both, fields, tmp_path):
             path = name.removeprefix("base_model.model.").replace(".default.weight", "")
             layer, _, factor = path.rpartition(".")
             mine = ours.get_submodule(layer).adapters["default"].get_parameter(factor).grad
-            assert (
-                mine - parameter.grad
-            ).norm() <= 1e-4 * parameter.grad.norm()  # fp32, other order of sums
+            # fp32, sums in another order
+            assert (mine - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
             parameter.grad, compared = None, compared + 1
     assert compared == 2 * 7 * 3
 
 
 def test_smoothing_is_that_of_trls_aot_loss(both, tmp_path):
-    """Which on a single pair, where there is nothing to sort, is conservative DPO."""
+    """On a single pair, where there is nothing to sort, TRL's AOT loss is conservative DPO."""
     ours, theirs = both
     objective = ml.DPO(label_smoothing=0.2, beta=0.3)
     for row in ROWS[:3]:
@@ -161,7 +160,7 @@ def test_the_reference_is_the_base_without_gradient_or_dropout():
     assert objective.loss(model, batch)[1]["margin"].item() == pytest.approx(
         expected.item(), rel=1e-5
     )
-    assert adapters(model).keys() == adapters(lora()).keys()  # what trains trains still
+    assert adapters(model).keys() == adapters(lora()).keys()  # the same parameters train
     modes = []
     model.train().model.norm.register_forward_hook(
         lambda norm, *_: modes.append((norm.training, torch.is_grad_enabled()))
@@ -228,12 +227,12 @@ def test_a_pair_that_lost_an_answer_is_left_out_and_reported():
         ),
     ],
 )
-def test_rows_that_are_no_preferences(rows, message):
+def test_rows_without_preferences_raise(rows, message):
     with pytest.raises(ValueError, match=message):
         ml.DPO().encode(rows, Letters(), None)
 
 
-def test_without_an_adapter_there_is_no_reference():
+def test_a_model_without_an_adapter_raises():
     with pytest.raises(ValueError, match=r"without its adapter, and this model has no adapter"):
         train(llama(), Letters(), ROWS, TrainConfig(method="full"), objective=ml.DPO())
 
@@ -247,6 +246,6 @@ def test_without_an_adapter_there_is_no_reference():
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "does nothing"),
     ],
 )
-def test_fields_out_of_range(fields, message):
+def test_fields_out_of_range_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         ml.DPO(**fields)
