@@ -1,8 +1,8 @@
-"""Proves that a GGUF file gives the model and the tokenizer it was made from.
+"""Tests of reading GGUF files: the model and the tokenizer equal the originals.
 
 Oracle: files written by the `gguf` package from random transformers models, with q and k permuted
-as llama.cpp does, read by us and, where it can, by transformers. Property: any cut raises a clear
-error. Errors: other architectures, unknown fields and tensors, a missing package.
+as llama.cpp does. minilora reads them, and so does transformers if it can. Property: any cut raises
+a clear error. Errors: other architectures, unknown fields and tensors, a missing package.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ TOKENS = [f"t{n}" for n in range(90)] + ["<s>", "</s>", "Ġthe", "é", "日本",
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's converter: (head, half, i) to (head, i, half)."""
+    """Permute rows as llama.cpp's converter does: (head, half, i) to (head, i, half)."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -53,11 +53,11 @@ def gguf_name(name: str) -> str:
     return f"{PARTS['.'.join(path)]}.{leaf}"
 
 
-HALVES = {"Q4_K": (0, 2), "Q6_K": (208,)}  # where in a block its fp16 scales lie
+HALVES = {"Q4_K": (0, 2), "Q6_K": (208,)}  # offsets of the fp16 scales in a block
 
 
 def packed(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """`rows` quantised; for the types the package cannot write, random bytes with finite scales."""
+    """Quantise `rows`; types that the package cannot write get random bytes with finite scales."""
     if kind.name not in HALVES:
         return gguf.quantize(rows, kind)
     raw = np.random.default_rng(0).integers(
@@ -73,7 +73,7 @@ def packed(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
 def write(
     path: Path, model: nn.Module, kind: str = "F32", change=None, arch: str = "llama"
 ) -> Path:
-    """Writes a transformers model as llama.cpp's converter would, matrices as `kind`."""
+    """Write a transformers model as llama.cpp's converter would, matrices as `kind`."""
     config = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
@@ -163,7 +163,7 @@ def test_nf4_from_gguf(tmp_path):
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_one_tensor_at_a_time(tmp_path, monkeypatch, quantize):
-    """Each dequantised tensor is gone before the next is read."""
+    """Each dequantised tensor is freed before the next is read."""
     alive = []
 
     def watch(self, name):
@@ -182,7 +182,7 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch, quantize):
 
 
 def test_rope_scaling(tmp_path):
-    """Linear scaling is a field; llama3's is a tensor of factors, from which the recipe is found again."""
+    """Linear scaling is a field; llama3 scaling is recovered from a tensor of factors."""
     linear = write(tmp_path / "linear.gguf", oracle(), change=add_linear)
     assert GGUFCheckpoint(linear).config.rope == Rope(10000.0, "linear", 4.0)
     scaling = LLAMA3 | {
@@ -264,7 +264,7 @@ def whole(tmp_path_factory) -> bytes:
 
 @given(data=st.data())
 def test_any_cut_is_noticed(whole, tmp_path_factory, data):
-    """The file's last bytes may be padding; everything before them counts."""
+    """The file's last bytes may be padding; a cut before them is an error."""
     cut = data.draw(st.integers(0, len(whole) - 33))
     path = tmp_path_factory.getbasetemp() / "cut.gguf"
     path.write_bytes(whole[:cut])
@@ -274,7 +274,7 @@ def test_any_cut_is_noticed(whole, tmp_path_factory, data):
 
 @given(offset=st.integers(0, 3000), value=st.integers(0, 255))
 def test_a_damaged_header_never_hangs_or_crashes(whole, tmp_path_factory, offset, value):
-    """One byte changed: read as another file, or ValueError; nothing else, and no endless allocation."""
+    """A file with one changed byte is read or raises ValueError, without an endless allocation."""
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     path.write_bytes(whole[:offset] + bytes([value]) + whole[offset + 1 :])
     try:
@@ -288,7 +288,7 @@ def fails(path: Path, message: str) -> None:
         ml.load_model(path, dtype="float32", device="cpu")
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_other_files_and_unsupported_fields_are_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 a zip file")
     fails(tmp_path / "m.gguf", "is not a GGUF file")
     fails(write(tmp_path / "m.gguf", oracle(), arch="gemma"), "architecture 'gemma'.*ml.inject")
@@ -316,7 +316,7 @@ def test_files_that_are_something_else(tmp_path):
         fails(write(tmp_path / "m.gguf", oracle(), change=change), message)
 
 
-def test_missing_and_non_finite_tensors(tmp_path):
+def test_missing_and_non_finite_tensors_are_refused(tmp_path):
     reference = oracle()
     state = reference.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
@@ -338,4 +338,4 @@ def test_the_missing_package_is_named(tmp_path, monkeypatch):
     )
     with pytest.raises(ImportError, match=r"pip install 'minilora\[gguf\]'"):
         ml.load_model(path, dtype="float32", device="cpu")
-    assert read_tokenizer_fields(path).tokens == TOKENS  # needs no package
+    assert read_tokenizer_fields(path).tokens == TOKENS  # reading fields needs no package

@@ -1,4 +1,4 @@
-"""Proves that every type of GGUF tensor, and the architecture qwen2, is read as its two other readers read it."""
+"""Tests of every type of GGUF tensor, and of the architecture qwen2, against two other readers."""
 
 import gguf
 import pytest
@@ -16,7 +16,7 @@ ALL_KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_every_kind_of_tensor_equals_gguf_and_transformers(tmp_path, kind):
-    """Both oracles: the gguf package's numpy, tensor by tensor, and transformers' torch kernels on the whole file."""
+    """Oracles: the gguf package's numpy on each tensor, transformers' torch kernels on the file."""
     path = write(
         tmp_path / "m.gguf",
         oracle(hidden_size=256, intermediate_size=256, num_hidden_layers=1),
@@ -36,7 +36,7 @@ def test_every_kind_of_tensor_equals_gguf_and_transformers(tmp_path, kind):
 
 
 def test_qwen2_has_biases_and_its_own_row_order(tmp_path):
-    """Of the file, and of the model that is loaded from it and saved again."""
+    """This holds for the file, and for the model that is loaded from it and saved again."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from minilora.models.save import save_model

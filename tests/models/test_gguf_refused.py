@@ -1,4 +1,7 @@
-"""Proves that a tokenizer which GGUF, or llama.cpp, has no word for is refused before a file is written or built."""
+"""Tests of tokenizers that GGUF or llama.cpp cannot express, and of damaged tokenizer fields.
+
+They are refused before a file is written or a tokenizer is built.
+"""
 
 import json
 
@@ -15,7 +18,7 @@ from tests.models.test_gguf_sentencepiece import of_merges, trained
 
 
 def changed(kind: str, change) -> Tokenizer:
-    """The trained tokenizer, its tokenizer.json edited."""
+    """Return the trained tokenizer with its tokenizer.json edited."""
     state = json.loads(trained(kind).backend.to_str())
     change(state)
     return Tokenizer(Backend.from_str(json.dumps(state)), trained(kind).special_tokens)
@@ -92,15 +95,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_gguf_has_no_word_for_is_refused_before_writing(tmp_path, what):
+def test_tokenizers_that_gguf_cannot_express_are_refused(tmp_path, what):
     make, message = REFUSED[what]
     with pytest.raises(ValueError, match=f"GGUF: .*{message}"):
         save_model(twin(oracle(vocab_size=700)), tmp_path, format="gguf", tokenizer=make())
     assert not list(tmp_path.iterdir())
 
 
-def test_an_end_is_needed(tmp_path):
-    """llama.cpp would take token 2 or 11 for it."""
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    """llama.cpp would use token 2 or 11 as EOS."""
     model = twin(oracle(vocab_size=700, eos_token_id=None))
     made = Tokenizer(trained("plain").backend, {"bos_token": "<s>"})
     with pytest.raises(ValueError, match="neither tokenizer nor config names an EOS"):
@@ -126,7 +129,7 @@ def test_an_end_is_needed(tmp_path):
         ({"model": "t5"}, "expected a byte-level BPE tokenizer .* got 't5'"),
     ],
 )
-def test_files_that_cannot_be_followed(changes, message):
+def test_build_from_damaged_fields_raises(changes, message):
     count = len(changes.get("tokens", BYTES))
     none = {f"{key}_token_id": None for key in ("bos", "eos", "unk", "pad")}
     known = {

@@ -1,9 +1,9 @@
-"""Proves that a trained tokenizer, byte-level or SentencePiece's, comes back from a GGUF file with the same ids.
+"""Tests of trained tokenizers, byte-level and SentencePiece, that are read from a GGUF file.
 
-Oracles: the tokenizer it was written from, transformers' GGUF reader where it knows the kind, and
-llama.cpp's way to merge, written here in ten lines (test_llama_cpp.py asks llama.cpp itself).
-Property: for any list of merges the writer either refuses, with a text that llama.cpp would encode
-otherwise, or both agree. Errors: test_gguf_refused.py.
+The ids are the same. Oracles: the original tokenizer, transformers' GGUF reader if it knows the
+kind, and llama.cpp's merge algorithm in ten lines (test_llama_cpp.py runs llama.cpp itself).
+Property: for any list of merges, the writer either refuses, with a text that llama.cpp would encode
+differently, or both agree. Errors: test_gguf_refused.py.
 """
 
 import json
@@ -28,13 +28,13 @@ from minilora.models.gguf.tokenizer import BYTES, WORDS, build, cut_words, escap
 from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.save import save_model
 
-FORMS = ("prefix", "plain", "never", "first", "always")  # of SentencePiece's: how it comes to its ▁
+FORMS = ("prefix", "plain", "never", "first", "always")  # of SentencePiece: how ▁ is added
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 @cache
 def trained(kind: str) -> Tokenizer:
-    """A tokenizer of 600 tokens that learned from Python's manual; `kind` is one of WORDS, or of FORMS."""
+    """Return a tokenizer of 600 tokens, trained on Python's manual; `kind` is in WORDS or FORMS."""
     made = Backend(
         models.BPE(byte_fallback=kind in FORMS, unk_token="<unk>" if kind in FORMS else None)
     )
@@ -79,7 +79,7 @@ def trained(kind: str) -> Tokenizer:
 def file_of(kind: str, folder: Path) -> Path:
     path = folder / f"{kind}.gguf"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # its own test is below
+        warnings.simplefilter("ignore", UserWarning)  # tested below
         save_model(
             twin(oracle(vocab_size=len(trained(kind)) + 3)),
             path,
@@ -116,7 +116,7 @@ texts = st.text(max_size=20) | st.lists(st.sampled_from(WRITTEN), max_size=12).m
 
 
 def as_llama_cpp(fields: TokenizerFields, text: str) -> list[int]:
-    """The ids of a text without special tokens, as llama.cpp computes them."""
+    """Return the ids of a text without special tokens, as llama.cpp computes them."""
     ids = {token: number for number, token in enumerate(fields.tokens)}
     parts = list((" " * (fields.add_space_prefix and bool(text)) + text).replace(" ", "▁"))
     while True:
@@ -153,8 +153,8 @@ def test_ids_are_those_of_the_original_of_transformers_and_of_llama_cpp(files):
             assert ids == made.encode(text, add_special_tokens=False)
             assert again.encode(text) == made.encode(text) == [1, *ids]
             assert again.decode(ids) == made.decode(ids)
-        # of SentencePiece's, transformers rebuilds the kind "first" alone; SmolLM2's digits and, in
-        # a llama file, Qwen2's normaliser it forgets
+        # transformers rebuilds only the kind "first" of SentencePiece. It omits SmolLM2's digit
+        # rule and, in a llama file, Qwen2's normaliser.
         if kind in ("first", "gpt-2", "llama-bpe"):
             assert reference.encode(text, add_special_tokens=False) == made.encode(
                 text, add_special_tokens=False
@@ -163,7 +163,7 @@ def test_ids_are_those_of_the_original_of_transformers_and_of_llama_cpp(files):
     holds()
 
 
-def test_fields(files):
+def test_written_fields_match_the_tokenizer(files):
     kind, path = files
     fields, size = read_tokenizer_fields(path), len(trained(kind))
     spm = kind in FORMS
@@ -187,7 +187,7 @@ def test_fields(files):
         ]
 
 
-def test_special_tokens_part_a_text(tmp_path):
+def test_special_tokens_split_a_text(tmp_path):
     again = load_tokenizer(file_of("prefix", tmp_path))
     for text in ("a</s>b <tool>  c<unk>", "<s>", " </s> ", "<0x41>"):
         assert again.encode(text) == trained("prefix").encode(text)
@@ -195,7 +195,7 @@ def test_special_tokens_part_a_text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["first", "always"])
-def test_a_metaspace_is_warned_of(tmp_path, kind):
+def test_saving_a_metaspace_tokenizer_warns(tmp_path, kind):
     with pytest.warns(UserWarning, match=f"llama.cpp puts ▁ before every text.*{kind}") as caught:
         save_model(
             twin(oracle(vocab_size=700)),
@@ -254,7 +254,7 @@ def test_any_merges_agree_or_are_refused():
             fields = to_fields(made, len(made))
         except ValueError as error:
             token = str(error).split("to the token '")[1].partition("'")[0]
-            assert len(made.encode(token)) == 2  # and llama.cpp's rule makes one of the two
+            assert len(made.encode(token)) == 2  # llama.cpp's rule joins the two
             refused.append(token)
             return
         again = Tokenizer(*build(fields, "x"))
@@ -269,7 +269,7 @@ def test_any_merges_agree_or_are_refused():
     assert 10 < len(refused) < 190
 
 
-def test_of_two_merges_to_one_token_the_score_is_that_of_the_one_which_happens():
+def test_a_token_with_two_merges_has_the_score_of_the_possible_one():
     """a·bc has rank 0 but never happens, because a·b comes before b·c; so c·a comes before ab·c."""
     made = of_merges([("a", "bc"), ("a", "b"), ("c", "a"), ("b", "c"), ("ab", "c")])
     fields = to_fields(made, len(made))

@@ -1,8 +1,8 @@
-"""Proves on a real model that a GGUF file loses exactly what its type rounds away, and nothing else.
+"""Tests on a real model that a GGUF file loses only the rounding of its type.
 
-Oracles: the model whose matrices the gguf package rounded (equal logits, bit for bit);
-transformers, which reads the same file (equal weights, bit for bit; logits but for the order of
-summation).
+Oracles: the model whose matrices the gguf package rounded (equal logits, bit for bit), and
+transformers, which reads the same file (equal weights, bit for bit; logits equal except for the
+order of summation).
 """
 
 from copy import deepcopy
@@ -36,7 +36,7 @@ def original(smollm2) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
-def test_smollm2(smollm2, original, tmp_path, kind):
+def test_smollm2_loses_only_the_rounding_of_its_type(smollm2, original, tmp_path, kind):
     dtype = {"F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0"}[kind]
     model, tokenizer = deepcopy(original), load_tokenizer(smollm2)
     save_model(model, tmp_path / "m.gguf", format="gguf", dtype=dtype, tokenizer=tokenizer)
@@ -56,14 +56,12 @@ def test_smollm2(smollm2, original, tmp_path, kind):
     reference = theirs.state_dict()
     for name, value in mine.state_dict().items():
         assert torch.equal(value, reference[name]), name
-    assert (
-        found - logits(theirs, ids)
-    ).abs().max() <= 1e-3  # here 0; another order of sums, of logits up to 40
+    # Measured here: 0. Logits are up to 40, and sums may be in another order.
+    assert (found - logits(theirs, ids)).abs().max() <= 1e-3
     if kind == "F16":
         assert torch.equal(found.argmax(-1), before.argmax(-1))
     assert load_tokenizer(tmp_path / "m.gguf").encode(ENGLISH) == ids
-    letters = ENGLISH.replace(
-        "1974", "year"
-    )  # transformers forgets SmolLM2's single digits: test_gguf_tokenizer.py
+    # transformers does not split SmolLM2's digits: test_gguf_tokenizer.py.
+    letters = ENGLISH.replace("1974", "year")
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert again.encode(letters) == tokenizer.encode(letters)

@@ -1,4 +1,4 @@
-"""Proves that a tokenizer rebuilt from a GGUF file gives the ids of the original.
+"""Tests that a tokenizer rebuilt from a GGUF file gives the ids of the original.
 
 Oracle: transformers' own GGUF tokenizer on SmolLM2 over 700 kB of prose (slow), and its regexes on
 random texts.
@@ -19,7 +19,7 @@ from minilora.models.gguf.tokenizer import WORDS, build
 
 
 def fields(**changes) -> TokenizerFields:
-    """A GGUF's tokenizer: the vocabulary of the tests, a control token and a user-defined one."""
+    """Return GGUF fields: the vocabulary of the tests, a control token and a user-defined one."""
     made = backend(["<s>", "</s>"])
     tokens = [made.id_to_token(i) for i in range(made.get_vocab_size())] + ["<tool>"]
     types = [1] * (len(tokens) - 3) + [3, 3, 4]
@@ -73,7 +73,7 @@ def test_gguf_pre_tokenizers_cut_words_as_their_families_do(pre, text, words):
     assert made.decode(made.encode(text).ids) == text
 
 
-def test_llama_takes_a_known_word_whole_though_no_merges_lead_to_it():
+def test_llama_bpe_keeps_a_known_word_whole_without_merges():
     known = fields().tokens
     longer = {"tokens": [*known, "xyz"], "token_types": [*fields().token_types, 1]}
     assert gguf_tokenizer(pre="llama-bpe", **longer).encode("xyz") == [len(known)]
@@ -106,8 +106,10 @@ def test_gguf_specials_bos_and_normaliser():
 
 @pytest.mark.slow
 def test_smollm2_from_gguf_gives_the_ids_of_transformers():
-    """On 700 kB of prose and on odd strings, with one correction: transformers 5.23 forgets, for GGUF files, that
-    SmolLM2 takes digits one by one, and so cuts "a  12" otherwise than the model was trained (and than llama.cpp).
+    """The ids are equal on 700 kB of prose and on odd strings, with one correction.
+
+    SmolLM2 splits digits one by one. transformers 5.23 does not do so for GGUF files, and cuts
+    "a  12" differently from the training of the model and from llama.cpp.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer

@@ -1,8 +1,8 @@
-"""Proves that a GGUF file we write is the model and the tokenizer it was written from.
+"""Tests of writing a model and its tokenizer to a GGUF file.
 
 Oracles: transformers reads the same file (weights bit for bit, logits, tokenizer), the gguf
 package's reader (names, fields, types). Round trip: our own loader, exact in F32 and within each
-format's own rounding below that. Errors: what GGUF or llama.cpp has no place for, and crashes.
+format's rounding below that. Errors: values that GGUF or llama.cpp does not support, and crashes.
 """
 
 import weakref
@@ -60,7 +60,7 @@ def logits(model: nn.Module, **options) -> torch.Tensor:
     + [{"family": "mistral", "sliding_window": None}],
     ids=["llama", "tied", "wide heads", "theta", "mistral"],
 )
-def test_fp32_is_the_model_itself(tmp_path, fields):
+def test_an_f32_file_equals_the_model(tmp_path, fields):
     model = twin(oracle(**fields))
     path = written(tmp_path, model, dtype="float32")
     again, reference = mine(path), theirs(path)
@@ -95,7 +95,10 @@ def test_llama3_scaling_is_found_again(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "q8_0", None], ids=str)
 def test_each_type_rounds_as_its_definition_says(tmp_path, dtype):
-    """F16, BF16: half a unit of 2^-11, 2^-8. Q8_0: half a step of max/127 a block, and that scale rounded to fp16."""
+    """F16 and BF16 round by half a unit, 2^-11 and 2^-8.
+
+    Q8_0 rounds by half a step of max/127 per block, and rounds that scale to fp16.
+    """
     model = twin(oracle(intermediate_size=128))
     path = written(tmp_path, model, dtype=dtype)
     again, reference = mine(path).state_dict(), theirs(path).state_dict()
@@ -126,8 +129,8 @@ def test_each_type_rounds_as_its_definition_says(tmp_path, dtype):
     )
 
 
-def test_logits_move_no_more_than_by_rounding_the_weights_outright(tmp_path):
-    """F16: the same as casting every matrix to fp16 and back, exactly."""
+def test_f16_logits_equal_those_of_weights_rounded_to_fp16(tmp_path):
+    """F16 equals a cast of every matrix to fp16 and back, exactly."""
     model = twin(oracle())
     again = mine(written(tmp_path, model, dtype="float16"))
     for parameter in model.parameters():
@@ -154,7 +157,7 @@ def test_the_default_is_the_models_own_dtype_and_a_folder_gets_model_gguf(tmp_pa
 
 def test_adapters_are_merged_in_one_rounding(tmp_path):
     model = twin(oracle())
-    ml.quantize_model(model)  # dense bases: test_matrix.py
+    ml.quantize_model(model)  # test_matrix.py tests dense bases
     ml.inject(model, ml.LoRAConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -215,11 +218,10 @@ def test_tokenizer_comes_back_the_same(tmp_path, pre, bos):
     assert fields.tokens[-4:] == ["<tool>", *(f"[PAD{i}]" for i in range(len(made), len(made) + 3))]
     assert fields.token_types[-6:] == [3, 3, 4, 5, 5, 5]
     assert mine(path).config.eos_token_id == made.eos_token_id
-    if pre != "smollm":  # transformers forgets its single digits: test_gguf_tokenizer.py
+    if pre != "smollm":  # transformers does not split its digits: test_gguf_tokenizer.py
         reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-        for text in (
-            TEXTS[::2] if pre == "qwen2" else TEXTS
-        ):  # and, in a llama file, Qwen's normaliser
+        # In a llama file, transformers omits Qwen's normaliser.
+        for text in TEXTS[::2] if pre == "qwen2" else TEXTS:
             assert reference.encode(text, add_special_tokens=False) == made.encode(
                 text, add_special_tokens=False
             )
@@ -238,7 +240,7 @@ def test_transformers_tokenizers_are_taken_too():
     )
 
 
-def test_tokenizers_that_gguf_would_encode_otherwise(tmp_path):
+def test_tokenizers_that_gguf_would_encode_differently_are_refused(tmp_path):
     from tokenizers import pre_tokenizers, processors
 
     model = twin(oracle(vocab_size=300))
@@ -271,7 +273,7 @@ def test_tokenizers_that_gguf_would_encode_otherwise(tmp_path):
 # ---- errors
 
 
-def test_what_has_no_place(tmp_path):
+def test_unsupported_options_and_non_finite_values_are_refused(tmp_path):
     for model, message, options in [
         (twin(oracle(family="mistral", sliding_window=5)), "would ignore sliding_window 5", {}),
         (

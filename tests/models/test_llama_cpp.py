@@ -1,9 +1,9 @@
-"""Proves that llama.cpp itself loads what we write, and computes our token ids and our logits.
+"""Tests that llama.cpp loads our GGUF files and computes our token ids and logits.
 
-Oracle: llama.cpp by `llama-cpp-python`, which is no pinned dependency; docs/LOG.md says how it was
-built and what came out. Without it these tests skip. Its cache is fp32 here (its default is fp16).
-Before a matrix of 16 or 8 bits most of its kernels round the activations to the matrix's type, too;
-`ours` does the same on demand.
+Oracle: llama.cpp through `llama-cpp-python`, which is not a pinned dependency; docs/LOG.md
+describes its build and the results. Without it these tests skip. Its cache is fp32 here (its
+default is fp16). Before a matrix of 16 or 8 bits, most of its kernels also round the activations to
+the matrix's type; `ours` does the same on demand.
 """
 
 import unicodedata
@@ -22,7 +22,7 @@ from minilora.models.save import save_model
 from tests.models.test_gguf_sentencepiece import FORMS, file_of, texts
 
 llama_cpp = pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed: llama.cpp NOT ASKED here"
+    "llama_cpp", reason="llama-cpp-python is not installed: llama.cpp is NOT compared"
 )
 pytestmark = pytest.mark.slow
 MODELS = {
@@ -47,7 +47,7 @@ ENGLISH = (
 
 @pytest.fixture(autouse=True)
 def plain_kernels(monkeypatch) -> None:
-    """Weights as they lie in the file: kernels that want them rearranged (AMX) stop on some virtual machines."""
+    """Keep the file's weight layout: kernels that change it (AMX) stop on some virtual machines."""
     defaults = llama_cpp.llama_cpp.llama_model_default_params
 
     def plain():
@@ -63,7 +63,7 @@ def opened(path: Path, **options):
 
 
 def theirs(path: Path, ids: list[int]) -> Tensor:
-    """Logits (tokens, vocabulary)."""
+    """Return logits (tokens, vocabulary) of llama.cpp."""
     llama = opened(path, logits_all=True, type_k=0, type_v=0, flash_attn=False)  # 0: fp32
     llama.eval(ids)
     logits = torch.tensor(llama.scores[: len(ids)])
@@ -72,7 +72,7 @@ def theirs(path: Path, ids: list[int]) -> Tensor:
 
 
 def ours(path: Path, ids: list[int], dtype: str = "float32") -> Tensor:
-    """Logits (tokens, vocabulary), in fp32 with what goes into a linear layer rounded to `dtype`."""
+    """Return logits (tokens, vocabulary) in fp32; linear layers get inputs rounded to `dtype`."""
     model = ml.load_model(path, dtype="float32", device="cpu")
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -95,10 +95,13 @@ def rms(x: Tensor) -> float:
 
 
 def check(path: Path, ids: list[int], what: str, dtype: str) -> tuple[Tensor, Tensor]:
-    """fp32: llama.cpp makes the angle of channel i by i products, off by up to 200 · 8 · 2^-24 = 1e-4 rad at the last
-    of 200 tokens, and the logits are up to 7: 5e-4. Below fp32 an activation may fall to the other
-    side of a rounding, half a unit off, and with it all that follows: 16 half units of the logits'
-    spread. Rows in a wrong order: above 1.
+    """Compare the logits of llama.cpp and minilora, and return both.
+
+    fp32: llama.cpp computes the angle of channel i by i products. The error is up to
+    200 · 8 · 2^-24 = 1e-4 rad at the last of 200 tokens, and the logits are up to 7: 5e-4.
+    Below fp32: an activation may be rounded to the other side, half a unit off, and this changes
+    all later values: 16 half units of the logits' spread. Rows in a wrong order differ by more
+    than 1.
     """
     found, plain, alike = theirs(path, ids), ours(path, ids), ours(path, ids, dtype)
     print(
@@ -118,17 +121,17 @@ def check(path: Path, ids: list[int], what: str, dtype: str) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_logits(tmp_path, kind, dtype):
+def test_logits_equal_those_of_llama_cpp(tmp_path, kind, dtype):
     model, ids = twin(oracle(**MODELS[kind])), tokens(1, 200)[0].tolist()
     save_model(model, tmp_path / "m.gguf", format="gguf", dtype=dtype)
     _, plain = check(tmp_path / "m.gguf", ids, kind, dtype)
     if dtype == "float32":
-        with torch.no_grad():  # what we read from the file is what we wrote it from
+        with torch.no_grad():  # our reader returns the written model
             assert torch.equal(plain, model(torch.tensor([ids]))[0])
 
 
 @pytest.mark.parametrize("kind", [*FORMS, *WORDS])
-def test_ids(tmp_path, kind):
+def test_token_ids_equal_those_of_llama_cpp(tmp_path, kind):
     path = file_of(kind, tmp_path)
     llama, mine = opened(path, vocab_only=True), load_tokenizer(path)
     assert (llama.token_bos(), llama.token_eos()) == (1, 2)
@@ -137,7 +140,7 @@ def test_ids(tmp_path, kind):
     @settings(max_examples=300)
     @given(texts)
     def holds(text: str) -> None:
-        if kind == "qwen2":  # llama.cpp leaves out Qwen's normaliser
+        if kind == "qwen2":  # llama.cpp omits Qwen's normaliser
             text = unicodedata.normalize("NFC", text)
         for special in (True, False):
             ids = llama.tokenize(text.encode(), add_bos=special, special=True)
@@ -150,7 +153,7 @@ def test_ids(tmp_path, kind):
         )
 
 
-def test_smollm2(smollm2, tmp_path):
+def test_smollm2_ids_and_logits_equal_those_of_llama_cpp(smollm2, tmp_path):
     path, tokenizer = tmp_path / "m.gguf", load_tokenizer(smollm2)
     model = ml.load_model(smollm2, dtype="float32", device="cpu")
     save_model(model, path, format="gguf", dtype="float16", tokenizer=tokenizer)
