@@ -1,9 +1,9 @@
-"""Proves that no file hangs, crashes or fills memory: what is not a model gives ValueError or OSError, within a second.
+"""Tests that no file hangs, crashes or fills memory.
 
-Property (hypothesis): any nasty value in any place of a safetensors header, an index, a config, a
-quant_state or a GGUF header. Then single attacks by name: claims of 10 GB and of endless counts,
-paths that leave the folder, deep nesting. Each load is timed, and the peak of the process' memory
-watched where the system tells it.
+A file that is not a model raises ValueError or OSError within a second. Property (hypothesis): any
+hostile value at any position of a safetensors header, an index, a config, a quant_state or a GGUF
+header. Then single attacks by name: claims of 10 GB and of endless counts, paths that leave the
+folder, deep nesting. Each load is timed, and its peak memory is measured if the system reports it.
 """
 
 import json
@@ -60,7 +60,7 @@ NASTY += [
     "llama3",
     "\0",
 ]
-GROWTH = 64e6  # bytes a load may take beyond what it started with; an attack asks for gigabytes
+GROWTH = 64e6  # bytes by which a load may raise the peak; an attack asks for gigabytes
 
 
 def peak() -> int:
@@ -70,7 +70,7 @@ def peak() -> int:
 
 @contextmanager
 def frugal() -> Iterator[None]:
-    """Less than a second, little memory."""
+    """Assert that a block takes less than a second and little memory."""
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
     before, start = peak(), time.process_time()
@@ -80,7 +80,7 @@ def frugal() -> Iterator[None]:
 
 
 def attempt(source: Path, **options) -> None:
-    """Loads, or says why not; anything else is a failure."""
+    """Load a model, or check that the error is a ValueError or OSError with a message."""
     with frugal():
         try:
             ml.load_model(source, dtype="float32", device="cpu", **options)
@@ -136,7 +136,7 @@ def with_header(path: Path, header, data: bytes, size: int | None = None) -> Non
 nasty = st.sampled_from(NASTY)
 
 
-# ---- any value in any place
+# ---- any value at any position
 
 
 @settings(max_examples=80)
@@ -200,7 +200,7 @@ def test_quant_states(bnb, tmp_path_factory, data):
 @settings(max_examples=80)
 @given(data=st.data())
 def test_gguf_headers(one_gguf, tmp_path_factory, data):
-    """Eight bytes anywhere in the header become another number, then the tokenizer is read too."""
+    """Replace eight bytes anywhere in the header; then read the model and the tokenizer."""
     raw = one_gguf.read_bytes()
     _, records = read_header(one_gguf)
     place = data.draw(st.integers(4, min(record.offset for record in records.values()) - 8))
@@ -218,7 +218,7 @@ def test_gguf_headers(one_gguf, tmp_path_factory, data):
 # ---- single attacks
 
 
-def test_safetensors_that_lie(dense, tmp_path):
+def test_safetensors_with_false_sizes_or_dtypes_are_refused(dense, tmp_path):
     path = copy(dense, tmp_path) / "model.safetensors"
     header, data = header_of(path)
     norm, embedding = header["model.norm.weight"], header["model.embed_tokens.weight"]
@@ -231,7 +231,7 @@ def test_safetensors_that_lie(dense, tmp_path):
     for change in (
         {"shape": [10**10]},
         {"shape": [2**62, 2**62]},
-        {"data_offsets": embedding["data_offsets"]},  # two tensors in one place
+        {"data_offsets": embedding["data_offsets"]},  # two tensors at one place
         {"data_offsets": [begin, 10**10]},
         {"data_offsets": [end, begin]},
         {"dtype": "F99"},
@@ -245,7 +245,7 @@ def test_safetensors_that_lie(dense, tmp_path):
         )
 
 
-def test_a_config_of_endless_layers_or_width_builds_nothing(dense, tmp_path):
+def test_a_config_of_endless_layers_or_width_is_refused(dense, tmp_path):
     config = json.loads((copy(dense, tmp_path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     refused(tmp_path, "num_hidden_layers is out of the range of a model")
@@ -264,7 +264,7 @@ def test_a_config_of_endless_layers_or_width_builds_nothing(dense, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_json_bombs(dense, tmp_path, name):
+def test_json_bombs_are_refused(dense, tmp_path, name):
     copy(dense, tmp_path)
     if "index" in name:
         (tmp_path / "model.safetensors").unlink()
@@ -277,11 +277,11 @@ def test_json_bombs(dense, tmp_path, name):
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         refused(tmp_path, "is not JSON")
     with (tmp_path / name).open("wb") as file:
-        file.truncate(10**10)  # sparse: takes no room on the disk
+        file.truncate(10**10)  # sparse: takes no disk space
     refused(tmp_path, "has 10000000000 bytes, expected at most")
 
 
-def test_4_bit_weights_whose_scales_leave_the_range(bnb, tmp_path):
+def test_4_bit_weights_with_scales_out_of_range_are_refused(bnb, tmp_path):
     path = copy(bnb, tmp_path) / "model.safetensors"
     tensors = load_file(path)
     key = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"

@@ -1,4 +1,7 @@
-"""Proves that no GGUF header hangs, crashes or fills memory: single attacks (test_hostile_files.py has random ones)."""
+"""Tests that no GGUF header hangs, crashes or fills memory.
+
+These are single attacks; test_hostile_files.py has random ones.
+"""
 
 import struct
 
@@ -35,21 +38,20 @@ def text(value: bytes) -> bytes:
         (struct.pack("<QQ", 0, 1) + text(b"general.alignment") + struct.pack("<I", 8) + text(b"x"), "alignment is 'x'"),
     ],
 )  # fmt: skip
-def test_gguf_headers_that_lie(tmp_path, content, message):
+def test_gguf_headers_with_false_counts_are_refused(tmp_path, content, message):
     (tmp_path / "m.gguf").write_bytes(HEAD + content)
     refused(tmp_path / "m.gguf", message)
     with (tmp_path / "m.gguf").open("r+b") as file:
-        file.truncate(10**10)  # now 10 GB are there to be read, all zeros
+        file.truncate(10**10)  # the file now has 10 GB of zeros
     refused(tmp_path / "m.gguf", "m.gguf")
 
 
-def test_gguf_tensors_that_lie(tmp_path):
-    """Offsets that overlap or leave the file, unknown types, rows that are no whole number of blocks."""
+def test_gguf_tensors_with_false_offsets_or_types_are_refused(tmp_path):
+    """Offsets overlap or leave the file, types are unknown, or rows do not fill their blocks."""
     raw, at = write(tmp_path / "whole.gguf", oracle(num_hidden_layers=1)).read_bytes(), {}
     for name in (b"output_norm.weight", b"blk.0.attn_norm.weight"):
-        at[name] = (
-            raw.index(text(name)) + 8 + len(name) + 4 + 8
-        )  # behind the dims: type u32, offset u64
+        # After the dimensions come the type (u32) and the offset (u64).
+        at[name] = raw.index(text(name)) + 8 + len(name) + 4 + 8
 
     def case(message: str, *edits: tuple[int, bytes]) -> None:
         changed = bytearray(raw)
@@ -66,9 +68,8 @@ def test_gguf_tensors_that_lie(tmp_path):
         "output_norm.weight has shape .* and type 999: 999 is not a valid",
         (first, struct.pack("<I", 999)),
     )
-    case(
-        "has shape .64,. and type 12: .*not a multiple", (first, struct.pack("<I", 12))
-    )  # Q4_K: blocks of 256
+    # Type 12 is Q4_K, with blocks of 256.
+    case("has shape .64,. and type 12: .*not a multiple", (first, struct.pack("<I", 12)))
     case("is cut off: tensor output_norm.weight ends", (first - 8, struct.pack("<Q", 2**60)))
     case(
         "blk.0.attn_norm.weight.* is damaged|overlaps|cut off",
@@ -76,7 +77,7 @@ def test_gguf_tensors_that_lie(tmp_path):
     )
 
 
-def test_gguf_fields_of_another_kind(tmp_path):
+def test_gguf_fields_of_a_wrong_kind_are_refused(tmp_path):
     for key, add, value, message in [
         (
             "llama.block_count",
@@ -104,7 +105,7 @@ def test_gguf_fields_of_another_kind(tmp_path):
         refused(write(tmp_path / "m.gguf", oracle(num_hidden_layers=1), change=change), message)
 
 
-def test_gguf_tensors_of_no_place(tmp_path):
+def test_gguf_tensors_with_unknown_names_or_shapes_are_refused(tmp_path):
     for name, shape, message in [
         ("abc", (3,), "tensor abc is none of"),
         ("", (3,), "tensor  is none of"),
@@ -140,7 +141,7 @@ def test_gguf_tensors_of_no_place(tmp_path):
         ("tokenizer.chat_template", 1, "UINT32"),
     ],
 )
-def test_gguf_tokenizers_of_another_kind(tmp_path, key, value, kind):
+def test_gguf_tokenizer_fields_of_a_wrong_kind_are_refused(tmp_path, key, value, kind):
     def change(writer: gguf.GGUFWriter) -> None:
         writer.kv_data[0].pop(key, None)
         writer.add_key_value(key, value, gguf.GGUFValueType[kind])

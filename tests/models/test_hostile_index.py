@@ -1,4 +1,4 @@
-"""Proves that shards, their index and ties that contradict each other, or leave the folder, are refused at once."""
+"""Tests that contradicting shards, indexes and ties, and links out of the folder, are refused."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_he
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model in two shards: the norm in b, all else in a."""
+    """Save a model in two shards: the norm in b, all other tensors in a."""
     save_model(twin(oracle(num_hidden_layers=1)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     save_file({NORM: tensors.pop(NORM)}, tmp_path / "b.safetensors")
     save_file(tensors, tmp_path / "a.safetensors")
     index(tmp_path, **dict.fromkeys(tensors, "a.safetensors") | {NORM: "b.safetensors"})
-    ml.load_model(tmp_path, dtype="float32", device="cpu")  # so far all is well
+    ml.load_model(tmp_path, dtype="float32", device="cpu")  # the model loads at first
     return tmp_path
 
 
@@ -35,12 +35,12 @@ def index(folder: Path, **places: str) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": old | places}))
 
 
-def test_two_files_that_each_name_the_other(folder):
+def test_an_index_that_swaps_two_files_is_refused(folder):
     index(folder, **{NORM: "a.safetensors", EMBEDDING: "b.safetensors"})
     refused(folder, "tensor .* is in [ab].safetensors, but .*index.json names [ab].safetensors")
 
 
-def test_a_tensor_in_two_shards(folder):
+def test_a_tensor_in_two_shards_is_refused(folder):
     tensors = load_file(folder / "a.safetensors")
     save_file(
         tensors | {NORM: tensors["model.layers.0.input_layernorm.weight"].clone()},
@@ -50,12 +50,12 @@ def test_a_tensor_in_two_shards(folder):
 
 
 @pytest.mark.parametrize("name", [INDEX, "config.json"])
-def test_an_index_that_names_no_shard(folder, name):
+def test_an_index_that_names_another_file_is_refused(folder, name):
     index(folder, **{NORM: name})
     refused(folder, f"{name} is damaged or cut off")
 
 
-def test_an_index_that_names_folders_and_itself_in_a_circle(folder):
+def test_an_index_that_names_a_folder_or_a_circular_link_is_refused(folder):
     (folder / "c").mkdir()
     index(folder, **{NORM: "c"})
     refused(folder, "c is missing")
@@ -64,8 +64,11 @@ def test_an_index_that_names_folders_and_itself_in_a_circle(folder):
     refused(folder, "d is missing")
 
 
-def test_links_out_of_the_folder(folder, tmp_path_factory):
-    """A shard, the only file, and one through a second link; links within the folder and the Hub's are welcome."""
+def test_links_out_of_the_folder_are_refused(folder, tmp_path_factory):
+    """A link out of the folder is refused, also through a second link.
+
+    Links within the folder, and those of the Hub's cache, are accepted.
+    """
     outside = tmp_path_factory.mktemp("outside")
     (folder / "b.safetensors").rename(outside / "b.safetensors")
     (folder / "b.safetensors").symlink_to(outside / "b.safetensors")
@@ -89,7 +92,7 @@ def test_links_out_of_the_folder(folder, tmp_path_factory):
     ml.load_model(revision, dtype="float32", device="cpu")
 
 
-def test_a_tie_that_the_tensors_deny(folder):
+def test_a_tied_config_with_another_head_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     refused(folder, "lm_head.weight is not the embedding, but config.json ties the two")
