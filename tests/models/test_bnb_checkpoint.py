@@ -1,7 +1,7 @@
-"""Proves that bitsandbytes' 4-bit checkpoints are read bit for bit, and written so that transformers reads them so.
+"""Tests of reading and writing bitsandbytes' 4-bit checkpoints, bit for bit.
 
 Oracle: transformers with bitsandbytes writes the folders from a tiny Llama, and loads ours.
-Property: what was loaded is saved with equal bytes. Errors: other kinds (fp4, 8 bits),
+Property: a loaded checkpoint is saved with equal bytes. Errors: other kinds (fp4, 8 bits),
 contradictions, missing parts, adapters. Widths are multiples of 64: bitsandbytes 0.50.2's CPU code
 gives wrong scales for others.
 """
@@ -27,7 +27,7 @@ STORAGES = ["uint8", "bfloat16", "float16", "float32"]
 def bnb_folder(
     folder: Path, nested=True, storage="uint8", dtype=torch.float32, shard="5GB", skip=None, **kind
 ) -> Path:
-    """A random Llama quantised by bitsandbytes and saved by transformers."""
+    """Save a random Llama, quantised by bitsandbytes, with transformers; return its folder."""
     save(folder / "base", dtype=dtype, **WIDE)
     config = BitsAndBytesConfig(
         **{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | kind,
@@ -56,7 +56,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder; a 4-bit one as its bytes, whatever dtype they are stored under."""
+    """Return every tensor of a folder; 4-bit ones as bytes, in any dtype of storage."""
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     return {
         k: v.view(-1).view(torch.uint8) if f"{k}.absmax" in tensors else v
@@ -84,7 +84,7 @@ def nested(tmp_path_factory) -> Path:
     return bnb_folder(tmp_path_factory.mktemp("nested"))
 
 
-# ---- in
+# ---- reading
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -94,9 +94,8 @@ def test_loaded_bits_are_bitsandbytes(tmp_path, nested, storage):
     model = mine(folder)
     assert len(layers(model)) == 3 * 7
     assert equal(as_stored(model), stored(folder))
-    reference = theirs(
-        folder, torch.float32
-    ).train()  # in eval mode its CPU kernel rounds the scales to bf16
+    # In eval mode, bitsandbytes' CPU kernel rounds the scales to bf16.
+    reference = theirs(folder, torch.float32).train()
     assert_rounded(logits(model), logits(reference), rounding(model, logits))
 
 
@@ -114,8 +113,8 @@ def test_bf16_source_keeps_its_dtype_and_dequantises_to_equal_bits(tmp_path):
     } == {torch.bfloat16}
 
 
-def test_a_weights_parts_may_lie_in_several_shards(nested, tmp_path):
-    """Every tensor in the other of two files than its neighbour."""
+def test_parts_of_a_weight_may_be_in_several_shards(nested, tmp_path):
+    """Tensors are stored alternately in two files."""
     tensors = load_file(nested / "model.safetensors")
     names = sorted(tensors)
     for i in (0, 1):
@@ -129,7 +128,7 @@ def test_a_weights_parts_may_lie_in_several_shards(nested, tmp_path):
     assert equal(as_stored(mine(tmp_path)), stored(nested))
 
 
-def test_modules_left_out_stay_dense_also_when_nf4_is_asked_for(tmp_path):
+def test_skipped_modules_stay_dense_also_with_quantize_nf4(tmp_path):
     skip = ["lm_head", "model.layers.1.mlp", "o_proj"]
     folder = bnb_folder(tmp_path, skip=skip)
     for quantize in (None, "nf4"):
@@ -142,7 +141,7 @@ def test_modules_left_out_stay_dense_also_when_nf4_is_asked_for(tmp_path):
     fails(folder, r"layers.0.self_attn.v_proj, .* is in 4 bits, against")
 
 
-def test_nf4_asked_for_must_be_the_kind_that_is_there(nested):
+def test_quantize_must_match_the_stored_kind(nested):
     assert len(layers(mine(nested, quantize="nf4"))) == 3 * 7
     for asked in ({"blocksize": 128}, {"double_quant": False}):
         fails(nested, "already in 4 bits, with blocksize=64 and double_quant=True.*Leave quantize out", quantize="nf4",
@@ -214,7 +213,7 @@ def text(content: str) -> torch.Tensor:
         (lambda t: t[f"{UP}.quant_map"].mul_(2), "not the standard table"),
     ],
 )  # fmt: skip
-def test_damaged_parts(copy, change, message):
+def test_damaged_parts_are_refused(copy, change, message):
     edit(copy, tensors=change)
     fails(copy, message)
 
@@ -232,7 +231,7 @@ def test_config_and_weights_must_agree(copy, tmp_path):
     fails(tmp_path / "dense", "has load_in_4bit, but no weight is in 4 bits")
 
 
-# ---- out
+# ---- writing
 
 
 def saved(model: nn.Module, folder: Path, **options) -> Path:
@@ -256,7 +255,7 @@ def test_transformers_loads_our_folder_with_equal_bits(
         expected = model.get_submodule(name).weight
         assert torch.equal(weight.data.view(-1), expected.packed), name
         assert weight.quant_state.nested == double_quant
-        if blocksize == 64:  # its CPU code misreads the scales of a row shorter than a block
+        if blocksize == 64:  # its CPU code misreads scales of shorter rows
             assert torch.equal(
                 dequantize_4bit(weight.data, weight.quant_state), ml.dequantize_nf4(expected)
             ), name
@@ -266,7 +265,7 @@ def test_transformers_loads_our_folder_with_equal_bits(
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_what_was_loaded_is_saved_with_equal_bytes(tmp_path, storage):
+def test_a_loaded_checkpoint_is_saved_with_equal_bytes(tmp_path, storage):
     folder = bnb_folder(
         tmp_path, storage=storage, dtype=torch.bfloat16, skip=["lm_head", "up_proj"]
     )
@@ -322,7 +321,7 @@ def test_an_adapter_on_a_dense_layer_needs_no_rounding(tmp_path):
     assert len(layers(again)) == 3 * 6
 
 
-def test_what_the_format_cannot_hold(nested, tmp_path):
+def test_models_and_options_that_the_format_does_not_support_raise(nested, tmp_path):
     save(tmp_path / "dense", **WIDE)
     for folder, message, options in [
         (tmp_path / "dense", "no layer is in 4 bits.*ml.quantize_model", {"format": "bnb-4bit"}),

@@ -1,8 +1,8 @@
-"""Proves that a batch of sequences read step by step, selected and branched, is each sequence read whole.
+"""Tests of `Context`: sequences that are extended, selected and branched step by step.
 
-Property: extend, select and branch against one forward over the whole sequence, ours and
-transformers', with padding and windows. Then that a common beginning is read once, and that the
-model is left as it was. Logits are about 10: 2e-5 is some thirty fp32 roundings of 6e-7.
+Property: extend, select and branch equal one forward pass over the whole sequence, for our models
+and transformers', with padding and windows. A common prefix is read once, and the model stays
+unchanged. Logits are about 10: 2e-5 is some thirty fp32 roundings of 6e-7.
 """
 
 import pytest
@@ -15,8 +15,8 @@ from minilora.generation.sampling import Decoding
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
 
-def test_a_selected_context_leaves_the_first_alone():
-    """Branches read on without disturbing what they share; logits equal those of each whole sequence."""
+def test_a_selected_context_leaves_the_first_unchanged():
+    """Branches continue without a change of the shared prefix, with logits of whole sequences."""
     for model in pair():
         with inference(model):
             root = Context(model)
@@ -44,7 +44,10 @@ WINDOWS = [
     "fields", WINDOWS, ids=["none", "in all layers", "in two of three", "gemma3"]
 )
 def test_a_branch_reads_its_own_path_only(fields):
-    """Nodes: A, A B, A B C, D. Each costs what it costs alone, with padding and window; then all is gone."""
+    """The nodes are A, A B, A B C and D, with padding and windows.
+
+    Each node gives the log-probability of its path alone, and then the context is as before.
+    """
     theirs = oracle(**fields)
     models = [theirs, twin(theirs)]
     sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]).bool()
@@ -58,7 +61,7 @@ def test_a_branch_reads_its_own_path_only(fields):
         with inference(model):
             context = Context(model)
             context.extend(rows)
-            for _ in range(2):  # the second time finds the context as the first did
+            for _ in range(2):  # the first time leaves the context unchanged
                 got = context.branch(torch.tensor([[11, 12, 13, 14]]), sees, nodes, nexts)
                 whole = [
                     [Context(model).extend([row + paths[n]])[0] for n in nodes] for row in rows
@@ -75,14 +78,14 @@ def test_a_branch_reads_its_own_path_only(fields):
             torch.testing.assert_close(after, alone, atol=2e-5, rtol=0)
 
 
-def test_what_all_prompts_begin_with_is_read_once(monkeypatch):
+def test_a_prefix_shared_by_all_prompts_is_read_once(monkeypatch):
     _, mine = pair()
     read = []
     hidden = mine.hidden
     monkeypatch.setattr(
         mine, "hidden", lambda ids, *rest: (read.append(ids.numel()), hidden(ids, *rest))[1]
     )
-    prompts = ragged(2, 2, 2, 2, common=40)  # these happen to go on differently at once
+    prompts = ragged(2, 2, 2, 2, common=40)  # these differ right after it
     generate_ids(mine, prompts, Decoding(1, batch_size=2))
     assert sum(read) == 40 + 4 * 2
     with inference(mine):
@@ -92,8 +95,11 @@ def test_what_all_prompts_begin_with_is_read_once(monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(5, 3, 4), (5,)], ids=["rows", "one row"])
 def test_the_head_is_not_copied_for_each_row(sizes):
-    """PyTorch multiplies a strided (B, 1, D) by B copies of a weight without grad: gigabytes, at a real vocabulary.
-    For one row it does so too, though that counts as contiguous whatever its stride."""
+    """PyTorch multiplies a strided (B, 1, D) by B copies of a weight without grad.
+
+    With a real vocabulary the copies take gigabytes. PyTorch also copies for one row, although that
+    counts as contiguous with any stride.
+    """
     model = twin(pair()[0]).requires_grad_(False)
     with inference(model), torch.profiler.profile() as profile:
         Context(model).extend(ragged(*sizes))
@@ -116,6 +122,5 @@ def test_the_model_is_left_as_it_was():
     assert torch.is_grad_enabled()
     with inference(model):
         table = 2 * torch.ones(3)
-    (
-        table * torch.ones(3, requires_grad=True)
-    ).sum().backward()  # what was made inside can be trained through
+    # Gradients pass through a tensor that was made inside.
+    (table * torch.ones(3, requires_grad=True)).sum().backward()

@@ -1,9 +1,9 @@
-"""Proves that the decoder computes what transformers computes, and that its cache and documents are sound.
+"""Tests of the decoder, its cache and its documents against transformers.
 
 Oracle: logits and parameter gradients of transformers' models of every family with the same random
-weights, for every switch a config has. Property: a cache in any number of steps, padding, packing
-and recomputing change nothing. Errors: misuse of the cache. How far apart fp32 leaves two of them
-is computed: bounds.py.
+weights, for every option of a config. Property: a cache in any number of steps, padding, packing
+and recomputing change nothing. Errors: misuse of the cache. bounds.py computes the largest
+difference that fp32 allows between two correct results.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from minilora.models.decoder import CausalLM
 from minilora.models.kv_cache import KVCache
 from minilora_kernels.ops.attention import attention, causal_mask, plain_attention
 
-REORDERED = 5e-5  # other shapes: other kernels add in another order
+REORDERED = 5e-5  # with other shapes, other kernels sum in another order
 VARIED = {
     name: KINDS[name]
     for name in (
@@ -46,7 +46,7 @@ def test_logits_equal_transformers(fields):
     with torch.no_grad():
         expected, ours = reference(ids).logits, twin(reference)
         assert_rounded(ours(ids), expected, rounding(ours, lambda model: model(ids)))
-        assert expected.std() > 0.5  # the comparison is about something
+        assert expected.std() > 0.5  # the logits are not all near zero
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -68,9 +68,8 @@ def test_gradients_equal_transformers(fields):
             logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         ).backward()
     expected = dict(reference.named_parameters())
-    nothing = 1e-6 * max(
-        p.grad.norm() for p in expected.values()
-    )  # window 1: no weight of attention depends on q
+    # With window 1, no attention weight depends on q.
+    nothing = 1e-6 * max(p.grad.norm() for p in expected.values())
     for name, parameter in ours.named_parameters():
         wanted = expected[name].grad
         assert wanted.abs().max() > 0, name
@@ -84,7 +83,7 @@ def test_gradients_equal_transformers(fields):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_rounds_where_transformers_rounds(fields, dtype):
-    """Same operations in the same order: at most one ulp apart at size 10 (measured: none)."""
+    """The operations have the same order: at most one ulp apart at size 10 (measured: none)."""
     reference = oracle(**fields)
     rope = reference.model.rotary_emb
     frequencies = {name: buffer.clone() for name, buffer in rope.named_buffers()}
@@ -118,7 +117,7 @@ def test_padding_on_the_left_equals_transformers_attention_mask(fields):
         expected = reference(ids, attention_mask=mask, position_ids=positions).logits
         ours = twin(reference)
         actual = ours(ids, position_ids=positions, document_ids=mask - 1)
-    assert torch.isfinite(actual).all()  # padding sees padding: no row is without a key
+    assert torch.isfinite(actual).all()  # padding sees padding, so that every row has a key
     text = mask.bool()
     bound = rounding(
         ours, lambda model: model(ids, position_ids=positions, document_ids=mask - 1)[text]
@@ -128,7 +127,7 @@ def test_padding_on_the_left_equals_transformers_attention_mask(fields):
 
 def test_the_scale_of_attention_is_the_same_in_both_forms():
     q, k, v = torch.randn(3, 2, 4, 9, 16)
-    expected = plain_attention(q * 2, k, v)  # with 1/√d: the scores of q with twice that
+    expected = plain_attention(q * 2, k, v)  # 2q with scale 1/√d has the scores of q with 2/√d
     for form in (plain_attention, attention):
         difference = (form(q, k, v, scale=2 / 16**0.5) - expected).abs()
         assert (
@@ -138,7 +137,7 @@ def test_the_scale_of_attention_is_the_same_in_both_forms():
 
 @pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2):
-    """The real model: logits within 2e-5 of their size (30 layers of fp32 rounding), every arg-max equal."""
+    """Logits agree within 2e-5 of their size (30 layers of fp32 rounding), with equal arg-max."""
     from pathlib import Path
 
     from transformers import AutoModelForCausalLM
@@ -177,7 +176,7 @@ def test_cached_equals_uncached(fields, steps):
 
 @pytest.mark.parametrize("fields", VARIED.values(), ids=VARIED.keys())
 def test_padded_and_cached_equals_alone(fields):
-    """Two prompts of different lengths, padded on the left and continued step by step, against each alone."""
+    """Two left-padded prompts of different lengths, continued step by step, equal each alone."""
     model = twin(oracle(**fields))
     ids = tokens(2, 15)
     document_ids = torch.zeros_like(ids)
@@ -185,7 +184,7 @@ def test_padded_and_cached_equals_alone(fields):
     cache = KVCache()
     with torch.no_grad():
         model(ids[:, :10], document_ids=document_ids[:, :10], cache=cache)
-        for step in range(10, 15):  # without document_ids: each row's last document goes on
+        for step in range(10, 15):  # without document_ids, the last document continues
             logits = model(ids[:, step : step + 1], cache=cache)
         assert distance(logits[0, -1], model(ids[:1, 4:])[0, -1]) <= REORDERED
         assert distance(logits[1, -1], model(ids[1:])[0, -1]) <= REORDERED
@@ -198,7 +197,7 @@ def test_documents_may_start_after_a_plain_prefix():
     with torch.no_grad():
         model(ids[:, :6], cache=cache)
         logits = model(ids[:, 6:], document_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]), cache=cache)
-        assert distance(logits[:, :3], model(ids)[:, 6:9]) <= REORDERED  # document 0 is the prefix
+        assert distance(logits[:, :3], model(ids)[:, 6:9]) <= REORDERED  # document 0 continues
         assert distance(logits[:, 3:], model(ids[:, 9:])) <= REORDERED
 
 
@@ -228,11 +227,14 @@ def test_truncate_forgets_documents_too_and_buffers_grow_by_doubling():
             distance(logits, model(ids[:, :40], document_ids=document_ids[:, :40])[:, 30:])
             <= REORDERED
         )
-    assert len(places) <= 8  # 1, 2, 4 … 128
+    assert len(places) <= 8  # 1, 2, 4, 8, 16, 32, 64, 128
 
 
-def test_a_mask_given_outright_is_a_tree():
-    """Two endings of one prompt in one row, at the same positions and blind to each other, against one row each."""
+def test_an_explicit_mask_may_be_a_tree():
+    """Two endings of one prompt in one row equal each ending in a separate row.
+
+    They have the same positions and do not see each other.
+    """
     model = twin(oracle())
     prompt, one, two = tokens(1, 6), tokens(1, 3, seed=1), tokens(1, 3, seed=2)
     mask = causal_mask(12, 12).clone()
@@ -246,7 +248,7 @@ def test_a_mask_given_outright_is_a_tree():
         assert distance(tree[:, 9:], model(torch.cat([prompt, two], dim=1))[:, 6:]) <= REORDERED
 
 
-def test_layers_that_see_differently_far_need_a_mask_each():
+def test_layers_with_different_windows_need_one_mask_per_kind():
     model = twin(oracle(**KINDS["qwen2 window above"]))
     masks = {
         "full_attention": causal_mask(12, 12),
@@ -277,7 +279,7 @@ def test_select_and_truncate_share_a_prompt():
 
 
 def test_checkpointing_recomputes_and_changes_nothing():
-    """Each layer's MLP runs twice with it, once without; over a frozen embedding, as LoRA trains."""
+    """Each layer's MLP runs twice with checkpointing and once without; the embedding is frozen."""
     results = []
     for recompute in (False, True):
         model = twin(oracle()).train()
@@ -303,21 +305,20 @@ def test_names_and_ties():
 
 
 def test_halving_the_model_leaves_rope_in_fp32():
-    """Positions beyond 256 are not bf16 numbers: tables made in bf16 would put neighbours at one angle."""
+    """bf16 does not hold all positions above 256: tables in bf16 would repeat their angles."""
     model = twin(oracle()).bfloat16()
     far = torch.arange(3000, 3010)[None]
     with torch.no_grad():
         near = model(tokens(1, 10)).float()
         moved = model(tokens(1, 10), position_ids=far).float()
-    assert (
-        distance(near, moved) <= 0.05 * near.abs().max()
-    )  # RoPE is relative; what is left is rounding to bf16
+    # RoPE is relative: only rounding to bf16 makes a difference.
+    assert distance(near, moved) <= 0.05 * near.abs().max()
 
 
 # ---- errors
 
 
-def test_cache_refuses_what_it_cannot_do():
+def test_misuse_of_the_cache_raises():
     model = twin(oracle())
     cache = KVCache()
     with pytest.raises(ValueError, match="no_grad"):

@@ -1,7 +1,7 @@
-"""Proves that a Hub id is fetched once and then found offline, and that what the Hub refuses is explained.
+"""Tests of Hub ids: one download, the cache offline, and explained errors.
 
-A small stand-in for the Hub is served over HTTP and asked through huggingface_hub, in processes of
-their own: the real client, its cache and its environment variables are what is tested.
+A small replacement of the Hub is served over HTTP and used through huggingface_hub in separate
+processes. They test the real client, its cache and its environment variables.
 """
 
 import json
@@ -49,7 +49,10 @@ OFFLINE = {
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> tuple[dict, dict, list[str], float]:
-    """What the calls above gave with the stand-in, then offline with the same cache; the requests; the model's sum."""
+    """Return the answers to the calls above, online and then offline with the same cache.
+
+    The third value is the list of requests, and the fourth is the sum of the model's head.
+    """
     folder, home = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("home")
     reference = save(folder)
     for name in ("tokenizer.json", "README.md", "consolidated.safetensors", "pytorch_model.bin"):
@@ -69,7 +72,7 @@ def hub(tmp_path_factory) -> tuple[dict, dict, list[str], float]:
 
         online, asked = ask(ONLINE, "0"), list(server.requests)
         offline = ask(OFFLINE, "1")
-        assert server.requests == asked  # offline means offline
+        assert server.requests == asked  # offline sends no request
     return online, offline, asked, reference.lm_head.weight.double().sum().item()
 
 
@@ -85,7 +88,7 @@ def test_hub_id_is_downloaded_once_then_cached_and_offline(hub):
     assert offline["local"] == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
-def test_hub_errors_say_what_to_do(hub):
+def test_hub_errors_name_the_cause(hub):
     online, offline, *_ = hub
     assert online["nothing"].startswith(
         "OSError: 'tiny/nothing' is neither a folder here nor a repository that the Hub"

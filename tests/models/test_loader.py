@@ -1,8 +1,8 @@
-"""Proves that load_model gives exactly what the checkpoint holds, in the memory it promises, or a clear error.
+"""Tests of load_model: exact tensors, bounded memory, and clear errors.
 
-Oracle: transformers' own checkpoints and logits; NF4 layers against quantising each tensor by
-itself. Property: peak memory, measured in a process of its own. Errors: each kind of damaged,
-contradictory or wrong checkpoint, naming the file and the tensor.
+Oracle: transformers' own checkpoints and logits; NF4 layers against each tensor quantised
+separately. Property: peak memory, measured in a separate process. Errors: each kind of damaged,
+contradictory or wrong checkpoint; the message names the file and the tensor.
 """
 
 import json
@@ -26,7 +26,7 @@ SHARDED = {"max_shard_size": "50KB"}  # about five files for a model of 260 kB
 
 
 def edit(folder: Path, change) -> None:
-    """Rewrites model.safetensors after `change(tensors)`."""
+    """Rewrite model.safetensors after `change(tensors)`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -75,7 +75,10 @@ def test_loaded_model_equals_transformers(tmp_path, shards, fields):
 def test_nf4_layers_are_the_checkpoints_tensors_quantised(
     tmp_path, stored, double_quant, blocksize
 ):
-    """Quantised from the stored values, not from what `dtype` would round them to; biases, norms, head stay dense."""
+    """Layers are quantised from the stored values, before any rounding to `dtype`.
+
+    Biases, norms and the head stay dense.
+    """
     reference = save(tmp_path, dtype=stored, attention_bias=True)
     model = ml.load_model(
         tmp_path,
@@ -113,7 +116,7 @@ def test_tied_weights_are_one_tensor_and_never_quantised(tmp_path):
     assert type(model.lm_head) is nn.Linear
 
 
-def test_nothing_loaded_depends_on_the_file_afterwards(tmp_path):
+def test_a_loaded_model_does_not_depend_on_the_file(tmp_path):
     save(tmp_path)
     model = ml.load_model(tmp_path, dtype="float32", device="cpu")
     before = model(tokens(1, 9))
@@ -131,7 +134,7 @@ def test_old_checkpoints_with_stored_frequencies_load(tmp_path):
     ml.load_model(tmp_path, dtype="float32", device="cpu")
 
 
-def test_dtype_auto_says_which_and_why(tmp_path, capsys):
+def test_dtype_auto_prints_its_choice_and_the_reason(tmp_path, capsys):
     save(tmp_path)
     capsys.readouterr()  # transformers' progress bar
     model = ml.load_model(tmp_path, device="cpu")
@@ -179,7 +182,10 @@ for quantize, dtype in json.loads(sys.argv[3]):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
-    """123 MB of fp32 in tensors of at most 17 MB, in three shards; the peak is of all pages, mapped files included."""
+    """The model has 123 MB of fp32 in three shards, in tensors of at most 17 MB.
+
+    The peak counts all pages, mapped files included.
+    """
     sizes = {
         "hidden_size": 512,
         "intermediate_size": 512,
@@ -194,7 +200,8 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
         MEASURE, tmp_path / "small", tmp_path / "large", json.dumps(cases), OMP_NUM_THREADS="1"
     )
     tensor = 8192 * 512 * 4  # the largest, as stored
-    slack = 12e6  # less than a tensor: headers, the quantiser's pieces of 1 MiB, what the allocator keeps
+    # Less than a tensor: headers, the quantiser's pieces of 1 MiB, the allocator's reserve.
+    slack = 12e6
     for line, case in zip(done.splitlines(), cases, strict=True):
         peak, model = map(int, line.split())
         assert peak <= model + tensor + slack, (case, peak, model)
@@ -208,7 +215,7 @@ def fails(folder: Path, message: str, error: type[Exception] = ValueError, **arg
         ml.load_model(folder, device="cpu", **{"dtype": "float32"} | arguments)
 
 
-def test_wrong_folders(tmp_path):
+def test_wrong_folders_raise(tmp_path):
     fails(tmp_path, "holds no config.json.*nothing")
     (tmp_path / "adapter_config.json").write_text("{}")
     fails(tmp_path, "is an adapter: load its base model")
@@ -228,7 +235,7 @@ def test_wrong_folders(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 3000, -1])
-def test_truncated_file(tmp_path, keep):
+def test_a_truncated_file_raises(tmp_path, keep):
     save(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
@@ -238,13 +245,13 @@ def test_truncated_file(tmp_path, keep):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_non_finite_tensor(tmp_path, bad, name, quantize):
+def test_a_non_finite_tensor_raises(tmp_path, bad, name, quantize):
     save(tmp_path)
     edit(tmp_path, lambda t: t[name].view(-1)[5].fill_(bad))
     fails(tmp_path, f"model.safetensors: {name} holds NaN or infinity", quantize=quantize)
 
 
-def test_a_value_too_large_for_fp16(tmp_path):
+def test_a_value_too_large_for_fp16_raises(tmp_path):
     save(tmp_path)
     edit(tmp_path, lambda t: t["model.norm.weight"].fill_(70000.0))
     fails(
@@ -277,13 +284,13 @@ def test_a_value_too_large_for_fp16(tmp_path):
     ],
     ids=["missing", "missing head", "unexpected", "shape", "dtype"],
 )
-def test_tensors_that_do_not_fit(tmp_path, change, message):
+def test_tensors_that_do_not_fit_the_config_raise(tmp_path, change, message):
     save(tmp_path)
     edit(tmp_path, change)
     fails(tmp_path, message)
 
 
-def test_tied_config_with_another_head(tmp_path):
+def test_a_tied_config_with_another_head_raises(tmp_path):
     save(tmp_path, tie_word_embeddings=True)
     edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     ml.load_model(tmp_path, dtype="float32", device="cpu")  # the same values: nothing is lost
@@ -330,7 +337,7 @@ def test_shards_and_index_must_agree(tmp_path):
         )
 
 
-def test_a_tensor_in_two_shards(tmp_path):
+def test_a_tensor_in_two_shards_raises(tmp_path):
     save(tmp_path, SHARDED)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     twice = load_file(files[1]) | dict([next(iter(load_file(files[0]).items()))])
@@ -338,7 +345,7 @@ def test_a_tensor_in_two_shards(tmp_path):
     fails(tmp_path, "is in both")
 
 
-def test_arguments():
+def test_wrong_arguments_raise():
     fails(Path(), "quantize must be None or 'nf4', got 'int8'", quantize="int8")
     for unused in ({"blocksize": 128}, {"double_quant": False}):
         fails(Path(), "have no effect without quantize='nf4': add that", **unused)

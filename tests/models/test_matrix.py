@@ -1,11 +1,12 @@
-"""Proves that every family × every feature of an adapter × every format agrees with the library that owns the format.
+"""Tests of every model family with every adapter feature in every file format.
 
-One table of families, one of features; each pair is a cell of every format. Oracles: PEFT on
-transformers' model (both ways, file bytes too), transformers on merged weights, bitsandbytes in 4
-bits, our own reader on GGUF (transformers' is in test_gguf_write.py). A pair that is refused is a
-cell that wants the error. Property: the tables leave no family and no field of LoRAConfig out.
-Widths are multiples of 64: bitsandbytes' CPU code misreads the scales of others. Logits are 5 to 11
-in size: 5e-5 is fp32 sums in another order through two layers (6e-8 · 10 each).
+One table lists families, another lists features; each pair is tested in every format against the
+library that owns the format. Oracles: PEFT on transformers' model (in both directions, with file
+bytes), transformers on merged weights, bitsandbytes in 4 bits, and our own reader on GGUF
+(test_gguf_write.py uses transformers'). If a pair is refused, its test expects the error. Property:
+the tables contain every family and every field of LoRAConfig. Widths are multiples of 64:
+bitsandbytes' CPU code misreads the scales of others. Logits are 5 to 11 in size: 5e-5 is fp32 sums
+in another order through two layers (6e-8 · 10 each).
 """
 
 import copy
@@ -42,9 +43,8 @@ GEMMA = {
     },
     **{"layer_types": ["sliding_attention", "full_attention"], "bos_token_id": None},
 }
-KINDS: dict[
-    str, dict[str, Any]
-] = {  # fields of `oracle`; four heads on two keys unless it says otherwise
+# Fields of `oracle`; its default is four query heads and two key heads.
+KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied-biases": TIED | BIASED | {"mlp_bias": True, "num_key_value_heads": 4},
     "mistral-tied": TIED | {"family": "mistral", "sliding_window": None, "head_dim": 32},
@@ -63,8 +63,8 @@ NO_BIAS, SHARED, NO_TIE = (
     "shares its weight",
     "nothing that trains shares its weight",
 )
-# Name -> fields of LoRAConfig, and of what families' traits (see `traits`) refuse them, with the
-# error.
+# Name -> fields of LoRAConfig, and the error for each trait of a family (see `traits`) that refuses
+# them.
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "defaults": ({}, {}),
     "all-linear": ({"target_modules": "all-linear", "r": 4, "lora_alpha": 3}, {}),
@@ -100,18 +100,21 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "bias-lora-only": (SOME | {"bias": "lora_only"}, {"no bias": NO_BIAS}),
     "gaussian": (SOME | {"init_lora_weights": "gaussian"}, {}),
     "dora": (SOME | {"use_dora": True}, {}),
+    # The target is a full module name.
     "dropout": (
         {"target_modules": ["model.layers.1.mlp.up_proj"], "lora_dropout": 0.5},
         {},
-    ),  # a whole name, too
+    ),
 }
-ELSEWHERE = {"loftq_config"}  # what begins from W, and may replace it: test_variants.py
+# test_variants.py tests variants that start from W and may replace it.
+ELSEWHERE = {"loftq_config"}
+# These fields are only written to the file.
 CARRIED = {
     "task_type",
     "base_model_name_or_path",
     "revision",
     "inference_mode",
-}  # into the file, and nothing else
+}
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 features = pytest.mark.parametrize("feature", FEATURES)
@@ -120,14 +123,14 @@ TOKENS = tokens(2, 12)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    """Nothing here is about crashes, PEFT's README beside an adapter, or weights before they are loaded."""
+    """Skip fsync, random initialisation and PEFT's model card, which these tests do not need."""
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("minilora.models.decoder._initialise", lambda _: None)
     monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
 
 
 def traits(kind: str) -> set[str]:
-    """What a family is like that makes it refuse a feature."""
+    """Return the traits of a family that may refuse a feature."""
     given = KINDS[kind]
     biased = given.get("attention_bias") or given.get("family") == "qwen2"
     return {"tied" if given.get("tie_word_embeddings") else "untied"} | (
@@ -137,7 +140,7 @@ def traits(kind: str) -> set[str]:
 
 @cache
 def base(kind: str) -> nn.Module:
-    """transformers' model; copy it before changing it."""
+    """Return transformers' model, which callers copy before they change it."""
     sizes = {"num_hidden_layers": 2, "intermediate_size": 128}
     return oracle(**sizes | KINDS[kind])
 
@@ -153,7 +156,10 @@ def close(a: nn.Module, b: nn.Module) -> None:
 
 
 def adapted(model: nn.Module, kind: str, feature: str) -> nn.Module | None:
-    """`model` with the feature's adapter, moved as if trained; None, after checking the error, if it is refused."""
+    """Return `model` with the feature's adapter, changed as if trained.
+
+    If the feature is refused, check the error and return None.
+    """
     given, refusals = FEATURES[feature]
     before = logits(model)
     for message in (refusals[trait] for trait in traits(kind) & refusals.keys()):
@@ -162,7 +168,7 @@ def adapted(model: nn.Module, kind: str, feature: str) -> nn.Module | None:
         assert torch.equal(logits(model), before) and not ml.list_adapters(model)
         return None
     ml.inject(model, ml.LoRAConfig(**given))
-    assert (logits(move(model)) - before).abs().max() > 1e-2  # there is something to lose
+    assert (logits(move(model)) - before).abs().max() > 1e-2  # the adapter has an effect
     return model
 
 
@@ -175,14 +181,17 @@ def move(model: nn.Module) -> nn.Module:
 
 
 def in_file(folder: Path) -> dict[str, Tensor]:
-    """An adapter's tensors, without the base's weight that PEFT copies into the file of a targeted head."""
+    """Return an adapter's tensors, without the base weight that PEFT stores for a targeted head."""
     tensors = load_file(folder / WEIGHTS_FILE)
     return {key: value for key, value in tensors.items() if not key.endswith(".base_layer.weight")}
 
 
 @pytest.fixture(scope="module")
 def in_4_bits(tmp_path_factory) -> Callable[[str], tuple[nn.Module, nn.Module]]:
-    """A family's NF4 folder that we wrote, loaded by us and by transformers with bitsandbytes; copy before use."""
+    """Return a function that loads a family's NF4 folder, written by us, here and in transformers.
+
+    Callers copy the two models before use.
+    """
 
     @cache
     def make(kind: str) -> tuple[nn.Module, nn.Module]:
@@ -206,14 +215,20 @@ def theirs(folder: Path, **options: Any) -> nn.Module:
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """In eval mode bitsandbytes' CPU kernel rounds the scales to bf16, for good."""
+    """Return `model` in eval mode, except for its 4-bit layers.
+
+    In eval mode, bitsandbytes' CPU kernel permanently rounds their scales to bf16.
+    """
     for module in model.eval().modules():
         module.training = isinstance(module, Linear4bit)
     return model
 
 
 def saved(model: nn.Module, path: Path, format: str) -> bool:
-    """Write `model` merged; False, after checking the error, if its family has no place in the format."""
+    """Write `model` merged and return True.
+
+    If the format does not support the model, check the error and return False.
+    """
     config, message = model.config, None
     if config.model_type != "llama" and any(
         "lora_B.bias" in key for key in ml.adapter_state_dict(model)
@@ -243,9 +258,8 @@ def test_peft(kind, feature, tmp_path):
     ml.save_adapter(ours, tmp_path / "ours")
     close(PeftModel.from_pretrained(copy.deepcopy(base(kind)), str(tmp_path / "ours")).eval(), ours)
     given = dict(FEATURES[feature][0])
-    given["ensure_weight_tying"] = (
-        given.pop("tie", None) == "shared"
-    )  # PEFT's word for it; untied it has none
+    # PEFT's field for tie="shared"; it has no field for tie="untie".
+    given["ensure_weight_tying"] = given.pop("tie", None) == "shared"
     made = get_peft_model(copy.deepcopy(base(kind)), LoraConfig(task_type="CAUSAL_LM", **given))
     move(made).eval().save_pretrained(str(tmp_path / "theirs"))
     again = twin(base(kind))
@@ -253,7 +267,7 @@ def test_peft(kind, feature, tmp_path):
     close(again, made)
     ml.save_adapter(again, tmp_path / "again")
     mine, first, last = (in_file(tmp_path / name) for name in ("ours", "theirs", "again"))
-    assert mine.keys() == first.keys() == last.keys()  # what trains here is what trains there
+    assert mine.keys() == first.keys() == last.keys()  # the same tensors train
     assert all(
         first[key].dtype == last[key].dtype and torch.equal(first[key], last[key]) for key in first
     )
@@ -295,16 +309,18 @@ def test_gguf(kind, feature, tmp_path):
     expected = merged.state_dict()
     assert again.state_dict().keys() >= expected.keys()
     for name, value in again.state_dict().items():
-        assert torch.equal(value, expected.get(name, torch.zeros_like(value))), (
-            name
-        )  # a bias for one is one for all
+        # If one layer has a bias, all have one.
+        assert torch.equal(value, expected.get(name, torch.zeros_like(value))), name
     assert torch.equal(logits(again), logits(merged))
 
 
 @kinds
 def test_a_4_bit_base(kind, tmp_path, in_4_bits):
-    """Read: every bit, both ways. Quantised by each for itself: equal codes, 8-bit scales one step apart at most."""
-    dense = copy.deepcopy(base(kind)).bfloat16()  # of fp32 sources bitsandbytes promises less
+    """Each library reads the other's folder bit for bit.
+
+    If each quantises the base itself, codes are equal and 8-bit scales differ by at most one step.
+    """
+    dense = copy.deepcopy(base(kind)).bfloat16()  # bitsandbytes is less exact for fp32 sources
     dense.save_pretrained(tmp_path / "dense")
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -331,7 +347,7 @@ def test_a_4_bit_base(kind, tmp_path, in_4_bits):
         assert (a["weight.absmax"].int() - b["weight.absmax"].int()).abs().max() <= 1
 
 
-# ---- property: nothing is left out
+# ---- property: the tables are complete
 
 
 def test_every_family_has_a_row():

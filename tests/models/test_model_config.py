@@ -1,8 +1,8 @@
-"""Proves that config.json is read as transformers reads it, written so that it reads the same, never half understood.
+"""Tests of reading and writing config.json as transformers does.
 
 Oracle: the config classes of transformers, in the spelling of versions 4 and 5. Round trip: to_hf
 and back, and through transformers. Errors: another architecture, a quantised checkpoint,
-contradictions, and every field that would change the result and is not known.
+contradictions, and every unknown field that would change the result.
 """
 
 import json
@@ -19,7 +19,7 @@ from minilora.models.config import FAMILIES, FULL, SLIDING, DecoderConfig
 from minilora.models.rope_config import Rope, frequencies
 
 # config.json as published: Llama 3.2 1B (transformers 4 spelling) and SmolLM2, with fields that
-# mean nothing here.
+# have no effect here.
 LLAMA_32 = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -165,7 +165,7 @@ BASE = {"model_type": "llama", **SIZES}
 # ---- oracle: transformers
 
 
-def test_published_configs():
+def test_published_configs_are_read():
     llama = DecoderConfig.from_hf(LLAMA_32)
     assert llama.rope == Rope(500000.0, "llama3", 32.0, 1.0, 4.0, 8192)
     assert (llama.eos_token_id, llama.dtype, llama.tie_word_embeddings) == (
@@ -199,7 +199,10 @@ def test_published_configs():
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_transformers_5_spelling_and_defaults(model_type):
-    """What transformers writes, in full and as differences; and what it fills in for a file that says little."""
+    """A config of transformers is read in full and as differences.
+
+    A file with few fields gets the defaults of transformers.
+    """
     rope = {"rope_type": "default", "rope_theta": 7.0}
     kinds = {FULL: rope, SLIDING: rope | {"rope_theta": 5.0}}
     gemma = FAMILIES[model_type].gemma
@@ -235,12 +238,13 @@ def test_transformers_5_spelling_and_defaults(model_type):
     if gemma:
         for kind in (FULL, SLIDING):
             assert ours.rope_of(kind).theta == theirs.rope_parameters[kind]["rope_theta"]
-        return  # its class takes no null
+        return  # its class accepts no null
+    # null differs from an absent field.
     nothing = {
         "num_key_value_heads": None,
         "head_dim": None,
         "sliding_window": None,
-    }  # null is not absent
+    }
     ours = DecoderConfig.from_hf({"model_type": model_type, **little, **nothing})
     assert (ours.num_key_value_heads, ours.head_dim, ours.sliding_window) == (32, 2, None)
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
@@ -352,9 +356,8 @@ def test_written_config_means_the_same_to_transformers(tmp_path, source):
     again = DecoderConfig.from_hf(json.loads(theirs.to_json_string()))
     assert again == ours
     assert theirs.architectures == [AutoModelForCausalLM._model_mapping[type(theirs)].__name__]
-    written = {
-        name: value for name, value in ours.to_hf().items() if name != "layer_types"
-    }  # as before transformers 4.53
+    # transformers before 4.53 does not write layer_types.
+    written = {name: value for name, value in ours.to_hf().items() if name != "layer_types"}
     assert DecoderConfig.from_hf(written) == ours
 
 
@@ -370,7 +373,7 @@ def test_harmless_fields_are_kept():
 @pytest.mark.parametrize(
     "change", [{"model_type": "gpt2"}, {"model_type": None}, {"architectures": ["Other"]}]
 )
-def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
+def test_unknown_architecture_lists_the_known_ones_and_the_remedy(change):
     with pytest.raises(ValueError, match=r"llama \(LlamaForCausalLM\), mistral .*ml\.inject"):
         DecoderConfig.from_hf(BASE | change)
 
@@ -449,7 +452,7 @@ def test_unknown_architecture_says_what_is_known_and_what_to_do(change):
         ({"head_dim": 15}, "odd"),
     ],
 )
-def test_what_is_not_understood_raises(change, message):
+def test_unknown_or_contradicting_fields_raise(change, message):
     with pytest.raises(ValueError, match=message):
         DecoderConfig.from_hf(BASE | change)
 
@@ -468,5 +471,5 @@ def test_what_is_not_understood_raises(change, message):
         {"temperature": 0.6},
     ],
 )
-def test_what_changes_nothing_passes(change):
+def test_fields_without_effect_are_accepted(change):
     assert DecoderConfig.from_hf(BASE | change) == DecoderConfig.from_hf(BASE)

@@ -1,8 +1,8 @@
-"""Proves that a saved model is the model: transformers loads it with equal logits, and so do we.
+"""Tests of save_model: transformers and minilora load the folder with equal logits.
 
-Oracle: AutoModelForCausalLM on the saved folder. Property: saving and loading gives every tensor
-back, in one file or many; merging while saving equals ml.merge. Errors: what a plain checkpoint
-cannot hold, and crashes half way.
+Oracle: AutoModelForCausalLM on the saved folder. Property: saving and loading returns every tensor,
+in one file or many; merging while saving equals ml.merge. Errors: models that a plain checkpoint
+cannot hold, and crashes in the middle.
 """
 
 import json
@@ -24,7 +24,7 @@ from minilora.models.save import save_model
 
 
 def adapted(model: nn.Module, targets="all-linear", seed: int = 0) -> nn.Module:
-    """`model` with a LoRA whose B is not zero."""
+    """Return `model` with a LoRA adapter whose B is not zero."""
     ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=8, target_modules=targets), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -81,8 +81,11 @@ def test_merged_model_equals_the_adapted_one(tmp_path, quantised):
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense base", "4-bit base"])
-def test_parts_that_trained_in_fp32_are_saved_as_they_were(tmp_path, quantised):
-    """A head, an embedding and, beside 4 bits, biases: in the file of a bf16 model they are bf16, as in ml.merge."""
+def test_parts_trained_in_fp32_are_saved_in_the_models_dtype(tmp_path, quantised):
+    """A head, an embedding and, with 4 bits, biases of a bf16 model are saved in bf16.
+
+    ml.merge does the same.
+    """
     model = twin(oracle(attention_bias=True)).bfloat16()
     if quantised:
         ml.quantize_model(model)
@@ -104,7 +107,7 @@ def test_parts_that_trained_in_fp32_are_saved_as_they_were(tmp_path, quantised):
 
 
 def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
-    """The merged head is not the embedding any more; PEFT's merge changes both."""
+    """The merged head differs from the embedding; PEFT's merge changes both."""
     from peft import LoraConfig, get_peft_model
 
     tied = oracle(tie_word_embeddings=True)
@@ -118,7 +121,7 @@ def test_an_adapter_on_a_tied_head_unties_it(tmp_path):
     model.lm_head.adapters["default"].lora_B.data.fill_(0.1)
     save_model(model, tmp_path, merge=True)
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
-    save_model(ml.merge(model), tmp_path / "merged")  # whose head is a plain layer of its own
+    save_model(ml.merge(model), tmp_path / "merged")  # its head is a separate plain layer
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (
         tmp_path / "model.safetensors"
     ).read_bytes()
@@ -164,13 +167,12 @@ def test_smollm2_saved_and_loaded_by_transformers(smollm2, tmp_path):
 # ---- the files
 
 
-def test_files_are_readable_aligned_and_say_their_format(tmp_path):
-    """Tensors of two dtypes, a shard each of any size: fp32 first, so that each starts at a multiple of its items."""
+def test_files_are_readable_and_aligned_and_name_their_format(tmp_path):
+    """In a shard of two dtypes, fp32 comes first: offsets of tensors are multiples of their item."""
     model = twin(oracle())
     model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.bfloat16()
-    model.model.layers[0].input_layernorm.weight.data = torch.ones(
-        63
-    ).bfloat16()  # an odd number of odd items
+    # An odd number of 2-byte items.
+    model.model.layers[0].input_layernorm.weight.data = torch.ones(63).bfloat16()
     save_model(model, tmp_path)
     raw = (tmp_path / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
@@ -197,8 +199,8 @@ def test_shards_respect_their_size_and_the_index(tmp_path):
     assert all(path.stat().st_size < 70_000 for path in files)
 
 
-def test_saving_again_removes_what_was_there(tmp_path):
-    """Otherwise a reader would find two models: the old file beside the new index, or the other way round."""
+def test_saving_again_removes_the_old_files(tmp_path):
+    """Otherwise a folder would hold two models: an old file with a new index, or the reverse."""
     first, second = twin(oracle(seed=1)), twin(oracle(seed=2))
     (tmp_path / "README.md").write_text("mine")
     for model, shard_bytes in ((first, 10**9), (second, 60_000), (first, 90_000), (second, 10**9)):
@@ -214,7 +216,7 @@ def test_saving_again_removes_what_was_there(tmp_path):
     ]
 
 
-def test_tokenizer_is_saved_beside(tmp_path):
+def test_the_tokenizer_is_saved_with_the_model(tmp_path):
     class Tokenizer:
         def save_pretrained(self, folder):
             (Path(folder) / "tokenizer.json").write_text("{}")
@@ -243,7 +245,7 @@ def test_a_crash_half_way_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_one_tensor_at_a_time(tmp_path, monkeypatch):
-    """A layer is made dense when its turn comes, and is gone before the next one."""
+    """A layer is made dense when it is written, and is freed before the next one."""
     alive, made = [], []
 
     def watch(layer):
@@ -268,7 +270,7 @@ def fails(model: nn.Module, folder: Path, message: str, **arguments) -> None:
     assert not [path for path in folder.glob("*") if path.is_file()]
 
 
-def test_what_a_plain_checkpoint_cannot_hold(tmp_path):
+def test_models_that_a_plain_checkpoint_cannot_hold_raise(tmp_path):
     model = adapted(twin(oracle()))
     fails(
         model, tmp_path, r"21 layers with adapters \(first model.layers.0.*merge=True.*save_adapter"
@@ -291,7 +293,7 @@ def test_what_a_plain_checkpoint_cannot_hold(tmp_path):
     assert not (tmp_path / "adapter" / "config.json").exists()
 
 
-def test_values_that_are_not_finite_or_leave_the_range(tmp_path):
+def test_values_that_are_not_finite_or_out_of_range_raise(tmp_path):
     model = twin(oracle())
     model.model.norm.weight.data[0] = 70000.0
     fails(

@@ -1,7 +1,7 @@
-"""Proves on a real model what test_matrix.py proves on tiny ones: trained by minilora, SmolLM2 is the same elsewhere.
+"""Tests that SmolLM2, trained by minilora, gives the same results in other libraries.
 
-Oracles: transformers on merged weights in fp32 and bf16, PEFT on the adapter, bitsandbytes on the
-4-bit folder.
+test_matrix.py tests the same on tiny models. Oracles: transformers on merged weights in fp32 and
+bf16, PEFT on the adapter, bitsandbytes on the 4-bit folder.
 """
 
 import pytest
@@ -18,7 +18,10 @@ ROUNDING = 2e-5  # × the largest logit: 30 layers of fp32 sums in another order
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A few steps of LoRA: the base, the adapter and the merged model as folders; tokens; the adapted logits."""
+    """Train LoRA for a few steps; return the folder of the models, the tokens and the logits.
+
+    The folder has the base, the adapter and the merged models.
+    """
     source, folder = ml.samples.smollm2(), tmp_path_factory.mktemp("smollm2")
     model, tokenizer = ml.load_model(source, dtype="float32"), ml.load_tokenizer(source)
     ml.save_model(model, folder / "base")
@@ -35,7 +38,7 @@ def folders(tmp_path_factory):
     for dtype in (torch.float32, torch.bfloat16):
         ml.save_model(model, folder / str(dtype), merge=True, dtype=dtype)
     expected = logits(model, ids)
-    assert (expected - before).abs().max() > 0.1  # there is something to lose
+    assert (expected - before).abs().max() > 0.1  # the adapter has an effect
     return folder, ids, expected
 
 
@@ -56,15 +59,16 @@ def same(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 
-def test_merged_in_fp32(folders):
+def test_merged_in_fp32_gives_the_logits_of_transformers(folders):
     folder, ids, expected = folders
     same(logits(theirs(folder / "torch.float32", torch.float32), ids), expected)
 
 
-def test_merged_in_bf16_is_one_model_to_both(folders, monkeypatch):
-    """To the bit on torch's own steps, which transformers has; compiled ones sum in another order.
+def test_merged_in_bf16_gives_the_logits_of_transformers(folders, monkeypatch):
+    """Logits are equal bit for bit with torch's own steps, which transformers uses.
 
-    16 tokens: on a CPU without bf16 its products take many times as long as those of fp32.
+    Compiled steps sum in another order. The test uses 16 tokens: on a CPU without bf16, products in
+    bf16 take many times as long as those in fp32.
     """
     monkeypatch.setenv("MINILORA_STEPS", "torch")
     folder, ids, _ = folders
@@ -74,7 +78,7 @@ def test_merged_in_bf16_is_one_model_to_both(folders, monkeypatch):
     assert torch.equal(logits(other, ids), logits(ours, ids))
 
 
-def test_the_adapter_in_peft(folders):
+def test_the_adapter_gives_the_same_logits_in_peft(folders):
     from peft import PeftModel
 
     folder, ids, expected = folders
@@ -87,7 +91,7 @@ def test_the_adapter_in_peft(folders):
     )
 
 
-def test_4_bits_are_bitsandbytes(folders):
+def test_4_bit_weights_equal_those_of_bitsandbytes(folders):
     from bitsandbytes.functional import dequantize_4bit
 
     folder, _, _ = folders
