@@ -168,7 +168,7 @@ def test_smollm2_saved_and_loaded_by_transformers(smollm2, tmp_path):
 
 
 def test_files_are_readable_and_aligned_and_name_their_format(tmp_path):
-    """In a shard of two dtypes, fp32 comes first: offsets of tensors are multiples of their item."""
+    """In a shard of two dtypes, fp32 comes first: each offset is a multiple of the item size."""
     model = twin(oracle())
     model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.bfloat16()
     # An odd number of 2-byte items.
