@@ -56,7 +56,7 @@ BRANCH = (
     "LDG.E R4, [R2.64]",  # 40: the long side
     "LDG.E R5, [R2.64+0x4]",
     "IADD3 R4, R4, R5, RZ",
-    "BRA 0x20",  # 70: a jump back that makes no loop
+    "BRA 0x20",  # 70: a jump back, but not a loop
 )
 NESTED = (
     "S2R R0, SR_TID.X",  # 00

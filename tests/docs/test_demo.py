@@ -14,7 +14,8 @@ import torch
 
 from helpers.source import ROOT, text
 
-# Two runs of 500 test rows, each ± 0.04: another machine adds bf16 numbers in another order.
+# Two runs on 500 test rows differ by at most this. Each has an interval of ± 0.04, and another
+# machine adds bf16 numbers in another order.
 TWICE_THE_INTERVAL = 0.08
 # Time limit without bf16 hardware. With it the demo takes at most 300 s on an idle machine, but CI
 # machines are shared.

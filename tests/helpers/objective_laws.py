@@ -60,10 +60,11 @@ def check_splits(model: Any, objective: Objective, rows: list) -> None:
     assert total > 0
     for other, gradients in others:
         assert other == pytest.approx(numbers, rel=1e-5)
+        # The micro-batches are summed in fp32 in another order.
         assert (
             math.sqrt(sum((gradients[k] - g).norm().item() ** 2 for k, g in whole.items()))
             < 1e-5 * total
-        )  # fp32
+        )
 
 
 def check_eval_batches(model: Any, objective: Objective, rows: list) -> None:

@@ -37,7 +37,7 @@ from minilora_kernels.triton import (
 )
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-# No complete word of codes, incomplete last words, blocks and programs.
+# Some sizes have no complete word of codes, others end in an incomplete word, block or program.
 SIZES = [
     0,
     1,
@@ -83,9 +83,8 @@ def test_quantize_of_ties_and_their_neighbours(quantize):
     up = torch.full_like(t, torch.inf)
     near = torch.cat([t, torch.nextafter(t, up), torch.nextafter(t, -up)])  # (45,)
     for scale in (1.0, 0.75, 3.1e-5, 1.7e38, 2.0**-126):
-        x = torch.cat(
-            [torch.tensor([scale]), near * scale, -near * scale]
-        )  # (91,): blocks of 64 and 27
+        # (91,): blocks of 64 and 27 values
+        x = torch.cat([torch.tensor([scale]), near * scale, -near * scale])
         for got, expected in zip(quantize(x, 64), reference.quantize(x, 64), strict=True):
             assert torch.equal(got, expected), scale
 

@@ -23,11 +23,9 @@ from minilora_kernels.triton import rms_norm as norm_kernels
 from minilora_kernels.triton import swiglu as gate_kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Values of a program of the norm in these tests; rows of a strip over which dw is summed.
-VALUES, STRIP = (
-    256,
-    norm_kernels.STEPS * 16,
-)
+# VALUES is the number of values per program of the norm in these tests. A strip is the number of
+# rows over which one program sums dw.
+VALUES, STRIP = (256, norm_kernels.STEPS * 16)
 UNIT = 2.0**-24  # half an ulp of fp32
 
 
