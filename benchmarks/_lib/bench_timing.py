@@ -1,13 +1,15 @@
-"""What kernel_bench.py needs to time a call: real layers' shapes, clocks that the cache cannot fool.
+"""Layer shapes, clocks and buffers with which kernel_bench.py times calls.
 
     clock = GpuClock(torch.device("cuda"))
-    times = measure(clock, {"ours": lambda turn: ..., "theirs": lambda turn: ...}, rounds=21)    # us, a list for each
+    calls = {"ours": lambda turn: ..., "theirs": lambda turn: ...}
+    times = measure(clock, calls, rounds=21)    # microseconds, a list for each call
 
-A call gets the number of its turn and takes that turn's buffers: there are enough that together
-they exceed three times the L2 cache, or as many as a batch has calls, since a copy of four times
-the L2 runs before each batch. The copy also keeps the GPU busy while the host queues the batch, so
-that Python's time to launch a kernel is not measured. What a batch on a small layer writes may
-still sit in the L2 at its end: such a layer can come out faster than memory.
+The L2 cache must not make a call look faster than the memory is. A call therefore receives the
+number of its turn and uses the buffers of that turn. Together the buffers exceed three times the L2
+cache, or there is one buffer for each call of a batch: a copy of four times the L2 cache runs
+before each batch. The copy also keeps the GPU busy while the host queues the batch, so the time
+that Python needs to launch a kernel is not measured. The results that a batch writes for a small
+layer may still be in the L2 cache when the batch ends; such a layer can appear faster than memory.
 """
 
 import math
@@ -26,7 +28,7 @@ COPIED = 256 << 20  # bytes to copy at least: long enough that starting the copy
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a decoder's linear layers measure, as in config.json on the Hugging Face Hub."""
+    """Sizes of a decoder's linear layers, from config.json on the Hugging Face Hub."""
 
     hidden: int  # hidden_size
     intermediate: int  # intermediate_size
@@ -40,21 +42,24 @@ MODELS = {
     "Mistral-7B": Sizes(4096, 14336, 32, 8, 128),  # mistralai/Mistral-7B-v0.1
     "Qwen2.5-7B": Sizes(3584, 18944, 28, 4, 128),  # Qwen/Qwen2.5-7B
     "SmolLM2-135M": Sizes(576, 1536, 9, 3, 64),  # HuggingFaceTB/SmolLM2-135M
-    "tiny": Sizes(64, 192, 2, 1, 32),  # nobody's: to try the script out on a CPU
+    "tiny": Sizes(64, 192, 2, 1, 32),  # invented, to try the script on a CPU
 }
 
 
 def layers(model: str) -> list[tuple[int, int]]:
-    """(out, in) of a model's distinct linear layers; the output layer stays dense in QLoRA and is not among them.
+    """Return (out, in) of each distinct linear layer of a model.
 
-    Raises ValueError for a model that MODELS does not have.
+    The output layer is left out, because it stays dense in QLoRA. Raises ValueError for a model
+    that is not in MODELS.
     """
     if model not in MODELS:
         raise ValueError(
-            f"models: expected names out of {', '.join(MODELS)}, got {model!r}; or add its sizes there"
+            f"models: expected names from {', '.join(MODELS)}, got {model!r}; "
+            "add the sizes of another model to MODELS"
         )
     m = MODELS[model]
-    queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    queries = m.heads * m.head_dim
+    keys = m.kv_heads * m.head_dim
     every = [
         (queries, m.hidden),  # q_proj
         (keys, m.hidden),  # k_proj, v_proj
@@ -66,7 +71,7 @@ def layers(model: str) -> list[tuple[int, int]]:
 
 
 def shapes_of(models: Sequence[str]) -> dict[tuple[int, int], list[str]]:
-    """Shape -> the models that have it: Llama-3-8B and Mistral-7B share all of theirs."""
+    """Map each shape to its models. Llama-3-8B and Mistral-7B have the same shapes."""
     found: dict[tuple[int, int], list[str]] = {}
     for model in models:
         for shape in layers(model):
@@ -75,22 +80,25 @@ def shapes_of(models: Sequence[str]) -> dict[tuple[int, int], list[str]]:
 
 
 class Clock(Protocol):
-    """Times batches of calls on one device."""
+    """A clock that times batches of calls on one device."""
 
-    cache: int  # bytes that its last cache may hold
-    turns: int  # calls of a batch
+    cache: int  # size of the last cache in bytes
+    turns: int  # calls in a batch
 
     def batch(self, call: Call, first: int) -> float:
-        """Microseconds of a call, the mean of call(first), call(first + 1) ... `turns` of them."""
+        """Return the microseconds of one call: the mean of `turns` calls.
+
+        The calls are call(first), call(first + 1) and so on.
+        """
         ...
 
     def copy(self, turn: int) -> int:
-        """Copy a large buffer; the bytes read and written."""
+        """Copy a large buffer; return the bytes read and written."""
         ...
 
 
 class CpuClock:
-    """perf_counter, to try a script out: caches are left warm."""
+    """A clock on perf_counter, to try a script. Caches stay warm."""
 
     cache, turns = 0, 2
 
@@ -109,16 +117,15 @@ class CpuClock:
 
 
 class GpuClock:
-    """The GPU's own events, on CUDA and on ROCm."""
+    """A clock on the GPU's own events, for CUDA and ROCm."""
 
     turns = 16  # few enough that the GPU's queue of launches holds them all
 
     def __init__(self, device: torch.device) -> None:
         self.cache = torch.cuda.get_device_properties(device).L2_cache_size
         if torch.version.hip:
-            self.cache = max(
-                self.cache, 256 << 20
-            )  # AMD's Infinity Cache behind the L2 is not reported
+            # PyTorch does not report AMD's Infinity Cache, which comes after the L2 cache.
+            self.cache = max(self.cache, 256 << 20)
         size = max(2 * self.cache, COPIED)
         self._source, self._target = torch.zeros(2, size, dtype=torch.uint8, device=device)
         self._copy_us = math.inf
@@ -131,17 +138,18 @@ class GpuClock:
     def batch(self, call: Call, first: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for turn in range(
-            first, first + self.turns
-        ):  # untimed: how long does the host take to queue them?
+        # An untimed batch shows how long the host takes to queue it.
+        for turn in range(first, first + self.turns):
             call(turn)
         host_us = (time.perf_counter() - start) * 1e6
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(1 + math.ceil(1.5 * host_us / self._copy_us)):
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        copies = 1 + math.ceil(1.5 * host_us / self._copy_us)
+        for _ in range(copies):
             self.copy(0)
-        self._source.view(
-            torch.int64
-        ).amax()  # reads twice the cache: what the copies wrote leaves it before, not within
+        # A read of twice the cache: the data of the copies leaves the cache before the timing
+        # starts, not during it.
+        self._source.view(torch.int64).amax()
         before.record()
         for turn in range(first, first + self.turns):
             call(turn)
@@ -151,7 +159,7 @@ class GpuClock:
 
 
 def measure(clock: Clock, calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each call, `rounds` batches of each, in turns, after one round to warm up."""
+    """Return microseconds of each call: `rounds` batches in turns, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round in range(rounds + 1):
         for name, call in calls.items():
@@ -162,29 +170,28 @@ def measure(clock: Clock, calls: Mapping[str, Call], rounds: int) -> dict[str, l
 
 
 def copy_gb_per_s(clock: Clock, rounds: int) -> float:
-    """10^9 bytes a second, read and written, of copying a large buffer: what the memory really gives."""
-    return (
-        clock.copy(0)
-        / statistics.median(measure(clock, {"copy": clock.copy}, rounds)["copy"])
-        / 1e3
-    )
+    """Return the bandwidth of copying a large buffer: 10^9 bytes a second, read and written."""
+    microseconds = measure(clock, {"copy": clock.copy}, rounds)["copy"]
+    return clock.copy(0) / statistics.median(microseconds) / 1e3
 
 
 def buffers(bytes_of_one: int, clock: Clock) -> int:
-    """How many buffers of this size to take in turn, see above."""
+    """Return the number of buffers of this size to use in turn: see the module's docstring."""
     return max(2, min(clock.turns, math.ceil(3 * clock.cache / bytes_of_one)))
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """What the figures belong to: the device and the versions."""
+    """Return the device and the versions of the packages."""
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
-        found: dict[str, Any] = {"device": p.name, "sms": p.multi_processor_count}
-        found |= {
+        found: dict[str, Any] = {
+            "device": p.name,
+            "sms": p.multi_processor_count,
             "l2_mib": round(p.L2_cache_size / 2**20, 1),
             "memory_gib": round(p.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "rocm": torch.version.hip,
         }
-        found |= {"cuda": torch.version.cuda, "rocm": torch.version.hip}
     else:
         found = {
             "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}",

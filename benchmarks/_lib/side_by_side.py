@@ -1,17 +1,18 @@
-"""What the benchmarks against peers share: contenders in processes of their own, taking turns, and what they cost.
+"""Tools of the benchmarks against other libraries: processes that take turns, and their costs.
 
     a, b = Contender("a", [__file__, "--side", "a"]), Contender("b", [__file__, "--side", "b"])
-    found = take_turns({"a": a, "b": b}, rounds=5)        # name -> what each of its answers said
-    report("seconds a step", found, "seconds", own="a")   # medians, min-max, ratios of the same round
+    found = take_turns({"a": a, "b": b}, rounds=5)        # name -> its answers
+    report("seconds a step", found, "seconds", own="a")   # medians, min-max, ratios in each round
 
-A contender is a Python program that calls `serve`. It stays alive between its turns and sleeps
-meanwhile, so nothing of one side is in the other's memory, and a machine that is slower for a
-minute is so for both: only ratios within one round are compared. Its memory is read from outside
-(Linux), every 10 ms while it works: resident at the peak, and anonymous, which leaves out the pages
-of mapped files, as they can be dropped at any time.
+A contender is a Python program that calls `serve`. It stays alive and sleeps between its turns, so
+one side keeps nothing in the memory of the other. If the machine is slower for a minute, it is
+slower for both sides: only ratios within one round are compared. The memory of a contender is read
+from outside (Linux), every 10 ms while it works: the peak of its resident memory and of its
+anonymous memory. Anonymous memory leaves out the pages of mapped files, because the system can drop
+them at any time.
 
-All sides of a benchmark compute in one dtype. `--dtype auto` takes the one that this hardware is
-fast in, by the rule of `load_model`, because an emulated dtype takes many times as long.
+All sides of a benchmark compute in one dtype. `--dtype auto` selects the dtype that is fast on this
+hardware, by the rule of `load_model`, because an emulated dtype takes many times as long.
 """
 
 import argparse
@@ -32,31 +33,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch  # at run time it is imported late: bench_load.py counts the seconds of an import
+    import torch  # at run time it is imported in functions: bench_load.py times the import
 
 PEERS = ("transformers", "peft", "bitsandbytes", "accelerate")
-DTYPES = ("auto", "bfloat16", "float32")  # that a benchmark computes a model in
-PROMPT = "> "  # before each answer; whatever else a library prints goes to stderr
+DTYPES = ("auto", "bfloat16", "float32")  # in which a benchmark can compute a model
+PROMPT = "> "  # before each answer; other output of a library goes to stderr
 TINY = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
-# ---- the contender's half
+# ---- in the process of a contender
 
 
 def serve(step: Callable[[], dict[str, Any]], **ready: Any) -> None:
-    """Answer that everything is loaded, then do a step for each line that comes and answer with what it returns."""
+    """Answer when everything is loaded; then answer each input line with the result of a step."""
     print(PROMPT + json.dumps(ready), flush=True)
     for _ in sys.stdin:
         print(PROMPT + json.dumps(step()), flush=True)
 
 
-# ---- the judge's half
+# ---- in the process that compares
 
 
 class Contender:
-    """A process that answers. `resident`, `anonymous`: its bytes at the peak so far; `now`: its anonymous ones at the
-    last look. All are 0 where they cannot be known."""
+    """A process that answers.
+
+    `resident` and `anonymous` are its peaks so far in bytes; `now` is its anonymous memory at the
+    last reading. All three are 0 where they cannot be read.
+    """
 
     def __init__(
         self, name: str, command: Sequence[object], env: Mapping[str, str] | None = None
@@ -73,19 +77,18 @@ class Contender:
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self.ready = self._answer()
-        self.ready["start_seconds"] = (
-            time.perf_counter() - self._begun
-        )  # from nothing to its first answer
+        # from the start of the process to its first answer
+        self.ready["start_seconds"] = time.perf_counter() - self._begun
 
     def step(self) -> dict[str, Any]:
-        """Let it work once; its answer, and the memory so far."""
+        """Run one step; return its answer and the memory so far."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
-        """End it, and wait until its memory is free."""
+        """End the process and wait until its memory is free."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         self._process.wait()
@@ -113,7 +116,8 @@ class Contender:
         return json.loads(line) | {"resident": self.resident, "anonymous": self.anonymous}
 
     def _watch(self) -> None:
-        if not (found := memory(self._process.pid)):
+        found = memory(self._process.pid)
+        if not found:
             return
         self.resident = max(self.resident, found.get("VmHWM", 0))
         self.now = found.get("RssAnon", 0)
@@ -121,21 +125,22 @@ class Contender:
 
 
 def memory(process: int) -> dict[str, int]:
-    """Bytes of a process: the most that was resident (VmHWM), and what is anonymous now (RssAnon); {} without Linux."""
+    """Return peak resident (VmHWM) and present anonymous (RssAnon) bytes; {} without Linux."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
-    except OSError:  # or it has just ended
+    except OSError:  # no Linux, or the process has just ended
         return {}
-    return {
-        name: int(kb) * 1024
-        for name, kb in re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)
-    }
+    lines = re.findall(r"^(VmHWM|RssAnon):\s+(\d+) kB", status, re.M)
+    return {name: int(kilobytes) * 1024 for name, kilobytes in lines}
 
 
 def take_turns(
     contenders: Mapping[str, Any], rounds: int, warm_up: int = 2
 ) -> dict[str, list[dict[str, Any]]]:
-    """Name -> the answers of `rounds` rounds, after some that are not counted; every other round goes backwards."""
+    """Return the answers of each contender in `rounds` rounds, after the rounds to warm up.
+
+    Every other round runs in reverse order.
+    """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(warm_up + rounds):
@@ -146,95 +151,106 @@ def take_turns(
     return found
 
 
-def check_close(what: str, values: Mapping[str, float], tolerance: float) -> None:
-    """SystemExit unless all contenders found the same, so that no time is compared of work that is not."""
+def check_close(label: str, values: Mapping[str, float], tolerance: float) -> None:
+    """Raise SystemExit unless all contenders have the same value, so that equal work is timed."""
     first = next(iter(values.values()))
-    if not all(
-        abs(value - first) <= tolerance * abs(first) for value in values.values()
-    ):  # NaN is close to nothing
+    limit = tolerance * abs(first)
+    # With NaN this comparison is false.
+    if not all(abs(value - first) <= limit for value in values.values()):
         raise SystemExit(
-            f"{what}: the contenders do not do the same work: {values}, tolerance {tolerance:.1%}"
+            f"{label}: the contenders do not do the same work: {values}, tolerance {tolerance:.1%}"
         )
-    print(f"{what}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    print(f"{label}: {shown}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest."""
-    rounded = [
-        float(f"{value:.5g}") for value in (statistics.median(values), min(values), max(values))
-    ]
-    return dict(zip(("median", "min", "max"), rounded, strict=True))
+    """Return median, minimum and maximum, rounded to five digits."""
+    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
 
 def ratios(
     found: Mapping[str, Sequence[Mapping[str, Any]]], key: str, own: str
 ) -> dict[str, dict[str, float]]:
-    """Each other contender's figure over that of `own` in the same round."""
-    return {
-        name: spread(
-            [other[key] / mine[key] for other, mine in zip(answers, found[own], strict=True)]
-        )
-        for name, answers in found.items()
-        if name != own
-    }
+    """Return each other contender's figure divided by that of `own` in the same round."""
+    compared: dict[str, dict[str, float]] = {}
+    for name, answers in found.items():
+        if name != own:
+            pairs = zip(answers, found[own], strict=True)
+            compared[name] = spread([other[key] / mine[key] for other, mine in pairs])
+    return compared
 
 
 def report(
     title: str, found: Mapping[str, Sequence[Mapping[str, Any]]], key: str, own: str
 ) -> dict[str, Any]:
-    """Print a table of `key`, with the ratio of others to `own` (above 1: own is better where less is); its figures."""
+    """Print a table of `key` with the ratio of the others to `own`; return its figures.
+
+    Where less is better, a ratio above 1 means that `own` is better.
+    """
     compared = ratios(found, key, own)
-    print(
-        f"\n{title}\n{'':22}{'median':>10}{'min':>9}{'max':>9}{f'/ {own}':>14}{'min-max':>15}{'RSS MB':>9}{'anon':>8}"
-    )
+    print(f"\n{title}")
+    print(f"{'':22}{'median':>10}{'min':>9}{'max':>9}", end="")
+    print(f"{f'/ {own}':>14}{'min-max':>15}{'RSS MB':>9}{'anon':>8}")
     rows: dict[str, Any] = {}
     for name, answers in found.items():
-        rows[name] = {key: spread([answer[key] for answer in answers])}
-        memory = [answers[-1].get(kind, 0) / 1e6 for kind in ("resident", "anonymous")]
-        rows[name] |= dict(zip(("resident_mb", "anonymous_mb"), map(round, memory), strict=True))
-        line = f"{name:22}{rows[name][key]['median']:10.3f}{rows[name][key]['min']:9.3f}{rows[name][key]['max']:9.3f}"
+        figures = spread([answer[key] for answer in answers])
+        resident = answers[-1].get("resident", 0) / 1e6
+        anonymous = answers[-1].get("anonymous", 0) / 1e6
+        rows[name] = {
+            key: figures,
+            "resident_mb": round(resident),
+            "anonymous_mb": round(anonymous),
+        }
+        line = f"{name:22}{figures['median']:10.3f}{figures['min']:9.3f}{figures['max']:9.3f}"
         if name in compared:
-            rows[name]["ratio"] = compared[name]
-            span = f"{compared[name]['min']:.2f}-{compared[name]['max']:.2f}"
-            line += f"{compared[name]['median']:14.2f}{span:>15}"
+            ratio = compared[name]
+            rows[name]["ratio"] = ratio
+            span = f"{ratio['min']:.2f}-{ratio['max']:.2f}"
+            line += f"{ratio['median']:14.2f}{span:>15}"
         else:
             line += f"{'':29}"
-        print(line + "".join(f"{mb:{width},.0f}" for mb, width in zip(memory, (9, 8), strict=True)))
+        print(f"{line}{resident:9,.0f}{anonymous:8,.0f}")
     return rows
 
 
 def fresh(*command: object, env: Mapping[str, str] | None = None) -> Any:
-    """What a Python program's last line says, as JSON, of a process of its own: a peak of memory is a process's."""
-    given = [sys.executable, *map(str, command)]
+    """Run a Python program in a new process and return the JSON of its last line.
+
+    Each run has a new process, because the peak of memory belongs to a process.
+    """
+    arguments = [str(argument) for argument in command]
     done = subprocess.run(
-        given, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {})
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict(env or {}),
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(given[1:])}: ended with status {done.returncode}: see above.")
+        raise SystemExit(f"{' '.join(arguments)}: ended with status {done.returncode}: see above.")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ---- what is measured, and on what
+# ---- packages, dtype, machine and model
 
 
 def missing_peers(*names: str) -> str:
-    """A sentence that says which peers are not installed; empty if all are."""
+    """Return a message that names the peers that are not installed; empty if all are installed."""
     absent = [name for name in names or PEERS if find_spec(name) is None]
-    return (
-        f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[test]'"
-        if absent
-        else ""
-    )
+    if not absent:
+        return ""
+    return f"not installed: {', '.join(absent)}; pip install -c constraints.txt -e '.[test]'"
 
 
 def add_dtype(parser: argparse.ArgumentParser, choices: Sequence[str] = DTYPES) -> None:
-    """Give a script the option --dtype."""
-    told = "what every side computes in; auto (the default) is what this hardware is fast in"
-    parser.add_argument("--dtype", choices=choices, default="auto", help=told)
+    """Add the option --dtype to a parser."""
+    text = "dtype in which every side computes; auto (the default): the one that is fast here"
+    parser.add_argument("--dtype", choices=choices, default="auto", help=text)
 
 
 def compute_dtype(name: str) -> "torch.dtype":
-    """The dtype of --dtype. "auto" gives what `load_model` takes for "auto" on this machine.
+    """Return the dtype of --dtype; "auto" is the choice of `load_model` on this machine.
 
     That is bf16 on a GPU or a CPU with bf16 arithmetic, fp16 on an older GPU, fp32 on other CPUs.
     """
@@ -246,12 +262,15 @@ def compute_dtype(name: str) -> "torch.dtype":
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
-    """As --dtype and load_model have it: "bfloat16"."""
+    """Return the name that --dtype and load_model use: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def cpu_class() -> str:
-    """What multiplies matrices on this CPU: AMX or AVX512-BF16, which have bf16; else AVX512, AVX2 and so on."""
+    """Return the unit that multiplies matrices on this CPU.
+
+    AMX and AVX512-BF16 support bf16; other names are AVX512, AVX2 and so on.
+    """
     import torch
 
     if torch.cpu._is_amx_tile_supported():
@@ -262,7 +281,7 @@ def cpu_class() -> str:
 
 
 def machine(dtype: "torch.dtype") -> dict[str, Any]:
-    """What the figures belong to: dtype and class of CPU first; how busy the machine was when it was asked."""
+    """Print and return dtype, class of CPU, cores, threads, present load average and versions."""
     import torch
 
     found: dict[str, Any] = {
@@ -281,7 +300,7 @@ def machine(dtype: "torch.dtype") -> dict[str, Any]:
 
 
 def small_chat_model(folder: Path, dtype: "torch.dtype") -> Path:
-    """Write a random model of two layers with SmolLM2's tokenizer to `folder`: for short forms; the folder."""
+    """Write a random two-layer model with SmolLM2's tokenizer to `folder`; return `folder`."""
     import torch
 
     import minilora as ml
@@ -302,10 +321,11 @@ def small_chat_model(folder: Path, dtype: "torch.dtype") -> Path:
 def checkpoint(
     folder: Path, short: bool, rows: int, length: int, dtype: "torch.dtype"
 ) -> list[list[int]]:
-    """Write SmolLM2 (short: a random model of two layers) to `folder`; `rows` rows of `length` real tokens.
+    """Write SmolLM2 to `folder`; return `rows` rows of `length` real tokens.
 
-    The text is English reference prose (minilora/evaluation/samples/prose.py), one long stream that
-    is cut without padding.
+    The text is English reference prose (minilora/evaluation/samples/prose.py): one long stream, cut
+    without padding. With `short` the model is a random one of two layers, and the tokens are
+    random.
     """
     import torch
 
@@ -327,5 +347,5 @@ def checkpoint(
     ml.save_model(ml.load_model(source, dtype=dtype), folder)
     tokenizer = ml.load_tokenizer(source)
     stream = tokenizer.encode("\n\n".join(row["text"] for row in ml.samples.prose(36)))
-    stream *= math.ceil(rows * length / len(stream))  # long rows read some of it again
+    stream *= math.ceil(rows * length / len(stream))  # long rows repeat the text
     return [stream[row * length : (row + 1) * length] for row in range(rows)]

@@ -1,10 +1,10 @@
-"""One step of training as each side does it: for peers.py, scale_8b.py and bench_train.py.
+"""One training step of each side, for peers.py, scale_8b.py and bench_train.py.
 
-    own_step    what training/loop.py does in a step: the SFT objective, one division, clipping, AdamW
-    peer_step   transformers' own path, model(input_ids, labels=...).loss, the same clipping and AdamW
+    own_step    the step of training/loop.py: the SFT objective, one division, clipping, AdamW
+    peer_step   transformers' usual step: model(input_ids, labels=...).loss, equal clipping, AdamW
 
-Both return a function without arguments that does the next step and says how long it took,
-what its loss was, and that of the first.
+Both return a function without arguments. It runs the next step and returns its seconds, its loss
+and the loss of the first step.
 """
 
 import time
@@ -15,21 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
-RATE = 1e-4  # AdamW's
-Batches = list[list[list[int]]]  # of rows of token ids, all as long
+RATE = 1e-4  # AdamW's learning rate
+Batches = list[list[list[int]]]  # batches of rows of token ids, all rows of one length
 Step = Callable[[], dict[str, float]]
 
 
 def own_step(
     model: nn.Module, batches: Batches, autocast: AbstractContextManager | None = None
 ) -> Step:
-    """Steps over the batches in turn, of a model that `load_model` made; what requires grad trains."""
+    """Return a step over the batches in turn, for a model of `load_model`.
+
+    The step trains the parameters that require gradients.
+    """
     import minilora as ml
     from minilora.data.loss_mask import Example
     from minilora.training.checkpoint import trainable_parameters
     from minilora.training.optim.param_groups import new_optimizer
 
-    objective, parameters = ml.SFT(), trainable_parameters(model)
+    objective = ml.SFT()
+    parameters = trainable_parameters(model)
     optimizer = new_optimizer(model, parameters, ml.TrainConfig(learning_rate=RATE))
     examples = [[Example(ids, ids) for ids in batch] for batch in batches]
 
@@ -45,7 +49,7 @@ def own_step(
 
 
 def peer_step(model: Any, batches: Batches, autocast: AbstractContextManager | None = None) -> Step:
-    """The same of a model of transformers or peft."""
+    """Return such a step for a model of transformers or peft."""
     model.config.use_cache = False
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -63,7 +67,7 @@ def peer_step(model: Any, batches: Batches, autocast: AbstractContextManager | N
 
 
 def four_bit(dtype: torch.dtype) -> Any:
-    """bitsandbytes' NF4 with double quantisation, computing in `dtype`."""
+    """Return bitsandbytes' settings for NF4 with double quantisation that computes in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -75,7 +79,10 @@ def four_bit(dtype: torch.dtype) -> Any:
 
 
 def trained_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What trains, in `dtype`. PEFT makes adapters in fp32 and computes them in fp32: beside bf16 that takes longer."""
+    """Cast the trainable parameters to `dtype` and return the model.
+
+    PEFT creates adapters in fp32 and computes them in fp32, which is slower with a bf16 base.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
