@@ -1,7 +1,8 @@
-"""A form to send a GPU's figures back in: the card as it stood, and each result on a line, as one fenced block.
+"""A form for a GPU's results: the card's state and each result on a line, in one fenced block.
 
-python benchmarks/gpu_kernels/kernel_bench.py --form        # runs everything and prints the block; docs/gpu.md says the
-                                                            rest
+    python benchmarks/gpu_kernels/kernel_bench.py --form     # runs everything and prints the block
+
+docs/gpu.md explains how to send the block.
 """
 
 import json
@@ -12,51 +13,64 @@ from pathlib import Path
 from typing import Any
 
 FENCE = "```"
-# of nvidia-smi --help-query-gpu; clocks in MHz, power in W, temperature in °C
+# fields of nvidia-smi --help-query-gpu; clocks in MHz, power in W, temperature in °C
 ASKED = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem")
 ASKED += ("power.draw", "power.limit", "temperature.gpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def form(document: Mapping[str, Any]) -> str:
-    """The block of a document of kernel_bench.py. Right after the last kernel, clocks are a busy card's."""
-    parts = {key: value for key, value in document.items() if key not in ("rows", "benchmark")}
-    machine = {
+    """Return the fenced block for a document of kernel_bench.py.
+
+    Call it right after the last kernel, because only then the clocks are those of a busy card.
+    """
+    head = {
+        "form": "minilora",
         "python": platform.python_version(),
         "system": platform.platform(),
         "commit": commit(),
     }
-    lines = [{"form": "minilora", **machine}, {"smi": smi()}]
-    lines += [{key: value} for key, value in parts.items() if isinstance(value, dict | list)]
-    lines[1:1] = [
-        {key: value for key, value in parts.items() if not isinstance(value, dict | list)}
-    ]
-    lines += [{"row": row} for row in document.get("rows", ())]
+    values: dict[str, Any] = {}
+    tables: list[dict[str, Any]] = []
+    for key, value in document.items():
+        if key in ("rows", "benchmark"):
+            continue
+        if isinstance(value, dict | list):
+            tables.append({key: value})
+        else:
+            values[key] = value
+    rows = [{"row": row} for row in document.get("rows", ())]
+    lines = [head, values, {"smi": smi()}, *tables, *rows]
     return "\n".join([f"{FENCE}json", *map(json.dumps, lines), FENCE])
 
 
 def smi() -> dict[str, str] | str:
-    """What nvidia-smi says of the first card that CUDA sees, or why it says nothing."""
+    """Return the values that nvidia-smi reports for the card.
+
+    With several cards, return its whole output; without nvidia-smi, return a message.
+    """
     command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader,nounits"]
-    out = _said(command)
+    out = _output(command)
     if out is None:
         return "nvidia-smi does not run here: add driver and clocks by hand"
-    cards: list[dict[str, str]] = [
-        dict(zip(ASKED, map(str.strip, line.split(",")), strict=False)) for line in out.splitlines()
-    ]
-    return cards[0] if len(cards) == 1 else {"of several cards": out}
+    lines = out.splitlines()
+    if len(lines) != 1:
+        return {"of several cards": out}
+    values = [value.strip() for value in lines[0].split(",")]
+    return dict(zip(ASKED, values, strict=False))
 
 
 def commit() -> str | None:
-    """Of this copy, with a + if it was changed since; None where git knows of none."""
-    head, changed = (
-        _said(["git", "-C", str(ROOT), *words])
-        for words in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])
-    )
-    return None if head is None else head.strip() + "+" * bool(changed)
+    """Return the commit of this copy, with a + if files are changed; None without git."""
+    git = ["git", "-C", str(ROOT)]
+    head = _output([*git, "rev-parse", "HEAD"])
+    if head is None:
+        return None
+    changed = _output([*git, "status", "-s", "-uno"])
+    return f"{head.strip()}+" if changed else head.strip()
 
 
-def _said(command: Sequence[str]) -> str | None:
+def _output(command: Sequence[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,16 +1,16 @@
-"""Are the kernels right? Every one against the reference, before kernel_bench.py times any.
+"""Checks of every kernel against the reference, before kernel_bench.py times any.
 
-    check_all(torch.device("cuda"))         # or "cpu", if TRITON_INTERPRET=1 made Triton interpret; raises Mismatch
+    check_all(torch.device("cuda"))         # or "cpu" with TRITON_INTERPRET=1; raises Mismatch
 
     dequantise, quantise, second level      the reference's bits, computed on the CPU
-    GEMV, any x                             |y - W x| <= n u sum_k |W x_k|, the bound on any order of n roundings
-    GEMV, x = one 1 among zeros             a column of W exactly: a wrong element cannot hide in the bound
-    few tokens                              both of these
-    what a layer, a head and AdamW do       step_check.py
+    GEMV, any x                             |y - W x| <= n u sum_k |W x_k|, n roundings in any order
+    GEMV, x = one 1 among zeros             exactly a column of W: the bound hides no wrong element
+    few tokens                              both checks of the GEMV
+    a layer, a head, AdamW                  step_check.py
 
-The shapes end in the middle of a block, of a word and of a byte; the weights hold a block of zeros,
-one below fp32's normal numbers, and every threshold with its neighbours. On a GPU a large matrix
-comes on top, where many programs run.
+The shapes end in the middle of a block, of a word and of a byte. The weights contain a block of
+zeros, a block below fp32's normal numbers, and every threshold with its neighbours. On a GPU a
+large matrix is checked too, on which many programs run.
 """
 
 import itertools
@@ -30,38 +30,41 @@ CASES = (((7, 129), 64), ((13, 1056), 32), ((24, 576), 64), ((2, 4100), 4096))  
 
 
 def check_all(device: torch.device) -> list[str]:
-    """The kernels checked, by their names in launch.TILES. Raises Mismatch at the first that fails."""
+    """Check all kernels; return their names in launch.TILES. Raises Mismatch at the first error."""
     for name, check in CHECKS.items():
         check(name, device)
     return list(CHECKS)
 
 
 def cases(device: torch.device) -> list[tuple[tuple[int, ...], int]]:
-    """(shape, blocksize) to check on this device."""
+    """Return each (shape, blocksize) to check on this device."""
     return [*CASES, (LARGE, 64)] if device.type == "cuda" else [*CASES]
 
 
-# what the reference says of sample(shape) on the CPU; kept, since tuning checks tile after tile
+# Results of the reference for sample(shape) on the CPU. They are cached, because tuning checks many
+# tiles.
 
 
 @cache
 def codes_of(
     shape: tuple[int, ...], blocksize: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """packed, absmax."""
+    """Return packed and absmax."""
     return reference.quantize(sample(shape, dtype), blocksize)
 
 
 @cache
 def parts_of(shape: tuple[int, ...], blocksize: int, double: bool) -> tuple[Tensor | None, ...]:
-    """packed, scales, nested_absmax, offset."""
+    """Return packed, scales, nested_absmax and offset."""
     packed, absmax = codes_of(shape, blocksize)
-    return packed, *(reference.double_quantize(absmax) if double else (absmax, None, None))
+    if not double:
+        return packed, absmax, None, None
+    return packed, *reference.double_quantize(absmax)
 
 
 @cache
 def dense_of(shape: tuple[int, ...], blocksize: int, double: bool, dtype: torch.dtype) -> Tensor:
-    """The weight, dequantised."""
+    """Return the dequantised weight."""
     packed, absmax = codes_of(shape, blocksize)
     if double:
         absmax = reference.double_dequantize(*reference.double_quantize(absmax))
@@ -70,42 +73,53 @@ def dense_of(shape: tuple[int, ...], blocksize: int, double: bool, dtype: torch.
     return out
 
 
+def parts_on(
+    device: torch.device, shape: tuple[int, ...], blocksize: int, double: bool
+) -> list[Tensor | None]:
+    """Return parts_of(...) on `device`."""
+    parts = parts_of(shape, blocksize, double)
+    return [None if part is None else part.to(device) for part in parts]
+
+
+def quantised(double: bool) -> str:
+    """Return the end of a label: whether the scales are quantised."""
+    return ", double quantised" if double else ""
+
+
 def check_dequantize(name: str, run: Run, device: torch.device) -> None:
-    """run(packed, scales, nested_absmax, offset, blocksize, out), plain and double, to every dtype."""
+    """Check run(packed, scales, nested_absmax, offset, blocksize, out) to every dtype."""
     for shape, blocksize in cases(device):
         for double in (False, True):
-            parts = [
-                None if part is None else part.to(device)
-                for part in parts_of(shape, blocksize, double)
-            ]
+            parts = parts_on(device, shape, blocksize, double)
             for dtype in DTYPES:
-                what = f"{name} {shape} in blocks of {blocksize} to {dtype}{', double quantised' * double}"
+                label = f"{name} {shape} in blocks of {blocksize} to {dtype}{quantised(double)}"
                 buffer = torch.full((math.prod(shape) + 64,), 7, dtype=dtype, device=device)
                 run(*parts, blocksize, buffer[:-64].view(shape))
-                same_bits(what, buffer[:-64], dense_of(shape, blocksize, double, dtype))
-                same_bits(what + ", past its end", buffer[-64:], torch.full((64,), 7, dtype=dtype))
+                same_bits(label, buffer[:-64], dense_of(shape, blocksize, double, dtype))
+                untouched = torch.full((64,), 7, dtype=dtype)
+                same_bits(f"{label}, past its end", buffer[-64:], untouched)
 
 
 def check_quantize(name: str, run: Run, device: torch.device) -> None:
-    """run(x, blocksize) -> packed, absmax, from every dtype."""
+    """Check run(x, blocksize) -> packed, absmax, from every dtype."""
     for shape, blocksize in cases(device):
         for dtype in DTYPES:
-            found, expected = (
-                run(sample(shape, dtype).to(device), blocksize),
-                codes_of(shape, blocksize, dtype),
-            )
+            found = run(sample(shape, dtype).to(device), blocksize)
+            expected = codes_of(shape, blocksize, dtype)
             for part, *pair in zip(("codes", "absmax"), found, expected, strict=True):
                 same_bits(f"{name} {shape} in blocks of {blocksize} from {dtype}, {part}", *pair)
 
 
 def check_double_quantize(name: str, run: Run, device: torch.device) -> None:
-    """run(absmax) -> codes, nested absmax, offset."""
-    for count in (1, 256, 3000, *[math.prod(LARGE) // 64] * (device.type == "cuda")):
-        for kind, absmax in (
-            ("random", sample((count,)).abs()),
-            ("equal", torch.full((count,), 0.1)),
-        ):
-            found, expected = run(absmax.to(device)), reference.double_quantize(absmax)
+    """Check run(absmax) -> codes, nested absmax, offset."""
+    counts = [1, 256, 3000]
+    if device.type == "cuda":
+        counts.append(math.prod(LARGE) // 64)
+    for count in counts:
+        scales = {"random": sample((count,)).abs(), "equal": torch.full((count,), 0.1)}
+        for kind, absmax in scales.items():
+            found = run(absmax.to(device))
+            expected = reference.double_quantize(absmax)
             for part, *pair in zip(("codes", "nested", "offset"), found, expected, strict=True):
                 same_bits(f"{name} of {count} {kind} scales, {part}", *pair)
 
@@ -113,77 +127,85 @@ def check_double_quantize(name: str, run: Run, device: torch.device) -> None:
 def check_gemv(
     name: str, run: Run, shapes: tuple[tuple[int, int], ...], device: torch.device
 ) -> None:
-    """run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias=None) -> y (out,), in every dtype."""
+    """Check run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias) -> y (out,).
+
+    x has every dtype.
+    """
     if device.type == "cuda":
         shapes = (*shapes, (1536, 576) if shapes[0][1] <= nf4_gemv.SMALL else LARGE)
     for shape, double in itertools.product(shapes, (False, True)):
-        parts = [None if part is None else part.to(device) for part in parts_of(shape, 64, double)]
+        parts = parts_on(device, shape, 64, double)
         W = dense_of(shape, 64, double, torch.float32)
         few = device.type != "cuda" or shape == LARGE
         columns = range(0, shape[1], shape[1] // 2 + 3 if few else 1)
         for dtype in DTYPES:
-            what = f"{name} {shape} in {dtype}{', double quantised' * double}"
+            label = f"{name} {shape} in {dtype}{quantised(double)}"
             x = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
             bias = x.new_ones(shape[0])
-            within_bound(what, run(x.to(device), *parts, shape, 64, bias.to(device)), W, x, bias)
+            got = run(x.to(device), *parts, shape, 64, bias.to(device))
+            within_bound(label, got, W, x, bias)
             for k in columns:
                 one = torch.zeros(shape[1], dtype=dtype, device=device)
                 one[k] = 1
-                # + 0.0: a sum of zeros of either sign is +0, whatever sign the column's zero has
-                got, column = run(one, *parts, shape, 64), W[:, k].to(dtype)
-                same_bits(f"{what}, column {k}", got + 0.0, column + 0.0)
+                got = run(one, *parts, shape, 64)
+                column = W[:, k].to(dtype)
+                # + 0.0 makes every zero +0: a sum of zeros is +0, but a zero in W can be negative.
+                same_bits(f"{label}, column {k}", got + 0.0, column + 0.0)
 
 
 def check_matmul(name: str, run: Run, device: torch.device) -> None:
-    """run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias=None) -> y (tokens, out), in every dtype
-    and with as many tokens as it takes; W is rounded to x's dtype on the way."""
+    """Check run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias).
+
+    The result is y (tokens, out). x has every dtype and at most as many tokens as the kernel takes.
+    The kernel rounds W to x's dtype.
+    """
     cuda = device.type == "cuda"
-    for shape, tokens in (((70, 96), 2), ((33, 1056), 17), *[(LARGE, 16), (LARGE, 64)] * cuda):
+    sizes = [((70, 96), 2), ((33, 1056), 17)]
+    if cuda:
+        sizes += [(LARGE, 16), (LARGE, 64)]
+    for shape, tokens in sizes:
         for double, dtype in itertools.product((False, True), DTYPES):
             count = min(tokens, nf4_matmul.MOST[dtype])
             if cuda and not nf4_matmul.fits(dtype, device, shape, count):
-                continue  # on this card W is made dense
-            parts = [
-                None if part is None else part.to(device) for part in parts_of(shape, 64, double)
-            ]
+                continue  # this card uses a dense W
+            parts = parts_on(device, shape, 64, double)
             W = dense_of(shape, 64, double, dtype)
-            what = f"{name} {shape}, {count} tokens in {dtype}{', double quantised' * double}"
+            label = f"{name} {shape}, {count} tokens in {dtype}{quantised(double)}"
             x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
             bias = x.new_ones(shape[0])
             found = run(x.to(device), *parts, shape, 64, bias.to(device))
+            ulp = 4 if cuda and dtype.itemsize == 2 else 1
             for token, got in zip(x, found.cpu(), strict=True):
-                within_bound(
-                    what, got, W.float(), token, bias, ulp=4 if cuda and dtype.itemsize == 2 else 1
-                )
+                within_bound(label, got, W.float(), token, bias, ulp)
             columns = torch.arange(count) * (shape[1] - 1) // (count - 1)
             one = torch.zeros_like(x).scatter_(1, columns[:, None], 1)
             found = run(one.to(device), *parts, shape, 64)
-            same_bits(f"{what}, columns", found + 0.0, W[:, columns].T.contiguous() + 0.0)
+            same_bits(f"{label}, columns", found + 0.0, W[:, columns].T.contiguous() + 0.0)
 
 
-def within_bound(what: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor, ulp: int = 1) -> None:
-    """Raises Mismatch unless got (out,) is W x + bias up to fp32 sums and one rounding to x's dtype; W fp32 (out, in).
+def within_bound(label: str, got: Tensor, W: Tensor, x: Tensor, bias: Tensor, ulp: int = 1) -> None:
+    """Raise Mismatch unless got (out,) is W x + bias up to roundings; W is fp32 (out, in).
 
-    Each of a row's terms passes at most one rounding an addition, in + 1 of them in whatever order,
-    and 3 more: W to fp32 (here), level * x, and * absmax. n roundings by 1 + u or less make a
-    factor of 1 + n u / (1 - n u) or less. ulp: of u, how many a rounding may be off. Tensor cores
-    align the terms of a sum to the largest and cut off (Fasi et al., 2021,
-    doi.org/10.7717/peerj-cs.330): 2 u a term, and again for the sum of 8 or more so far, which
-    makes 4.
+    The roundings are those of sums in fp32 and one to x's dtype. Each term of a row passes at most
+    one rounding for each addition (in + 1 of them, in any order) and 3 more: W to fp32 (here),
+    level * x, and * absmax. n roundings by a factor of at most 1 + u make a factor of at most
+    1 + n u / (1 - n u).
+
+    `ulp` is the error of one rounding in units of u. Tensor cores align the terms of a sum to the
+    largest term and cut off (Fasi et al., 2021, doi.org/10.7717/peerj-cs.330): 2 u for each term,
+    and 2 u for the sum of 8 or more terms so far, together 4.
     """
-    y, size = (
-        t(W.double()) @ t(x.double()) + t(bias.double()) for t in (torch.clone, torch.abs)
-    )  # (out,) each
+    y = W.double() @ x.double() + bias.double()  # (out,)
+    size = W.double().abs() @ x.double().abs() + bias.double().abs()  # (out,)
     n_u = (W.shape[1] + 4) * ulp * torch.finfo(torch.float32).eps / 2
     info = torch.finfo(x.dtype)
     bound = n_u / (1 - n_u) * size
-    bound += (
-        info.eps / 2 * (y.abs() + bound) + info.smallest_normal * info.eps
-    )  # the last: subnormal results
-    within(what, got, y, bound)
+    # The last term covers subnormal results.
+    bound += info.eps / 2 * (y.abs() + bound) + info.smallest_normal * info.eps
+    within(label, got, y, bound)
 
 
-# by their names in launch.TILES; a launcher is looked up as its check runs
+# Names as in launch.TILES. Each launcher is looked up when its check runs.
 CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     "dequantize_nf4": lambda name, on: check_dequantize(name, nf4_dequantize.dequantize, on),
     "dequantize_nf4_textbook": lambda name, on: check_dequantize(

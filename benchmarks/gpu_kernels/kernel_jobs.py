@@ -1,11 +1,12 @@
-"""What kernel_bench.py times: five jobs on one layer, done by our kernels, by plain torch and by bitsandbytes.
+"""Five jobs on one layer for kernel_bench.py, done by our kernels, plain torch and bitsandbytes.
 
-    for job in jobs((4096, 14336), torch.device("cuda"), clock, PEERS): job.calls["minilora"](turn)
+    for job in jobs((4096, 14336), torch.device("cuda"), clock, PEERS):
+        job.calls["minilora"](turn)
 
-Ours are the launchers, called directly; on a CPU without Triton's interpreter what runs there
-instead. Plain torch is the reference's arithmetic with its tables on the device, so that nothing
-waits for a copy from the host. bitsandbytes gets the very bits that we dequantise. All take bf16
-and double-quantised weights in blocks of 64.
+Our calls go directly to the launchers; on a CPU without Triton's interpreter they go to the CPU
+implementation. Plain torch computes with the reference's arithmetic and has its tables on the
+device, so that no call waits for a copy from the host. bitsandbytes dequantises the same bits as
+our kernels. All take bf16 and double-quantised weights in blocks of 64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,43 +28,39 @@ from minilora_kernels.triton.launch import interpreted
 BLOCKSIZE = 64
 OURS = "minilora"
 PEERS = ("eager", "compile", "bitsandbytes")
-DEQUANTISE, QUANTISE, QUANTISE_TWICE, GEMV = (
-    "dequantise, double",
-    "quantise",
-    "quantise, double",
-    "GEMV",
-)
+DEQUANTISE = "dequantise, double"
+QUANTISE = "quantise"
+QUANTISE_TWICE = "quantise, double"
+GEMV = "GEMV"
 FEW, TOKENS = "16 tokens", 16
-PRODUCTS = (
-    GEMV,
-    FEW,
-)  # each contender adds up in an order of its own, and a GEMV rounds W or does not
-# of the formula, for one weight: level * absmax; max, * 1/absmax, 15 thresholds halved 4 times;
-# level * x, add
+# In a product each contender adds up in another order, and some round W in a GEMV.
+PRODUCTS = (GEMV, FEW)
+# Operations of the formula for one weight. Dequantise: level * absmax. Quantise: max, * 1/absmax,
+# and four comparisons, since 15 thresholds are halved 4 times. Products: level * x, and add.
 OPERATIONS = {DEQUANTISE: 1, QUANTISE: 6, QUANTISE_TWICE: 6, GEMV: 2, FEW: 2 * TOKENS}
 Calls = dict[str, dict[str, Call]]  # job -> contender -> call of a turn
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something to time, and who does it."""
+    """One operation to time, with the calls of all contenders."""
 
     name: str
     bytes: int  # of the inputs and results of one call
     operations: int
-    calls: dict[str, Call]  # contender -> call of a turn, ours first; they return what is compared
+    calls: dict[str, Call]  # contender -> call of a turn, ours first; the results are compared
 
 
 def jobs(
     shape: tuple[int, int], device: torch.device, clock: Clock, peers: Sequence[str]
 ) -> Iterator[Job]:
-    """The jobs on a layer (out, in), with buffers that are used in turn. `peers`: some of PEERS."""
+    """Yield the jobs on a layer (out, in), with buffers used in turn. `peers`: some of PEERS."""
     b = Buffers(shape, device, clock)
     every: list[Calls] = [our_calls(b)]
     if "eager" in peers:
         every.append(plain_calls(b, "eager", lambda function: function))
     if "compile" in peers:
-        torch.compiler.reset()  # else the shapes add up to the limit of recompilations
+        torch.compiler.reset()  # otherwise the number of shapes reaches the limit of recompilations
         every.append(
             plain_calls(b, "compile", lambda function: torch.compile(function, dynamic=False))
         )
@@ -73,7 +70,8 @@ def jobs(
         {job: {"dense": lambda turn, x=x: F.linear(x, at(b.outs, turn))} for job, x in b.xs.items()}
     )
 
-    dense, weight = b.dense[0].nbytes, sum(part.nbytes for part in b.weights[0])
+    dense = b.dense[0].nbytes
+    weight = sum(part.nbytes for part in b.weights[0])
     plain = b.weights[0][0].nbytes + 4 * len(b.weights[0][1])  # packed codes and fp32 absmax
     vectors = sum(shape) * b.xs[GEMV].element_size()
     moved = {
@@ -84,14 +82,14 @@ def jobs(
         FEW: weight + TOKENS * vectors,
     }
     for name, operations in OPERATIONS.items():
-        calls = {
-            contender: call for group in every for contender, call in group.get(name, {}).items()
-        }
+        calls: dict[str, Call] = {}
+        for group in every:
+            calls |= group.get(name, {})
         yield Job(name, moved[name], operations * b.dense[0].numel(), calls)
 
 
 class Buffers:
-    """A layer's tensors, each several times over."""
+    """Several copies of each tensor of a layer."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device, clock: Clock) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -101,16 +99,17 @@ class Buffers:
         self.xs = {GEMV: x[0].clone(), FEW: x}
         parts = quantize_twice(W)
         count = buffers(sum(part.nbytes for part in parts), clock)
-        self.weights = [
-            tuple(part.clone() for part in parts) for _ in range(count)
-        ]  # packed, scales, nested, offset
+        # each: packed, scales, nested, offset
+        self.weights = [tuple(part.clone() for part in parts) for _ in range(count)]
         self.dense = [W.clone() for _ in range(buffers(W.nbytes, clock))]
-        self.outs = [
-            dequantize(parts, torch.empty_like(W)) for _ in self.dense
-        ]  # also the dense weights of a GEMV
+        # the outputs of dequantising, and the dense weights of the products
+        self.outs = [dequantize(parts, torch.empty_like(W)) for _ in self.dense]
 
     def keep(self, call: Callable[[int], Sequence[Tensor]]) -> Call:
-        """call, with its results held for some turns, so that the next turn's lie elsewhere; returns the codes."""
+        """Return a call that returns the codes and keeps its results for some turns.
+
+        Kept results are not freed, so the next turn writes to other memory.
+        """
         kept: list[Any] = [None] * len(self.weights)
 
         def kept_call(turn: int) -> Tensor:
@@ -121,7 +120,7 @@ class Buffers:
 
 
 def at(buffers: Sequence[Any], turn: int) -> Any:
-    """The buffer of this turn."""
+    """Return the buffer of this turn."""
     return buffers[turn % len(buffers)]
 
 
@@ -129,7 +128,7 @@ def at(buffers: Sequence[Any], turn: int) -> Any:
 
 
 def our_calls(b: Buffers) -> Calls:
-    """By the launchers."""
+    """Return our calls of every job: the launchers."""
     return {
         DEQUANTISE: {OURS: lambda turn: dequantize(at(b.weights, turn), at(b.outs, turn))},
         QUANTISE: {OURS: b.keep(lambda turn: quantize(at(b.dense, turn)))},
@@ -145,12 +144,12 @@ def our_calls(b: Buffers) -> Calls:
 
 
 def on_triton(t: Tensor) -> bool:
-    """Whether kernels run on this tensor."""
+    """Return True if the kernels run on this tensor."""
     return t.is_cuda or interpreted()
 
 
 def dequantize(parts: Sequence[Tensor], out: Tensor) -> Tensor:
-    """packed, scales, nested_absmax, offset -> `out`."""
+    """Dequantise packed, scales, nested_absmax, offset to `out` and return it."""
     packed, scales, nested, offset = parts
     if on_triton(out):
         nf4_dequantize.dequantize(packed, scales, nested, offset, BLOCKSIZE, out)
@@ -162,18 +161,20 @@ def dequantize(parts: Sequence[Tensor], out: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x -> packed, absmax."""
-    return (nf4_quantize if on_triton(x) else torch_cpu).quantize(x, BLOCKSIZE)
+    """Return packed and absmax of x."""
+    implementation = nf4_quantize if on_triton(x) else torch_cpu
+    return implementation.quantize(x, BLOCKSIZE)
 
 
 def quantize_twice(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x -> packed, scales, nested_absmax, offset."""
+    """Return packed, scales, nested_absmax and offset of x."""
     packed, absmax = quantize(x)
-    return packed, *(nf4_quantize if on_triton(x) else reference).double_quantize(absmax)
+    implementation = nf4_quantize if on_triton(x) else reference
+    return packed, *implementation.double_quantize(absmax)
 
 
 def multiply(x: Tensor, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """x (in,) or (tokens, in) -> x Wᵀ, without a dense W where there is a kernel for it."""
+    """Return x Wᵀ for x (in,) or (tokens, in), without a dense W where a kernel exists."""
     packed, scales, nested, offset = parts
     if on_triton(x) and x.dim() == 1:
         return nf4_gemv.gemv(x, packed, scales, nested, offset, shape, BLOCKSIZE)
@@ -195,12 +196,13 @@ class Tables(NamedTuple):
 
 
 def plain_calls(b: Buffers, name: str, prepare: Callable[[Callable], Callable]) -> Calls:
-    """By the functions below, each first passed through `prepare`."""
+    """Return the calls of the functions below, each passed through `prepare` first."""
     tables = (nf4_codebook(), dynamic_map(), nf4_thresholds(), midpoints(dynamic_map()))
     t = Tables(*(table.to(b.xs[GEMV].device) for table in tables))
-    dequantize, quantize, twice, multiply = map(
-        prepare, (plain_dequantize, plain_quantize, plain_twice, plain_multiply)
-    )
+    dequantize = prepare(plain_dequantize)
+    quantize = prepare(plain_quantize)
+    twice = prepare(plain_twice)
+    multiply = prepare(plain_multiply)
     return {
         DEQUANTISE: {name: lambda turn: dequantize(t, at(b.weights, turn), b.shape)},
         QUANTISE: {name: b.keep(lambda turn: quantize(t, at(b.dense, turn)))},
@@ -213,49 +215,49 @@ def plain_calls(b: Buffers, name: str, prepare: Callable[[Callable], Callable]) 
 
 
 def plain_dequantize(t: Tables, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """-> bf16 of `shape`."""
+    """Return the weight in bf16, in `shape`."""
     packed, codes, nested, offset = parts
-    absmax = (
-        t.map[codes.int()] * nested.repeat_interleave(NESTED_BLOCKSIZE)[: len(codes)] + offset
-    )  # (K,)
+    nested_of_block = nested.repeat_interleave(NESTED_BLOCKSIZE)[: len(codes)]  # (K,)
+    absmax = t.map[codes.int()] * nested_of_block + offset  # (K,)
     levels = t.levels[reference.unpack(packed).int()].view(-1, BLOCKSIZE)  # (K, B)
     return (levels * absmax[:, None]).bfloat16().view(shape)
 
 
 def plain_quantize(t: Tables, x: Tensor) -> tuple[Tensor, Tensor]:
-    """-> packed, absmax."""
+    """Return packed and absmax."""
     codes, absmax = _plain_blocks(x.float().view(-1, BLOCKSIZE), t.thresholds)
     return reference.pack(codes.view(-1)), absmax
 
 
 def plain_twice(t: Tables, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> packed, scales, nested_absmax, offset."""
+    """Return packed, scales, nested_absmax and offset."""
     packed, absmax = plain_quantize(t, x)
     d = absmax - absmax.mean()
-    codes, nested = _plain_blocks(
-        F.pad(d, (0, -len(d) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE), t.midpoints
-    )
+    padded = F.pad(d, (0, -len(d) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    codes, nested = _plain_blocks(padded, t.midpoints)
     return packed, codes.view(-1)[: len(d)], nested, absmax.mean()
 
 
 def plain_multiply(t: Tables, x: Tensor, parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """x (…, in) -> x Wᵀ (…, out), with W rounded to bf16 on the way."""
+    """Return x Wᵀ (…, out) for x (…, in), with W rounded to bf16."""
     return F.linear(x, plain_dequantize(t, parts, shape))
 
 
 def _plain_blocks(x_KB: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     absmax = x_KB.abs().amax(1)  # (K,)
     inverse = torch.where(absmax < reference.TINY, 0.0, 1 / absmax)
-    return torch.bucketize(x_KB * inverse[:, None], thresholds, out_int32=True).to(
-        torch.uint8
-    ), absmax
+    codes = torch.bucketize(x_KB * inverse[:, None], thresholds, out_int32=True)
+    return codes.to(torch.uint8), absmax
 
 
 # ---- bitsandbytes
 
 
 def bitsandbytes_calls(b: Buffers) -> Calls:
-    """By its public functions; for the GEMV the one of Linear4bit, and beside it the older gemv_4bit."""
+    """Return the calls of its public functions.
+
+    The GEMV has two: the one that Linear4bit uses, and the older gemv_4bit.
+    """
     import bitsandbytes.functional as bnb
     from bitsandbytes.autograd._functions import matmul_4bit
 
@@ -271,9 +273,8 @@ def bitsandbytes_calls(b: Buffers) -> Calls:
         return bnb.quantize_4bit(at(b.dense, turn), compress_statistics=nested, quant_type="nf4")
 
     def dequantize(turn: int) -> Tensor:
-        out = (
-            at(b.outs, turn) if b.outs[0].is_cuda else None
-        )  # on a CPU it cannot write into a tensor
+        # On a CPU it cannot write into a given tensor.
+        out = at(b.outs, turn) if b.outs[0].is_cuda else None
         return bnb.dequantize_4bit(*at(pairs, turn), out=out)
 
     def multiply(turn: int, x: Tensor) -> Tensor:
@@ -284,7 +285,7 @@ def bitsandbytes_calls(b: Buffers) -> Calls:
         packed, state = at(pairs, turn)
         return bnb.gemv_4bit(b.xs[GEMV][None], packed, state=state)[0]
 
-    # on a CPU gemv_4bit takes another layout, and reads this one wrong
+    # On a CPU gemv_4bit expects another layout and misreads this one.
     alone = {"gemv_4bit": multiply_alone} if b.outs[0].is_cuda else {}
     return {
         DEQUANTISE: {"bitsandbytes": dequantize},

@@ -1,12 +1,13 @@
-"""Which tile is fastest on this GPU? `python benchmarks/gpu_kernels/kernel_bench.py --tune` prints an entry for
-launch.TILES.
+"""A search for the fastest tile of each kernel on this GPU.
 
     tune(torch.device("cuda"), clock, rounds=21, grid=tiles(lanes=32))
 
-Each tile must first pass kernel_check.py; then all tiles of a kernel are timed in turns on one
-large layer (the small GEMV on one of SmolLM2), the present one among them. A tile that the GPU
-cannot hold, or that is wrong, is left out with the reason; one that is hardly faster than the
-present one is not proposed.
+`python benchmarks/gpu_kernels/kernel_bench.py --tune` prints an entry for launch.TILES.
+
+Each tile must first pass kernel_check.py. Then all tiles of a kernel, the present one included, are
+timed in turns on one large layer (the small GEMV on a layer of SmolLM2). A tile that is wrong or
+does not fit on the GPU is left out, and the reason is printed. A tile that is hardly faster than
+the present one is not proposed.
 """
 
 import math
@@ -43,16 +44,16 @@ from minilora_kernels.triton import (
 )
 from minilora_kernels.triton.launch import Tile, tile
 
-MARGIN = 1.03  # what is less than 3 % faster may be noise
+MARGIN = 1.03  # a gain below 3 % may be noise
 LARGE, SMALL = (14336, 4096), (1536, 576)  # layers to tune on
 
 
 def tiles(lanes: int) -> dict[str, list[Tile]]:
-    """Kernel -> tiles to try, for warps of this many lanes; constants are powers of two, as Triton's arange asks.
+    """Return the tiles to try for each kernel, for warps of this many lanes.
 
-    Dequantising: one word a lane. The quantisers, and a head: 4 to 32 values a lane, AdamW 4 to 16.
-    GEMV: one chunk of each row a lane; the small one: one chunk of one row. A layer's steps: 4 to
-    32 values a lane.
+    Constants are powers of two, as Triton's arange requires. Dequantising: one word a lane.
+    Quantisers and head: 4 to 32 values a lane, AdamW 4 to 16. GEMV: one chunk of each row a lane;
+    the small GEMV: one chunk of one row. Steps of a layer: 4 to 32 values a lane.
     """
     warps = (1, 2, 4, 8)
     wide = [
@@ -109,11 +110,16 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
 def tune(
     device: torch.device, clock: Clock, rounds: int, grid: dict[str, list[Tile]] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each kernel: the median microseconds of its tiles, fastest first. `grid`: default tiles()."""
-    gpu: Any = None if launch.interpreted() else driver.active
-    architecture, calls, found = launch.architecture(), calls_of(device, clock), []
-    for name, candidates in (grid or tiles(gpu.get_current_target().warp_size)).items():
-        present, timed = launch.tile_for(name), {}
+    """Return a row for each kernel: median microseconds of its tiles, the fastest tile first."""
+    architecture = launch.architecture()
+    if not grid:
+        gpu: Any = driver.active
+        grid = tiles(gpu.get_current_target().warp_size)
+    calls = calls_of(device, clock)
+    found: list[dict[str, Any]] = []
+    for name, candidates in grid.items():
+        present = launch.tile_for(name)
+        timed: dict[str, Call] = {}
         for chosen in dict.fromkeys((present, *candidates)):
             try:
                 with launch.overridden(name, chosen):
@@ -121,11 +127,11 @@ def tune(
                 timed[written(chosen)] = with_tile(name, chosen, calls[name])
             except (Mismatch, TritonError) as error:
                 print(f"{name} {written(chosen)} LEFT OUT: {shorten(str(error), 150)}")
-        us = {
-            text: statistics.median(times) for text, times in measure(clock, timed, rounds).items()
-        }
-        us = dict(sorted(us.items(), key=lambda item: item[1]))
-        best, now = next(iter(us)), us.get(written(present), math.inf)
+        times = measure(clock, timed, rounds)
+        medians = {text: statistics.median(values) for text, values in times.items()}
+        us = dict(sorted(medians.items(), key=lambda item: item[1]))
+        best = next(iter(us))
+        now = us.get(written(present), math.inf)
         before = f"now {written(present)}, {now:.2f} us"
         if us[best] > now / MARGIN:
             print(
@@ -140,26 +146,23 @@ def tune(
 
 
 def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
-    """Kernel -> its call."""
-    large, small = (
-        {job.name: job.calls[OURS] for job in jobs(shape, device, clock, ())}
-        for shape in (LARGE, SMALL)
-    )
+    """Return a call for each kernel."""
+    large = {job.name: job.calls[OURS] for job in jobs(LARGE, device, clock, ())}
+    small = {job.name: job.calls[OURS] for job in jobs(SMALL, device, clock, ())}
     scales = [
         torch.rand(LARGE[0] * LARGE[1] // BLOCKSIZE, device=device) for _ in range(clock.turns)
     ]
-    offset = scales[0].mean(0, keepdim=True)  # given, so that only the kernel is timed
+    offset = scales[0].mean(0, keepdim=True)  # passed in, so that only the kernel is timed
     p = [torch.randn(LARGE[0] * LARGE[1], device=device) for _ in range(2)]
     moments = [zero_moments(values, True) for values in p]
     logits = [values.bfloat16().view(LARGE[0] // 32, -1) for values in p]
     labels = torch.zeros(len(logits[0]), dtype=torch.int64, device=device)
     x = [values.bfloat16().view(LARGE) for values in p]  # (tokens, LARGE[1])
-    w, r, angle = (
-        x[0][0].clone(),
-        torch.ones(LARGE[0], 1, device=device),
-        torch.ones_like(x[0][:, :64])[None, None],
-    )
-    few, weights = x[0][:16], [quantize_twice(values) for values in x]
+    w = x[0][0].clone()  # (LARGE[1],)
+    r = torch.ones(LARGE[0], 1, device=device)
+    angle = torch.ones_like(x[0][:, :64])[None, None]  # (1, 1, tokens, 64)
+    few = x[0][:16]  # (16, LARGE[1])
+    weights = [quantize_twice(values) for values in x]
     q = [values.view(1, LARGE[0], -1, 64).transpose(1, 2) for values in x]  # (1, heads, tokens, 64)
     return {
         "dequantize_nf4": large[DEQUANTISE],
@@ -190,7 +193,7 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
 
 
 def with_tile(name: str, chosen: Tile, call: Call) -> Call:
-    """`call`, in which the kernel `name` runs with this tile."""
+    """Return `call` with this tile for the kernel `name`."""
 
     def tiled(turn: int) -> object:
         with launch.overridden(name, chosen):
@@ -200,5 +203,6 @@ def with_tile(name: str, chosen: Tile, call: Call) -> Call:
 
 
 def written(chosen: Tile) -> str:
-    """A tile as it stands in launch.TILES."""
-    return f"tile({chosen.num_warps}, {', '.join(f'{name}={size}' for name, size in chosen.constants)})"
+    """Return a tile in the notation of launch.TILES."""
+    constants = ", ".join(f"{name}={size}" for name, size in chosen.constants)
+    return f"tile({chosen.num_warps}, {constants})"
