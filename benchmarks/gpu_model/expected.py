@@ -1,14 +1,15 @@
-"""What to expect of a card before it has been asked: the table in docs/gpu.md, out of machine code and datasheets.
+"""Expected times on each card: the table in docs/gpu.md, from machine code and datasheets.
 
     python benchmarks/gpu_model/expected.py
 
-kernel_report.py compiles and counts our kernels, roofline.py says how long their bytes and
-instructions take at least. In the table microseconds are those of a layer of 4096 x 14336 weights
-in bf16, blocks of 64, double quantised; a pipe in brackets sets the time, where DRAM does not. A
-token goes once through every linear layer of Llama-3-8B, in 4 bits, and through its bf16 head;
-norms, attention, keys and launches are left out, so nothing is faster. The launches are counted by
-running a step on shapes alone: an operation that gives a new tensor, or writes to one, starts a
-kernel or more. Nothing is measured. The last line is one JSON document.
+Nothing is measured. kernel_report.py compiles our kernels and counts their instructions;
+roofline.py computes the least time that their bytes and instructions take. The microseconds in the
+table are those of a layer of 4096 x 14336 weights in bf16, blocks of 64, double quantised. A pipe
+in brackets sets the time where DRAM does not. A token goes once through every linear layer of
+Llama-3-8B in 4 bits, and through its bf16 head. Norms, attention, keys and launches are left out,
+so no real card is faster. The launches are counted by running a step on shapes alone: an operation
+that returns a new tensor, or writes to one, starts one kernel or more. The last line is one JSON
+document.
 """
 
 import json
@@ -22,9 +23,8 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.bench_timing import MODELS
@@ -36,16 +36,11 @@ from minilora.models.decoder import CausalLM
 from minilora.models.kv_cache import KVCache
 from minilora.models.padded_batch import inference
 
-MODEL, BLOCKS, VOCABULARY = (
-    "Llama-3-8B",
-    32,
-    128256,
-)  # num_hidden_layers and vocab_size of its config.json
-DEQUANTISE, QUANTISE, TOKEN = KERNELS = (
-    "dequantize_nf4_double_quant",
-    "quantize_nf4",
-    "gemv_nf4_double_quant",
-)
+MODEL = "Llama-3-8B"
+BLOCKS = 32  # num_hidden_layers in its config.json
+VOCABULARY = 128256  # vocab_size in its config.json
+TOKEN = "gemv_nf4_double_quant"
+KERNELS = ("dequantize_nf4_double_quant", "quantize_nf4", TOKEN)
 HEADINGS = (
     "card",
     "GB/s",
@@ -57,14 +52,14 @@ HEADINGS = (
 
 
 def linear_weights() -> int:
-    """Of all of MODEL's linear layers but the head."""
+    """Return the number of weights in MODEL's linear layers, without the head."""
     m = MODELS[MODEL]
     attention = 2 * (m.heads + m.kv_heads) * m.head_dim * m.hidden  # q and o, k and v
     return BLOCKS * (attention + 3 * m.intermediate * m.hidden)  # gate, up, down
 
 
 class Count(TorchDispatchMode):
-    """Of the operations inside that do something on `device`: views do not."""
+    """Counter of the operations on `device` inside its context, without views."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -72,16 +67,21 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        on_device = isinstance(out, torch.Tensor) and out.device.type == self.device
         views = [
-            given.alias_info and not given.alias_info.is_write for given in func._schema.returns
+            returned.alias_info and not returned.alias_info.is_write
+            for returned in func._schema.returns
         ]
-        here = isinstance(out, torch.Tensor) and out.device.type == self.device
-        self.operations += here and not any(views) and "empty" not in str(func)
+        if on_device and not any(views) and "empty" not in str(func):
+            self.operations += 1
         return out
 
 
 def launches() -> int:
-    """Kernels at least that a token of MODEL in 4 bits starts, one row, no adapters; attention counts as one."""
+    """Return the least number of kernels that a token of MODEL in 4 bits starts.
+
+    The batch has one row and no adapters; attention counts as one kernel.
+    """
     m = MODELS[MODEL]
     config = DecoderConfig(
         VOCABULARY, m.hidden, m.intermediate, BLOCKS, m.heads, m.kv_heads, m.head_dim
@@ -99,14 +99,17 @@ def launches() -> int:
         inference(model),
         patch("torch.nn.functional.scaled_dot_product_attention", lambda q, *_, **__: q.clone()),
     ):
-        step.read()  # moves RoPE's frequencies
+        step.read()  # moves RoPE's frequencies to the device
         with Count("meta") as count:
             step.read()
     return count.operations
 
 
 def expectations(counted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each of CARDS; `counted` are rows of kernel_report.py, of KERNELS and the cards' targets."""
+    """Return a row for each of CARDS.
+
+    `counted` are the rows of kernel_report.py for KERNELS and the cards' targets.
+    """
     of = {(row["kernel"], row["target"]): row for row in counted}
     head = VOCABULARY * MODELS[MODEL].hidden
     found = []
@@ -129,24 +132,22 @@ def expectations(counted: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return the table as lines of Markdown."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     for row in found:
-        binds = {
-            kernel: "" if row["binds"][kernel] == "DRAM" else f" ({row['binds'][kernel]})"
-            for kernel in KERNELS
-        }
-        cells = [f"{row['us'][kernel]:.0f}{binds[kernel]}" for kernel in KERNELS]
-        lines.append(
-            "| "
-            + " | ".join([row["card"], f"{row['gb_per_s']}", *cells, f"{row['tokens_per_s']:.0f}"])
-            + " |"
-        )
+        cells = [row["card"], f"{row['gb_per_s']}"]
+        for kernel in KERNELS:
+            cell = f"{row['us'][kernel]:.0f}"
+            if row["binds"][kernel] != "DRAM":
+                cell += f" ({row['binds'][kernel]})"
+            cells.append(cell)
+        cells.append(f"{row['tokens_per_s']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def main() -> None:
-    """The table, the JSON."""
+    """Print the table and the JSON."""
     targets = dict.fromkeys(card.target for card in CARDS.values())
     found = expectations(rows(targets, KERNELS))
     print(f"triton: {triton.__version__}; compiled and counted, nothing ran on a GPU\n")

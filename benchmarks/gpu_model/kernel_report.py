@@ -1,22 +1,25 @@
-"""The kernels' machine code, ours and bitsandbytes', counted without a GPU, and what it means on eight cards.
+"""Counts of machine code, ours and bitsandbytes', and times on eight cards, without a GPU.
 
     python benchmarks/gpu_model/kernel_report.py [--targets sm_80,sm_86,gfx942] [--json FILE]
 
-Ours are compiled by calling the library's own launchers on CPU tensors inside `imaginary_gpu`:
-bf16, 4096 x 4096 (the small GEMV 1536 x 576), blocks of 64, few tokens 16 or 64; cross-entropy on
-512 x 131072 logits, AdamW and a layer's steps on 4096 x 4096 values (report_jobs.py). If a launcher
-starts several kernels, the one with the largest grid is counted. bitsandbytes' are taken out of the
-installed wheel. Figures are those of a thread with full work (sass.py):
+Our kernels are compiled by the library's own launchers on CPU tensors inside `imaginary_gpu`: bf16,
+4096 x 4096 (the small GEMV 1536 x 576), blocks of 64, few tokens 16 or 64; cross-entropy on
+512 x 131072 logits; AdamW and a layer's steps on 4096 x 4096 values (report_jobs.py). If a launcher
+starts several kernels, the one with the largest grid is counted. bitsandbytes' kernels come from
+the installed wheel. The figures are those of a thread with full work (sass.py):
 
-    instr/elem      instructions per weight (logit, parameter, value); of a kernel with loops those inside them
-    whole           the same with what stands around the loops: in a GEMV at an inner size of 4096 (small: 576)
-    loads, stores   of global memory, bits x how many (with loops their loads); the LUT's and the scales' included
-    occupancy       warps that fit on an SM at a time, by registers, shared bytes and threads, of the most it can hold
+    instr/elem      instructions per weight (logit, parameter, value); with loops only those inside
+    whole           the same with the code around the loops: for a GEMV at an inner size of 4096
+                    (small: 576)
+    loads, stores   of global memory, bits x count (with loops their loads), with those of the
+                    look-up table and the scales
+    occupancy       warps that fit on an SM at a time, by registers, shared bytes and threads, as a
+                    share of the most it can hold
 
-In the JSON, `load_bits` is the widest of the loads and `store_bits` the narrowest of the stores, 0
-if none is on the way; a quantiser's fp32 absmax keeps the latter at 32 or below. The roofline is
-roofline.py's model on these counts: estimates, nothing measured. AMD's targets are compiled, not
-counted. The last line of stdout is one JSON document.
+In the JSON, `load_bits` is the widest load and `store_bits` the narrowest store, 0 without any; the
+fp32 absmax of a quantiser keeps the latter at 32 or below. The roofline is the model of roofline.py
+on these counts: an estimate, not a measurement. AMD's targets are compiled and not counted. The
+last line of stdout is one JSON document.
 """
 
 import argparse
@@ -32,9 +35,8 @@ from typing import Any
 
 import triton
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu_model.imaginary import Launch, imaginary_gpu
 from benchmarks.gpu_model.report_jobs import ADAMW_BYTES, BLOCKSIZE, SCALES_BYTES, Job, jobs
@@ -56,19 +58,21 @@ LAYER = 4096 * 14336  # weights, in the roofline
 
 @dataclass(frozen=True)
 class Peer:
-    """One of bitsandbytes' kernels: the names and numbers are its source's (csrc), where they are no parameters."""
+    """One of bitsandbytes' kernels.
+
+    The names and numbers come from its source (csrc), where they are constants.
+    """
 
     pattern: str  # in the mangled name
     threads: int  # per block
     elements: int  # per thread
-    bytes: float  # as in Job
-    trip: int = (
-        0  # elements that a thread handles in one trip of its loop; 0: the loop, if any, runs once
-    )
+    bytes: float  # of DRAM for one element, as in Job
+    # Elements that a thread handles in one trip of its loop; 0: no loop, or a loop that runs once.
+    trip: int = 0
 
 
-# mangled: <__nv_bfloat16, tile 512, 64 threads, 8 bytes a thread, 2 = NF4>; the GEMVs give one warp
-# a row
+# Mangled: <__nv_bfloat16, tile 512, 64 threads, 8 bytes a thread, 2 = NF4>. In the GEMVs one warp
+# handles one row.
 BITSANDBYTES = {
     "dequantize_nf4": Peer(
         "kDequantizeBlockwiseI13__nv_bfloat16Li512ELi64ELi8ELi2E", 64, 16, HALF + WEIGHT
@@ -82,8 +86,8 @@ BITSANDBYTES = {
     "gemv_nf4_double_quant": Peer(
         "gemm_4bit_simtI13__nv_bfloat16Li1EE", 128, 4096 // 32, WEIGHT_DOUBLE_QUANT, 32
     ),
-    # 32 or 64 tokens by 64 rows by 128 weights of each. Their dynamic shared memory is not in the
-    # binary: the occupancy is one without
+    # 32 or 64 tokens by 64 rows by 128 weights of each row. The binary does not give their dynamic
+    # shared memory, so the occupancy leaves it out.
     "matmul_nf4": Peer(
         "gemm_4bit_sm80_m16n8k16I13__nv_bfloat16Li32ELi64ELi128EE",
         256,
@@ -102,33 +106,36 @@ BITSANDBYTES = {
 
 
 def compiled(job: Job, target: str) -> tuple[Launch, int]:
-    """The launch with the largest grid among those of a job, and the job's trip. Raises ValueError if there is none."""
+    """Return a job's launch with the largest grid, and its trip. Raises ValueError without one."""
     with imaginary_gpu(target) as launches:
         job.launch()
         trip = job.trip()
     if not launches:
         raise ValueError(
-            f"need a Triton launch to count, got none for {target}: the launcher ran something else"
+            f"need a Triton launch to count, got none for {target}: the launcher used no kernel"
         )
     return max(launches, key=lambda launch: math.prod(launch.grid)), trip
 
 
 def rows(targets: Iterable[str], names: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """One row a kernel of ours (all, or those named) and NVIDIA target; the keys are those of `figures`."""
+    """Return a row for each of our kernels (all, or `names`) and each NVIDIA target."""
     todo, found = jobs(), []
     for name in todo if names is None else names:
         job = todo[name]
         for target in targets:
             if name.startswith("matmul") and (target == "sm_75" or nf4_matmul.OLD):
                 print(
-                    f"{name} on {target}: NOT COUNTED, it is not used on sm_75, nor with a Triton before 3.7"
+                    f"{name} on {target}: NOT COUNTED, it is used neither on sm_75 nor with a "
+                    "Triton before 3.7"
                 )
                 continue
             launch, trip = compiled(job, target)
-            counts, threads = count(launch.binary), launch.metadata.num_warps * 32
+            counts = count(launch.binary)
+            threads = launch.metadata.num_warps * 32
             if counts.loop.instructions and not trip:
                 raise ValueError(
-                    f"{name} on {target} has a loop: say in jobs() how many elements one trip handles"
+                    f"{name} on {target} has a loop: its job in jobs() needs `trip`, the elements "
+                    "of one trip"
                 )
             per_thread = job.elements / math.prod(launch.grid) / threads
             found.append(
@@ -143,20 +150,24 @@ def rows(targets: Iterable[str], names: Iterable[str] | None = None) -> list[dic
 def bitsandbytes_rows(
     targets: Iterable[str], names: Iterable[str] = tuple(BITSANDBYTES)
 ) -> list[dict[str, Any]]:
-    """The same of bitsandbytes' kernels. A target for which the installed wheel has none is announced and left out."""
+    """Return such rows for bitsandbytes' kernels.
+
+    A target that the installed wheel does not support is left out with a message.
+    """
     found = []
     for target in targets:
         binary = _wheel_cubin(target)
         if binary is None:
             print(
-                f"bitsandbytes on {target}: NOT COUNTED, not installed or without machine code for it"
+                f"bitsandbytes on {target}: NOT COUNTED, "
+                "not installed or without machine code for it"
             )
             continue
         for name in names:
             peer = BITSANDBYTES[name]
             counts = count(binary, peer.pattern, through="LDG.*128" if peer.trip else None)
             if peer.trip and not counts.loop.loads:
-                continue  # an empty kernel, of a size that this card does not take
+                continue  # an empty kernel: this card does not support its size
             found.append(
                 {"kernel": name, "target": target}
                 | figures(counts, peer.elements, peer.trip)
@@ -167,11 +178,11 @@ def bitsandbytes_rows(
 
 
 def _wheel_cubin(target: str) -> bytes | None:
-    """Machine code with all of BITSANDBYTES, out of the library for the newest CUDA that has it."""
+    """Return machine code with all of BITSANDBYTES, from the library for the newest CUDA."""
     spec = find_spec("bitsandbytes")
-    libraries = (
-        Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so") if spec and spec.origin else ()
-    )
+    if not spec or not spec.origin:
+        return None
+    libraries = Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so")
     for library in sorted(libraries, reverse=True):
         for binary in cubins(library, target):
             names = "\n".join(functions(binary))
@@ -181,7 +192,10 @@ def _wheel_cubin(target: str) -> bytes | None:
 
 
 def figures(counts: Counts, elements: float, trip: float) -> dict[str, Any]:
-    """Counts per element, of `elements` that a thread handles, `trip` in each trip of the loop (0: it has no loop)."""
+    """Return counts per element.
+
+    A thread handles `elements`, of which `trip` in each trip of its loop (0: it has no loop).
+    """
     looped = bool(trip and counts.loop.instructions)
     hot, handled = (counts.loop, trip) if looped else (counts.path, elements)
     again = (elements / trip - 1) * counts.loop.instructions if looped else 0
@@ -198,7 +212,7 @@ def figures(counts: Counts, elements: float, trip: float) -> dict[str, Any]:
 
 
 def resources(counts: Counts, target: str, dynamic_shared: int, threads: int) -> dict[str, Any]:
-    """What a kernel occupies: registers and spills a thread, shared bytes a block, occupancy."""
+    """Return registers and spills of a thread, shared bytes of a block, and occupancy."""
     shared = counts.shared_bytes + dynamic_shared
     return {
         "registers": counts.registers,
@@ -210,14 +224,11 @@ def resources(counts: Counts, target: str, dynamic_shared: int, threads: int) ->
 
 
 def estimates(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """roofline.py's bounds for a layer of 4096 x 14336, on every card whose target was counted."""
+    """Return the bounds of roofline.py for a layer of 4096 x 14336, on every counted card."""
     results = []
     for row in found:
-        elements = (
-            LAYER // BLOCKSIZE
-            if row["kernel"] in ("double_quantize_nf4", "dequantize_absmax")
-            else LAYER
-        )
+        per_scale = row["kernel"] in ("double_quantize_nf4", "dequantize_absmax")
+        elements = LAYER // BLOCKSIZE if per_scale else LAYER
         for name, card in CARDS.items():
             if card.target == row["target"]:
                 times = bounds(card, elements, row["bytes_per_element"], row["pipes"])
@@ -226,23 +237,27 @@ def estimates(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "kernel": row["kernel"],
                     "card": name,
                     "microseconds": max(times.values()),
+                    "binds": binding(times),
+                    "busiest": busiest,
+                    "of_dram": share,
                 }
-                results.append(
-                    result | {"binds": binding(times), "busiest": busiest, "of_dram": share}
-                )
+                results.append(result)
     return results
 
 
 def three_launches(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Bounds of bitsandbytes' double dequantise: absmax out of its codes, plus the mean, then the weights, in turn."""
+    """Return the bounds of bitsandbytes' double dequantise, which takes three launches.
+
+    They dequantise absmax, add the mean, and dequantise the weights.
+    """
     parts = {(result["kernel"], result["card"]): result["microseconds"] for result in found}
     results = []
     for result in found:
         if result["kernel"] == "dequantize_nf4":
-            add = bounds(CARDS[result["card"]], LAYER // BLOCKSIZE, 4 + 4, {})[
-                "DRAM"
-            ]  # fp32 read, fp32 written
-            whole = result["microseconds"] + parts["dequantize_absmax", result["card"]] + add
+            card = result["card"]
+            # The addition reads and writes fp32.
+            add = bounds(CARDS[card], LAYER // BLOCKSIZE, 4 + 4, {})["DRAM"]
+            whole = result["microseconds"] + parts["dequantize_absmax", card] + add
             results.append(
                 result | {"kernel": "dequantize_nf4_double_quant", "microseconds": whole}
             )
@@ -250,61 +265,66 @@ def three_launches(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_rows(title: str, found: list[dict[str, Any]]) -> None:
-    """Table of counts."""
-    print(
-        f"\n{title}\n{'kernel':38}{'target':8}{'instr/elem':>10}{'whole':>7}  {'loads':18}{'stores':12}",
-        end="",
-    )
+    """Print a table of counts."""
+    print(f"\n{title}")
+    print(f"{'kernel':38}{'target':8}{'instr/elem':>10}{'whole':>7}", end="")
+    print(f"  {'loads':18}{'stores':12}", end="")
     print(f"{'registers':>9}{'spills':>7}{'shared':>7}{'occupancy':>10}")
     for row in found:
-        loads, stores = (
-            " ".join(f"{b}x{n}" for b, n in sorted(row[key].items())) for key in ("loads", "stores")
-        )
-        print(
-            f"{row['kernel']:38}{row['target']:8}{row['instructions_per_element']:10.2f}{row['whole']:7.2f}",
-            end="",
-        )
-        print(
-            f"  {loads:18}{stores:12}{row['registers']:9}{row['spills']:7}{row['shared_bytes']:7}",
-            end="",
-        )
-        print(f"{row['occupancy']:10.0%}")
+        line = f"{row['kernel']:38}{row['target']:8}"
+        line += f"{row['instructions_per_element']:10.2f}{row['whole']:7.2f}"
+        line += f"  {_accesses(row['loads']):18}{_accesses(row['stores']):12}"
+        line += f"{row['registers']:9}{row['spills']:7}{row['shared_bytes']:7}"
+        print(f"{line}{row['occupancy']:10.0%}")
+
+
+def _accesses(counts: dict[int, int]) -> str:
+    """Return the accesses of each width as text: 8x2 32x1."""
+    return " ".join(f"{width}x{number}" for width, number in sorted(counts.items()))
 
 
 def print_estimates(title: str, found: list[dict[str, Any]]) -> None:
-    """Table of bounds, a column a card: microseconds, and the busiest other resource's share of DRAM's time."""
-    names = [name for name in CARDS if any(result["card"] == name for result in found)]
+    """Print a table of bounds with a column for each card.
+
+    A cell has microseconds, and the busiest other resource with its share of DRAM's time.
+    """
+    cells: dict[str, dict[str, str]] = {}  # kernel -> card -> cell
+    for result in found:
+        cell = f"{result['microseconds']:.4g} {result['busiest']:>5} {result['of_dram']:.2f}"
+        cells.setdefault(result["kernel"], {})[result["card"]] = cell
+    counted = {result["card"] for result in found}
+    names = [name for name in CARDS if name in counted]
     print(f"\n{title}\n{'kernel':38}" + "".join(f"{name:>17}" for name in names))
-    for kernel in dict.fromkeys(result["kernel"] for result in found):
-        of = {result["card"]: result for result in found if result["kernel"] == kernel}
-        shown = {
-            n: f"{of[n]['microseconds']:.4g} {of[n]['busiest']:>5} {of[n]['of_dram']:.2f}"
-            for n in of
-        }
-        cells = (shown.get(n, "-") for n in names)  # not every kernel is for every card
-        print(f"{kernel:38}" + "".join(f"{cell:>17}" for cell in cells))
+    for kernel, cell_of in cells.items():
+        # Not every kernel runs on every card.
+        line = "".join(f"{cell_of.get(name, '-'):>17}" for name in names)
+        print(f"{kernel:38}{line}")
 
 
 def main() -> None:
-    """The card, the tables, the JSON."""
+    """Print the versions, the tables and the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--targets", default=",".join((*SM_LIMITS, *AMD)), help="sm_NN or gfxNNN, with commas"
+        "--targets",
+        default=",".join((*SM_LIMITS, *AMD)),
+        help="sm_NN or gfxNNN, separated by commas",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the last line to this file"
+    )
     args = parser.parse_args()
     targets = args.targets.split(",")
-    if unknown := [t for t in targets if t not in (*SM_LIMITS, *AMD)]:
-        parser.error(
-            f"--targets: expected some of {', '.join((*SM_LIMITS, *AMD))}, got {', '.join(unknown)}"
-        )
-    nvidia, amd = ([t for t in targets if t.startswith(prefix)] for prefix in ("sm_", "gfx"))
+    known = (*SM_LIMITS, *AMD)
+    unknown = [target for target in targets if target not in known]
+    if unknown:
+        parser.error(f"--targets: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    nvidia = [target for target in targets if target.startswith("sm_")]
+    amd = [target for target in targets if target.startswith("gfx")]
 
-    print(
-        f"triton: {triton.__version__}\ntargets: {' '.join(targets)}\ncompiled and counted; nothing ran on a GPU"
-    )
+    print(f"triton: {triton.__version__}\ntargets: {' '.join(targets)}")
+    print("compiled and counted; nothing ran on a GPU")
     ours, theirs = rows(nvidia), bitsandbytes_rows(nvidia)
     ours_us, theirs_us = estimates(ours), estimates(theirs)
     theirs_us += three_launches(theirs_us)

@@ -1,4 +1,4 @@
-"""What kernel_report.py has compiled and counted: our kernels' launchers, on tensors that hold nothing that matters."""
+"""The jobs of kernel_report.py: launchers of our kernels on tensors whose values are never read."""
 
 import math
 from collections.abc import Callable
@@ -23,37 +23,33 @@ from minilora_kernels.triton import (
 from minilora_kernels.triton.launch import tile_for
 
 BLOCKSIZE = 64
-SCALES_BYTES = (
-    4 + 1 + 4 / 256
-)  # of DRAM for one scale: absmax, its 8-bit code, its share of the second level
-# for one parameter: itself read and written, its gradient, two codes and their scales' share read
-# and written
+# Bytes of DRAM for one scale: absmax, its 8-bit code, its share of the second level.
+SCALES_BYTES = 4 + 1 + 4 / 256
+# Bytes of DRAM for one parameter: the parameter read and written, its gradient, two codes and their
+# share of the scales read and written.
 ADAMW_BYTES = 2 * 4 + 4 + 2 * (2 + 2 * 4 / 256)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One of our kernels and how to have it compiled."""
+    """One of our kernels and the call that compiles it."""
 
     launch: Callable[[], object]
-    elements: (
-        int  # weights that the launch handles; scales, in double_quantize_nf4; logits; parameters
-    )
+    # Weights that the launch handles, or scales (double_quantize_nf4), logits, parameters.
+    elements: int
     bytes: float  # of DRAM for one element
-    # Elements that a program handles in one trip of its loop; 0: it has no loop. Should the
-    # assembler unroll the loop, the figures come out too high, never too low.
+    # Elements that a program handles in one trip of its loop; 0: no loop. If the assembler unrolls
+    # the loop, the figures are too high, never too low.
     trip: Callable[[], int] = int
 
 
 def jobs() -> dict[str, Job]:
-    """Name -> job, of every kernel of ours. The tensors hold nothing that matters: they are never read."""
+    """Return a job for each of our kernels, by name. The values of the tensors are never read."""
     shape, small = (4096, 4096), (1536, 576)
     n = math.prod(shape)
     dense, absmax = torch.empty(shape, dtype=torch.bfloat16), torch.empty(n // BLOCKSIZE)
-    p, moments = (
-        torch.empty(n),
-        [torch.empty(n // 256, 256, dtype=torch.uint8), torch.empty(n // 256)] * 2,
-    )
+    p = torch.empty(n)
+    moments = [torch.empty(n // 256, 256, dtype=torch.uint8), torch.empty(n // 256)] * 2
 
     def dequantize(run: Callable[..., object], double: bool) -> Job:
         bytes = HALF + (WEIGHT_DOUBLE_QUANT if double else WEIGHT)
@@ -93,9 +89,10 @@ def jobs() -> dict[str, Job]:
         "gemv_nf4_double_quant_small": multiply(
             nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK
         ),
+        # The unit of the textbook kernel is a byte: 2 weights.
         "gemv_nf4_double_quant_textbook": multiply(
             nf4_gemv.gemv_textbook, shape, "gemv_nf4_textbook", 2
-        ),  # of a byte
+        ),
         "matmul_nf4": multiply(nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 16),
         "matmul_nf4_64_tokens": multiply(
             nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 64
@@ -109,12 +106,15 @@ def jobs() -> dict[str, Job]:
 
 
 def _steps(x: Tensor) -> dict[str, Job]:
-    """Of a layer, on x (tokens, D) in bf16; each tensor of its size is read or written once."""
-    w, r, n = x[0], torch.empty(len(x), 1), x.numel()
-    q, angle = (
-        x.view(1, len(x), -1, 128).transpose(1, 2),
-        torch.empty(1, 1, len(x), 128, dtype=x.dtype),
-    )
+    """Return the jobs of a layer's steps on x (tokens, D) in bf16.
+
+    Each tensor of x's size is read or written once.
+    """
+    w = x[0]  # (D,)
+    r = torch.empty(len(x), 1)  # (tokens, 1)
+    n = x.numel()
+    q = x.view(1, len(x), -1, 128).transpose(1, 2)  # (1, heads, tokens, 128)
+    angle = torch.empty(1, 1, len(x), 128, dtype=x.dtype)  # (1, 1, tokens, 128)
 
     def strip() -> int:
         return math.prod(size for _, size in tile_for("rms_norm_weight").constants)
@@ -134,7 +134,7 @@ def _steps(x: Tensor) -> dict[str, Job]:
 
 
 def _parts(n: int, double: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """packed, scales, nested_absmax and offset of n weights."""
+    """Return packed, scales, nested_absmax and offset of n weights."""
     packed, blocks = torch.empty(n // 2, dtype=torch.uint8), n // BLOCKSIZE
     if not double:
         return packed, torch.empty(blocks), None, None

@@ -1,15 +1,15 @@
-"""How long a kernel must take at least on a given card: a model from datasheet rates, in which nothing is measured.
+"""The least time of a kernel on a given card: a model from datasheet rates. Nothing is measured.
 
-    times = bounds(CARDS["RTX 4090"], elements=4096 * 4096, bytes_per_element=2.516, pipes={"issue":
-    7.7, "alu": 2.5})
-    binding(times), max(times.values())        # ("DRAM", 41.9): no kernel is faster than its slowest resource
+    pipes = {"issue": 7.7, "alu": 2.5}
+    times = bounds(CARDS["RTX 4090"], elements=4096 * 4096, bytes_per_element=2.516, pipes=pipes)
+    binding(times), max(times.values())        # ("DRAM", 41.9): the slowest resource is the limit
 
-A kernel moves bytes and executes instructions; every resource (memory, issue slots, each kind of
-lane) has a rate and so a least time, and the largest of these is the bound. What the model leaves
-out makes real kernels slower: latency, the 8 to 15 % of the datasheet's bandwidth that DRAM never
-gives, the launch. What makes them look faster is the L2 cache, if it holds the data. The ratio of
-the other resources to DRAM is the useful figure: below 1, fewer instructions buy no time, and only
-fewer bytes do.
+A kernel moves bytes and executes instructions. Every resource (memory, issue slots, each kind of
+lane) has a rate, and therefore a least time; the largest of these times is the bound. The model
+leaves out effects that make real kernels slower: latency, the launch, and the 8 to 15 % of the
+datasheet's bandwidth that DRAM never reaches. The L2 cache can make a kernel look faster if it
+holds the data. The ratio of the other resources to DRAM is the useful figure: below 1, fewer
+instructions save no time, and only fewer bytes do.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its datasheet has it."""
+    """A GPU with the figures of its datasheet."""
 
     target: str  # architecture that Triton compiles for
     sms: int  # streaming multiprocessors
@@ -37,30 +37,31 @@ CARDS = {
     "H100 SXM": Card("sm_90", 132, 1.83, 3352),
 }
 
-# Thread instructions an SM starts in a clock, after the throughput table of the CUDA C++
-# Programming Guide: four schedulers issue one warp each; LSU in passes of 32 bits a thread,
-# shuffles among them; XU are conversions and MUFU.
+# Thread instructions that an SM starts in a clock, from the throughput table of the CUDA C++
+# Programming Guide. Four schedulers issue one warp each. LSU works in passes of 32 bits a thread,
+# shuffles included; XU are conversions and MUFU.
 LANES = {"issue": 128, "alu": 64, "fma": 128, "lsu": 32, "xu": 16}
-LANES_OF = {"sm_75": {"fma": 64, "lsu": 16}, "sm_80": {"fma": 64}}  # where a target differs
+LANES_OF = {"sm_75": {"fma": 64, "lsu": 16}, "sm_80": {"fma": 64}}  # targets that differ
 
-# Bytes of DRAM for one weight of NF4 in blocks of 64, with its scale: fp32, or double quantised in
+# Bytes of DRAM for one NF4 weight in blocks of 64, with its scale: fp32, or double quantised in
 # groups of 256.
 WEIGHT = 1 / 2 + 4 / 64
 WEIGHT_DOUBLE_QUANT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-HALF = 2  # and of one weight in bf16 or fp16
+HALF = 2  # bytes of one weight in bf16 or fp16
 
 
 def bounds(
     card: Card, elements: int, bytes_per_element: float, pipes: Mapping[str, float]
 ) -> dict[str, float]:
-    """Least time of each resource in microseconds, "DRAM" first.
+    """Return the least time of each resource in microseconds, "DRAM" first.
 
-    `pipes` says what one element costs of each of LANES: "issue" all its instructions, the others
-    those of that kind (`sass.Tally.pipes`); what is not named costs nothing. Raises ValueError for
-    a negative cost or an unknown pipe.
+    `pipes` holds the instructions of one element for each of LANES: all of them under "issue", and
+    those of each kind under the other names (`sass.Tally.pipes`). A missing name means 0. Raises
+    ValueError for a negative cost or an unknown pipe.
     """
-    if unknown := set(pipes) - set(LANES):
-        raise ValueError(f"need pipes out of {', '.join(LANES)}, got {', '.join(sorted(unknown))}")
+    unknown = sorted(set(pipes) - set(LANES))
+    if unknown:
+        raise ValueError(f"need pipes out of {', '.join(LANES)}, got {', '.join(unknown)}")
     if min(elements, bytes_per_element, *pipes.values()) < 0:
         raise ValueError(
             f"need no negative cost, got {elements=}, {bytes_per_element=}, {dict(pipes)}"
@@ -72,12 +73,12 @@ def bounds(
 
 
 def binding(times: Mapping[str, float]) -> str:
-    """The resource that sets the bound: the one with the longest of these times."""
+    """Return the resource with the longest time, which sets the bound."""
     return max(times, key=lambda resource: times[resource])
 
 
 def pressure(times: Mapping[str, float]) -> tuple[str, float]:
-    """Which resource comes closest to DRAM's time, or passes it, and its share of that time.
+    """Return the busiest resource after DRAM, and its time as a share of DRAM's time.
 
     ("lsu", 0.33) leaves two thirds of the time to spare; ("issue", 1.07) makes the kernel slower
     than its bytes.

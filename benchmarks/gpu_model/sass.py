@@ -1,17 +1,18 @@
-"""Counts in NVIDIA machine code (SASS), for which no GPU is needed: the compiler and the disassembler suffice.
+"""Counts of NVIDIA machine code (SASS) with the compiler and the disassembler, without a GPU.
 
     with imaginary_gpu("sm_86") as launches:
         kernel[grid](...)
     counts = count(launches[0].binary)
-    counts.path.instructions, counts.path.loads, counts.registers      # 58, {32: 4}, 32: four 32-bit loads ...
+    # 58 instructions, {32: 4} (four 32-bit loads), 32 registers
+    counts.path.instructions, counts.path.loads, counts.registers
     occupancy("sm_86", counts.registers, launches[0].metadata.shared, threads=128)      # 1.0
 
-A count is no time. It says how many instructions one thread issues with full work: the longest way
-from the entry to an EXIT, each loop once around, an EXIT under a predicate not taken. An
-instruction that its predicate switches off takes its issue slot all the same and is counted. Not
-followed are CALLed helpers and the slow side of BRA.DIV (what a warp runs when its threads
-disagree), so a kernel that diverges runs more than is said here. The disassembler, cuobjdump, is
-the one in triton's wheel (Linux); no CUDA toolkit is needed.
+A count is not a time. It is the number of instructions that one thread with full work issues: the
+longest path from the entry to an EXIT, with each loop once and each EXIT under a predicate not
+taken. An instruction that its predicate switches off still takes its issue slot and is counted.
+CALLed helpers and the slow side of BRA.DIV (which a warp runs when its threads disagree) are not
+followed, so a kernel that diverges runs more instructions than the count. The disassembler,
+cuobjdump, comes with triton's wheel (Linux); no CUDA toolkit is needed.
 """
 
 import math
@@ -33,49 +34,48 @@ class Instruction:
 
     address: int
     predicate: str  # "" or "@P0", "@!UP1"
-    opcode: str  # with its modifiers, "LDG.E.128"
-    kind: str  # without them, "LDG"
+    opcode: str  # with modifiers, "LDG.E.128"
+    kind: str  # without modifiers, "LDG"
     operands: str
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What some instructions amount to, for one thread."""
+    """Totals of some instructions, for one thread."""
 
     instructions: int
     loads: dict[int, int]  # of global memory: bits of one access -> how many
-    stores: dict[int, int]  # likewise
+    stores: dict[int, int]  # the same for stores
     shared: int  # loads, stores and atomics of shared memory
-    pipes: dict[
-        str, int
-    ]  # alu, fma, xu: instructions; lsu: passes, of which a 64-bit access takes 2, a 128-bit one 4
+    # alu, fma, xu: instructions; lsu: passes (2 for a 64-bit access, 4 for a 128-bit access)
+    pipes: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What `count` says about one kernel."""
+    """Result of `count` for one kernel."""
 
-    path: Tally  # the longest way through the kernel, loop bodies once
-    loop: Tally  # of these, the instructions inside loops; all zero without one
+    path: Tally  # the longest path through the kernel, loop bodies once
+    loop: Tally  # the instructions of the path inside loops; all zero without a loop
     spills: int  # loads and stores of local memory, anywhere in the kernel
     registers: int  # per thread
-    shared_bytes: int  # static; Triton's is dynamic, and so not here but in launch.metadata.shared
+    shared_bytes: int  # static; Triton's is dynamic: launch.metadata.shared
 
 
 def count(binary: bytes, name: str = "", through: str | None = None) -> Counts:
-    """Counts of the one kernel in a cubin whose mangled name matches the regex `name`.
+    """Return the counts of the one kernel in a cubin whose mangled name matches the regex `name`.
 
-    `through` is a regex on opcodes: the way taken is then the one with most matches, and the
-    shortest of those. With "LDG.*128" it follows the fast side of a branch, where the longest way
-    would count the slow one. Raises ValueError if `binary` is no cubin, if not exactly one kernel
-    matches, or if its jumps cannot be followed.
+    `through` is a regex on opcodes. With it the counted path is the one with most matches, and the
+    shortest of these. "LDG.*128" follows the fast side of a branch, where the longest path would
+    follow the slow side. Raises ValueError if `binary` is not a cubin, if not exactly one kernel
+    matches, or if a jump has no fixed address.
     """
-    fitting = {
-        function: use for function, use in functions(binary).items() if re.search(name, function)
-    }
+    uses = functions(binary)
+    fitting = {function: use for function, use in uses.items() if re.search(name, function)}
     if len(fitting) != 1:
         raise ValueError(
-            f"need a name that fits one kernel, got {name!r}, which fits {sorted(fitting) or 'none'}"
+            f"need a name that fits one kernel, got {name!r}, "
+            f"which fits {sorted(fitting) or 'none'}"
         )
     ((function, (registers, static)),) = fitting.items()
     text = _cuobjdump(binary, "-sass", "-fun", function)
@@ -88,15 +88,16 @@ def count(binary: bytes, name: str = "", through: str | None = None) -> Counts:
 
 
 def functions(binary: bytes) -> dict[str, tuple[int, int]]:
-    """Mangled name -> (registers per thread, bytes of static shared memory as the tool says) of a cubin's kernels.
+    """Return (registers per thread, bytes of static shared memory) of each kernel in a cubin.
 
-    From sm_90 on the tool counts the KiB that the driver reserves as the kernel's. Raises
-    ValueError on other files.
+    The keys are mangled names. From sm_90 on, cuobjdump includes the KiB that the driver reserves.
+    Raises ValueError for other files.
     """
     machine = int.from_bytes(binary[18:20], "little")
     if binary[:4] != b"\x7fELF" or machine != 190:
         raise ValueError(
-            f"need a cubin (ELF, machine 190), got a file that starts with {binary[:4]!r}, {machine=}"
+            "need a cubin (ELF, machine 190), got a file that starts with "
+            f"{binary[:4]!r}, {machine=}"
         )
     usage = re.finditer(
         r"Function (\S+):\s+REG:(\d+).*?SHARED:(\d+)", _cuobjdump(binary, "-res-usage")
@@ -105,10 +106,10 @@ def functions(binary: bytes) -> dict[str, tuple[int, int]]:
 
 
 def cubins(path: Path, target: str) -> list[bytes]:
-    """Machine code for `target` ("sm_86") inside a shared library or program; empty if it carries none."""
+    """Return the machine code for `target` ("sm_86") in a library or program; empty without any."""
     with tempfile.TemporaryDirectory() as folder:
-        # The tool extracts the files whose name contains this (without the full stop, sm_90a's
-        # too), else fails.
+        # cuobjdump extracts the files whose name contains this text (without the full stop also
+        # those of sm_90a), and fails if there are none.
         subprocess.run(
             [CUOBJDUMP, "-xelf", f"{target}.", path.resolve()], cwd=folder, capture_output=True
         )
@@ -127,60 +128,64 @@ def _cuobjdump(binary: bytes, *options: str) -> str:
     return done.stdout
 
 
-# some versions append the scheduler's hints: `BRA 0x770  &req={3,1,0}  ?trans6 ;`
+# Some versions append hints of the scheduler: `BRA 0x770  &req={3,1,0}  ?trans6 ;`
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]+)\*/\s+(?:(@!?\w+)\s+)?(([A-Z]\w*)[\w.]*)\s*([^;&?]*)[^;]*;", re.MULTILINE
 )
 
 
 def parse(text: str) -> list[Instruction]:
-    """Instructions in what `cuobjdump -sass` prints about one kernel."""
+    """Return the instructions of one kernel from the output of `cuobjdump -sass`."""
     return [Instruction(int(address, 16), *rest) for address, *rest in _LINE.findall(text)]
 
 
 def trace(
     code: list[Instruction], through: str | None = None
 ) -> tuple[list[Instruction], list[Instruction]]:
-    """Instructions of the way through a kernel, and those inside its loops, both as executed and counted once."""
+    """Return the path through a kernel, and its instructions inside loops.
+
+    Both are in the order of execution, with each instruction once.
+    """
     at = {instruction.address: n for n, instruction in enumerate(code)}
-    onward = [[n for n in _onward(code, at, n) if n < len(code)] for n in range(len(code))]
+    onward = []
+    for n in range(len(code)):
+        onward.append([after for after in _onward(code, at, n) if after < len(code)])
     loops = _loops(onward)
     order, _ = _depth_first(_one_trip(onward, loops))
 
-    best: dict[
-        int, tuple[int, int]
-    ] = {}  # (matches, length) of the way from here to the end; more is better
+    # (matches, length) of the path from an instruction to the end; more is better
+    best: dict[int, tuple[int, int]] = {}
     following: dict[int, int] = {}
     for n in order:
         ways = [after for after in onward[n] if after in best]
         if ways:
             following[n] = max(ways, key=lambda way: (best[way], way))
         elif onward[n] or code[n].kind == "RET":
-            continue  # from here on there is only a helper
+            continue  # only a helper follows
         matches, length = best[following[n]] if ways else (0, 0)
         match = through is not None and re.search(through, code[n].opcode) is not None
         best[n] = (matches + match, length + (1 if through is None else -1))
     path = [0] if 0 in best else []
     while path and path[-1] in following:
         path.append(following[path[-1]])
-    looped = {n for body in loops.values() for n in body}
+    looped = set[int]().union(*loops.values())
     return [code[n] for n in path], [code[n] for n in path if n in looped]
 
 
 def _onward(code: list[Instruction], at: dict[int, int], n: int) -> list[int]:
-    """Where instruction n may lead."""
+    """Return the instructions that may follow instruction n."""
     i = code[n]
     always = i.predicate in ("", "@PT", "@UPT")
     if i.kind in ("EXIT", "RET", "KILL"):
         return [] if always else [n + 1]
     if i.kind in ("BRX", "BRXU", "JMX", "JMXU"):
         raise ValueError(
-            f"need jumps to fixed addresses, got {i}: no way through this kernel can be told"
+            f"need jumps to fixed addresses, got {i}: the path through this kernel is unknown"
         )
     if i.kind in ("BRA", "JMP") and ".DIV" not in i.opcode or i.opcode.startswith("CALL.REL"):
         # BRA.U !UP0, 0x1f0 has its condition as an operand. The assembler also leaves loops by a
-        # CALL that never comes back: both its ways are tried, and one into a helper ends in RET,
-        # not at the end.
+        # CALL that never returns. Both ways of a CALL are tried; one into a helper ends in RET and
+        # not at the end of the kernel.
         always = always and "," not in i.operands and i.kind != "CALL"
         target = at[int(i.operands.rpartition("0x")[2], 16)]
         return [target] if always else [target, n + 1]
@@ -188,7 +193,7 @@ def _onward(code: list[Instruction], at: dict[int, int], n: int) -> list[int]:
 
 
 def _depth_first(onward: list[list[int]]) -> tuple[list[int], set[tuple[int, int]]]:
-    """What is reached from node 0, each after all it leads to, and the edges that close a loop."""
+    """Return the nodes reached from node 0, each after its successors, and the edges of loops."""
     order, closing = list[int](), set[tuple[int, int]]()
     is_open = dict[int, bool]()
     todo = [0] if onward else []
@@ -205,7 +210,10 @@ def _depth_first(onward: list[list[int]]) -> tuple[list[int], set[tuple[int, int
 
 
 def _loops(onward: list[list[int]]) -> dict[int, set[int]]:
-    """Head of each loop -> its body: the head, and what leads back there without leaving through it."""
+    """Map the head of each loop to its body.
+
+    The body is the head and the nodes that lead back to the head without passing it.
+    """
     order, closing = _depth_first(onward)
     before = defaultdict(list)
     for n in order:
@@ -216,19 +224,24 @@ def _loops(onward: list[list[int]]) -> dict[int, set[int]]:
         body = bodies.setdefault(head, {head})
         todo = [tail]
         while todo:
-            if (n := todo.pop()) not in body:
+            n = todo.pop()
+            if n not in body:
                 body.add(n)
                 todo += before[n]
     return bodies
 
 
 def _one_trip(onward: list[list[int]], loops: dict[int, set[int]]) -> list[list[int]]:
-    """`onward` changed so that every loop is left after one whole trip: by a jump back, and by no other."""
+    """Change `onward` so that every loop ends after one whole trip; return it.
+
+    Instructions that jump back to the head lead to the exits of the loop instead. The other
+    instructions of the loop cannot leave it.
+    """
     exits = {
         head: [after for n in body for after in onward[n] if after not in body]
         for head, body in loops.items()
     }
-    for head, body in sorted(loops.items(), key=lambda loop: len(loop[1])):  # inner before outer
+    for head, body in sorted(loops.items(), key=lambda loop: len(loop[1])):  # inner loops first
         for n in body:
             if head in onward[n]:
                 onward[n] = [after for after in onward[n] if after != head] + exits[head]
@@ -240,22 +253,28 @@ def _one_trip(onward: list[list[int]], loops: dict[int, set[int]]) -> list[list[
 _LSU = re.compile(r"LD[GSL]?|LDGSTS|LDSM|ST[GSL]?|STSM|ATOM[GS]?|REDG?|SHFL")
 _FMA = re.compile(r"[FH](FMA|MUL|ADD)2?|IMAD|IDP")
 _XU = re.compile(r"MUFU|F2[FI]|I2F|FRND|POPC|FLO|BREV|FCHK")
-_NO_LANES = re.compile(  # control, constants, special registers, tensor cores and the uniform (one a warp) pipe
-    r"U\w+|BRA|EXIT|BSSY|BSYNC|BREAK|RET|CALL|JMP|KILL|NOP|YIELD|WARPSYNC|BAR|MEMBAR|ERRBAR|DEPBAR|LDGDEPBAR|NANOSLEEP"
-    r"|CCTL|ACQBULK|PREEXIT|SYNCS|BMOV|LEPC|VOTE|LDCU?|C?S2U?R|R2UR|\w*MMA|MOVM"
+# control, constants, special registers, tensor cores and the uniform pipe (one a warp)
+_NO_LANES = re.compile(
+    r"U\w+|BRA|EXIT|BSSY|BSYNC|BREAK|RET|CALL|JMP|KILL|NOP|YIELD|WARPSYNC|BAR|MEMBAR|ERRBAR"
+    r"|DEPBAR|LDGDEPBAR|NANOSLEEP|CCTL|ACQBULK|PREEXIT|SYNCS|BMOV|LEPC|VOTE"
+    r"|LDCU?|C?S2U?R|R2UR|\w*MMA|MOVM"
 )
 
 
 def tally(code: list[Instruction]) -> Tally:
-    """Sums over instructions. The pipe of each is known by its opcode; what no list names is ALU work."""
+    """Return totals of instructions. The opcode gives the pipe; opcodes in no list are ALU work."""
     pipes: dict[str, int] = dict.fromkeys(("alu", "fma", "lsu", "xu"), 0)
     for i in code:
         if _LSU.fullmatch(i.kind):
             pipes["lsu"] += max(1, bits(i.opcode) // 32)
-        elif not _NO_LANES.fullmatch(i.kind):
-            pipes[
-                "fma" if _FMA.fullmatch(i.kind) else "xu" if _XU.fullmatch(i.kind) else "alu"
-            ] += 1
+        elif _NO_LANES.fullmatch(i.kind):
+            continue
+        elif _FMA.fullmatch(i.kind):
+            pipes["fma"] += 1
+        elif _XU.fullmatch(i.kind):
+            pipes["xu"] += 1
+        else:
+            pipes["alu"] += 1
     loads = Counter(bits(i.opcode) for i in code if i.kind in ("LDG", "LD", "LDGSTS"))
     stores = Counter(bits(i.opcode) for i in code if i.kind in ("STG", "ST"))
     shared = sum(i.kind in ("LDS", "STS", "LDSM", "STSM", "ATOMS") for i in code)
@@ -263,20 +282,22 @@ def tally(code: list[Instruction]) -> Tally:
 
 
 def bits(opcode: str) -> int:
-    """Width of one thread's memory access: STG.E.U8 -> 8, LDG.E.128 -> 128; 32 where no modifier says otherwise."""
+    """Return the width of one thread's memory access: STG.E.U8 -> 8, LDG.E.128 -> 128.
+
+    The width is 32 without a modifier for it.
+    """
     kind, *modifiers = opcode.split(".")
     if kind in ("LDSM", "STSM"):
-        return (
-            32 * int(modifiers[-1]) if modifiers[-1] in "24" else 32
-        )  # matrices a warp, 32 bits a thread each
+        # The modifier is the number of matrices for the warp; each has 32 bits a thread.
+        return 32 * int(modifiers[-1]) if modifiers[-1] in "24" else 32
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[modifier] for modifier in reversed(modifiers) if modifier in widths), 32)
 
 
 # Warps, blocks and bytes of shared memory that one SM holds: CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability". Registers: 65536 an SM on all. How they are handed out (by
-# 256 a warp, to warps in fours; shared memory by 128 bytes, 256 on sm_75, and 1 KiB a block for the
-# driver from sm_80 on): CUDA Occupancy Calculator.
+# Specifications per Compute Capability". All have 65536 registers an SM. The units of allocation
+# come from the CUDA Occupancy Calculator: registers by 256 a warp, to four warps at a time; shared
+# memory by 128 bytes, 256 on sm_75, and 1 KiB a block for the driver from sm_80 on.
 SM_LIMITS = {
     "sm_75": (32, 16, 64 << 10),
     "sm_80": (64, 32, 164 << 10),
@@ -289,10 +310,10 @@ _RESERVED = 1 << 10
 
 
 def occupancy(target: str, registers: int, shared_bytes: int, threads: int) -> float:
-    """Warps that fit on an SM at a time as a share (0 to 1) of the most it can hold; 0.0: not even one block fits.
+    """Return the warps that fit on an SM as a share (0 to 1) of its maximum; 0.0: no block fits.
 
-    Takes registers per thread, static + dynamic shared bytes and threads per block. Raises
-    ValueError if `target` is not in SM_LIMITS or a block cannot have so many threads.
+    `registers` are those of a thread, `shared_bytes` (static + dynamic) and `threads` those of a
+    block. Raises ValueError if `target` is not in SM_LIMITS or a block cannot have so many threads.
     """
     if target not in SM_LIMITS:
         raise ValueError(f"need one of {', '.join(SM_LIMITS)}, got {target!r}")
@@ -300,12 +321,10 @@ def occupancy(target: str, registers: int, shared_bytes: int, threads: int) -> f
         raise ValueError(f"need 1 to 1024 threads in a block, got {threads}")
     max_warps, max_blocks, max_shared = SM_LIMITS[target]
     warps = math.ceil(threads / 32)
-    warps_by_registers = 65536 // (math.ceil(max(registers, 1) * 32 / 256) * 256) // 4 * 4
+    registers_of_warp = math.ceil(max(registers, 1) * 32 / 256) * 256
+    warps_by_registers = 65536 // registers_of_warp // 4 * 4
     unit, reserved = (256, 0) if target == "sm_75" else (128, _RESERVED)
     shared = math.ceil((shared_bytes + reserved) / unit) * unit
     by_shared = max_shared // shared if shared else max_blocks
-    return (
-        min(max_blocks, max_warps // warps, warps_by_registers // warps, by_shared)
-        * warps
-        / max_warps
-    )
+    blocks = min(max_blocks, max_warps // warps, warps_by_registers // warps, by_shared)
+    return blocks * warps / max_warps
