@@ -1,19 +1,19 @@
-"""Tokens a second of greedy decoding, one row at a time, here and in transformers (+ bitsandbytes).
+"""Tokens a second of greedy decoding, one row at a time, in minilora and transformers.
 
-    python benchmarks/inference/bench_generate.py [--rounds 5] [--prompt 64] [--new 64] [--dtype
-    auto]
+    python benchmarks/inference/bench_generate.py [--rounds 5] [--prompt 64] [--new 64]
+        [--dtype auto]
 
-SmolLM2-135M, a prompt of real tokens, `--new` tokens after it, prompt included in the time; the
-contenders take turns:
+The model is SmolLM2-135M, the prompt has real tokens, and `--new` tokens follow it. The time
+includes the prompt. The contenders take turns:
 
-    dense   both in the dtype that all compute in: bf16, or fp32 on a CPU without it
-    nf4     both in 4 bits with double quantisation, each token multiplied straight from the codes, in C on either side;
-            without a C compiler ours makes every weight dense again for each token; and "minilora,
-            dense": ours in 4 bits, within `ml.dequantized_weights`: made dense once, and in memory
-            as such meanwhile
+    dense   all compute in one dtype: bf16, or fp32 on a CPU without it
+    nf4     both in 4 bits with double quantisation (transformers with bitsandbytes). Both multiply
+            each token directly from the codes, in C; without a C compiler minilora dequantises
+            every weight for each token. "minilora, dense" is the 4-bit model within
+            `ml.dequantized_weights`: dequantised once and dense in memory
 
-Checked first: the contenders of a kind begin with the same tokens. The last line is one JSON
-document.
+The script first checks that the contenders of a kind begin with the same tokens. The last line is
+one JSON document.
 """
 
 import argparse
@@ -21,15 +21,15 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._lib.side_by_side import (
     Contender,
@@ -45,7 +45,9 @@ from benchmarks._lib.side_by_side import (
 )
 from benchmarks._lib.steps import four_bit
 
-SAME = 4  # tokens that the contenders have in common at least; later ones may differ where two are nearly as likely
+# The first tokens that all contenders must share. Later ones may differ where two tokens are almost
+# equally likely.
+SAME = 4
 
 
 def main() -> None:
@@ -60,36 +62,36 @@ def main() -> None:
     )
     add_dtype(parser)
     parser.add_argument(
-        "--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help="be this contender"
+        "--side", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help="run as this contender"
     )
     options = parser.parse_args()
     dtype = compute_dtype(options.dtype)
     if options.side:
         side, kind, folder = options.side
         prompt = json.loads((Path(folder) / "prompt.json").read_text())
-        given = kind, Path(folder) / "base", prompt, options.new, dtype
-        return ours(*given) if side == "minilora" else theirs(*given)
+        run = ours if side == "minilora" else theirs
+        return run(kind, Path(folder) / "base", prompt, options.new, dtype)
     if options.short:
         options.rounds, options.prompt, options.new = 2, 8, 8
     found: dict[str, Any] = {"benchmark": "bench_generate", **machine(dtype)}
     found |= {"new": options.new, "prompt": options.prompt}
-    peers = not (why := missing_peers("transformers", "bitsandbytes", "accelerate"))
-    if not peers:
-        print(f"minilora alone: {why}")
+    sides = ("minilora", "transformers")
+    missing = missing_peers("transformers", "bitsandbytes", "accelerate")
+    if missing:
+        print(f"minilora alone: {missing}")
+        sides = ("minilora",)
     with tempfile.TemporaryDirectory() as name:
         rows = checkpoint(Path(name) / "base", options.short, 1, options.prompt, dtype)
         (Path(name) / "prompt.json").write_text(json.dumps(rows[0]))
         for kind in ("dense", "nf4"):
-            found[kind] = compare(
-                kind, ("minilora", "transformers")[: 1 + peers], Path(name), options, dtype
-            )
+            found[kind] = compare(kind, sides, Path(name), options, dtype)
     print(json.dumps(found))
 
 
 def compare(
     kind: str, sides: tuple[str, ...], folder: Path, options: argparse.Namespace, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Run a kind's contenders in turns; "minilora, dense" goes beside the others in 4 bits."""
+    """Run the contenders of a kind in turns; in 4 bits "minilora, dense" is one of them."""
     command = [__file__, "--new", options.new, "--dtype", dtype_name(dtype), "--side"]
     contenders = {side: Contender(side, [*command, side, kind, folder]) for side in sides}
     if kind == "nf4":
@@ -100,13 +102,14 @@ def compare(
     for contender in contenders.values():
         contender.close()
     answers = {side: one[0]["tokens"] for side, one in found.items()}
-    shared = next(
-        (i for i, some in enumerate(zip(*answers.values(), strict=True)) if len({*some}) > 1),
-        options.new,
-    )
+    shared = 0  # tokens that all answers share at their start
+    for tokens in zip(*answers.values(), strict=True):
+        if len(set(tokens)) > 1:
+            break
+        shared += 1
     print(f"\n{kind}: the first {shared} of {options.new} tokens are the same")
     if shared < min(SAME, options.new):
-        raise SystemExit(f"{kind}: the contenders say different things: {answers}")
+        raise SystemExit(f"{kind}: the contenders generate different tokens: {answers}")
     rows = report(f"{kind}: seconds for {options.new} tokens", found, "seconds", "minilora")
     for side, row in rows.items():
         row["tokens_per_second"] = round(options.new / row["seconds"]["median"], 1)
@@ -115,38 +118,47 @@ def compare(
 
 
 def ours(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtype) -> None:
-    """Greedy decoding here, without an end token."""
+    """Serve greedy decoding in minilora, without an end token."""
     import minilora as ml
     from minilora.generation.generate import generate_ids
     from minilora.generation.sampling import Decoding
 
     model = ml.load_model(folder, quantize=None if kind == "dense" else "nf4", dtype=dtype)
     with ml.dequantized_weights(model) if kind == "made dense" else nullcontext():
-        serve(lambda: timed(lambda: generate_ids(model, [prompt], Decoding(new))[0]))
+        serve(timed(lambda: generate_ids(model, [prompt], Decoding(new))[0]))
 
 
 def theirs(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtype) -> None:
-    """transformers' generate, likewise."""
+    """Serve greedy decoding with transformers' generate, without an end token."""
     from transformers import AutoModelForCausalLM
 
     quantized = {"quantization_config": four_bit(dtype)} if kind == "nf4" else {}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantized)
     ids = torch.tensor([prompt])
-    given = {
+    settings = {
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
         "pad_token_id": 0,
         "eos_token_id": None,
+        "max_new_tokens": new,
+        "min_new_tokens": new,
     }
-    given |= {"max_new_tokens": new, "min_new_tokens": new}
-    serve(lambda: timed(lambda: model.generate(ids, **given)[0, len(prompt) :].tolist()))
+
+    def generate() -> list[int]:
+        return model.generate(ids, **settings)[0, len(prompt) :].tolist()
+
+    serve(timed(generate))
 
 
-def timed(call: Any) -> dict[str, Any]:
-    """Seconds of one call, and its tokens."""
-    begun = time.perf_counter()
-    tokens = call()
-    return {"seconds": time.perf_counter() - begun, "tokens": tokens}
+def timed(call: Callable[[], list[int]]) -> Callable[[], dict[str, Any]]:
+    """Return a function that runs `call` and returns its seconds and its tokens."""
+
+    def step() -> dict[str, Any]:
+        begun = time.perf_counter()
+        tokens = call()
+        return {"seconds": time.perf_counter() - begun, "tokens": tokens}
+
+    return step
 
 
 if __name__ == "__main__":

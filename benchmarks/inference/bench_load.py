@@ -1,14 +1,14 @@
-"""How soon a model is there: loading to 4 bits, and from the process's start to the first forward pass.
+"""Seconds to load a model to 4 bits, and from process start to the first forward pass.
 
-    python benchmarks/inference/bench_load.py [--rounds 5] [--folder
-    A-FOLDER-OR-NOTHING-FOR-SMOLLM2] [--dtype auto]
+    python benchmarks/inference/bench_load.py [--rounds 5] [--folder CHECKPOINT] [--dtype auto]
 
-Each sample is a fresh process that imports, loads a folder whose files are in the page cache, and
-runs one forward pass over 64 tokens, without a compiler; this library and transformers (+
-bitsandbytes) in turns. The folder holds the dtype that both compute in: bf16, or fp32 on a CPU
-without it. "load" is the call that loads, imports left out; "start" is everything from the moment
-the process is made. Each to 4 bits ("nf4") and as the folder is ("dense"). Checked: the losses on
-the 64 tokens agree. The last line is one JSON document.
+Each sample is a fresh process. It imports the library, loads a folder whose files are in the page
+cache, and runs one forward pass over 64 tokens without a compiler. minilora and transformers
+(+ bitsandbytes) take turns. The folder (by default SmolLM2) has the dtype in which both compute:
+bf16, or fp32 on a CPU without it. "load" is the call that loads, without the imports; "start" is
+the whole time from the creation of the process. Both load to 4 bits ("nf4") and in the dtype of the
+folder ("dense"). The script checks that the losses on the 64 tokens agree. The last line is one
+JSON document.
 """
 
 import argparse
@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._lib.side_by_side import (
     Contender,
@@ -37,10 +36,8 @@ from benchmarks._lib.side_by_side import (
 )
 
 TOKENS = 64
-TOLERANCE = {
-    "nf4": 0.02,
-    "dense": 0.01,
-}  # of the loss; bf16 rounds elsewhere, nested scales may be one code apart
+# Relative, for the loss: bf16 rounds at other places, and nested scales may be one code apart.
+TOLERANCE = {"nf4": 0.02, "dense": 0.01}
 
 
 def main() -> None:
@@ -48,16 +45,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="a checkpoint to load in place of SmolLM2")
+    parser.add_argument("--folder", type=Path, help="a checkpoint to load instead of SmolLM2")
     parser.add_argument(
         "--short", action="store_true", help="a random model of two layers, one round"
     )
     add_dtype(parser)
-    parser.add_argument("--side", nargs=2, metavar=("SIDE", "KIND"), help="be this contender")
+    parser.add_argument("--side", nargs=2, metavar=("SIDE", "KIND"), help="run as this contender")
     options = parser.parse_args()
     if options.side:
         side, kind = options.side
-        return (ours if side == "minilora" else theirs)(kind, options.folder, options.dtype)
+        run = ours if side == "minilora" else theirs
+        return run(kind, options.folder, options.dtype)
     dtype = compute_dtype(options.dtype)
     found: dict[str, Any] = {"benchmark": "bench_load", **machine(dtype)}
     with tempfile.TemporaryDirectory() as name:
@@ -69,10 +67,14 @@ def main() -> None:
 
 
 def compare(folder: Path, rounds: int, dtype: Any, warm_up: int = 1) -> dict[str, Any]:
-    """Both kinds, both figures; also what peers.py reports as `load`. The round to warm up fills the page cache."""
+    """Return both figures of both kinds; peers.py reports them as `load`.
+
+    The round to warm up fills the page cache.
+    """
     sides = ("minilora", "transformers")
-    if why := missing_peers("transformers", "bitsandbytes", "accelerate"):
-        print(f"minilora alone: {why}")
+    missing = missing_peers("transformers", "bitsandbytes", "accelerate")
+    if missing:
+        print(f"minilora alone: {missing}")
         sides = sides[:1]
     command = [__file__, "--folder", folder, "--dtype", dtype_name(dtype), "--side"]
     tables: dict[str, Any] = {}
@@ -84,11 +86,8 @@ def compare(folder: Path, rounds: int, dtype: Any, warm_up: int = 1) -> dict[str
                 contender.close()
                 if number >= warm_up:
                     found[side].append(contender.ready)
-        check_close(
-            f"{kind}, loss",
-            {side: answers[0]["loss"] for side, answers in found.items()},
-            TOLERANCE[kind],
-        )
+        losses = {side: answers[0]["loss"] for side, answers in found.items()}
+        check_close(f"{kind}, loss", losses, TOLERANCE[kind])
         tables[kind] = {
             "load": report(f"{kind}: seconds to load", found, "load_seconds", "minilora"),
             "start": report(
@@ -99,7 +98,7 @@ def compare(folder: Path, rounds: int, dtype: Any, warm_up: int = 1) -> dict[str
 
 
 def ours(kind: str, folder: Path, dtype: str) -> None:
-    """Import, load, run once."""
+    """Import minilora, load the model and run it once."""
     import torch
 
     import minilora as ml
@@ -112,7 +111,7 @@ def ours(kind: str, folder: Path, dtype: str) -> None:
 
 
 def theirs(kind: str, folder: Path, dtype: str) -> None:
-    """The same in transformers."""
+    """Import transformers, load the model and run it once."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -127,14 +126,14 @@ def theirs(kind: str, folder: Path, dtype: str) -> None:
 
 
 def tokens(vocabulary: int) -> Any:
-    """Ids (1, TOKENS), the same on both sides."""
+    """Return token ids (1, TOKENS), the same on both sides."""
     import torch
 
     return torch.randint(0, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 def answer(logits: Any, seconds: float) -> None:
-    """Say how long loading took, and what the model makes of the tokens."""
+    """Answer with the seconds of loading and the model's loss on the tokens."""
     from torch.nn.functional import cross_entropy
 
     ids = tokens(logits.shape[-1])

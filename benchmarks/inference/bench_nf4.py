@@ -1,16 +1,16 @@
-"""NF4 on the CPU against bitsandbytes: the same bits first, then the time, alternating in one run.
+"""NF4 on the CPU, against bitsandbytes: equal bits first, then times, in turns in one run.
 
-    python benchmarks/inference/bench_nf4.py [--threads 2] [--rounds 21] [--dtype auto] [--only
-    token]
+    python benchmarks/inference/bench_nf4.py [--threads 2] [--rounds 21] [--dtype auto]
+        [--only token]
 
-"new" returns a new tensor, as both public functions do; "out=" writes into a kept one, which
-bitsandbytes' public function cannot on a CPU. The last contender is bitsandbytes' C function,
-called past its public one. The ceiling is copying the result's bytes into a kept tensor. "one
-token" and "8 tokens" go through a 4-bit layer without gradients: bitsandbytes' Linear4bit, repacked
-by eval() for its fused product, and ours; beside them a dense one. All in bf16, or in fp32 on a CPU
-without it. On a busy machine only the ratios mean something, and even those favour few parallel
-regions: look at the load average. Without bitsandbytes the bits are the reference's. Half a minute.
-The last line is one JSON document.
+"new" returns a new tensor, as both public functions do. "out=" writes to a given tensor, which
+bitsandbytes' public function does not support on a CPU; one contender therefore calls bitsandbytes'
+C function directly. The ceiling is a copy of the result's bytes to a given tensor. "one token" and
+"8 tokens" go through a 4-bit layer without gradients: ours and bitsandbytes' Linear4bit, which
+eval() repacks for its fused product; a dense layer is timed for comparison. All compute in bf16, or
+in fp32 on a CPU without it. On a busy machine only the ratios are useful, and even these favour
+code with few parallel regions: look at the load average. Without bitsandbytes the bits are compared
+with the reference. The run takes half a minute. The last line is one JSON document.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._lib.side_by_side import (
     DTYPES,
@@ -50,9 +50,14 @@ COPY = "copy, out="
 
 
 def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
-    """Job -> contender -> call, bitsandbytes' public function first if installed. AssertionError unless all agree."""
+    """Return the calls of each job by contender, bitsandbytes' public function first if installed.
+
+    Raises AssertionError unless all contenders agree.
+    """
     kept = torch.empty_like(x)
-    weight, weight2, theirs = quantize_nf4(x, double_quant=False), quantize_nf4(x), {}
+    weight = quantize_nf4(x, double_quant=False)
+    weight2 = quantize_nf4(x)
+    theirs: dict[str, dict[str, Callable[[], object]]] = {}
     if missing_peers("bitsandbytes"):
         reference.dequantize(weight.packed, weight.absmax, weight.blocksize, kept)
         expected, expected2 = kept.clone(), torch.empty_like(x)
@@ -84,18 +89,19 @@ def contenders(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
 def peers(
     x: torch.Tensor, weight: NF4Weight, kept: torch.Tensor
 ) -> tuple[NF4Weight, torch.Tensor, torch.Tensor, Any]:
-    """bitsandbytes' double-quantised weight, what both of its weights dequantise to, and job -> its contenders."""
+    """Return bitsandbytes' double-quantised weight, two dequantised weights, and its calls.
+
+    The dequantised weights are those of plain and of double quantisation.
+    """
     import bitsandbytes.functional as bnb
     from bitsandbytes.cextension import lib
 
-    plain, nested = (
-        {"quant_type": "nf4", "compress_statistics": nested} for nested in (False, True)
-    )
+    plain: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
+    nested: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
     packed, state = bnb.quantize_4bit(x, **plain)
     packed2, state2 = bnb.quantize_4bit(x, **nested)
-    weight2 = NF4Weight.from_state_dict(
-        {"w": packed2} | {f"w.{k}": v for k, v in state2.as_dict(True).items()}, "w"
-    )
+    stored = {f"w.{key}": value for key, value in state2.as_dict(True).items()}
+    weight2 = NF4Weight.from_state_dict({"w": packed2} | stored, "w")
     expected = bnb.dequantize_4bit(packed, state)
     assert torch.equal(weight.packed, packed.view(-1)) and torch.equal(weight.absmax, state.absmax)
     assert torch.equal(quantize_nf4(x).packed, packed2.view(-1))
@@ -107,30 +113,35 @@ def peers(
         "dequantise, double": {"bitsandbytes, new": lambda: bnb.dequantize_4bit(packed2, state2)},
     }
     suffix = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[x.dtype]
-    if function := getattr(lib, f"cdequantize_blockwise_cpu_nf4_{suffix}", None):
+    function = getattr(lib, f"cdequantize_blockwise_cpu_nf4_{suffix}", None)
+    if function:
         sizes = [ctypes.c_longlong(n) for n in (64, *x.shape)]
         pointers = [bnb.get_ptr(t) for t in (packed, state.absmax, kept)]
-        jobs["dequantise"]["bitsandbytes' C, out="] = lambda: function(*pointers, *sizes)
-        jobs["dequantise"]["bitsandbytes' C, out="]()
+
+        def dequantize() -> None:
+            function(*pointers, *sizes)
+
+        jobs["dequantise"]["bitsandbytes' C, out="] = dequantize
+        dequantize()
         assert torch.equal(kept, expected)
     return weight2, expected, bnb.dequantize_4bit(packed2, state2), jobs
 
 
 def layers(x: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
-    """The same for x as the weight of a layer, with double quantisation."""
+    """Return the calls of jobs with x as the weight of a layer, with double quantisation."""
     dense = nn.Linear(x.shape[1], x.shape[0], bias=False, dtype=x.dtype)
     dense.weight.data = x
-    ours, named = NF4Linear.from_linear(dense), {}
+    ours = NF4Linear.from_linear(dense)
+    named: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if not missing_peers("bitsandbytes"):
         named["bitsandbytes"] = peer_layer(x)
     named |= {"minilora": ours, "minilora, in generate": ours.for_tokens(), "dense": dense}
     nf4.ready()
     jobs: dict[str, dict[str, Callable[[], object]]] = {}
     for name, count in {"one token": 1, "8 tokens": 8}.items():
-        t = torch.randn(1, count, x.shape[1], generator=torch.Generator().manual_seed(1)).to(
-            x.dtype
-        )
-        jobs[name] = {side: lambda layer=layer, t=t: layer(t) for side, layer in named.items()}
+        generator = torch.Generator().manual_seed(1)
+        t = torch.randn(1, count, x.shape[1], generator=generator).to(x.dtype)
+        jobs[name] = {side: partial(layer, t) for side, layer in named.items()}
         expected = F.linear(t, ours.dequantize(x.dtype)).float()
         for side in named.keys() - {"dense"}:
             error = (named[side](t).float() - expected).norm() / expected.norm()
@@ -150,7 +161,7 @@ def peer_layer(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender, in turns, after one round to warm up."""
+    """Return milliseconds of each contender, in turns, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round in range(rounds + 1):
         for name, call in calls.items():
@@ -169,15 +180,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--short", action="store_true", help="small matrices, one round")
     add_dtype(parser, (*DTYPES, "float16"))
-    parser.add_argument("--only", default="", help="jobs that have this in their name")
+    parser.add_argument("--only", default="", help="only jobs with this text in their name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
 
     dtype = compute_dtype(args.dtype)
     card = machine(dtype)
-    if why := missing_peers("bitsandbytes"):
-        print(f"minilora alone: {why}")
+    missing = missing_peers("bitsandbytes")
+    if missing:
+        print(f"minilora alone: {missing}")
     rows = []
     for shape in SHORT if args.short else SHAPES:
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
@@ -186,23 +198,20 @@ def main() -> None:
                 continue
             rounds = args.rounds if x.numel() > 1 << 22 else 5 * args.rounds
             times = measure(calls, 1 if args.short else rounds)
-            first = next(
-                iter(times.values())
-            )  # bitsandbytes' public function, or ours where it is not installed
+            # bitsandbytes' public function, or ours where bitsandbytes is not installed
+            first = next(iter(times.values()))
             ceiling = statistics.median(times[COPY]) if COPY in times else None
-            print(
-                f"\n{job}, {shape[0]} x {shape[1]}: {x.nbytes / 2**20:.1f} MiB {dtype_name(dtype)}; checked"
-            )
-            print(
-                f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}{'/ first (of minima)':>21}{'of the ceiling':>16}"
-            )
+            size = f"{x.nbytes / 2**20:.1f} MiB {dtype_name(dtype)}"
+            print(f"\n{job}, {shape[0]} x {shape[1]}: {size}; checked")
+            print(f"{'':24}{'median ms':>10}{'min':>9}{'max':>9}", end="")
+            print(f"{'/ first (of minima)':>21}{'of the ceiling':>16}")
             for name, ms in times.items():
                 median = statistics.median(ms)
-                ratio, ratio_of_min = median / statistics.median(first), min(ms) / min(first)
+                ratio = median / statistics.median(first)
+                ratio_of_min = min(ms) / min(first)
                 share = f"{ceiling / median:.0%}" if ceiling else "-"
-                print(
-                    f"{name:24}{median:10.3f}{min(ms):9.3f}{max(ms):9.3f}{ratio:13.3f} ({ratio_of_min:.3f}){share:>16}"
-                )
+                print(f"{name:24}{median:10.3f}{min(ms):9.3f}{max(ms):9.3f}", end="")
+                print(f"{ratio:13.3f} ({ratio_of_min:.3f}){share:>16}")
                 figures = {"median_ms": median, "min_ms": min(ms), "max_ms": max(ms)}
                 figures |= {"ratio": ratio, "ratio_of_min": ratio_of_min}
                 row = {"job": job, "shape": shape, "contender": name}

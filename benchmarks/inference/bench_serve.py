@@ -1,19 +1,19 @@
-"""Tokens a second of a server: eight clients at a time against one after the other, and against transformers serve.
+"""Tokens a second of a server: all clients at a time against one by one, with transformers serve.
 
-    python benchmarks/inference/bench_serve.py [--clients 8] [--new 64] [--rounds 3] [--dtype auto]
-    [--quantize nf4]
+    python benchmarks/inference/bench_serve.py [--clients 8] [--new 64] [--rounds 3]
+        [--dtype auto] [--quantize nf4]
 
-Each of --clients requests is a chat of its own length with --new tokens to come, greedy; asked one
-after the other, then all at a time. In turns:
+Each of --clients requests is a chat of another length, answered greedily with --new tokens. The
+requests are sent one by one, then all at a time. The servers take turns:
 
-    base              every client asks the base
-    adapters          every client asks an adapter of its own, in the same batch
-    transformers      `transformers serve` (with --continuous-batching where it has it), the base
+    base              every client uses the base model
+    adapters          every client uses another adapter, in the same batch
+    transformers      `transformers serve` (with --continuous-batching if it has it), the base model
 
-Servers run in processes of their own, with as many threads as they like, and sleep while another is
-asked; their memory is the most that was resident. All compute in bf16, or in fp32 on a CPU without
-it. Checked: all at a time a server begins to say what it says one by one. The last line is one JSON
-document.
+Each server runs in a separate process with its default number of threads, and sleeps while another
+server works. Its memory is the peak of resident memory. All compute in bf16, or in fp32 on a CPU
+without it. The script checks that an answer begins with the same characters in both ways. The last
+line is one JSON document.
 """
 
 import argparse
@@ -32,9 +32,8 @@ from typing import Any
 import httpx
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import (
@@ -48,16 +47,15 @@ from benchmarks._lib.side_by_side import (
     spread,
 )
 
-SAME = 4  # characters that both ways have in common at least; later ones may differ where two are nearly as likely
+# The first characters that both ways must share. Later ones may differ where two tokens are almost
+# equally likely.
+SAME = 4
 STARTS = 180  # seconds for a server to start and answer
-SHARE = (
-    0.05  # of the memory that is free, for the cache of transformers serve; of itself it takes 0.6
-)
+SHARE = 0.05  # share of free memory for the cache of transformers serve; its default is 0.6
 Request = dict[str, Any]
-Server = tuple[str, int]  # its address, and the number of its process
-CLIENT = httpx.Client(
-    timeout=600, limits=httpx.Limits(max_connections=None)
-)  # to make one costs as much as a token
+Server = tuple[str, int]  # address, process id
+# One client for all requests: creating a client takes as long as a token.
+CLIENT = httpx.Client(timeout=600, limits=httpx.Limits(max_connections=None))
 
 
 def main() -> None:
@@ -69,7 +67,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     add_dtype(parser)
     parser.add_argument(
-        "--quantize", choices=["nf4"], help="the base in 4 bits; transformers stays dense"
+        "--quantize",
+        choices=["nf4"],
+        help="load the base model in 4 bits; transformers stays dense",
     )
     parser.add_argument(
         "--short", action="store_true", help="a random model of two layers, one short round"
@@ -86,23 +86,28 @@ def main() -> None:
         adapters = write(folder, options)
         server = stack.enter_context(ours(folder, adapters, options))
         sides = {"base": (server, ["base"] * options.clients), "adapters": (server, adapters)}
-        if why := missing_peers("transformers", "fastapi", "uvicorn"):
-            print(f"minilora alone: {why}")
-        elif (peer := stack.enter_context(theirs(folder, options))) is not None:
-            sides["transformers"] = peer, [str(folder / "model")] * options.clients
+        missing = missing_peers("transformers", "fastapi", "uvicorn")
+        if missing:
+            print(f"minilora alone: {missing}")
+        else:
+            peer = stack.enter_context(theirs(folder, options))
+            if peer is not None:
+                sides["transformers"] = peer, [str(folder / "model")] * options.clients
         found["sides"] = {side: [] for side in sides}
-        for number in range(options.rounds + 1):  # the first is not counted
+        for number in range(options.rounds + 1):  # the first round is not counted
             for side, ((url, process), models) in sides.items():
                 figures = turn(url, models, options)
+                figures["megabytes"] = memory(process).get("VmHWM", 0) / 1e6
                 if number:
-                    found["sides"][side].append(
-                        figures | {"megabytes": memory(process).get("VmHWM", 0) / 1e6}
-                    )
+                    found["sides"][side].append(figures)
     print(json.dumps(found | {"sides": table(found["sides"])}))
 
 
 def write(folder: Path, options: argparse.Namespace) -> list[str]:
-    """A model with its tokenizer, and an adapter for each client, moved as if trained; their names."""
+    """Write a model with its tokenizer and an adapter for each client; return the adapters' names.
+
+    Each adapter has a random B, as if it were trained.
+    """
     if options.short:
         small_chat_model(folder / "model", getattr(torch, options.dtype))
         model = ml.load_model(folder / "model", dtype=options.dtype)
@@ -123,7 +128,7 @@ def write(folder: Path, options: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def process(command: list[str], url: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server while it is needed; nothing is said about how it starts."""
+    """Run a server during the context, from its first answer or after STARTS seconds."""
     with log.open("wb") as file:
         started = subprocess.Popen(command, stdout=file, stderr=file)
         try:
@@ -142,7 +147,7 @@ def process(command: list[str], url: str, log: Path) -> Iterator[subprocess.Pope
 
 @contextmanager
 def ours(folder: Path, adapters: list[str], options: argparse.Namespace) -> Iterator[Server]:
-    """minilora serve, with all adapters."""
+    """Run `minilora serve` with all adapters."""
     port = free_port()
     command = [
         sys.executable,
@@ -165,7 +170,7 @@ def ours(folder: Path, adapters: list[str], options: argparse.Namespace) -> Iter
 
 @contextmanager
 def theirs(folder: Path, options: argparse.Namespace) -> Iterator[Server | None]:
-    """transformers serve, if it answers here; else None, and why."""
+    """Run `transformers serve`; yield None and print the reason if it does not answer."""
     port = free_port()
     code = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     command = [
@@ -183,12 +188,10 @@ def theirs(folder: Path, options: argparse.Namespace) -> Iterator[Server | None]
         try:
             answer = ask(url, requests([str(folder / "model")], options)[0])
         except (httpx.HTTPError, KeyError, ValueError) as error:
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][
-                -1:
-            ]
-            print(
-                f"transformers serve does not answer here ({type(error).__name__}: {error}): {last}"
-            )
+            lines = log.read_text(errors="replace").splitlines()
+            last = [line for line in lines if line.strip()][-1:]
+            print("transformers serve does not answer here ", end="")
+            print(f"({type(error).__name__}: {error}): {last}")
             yield None
             return
         print(f"transformers serve answers: {answer[0][:60]!r}, status {started.poll()}")
@@ -196,13 +199,13 @@ def theirs(folder: Path, options: argparse.Namespace) -> Iterator[Server | None]
 
 
 def free_port() -> int:
-    """One that nobody listens at now."""
+    """Return a port that no process uses now."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         return held.getsockname()[1]
 
 
 def requests(models: list[str], options: argparse.Namespace) -> list[Request]:
-    """A chat for each client, of lengths that differ."""
+    """Return a chat for each client, all of different lengths."""
     topics = ["a river", "iron", "the moon", "bread", "a violin", "winter", "glass", "an island"]
     made = []
     for number, model in enumerate(models):
@@ -213,49 +216,53 @@ def requests(models: list[str], options: argparse.Namespace) -> list[Request]:
 
 
 def ask(url: str, request: Request) -> tuple[str, int]:
-    """An answer and its number of tokens."""
+    """Return an answer and its number of tokens."""
     answer = CLIENT.post(f"{url}/v1/chat/completions", json=request).raise_for_status().json()
     return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
 
 
 def turn(url: str, models: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second, one after the other and all at a time."""
-    made, rates, said = requests(models, options), {}, {}
+    """Return tokens a second, one by one and all at a time."""
+    made = requests(models, options)
+    rates: dict[str, float] = {}
+    texts: dict[str, list[str]] = {}
     with ThreadPoolExecutor(len(made)) as pool:
         for way, run in {"alone": map, "together": pool.map}.items():
             begun = time.perf_counter()
             answers = list(run(lambda request: ask(url, request), made))
             rates[way] = sum(tokens for _, tokens in answers) / (time.perf_counter() - begun)
-            said[way] = [text for text, _ in answers]
-    pairs = zip(said["alone"], said["together"], strict=True)
-    if differ := [pair for pair in pairs if pair[0][:SAME] != pair[1][:SAME]]:
-        raise SystemExit(f"{url}: an answer depends on who else asks: {differ[0]}")
+            texts[way] = [text for text, _ in answers]
+    for alone, together in zip(texts["alone"], texts["together"], strict=True):
+        if alone[:SAME] != together[:SAME]:
+            raise SystemExit(
+                f"{url}: an answer depends on the other requests: {alone!r}, {together!r}"
+            )
     return rates | {"ratio": rates["together"] / rates["alone"]}
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Print the figures; those of the document."""
-    print(
-        f"{'tokens/s':<16}{'one by one':>12}{'together':>12}{'ratio (min-max)':>20}{'/ transformers':>16}{'MB':>8}"
-    )
+    """Print the table and return the figures of the document."""
+    print(f"{'tokens/s':<16}{'one by one':>12}{'together':>12}{'ratio (min-max)':>20}", end="")
+    print(f"{'/ transformers':>16}{'MB':>8}")
+    peers = found.get("transformers")
     rows: dict[str, Any] = {}
     for side, turns in found.items():
-        rows[side] = {key: spread([figures[key] for figures in turns]) for key in turns[0]}
-        ratio, peers = rows[side]["ratio"], found.get("transformers")
-        beside = ""
+        row: dict[str, Any] = {}
+        for key in turns[0]:
+            row[key] = spread([figures[key] for figures in turns])
+        compared = ""
         if peers is not None and side != "transformers":
-            rows[side]["over_transformers"] = spread(
-                [
-                    own["together"] / other["together"]
-                    for own, other in zip(turns, peers, strict=True)
-                ]
-            )
-            beside = f"{rows[side]['over_transformers']['median']:.2f}"
+            pairs = zip(turns, peers, strict=True)
+            over = spread([own["together"] / other["together"] for own, other in pairs])
+            row["over_transformers"] = over
+            compared = f"{over['median']:.2f}"
+        ratio = row["ratio"]
         span = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-        alone, together = (rows[side][way]["median"] for way in ("alone", "together"))
         print(
-            f"{side:<16}{alone:>12.1f}{together:>12.1f}{span:>20}{beside:>16}{rows[side]['megabytes']['median']:>8.0f}"
+            f"{side:<16}{row['alone']['median']:>12.1f}{row['together']['median']:>12.1f}", end=""
         )
+        print(f"{span:>20}{compared:>16}{row['megabytes']['median']:>8.0f}")
+        rows[side] = row
     return rows
 
 

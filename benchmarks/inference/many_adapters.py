@@ -1,14 +1,15 @@
-"""A batch whose rows have adapters of their own, beside the same batch with one: python
-benchmarks/inference/many_adapters.py
+"""A batch with a different adapter for each row, compared with a batch that uses one adapter.
 
-    plain         one adapter for all rows, as set_adapter has it
+    python benchmarks/inference/many_adapters.py
+
+    plain         one adapter for all rows, through set_adapter
     1 by row      the same adapter for every row, through ml.per_row_adapters
-    4, 16 by row  so many adapters over the rows
+    4, 16 by row  that number of adapters over the rows
 
-Reading a prompt of --length tokens and writing --new ones, greedily and without an end, are timed
-apart, in turns; the ratio is to "plain" in the same round. In bf16, or in fp32 on a CPU without it
-(--dtype). Checked first: each row's logits are its adapter's alone, to 1e-4 of the largest (in 16
-bits 0.05). The last line is one JSON document.
+The script times reading a prompt of --length tokens and writing --new tokens separately, greedily,
+without an end token, and in turns. The ratio is to "plain" in the same round. All compute in bf16,
+or in fp32 on a CPU without it (--dtype). First it checks that the logits of each row are those of
+its adapter alone, up to 1e-4 of the largest (in 16 bits 0.05). The last line is one JSON document.
 """
 
 import argparse
@@ -21,9 +22,8 @@ from typing import Any
 
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, machine, spread
@@ -68,32 +68,30 @@ def main() -> None:
             model, prompts, Decoding(new), adapters
         )
     seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "write": []} for name in runs}
-    for _ in range(options.rounds + 1):  # the first is not counted
+    for _ in range(options.rounds + 1):  # the first round is not counted
         for name, run in runs.items():
-            read, whole = clock(run, 1), clock(run, 1 + options.new)
+            read = clock(run, 1)
+            total = clock(run, 1 + options.new)
             seconds[name]["read"].append(read)
-            seconds[name]["write"].append((whole - read) / options.new)
+            seconds[name]["write"].append((total - read) / options.new)
     table = {}
     print(f"{'':<14}{'prompt s':>10}{'ratio':>8}{'token s':>10}{'ratio':>8}")
     for name, measured in seconds.items():
         table[name] = row = {}
         for part, values in measured.items():
-            beside = [
-                value / plain for value, plain in zip(values, seconds["plain"][part], strict=True)
-            ]
-            row[part] = {"seconds": spread(values[1:]), "ratio": spread(beside[1:])}
-        cells = [
-            row[part][key]["median"] for part in ("read", "write") for key in ("seconds", "ratio")
-        ]
-        print(f"{name:<14}{cells[0]:>10.3f}{cells[1]:>8.2f}{cells[2]:>10.4f}{cells[3]:>8.2f}")
-    print(
-        f"{COUNT} rows of {options.length} tokens, r = {options.r} on all linear layers, {dtype_name(dtype)}"
-    )
+            pairs = zip(values, seconds["plain"][part], strict=True)
+            ratios = [value / plain for value, plain in pairs]
+            row[part] = {"seconds": spread(values[1:]), "ratio": spread(ratios[1:])}
+        prompt, token = row["read"], row["write"]
+        line = f"{name:<14}{prompt['seconds']['median']:>10.3f}{prompt['ratio']['median']:>8.2f}"
+        print(f"{line}{token['seconds']['median']:>10.4f}{token['ratio']['median']:>8.2f}")
+    layers = f"r = {options.r} on all linear layers, {dtype_name(dtype)}"
+    print(f"{COUNT} rows of {options.length} tokens, {layers}")
     print(json.dumps(found | {"by_row": table}))
 
 
 def build(options: argparse.Namespace, dtype: torch.dtype) -> Any:
-    """The model with COUNT adapters, each moved as if trained."""
+    """Return the model with COUNT adapters, each with a random B, as if it were trained."""
     if options.short:
         config = DecoderConfig(
             97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
@@ -117,7 +115,7 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> Any:
 
 
 def check(model: Any, prompts: list[list[int]]) -> None:
-    """AssertionError unless a batch by row is, row by row, the batch under each adapter."""
+    """Raise AssertionError unless each row has the logits of a batch with its adapter alone."""
     tokens, names = torch.tensor(prompts)[:4, :8], [f"adapter{row}" for row in range(4)]
     with inference(model):
         with ml.per_row_adapters(model, names):
@@ -131,7 +129,7 @@ def check(model: Any, prompts: list[list[int]]) -> None:
 
 
 def clock(run: Callable[[int], Any], new: int) -> float:
-    """Seconds of one run."""
+    """Return the seconds of one run."""
     begun = perf_counter()
     run(new)
     return perf_counter() - begun
