@@ -1,16 +1,17 @@
-"""Every parameter, an adapter, or an adapter on 4 bits: what each costs and learns. python
-benchmarks/quality/methods.py
+"""Cost and quality of full fine-tuning, LoRA and QLoRA.
 
-One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM), the same rows in
-the same order and the same number of steps; each method in a process of its own, because a peak of
-memory is the process's.
+    python benchmarks/quality/methods.py
 
-    full     every parameter, fp32 weights computed in bf16 by autocast where the hardware has it
-    lora     r = 16 on every linear layer, the base in the dtype that `load_model` picks (or --dtype)
-    qlora    the same, the base in NF4
+All methods have one model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM),
+the same rows in the same order and the same number of steps. Each method runs in a separate
+process, because the peak of memory belongs to a process.
 
-Learning rates differ: full fine-tuning takes about a tenth. `s/step` is a mean over the run,
-evaluation left out; memory is resident, from the start of the process to the end of training, or
+    full     every parameter; fp32 weights, computed in bf16 by autocast if the hardware has it
+    lora     r = 16 on every linear layer; the base in the dtype of `load_model` (or --dtype)
+    qlora    the same with the base in NF4
+
+The learning rates differ: full fine-tuning takes about a tenth. `s/step` is a mean over the run
+without evaluation. Memory is resident, from the start of the process to the end of training, or
 allocated on a GPU. The last line is one JSON document.
 """
 
@@ -23,9 +24,8 @@ from typing import Any
 
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import (
@@ -38,12 +38,14 @@ from benchmarks._lib.side_by_side import (
 )
 
 RATES = {"before": None, "full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
-SHOWN = {
+SHOWN = {  # column -> figure
     "trained": "trainable_parameters",
     "s/step": "seconds_per_step",
     "peak GB": "peak_memory_gb",
+    "loss": "loss",
+    "exact_match": "exact_match",
+    "constrained": "constrained",
 }
-SHOWN |= {name: name for name in ("loss", "exact_match", "constrained")}
 
 
 def main() -> None:
@@ -57,8 +59,8 @@ def main() -> None:
         "--short", action="store_true", help="a random model of two layers, one step of one row"
     )
     add_dtype(parser)
-    parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
-    parser.add_argument("--method", choices=RATES, help="this one only, in this process")
+    parser.add_argument("--model", help="a folder or an id on the Hub, instead of SmolLM2")
+    parser.add_argument("--method", choices=RATES, help="run only this method, in this process")
     options = parser.parse_args()
     if options.short:
         options.steps, options.batch, options.test_rows = 1, 1, 4
@@ -75,23 +77,29 @@ def main() -> None:
         figures = {method: fresh(__file__, "--method", method, *given) for method in RATES}
     print(f"\n{'':<8}" + "".join(f"{name:>13}" for name in SHOWN))
     for method, found in figures.items():
-        values = [found.get(key) for key in SHOWN.values()]
-        cells = [
-            "-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values
-        ]
-        print(f"{method:<8}" + "".join(f"{cell:>13}" for cell in cells))
+        cells = [cell(found.get(key)) for key in SHOWN.values()]
+        print(f"{method:<8}" + "".join(cells))
     print(f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out")
     print(
         json.dumps(document | {"steps": options.steps, "batch": options.batch, "methods": figures})
     )
 
 
+def cell(value: float | None) -> str:
+    """Return a figure as a cell of the table."""
+    if value is None:
+        return f"{'-':>13}"
+    return f"{value:>13,}" if isinstance(value, int) else f"{value:>13.3f}"
+
+
 def run(method: str, options: argparse.Namespace) -> dict:
-    """Train by one method in this process ("before": by none); its figures."""
+    """Train by one method in this process ("before": without training); return its figures."""
     source = options.model or ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    full, fast, found = method == "full", compute_dtype(options.dtype), {}
+    full = method == "full"
+    fast = compute_dtype(options.dtype)
+    found: dict[str, Any] = {}
     tokenizer = ml.load_tokenizer(source)
     quantize = "nf4" if method == "qlora" else None
     model = ml.load_model(

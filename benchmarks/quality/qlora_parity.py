@@ -1,12 +1,13 @@
-"""Does QLoRA in minilora learn what it learns in peft + transformers + bitsandbytes? python
-benchmarks/quality/qlora_parity.py
+"""Comparison of QLoRA training in minilora and in peft + transformers + bitsandbytes.
 
-Both stacks start from one folder (SmolLM2; in bf16, or in fp32 on a CPU without it, or --dtype),
-quantise it to NF4 twice over by themselves, start from one adapter file for each seed and read the
-same batches in the same order, with the same AdamW and schedule. What is compared is the loss on
-held-out rows after training: the stacks agree when the means differ by no more than one seed's
-standard deviation. Checked first: the 4-bit bases are the same numbers. The last line is one JSON
-document.
+    python benchmarks/quality/qlora_parity.py
+
+Both stacks start from one folder (SmolLM2 in bf16, or in fp32 on a CPU without it, or --dtype) and
+quantise it themselves, to NF4 with double quantisation. For each seed they start from one adapter
+file and read the same batches in the same order, with the same AdamW and schedule. The result is
+the loss on held-out rows after training: the stacks agree if the means differ by at most one seed's
+standard deviation. First the script checks that the 4-bit bases have the same values. The last line
+is one JSON document.
 """
 
 import argparse
@@ -21,9 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, machine, missing_peers
@@ -46,8 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     dtype = compute_dtype(options.dtype)
     found: dict[str, Any] = {"benchmark": "qlora_parity", **machine(dtype)}
-    if why := missing_peers():
-        print(f"nothing to compare with: {why}")
+    missing = missing_peers()
+    if missing:
+        print(f"nothing to compare with: {missing}")
         return print(json.dumps(found | {"agree": None}))
     task, source = ml.samples.icd10(test_rows=options.test_rows), ml.samples.smollm2()
     tokenizer = ml.load_tokenizer(source)
@@ -59,9 +60,14 @@ def main() -> None:
         ml.save_model(ml.load_model(source, dtype=dtype), folder / "base")
         for seed in range(options.seeds):
             config = ml.TrainConfig(
-                max_steps=options.steps, per_device_train_batch_size=options.batch, learning_rate=5e-4, seed=seed,
-                lr_scheduler_type="linear", warmup_ratio=0.05, max_length=256,
-            )  # fmt: skip
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch,
+                learning_rate=5e-4,
+                seed=seed,
+                lr_scheduler_type="linear",
+                warmup_ratio=0.05,
+                max_length=256,
+            )
             model = ml.load_model(folder / "base", quantize="nf4", dtype=dtype)
             ml.inject(
                 model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"), seed=seed
@@ -79,15 +85,13 @@ def main() -> None:
             train_peers(theirs, encode_dataset(task.train, tokenizer, 256).examples, config)
             seconds["peers"].append(time.perf_counter() - started)
             losses["peers"].append(peers_loss(theirs, held_out))
-            print(
-                f"seed {seed}: minilora {losses['minilora'][-1]:.4f}, peers {losses['peers'][-1]:.4f}",
-                flush=True,
-            )
+            shown = ", ".join(f"{name} {values[-1]:.4f}" for name, values in losses.items())
+            print(f"seed {seed}: {shown}", flush=True)
     print(json.dumps(found | report(losses, seconds, options)))
 
 
 def peers(base: Path, adapter: Path, dtype: torch.dtype):
-    """The same base and adapter in peft + transformers + bitsandbytes, at their defaults for QLoRA."""
+    """Load the base and adapter in peft + transformers + bitsandbytes, with defaults for QLoRA."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +102,10 @@ def peers(base: Path, adapter: Path, dtype: torch.dtype):
 
 
 def check_bases(ours, theirs) -> None:
-    """Every 4-bit layer dequantises to the same numbers, up to bitsandbytes' rounding of nested scales."""
+    """Check that every 4-bit layer dequantises to the same values on both sides.
+
+    They may differ by bitsandbytes' rounding of nested scales.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     compared = 0
@@ -106,19 +113,17 @@ def check_bases(ours, theirs) -> None:
         if isinstance(layer, ml.NF4Linear):
             weight = theirs.get_submodule(f"base_model.model.{name}").weight
             dense = dequantize_4bit(weight.data, weight.quant_state)  # in the base's dtype
-            error = (
-                layer.dequantize(dense.dtype).float() - dense.float()
-            ).norm() / dense.float().norm()
-            assert error < 4e-3, (
-                f"{name}: relative difference {error}"
-            )  # nested codes one apart, and bf16's 2^-9
+            difference = layer.dequantize(dense.dtype).float() - dense.float()
+            error = difference.norm() / dense.float().norm()
+            # Nested codes may be one apart, and bf16 rounds by up to 2^-9.
+            assert error < 4e-3, f"{name}: relative difference {error}"
             compared += 1
     assert compared == 210, compared
     print(f"{compared} layers hold the same 4-bit weights")
 
 
 def train_peers(model, examples, config: ml.TrainConfig) -> None:
-    """The plain loop, on the batches that minilora.training reads."""
+    """Train with a plain loop on the batches that minilora.training reads."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     plan = BatchPlan([len(example.input_ids) for example in examples], config)
@@ -136,16 +141,19 @@ def train_peers(model, examples, config: ml.TrainConfig) -> None:
 
 
 def summed_loss(model, batch) -> torch.Tensor:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
-        :, :-1
-    ]  # (B, T-1, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum"
-    )
+    """Return the loss of a batch, summed over its tokens."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits = output.logits[:, :-1].flatten(0, 1).float()  # (B (T-1), V)
+    labels = batch["labels"][:, 1:].flatten()  # (B (T-1),)
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def peers_loss(model, examples) -> float:
-    """In train mode: bitsandbytes repacks its weights in eval mode on a CPU. There is no dropout."""
+    """Return the mean loss of the examples.
+
+    The model stays in train mode, because on a CPU bitsandbytes repacks its weights in eval mode.
+    The model has no dropout.
+    """
     total, tokens = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(examples), 20):
@@ -156,15 +164,14 @@ def peers_loss(model, examples) -> float:
 
 
 def report(losses: dict, seconds: dict, options: argparse.Namespace) -> dict[str, Any]:
-    """Print what was found; what the document says of it."""
+    """Print the result and return it for the document."""
     means = {name: statistics.mean(values) for name, values in losses.items()}
     deviation = statistics.stdev(losses["peers"]) if options.seeds > 1 else float("nan")
     difference = means["minilora"] - means["peers"]
     for name, values in losses.items():
         shown = " ".join(f"{value:.4f}" for value in values)
-        print(
-            f"{name:<10} eval loss {means[name]:.4f} ({shown}), {statistics.median(seconds[name]):.0f} s a run"
-        )
+        median = statistics.median(seconds[name])
+        print(f"{name:<10} eval loss {means[name]:.4f} ({shown}), {median:.0f} s a run")
     print(f"difference {difference:+.4f}, one seed's standard deviation {deviation:.4f}")
     document = {
         "losses": losses,

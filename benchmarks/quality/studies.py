@@ -1,20 +1,22 @@
-"""What docs/when.md says of ranks, targets, data, forgetting and prompts, measured: python
-benchmarks/quality/studies.py
+"""Measurements for docs/when.md: ranks, targets, data, forgetting and prompts.
 
-One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, held out by
-category), LoRA with s = 1 (alpha = r), --steps steps of --batch rows, one seed, each run in a
-process of its own.
+    python benchmarks/quality/studies.py
+
+All runs have one model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM, held
+out by category), LoRA with s = 1 (alpha = r), --steps steps of --batch rows, and one seed. Each run
+has a separate process.
 
     ranks       r in {4, 16, 64} x learning rate in {2e-4, 1e-3, 5e-3}, every linear layer
     targets     the same number of parameters in attention, in the MLP, or in both
-    rows        as many steps over 60, 200 or all rows
+    rows        the same number of steps over 60, 200 or all rows
     bits        the base dense or in NF4
     forgetting  0, 10 or 20 % of the rows are prose, or KL(adapted || base) is part of the loss
-    prompts     no training: no example, eight fixed ones, the eight nearest training rows (retrieval)
+    prompts     no training: no example, eight fixed ones, the eight nearest training rows
+                (retrieval)
 
-`exact_match` and `label_accuracy` (the likeliest of the 22 answers) are of held-out rows, with a 95
-% interval of about ± 1 / sqrt(rows); `prose` is the perplexity on held-out English prose, its kind
-being the one that is mixed in. The last line is one JSON document.
+`exact_match` and `label_accuracy` (the likeliest of the 22 answers) are those of held-out rows,
+with a 95 % interval of about ± 1 / sqrt(rows). `prose` is the perplexity on held-out English prose
+of the same kind as the prose that is mixed in. The last line is one JSON document.
 """
 
 import argparse
@@ -25,9 +27,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import (
@@ -49,8 +50,8 @@ STUDIES: dict[str, dict[str, dict[str, Any]]] = {
         for r in (4, 16, 64)
         for lr in (2e-4, 1e-3, 5e-3)
     },
-    # a layer of SmolLM2-135M has 3,840 r numbers in attention, 6,336 r in its MLP: ranks that make
-    # the counts meet
+    # An adapter of a layer of SmolLM2-135M has 3,840 r parameters in attention and 6,336 r in the
+    # MLP. These ranks make the totals equal.
     "targets": {
         "attention": {"r": 42, "target_modules": ATTENTION},
         "MLP": {"r": 26, "target_modules": MLP},
@@ -82,14 +83,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
     parser.add_argument(
-        "--prose", type=int, default=52, help="texts of prose, of which every second is held out"
+        "--prose", type=int, default=52, help="texts of prose; every second one is held out"
     )
     parser.add_argument(
         "--short", action="store_true", help="a random model, one step; the last run of two studies"
     )
     add_dtype(parser)
-    parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
-    parser.add_argument("--run", help="a run's settings as JSON: this one only, in this process")
+    parser.add_argument("--model", help="a folder or an id on the Hub, instead of SmolLM2")
+    parser.add_argument("--run", help="settings as JSON: run only these, in this process")
     options = parser.parse_args()
     if options.short:
         options.steps, options.batch, options.test_rows, options.prose = 1, 2, 4, 8
@@ -104,46 +105,50 @@ def main() -> None:
         for name in ("steps", "batch", "test_rows", "prose", "dtype")
     ]
     found: dict[str, dict[str, Any]] = {}
-    known: dict[str, dict[str, Any]] = {}  # equal settings are run once
+    known: dict[str, dict[str, Any]] = {}  # equal settings run once
+    studies = list(STUDIES)
+    if options.only:
+        studies = [options.only]
+    elif options.short:
+        studies = ["forgetting", "prompts"]
     with tempfile.TemporaryDirectory() as folder:
         model = small_chat_model(Path(folder), dtype) if options.short else options.model
-        given += [f"--model={model}"] if model else []
-        for study in (
-            [options.only]
-            if options.only
-            else ("forgetting", "prompts")
-            if options.short
-            else STUDIES
-        ):
+        if model:
+            given.append(f"--model={model}")
+        for study in studies:
             print(f"\n{study:<16}" + "".join(f"{name:>13}" for name in SHOWN))
             runs = list(STUDIES[study].items())[-1 if options.short else 0 :]
             for name, own in runs:
-                key = json.dumps(own if "shots" in own else COMMON | own, sort_keys=True)
-                known[key] = known.get(key) or fresh(__file__, "--run", json.dumps(own), *given)
-                found.setdefault(study, {})[name] = known[key]
-                print(
-                    f"{name:<16}" + "".join(cell(known[key][column]) for column in SHOWN),
-                    flush=True,
-                )
+                settings = own if "shots" in own else COMMON | own
+                key = json.dumps(settings, sort_keys=True)
+                if key not in known:
+                    known[key] = fresh(__file__, "--run", json.dumps(own), *given)
+                figures = known[key]
+                found.setdefault(study, {})[name] = figures
+                cells = [cell(figures[column]) for column in SHOWN]
+                print(f"{name:<16}" + "".join(cells), flush=True)
     half = 0.98 / math.sqrt(options.test_rows)
-    print(
-        f"\n{options.steps} steps of {options.batch} rows, {options.test_rows} held out: ± {half:.3f} at most"
-    )
+    print(f"\n{options.steps} steps of {options.batch} rows, ", end="")
+    print(f"{options.test_rows} held out: ± {half:.3f} at most")
     print(json.dumps(document | {"studies": found}))
 
 
 def cell(value: float | None) -> str:
-    return f"{'-' if value is None else f'{value:,}' if isinstance(value, int) else f'{value:.3f}':>13}"
+    """Return a figure as a cell of the table."""
+    if value is None:
+        return f"{'-':>13}"
+    return f"{value:>13,}" if isinstance(value, int) else f"{value:>13.3f}"
 
 
 def run(own: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """One run with its `own` settings in this process; its figures."""
+    """Run the `own` settings in this process; return the figures."""
     source = options.model or ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
     tokenizer = ml.load_tokenizer(source)
     model = ml.load_model(source, quantize=own.get("quantize"), dtype=options.dtype)
     prose = ml.samples.prose(options.prose, 500)  # every second text is held out
-    test, trained = task.test, 0
+    test = task.test
+    trained = 0
     if "shots" in own:
         test = with_examples(test, task.train, own["shots"], own.get("nearest", False))
     else:
@@ -168,11 +173,12 @@ def train(
     own: dict[str, Any],
     options: Any,
 ) -> int:
-    """Train an adapter; how many numbers it has."""
+    """Train an adapter; return its number of parameters."""
     targets = own.get("target_modules", "all-linear")
     ml.inject(model, ml.LoRAConfig(r=own["r"], lora_alpha=own["r"], target_modules=targets))
     dataset: list[Any] = rows[: own.get("rows")]
-    if share := own.get("prose"):
+    share = own.get("prose")
+    if share:
         dataset = ml.mix_datasets([(rows, 1 - share), (prose, share)], rows=len(rows))
     objective = ml.KLToBase(kl_weight=own["kl_weight"]) if "kl_weight" in own else ml.SFT()
     config = ml.TrainConfig(
@@ -186,15 +192,19 @@ def train(
 
 
 def with_examples(rows: list[Row], train: list[Row], shots: int, nearest: bool) -> list[Row]:
-    """Rows whose questions come after `shots` training rows, as turns: fixed ones, or each row's nearest by words, the
-    nearest last."""
-    order = [range(len(train))] * len(rows)
+    """Return the rows with `shots` training rows as turns before each question.
+
+    The training rows are fixed, or the nearest to each row by words, the nearest last.
+    """
+    order: list[Any] = [range(len(train))] * len(rows)
     if nearest:
         order = [(-overlap).argsort(kind="stable") for overlap in overlaps(train, rows)]
     found = []
     for row, numbers in zip(rows, order, strict=True):
         instruction, question, answer = row["messages"]
-        turns = [turn for n in reversed(numbers[:shots]) for turn in train[n]["messages"][1:]]
+        turns = []
+        for n in reversed(numbers[:shots]):
+            turns += train[n]["messages"][1:]
         found.append({"messages": [instruction, *turns, question, answer]})
     return found
 

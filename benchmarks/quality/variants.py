@@ -1,14 +1,16 @@
-"""LoRA, DoRA, PiSSA and LoftQ in the same budget: python benchmarks/quality/variants.py
+"""LoRA, DoRA, PiSSA and LoftQ with one budget.
 
-One model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM), the same rows in
-the same order and as many steps; r = 16 on every linear layer, one learning rate for all, --seeds
-seeds; each run in a process of its own.
+    python benchmarks/quality/variants.py
 
-    lora, dora, pissa       beside a dense base
-    qlora, qdora, loftq     beside 4 bits: NF4(W); for LoftQ what its iterations make of W
+All variants have one model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM),
+the same rows in the same order, the same number of steps, r = 16 on every linear layer, one
+learning rate and --seeds seeds. Each run has a separate process.
 
-Seconds are of a training step; loss and exact match of held-out rows are means over the seeds, ±
-half their range. The last line is one JSON document.
+    lora, dora, pissa       a dense base
+    qlora, qdora, loftq     a 4-bit base: NF4(W), or the result of LoftQ's iterations on W
+
+Seconds are those of a training step. Loss and exact match are those of held-out rows: means over
+the seeds, ± half their range. The last line is one JSON document.
 """
 
 import argparse
@@ -18,9 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import (
@@ -32,14 +33,14 @@ from benchmarks._lib.side_by_side import (
     small_chat_model,
 )
 
-BESIDE_4_BITS = {"qlora": {}, "qdora": {"use_dora": True}}
+FOUR_BIT = {"qlora": {}, "qdora": {"use_dora": True}}
 DENSE: dict[str, Any] = {
     "lora": {},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa_niter_4"},
 }
 LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 4}}
-VARIANTS: dict[str, Any] = DENSE | BESIDE_4_BITS | {"loftq": LOFTQ}
+VARIANTS: dict[str, Any] = DENSE | FOUR_BIT | {"loftq": LOFTQ}
 SHOWN = ("trained", "s/step", "loss", "exact_match")
 
 
@@ -58,9 +59,9 @@ def main() -> None:
         help="a random model of two layers, one step of two rows, r = 2",
     )
     add_dtype(parser)
-    parser.add_argument("--model", help="a folder or an id on the Hub, in place of SmolLM2")
+    parser.add_argument("--model", help="a folder or an id on the Hub, instead of SmolLM2")
     parser.add_argument(
-        "--variant", choices=VARIANTS, help="this one only, in this process, with --seed"
+        "--variant", choices=VARIANTS, help="run only this variant, in this process, with --seed"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -75,39 +76,41 @@ def main() -> None:
     ]
     dtype = compute_dtype(options.dtype)
     document: dict[str, Any] = {"benchmark": "variants", **machine(dtype), "steps": options.steps}
-    given += ["--short"] * options.short + [f"--dtype={dtype_name(dtype)}"]
+    given.append(f"--dtype={dtype_name(dtype)}")
+    if options.short:
+        given.append("--short")
     table = {}
     print(f"{'':<8}" + "".join(f"{name:>20}" for name in SHOWN))
     with tempfile.TemporaryDirectory() as folder:
         model = small_chat_model(Path(folder), dtype) if options.short else options.model
-        given += [f"--model={model}"] if model else []
+        if model:
+            given.append(f"--model={model}")
         for name in VARIANTS:
             runs = [
                 fresh(__file__, "--variant", name, "--seed", seed, *given)
                 for seed in range(options.seeds)
             ]
             table[name] = {key: [found[key] for found in runs] for key in SHOWN}
-            print(
-                f"{name:<8}" + "".join(f"{cell(values):>20}" for values in table[name].values()),
-                flush=True,
-            )
-    print(
-        f"{options.steps} steps of {options.batch} rows, {options.test_rows} rows held out, {options.seeds} seeds"
-    )
+            cells = [f"{cell(values):>20}" for values in table[name].values()]
+            print(f"{name:<8}" + "".join(cells), flush=True)
+    print(f"{options.steps} steps of {options.batch} rows, ", end="")
+    print(f"{options.test_rows} rows held out, {options.seeds} seeds")
     print(json.dumps(document | {"variants": table}))
 
 
 def cell(values: list[float]) -> str:
-    """The mean ± half the range."""
-    mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    """Return the mean ± half the range."""
+    mean = sum(values) / len(values)
+    half = (max(values) - min(values)) / 2
     return f"{mean:,.0f}" if isinstance(values[0], int) else f"{mean:.3f} ± {half:.3f}"
 
 
 def run(variant: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one variant in this process; its figures."""
+    """Train one variant in this process; return its figures."""
     source = options.model or ml.samples.smollm2()
     task = ml.samples.icd10(test_rows=options.test_rows, train_rows=options.steps * options.batch)
-    tokenizer, quantize = ml.load_tokenizer(source), "nf4" if variant in BESIDE_4_BITS else None
+    tokenizer = ml.load_tokenizer(source)
+    quantize = "nf4" if variant in FOUR_BIT else None
     model = ml.load_model(source, quantize=quantize, dtype=options.dtype)
     targets: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
     if options.short:
