@@ -1,20 +1,23 @@
-"""Why the ops are as they are: where a step's time goes, and the sizes that were tried. python
-benchmarks/training/choices.py
+"""Measurements behind the design of the ops: the profile of a step, and the sizes that were tried.
 
-A QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens, in bf16, or in fp32
-on a CPU without it (--dtype):
+    python benchmarks/training/choices.py
+
+The step is a QLoRA step of SmolLM2-135M, r = 16 on all linear layers, 4 x 512 real tokens, in bf16,
+or in fp32 on a CPU without it (--dtype):
 
     profile         the share of each kind of operation, by torch's profiler
-    attention       forward and backward of a layer's attention, by the queries at a time in backward
-    cross-entropy   the loss and its gradient, by the rows of logits at a time
-    steps           the step's seconds and peak without what is compiled in C, and without the pool of freed blocks
-    malloc          the same by the size from which glibc gives a freed block back at once
-    token           one token through dense layers, as a matrix and as a vector (generate.py), and one of each of 8 rows
-                    through a layer's factors, each row's own (lora/batched.py), by their bits: 16
-                    only beside bf16
+    attention       forward and backward of a layer's attention, by the number of queries at a time
+                    in backward
+    cross-entropy   the loss and its gradient, by the number of rows of logits at a time
+    steps           seconds and peak of the step without the compiled C code, and without the pool
+                    of freed blocks
+    malloc          the same, by the size from which glibc gives a freed block back at once
+    token           one token through dense layers, as a matrix and as a vector (generate.py); and
+                    one token of each of 8 rows through the LoRA factors of that row
+                    (lora/batched.py), by their bits: 16 only where the dtype is bf16
 
-What is tried takes turns; medians with min-max, and the ratio to what is in use. Minutes on two
-cores. The last line is one JSON document.
+The alternatives take turns. The figures are medians with min-max, and the ratio to the present
+choice. The run takes minutes on two cores. The last line is one JSON document.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -31,9 +35,8 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 import minilora_kernels.ops.attention as attention_op
@@ -55,7 +58,7 @@ from minilora.training import runtime
 from minilora_kernels import allocator
 from minilora_kernels.ops.cross_entropy import CHUNK_BYTES, linear_cross_entropy
 
-KINDS = {  # what an operation's name holds -> its kind; the first that fits
+KINDS = {  # part of an operation's name -> its kind; the first that fits counts
     "mm": "matrix products",  # mm, addmm, bmm, baddbmm
     "dequantize": "dequantisation",
     "copy_": "copies",
@@ -73,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(PARTS), help="which, with commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--short",
@@ -81,13 +84,13 @@ def main() -> None:
         help="a random model of two layers, short rows, one of malloc's sizes",
     )
     add_dtype(parser)
-    parser.add_argument("--side", type=Path, metavar="FOLDER", help="be a process that does steps")
+    parser.add_argument("--side", type=Path, metavar="FOLDER", help="serve steps in this process")
     parser.add_argument(
         "--no-pool", action="store_true", help="with --side: freed blocks go back to malloc"
     )
     options = parser.parse_args()
     if options.no_pool:
-        allocator.SMALL = sys.maxsize  # no block is large enough for it
+        allocator.SMALL = sys.maxsize  # no block is large enough for the pool
     dtype = compute_dtype(options.dtype)
     if options.side:
         return contend(options.side, dtype)
@@ -107,38 +110,46 @@ def main() -> None:
 
 
 def contend(folder: Path, dtype: torch.dtype) -> None:
-    """Be a process that does steps on what `main` wrote."""
+    """Serve steps in this process, on the files that `main` wrote."""
     model = adapted(folder, dtype)
     with runtime.training_mode(model, gradient_checkpointing=False):
         serve(own_step(model, [json.loads((folder / "rows.json").read_text())]))
 
 
 def adapted(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load the base in 4 bits and inject an adapter."""
     model = ml.load_model(folder / "base", quantize="nf4", dtype=dtype)
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
     return model.train()
 
 
 def profile(given: SimpleNamespace) -> dict[str, float]:
-    """Kind of operation -> its share of the time of one step."""
-    one = own_step(
-        adapted(given.folder, given.dtype), [json.loads((given.folder / "rows.json").read_text())]
-    )
-    one()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        one()
+    """Return the share of each kind of operation in the time of one step."""
+    rows = json.loads((given.folder / "rows.json").read_text())
+    step = own_step(adapted(given.folder, given.dtype), [rows])
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
     spent: Counter[str] = Counter()
-    for event in seen.key_averages():
-        spent[next((kind for part, kind in KINDS.items() if part in event.key), "other")] += (
-            event.self_cpu_time_total
-        )
+    for event in profiler.key_averages():
+        spent[kind_of(event.key)] += event.self_cpu_time_total
     shares = {kind: round(time / spent.total(), 3) for kind, time in spent.most_common()}
-    print("\n" + "\n".join(f"{kind:28}{share:6.0%}" for kind, share in shares.items()))
+    print()
+    for kind, share in shares.items():
+        print(f"{kind:28}{share:6.0%}")
     return shares
 
 
+def kind_of(operation: str) -> str:
+    """Return the kind of an operation by its name."""
+    for part, kind in KINDS.items():
+        if part in operation:
+            return kind
+    return "other"
+
+
 def attention(given: SimpleNamespace) -> dict[str, Any]:
-    """Blocks of queries in backward."""
+    """Time attention with each number of queries at a time in backward."""
     shape = given.shape
     d = shape["hidden_size"] // shape["num_attention_heads"]
     heads = [shape[f"num_{kind}_heads"] for kind in ("attention", "key_value", "key_value")]
@@ -158,14 +169,14 @@ def attention(given: SimpleNamespace) -> dict[str, Any]:
 
 
 def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
-    """Rows of logits at a time."""
+    """Time the loss with each number of rows of logits at a time."""
     words, width = given.shape["vocab_size"], given.shape["hidden_size"]
-    # logits as small as a model's: else most probabilities are subnormal numbers, which a CPU is
-    # slow with
-    hidden, W = (
-        torch.randn(n, width).mul_(0.2).to(given.dtype) for n in (given.batch * given.length, words)
-    )  # (N, D), (V, D)
-    labels = torch.randint(0, words, (len(hidden),))  # (N,)
+    # Logits are as small as those of a model. With larger ones most probabilities are subnormal
+    # numbers, which are slow on a CPU.
+    tokens = given.batch * given.length
+    hidden = torch.randn(tokens, width).mul_(0.2).to(given.dtype)  # (N, D)
+    W = torch.randn(words, width).mul_(0.2).to(given.dtype)  # (V, D)
+    labels = torch.randint(0, words, (tokens,))  # (N,)
 
     def run(rows: int) -> None:
         linear_cross_entropy(hidden.requires_grad_(), W, labels, rows).backward()
@@ -175,7 +186,7 @@ def cross_entropy(given: SimpleNamespace) -> dict[str, Any]:
 
 
 def token(given: SimpleNamespace) -> dict[str, Any]:
-    """F.linear or torch.mv; and the dtype of the adapters' products."""
+    """Time F.linear against torch.mv, and the adapters' products in 32 and 16 bits."""
     width, wide = given.shape["hidden_size"], given.shape["intermediate_size"]
     layers = [
         torch.randn(wide, width).to(given.dtype)
@@ -190,9 +201,10 @@ def token(given: SimpleNamespace) -> dict[str, Any]:
 
     def dense(way: str) -> None:
         for W in layers:
-            torch.nn.functional.linear(row, W) if way == "linear" else torch.mv(
-                W, row.view(-1)
-            ).view(1, 1, -1)
+            if way == "linear":
+                torch.nn.functional.linear(row, W)
+            else:
+                torch.mv(W, row.view(-1)).view(1, 1, -1)
 
     def rows(bits: int) -> None:
         A, B = factors[bits]
@@ -211,7 +223,7 @@ def token(given: SimpleNamespace) -> dict[str, Any]:
 def compared(
     title: str, run: Callable[[Any], None], sizes: tuple[Any, ...], rounds: int, times: int
 ) -> dict[str, Any]:
-    """Seconds of `times` runs with each size in turns, against the first of them, which is in use."""
+    """Report seconds of `times` runs with each size in turns; the first size is in use."""
 
     def timed(size: Any) -> dict[str, float]:
         begun = perf_counter()
@@ -219,14 +231,13 @@ def compared(
             run(size)
         return {"seconds": perf_counter() - begun}
 
-    sides = {str(size): SimpleNamespace(step=lambda size=size: timed(size)) for size in sizes}
-    return report(
-        f"{title}: seconds for {times}", take_turns(sides, 3 * rounds), "seconds", str(sizes[0])
-    )
+    sides = {str(size): SimpleNamespace(step=partial(timed, size)) for size in sizes}
+    found = take_turns(sides, 3 * rounds)
+    return report(f"{title}: seconds for {times}", found, "seconds", str(sizes[0]))
 
 
 def steps(given: SimpleNamespace) -> dict[str, Any]:
-    """What is compiled in C, and the pool: a process without each, and one without both."""
+    """Time steps without the compiled C code, without the pool, and without both."""
     by_torch = {"MINILORA_STEPS": "torch"}
     sides = {
         "no C": ([], by_torch),
@@ -237,7 +248,7 @@ def steps(given: SimpleNamespace) -> dict[str, Any]:
 
 
 def malloc(given: SimpleNamespace) -> dict[str, Any]:
-    """When glibc gives memory back."""
+    """Time steps with each size from which glibc gives memory back."""
     sides = {
         f"{size} MB": ([], {"MALLOC_MMAP_THRESHOLD_": str(size << 20)}) for size in given.megabytes
     }
@@ -247,7 +258,10 @@ def malloc(given: SimpleNamespace) -> dict[str, Any]:
 def processes(
     title: str, given: SimpleNamespace, sides: dict[str, tuple[list[str], dict[str, str]]]
 ) -> dict[str, Any]:
-    """Seconds and memory of steps in processes with these arguments and variables, against one with none."""
+    """Return seconds and memory of steps in processes with these arguments and variables.
+
+    They are compared with a process without any.
+    """
     command = [__file__, "--dtype", dtype_name(given.dtype), "--side"]
     contenders = {
         name: Contender(name, [*command, given.folder, *arguments], variables)

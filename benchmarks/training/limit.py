@@ -1,12 +1,14 @@
-"""What a training step cannot do without, timed by itself: the limit that peers.py holds a step against.
+"""The necessary parts of a training step, timed separately: the limit in peers.py.
 
-    matmuls       each linear layer forward and for dx; the head in chunks; LoRA's six small products
-    attention     forward and backward, the fastest of this library's and PyTorch's
-    cross-entropy one softmax over the logits, chunk by chunk, which is also their gradient
-    elementwise   what norms, rotations, SwiGLU and residual sums must read and write, at the speed of copying
+    matmuls       each linear layer forward and for dx; the head in chunks; LoRA's six small
+                  products
+    attention     forward and backward, the faster of this library's and PyTorch's
+    cross-entropy one softmax over the logits in chunks, which is also their gradient
+    elementwise   the reads and writes of norms, rotations, SwiGLU and residual sums, at the speed
+                  of copying
 
-Everything goes into kept buffers, so that no page faults are in it; dequantisation, the optimiser
-and Python are left out. Of equal layers a few are run and counted for all.
+All results go to kept buffers, so there are no page faults. Dequantisation, the optimiser and
+Python are left out. Only a few of the equal layers run, and their time is scaled to all.
 """
 
 import time
@@ -22,32 +24,37 @@ from minilora.models.config import DecoderConfig
 from minilora_kernels.ops.attention import attention
 
 CHUNK = 256  # rows of logits at a time
-REPEATS = 6  # layers of each kind that are run
+REPEATS = 6  # layers that run, at most
 
 
 def elementwise_values(config: DecoderConfig) -> int:
-    """Values read and written for a token and layer, forward and backward, one pass each."""
+    """Return the values read and written for a token and layer, forward and backward."""
     width, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
     norms = 2 * (2 + 3) * width  # forward x -> y; backward x, dy -> dx
-    rotations = (
-        2 * 2 * (config.num_attention_heads + config.num_key_value_heads) * d
-    )  # q and k, there and back
+    heads = config.num_attention_heads + config.num_key_value_heads
+    rotations = 2 * 2 * heads * d  # q and k, read and written, forward and backward
     swiglu = (3 + 5) * inner  # gate, up -> h; gate, up, dh -> dgate, dup
     residuals = 2 * (3 + 3) * width  # x, y -> x + y; and the sum of their gradients
     return norms + rotations + swiglu + residuals
 
 
 class Limit:
-    """The parts for `batch` rows of `length` tokens, rank `r`, in `dtype`; `seconds()` runs each and says how long."""
+    """The parts for `batch` rows of `length` tokens, rank `r`, in `dtype`.
+
+    `seconds()` runs and times each part.
+    """
 
     def __init__(
         self, config: DecoderConfig, batch: int, length: int, dtype: torch.dtype, r: int = 16
     ) -> None:
-        self.config, self.layers, self.dtype = config, config.num_hidden_layers, dtype
-        self.rows, width, inner = batch * length, config.hidden_size, config.intermediate_size
-        queries, keys = (
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        self.config = config
+        self.layers = config.num_hidden_layers
+        self.dtype = dtype
+        self.rows = batch * length
+        width = config.hidden_size
+        inner = config.intermediate_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
         self.shapes = [(queries, width), (keys, width), (keys, width), (width, queries)]
         self.shapes += [(inner, width), (inner, width), (width, inner)]  # (out, in) of a layer
         self.buffers = {size: self._new(self.rows, size) for shape in self.shapes for size in shape}
@@ -58,9 +65,9 @@ class Limit:
         }
         self.small = [self._new(self.rows, r) for _ in range(2)]
         self.head = self._new(config.vocab_size, width)
-        self.logits, self.errors = (
-            self._new(min(CHUNK, self.rows), config.vocab_size) for _ in range(2)
-        )
+        chunk = min(CHUNK, self.rows)
+        self.logits = self._new(chunk, config.vocab_size)
+        self.errors = self._new(chunk, config.vocab_size)
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.qkv = [self._new(batch, n, length, config.head_dim).requires_grad_() for n in heads]
 
@@ -68,23 +75,25 @@ class Limit:
         return torch.randn(shape).mul_(0.05).to(self.dtype)
 
     def seconds(self) -> dict[str, float]:
-        """Part -> seconds in a step."""
+        """Return the seconds of each part in a step."""
         grouped = self.config.num_attention_heads != self.config.num_key_value_heads
         sdpa = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
         forms: dict[str, Callable[..., Tensor]] = {"minilora": attention, "sdpa": sdpa}
         attended = {
             f"attention, {name}": self._time(self._attention, form) for name, form in forms.items()
         }
-        found = {"linears": self._time(self._linears), "lora": self._time(self._lora)}
-        found |= {
+        found = {
+            "linears": self._time(self._linears),
+            "lora": self._time(self._lora),
             "head": self._time(self._head, times=1),
             "cross-entropy": self._time(self._softmax, times=1),
+            "attention": min(attended.values()),
+            "elementwise": self._time(self._copies),
         }
-        found |= {"attention": min(attended.values()), "elementwise": self._time(self._copies)}
         return {"seconds": sum(found.values())} | found | attended
 
     def _time(self, part: Callable[..., None], *given: Any, times: int = 0) -> float:
-        """Seconds of all layers (times=1: of the one)."""
+        """Return the seconds of a part in all layers; with times=1 those of one run."""
         repeats = times or min(REPEATS, self.layers)
         begun = time.perf_counter()
         for _ in range(repeats):
@@ -93,12 +102,9 @@ class Limit:
 
     def _linears(self) -> None:
         for out, size in self.shapes:
-            torch.mm(
-                self.buffers[size], self.weights[out, size].T, out=self.outputs[out]
-            )  # y = x Wᵀ
-            torch.mm(
-                self.buffers[out], self.weights[out, size], out=self.outputs[size]
-            )  # dx = dy W
+            W = self.weights[out, size]
+            torch.mm(self.buffers[size], W.T, out=self.outputs[out])  # y = x Wᵀ
+            torch.mm(self.buffers[out], W, out=self.outputs[size])  # dx = dy W
 
     def _lora(self) -> None:
         z, dz = self.small  # (N, r)
@@ -112,10 +118,8 @@ class Limit:
             torch.addmm(self.outputs[size], dz, A, out=self.outputs[size])
 
     def _head(self) -> None:
-        hidden, gradient = (
-            self.buffers[self.config.hidden_size],
-            self.outputs[self.config.hidden_size],
-        )
+        hidden = self.buffers[self.config.hidden_size]
+        gradient = self.outputs[self.config.hidden_size]
         for start in range(0, self.rows, CHUNK):
             rows, logits = hidden[start : start + CHUNK], self.logits[: self.rows - start]
             torch.mm(rows, self.head.T, out=logits)

@@ -1,10 +1,11 @@
-"""Attention over a packed row, forward and backward: a mask over the whole row against one call a document.
+"""Attention over a packed row, forward and backward: one mask or one call for each document.
 
     python benchmarks/training/packing.py [--tokens 2048] [--documents 8] [--rounds 9]
 
-SmolLM2's heads (9 queries on 3 keys, 64 wide), fp32, one row. Checks that both give the same output
-and gradients, then times them in turn: processor seconds, medians. Peak memory is what a fresh
-process adds in its first pass (Linux). The last line is one JSON document.
+The sizes are SmolLM2's heads (9 queries on 3 keys, 64 wide), fp32, one row. The script checks that
+both forms give the same output and gradients, then times them in turns: processor seconds, medians.
+Peak memory is the memory that a fresh process adds in its first pass (Linux). The last line is one
+JSON document.
 """
 
 import argparse
@@ -18,9 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._lib.side_by_side import fresh
 from minilora_kernels.ops.attention import Documents, attention, causal_mask, document_runs
@@ -29,14 +29,17 @@ FORMS = ("mask", "per document")
 
 
 def inputs(tokens: int, documents: int) -> tuple[list[Tensor], Tensor]:
-    """q, k, v that want gradients, and document ids (1, T)."""
+    """Return q, k, v that require gradients, and document ids (1, T)."""
     torch.manual_seed(0)
     qkv = [torch.randn(1, heads, tokens, 64, requires_grad=True) for heads in (9, 3, 3)]
     return qkv, (torch.arange(tokens) * documents // tokens)[None]
 
 
 def one_pass(form: str, qkv: list[Tensor], ids: Tensor) -> list[Tensor]:
-    """Output and gradients; what tells the documents apart is made here too, as a forward pass makes it."""
+    """Return output and gradients.
+
+    The mask or the runs of documents are made here too, as in a forward pass.
+    """
     if form == "mask":
         mask = causal_mask(ids.shape[1], ids.shape[1], document_ids=ids)
     else:
@@ -47,7 +50,7 @@ def one_pass(form: str, qkv: list[Tensor], ids: Tensor) -> list[Tensor]:
 
 
 def peak() -> int:
-    """Bytes resident at most, since this program was started."""
+    """Return the peak of resident bytes since this program started."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
@@ -59,20 +62,19 @@ def main() -> None:
     )
     for name, default in (("tokens", 2048), ("documents", 8), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--form", choices=FORMS, help="print only the bytes that this one takes")
+    parser.add_argument("--form", choices=FORMS, help="print only the bytes that this form takes")
     options = parser.parse_args()
     qkv, ids = inputs(options.tokens, options.documents)
     if options.form:
         small, few = inputs(64, 2)
-        one_pass(options.form, small, few)  # code that is loaded at first use
+        one_pass(options.form, small, few)  # loads the code that is loaded at first use
         before = peak()
         one_pass(options.form, qkv, ids)
         print(peak() - before)
         return
-    off = max(
-        (a - b).norm() / b.norm()
-        for a, b in zip(*(one_pass(form, qkv, ids) for form in FORMS), strict=True)
-    ).item()
+    by_mask, by_document = (one_pass(form, qkv, ids) for form in FORMS)
+    pairs = zip(by_mask, by_document, strict=True)
+    off = max((a - b).norm() / b.norm() for a, b in pairs).item()
     assert off < 1e-5, f"outputs or gradients differ by {off:.1e}"
     seconds = {form: [] for form in FORMS}
     for form in FORMS * options.rounds:

@@ -1,33 +1,36 @@
-"""A training step here and in peft + transformers + bitsandbytes, side by side on one machine.
+"""A training step in minilora and in peft + transformers + bitsandbytes, on one machine.
 
-    python benchmarks/training/peers.py [--only qlora,qlora-checkpointing,lora,full,load] [--rounds
-    5] [--dtype auto]
+    python benchmarks/training/peers.py [--rounds 5] [--dtype auto]
+        [--only qlora,qlora-checkpointing,lora,full,load]
 
-SmolLM2-135M, 4 rows of 512 real tokens without padding, all of them learned; AdamW (fused) at 1e-4,
-gradients clipped to 1. Every contender starts from one folder and one adapter file (r = 16 on all
-linear layers, alpha 16), and computes in one dtype: bf16, or fp32 on a CPU without it.
+The model is SmolLM2-135M with 4 rows of 512 real tokens, without padding, all supervised; AdamW
+(fused) at 1e-4, gradients clipped to 1. Every contender starts from one folder and one adapter file
+(r = 16 on all linear layers, alpha 16) and computes in one dtype: bf16, or fp32 on a CPU without
+it. The jobs:
 
     qlora       NF4, double quantisation, blocks of 64, the rest in that dtype
     lora        the base in that dtype
-    full        every parameter in fp32, computed in bf16 by autocast: ml.train(method="full"), Trainer(bf16=True);
-                without autocast where the dtype is fp32
-    load        to 4 bits, and from the process's start to the first forward pass (bench_load.py)
+    full        every parameter in fp32, computed in bf16 by autocast: ml.train(method="full"),
+                Trainer(bf16=True); without autocast where the dtype is fp32
+    load        to 4 bits, and from process start to the first forward pass (bench_load.py)
 
-    minilora    load_model, load_adapter, and what training/loop.py does in a step; adapters in fp32, cast once a
-                forward
-    peers       from_pretrained, PeftModel, model(input_ids, labels=...); adapters in that dtype: PEFT's default of
-                fp32 is slower beside bf16; sdpa attention; no k-bit preparation, whose fp32 head
-                costs them time and memory
-    peers, bf16 the same with weights in bf16, which this library does not train: updates below a
-    rounding are lost;
-                only where the dtype is bf16
-    peers, best the same as peers with eager attention, and a malloc that keeps what it has been
-    given (BEST)
-    limit       what a step cannot do without (limit.py): "/ minilora" of it is the inverse of time over the limit
+The contenders:
 
--checkpointing: with gradient checkpointing on both sides (use_reentrant=False). Checked: the losses
-of the first and of the last step agree. Without the peers' packages this library is timed alone.
-The last line is one JSON document, which pictures.py draws. A quarter of an hour on two cores.
+    minilora    load_model, load_adapter, and the step of training/loop.py; adapters in fp32, cast
+                once for each forward pass
+    peers       from_pretrained, PeftModel, model(input_ids, labels=...); sdpa attention; adapters
+                in that dtype, because PEFT's default of fp32 is slower with bf16; no preparation
+                for k-bit training, because its fp32 head costs time and memory
+    peers, bf16 the same with weights in bf16, only where the dtype is bf16. minilora does not train
+                these: updates smaller than a rounding are lost
+    peers, best the same as peers with eager attention, and a malloc that keeps freed memory (BEST)
+    limit       the necessary parts of a step (limit.py); its "/ minilora" is the inverse of the
+                time over the limit
+
+"-checkpointing" means gradient checkpointing on both sides (use_reentrant=False). The script checks
+that the losses of the first and of the last step agree. Without the packages of the peers, only
+minilora is timed. The last line is one JSON document, which pictures.py draws. The run takes a
+quarter of an hour on two cores.
 """
 
 import argparse
@@ -40,9 +43,8 @@ from typing import Any
 
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._lib.side_by_side import (
     Contender,
@@ -73,16 +75,17 @@ JOBS = {
     "full": ("minilora", "peers", "peers, bf16"),
 }
 WARM_UP = 2
-TOLERANCE = (
-    0.02  # of the loss: bf16 rounds at other places, and a nested scale may be one code apart
-)
+# Relative, for the loss: bf16 rounds at other places, and a nested scale may be one code apart.
+TOLERANCE = 0.02
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join([*JOBS, "load"]), help="jobs, with commas")
+    parser.add_argument(
+        "--only", default=",".join([*JOBS, "load"]), help="jobs, separated by commas"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
@@ -93,7 +96,7 @@ def main() -> None:
     )
     add_dtype(parser)
     parser.add_argument(
-        "--side", nargs=3, metavar=("SIDE", "JOB", "FOLDER"), help="be this contender"
+        "--side", nargs=3, metavar=("SIDE", "JOB", "FOLDER"), help="run as this contender"
     )
     options = parser.parse_args()
     dtype = compute_dtype(options.dtype)
@@ -101,11 +104,14 @@ def main() -> None:
         side, job, folder = options.side
         return contend(side, job, Path(folder), dtype)
     found: dict[str, Any] = {"benchmark": "peers", **machine(dtype)}
-    if why := missing_peers():
-        print(f"minilora alone: {why}")
+    missing = missing_peers()
+    if missing:
+        print(f"minilora alone: {missing}")
     jobs = options.only.split(",")
-    if unknown := {*jobs} - {*JOBS, "load"}:
-        parser.error(f"--only: unknown {sorted(unknown)}; there are {', '.join([*JOBS, 'load'])}")
+    known = [*JOBS, "load"]
+    unknown = sorted(set(jobs) - set(known))
+    if unknown:
+        parser.error(f"--only: expected jobs from {', '.join(known)}, got {', '.join(unknown)}")
     if options.short:
         options.rounds, options.batch, options.length = 2, 2, 64
     found |= {"rounds": options.rounds, "batch": options.batch, "length": options.length}
@@ -121,7 +127,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None:
-    """base/, adapter/ and batches.json, which every contender reads."""
+    """Write base/, adapter/ and batches.json, which every contender reads."""
     import minilora as ml
 
     rows = checkpoint(folder / "base", options.short, 3 * options.batch, options.length, dtype)
@@ -134,31 +140,36 @@ def prepare(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> No
 
 
 def sides_of(job: str, dtype: torch.dtype) -> list[str]:
-    """The contenders of a job. In fp32 there is none with weights in bf16: it would be "peers" again."""
+    """Return the contenders of a job.
+
+    In fp32 "peers, bf16" is left out, because it would be the same as "peers".
+    """
     sides = [side for side in JOBS[job] if side != "peers, bf16" or dtype == torch.bfloat16]
-    return [side for side in sides if not side.startswith("peers")] if missing_peers() else sides
+    if missing_peers():
+        sides = [side for side in sides if not side.startswith("peers")]
+    return sides
 
 
 def compare(
     job: str, folder: Path, options: argparse.Namespace, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Run one job's contenders in turns; its figures."""
+    """Run the contenders of a job in turns; return its figures."""
     command = [__file__, "--dtype", dtype_name(dtype), "--side"]
-    sides = {
-        side: Contender(
-            side, [*command, side, job, folder], BEST if side == "peers, best" else None
-        )
-        for side in sides_of(job, dtype)
-    }
+    sides: dict[str, Contender] = {}
+    for side in sides_of(job, dtype):
+        env = BEST if side == "peers, best" else None
+        sides[side] = Contender(side, [*command, side, job, folder], env)
     found = take_turns(sides, options.rounds, WARM_UP)
     for contender in sides.values():
         contender.close()
     trained = {side: answers for side, answers in found.items() if side != "limit"}
     for loss in ("first_loss", "loss"):
-        same = [
-            side for side in trained if loss == "first_loss" or "bf16" not in side
-        ]  # bf16 weights learn otherwise
-        check_close(f"{job}, {loss}", {side: trained[side][-1][loss] for side in same}, TOLERANCE)
+        losses: dict[str, float] = {}
+        for side, answers in trained.items():
+            # bf16 weights learn differently, so only their first loss is equal.
+            if loss == "first_loss" or "bf16" not in side:
+                losses[side] = answers[-1][loss]
+        check_close(f"{job}, {loss}", losses, TOLERANCE)
     rows = report(f"{job}: seconds a step", found, "seconds", "minilora")
     own, tokens = rows["minilora"], options.batch * options.length
     for side, row in rows.items():
@@ -166,27 +177,19 @@ def compare(
             row["tokens_per_second"] = round(tokens / row["seconds"]["median"], 1)
             row["memory_ratio"] = round(own["resident_mb"] / row["resident_mb"], 3)
             row["anonymous_ratio"] = round(own["anonymous_mb"] / row["anonymous_mb"], 3)
-            print(
-                f"{side:22}{row['tokens_per_second']:8,.0f} tokens/s; minilora's memory is", end=" "
-            )
-            print(
-                f"{row['memory_ratio']:.2f} of this (RSS), {row['anonymous_ratio']:.2f} (anonymous)"
-            )
+            print(f"{side:22}{row['tokens_per_second']:8,.0f} tokens/s; ", end="")
+            print(f"minilora's memory is {row['memory_ratio']:.2f} of this (RSS), ", end="")
+            print(f"{row['anonymous_ratio']:.2f} (anonymous)")
     if "limit" in found:
         names = found["limit"][0].keys() - {"seconds", "resident", "anonymous"}
-        parts = {
-            part: spread([answer[part] for answer in found["limit"]])["median"]
-            for part in sorted(names)
-        }
+        parts: dict[str, float] = {}
+        for part in sorted(names):
+            parts[part] = spread([answer[part] for answer in found["limit"]])["median"]
         pairs = zip(found["minilora"], found["limit"], strict=True)
-        rows["limit"] |= {
-            "parts": parts,
-            "over": spread([mine["seconds"] / least["seconds"] for mine, least in pairs]),
-        }
-        over = rows["limit"]["over"]
-        print(
-            f"time over the limit: {over['median']:.2f} ({over['min']:.2f}-{over['max']:.2f}); parts of it, seconds:"
-        )
+        over = spread([mine["seconds"] / least["seconds"] for mine, least in pairs])
+        rows["limit"] |= {"parts": parts, "over": over}
+        span = f"{over['min']:.2f}-{over['max']:.2f}"
+        print(f"time over the limit: {over['median']:.2f} ({span}); parts of the limit, seconds:")
         print(", ".join(f"{part} {value:.3f}" for part, value in parts.items()))
     return rows
 
@@ -195,7 +198,7 @@ def compare(
 
 
 def contend(side: str, job: str, folder: Path, dtype: torch.dtype) -> None:
-    """Be one contender, until the judge closes the pipe."""
+    """Run one contender until the comparing process closes the pipe."""
     batches = json.loads((folder / "batches.json").read_text())
     if side == "limit":
         from benchmarks.training.limit import Limit
@@ -210,14 +213,12 @@ def contend(side: str, job: str, folder: Path, dtype: torch.dtype) -> None:
 
 
 def ours(job: str, folder: Path, batches: Batches, dtype: torch.dtype) -> None:
-    """The library as a user drives it."""
+    """Serve steps of minilora, with its public functions."""
     import minilora as ml
     from minilora.training import runtime
 
-    quantize, kept = (
-        "nf4" if job.startswith("qlora") else None,
-        torch.float32 if job == "full" else dtype,
-    )
+    quantize = "nf4" if job.startswith("qlora") else None
+    kept = torch.float32 if job == "full" else dtype
     model = ml.load_model(folder / "base", quantize=quantize, dtype=kept)
     if job == "full":
         model.requires_grad_(True)
@@ -228,7 +229,7 @@ def ours(job: str, folder: Path, batches: Batches, dtype: torch.dtype) -> None:
 
 
 def peers(job: str, folder: Path, batches: Batches, side: str, dtype: torch.dtype) -> None:
-    """peft + transformers + bitsandbytes, by their own calls."""
+    """Serve steps of peft + transformers + bitsandbytes, with their public functions."""
     from transformers import AutoModelForCausalLM
 
     kept = torch.float32 if job == "full" and side != "peers, bf16" else dtype
@@ -241,16 +242,15 @@ def peers(job: str, folder: Path, batches: Batches, side: str, dtype: torch.dtyp
     if job != "full":
         from peft import PeftModel
 
-        model = trained_in(
-            PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True), dtype
-        )
+        adapted = PeftModel.from_pretrained(model, str(folder / "adapter"), is_trainable=True)
+        model = trained_in(adapted, dtype)
     if "checkpointing" in job:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     serve(peer_step(model, batches, autocast(kept, dtype)))
 
 
 def autocast(kept: torch.dtype, dtype: torch.dtype) -> AbstractContextManager | None:
-    """Where weights are kept in one dtype and computed in another."""
+    """Return autocast if the weights have another dtype than the computation; else None."""
     return None if kept == dtype else torch.autocast("cpu", dtype)
 
 

@@ -1,12 +1,14 @@
-"""What was planned against what was measured: peak memory by method. python benchmarks/training/plan_check.py
+"""Planned and measured peak memory of each method.
 
-SmolLM2-135M-Instruct, full rows, two steps, each run in a process of its own; in bf16, or in fp32
-on a CPU without it (--dtype), where "full" has no autocast. On a CPU the anonymous memory of the
-process (RssAnon) is sampled every 2 ms, less what it is after a run on one short row: Python, torch
-and what they load on the way. glibc's allocator is told to give freed blocks back
-(MALLOC_MMAP_THRESHOLD_), and the pool takes none, so that tensors are what is measured; `--malloc
-default` leaves both as they are, which hold back much. On a GPU it is what torch allocated at the
-most. The last line is one JSON document.
+    python benchmarks/training/plan_check.py
+
+Each run trains SmolLM2-135M-Instruct on full rows for two steps, in a separate process, in bf16, or
+in fp32 on a CPU without it (--dtype); in fp32 "full" has no autocast. On a CPU the script samples
+the anonymous memory of the process (RssAnon) every 2 ms. It subtracts the memory after a run on one
+short row: Python, torch, and the libraries that they load. glibc's malloc gives freed blocks back
+(MALLOC_MMAP_THRESHOLD_) and the pool takes none, so the measured memory is that of the tensors.
+`--malloc default` leaves both at their defaults, which keep much memory. On a GPU the measured
+memory is the peak that torch allocated. The last line is one JSON document.
 """
 
 import argparse
@@ -20,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks._lib.side_by_side import add_dtype, compute_dtype, dtype_name, fresh, machine
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_torch")
     parser.add_argument("--malloc", choices=["exact", "default"], default="exact")
     add_dtype(parser)
-    parser.add_argument("--run", choices=RUNS, help="this one only, in this process")
+    parser.add_argument("--run", choices=RUNS, help="do only this run, in this process")
     options = parser.parse_args()
     if options.run:
         print(json.dumps(run(options.run, options)))
@@ -74,11 +75,13 @@ def main() -> None:
 
 
 def run(name: str, options: argparse.Namespace) -> dict:
-    """Train in this process; bytes planned and measured, of the weights and in all."""
+    """Train in this process; return planned and measured bytes."""
     if options.malloc == "exact":
         allocator.SMALL = sys.maxsize
     method, checkpointing = RUNS[name]
-    full, source, dtype = method == "full", ml.samples.smollm2(), compute_dtype(options.dtype)
+    full = method == "full"
+    source = ml.samples.smollm2()
+    dtype = compute_dtype(options.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ml.TrainConfig(
         method="full" if full else "lora",
@@ -93,7 +96,8 @@ def run(name: str, options: argparse.Namespace) -> dict:
     loading = {"quantize": "nf4" if method == "qlora" else None, "dtype": dtype_name(kept)}
     plan = ml.plan_memory(source, None if full else LORA, config, **loading)
     tokenizer = ml.load_tokenizer(source)
-    ids = tokenizer.encode("\n".join(row["text"] for row in ml.samples.prose()) * 8)
+    text = "\n".join(row["text"] for row in ml.samples.prose())
+    ids = tokenizer.encode(text * 8)
     size = options.max_length
     rows = [
         {"text": tokenizer.decode(ids[i * size : (i + 2) * size])} for i in range(2 * options.batch)
@@ -118,7 +122,7 @@ def run(name: str, options: argparse.Namespace) -> dict:
 
 
 class Peak:
-    """The most memory held while it is open, above what was held before: `most` bytes."""
+    """Peak of memory inside the context, in addition to the memory before: `most` bytes."""
 
     def __init__(self, device: torch.device):
         self.device, self.most, self._open = device, 0, True

@@ -1,20 +1,21 @@
-"""The shape of Llama 3 8B on this machine: load it to 4 bits, train an adapter on it.
+"""A model in the shape of Llama 3 8B: loading to 4 bits and training an adapter.
 
-    python benchmarks/training/scale_8b.py --folder SOMEWHERE-WITH-16-GB [--peers] [--keep] [--dtype
-    auto]
+    python benchmarks/training/scale_8b.py --folder FOLDER-WITH-16-GB [--peers] [--keep]
+        [--dtype auto]
 
-Makes a checkpoint of random weights (34 shards, bf16, 16.06 GB), loads it to NF4 with double
-quantisation, and does QLoRA steps with r = 16 and AdamW: 1 x 64 tokens on q, k, v, o; 1 x 64 on all
-linear layers; 1 x 512 on all, with gradient checkpointing. The file is in bf16, as Llama's is;
-computed is in bf16, or in fp32 on a CPU without it. Prints seconds and the peak of anonymous
-memory, which is what a machine must have: the pages of mapped files can be dropped. With --peers
-transformers + bitsandbytes + peft do the same, step by step in turns, with adapters in that dtype
-(here in fp32). Loading is done once a side, one after the other; half of such a file may or may not
-be in the page cache. Checked: the losses of the first steps agree. The last line is one JSON
-document.
+The script writes a checkpoint of random weights (34 shards, bf16, 16.06 GB), loads it to NF4 with
+double quantisation, and runs QLoRA steps with r = 16 and AdamW: 1 x 64 tokens on q, k, v, o;
+1 x 64 on all linear layers; 1 x 512 on all, with gradient checkpointing. The file is in bf16, as
+Llama's is; the computation is in bf16, or in fp32 on a CPU without it. The figures are seconds and
+the peak of anonymous memory. A machine must have this memory, whereas the pages of mapped files can
+be dropped.
 
-Without --folder everything happens to a model of two small layers, which shows nothing but that it
-works.
+With --peers, transformers + bitsandbytes + peft do the same in turns, step by step, with adapters
+in that dtype (here in fp32). Each side loads once, one after the other; about half of so large a
+file may be in the page cache. The script checks that the losses of the first steps agree. The last
+line is one JSON document.
+
+Without --folder the model has two small layers. This only shows that the script works.
 """
 
 import argparse
@@ -32,9 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks._lib.side_by_side import (
     TINY,
@@ -78,36 +78,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", type=Path, help="where to put the 16 GB; what is there already is used"
+        "--folder", type=Path, help="folder for the 16 GB; an existing checkpoint in it is used"
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="steps of each job, after one to warm up"
     )
-    parser.add_argument("--jobs", default="0,1,2", help="which of the three jobs, by number")
+    parser.add_argument("--jobs", default="0,1,2", help="the numbers of the jobs to run")
     parser.add_argument(
-        "--peers", action="store_true", help="transformers + bitsandbytes + peft as well"
+        "--peers", action="store_true", help="also run transformers + bitsandbytes + peft"
     )
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint")
     add_dtype(parser)
-    parser.add_argument("--side", nargs=2, metavar=("SIDE", "FOLDER"), help="be this contender")
+    parser.add_argument("--side", nargs=2, metavar=("SIDE", "FOLDER"), help="run as this contender")
     options = parser.parse_args()
     dtype = compute_dtype(options.dtype)
     jobs = [list(JOBS)[int(number)] for number in options.jobs.split(",") if number]
     if options.side:
         side, folder = options.side
-        return (ours if side == "minilora" else peers)(
-            Path(folder), jobs, options.rounds + 1, dtype
-        )
-    if options.peers and (why := missing_peers()):
-        raise SystemExit(f"--peers needs packages that are {why}")
+        run = ours if side == "minilora" else peers
+        return run(Path(folder), jobs, options.rounds + 1, dtype)
+    missing = missing_peers() if options.peers else ""
+    if missing:
+        raise SystemExit(f"--peers needs packages that are {missing}")
     found: dict[str, Any] = {"benchmark": "scale_8b", **machine(dtype)}
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "llama-3-8b-shape"
         begun = time.perf_counter()
         make(folder, LLAMA if options.folder else TINY)
-        found["gigabytes"] = round(
-            sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2
-        )
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        found["gigabytes"] = round(size / 1e9, 2)
         print(f"{found['gigabytes']} GB in {folder}, {time.perf_counter() - begun:.0f} s")
         try:
             print(json.dumps(found | measure(folder, jobs, options, dtype)))
@@ -119,35 +118,24 @@ def main() -> None:
 def measure(
     folder: Path, jobs: list[str], options: argparse.Namespace, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Load a side after the other, then train side by side."""
+    """Load the sides one after the other, then train them in turns; return the figures."""
     sides: dict[str, Contender] = {}
     loaded: dict[str, Any] = {}
     for side in ("minilora", "peers")[: 1 + options.peers]:
-        command = [
-            __file__,
-            "--jobs",
-            options.jobs,
-            "--rounds",
-            options.rounds,
-            "--dtype",
-            dtype_name(dtype),
-        ]
-        sides[side] = Contender(side, [*command, "--side", side, folder])
+        command = [__file__, "--jobs", options.jobs, "--rounds", options.rounds]
+        command += ["--dtype", dtype_name(dtype), "--side", side, folder]
+        sides[side] = Contender(side, command)
         loaded[side] = [sides[side].ready]
-    figures = {
-        "load": report(
-            "load to NF4, double quantisation: seconds", loaded, "load_seconds", "minilora"
-        )
-    }
+    title = "load to NF4, double quantisation: seconds"
+    figures = {"load": report(title, loaded, "load_seconds", "minilora")}
     for job in jobs:
         for contender in sides.values():
-            contender.anonymous = 0  # of this job alone; that of loading is in the table above
+            contender.anonymous = (
+                0  # the peak of this job alone; the table above has that of loading
+            )
         found = take_turns(sides, options.rounds, warm_up=1)
-        check_close(
-            f"{job}, loss",
-            {side: answers[0]["first_loss"] for side, answers in found.items()},
-            TOLERANCE,
-        )
+        losses = {side: answers[0]["first_loss"] for side, answers in found.items()}
+        check_close(f"{job}, loss", losses, TOLERANCE)
         figures[job] = report(f"{job}: seconds a step", found, "seconds", "minilora")
     for contender in sides.values():
         contender.close()
@@ -155,7 +143,10 @@ def measure(
 
 
 def make(folder: Path, fields: dict[str, Any]) -> None:
-    """config.json and a shard for the embedding, each layer, and the head: random values in bf16 from one pool."""
+    """Write config.json and a shard for the embedding, for each layer, and for the head.
+
+    The values are random bf16 from one pool.
+    """
     if (folder / "config.json").is_file():  # written last
         return
     from safetensors.torch import save_file
@@ -179,15 +170,13 @@ def make(folder: Path, fields: dict[str, Any]) -> None:
         "input_layernorm": (width,),
         "post_attention_layernorm": (width,),
     }
-    layers = range(fields["num_hidden_layers"])
     shards = [{"model.embed_tokens": (vocabulary, width)}]
-    shards += [
-        {f"model.layers.{i}.{name}": shape for name, shape in shapes.items()} for i in layers
-    ]
-    shards += [
-        {"model.norm": (width,)}
-        | ({} if fields["tie_word_embeddings"] else {"lm_head": (vocabulary, width)})
-    ]
+    for i in range(fields["num_hidden_layers"]):
+        shards.append({f"model.layers.{i}.{name}": shape for name, shape in shapes.items()})
+    head = {"model.norm": (width,)}
+    if not fields["tie_word_embeddings"]:
+        head["lm_head"] = (vocabulary, width)
+    shards.append(head)
     folder.mkdir(parents=True, exist_ok=True)
     pool = torch.randn(2**24 + 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     places: dict[str, str] = {}
@@ -218,16 +207,13 @@ def _random(shape: tuple[int, ...], pool: Tensor, number: int) -> Tensor:
 
 
 def batches(tokens: int, vocabulary: int) -> list[list[list[int]]]:
-    """One row of random ids."""
-    return [
-        torch.randint(
-            0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)
-        ).tolist()
-    ]
+    """Return one batch with one row of random ids."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocabulary, (1, tokens), generator=generator).tolist()]
 
 
 def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
-    """Load, then each job's steps on the base that the job before left behind."""
+    """Load the model, then serve the steps of each job on the base that the last job left."""
     import minilora as ml
     from minilora.training import runtime
 
@@ -243,14 +229,13 @@ def ours(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
                 yield step()
         ml.eject(model)
 
-    answers = chain.from_iterable(
-        every_step(*JOBS[job]) for job in jobs
-    )  # a job's state ends with it
+    # The state of a job ends with the job.
+    answers = chain.from_iterable(every_step(*JOBS[job]) for job in jobs)
     serve(lambda: next(answers), load_seconds=seconds)
 
 
 def peers(folder: Path, jobs: list[str], steps: int, dtype: torch.dtype) -> None:
-    """The same by their own calls."""
+    """Load the model with the peers, then serve the steps of each job."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
