@@ -1,15 +1,18 @@
-"""Puts the library's numbers into docs/explorer.html. python benchmarks/docs/explorer.py [--check]
+"""The library's numbers in docs/explorer.html, and the script that writes them.
 
-The page is its own template: what stands between its <script id="data"> and </script> is replaced
-by JSON.
+    python benchmarks/docs/explorer.py [--check]
 
-    models       layers, linear layers and parameters, of a model built on meta from its config, as the planner does
+The page is its own template: JSON replaces the text between <script id="data"> and </script>.
+
+    models       layers, linear layers and parameters of a model that is built on the meta device
+                 from its config, as in the memory planner
     levels, thresholds    of NF4
     block        64 weights of SmolLM2-135M-Instruct that share a scale
-    errors       ‖W' - W‖ / ‖W‖ over all linear layers of it, and over numbers from a normal law, by block size
+    errors       ‖W' - W‖ / ‖W‖ by block size, over all its linear layers, and over normally
+                 distributed numbers
 
-It stands beside pictures.py because what it makes is a picture of the docs too. --check writes
-nothing, and fails if the page holds other numbers.
+The page is a picture of the docs, so this script is in the folder of pictures.py. --check writes
+nothing and fails if the page holds other numbers.
 """
 
 import argparse
@@ -36,13 +39,13 @@ from minilora_kernels.nf4.weight import BLOCKSIZES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "explorer.html"
 DATA = re.compile(r'(<script type="application/json" id="data">\n)(.*?)(\n</script>)', re.S)
-FURTHER = {  # model -> what config.json says beside its Sizes
+FURTHER = {  # model -> the fields of config.json that its Sizes do not have
     "SmolLM2-135M": {"num_hidden_layers": 30, "vocab_size": 49152, "tie_word_embeddings": True},
     "Llama-3-8B": {"num_hidden_layers": 32, "vocab_size": 128256},
     "Mistral-7B": {"model_type": "mistral", "num_hidden_layers": 32, "vocab_size": 32000},
     "Qwen2.5-7B": {"model_type": "qwen2", "num_hidden_layers": 28, "vocab_size": 152064},
 }
-NORMAL = 1 << 20  # numbers from a normal law
+NORMAL = 1 << 20  # normally distributed numbers
 NAME = "SmolLM2-135M-Instruct"
 NOTE = (
     "Measured over the {weights:,} weights in the linear layers of SmolLM2-135M-Instruct{source}."
@@ -60,60 +63,57 @@ def main() -> None:
     options = parser.parse_args()
     found = {**fixed(), **measured(ml.samples.smollm2())}
     if options.check:
-        if (kept := embedded()) != found:
-            raise SystemExit(
-                f"{PAGE} differs in {[key for key in found if kept.get(key) != found[key]]}"
-            )
+        kept = embedded()
+        different = [key for key in found if kept.get(key) != found[key]]
+        if different or kept != found:
+            raise SystemExit(f"{PAGE} differs in {different}")
         return
     text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(
-        DATA.sub(lambda parts: parts[1] + compact(found) + parts[3], text, count=1),
-        encoding="utf-8",
-    )
+    text = DATA.sub(lambda parts: parts[1] + compact(found) + parts[3], text, count=1)
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
 
 
 def embedded() -> dict[str, Any]:
-    """The numbers that the page holds."""
+    """Return the numbers that the page holds."""
     found = DATA.search(PAGE.read_text(encoding="utf-8"))
-    assert found, "the page has lost its markers"
+    assert found, "the page has no data between its markers"
     return json.loads(found[2])
 
 
 def compact(found: dict[str, Any]) -> str:
-    """JSON, a line a key."""
-    return (
-        "{\n"
-        + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
-        + "\n}"
-    )
+    """Return JSON with one line for each key."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def config(name: str) -> DecoderConfig:
-    """The shape of one of MODELS, as DecoderConfig reads it from config.json."""
+    """Return the config of one of MODELS, as DecoderConfig reads it from config.json."""
     sizes = MODELS[name]
-    read = {"hidden_size": sizes.hidden, "intermediate_size": sizes.intermediate}
-    read |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
-    return DecoderConfig.from_hf(
-        {"model_type": "llama", "rms_norm_eps": 1e-5} | read | FURTHER[name]
-    )
+    fields = {
+        "model_type": "llama",
+        "rms_norm_eps": 1e-5,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+    }
+    return DecoderConfig.from_hf(fields | FURTHER[name])
 
 
 def fixed() -> dict[str, Any]:
-    """What no weight is needed for."""
+    """Return the numbers that need no weights."""
     models = {}
     for name in FURTHER:
         model = shapes(config(name), None, torch.bfloat16, None)
-        block = model.model.layers[0]
-        linear = {
-            path.rpartition(".")[2]: m
-            for path, m in block.named_modules()
-            if isinstance(m, torch.nn.Linear)
-        }
+        targets: dict[str, list[int]] = {}  # name -> [out, in]
+        for path, layer in model.model.layers[0].named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                targets[path.rpartition(".")[2]] = [layer.out_features, layer.in_features]
         models[name] = {
             "layers": len(model.model.layers),
             "parameters": ml.count_parameters(model).total,
-            "targets": {target: [m.out_features, m.in_features] for target, m in linear.items()},
+            "targets": targets,
         }
     return {
         "models": models,
@@ -123,7 +123,7 @@ def fixed() -> dict[str, Any]:
 
 
 def measured(source: str) -> dict[str, Any]:
-    """What real weights give: a block of them, and the error by block size."""
+    """Return the numbers of real weights: one block, and the error by block size."""
     model = ml.load_model(source, dtype=torch.float32, device="cpu")
     layers = [layer for path, layer in model.named_modules() if path.startswith("model.layers.")]
     weights = [layer.weight.detach() for layer in layers if isinstance(layer, torch.nn.Linear)]
@@ -146,14 +146,17 @@ def measured(source: str) -> dict[str, Any]:
 
 
 def normal() -> dict[str, list[float]]:
-    """The same for numbers from a normal law."""
+    """Return the errors of normally distributed numbers."""
     return errors([torch.randn(NORMAL, generator=torch.Generator().manual_seed(0))])
 
 
 def errors(
     weights: Iterable[Tensor], blocksizes: Iterable[int] = BLOCKSIZES
 ) -> dict[str, list[float]]:
-    """‖W' - W‖ / ‖W‖ over all of `weights` by block size, scales in fp32 ("plain") or quantised too ("double")."""
+    """Return ‖W' - W‖ / ‖W‖ over all `weights` by block size.
+
+    The scales are in fp32 ("plain") or quantised ("double").
+    """
     weights = list(weights)
     length = sum(weight.double().square().sum().item() for weight in weights)
 
@@ -162,9 +165,8 @@ def errors(
         for weight in weights:
             again = ml.dequantize_nf4(ml.quantize_nf4(weight, blocksize, double_quant))
             square += (again - weight).double().square().sum().item()
-        return round(
-            math.sqrt(square / length), 6
-        )  # below that, sums depend on the number of threads
+        # Further digits of the sums depend on the number of threads.
+        return round(math.sqrt(square / length), 6)
 
     return {
         kind: [error(size, kind == "double") for size in blocksizes] for kind in ("plain", "double")
