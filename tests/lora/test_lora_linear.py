@@ -187,7 +187,7 @@ def test_recomputed_activations_give_the_same_gradients(form, count, way):
 
 
 def test_activations_that_can_be_recomputed_are_not_kept():
-    """A norm and its layers keep the norm's input, r = 1/RMS and three z = A x, but not its output."""
+    """A norm and three layers keep the norm's input, r = 1/RMS and three z = A x, but no output."""
     made, x, w = projections(3), noise(200, 48), noise(48, seed=1)
     frozen = sum(p.numel() for one in made for p in one.parameters()) + w.numel()
     squares = 3 * 200 * 40  # kept by `square`
