@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_model/fusing.py [--tokens 8192]
 
-The question is whether a kernel of its own would pay for two candidates, on a layer of 4096 x 4096.
+The question is whether a separate kernel would pay for two candidates, on a layer of 4096 x 4096.
 The first is the LoRA branch for many tokens (minilora/lora/fused_linear.py): the time of its bytes,
 compared with the layer's two products, and the most that each way of fusing could save. The second
 is a 4-bit layer for few tokens (nf4_matmul.py): a product from the codes, with the counted machine
