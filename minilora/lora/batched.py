@@ -170,7 +170,9 @@ class PerRowAdapters:
         for row, adapter in enumerate(adapters):
             if adapter is not None:
                 scalings[row] = adapter.scaling
-        s = torch.tensor(scalings, device=key[1])[:, None, None]  # (rows, 1, 1)
+        s = torch.tensor(scalings, dtype=torch.float32, device=key[1])[
+            :, None, None
+        ]  # (rows, 1, 1)
         b = _stacked_biases(adapters, plain, B)  # (rows, 1, out)
         if b is not None:
             b = b.mul_(s)

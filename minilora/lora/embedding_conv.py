@@ -82,7 +82,9 @@ class EmbeddingAdapter(AdapterBase):
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
         generator = torch.Generator("cpu").manual_seed(seed)  # the same values on every device
-        values = torch.randn(B.shape, device="cpu", generator=generator)  # (D, r)
+        values = torch.randn(
+            B.shape, dtype=torch.float32, device="cpu", generator=generator
+        )  # (D, r)
         self.lora_B.data.copy_(values)
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:

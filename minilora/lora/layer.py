@@ -212,7 +212,7 @@ def init_down_projection(A: nn.Parameter, seed: int) -> None:
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     limit = 1 / math.sqrt(A[0].numel())
-    values = torch.empty(A.shape, device="cpu")  # (r, in)
+    values = torch.empty(A.shape, dtype=torch.float32, device="cpu")  # (r, in)
     values.uniform_(-limit, limit, generator=generator)
     A.data.copy_(values)
 

@@ -32,7 +32,7 @@ def low_rank(
     else:
         U, sigma, Vh = _svd_in_random_range(M, r, niter, seed)
     root = (sigma[:r] / abs(s)).sqrt()  # (r,)
-    B = U[:, :r] * root.copysign(torch.tensor(s))  # (out, r)
+    B = U[:, :r] * root.copysign(torch.tensor(s, dtype=root.dtype))  # (out, r)
     A = root[:, None] * Vh[:r]  # (r, in)
     # LAPACK returns transposed memory, which the saved state of an optimiser would not reproduce.
     return B.contiguous(), A.contiguous()
@@ -41,7 +41,9 @@ def low_rank(
 def _svd_in_random_range(M: Tensor, r: int, niter: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (out, r), σ (r,) and Vᵀ (r, in) of M projected to an r-dimensional range."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    start = torch.randn(M.shape[1], r, generator=generator, device="cpu")  # (in, r)
+    start = torch.randn(
+        M.shape[1], r, dtype=torch.float32, generator=generator, device="cpu"
+    )  # (in, r)
     Q = torch.linalg.qr(M @ start.to(M)).Q  # (out, r)
     for _ in range(niter):
         Q_in = torch.linalg.qr(M.T @ Q).Q  # (in, r)

@@ -269,7 +269,7 @@ def _backward(
     assigned = parallel.micro_batches(len(samples))  # [(number, weight)]
     batches = [objective.collate(samples[number]) for number, _ in assigned]
     count = _step_count(parallel, objective, assigned, batches)  # N
-    losses = torch.zeros(len(samples), device=parallel.device)  # (M,)
+    losses = torch.zeros(len(samples), dtype=torch.float32, device=parallel.device)  # (M,)
     sums: dict[str, Tensor] = {}
     for index, (number, weight) in enumerate(assigned):
         torch.manual_seed(seed_of(*seed, number))

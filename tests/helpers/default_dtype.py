@@ -1,8 +1,9 @@
 """Print a hash of the result of each public function, under a default dtype of torch.
 
-    python default_dtype.py FOLDER DTYPE [DTYPE ...]
+    python default_dtype.py PARTS FOLDER DTYPE [DTYPE ...]
 
-FOLDER holds a model, which `write_model` saves. With several dtypes, one process runs all functions
+PARTS are names of PARTS below, separated by commas, or "all". FOLDER holds a model, which
+`write_model` saves. With several dtypes, one process runs all functions
 under each of them in turn, so that tables which are made once are made under the first. Each dtype
 prints one line of JSON: {function: hash}.
 """
@@ -29,7 +30,7 @@ def digest(*values: Any) -> str:
     for value in values:
         if isinstance(value, torch.Tensor):
             found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             found.update(repr(value).encode())
     return found.hexdigest()[:16]
@@ -59,7 +60,8 @@ def loaded(folder: Path, **options: Any) -> Any:
 
 def adapted(folder: Path, quantize: str | None = None, **fields: Any) -> Any:
     """Return the saved model with an adapter whose B is not zero."""
-    model = loaded(folder, quantize=quantize, blocksize=32)
+    options = {"quantize": quantize, "blocksize": 32} if quantize else {}
+    model = loaded(folder, **options)
     ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,13 +96,12 @@ def adapters(folder: Path) -> dict[str, str]:
         "loftq": {"init_lora_weights": "loftq"},
     }
     for name, fields in variants.items():
-        quantize = "nf4" if name == "loftq" else None
-        model = adapted(folder, quantize, **fields)
+        model = adapted(folder, **fields)
         state = ml.adapter_state_dict(model).values()
         with torch.no_grad():
             found[name] = digest(*state, model(ids))
     model = loaded(folder)
-    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["embed_tokens", "lm_head"]))
+    ml.inject(model, ml.LoRAConfig(r=2, target_modules=["embed_tokens"], tie="untie"))
     found["embedding"] = digest(*ml.adapter_state_dict(model).values())
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -159,15 +160,19 @@ def tools(folder: Path) -> dict[str, str]:
     }
 
 
-def main(folder: Path, dtypes: list[str]) -> None:
-    """Run all functions under each default dtype."""
+PARTS = {"quantization": quantization, "adapters": adapters, "training": training, "tools": tools}
+
+
+def main(names: str, folder: Path, dtypes: list[str]) -> None:
+    """Run the functions of some parts under each default dtype."""
+    parts = [PARTS[name] for name in (PARTS if names == "all" else names.split(","))]
     for dtype in dtypes:
         torch.set_default_dtype(getattr(torch, dtype))
         found: dict[str, str] = {}
-        for part in (quantization, adapters, training, tools):
+        for part in parts:
             found |= part(folder)
         print("RESULT", json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

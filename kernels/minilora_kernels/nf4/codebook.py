@@ -80,7 +80,7 @@ def _nf4_levels() -> tuple[float, ...]:
     """Compute the 16 levels."""
     positive = _normal_quantiles(9)  # (8,)
     negative = -_normal_quantiles(8)  # (7,)
-    zero = torch.zeros(1, device="cpu")
+    zero = torch.zeros(1, dtype=torch.float32, device="cpu")
     levels = torch.cat([negative, zero, positive]).sort().values  # (16,)
     levels = levels / levels.max()  # (16,)
     return tuple(levels.tolist())

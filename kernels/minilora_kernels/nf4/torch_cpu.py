@@ -169,7 +169,7 @@ def _bin(x_N: Tensor, out: Tensor | None = None) -> Tensor:
 
     Near 2^23, fp32 numbers have no fractions, and their last bits are the integer.
     """
-    shift = torch.tensor(2.0**23 + BINS / 2, device="cpu")
+    shift = torch.tensor(2.0**23 + BINS / 2, dtype=torch.float32, device="cpu")
     shifted = torch.add(shift, x_N, alpha=BINS / 2, out=out)  # (N',)
     return shifted.view(torch.int32).bitwise_and_(63)
 
@@ -182,7 +182,7 @@ def _bin_tables() -> tuple[Tensor, Tensor]:
     int16.
     """
     bins = _bin(nf4_thresholds())  # (15,)
-    threshold_of_bin = torch.full((BINS + 1,), torch.inf, device="cpu")
+    threshold_of_bin = torch.full((BINS + 1,), torch.inf, dtype=torch.float32, device="cpu")
     threshold_of_bin.index_put_((bins.long(),), nf4_thresholds())
 
     keys = torch.arange(128, dtype=torch.int8, device="cpu")  # bin + 64 * above

@@ -193,11 +193,11 @@ def _signed_midpoints() -> Tensor:
 
     The lowest bin of the negative values has no midpoint, because -1 is not in the map.
     """
-    open_end = torch.tensor([-torch.inf], device="cpu")
+    open_end = torch.tensor([-torch.inf], dtype=torch.float32, device="cpu")
     return torch.cat([open_end, midpoints(dynamic_map())])
 
 
 def _unsigned_midpoints() -> Tensor:
     """Return the midpoint of each bin of the unsigned map, fp32 (256,); the last is never read."""
-    open_end = torch.tensor([torch.inf], device="cpu")
+    open_end = torch.tensor([torch.inf], dtype=torch.float32, device="cpu")
     return torch.cat([midpoints(dynamic_map(signed=False)), open_end])

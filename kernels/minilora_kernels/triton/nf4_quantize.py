@@ -285,7 +285,7 @@ def _bin_table() -> Tensor:
     # exact in fp64, then rounded once: this is the result of tl.fma
     eighths = (thresholds.double() * 15.5 + 1048592.0).float()
     bins = (eighths.view(torch.int32) >> 3) & 31  # (15,)
-    threshold_of_bin = torch.full((BINS,), torch.inf, device="cpu")
+    threshold_of_bin = torch.full((BINS,), torch.inf, dtype=torch.float32, device="cpu")
     threshold_of_bin.index_put_((bins.long(),), thresholds)
     all_bins = torch.arange(BINS, device="cpu")[:, None]  # (32, 1)
     below = (bins[None, :] < all_bins).sum(1)  # (32,)

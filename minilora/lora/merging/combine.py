@@ -112,7 +112,7 @@ def _combine_elements(
     paths: dict[str, None] = {}
     for part in parts:
         paths |= dict.fromkeys(part)
-    w = torch.tensor(weights)[:, None, None]  # (n, 1, 1)
+    w = torch.tensor(weights, dtype=torch.float32)[:, None, None]  # (n, 1, 1)
     layers: Layers = {}
     squares: Squares = {}
     for path in paths:
@@ -134,7 +134,7 @@ def _combine_elements(
 def _stacked_deltas(parts: list[Layers], path: str) -> Tensor:
     """Return ΔW (n, out, in) of one layer for n adapters; zero for an adapter without it."""
     B, A = next(part[path] for part in parts if path in part)  # (out, r), (r, in)
-    zero = torch.zeros(len(B), A.shape[1])  # (out, in)
+    zero = torch.zeros(len(B), A.shape[1], dtype=torch.float32)  # (out, in)
     deltas = []
     for part in parts:
         delta = zero
@@ -185,5 +185,7 @@ def dare(deltas: Tensor, weights: Tensor, density: float, seed: str) -> Tensor:
     """
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    kept = torch.rand(deltas.shape, generator=generator) < density  # (n, out, in)
+    kept = (
+        torch.rand(deltas.shape, dtype=torch.float32, generator=generator) < density
+    )  # (n, out, in)
     return (weights * deltas * kept / density).sum(0)  # (out, in)

@@ -48,7 +48,7 @@ class DoRAAdapter(AdapterBase):
         self.lora_A = plain.lora_A
         self.lora_B = plain.lora_B
         if next(base.parameters()).is_meta:  # shapes only, for a memory plan
-            m = torch.empty(len(self.lora_B))  # (out,)
+            m = torch.empty(len(self.lora_B), dtype=torch.float32)  # (out,)
         else:
             m = self.norms(base)  # (out,)
         self.lora_magnitude_vector = nn.Parameter(m)

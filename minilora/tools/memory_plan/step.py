@@ -172,7 +172,7 @@ def _order(layer_kinds: list[int]) -> list[tuple[str, _Key]]:
 
 def _fill_optimizer_tables(config: TrainConfig) -> None:
     """Run an optimiser on real values, so that the tables that it keeps have values."""
-    p = nn.Parameter(torch.zeros(4096, device="cpu"))  # (4096,)
+    p = nn.Parameter(torch.zeros(4096, dtype=torch.float32, device="cpu"))  # (4096,)
     p.grad = torch.zeros_like(p)
     new_optimizer(nn.Module(), {"p": p}, config).step()
 

@@ -54,10 +54,10 @@ def packed(batch: Mapping[str, Tensor], row: int = 0, path: str | Path | None = 
             xlim=(0, T),
             ylim=(T, 0),
             aspect="equal",
-            xlabel="… sees these",
-            ylabel="a token in place …",
+            xlabel="key token",
+            ylabel="query token",
         )
-        mask.set_title(f"who sees whom in row {row}")
+        mask.set_title(f"attention mask of row {row}")
     return figure
 
 
@@ -124,7 +124,7 @@ def _summary(documents: Tensor, labels: Tensor) -> str:
     for ids in documents:
         count += len(set(ids.tolist()) - {-1})
     padding = 1 - real / documents.numel()
-    return f"{count} documents; {padding:.0%} padding; learned (black): {supervised / real:.0%}"
+    return f"{count} documents; {padding:.0%} padding; supervised (black): {supervised / real:.0%}"
 
 
 def _segments(values: Tensor) -> list[tuple[int, int, int]]:

@@ -31,7 +31,7 @@ def codebook(others: Mapping[str, Tensor] | None = None, path: str | Path | None
         ValueError: If the levels of a codebook do not ascend.
     """
     if others is None:
-        others = {"Int4: 15 even steps": torch.linspace(-1, 1, 15)}
+        others = {"Int4: 15 even steps": torch.linspace(-1, 1, 15, dtype=torch.float32)}
     for name, levels in others.items():
         ascending = levels.dim() == 1 and len(levels) > 1 and bool((levels.diff() > 0).all())
         if not ascending:
@@ -51,7 +51,7 @@ def _draw_levels(axes: Any) -> None:
     levels = nf4_codebook()  # (16,)
     edges = [-1.2, *nf4_thresholds().tolist(), 1.2]
     for code, level in enumerate(levels):
-        x = torch.linspace(edges[code], edges[code + 1], 9)  # (9,)
+        x = torch.linspace(edges[code], edges[code + 1], 9, dtype=torch.float32)  # (9,)
         shade = "#dddddd" if code % 2 == 0 else "#f3f3f3"
         axes.fill_between(x, _density(x), color=shade, linewidth=0)
         # the label stands outside the curve: left of it for low codes, right of it for high ones
@@ -68,19 +68,20 @@ def _draw_levels(axes: Any) -> None:
             ha=alignment,
             fontsize=7,
         )
-    axes.vlines(levels, 0, _density(levels), colors=line(0)["color"], label="a level and its code")
-    x = torch.linspace(-1.2, 1.2, 97)  # (97,)
-    axes.plot(x, _density(x), color="black", linewidth=0.8, label="normal law")
+    axes.vlines(levels, 0, _density(levels), colors=line(0)["color"], label="level, with its code")
+    x = torch.linspace(-1.2, 1.2, 97, dtype=torch.float32)  # (97,)
+    axes.plot(x, _density(x), color="black", linewidth=0.8, label="normal distribution")
     axes.set(
-        title="NF4: levels at even quantiles of a normal law", xlabel="value / absmax of its block"
+        title="NF4: levels at even quantiles of the normal distribution",
+        xlabel="value / absmax of the block",
     )
-    axes.set(yticks=[], ylim=(0, 1.3 * _density(torch.zeros(())).item()))
+    axes.set(yticks=[], ylim=(0, 1.3 * _density(torch.zeros((), dtype=torch.float32)).item()))
     axes.legend(loc="upper left", fontsize="small")
 
 
 def _density(x: Tensor) -> Tensor:
     """Return the density of the normal distribution whose quantile at P_MAX is 1."""
-    sigma = 1 / torch.special.ndtri(torch.tensor(P_MAX)).item()
+    sigma = 1 / torch.special.ndtri(torch.tensor(P_MAX, dtype=torch.float32)).item()
     return (-0.5 * (x / sigma) ** 2).exp() / (sigma * math.sqrt(2 * math.pi))
 
 
@@ -90,8 +91,8 @@ def _draw_rounding_errors(axes: Any, codebooks: Mapping[str, Tensor]) -> None:
         axes.plot(*_rounding(levels), label=name, linewidth=1.2, **line(number))
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(
-        title="what rounding to the nearest level adds",
-        xlabel="value / absmax of its block",
+        title="error of rounding to the nearest level",
+        xlabel="value / absmax of the block",
         ylabel="error",
     )
     low, high = axes.get_ylim()
@@ -102,7 +103,7 @@ def _draw_rounding_errors(axes: Any, codebooks: Mapping[str, Tensor]) -> None:
 def _rounding(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the corners of the line (x, level(x) - x) over [-1, 1], two for each level: (2 n,)."""
     levels = levels.float()
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32)
     edges = torch.cat([-one, midpoints(levels).clamp(-1, 1), one])  # (n + 1,)
     x = torch.stack([edges[:-1], edges[1:]], dim=1)  # (n, 2)
     return x.flatten(), (levels[:, None] - x).flatten()  # (2 n,), (2 n,)
@@ -146,12 +147,12 @@ def histogram(
             _draw_source_density(values, weight, source)
             error = (dequantize_nf4(weight, torch.float32).cpu() - source).norm()
             title += f"; ‖error‖ / ‖W‖ = {(error / source.norm()).item():.2%}"
-        values.set(title=title, xlabel="value / absmax of its block", ylabel="density")
+        values.set(title=title, xlabel="value / absmax of the block", ylabel="density")
         values.legend(loc="upper right", fontsize="small")
         usage.bar(range(16), 100 * shares, **area(0))
         usage.axhline(100 / 16, color="black", linestyle="--", linewidth=0.8)
         usage.set(
-            title="how often a code is used (dashes: 1/16)",
+            title="frequency of each code (dashed: 1/16)",
             xlabel="code",
             ylabel="%",
             xticks=range(16),
@@ -162,10 +163,10 @@ def histogram(
 
 def _draw_code_density(axes: Any, shares: Tensor) -> None:
     """Draw the share of each code, spread over the values that are rounded to it."""
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32)
     edges = torch.cat([-one, nf4_thresholds(), one])  # (17,)
     widths = edges.diff()  # (16,)
-    axes.bar(edges[:-1], shares / widths, widths, align="edge", label="as codes", **area(0))
+    axes.bar(edges[:-1], shares / widths, widths, align="edge", label="quantised", **area(0))
     axes.vlines(nf4_codebook(), 0, shares / widths, colors="black", label="level")
 
 
@@ -174,5 +175,5 @@ def _draw_source_density(axes: Any, weight: NF4Weight, source: Tensor) -> None:
     absmax = weight.absmax.cpu().repeat_interleave(weight.blocksize)[: weight.numel]  # (n,)
     x = source.flatten() / absmax.clamp_min(TINY)  # (n,)
     counts = torch.histc(x.clamp(-1, 1), BINS, -1, 1)  # (BINS,)
-    edges = torch.linspace(-1, 1, BINS + 1)  # (BINS + 1,)
-    axes.stairs(counts / len(x) * BINS / 2, edges, color="#d55e00", label="before")
+    edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float32)  # (BINS + 1,)
+    axes.stairs(counts / len(x) * BINS / 2, edges, color="#d55e00", label="original")

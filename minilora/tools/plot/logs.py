@@ -99,7 +99,7 @@ def _draw_panel(axes: Any, name: str, records: Mapping[str, list[dict[str, Any]]
             )
     title = name.replace("_", " ")
     if name == "loss":
-        title += " (dots: eval)"
+        title += " (markers: evaluation)"
     axes.set(title=title, xlabel="step")
     axes.grid(alpha=0.3)
 

@@ -136,8 +136,8 @@ def roofline(
         axes.set(
             yscale="log",
             title=title,
-            xlabel="operations a byte",
-            ylabel="10⁹ operations a second",
+            xlabel="operations per byte",
+            ylabel="10⁹ operations per second",
         )
         axes.legend(fontsize="small", loc="upper left")
         axes.grid(alpha=0.2)

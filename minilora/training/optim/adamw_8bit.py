@@ -96,7 +96,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Update one parameter and its moments in place."""
         state = self.state[parameter]
-        state["step"] = state.get("step", torch.zeros(())) + 1
+        state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)) + 1
         p = parameter.view(-1)  # (n,)
         g = gradient.reshape(-1).float()  # (n,)
         names = ("exp_avg", "exp_avg_sq")
@@ -275,5 +275,6 @@ def _bins(signed: bool) -> tuple[Tensor, Tensor]:
     codes = torch.bucketize(ends.amin(0), thresholds, out_int32=True)  # (65536,) at the lower end
     upper_codes = torch.bucketize(ends.amax(0), thresholds, out_int32=True)  # (65536,)
     assert int((upper_codes - codes).max()) == 1
-    threshold_of_bin = torch.cat([thresholds, torch.tensor([torch.inf])])[codes]  # (65536,)
+    open_end = torch.tensor([torch.inf], dtype=torch.float32, device="cpu")
+    threshold_of_bin = torch.cat([thresholds, open_end])[codes]  # (65536,)
     return threshold_of_bin, codes.to(torch.uint8)
