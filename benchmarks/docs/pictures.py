@@ -1,11 +1,12 @@
-"""The pictures in docs/. python benchmarks/docs/pictures.py draws those again that need no measuring, or
+"""The pictures in docs/.
 
-    python benchmarks/docs/pictures.py docs/speed.svg peers.out
+    python benchmarks/docs/pictures.py                             pictures without measurements
+    python benchmarks/docs/pictures.py docs/speed.svg peers.out    results of a benchmark
 
-what bench_train.py or peers.py found: the last line of each file (- is stdin), the document of a
-benchmark; pieces of one, measured one by one with --only, are joined. The figures stay in the
-picture (SVG's description), so an .svg drawn here may stand for them: without arguments cost.svg
-and speed.svg are drawn again out of themselves.
+The benchmark is bench_train.py or peers.py; its document is the last line of each file (- is
+stdin). Parts of one measurement, measured with --only, are joined. The SVG keeps the figures in its
+description, so an .svg of this script can replace the file. Without arguments, cost.svg and
+speed.svg are also drawn again from their own figures.
 """
 
 import argparse
@@ -20,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # the root: benchmarks are imported by their full names
+# The root of the repository: benchmarks import each other by their full names.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import minilora as ml
 from benchmarks.docs.explorer import config
@@ -34,25 +34,34 @@ from minilora.data.packing import pack
 from minilora.tools.plot import style
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-SHADES = ("#dddddd", "#a6bddb", "#3690c0")  # of a fit's parts, from light to dark also in grey
+# Colours of the parts of a fit. They go from light to dark in grey too.
+SHADES = ("#dddddd", "#a6bddb", "#3690c0")
 AXES = {
     "length": "T, tokens in a row",
     "batch": "B, rows in a batch",
     "r": "r, rank of the adapter",
 }
 AXES |= {"width": "d, width of the model (hidden_size)"}
-YLABELS = {"seconds": "seconds a step", "megabytes": "MB that a step needs"}
+YLABELS = {"seconds": "seconds per step", "megabytes": "memory of a step in MB"}
 TITLES = {"qlora": "QLoRA", "qlora-checkpointing": "QLoRA,\ncheckpointing", "lora": "LoRA, {dtype}"}
-FULL = {"bf16": "every parameter,\nfp32 + autocast", "fp32": "every parameter,\nfp32"}
+FULL = {"bf16": "full fine-tuning,\nfp32 + autocast", "fp32": "full fine-tuning,\nfp32"}
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
-LOADS = {"load": "load to 4 bits", "start": "process start to\nfirst forward"}
-VARIES = {"load_average", "rounds"}  # between pieces of one measurement
-SIDES = {  # contender -> how its bars look: dark, light, hatched, empty
+LOADS = {"load": "load in 4 bits", "start": "process start to\nfirst forward"}
+VARIES = {"load_average", "rounds"}  # may differ between parts of one measurement
+SIDES = {  # contender -> style of its bars: dark, light, hatched, empty
     "minilora": {"color": "#4292c6"},
     "peers": {"color": "#cccccc"},
     "peers, best": {"color": "#eeeeee", "hatch": "////"},
     "peers, bf16": {"color": "#eeeeee", "hatch": "\\\\\\\\"},
     "limit": {"color": "white"},
+}
+
+LABELS = {  # contender -> its name in the legend
+    "minilora": "minilora",
+    "peers": "peft + transformers + bitsandbytes",
+    "peers, best": "the same, fastest settings",
+    "peers, bf16": "the same, bf16 weights",
+    "limit": "lower bound of this machine",
 }
 
 
@@ -64,7 +73,7 @@ def main() -> None:
         "picture", nargs="?", type=Path, help="the picture of a benchmark (default: all in docs/)"
     )
     parser.add_argument(
-        "outputs", nargs="*", help="what the benchmark printed, in a file or several; - is stdin"
+        "outputs", nargs="*", help="files with the output of the benchmark; - is stdin"
     )
     options = parser.parse_args()
     if options.picture is None:
@@ -82,25 +91,31 @@ def main() -> None:
 
 
 def document(name: str) -> dict[str, Any]:
-    """The document in the last line of a file, or in the description of a picture."""
+    """Return the document in the last line of a file, or in the description of a picture."""
     text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    kept = re.search(r"<dc:description>(.*?)</dc:description>", text, re.S)
-    return json.loads(html.unescape(kept[1]) if kept else text.splitlines()[-1])
+    description = re.search(r"<dc:description>(.*?)</dc:description>", text, re.S)
+    if description:
+        return json.loads(html.unescape(description[1]))
+    return json.loads(text.splitlines()[-1])
 
 
 def join(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One document of the pieces of one benchmark, of one machine and the same versions; SystemExit otherwise."""
+    """Join the documents of one benchmark's parts.
+
+    Raises SystemExit unless they have the same machine and the same versions.
+    """
     found: dict[str, Any] = {}
     for one in documents:
-        both = {
-            name for name in found.keys() & one.keys() - VARIES if not isinstance(one[name], dict)
-        }
-        if differ := {
-            name: (found[name], one[name]) for name in sorted(both) if found[name] != one[name]
-        }:
-            raise SystemExit(f"these pieces are not of one measurement: {differ}")
+        different: dict[str, Any] = {}
+        for name in sorted(found.keys() & one.keys() - VARIES):
+            if not isinstance(one[name], dict) and found[name] != one[name]:
+                different[name] = (found[name], one[name])
+        if different:
+            raise SystemExit(f"these pieces are not of one measurement: {different}")
         grows = found.get("grows", {}) | one.get("grows", {})
-        found |= {**one, **({"grows": grows} if grows else {})}
+        found |= one
+        if grows:
+            found["grows"] = grows
     return found
 
 
@@ -112,7 +127,7 @@ def save(found: Mapping[str, Any], file: Path) -> None:
 
 
 def plan(file: Path) -> None:
-    """Llama-3-8B by three methods: what `minilora plan --plot` draws."""
+    """Draw the plans of Llama-3-8B by three methods, as `minilora plan --plot` does."""
     shape, lora = config("Llama-3-8B"), ml.LoRAConfig(r=16, target_modules="all-linear")
     run: dict[str, Any] = {"per_device_train_batch_size": 4, "max_length": 512}
     full = ml.TrainConfig(method="full", bf16=True, **run)
@@ -125,7 +140,7 @@ def plan(file: Path) -> None:
 
 
 def packed(file: Path) -> None:
-    """Examples of made-up lengths, the first part of each a question, packed into rows of 64."""
+    """Draw examples of random lengths, packed into rows of 64; each begins with a question."""
     rng, examples = random.Random(1), []
     for row in range(14):
         asked, answered = rng.randint(3, 16), rng.randint(2, 18)
@@ -136,7 +151,7 @@ def packed(file: Path) -> None:
 
 
 def roofline(file: Path) -> None:
-    """The most that a layer of Llama-3-8B can reach on one card, by the rates of its datasheet: nothing is measured."""
+    """Draw the limit of a layer of Llama-3-8B on one card, from its datasheet, not measured."""
     out, into, name = 14336, 4096, "RTX 4090"
     card, weights = CARDS[name], out * into
     gflops = card.sms * LANES["fma"] * 2 * card.ghz  # a multiply-add is two operations
@@ -150,12 +165,15 @@ def roofline(file: Path) -> None:
         for job, bytes_of in {"W in NF4": WEIGHT_DOUBLE_QUANT, "W in bf16": HALF}.items()
         for n in (1, 8, 64)
     ]
-    title = f"W x at most, W {out} x {into}, by the datasheet of an {name} (fp32 lanes)"
+    title = f"Upper bound of W x, W {out} x {into}, by the datasheet of an {name} (fp32)"
     ml.plot.roofline(rows, card.gb_per_s, gflops, title, file)
 
 
 def cost(found: Mapping[str, Any], figure: Any) -> None:
-    """Seconds and megabytes against each thing that grows: points, the fit's parts stacked, the order as a line."""
+    """Draw seconds and megabytes against each size that grows.
+
+    Each panel has the measured points, the parts of the fit stacked, and the order as a line.
+    """
     grows = found["grows"]
     figure.set_size_inches(3.2 * len(grows), 5.8)
     panels = figure.subplots(2, len(grows), squeeze=False)
@@ -172,12 +190,13 @@ def cost(found: Mapping[str, Any], figure: Any) -> None:
 
 def _grown(axes: Any, kind: str, grown: Mapping[str, Any], unit: str) -> None:
     points, parts, order = grown["points"], grown[unit]["parts"], grown[unit]["order"]
-    xs, spreads = [one[kind] for one in points], [one[unit] for one in points]
+    xs = [one[kind] for one in points]
+    spreads = [one[unit] for one in points]
     ys = [one["median"] for one in spreads]
     u = np.linspace(0, 1, 16 if order > 1 else 2)
     below = 0 * u
     for power, (part, shade) in enumerate(zip(parts, SHADES, strict=False)):
-        label = ("fixed part of the fit", "part that is linear", "part that is quadratic")[power]
+        label = ("fixed part of the fit", "linear part", "quadratic part")[power]
         above = below + part * u**power
         axes.fill_between(u * xs[-1], below, above, color=shade, linewidth=0, label=label)
         below = above
@@ -186,7 +205,7 @@ def _grown(axes: Any, kind: str, grown: Mapping[str, Any], unit: str) -> None:
         ys[-1] * u**order,
         "k--",
         linewidth=0.7,
-        label="the algorithm's own order, no fixed part",
+        label="growth of the algorithm, without fixed part",
     )
     bars = [
         [one["median"] - one["min"] for one in spreads],
@@ -203,9 +222,9 @@ def _grown(axes: Any, kind: str, grown: Mapping[str, Any], unit: str) -> None:
         label="measured (min–max)",
     )
     letter = AXES[kind].partition(",")[0]
-    words = [
-        f"{part / sum(parts):.0%} {of}" for part, of in zip(parts, powers(letter), strict=False)
-    ]
+    words = []
+    for part, power in zip(parts, powers(letter), strict=False):
+        words.append(f"{part / sum(parts):.0%} {power}")
     axes.set_title(f"at {xs[-1]:,}: {' + '.join(words)}", fontsize="small")
     axes.set(
         xlim=(0, 1.04 * xs[-1]), ylim=(0, 1.1 * max(one["max"] for one in spreads)), xticks=xs[-3:]
@@ -213,8 +232,8 @@ def _grown(axes: Any, kind: str, grown: Mapping[str, Any], unit: str) -> None:
 
 
 def speed(found: Mapping[str, Any], figure: Any) -> None:
-    """Bars: seconds with min-max and ratios, and resident memory, a group a job."""
-    dtype = SHORT[found.get("dtype", "bfloat16")]  # older documents do not say it: they are in bf16
+    """Draw bars in a group for each job: seconds with min-max and ratios, and resident memory."""
+    dtype = SHORT[found.get("dtype", "bfloat16")]  # documents without it are in bf16
     titles = {job: title.format(dtype=dtype) for job, title in TITLES.items()} | {
         "full": FULL[dtype]
     }
@@ -229,9 +248,12 @@ def speed(found: Mapping[str, Any], figure: Any) -> None:
         ticks.append(place + (len(rows) - 1) / 2)
         for side, row in rows.items():
             name = "peers" if side == "transformers" else side
-            style = {"edgecolor": "black", "linewidth": 0.6, "height": 0.9, "label": name} | SIDES[
-                name
-            ]
+            style = {
+                "edgecolor": "black",
+                "linewidth": 0.6,
+                "height": 0.9,
+                "label": LABELS[name],
+            } | SIDES[name]
             _bar(time, place, row[key], style, _times(row.get("ratio")))
             if name != "limit":
                 share = rows["minilora"]["resident_mb"] / row["resident_mb"]
@@ -247,14 +269,14 @@ def speed(found: Mapping[str, Any], figure: Any) -> None:
         place += 1
     time.set_yticks(ticks, groups)
     time.invert_yaxis()
-    other = " (a step, where the row does not say)" if loads else " a step"
-    time.set(xlabel=f"seconds{other}\n× minilora's of the same round (min–max)")
-    memory.set(xlabel="GB resident at the peak\nminilora's as a share of it")
+    unit = "seconds (training: per step)" if loads else "seconds per step"
+    time.set(xlabel=f"{unit}\n×: ratio to minilora in the same round (min–max)")
+    memory.set(xlabel="peak resident memory, GB\nnumber: share that minilora needs")
     for axes in (time, memory):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.25)
         axes.set_xlim(0)
-    _legend(figure, [time], "outside upper center", 5)
+    _legend(figure, [time], "outside upper center", 3)
 
 
 def _bar(
@@ -277,13 +299,13 @@ def _bar(
 
 
 def _times(ratio: Mapping[str, float] | None) -> str:
-    return (
-        "" if ratio is None else f"× {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
-    )
+    if ratio is None:
+        return ""
+    return f"× {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
 
 
 def _legend(figure: Any, panels: Iterable[Any], place: str, columns: int) -> None:
-    """One legend of all panels, each label once."""
+    """Draw one legend of all panels, with each label once."""
     labelled = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
     handles = {label: handle for pairs in labelled for handle, label in pairs}
     figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False)
