@@ -1,9 +1,11 @@
-"""Stage the site in out/pages: python docs/site/pages.py && zensical build -s -f out/zensical.toml (`make docs`).
+"""Write the pages of the site to out/pages. `make docs` then runs zensical on them.
 
-README.md, docs/*.md, …     as they are, at the same paths, so that their links hold
-notebooks/N_name.py         its prose and cells; with outputs and pictures where `make notebooks` has run
-another file that is linked its text, so that a link into the code is a page that needs no network
-docs/reference.md           and below it every public name, from its signature and docstring
+    python docs/site/pages.py && zensical build -s -f out/zensical.toml
+
+README.md, docs/*.md, …     copied to the same paths, so that their links stay valid
+notebooks/N_name.py         text and cells; with outputs and pictures after `make notebooks`
+other linked files          their text as a page, so that links into the code need no network
+docs/reference.md           followed by every public name, from its signature and docstring
 """
 
 import inspect
@@ -22,13 +24,17 @@ from nbconvert import MarkdownExporter
 import minilora as ml
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "out" / "pages"  # beside it the settings, as a site may not leave their folder
-LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")  # of a relative link: its path
+# The settings are in the folder above: a site cannot leave the folder of its settings.
+OUT = ROOT / "out" / "pages"
+LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")  # the path of a relative link
+FENCE = re.compile(r"(^ {0,3}```.*?^ {0,3}```)", re.M | re.S)  # a block of code
 MATHS = re.compile(r"\$\$(.+?)\$\$|(?<![\w$`])\$(?=\S)([^$`]+?)(?<=\S)\$(?![\w$`])", re.S)
 MODULES = re.compile(
     r"\b(?:torch\.nn\.modules\.module|collections\.abc|typing|pathlib|minilora(?:\.\w+)+)\.(?=[A-Z])"
 )
 WRITTEN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
+ASSETS = (".svg", ".html", ".png")  # files that are copied
+LANGUAGES = {".py": "python", ".c": "c", ".toml": "toml"}
 
 
 def main() -> None:
@@ -38,83 +44,83 @@ def main() -> None:
     for path in sorted(WRITTEN):
         page = path.read_text(encoding="utf-8")
         if path.name == "reference.md":
-            page += "\n".join(
-                [
-                    "",
-                    *(
-                        described(f"ml.{name}", getattr(ml, name))
-                        for name in ml.__all__
-                        if not name.startswith("_")
-                    ),
-                ]
-            )
+            page += "\n" + described_names()
         write(path, page)
     for path in sorted(ROOT.glob("notebooks/*.py")):
         write(path, notebook(path))
-    print(f"{len(list(OUT.rglob('*.md')))} pages in {os.path.relpath(OUT)}")
+    count = len(list(OUT.rglob("*.md")))
+    print(f"{count} pages in {os.path.relpath(OUT)}")
+
+
+def described_names() -> str:
+    """Return the description of every public name."""
+    names = [name for name in ml.__all__ if not name.startswith("_")]
+    return "\n".join(described(f"ml.{name}", getattr(ml, name)) for name in names)
 
 
 def write(path: Path, page: str) -> None:
-    """A page at the place of `path`, its links into the repository turned to pages, those made if need be."""
+    """Write a page for `path`.
 
-    def turned(found: re.Match[str]) -> str:
-        target = (path.parent / found[2]).resolve()
+    Links to files of the repository become links to pages. A missing page is created.
+    """
+
+    def linked(match: re.Match[str]) -> str:
+        target = (path.parent / match[2]).resolve()
         if not target.exists() and path.suffix == ".py":
-            return found[0]  # a picture of a notebook
-        shown = staged(target)
-        if not shown.exists():
-            shown.parent.mkdir(parents=True, exist_ok=True)
-            if target.suffix in (".svg", ".html", ".png"):
-                shutil.copy(target, shown)
-            elif target not in WRITTEN and target.parent.name != "notebooks":
-                language = {".py": "python", ".c": "c", ".toml": "toml"}.get(target.suffix, "text")
-                name = target.relative_to(ROOT).as_posix()
-                shown.write_text(
-                    f"# {name}\n\n````{language}\n{target.read_text(encoding='utf-8')}````\n"
-                )
-        return found[1] + os.path.relpath(shown, staged(path).parent)
+            return match[0]  # a picture of a notebook
+        page_of_target = staged(target)
+        if not page_of_target.exists():
+            stage(target, page_of_target)
+        return match[1] + os.path.relpath(page_of_target, staged(path).parent)
 
-    fences = re.split(
-        r"(^ {0,3}```.*?^ {0,3}```)", page, flags=re.M | re.S
-    )  # code keeps its brackets
-    parts = [
-        part if part.lstrip().startswith("```") else typeset(LINK.sub(turned, part))
-        for part in fences
-    ]
+    parts = []
+    for part in FENCE.split(page):
+        is_code = part.lstrip().startswith("```")  # brackets in code are not links
+        parts.append(part if is_code else typeset(LINK.sub(linked, part)))
     staged(path).parent.mkdir(parents=True, exist_ok=True)
     staged(path).write_text("".join(parts), encoding="utf-8")
 
 
+def stage(source: Path, page: Path) -> None:
+    """Copy a picture, or write the text of a file of code as a page."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix in ASSETS:
+        shutil.copy(source, page)
+    elif source not in WRITTEN and source.parent.name != "notebooks":
+        language = LANGUAGES.get(source.suffix, "text")
+        name = source.relative_to(ROOT).as_posix()
+        code = source.read_text(encoding="utf-8")
+        page.write_text(f"# {name}\n\n````{language}\n{code}````\n", encoding="utf-8")
+
+
 def typeset(prose: str) -> str:
-    """Formulas, $…$ and $$…$$, as MathML, which browsers set by themselves: no script, no network."""
+    """Return text with formulas, $…$ and $$…$$, as MathML, which browsers display without a script."""
 
-    def one(found: re.Match[str]) -> str:
-        if found[1]:
-            return convert(found[1], display="block")
-        return (
-            f"<span>{convert(found[2])}</span>"  # Markdown would cut a paragraph at a bare <math>
-        )
+    def formula(match: re.Match[str]) -> str:
+        if match[1]:
+            return convert(match[1], display="block")
+        # Markdown would end a paragraph at <math> without <span>
+        return f"<span>{convert(match[2])}</span>"
 
-    return MATHS.sub(one, prose)
+    return MATHS.sub(formula, prose)
 
 
 def staged(path: Path) -> Path:
-    """Where a file of the repository stands among the pages: code as a page beside its name."""
-    there = OUT / path.relative_to(ROOT)
+    """Return the path of the page for a file of the repository: FILE.md for a file of code."""
+    copied = OUT / path.relative_to(ROOT)
     if path.parent.name == "notebooks":
-        return there.with_suffix(".md")
-    return (
-        there
-        if there.suffix in (".md", ".svg", ".html", ".png")
-        else there.with_name(there.name + ".md")
-    )
+        return copied.with_suffix(".md")
+    if copied.suffix in (".md", *ASSETS):
+        return copied
+    return copied.with_name(copied.name + ".md")
 
 
 def notebook(path: Path) -> str:
-    """A notebook as Markdown: executed, if its .ipynb stands beside it and is as new."""
+    """Return a notebook as Markdown, with outputs if its .ipynb exists and is not older."""
     built = path.with_suffix(".ipynb")
-    fresh = built.exists() and built.stat().st_mtime >= path.stat().st_mtime
-    page, resources = MarkdownExporter().from_notebook_node(jupytext.read(built if fresh else path))
+    is_current = built.exists() and built.stat().st_mtime >= path.stat().st_mtime
+    content = jupytext.read(built if is_current else path)
+    page, resources = MarkdownExporter().from_notebook_node(content)
     pictures = staged(path).with_suffix("")
     for name, picture in resources["outputs"].items():
         pictures.mkdir(parents=True, exist_ok=True)
@@ -123,51 +129,56 @@ def notebook(path: Path) -> str:
 
 
 def described(name: str, value: Any, level: int = 2) -> str:
-    """A public name: its signature as code, its docstring as it is laid out; of a module each name in it."""
-    head = f"{'#' * level} {name}\n\n"
-    said = f"```text\n{inspect.getdoc(value)}\n```\n"
+    """Return the description of a public name.
+
+    It has the signature, the docstring and the options. A module is followed by each of its names.
+    """
+    heading = f"{'#' * level} {name}\n\n"
+    docstring = f"```text\n{inspect.getdoc(value)}\n```\n"
     if isinstance(value, ModuleType):
-        inner = [
-            described(f"{name}.{item}", getattr(value, item), level + 1) for item in value.__all__
-        ]
-        return "\n".join([head + said, *inner])
-    return f"{head}```python\n{signature(name, value)}\n```\n\n{said}{options(value)}"
+        parts = [heading + docstring]
+        for item in value.__all__:
+            parts.append(described(f"{name}.{item}", getattr(value, item), level + 1))
+        return "\n".join(parts)
+    return f"{heading}```python\n{signature(name, value)}\n```\n\n{docstring}{options(value)}"
 
 
 def signature(name: str, value: Any) -> str:
-    """As one would write the call, on one line where it fits; of a config the options stand below."""
+    """Return the call of a function, on one line if it fits. A config has its options in a table."""
     if options(value):
         return f"{name}(…)"
     try:
         found = inspect.signature(value)
-    except (TypeError, ValueError):  # what is no function
+    except (TypeError, ValueError):  # not a function
         return name
-    parts, starred = [], False
+    parts = []
     for parameter in found.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
-            parts, starred = [*parts, "*"], True
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
         parts.append(str(parameter).replace(" = <factory>", " = {}"))
-    returns = "" if inspect.isclass(value) or found.return_annotation is found.empty else " -> "
-    returns += inspect.formatannotation(found.return_annotation) if returns else ""
+    returns = ""
+    if not inspect.isclass(value) and found.return_annotation is not found.empty:
+        returns = " -> " + inspect.formatannotation(found.return_annotation)
     line = MODULES.sub("", f"{name}({', '.join(parts)}){returns}")
-    return (
-        line
-        if len(line) <= 100
-        else MODULES.sub("", f"{name}(\n    " + ",\n    ".join(parts) + f"\n){returns}")
-    )
+    if len(line) <= 100:
+        return line
+    arguments = ",\n    ".join(parts)
+    return MODULES.sub("", f"{name}(\n    {arguments}\n){returns}")
 
 
 def options(value: Any) -> str:
-    """What the fields of a config mean, as `--help` has it."""
+    """Return a table of the fields of a config with the texts of `--help`, or nothing."""
     if not is_dataclass(value):
         return ""
-    told = [field for field in fields(value) if "help" in field.metadata]
-    rows = "".join(f"| `{f.name}` | {default(f)} | {f.metadata['help']} |\n" for f in told)
+    rows = ""
+    for field in fields(value):
+        if "help" in field.metadata:
+            rows += f"| `{field.name}` | {default(field)} | {field.metadata['help']} |\n"
     return f"\n| option | default | |\n|---|---|---|\n{rows}" if rows else ""
 
 
 def default(field: Field[Any]) -> str:
-    """A field's default as code, nothing where it has none."""
+    """Return the default of a field as code, or nothing if it has none."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
     return "" if value is MISSING else f"`{value!r}`"
 
