@@ -66,8 +66,7 @@ def train_loop(model, batches, pad_id, learning_rate):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step % 10 == 0:
-            print(f"step {step}: loss {losses[-1]:.3f}")
+        print(f"step {step}: loss {losses[-1]:.3f}")
     return losses
 
 
