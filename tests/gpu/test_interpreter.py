@@ -40,6 +40,9 @@ def interpreted(*arguments: str, **env: str) -> str:
     return done.stdout
 
 
+INTERPRETED = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/gpu/interpreted/test_*.py")
+)
 ORDINARY = [
     "tests/nf4/test_nf4_quantize.py",
     "tests/nf4/test_nf4_ops.py",
@@ -83,7 +86,7 @@ def test_few_ordinary_cases_in_the_interpreter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["tests/gpu/interpreted", *ORDINARY])
+@pytest.mark.parametrize("path", [*INTERPRETED, *ORDINARY])
 def test_kernels_in_the_interpreter(path: str):
     interpreted(path, MINILORA_NF4="triton")
 
