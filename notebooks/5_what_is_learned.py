@@ -11,13 +11,13 @@
 # ---
 
 # %% [markdown]
-# # What of a row is learned
+# # The loss mask: which tokens are supervised
 #
-# **Question:** a row of a dataset becomes tokens. Which of them does the model learn, what does it see meanwhile, and
-# does it matter?
+# **Question:** a row of a dataset becomes tokens. Which of these tokens does the model learn to
+# predict, which tokens does it see, and does the choice matter?
 #
-# Most runs that come out worse than they should are wrong here, and nothing says so. So we look. Each claim is followed
-# by a cell that asserts it.
+# A wrong loss mask is a frequent cause of poor fine-tuning results, and it raises no error. So we
+# look at the tokens. After each claim, a cell asserts it.
 
 # %%
 import os
@@ -25,24 +25,31 @@ import os
 import matplotlib.pyplot as plt
 import torch
 
-import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.data import IGNORE, encode_dataset, encode_row
-from minilora.data.packing import pack
-from minilora.models.padded_batch import inference
+import minilora as ml  # if it is missing: pip install -e '.[gguf,plot]' in the repository
 
-SHORT = bool(
-    os.environ.get("MINILORA_SHORT")
-)  # tests run this in a short form: fewer steps and rows, every assertion
-BLUE, ORANGE = "#0072b2", "#d55e00"
+TRAIN_ROWS = 320
+TEST_ROWS = 48
+STEPS = 24
+BATCH_SIZE = 8
+if os.environ.get("MINILORA_SHORT"):  # set by the tests: a short run with every assertion
+    TRAIN_ROWS = 64
+    TEST_ROWS = 8
+    STEPS = 6
+    BATCH_SIZE = 4
+
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)
-task = ml.samples.icd10(train_rows=64 if SHORT else 320, test_rows=8 if SHORT else 48)
+task = ml.samples.icd10(train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
 
 # %% [markdown]
-# ## 1. Only what the assistant says
+# ## 1. Only the answers of the assistant
 #
-# The chat template surrounds a conversation with marks. Loss is taken on the answer and on the token that ends it, so
-# that the model learns to stop; everything before is read and not learned. `ml.preview` shows it before any training.
+# The chat template adds markers around the turns of a conversation. The loss counts the tokens of
+# the answer and the token that ends it, so that the model learns to stop. The model reads all
+# tokens before the answer, but it does not learn to predict them. `ml.preview` shows this before
+# any training.
 
 # %%
 shown = ml.preview(task.train, tokenizer, rows=1)
@@ -50,162 +57,210 @@ shown
 
 # %%
 print(shown)
-trained = [token for token in shown.documents[0].tokens if token.trained]
+supervised = ""
+for token in shown.documents[0].tokens:
+    if token.trained:
+        supervised += token.text
 answer = task.train[0]["messages"][-1]["content"]
-assert "".join(token.text for token in trained) == answer + "<|im_end|>"
+assert supervised == answer + "<|im_end|>"
 
 # %% [markdown]
-# Of a longer conversation every answer is learned, unless it says `"weight": 0`: a bad answer may stand in the history
-# without being taught. What the model is to predict stands one place further left, which the loss sees to.
+# In a longer conversation every answer is supervised, unless it has `"weight": 0`. A bad answer may
+# therefore be in the history without being learned. Labels are aligned with the tokens. The loss
+# compares the logits at position t with the label at position t + 1.
 
 # %%
-talk = [
+conversation = [
     {"role": "user", "content": "2 + 2?"},
     {"role": "assistant", "content": "5", "weight": 0},
     {"role": "user", "content": "Are you sure?"},
     {"role": "assistant", "content": "No: 4."},
 ]
-example = encode_row({"messages": talk}, tokenizer)
-learned = [
-    token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORE
-]
-print(repr(tokenizer.decode(example.input_ids)), "\nlearned:", repr(tokenizer.decode(learned)))
-assert tokenizer.decode(learned) == "No: 4.<|im_end|>"
+example = ml.data.encode_row({"messages": conversation}, tokenizer)
+supervised_ids = [label for label in example.labels if label != ml.data.IGNORE]
+supervised = tokenizer.decode(supervised_ids)
+print("all tokens:", repr(tokenizer.decode(example.input_ids)))
+print("supervised:", repr(supervised))
+assert supervised == "No: 4.<|im_end|>"
 
 # %% [markdown]
-# ## 2. Does it matter?
+# ## 2. Does the loss mask matter?
 #
-# The same rows twice, for the same number of steps: once the answers alone are learned, once every token, as if the
-# conversation were plain text. What is to be learned is a word of 22; of all tokens it is a small share, and the
-# gradient of the others, diagnoses and marks, drowns it. Here it is asked how well *answers* of held-out rows are
-# predicted, in nats a token.
+# We train twice on the same rows, with the same number of steps. In the first run only the answers
+# are supervised. In the second run every token is supervised, as if the conversation were plain
+# text. An answer is one of 22 words, which is a small share of the tokens. In the second run the
+# gradient of the other tokens, diagnoses and markers, is much larger than the gradient of the
+# answers. After each run we measure the loss on the *answers* of held-out rows, in nats per token.
 
 # %%
-steps = 6 if SHORT else 24
-plain = [
-    {"text": tokenizer.apply_chat_template(row["messages"], tokenize=False)} for row in task.train
-]
-shares, curves, loss = {}, {}, {}
-for name, rows in {"answers": task.train, "every token": plain}.items():
-    model = ml.load_model(source, quantize="nf4")
-    if not loss:
-        loss["untrained"] = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
+plain_rows = []
+for row in task.train:
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    plain_rows.append({"text": text})
+DATASETS = {"answers": task.train, "every token": plain_rows}
+
+shares = {}
+for name, rows in DATASETS.items():
+    report = ml.data.encode_dataset(rows, tokenizer).report
+    shares[name] = report.trained_tokens / report.tokens
+    print(f"{name}: {shares[name]:.0%} of the tokens are supervised")
+assert shares["answers"] < 0.1
+assert len(task.labels) == 22
+
+# %%
+model = ml.load_model(source, quantize="nf4")
+config = ml.TrainConfig(
+    max_steps=STEPS,
+    per_device_train_batch_size=BATCH_SIZE,
+    learning_rate=1e-3,
+    warmup_ratio=0.1,
+    seed=1,
+)
+
+
+def held_out_loss() -> float:
+    """Return the loss on the answers of held-out rows, in nats per token."""
+    scores = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0)
+    return scores.loss
+
+
+losses = {"untrained": held_out_loss()}
+curves = {}
+for name, rows in DATASETS.items():
     ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=8, target_modules="all-linear"))
-    config = ml.TrainConfig(
-        max_steps=steps,
-        per_device_train_batch_size=4 if SHORT else 8,
-        learning_rate=1e-3,
-        warmup_ratio=0.1,
-        seed=1,
-    )
     curves[name] = ml.train(model, tokenizer, rows, config).losses
-    loss[name] = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
-    shares[name] = (
-        encode_dataset(rows, tokenizer).report.trained_tokens
-        / encode_dataset(rows, tokenizer).report.tokens
-    )
-print({name: f"{share:.0%} of tokens learned" for name, share in shares.items()})
-print({name: round(value, 3) for name, value in loss.items()})
-assert loss["answers"] < loss["every token"] and shares["answers"] < 0.1 and len(task.labels) == 22
-fig, (left, right) = plt.subplots(
+    losses[name] = held_out_loss()
+    ml.eject(model)  # the base model is unchanged, so the second run starts from the same model
+for name, loss in losses.items():
+    print(f"{name}: {loss:.3f} nats per token of the answers")
+assert losses["answers"] < losses["every token"]
+
+# %%
+fig, (curve_axis, loss_axis) = plt.subplots(
     1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2)
 )
-for (name, curve), colour, dash in zip(curves.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
-    left.plot(range(1, steps + 1), curve, dash, color=colour, label=f"learning {name}")
-left.set(
-    title="training loss: means over other tokens, so not to be compared",
-    xlabel="step",
-    ylabel="nats a token",
-)
-left.legend(frameon=False)
-right.bar(list(loss), list(loss.values()), 0.6, color=["0.8", BLUE, ORANGE])
-right.set(title="the answers of held-out rows", ylabel="nats a token")
+steps = range(1, STEPS + 1)
+curve_axis.plot(steps, curves["answers"], "-", color=BLUE, label="answers supervised")
+curve_axis.plot(steps, curves["every token"], "--", color=ORANGE, label="every token supervised")
+curve_axis.set(title="training losses: not comparable, because they count different tokens")
+curve_axis.set(xlabel="step", ylabel="nats per token")
+curve_axis.legend(frameon=False)
+loss_axis.bar(list(losses), list(losses.values()), 0.6, color=["0.8", BLUE, ORANGE])
+loss_axis.set(title="loss on the answers of held-out rows", ylabel="nats per token")
 plt.show()
 
 # %% [markdown]
-# ## 3. Packing: many documents in a row, none of which sees another
+# ## 3. Packing: many documents in one row, with separate attention
 #
-# Rows of different lengths leave padding when they are stacked. Packed best-fit-decreasing into rows of 256 tokens,
-# they leave almost none. A document's positions begin at 0 again, and attention runs within it.
+# Rows of different lengths need padding when they are stacked to a batch. Best-fit decreasing
+# packing into rows of 256 tokens leaves almost no padding. The positions of each document start at
+# 0, and attention does not cross the boundary of a document.
 
 # %%
-examples = encode_dataset(task.train, tokenizer)
-lengths = [len(example) for example in examples]
+encoded = ml.data.encode_dataset(task.train, tokenizer)
+lengths = [len(example) for example in encoded]
 longest = max(lengths)
-packed = pack(examples.examples, lengths, 256)
-stacked = 1 - sum(lengths) / (len(lengths) * longest)
-print(packed, f"(stacked by {longest}: {stacked:.0%} padding)")
-batch = ml.SFT().collate([packed[i] for i in range(4)])
-documents, positions = (
-    batch["document_ids"],
-    batch["position_ids"],
-)  # (4, T), (4, T); padding is document -1
-padding = (documents < 0).float().mean().item()
-print(f"the first four rows: {padding:.0%} padding")
-assert padding < stacked
+stacked_tokens = len(lengths) * longest
+stacked_padding = 1 - sum(lengths) / stacked_tokens
+print(f"stacked in rows of {longest} tokens: {stacked_padding:.0%} padding")
+
+packed = ml.data.pack(encoded.examples, lengths, 256)
+print(packed)
+first_rows = [packed[0], packed[1], packed[2], packed[3]]
+batch = ml.SFT().collate(first_rows)
+documents = batch["document_ids"]  # (4, T), -1 for padding
+positions = batch["position_ids"]  # (4, T)
+is_token = documents >= 0  # (4, T)
+packed_padding = 1 - is_token.float().mean().item()
+print(f"the first four packed rows: {packed_padding:.0%} padding")
+assert packed_padding < stacked_padding
+
+before_first = torch.tensor([-2])  # differs from every document number
 for row in range(4):
-    starts = documents[row].diff(prepend=torch.tensor([-2])) != 0
-    assert (positions[row][starts & (documents[row] >= 0)] == 0).all()
+    is_start = documents[row].diff(prepend=before_first) != 0  # (T,)
+    starts = is_start & is_token[row]
+    assert (positions[row][starts] == 0).all()
 ml.plot.packed(batch)
 
 # %% [markdown]
-# That a document does not see its neighbours can be tried: its logits are those that it has alone, up to the order of
-# fp32 sums. And were the boundaries forgotten, one mask for the whole row, they would be others.
+# We can test that a document does not attend to its neighbours: its logits are those of the
+# document alone, up to the order of fp32 sums. Without the boundaries, with one mask for the whole
+# row, the logits are different.
 
 # %%
 model = ml.load_model(source, dtype="float32")
 device = next(model.parameters()).device
-ids, places, owners = (
-    batch[name][:1].to(device) for name in ("input_ids", "position_ids", "document_ids")
-)
-with inference(model):
-    together, careless = model(ids, places, owners)[0], model(ids)[0]
-    apart, mixed = [], []
-    for number in range(int(owners.max()) + 1):
-        place = owners[0] == number
-        alone = model(ids[:, place])[0]
-        scale = alone.abs().max()
-        apart.append(((together[place] - alone).abs().max() / scale).item())
-        mixed.append(((careless[place] - alone).abs().max() / scale).item())
-print(
-    f"{len(apart)} documents; off by at most {max(apart):.1e} of the largest logit, without boundaries {max(mixed):.1e}"
-)
-assert max(apart) < 1e-5 and min(mixed[1:]) > 1e-2
+ids = batch["input_ids"][:1].to(device)  # (1, T)
+position_ids = batch["position_ids"][:1].to(device)  # (1, T)
+document_ids = batch["document_ids"][:1].to(device)  # (1, T)
+
+
+def largest_difference(logits: torch.Tensor, alone: torch.Tensor) -> float:
+    """Return the largest difference of the logits over the largest logit."""
+    difference = (logits - alone).abs().max()
+    return (difference / alone.abs().max()).item()
+
+
+with_boundaries = []
+without_boundaries = []
+with ml.inference(model):
+    separate_logits = model(ids, position_ids, document_ids)[0]  # (T, V)
+    mixed_logits = model(ids)[0]  # (T, V)
+    for number in range(int(document_ids.max()) + 1):
+        tokens = document_ids[0] == number  # (T,)
+        alone = model(ids[:, tokens])[0]  # (tokens of the document, V)
+        with_boundaries.append(largest_difference(separate_logits[tokens], alone))
+        without_boundaries.append(largest_difference(mixed_logits[tokens], alone))
+print(f"{len(with_boundaries)} documents; differences relative to the largest logit:")
+print(f"with boundaries at most {max(with_boundaries):.1e}")
+print(f"without boundaries up to {max(without_boundaries):.1e}")
+assert max(with_boundaries) < 1e-5
+later_documents = without_boundaries[1:]  # the first document has no document before it
+assert min(later_documents) > 1e-2
 
 # %% [markdown]
-# ## 4. What does not fit is said
+# ## 4. Rows that do not fit are reported
 #
-# A row that is cut before its answer has nothing left to learn, and a run over such rows learns nothing. The report
-# that stands before every training counts them, and where nothing at all is left, training stops before its first step.
+# A row that is cut before its answer has no supervised token, and training on such rows has no
+# effect. The report before each training counts these rows. If no supervised token remains at all,
+# training stops before its first step.
 
 # %%
-short = encode_dataset(task.train, tokenizer, max_length=32)
-print(short.report)
-assert short.report.truncated and len(short.report.untrained) > 0
+report = ml.data.encode_dataset(task.train, tokenizer, max_length=32).report
+print(report)
+assert report.truncated
+assert report.untrained
+
+config = ml.TrainConfig(max_steps=1, max_length=16)
 try:
-    ml.train(model, tokenizer, task.train, ml.TrainConfig(max_steps=1, max_length=16))
-    raise AssertionError("nothing was left to learn, and nothing was said")
+    ml.train(model, tokenizer, task.train, config)
 except ValueError as error:
     print(error)
+else:
+    raise AssertionError("training must stop if no supervised token remains")
 
 # %% [markdown]
-# **Exercise.** Give the answer of row 2 `"weight": 0`, so that nothing in it is trained. What does training do?
+# **Exercise.** Set `"weight": 0` in the answer of row 2, so that the row has no supervised token.
+# How does training react?
 #
 # <details><summary>Solution</summary>
 #
-# It stops before the first step, with an error that names the row: a row from which nothing can be learned is a mistake
-# in the data, and leaving it out silently would hide it.
+# Training stops before the first step, with an error that names the row. A row without supervised
+# tokens is a mistake in the data, and to leave it out silently would hide the mistake.
 #
 # ```python
 # *prompt, answer = task.train[2]["messages"]
-# muted = [*task.train[:2], {"messages": [*prompt, answer | {"weight": 0}]}]
+# ignored_answer = {**answer, "weight": 0}
+# row_2 = {"messages": [*prompt, ignored_answer]}
+# rows = [*task.train[:2], row_2]
 # ml.inject(model, ml.LoRAConfig(target_modules="all-linear"))
 # try:
-#     ml.train(model, tokenizer, muted, ml.TrainConfig(max_steps=1))
-#     raise AssertionError("nothing was trained in row 2, and nothing was said")
+#     ml.train(model, tokenizer, rows, ml.TrainConfig(max_steps=1))
 # except ValueError as error:
 #     assert "row 2" in str(error)
 #     print(error)
+# else:
+#     raise AssertionError("training must stop at row 2")
 # ```
 #
 # </details>
