@@ -15,12 +15,14 @@ plain texts get the tokens that tokenizer.json puts in front, and EOS at the end
 """
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple
 
 from minilora.data.chat_template import template_errors
 from minilora.data.formats import Chat, Message, Text, as_messages
-from minilora.data.prompt import opening_ids, turn_end
+from minilora.data.prompt import is_special, opening_ids, turn_end
 from minilora.data.read_rows import Row
 from minilora.data.tokenizer import AnyTokenizer
 from minilora_kernels.ops.cross_entropy import IGNORE
@@ -116,18 +118,18 @@ def _encode_chat(
         )
     messages = chat.messages[: turns[-1] + 1]
     text = _render(tokenizer, chat, messages, index)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = _Whole(tokenizer, text)
+    ids = whole.ids
     spans = []
     for turn in turns:
         where = f"row {index}, turn {turn}"
         before = _render(tokenizer, chat, messages[:turn], index, add_generation_prompt=True)
-        start = _prefix(tokenizer, before, text, ids, f"{where}: the prompt before this answer")
+        name = f"{where}: the prompt before this answer"
+        start = whole.tokens_of(before, name, only=len(turns) == 1)
         end = len(ids)
         if turn < turns[-1]:
             up_to = _render(tokenizer, chat, messages[: turn + 1], index)
-            end = _prefix(
-                tokenizer, up_to, text, ids, f"{where}: the conversation up to this answer"
-            )
+            end = whole.tokens_of(up_to, f"{where}: the conversation up to this answer")
         spans.append((start, turn_end(tokenizer, ids, start, end)))
         _check_rendered(messages[turn], text[len(before) :], where)
     _check_rendered({"tools": chat.tools}, text, f"row {index}")
@@ -168,29 +170,107 @@ def _render(
         raise ValueError(f"row {index}, first {len(messages)} messages: {error}") from error
 
 
-def _prefix(tokenizer: AnyTokenizer, part: str, text: str, ids: list[int], name: str) -> int:
-    """Return how many of `ids`, the tokens of `text`, are the tokens of `part`.
+class _Anchor(NamedTuple):
+    """A special token of a text: its first and last character, and its place among the tokens."""
 
-    Raises ValueError unless the text begins with the part, and its tokens with the part's.
+    start: int
+    end: int
+    token: int
+
+
+class _Whole:
+    """A whole text with its tokens, in which the borders of its parts are found.
+
+    Attributes:
+        text: the text.
+        ids: its token ids.
     """
-    if not text.startswith(part):
-        at = len(os.path.commonprefix([part, text]))
-        near = slice(max(at - 20, 0), at + 40)
-        raise ValueError(
-            f"{name} is not a prefix of the whole conversation: {part[near]!r} against {text[near]!r} "
-            f"(character {at}). The chat template rewrites earlier turns, or its generation prompt "
-            "differs from the beginning of an answer. Give each answer a row of its own, or mark "
-            'earlier answers with "weight": 0 so that only the last is trained.'
-        )
-    tokens = tokenizer.encode(part, add_special_tokens=False)
-    if ids[: len(tokens)] != tokens:
-        at = _first_difference(tokens, ids)
-        raise ValueError(
-            f"{name} ends inside a token of the whole: {tokenizer.decode(tokens[at:])!r} becomes "
-            f"{tokenizer.decode(ids[at : at + 1])!r} (token {at}). Strip the whitespace around "
-            "prompt and answer; a space between two plain texts belongs to the completion."
-        )
-    return len(tokens)
+
+    def __init__(self, tokenizer: AnyTokenizer, text: str) -> None:
+        self.tokenizer = tokenizer
+        self.text = text
+        self.ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+
+    def tokens_of(self, part: str, name: str, only: bool = False) -> int:
+        """Return how many of the tokens are the tokens of a part at the beginning.
+
+        Args:
+            part: the part.
+            name: its name in errors.
+            only: no other part follows, so the special tokens are not worth a search.
+
+        Raises:
+            ValueError: the text does not begin with the part, or its tokens with the part's.
+        """
+        text = self.text
+        if not text.startswith(part):
+            at = len(os.path.commonprefix([part, text]))
+            near = slice(max(at - 20, 0), at + 40)
+            raise ValueError(
+                f"{name} is not a prefix of the whole conversation: {part[near]!r} against "
+                f"{text[near]!r} (character {at}). The chat template rewrites earlier turns, or its "
+                "generation prompt differs from the beginning of an answer. Give each answer a row "
+                'of its own, or mark earlier answers with "weight": 0 so that only the last is '
+                "trained."
+            )
+        if not only:
+            count = self._count_from_anchor(part)
+            if count is not None:
+                return count
+        tokens = self.tokenizer.encode(part, add_special_tokens=False)
+        if self.ids[: len(tokens)] != tokens:
+            at = _first_difference(tokens, self.ids)
+            becomes = self.tokenizer.decode(self.ids[at : at + 1])
+            raise ValueError(
+                f"{name} ends inside a token of the whole: {self.tokenizer.decode(tokens[at:])!r} "
+                f"becomes {becomes!r} (token {at}). Strip the whitespace around prompt and answer; a "
+                "space between two plain texts belongs to the completion."
+            )
+        return len(tokens)
+
+    @cached_property
+    def anchors(self) -> list[_Anchor]:
+        """The special tokens of the text, in order; each is searched after the one before it."""
+
+        @cache
+        def content(token: int) -> str:
+            """Return the text of a special token, or "" for another token."""
+            if not is_special(self.tokenizer, token):
+                return ""
+            return self.tokenizer.decode([token], skip_special_tokens=False)
+
+        anchors = []
+        end = 0
+        for place, token in enumerate(self.ids):
+            if not content(token):
+                continue
+            start = self.text.find(content(token), end)
+            if start < 0:  # an unknown character, for example, is a special token without a text
+                break
+            end = start + len(content(token))
+            anchors.append(_Anchor(start, end, place))
+        return anchors
+
+    def _count_from_anchor(self, part: str) -> int | None:
+        """Return the number of tokens of a part, or None if it is not certain.
+
+        A tokenizer splits a text at its special tokens first. So the tokens up to the last special
+        token of the part are known, and only the text from there is encoded again. This makes the
+        cost of a conversation linear in its length: each part would be encoded whole otherwise.
+        """
+        number = bisect_right(self.anchors, len(part), key=_end_of) - 1
+        if number < 0:
+            return None
+        anchor = self.anchors[number]
+        tokens = self.tokenizer.encode(part[anchor.start :], add_special_tokens=False)
+        end = anchor.token + len(tokens)
+        if self.ids[anchor.token : end] != tokens:
+            return None
+        return end
+
+
+def _end_of(anchor: _Anchor) -> int:
+    return anchor.end
 
 
 def _first_difference(tokens: list[int], ids: list[int]) -> int:
@@ -206,11 +286,11 @@ def _encode_text(sample: Text, tokenizer: AnyTokenizer, index: int) -> tuple[lis
     The tokens that the tokenizer puts in front of a text come first; EOS comes last, unless the
     text ends with it.
     """
-    text = sample.prompt + sample.completion
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = _Whole(tokenizer, sample.prompt + sample.completion)
+    ids = whole.ids
     start = 0
     if sample.prompt:
-        start = _prefix(tokenizer, sample.prompt, text, ids, f"row {index}: the prompt")
+        start = whole.tokens_of(sample.prompt, f"row {index}: the prompt", only=True)
     eos = tokenizer.eos_token_id
     last = turn_end(tokenizer, ids, start, len(ids)) - 1
     if eos is not None and ids[last:][:1] != [eos]:

@@ -17,6 +17,7 @@ from minilora.data import (
     encode_dataset,
     encode_prompt,
     encode_row,
+    loss_mask,
 )
 from minilora.data.report import numbers
 
@@ -87,6 +88,54 @@ def test_decoded_labels_are_the_answers(tokenizer_of, family, pairs):
         label in (IGNORE, token)
         for label, token in zip(example.labels, example.input_ids, strict=True)
     )
+
+
+SPECIAL = st.sampled_from(["<|im_end|>", "<|im_start|>", "<s>", "</s>", "<|eot_id|>", "\n\n"])
+
+
+@KINDS
+@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
+@given(st.lists(st.tuples(words, words | SPECIAL), min_size=2, max_size=5))
+def test_borders_found_from_special_tokens_equal_borders_of_whole_prefixes(
+    tokenizer_of, family, pairs
+):
+    """The oracle encodes each prefix of the conversation whole."""
+    tokenizer = tokenizer_of(family)
+    row = {"messages": chat(*(content for pair in pairs for content in pair))}
+
+    def encoded():
+        try:
+            return encode_row(row, tokenizer)
+        except ValueError as error:
+            return str(error)
+
+    fast = encoded()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_mask._Whole, "_count_from_anchor", lambda self, part: None)
+        assert encoded() == fast
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral"])
+def test_the_cost_of_a_conversation_is_linear_in_its_turns(family):
+    """512 turns: all calls of the tokenizer together encode less than three times the text."""
+    tokenizer = Counting(ours(family))
+    example = encode_row({"messages": chat(*["he was.", "hello hello"] * 256)}, tokenizer)
+    assert example.trained_tokens > 256 and tokenizer.encoded <= 3 * len(example)
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it encodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.encoded = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, *arguments, **options):
+        ids = self.tokenizer.encode(*arguments, **options)
+        self.encoded += len(ids)
+        return ids
 
 
 @given(words, words)
