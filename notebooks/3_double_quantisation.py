@@ -75,23 +75,22 @@ def bits_of_parts(weights: list[ml.NF4Weight]) -> tuple[float, float, float]:
         scale_bytes += weight.absmax_bytes.nbytes
         all_bytes += weight.nbytes
     nested_bytes = all_bytes - code_bytes - scale_bytes
-    bits_per_byte = 8 / n
-    return bits_per_byte * code_bytes, bits_per_byte * scale_bytes, bits_per_byte * nested_bytes
+    return 8 * code_bytes / n, 8 * scale_bytes / n, 8 * nested_bytes / n
 
 
 bits = {
-    "single": bits_of_parts(list(single.values())),
-    "double": bits_of_parts(list(double.values())),
+    "once": bits_of_parts(list(single.values())),
+    "twice": bits_of_parts(list(double.values())),
 }
 for name, (code_bits, scale_bits, nested_bits) in bits.items():
     total = code_bits + scale_bits + nested_bits
-    print(f"{name}: {total:.4f} bits per weight")
+    print(f"quantised {name}: {total:.4f} bits per weight")
     print(f"    codes {code_bits:.3f}, scales {scale_bits:.4f}, scales of scales {nested_bits:.4f}")
-assert sum(bits["single"]) == 4 + 0.5
-scale_bits = sum(bits["double"]) - 4
+assert sum(bits["once"]) == 4 + 0.5
+scale_bits = sum(bits["twice"]) - 4
 assert abs(scale_bits - 0.127) < 0.0005
 
-saved = sum(bits["single"]) - sum(bits["double"])
+saved = sum(bits["once"]) - sum(bits["twice"])
 saved_gb = saved * 65 / 8
 print(f"{saved:.3f} bits per weight saved: {saved_gb:.1f} GB in a model with 65 billion weights")
 assert round(saved, 3) == 0.373
@@ -301,14 +300,14 @@ assert nested_error < 0.96 * plain_error
 
 # %%
 fig, (bar_axis, curve_axis) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-_, single_scales, _ = bits["single"]
-_, double_scales, double_nested = bits["double"]
-bar_axis.bar(["single", "double"], [single_scales, double_scales], 0.5, color="0.7", label="scales")
+_, single_scales, _ = bits["once"]
+_, double_scales, double_nested = bits["twice"]
+bar_axis.bar(["once", "twice"], [single_scales, double_scales], 0.5, color="0.7", label="scales")
 bar_axis.bar(
-    ["double"], [double_nested], 0.5, bottom=[double_scales], color="k", label="scales of scales"
+    ["twice"], [double_nested], 0.5, bottom=[double_scales], color="k", label="scales of scales"
 )
 bar_axis.set(title="bits in addition to the 4 bits of a code, blocks of 64")
-bar_axis.set(ylabel="bits per weight", xlim=(-0.6, 1.9))
+bar_axis.set(xlabel="number of quantisations", ylabel="bits per weight", xlim=(-0.6, 1.9))
 bar_axis.legend(frameon=False)
 
 curve_axis.plot(single_bits, single_errors, "s--", color="0.5", ms=4, label="fp32 scales")
