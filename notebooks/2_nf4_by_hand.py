@@ -302,7 +302,7 @@ for row, (name, type_levels) in enumerate(TYPES.items()):
     heights = torch.full_like(type_levels, height)
     levels_axis.plot(type_levels, heights, "|", color=COLOURS[name], ms=11, mew=2)
     levels_axis.text(1.06, height, name, va="center", fontsize=9)
-levels_axis.set(title="distribution of normalised normal weights, and the levels of each type")
+levels_axis.set(title="normalised normal weights, and the levels")
 levels_axis.set(xlabel="normalised weight", xlim=(-1.05, 1.45))
 levels_axis.set(xticks=[-1, -0.5, 0, 0.5, 1], yticks=[])
 
@@ -472,7 +472,7 @@ for kind, marker, colour in zip(KINDS, "osv^D<>", colours, strict=True):
     matrix_axis.plot(kind_ratios, kind_errors, marker, color=colour, ms=4, label=kind)
 matrix_axis.plot(normal_ratio, normal_error, "x", color="#d55e00", ms=11, mew=3, label="normal")
 matrix_axis.set(title="every matrix of the model, blocks of 64")
-matrix_axis.set(xlabel="absmax of a block / rms of the matrix")
+matrix_axis.set(xlabel="absmax of a block / rms of the matrix", ylabel="‖W' - W‖ / ‖W‖")
 size_axis.legend(frameon=False)
 matrix_axis.legend(frameon=False, fontsize=8, ncols=2)
 plt.show()
