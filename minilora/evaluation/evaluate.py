@@ -19,11 +19,13 @@ from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.data.read_rows import read_dataset
 from minilora.evaluation.likeliest_label import choose
 from minilora.evaluation.metrics import Scores, exact_match, token_f1
-from minilora.generation.generate import end_tokens, generate_ids
+from minilora.generation.generate import check_lengths, end_tokens, generate_ids
 from minilora.generation.sampling import Decoding
 from minilora.losses.sft import mean_loss
 
 Metric = Callable[[str, str], float]
+
+MAX_NEW_TOKENS = 32  # default length of an answer
 
 
 def evaluate(
@@ -32,7 +34,7 @@ def evaluate(
     dataset: Any,
     *,
     labels: Sequence[str] | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
     metrics: Mapping[str, Metric] | None = None,
 ) -> Scores:
@@ -97,6 +99,28 @@ def evaluate(
         references=references,
         **figures,
     )
+
+
+def check_rows(model: Any, tokenizer: Any, rows: Sequence[Any]) -> None:
+    """Raise the errors that `evaluate` would raise for these rows, without running the model.
+
+    Args:
+        model: a minilora or transformers model.
+        tokenizer: the model's tokenizer.
+        rows: rows with a prompt and an answer.
+
+    Raises:
+        ValueError: a row exceeds the context or leaves no room for an answer, has no supervised
+            token, or its answer is not a text; or no row has a prompt and an answer.
+    """
+    questions = _questions(rows, _encode(model, tokenizer, rows), tokenizer)
+    if not questions:
+        raise ValueError(
+            "eval_metrics need rows with a prompt and an answer, and the first eval rows are plain "
+            "texts. Leave eval_metrics out, or give prompt/completion or messages rows."
+        )
+    prompts = [question.ids for question in questions]
+    check_lengths(model, prompts, MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,19 @@ def save_checkpoint(
         temporary.mkdir()
         _save_weights(temporary, model)
         write_tensors(temporary / TENSORS, tensors)
-        values = asdict(progress)
-        values["crc32"] = _crc32(temporary / TENSORS)
-        write_text(temporary / STATE, json.dumps(values, indent=1))
+        write_progress(temporary, progress)
+
+
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Write trainer_state.json of a checkpoint whose tensors are written.
+
+    Args:
+        folder: The checkpoint.
+        progress: The run.
+    """
+    values = asdict(progress)
+    values["crc32"] = _crc32(folder / TENSORS)
+    write_text(folder / STATE, json.dumps(values, indent=1))
 
 
 def _save_weights(folder: Path, model: nn.Module) -> None:

@@ -27,7 +27,8 @@ save, step), finish.
 """
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def train(
         noisy_embeddings(run.parallel.model, config.neftune_noise_alpha),
         run.parallel.interruptible(),
     ):
-        interrupted = _run_steps(run, log)
+        with _last_step_saved(run):
+            interrupted = _run_steps(run, log)
         _finish(run, log, interrupted)
     return _result(run, log, interrupted, started)
 
@@ -171,12 +173,16 @@ def train(
 
 
 def _run_steps(run: Run, log: Log) -> bool:
-    """Evaluate, save and step until the run is done; return True if Ctrl-C ended it."""
+    """Save, evaluate and step until the run is done; return True if Ctrl-C ended it.
+
+    A step is saved before it is evaluated, so that a failing evaluation loses no step.
+    """
     try:
         while True:
+            is_last = run.progress.step >= run.total_steps
+            _save_if_due(run, is_last)
             _evaluate_if_due(run, log)
-            _save_if_due(run)
-            if run.progress.step >= run.total_steps:
+            if is_last:
                 return False
             if run.evaluation.exhausted(run.progress.evals):
                 return False
@@ -186,7 +192,7 @@ def _run_steps(run: Run, log: Log) -> bool:
 
 
 def _evaluate_if_due(run: Run, log: Log) -> None:
-    """Measure the held-out sets and log the figures, if an evaluation is due."""
+    """Measure the held-out sets, log and save the figures, if an evaluation is due."""
     progress = run.progress
     if not run.evaluation.due(progress.step, run.total_steps, progress.evals):
         return
@@ -194,14 +200,44 @@ def _evaluate_if_due(run: Run, log: Log) -> None:
         figures = {"step": progress.step, **run.evaluation.measure()}
     progress.evals.append(figures)
     log.write(**figures)
+    best = run.evaluation.best(progress.evals)
+    with uninterrupted():
+        run.checkpoints.save_figures(progress)
+        if run.checkpoints.keeps_best and best is figures:
+            run.checkpoints.save(progress, best)
 
 
-def _save_if_due(run: Run) -> None:
+def _save_if_due(run: Run, is_last: bool) -> None:
     """Save a checkpoint, if one is due."""
-    best = run.evaluation.best(run.progress.evals)
-    if run.checkpoints.due(run.progress, best):
+    if is_last or run.checkpoints.due(run.progress):
         with uninterrupted():
-            run.checkpoints.save(run.progress, best)
+            run.checkpoints.save(run.progress, run.evaluation.best(run.progress.evals))
+
+
+@contextmanager
+def _last_step_saved(run: Run) -> Iterator[None]:
+    """Save the last complete step if an exception ends the block, and say so in its notes.
+
+    With several processes nothing is saved: the others may wait for the one that failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        step = run.progress.step
+        if run.updating or not step or run.checkpoints.folder is None:
+            raise
+        if run.parallel.world_size == 1:
+            try:
+                with uninterrupted():
+                    run.checkpoints.save(run.progress, run.evaluation.best(run.progress.evals))
+            except (OSError, RuntimeError) as second:
+                error.add_note(f"Step {step} could not be saved: {second}")
+                raise error from None
+        error.add_note(
+            f"The run can continue from {run.checkpoints.newest}: set "
+            'resume_from_checkpoint="last".'
+        )
+        raise
 
 
 def _step(run: Run, log: Log) -> None:
@@ -227,10 +263,12 @@ def _step(run: Run, log: Log) -> None:
         group["lr"] = rate * group["lr_ratio"]
 
     with uninterrupted():  # weights, moments and the step number change together or not at all
+        run.updating = True
         run.scaler.step(run.optimizer)
         run.scaler.update()
         tokens = _count_tokens(samples)
         _record(run.progress, tokens, losses, metrics)
+        run.updating = False
         log.step(
             run.progress,
             tokens,

@@ -46,6 +46,7 @@ class Run:
         scaler: Loss scaler, enabled in fp16 only.
         checkpoints: The checkpoints of the run.
         progress: Steps done, losses and figures.
+        updating: True while weights, moments and progress change together.
     """
 
     config: TrainConfig
@@ -60,6 +61,7 @@ class Run:
     scaler: torch.amp.GradScaler
     checkpoints: Checkpoints
     progress: Progress
+    updating: bool = False
 
 
 def set_up(
@@ -95,6 +97,7 @@ def set_up(
     examples, evaluation = _encode(parallel, tokenizer, dataset, eval_dataset, objective, config)
     sets = {"train": (objective, examples), **evaluation.sets}
     checks.check_vocabulary(model, tokenizer, sets)
+    evaluation.check_answers(model)
     lengths = lengths_of(examples)
     if config.packing:
         checks.check_packing(model)
@@ -107,6 +110,7 @@ def set_up(
     autocast, scaler = precision_of(model, config, parallel.device)
     checkpoints = Checkpoints(model, optimizer, scaler, config, parallel)
     progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
+    checkpoints.check_best(evaluation.best(progress.evals))
     note_tokenizer(model, tokenizer)
     parallel.check_agreement(
         data=plan.identity,

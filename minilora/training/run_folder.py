@@ -15,6 +15,7 @@ from minilora.training.checkpoint import (
     load_checkpoint,
     read_progress,
     save_checkpoint,
+    write_progress,
 )
 from minilora.training.config import TrainConfig
 from minilora.training.process import Process
@@ -80,18 +81,49 @@ class Checkpoints:
         self.scaler.load_state_dict(progress.scaler)
         return progress
 
-    def due(self, progress: Progress, best: dict[str, float] | None) -> bool:
-        """Return True if this step is to be saved: every `save_steps`, and the best step.
+    @property
+    def keeps_best(self) -> bool:
+        """True if the best step is saved, and its weights are loaded at the end."""
+        return self.folder is not None and self.config.load_best_model_at_end
+
+    def check_best(self, best: dict[str, float] | None) -> None:
+        """Refuse to resume a run whose best step so far has no checkpoint.
+
+        Args:
+            best: The best evaluation of the checkpoint that the run continues from, or None.
+
+        Raises:
+            ValueError: If `load_best_model_at_end` could not load this step at the end.
+        """
+        if best is None or not self.keeps_best:
+            return
+        folder = self._folder_of(int(best["step"]))
+        if not folder.is_dir():
+            raise ValueError(
+                f"load_best_model_at_end: the best step so far is {int(best['step'])}, and "
+                f"{folder} does not exist. Copy that checkpoint into output_dir, or set "
+                "load_best_model_at_end to False."
+            )
+
+    def due(self, progress: Progress) -> bool:
+        """Return True if this step is to be saved: every `save_steps`.
 
         Args:
             progress: The run.
-            best: The best evaluation so far. It counts with `load_best_model_at_end` only.
         """
-        if self.config.load_best_model_at_end and best is not None:
-            if best["step"] == progress.step:
-                return True
         every = self.config.save_steps
         return every is not None and progress.step % every == 0
+
+    def save_figures(self, progress: Progress) -> None:
+        """Add the figures of an evaluation to the checkpoint of this step, if it is saved.
+
+        Args:
+            progress: The run.
+        """
+        if self.folder is None or self.newest != self._folder_of(progress.step):
+            return
+        if self.parallel.is_main:
+            write_progress(self.newest, progress)
 
     def save(self, progress: Progress, best: dict[str, float] | None) -> None:
         """Save this step and delete the checkpoints that are not to be kept.
@@ -105,18 +137,22 @@ class Checkpoints:
         if self.folder is None or progress.step == 0:
             return
         folder = self._folder_of(progress.step)
-        if self.newest == folder:
-            return
-        progress.scaler = self.scaler.state_dict()
-        self.newest = folder
+        if self.newest != folder:
+            self._write(folder, progress)
         # Later steps can exist: a run that is resumed from an early checkpoint leaves them there.
         protected = {progress.step}
         if best is not None and self.config.load_best_model_at_end:
             protected.add(int(best["step"]))
+        if self.parallel.is_main:
+            delete_old_checkpoints(self.folder, self.config.save_total_limit, protected)
+
+    def _write(self, folder: Path, progress: Progress) -> None:
+        """Write the checkpoint of this step."""
+        progress.scaler = self.scaler.state_dict()
         with self.parallel.full_tensors(self.optimizer):
             if self.parallel.is_main:
                 save_checkpoint(folder, self.model, self.optimizer, progress)
-                delete_old_checkpoints(self.folder, self.config.save_total_limit, protected)
+        self.newest = folder
 
     def restore(self, step: int) -> None:
         """Load the weights and moments of a saved step.

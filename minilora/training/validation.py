@@ -22,7 +22,7 @@ from typing import Any
 
 from minilora.common import comma_separated, unknown_name
 from minilora.data.read_rows import iterate_dataset
-from minilora.evaluation.evaluate import evaluate
+from minilora.evaluation.evaluate import check_rows, evaluate
 from minilora.evaluation.metrics import json_valid
 from minilora.losses.sft import SFT, Objective, means
 from minilora.training.config import TrainConfig
@@ -132,6 +132,19 @@ class Evaluation:
             measured |= self.parallel.mean(self._answers, self.rows, equal_passes=False)
         return measured
 
+    def check_answers(self, model: Any) -> None:
+        """Refuse rows that `eval_metrics` could not be measured on, before the first step.
+
+        Args:
+            model: The model of the run.
+
+        Raises:
+            ValueError: If a row is too long, or has no prompt and answer, or its answer is not a
+                text.
+        """
+        if self.rows:
+            check_rows(model, self.tokenizer, self.rows)
+
     def _means(self, examples: Sequence[Any], objective: Objective) -> tuple[Figures, int]:
         """Return the objective's figures of some examples, and the number they are means over."""
         batch_size = self.config.per_device_eval_batch_size
@@ -159,7 +172,10 @@ class Evaluation:
             One of them, or None before the first.
         """
         metric = self.config.metric_for_best_model
-        measured = [figures for figures in evals if metric in figures]
+        measured = []
+        for figures in evals:
+            if metric in figures and not math.isnan(figures[metric]):
+                measured.append(figures)
         if not measured:
             return None
         choose = min if metric.endswith(("loss", "perplexity")) else max
