@@ -108,8 +108,7 @@ def test_a_sentencepiece_token_keeps_its_space():
         def __len__(self):
             return 5
 
-    # Words has only a part of a tokenizer's methods.
-    shown = ml.preview([{"text": "a b b"}], Words())  # pyright: ignore[reportArgumentType]
+    shown = ml.preview([{"text": "a b b"}], Words())  # pyright: ignore[reportArgumentType] a stub
     tokens = shown.documents[0].tokens
     assert [token.text for token in tokens] == ["a", " b", " b", " </s>"]
 

@@ -144,9 +144,8 @@ def test_a_nucleus_that_reaches_top_p_exactly_takes_no_further_token():
 def test_the_nucleus_equals_that_of_transformers():
     logits = 3 * torch.randn(20, VOCABULARY, generator=torch.Generator().manual_seed(0))
     for top_p in (0.1, 0.5, 0.9, 0.99):
-        # The filter does not use its first argument, the ids.
         warper = TopPLogitsWarper(top_p)
-        kept = warper(None, logits / 0.7) > -torch.inf  # pyright: ignore[reportArgumentType]
+        kept = warper(None, logits / 0.7) > -torch.inf  # pyright: ignore[reportArgumentType] no ids
         for row in range(20):
             assert set(kept[row].nonzero().flatten().tolist()) == plain_nucleus(
                 logits[row], 0.7, top_p
