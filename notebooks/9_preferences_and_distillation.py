@@ -13,314 +13,404 @@
 # %% [markdown]
 # # Preferences and distillation on small data
 #
-# **Question:** supervised rows say "write this". What is learned where rows say only "this rather than that", and where
-# they say nothing at all, because another model does the teaching?
+# **Question:** a row of supervised fine-tuning contains the answer to learn. A preference row only
+# states that one answer is better than another. In distillation the rows are plain text, and
+# another model is the teacher. How much can a model learn from such rows?
 #
-# Both objectives compare two models: DPO the adapted model with itself, adapter off; distillation a student with its
-# teacher. So for both we look at how far the two are apart. Each claim is followed by a cell that asserts it.
+# Both objectives compare two models. DPO compares the adapted model with itself, its adapter
+# disabled. Distillation compares a student with its teacher. So this notebook measures for both how
+# far the two models are apart. A cell with an assert follows each claim.
 
 # %%
+import math
 import os
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
-import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.losses.dpo import answer_logprobs
-from minilora.losses.sft import means
-from minilora.models.padded_batch import inference
+import minilora as ml  # to install it, in the repository: pip install -e '.[gguf,plot]'
 
-SHORT = bool(
-    os.environ.get("MINILORA_SHORT")
-)  # tests run this in a short form: fewer steps and rows, every assertion
-BLUE, ORANGE = "#0072b2", "#d55e00"
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+
+TRAIN_ROWS = 240
+TEST_ROWS = 64
+PROSE_ROWS = 32
+DPO_STEPS = 40
+DPO_BATCH_SIZE = 6
+DISTILL_STEPS = 28
+
+# Tests run a short form: fewer rows and steps, and every assert that holds for them.
+SHORT = bool(os.environ.get("MINILORA_SHORT"))
+if SHORT:
+    TRAIN_ROWS = 32
+    TEST_ROWS = 8
+    PROSE_ROWS = 8
+    DPO_STEPS = 4
+    DPO_BATCH_SIZE = 4
+    DISTILL_STEPS = 2
+
 source = ml.samples.smollm2()
 tokenizer = ml.load_tokenizer(source)
-task = ml.samples.icd10(train_rows=32 if SHORT else 240, test_rows=8 if SHORT else 64)
+task = ml.samples.icd10(train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
 
 # %% [markdown]
 # ## 1. Pairs, and a loss that starts at log 2
 #
-# A pair is a prompt, a chosen answer $y_w$ and a rejected one $y_l$: here the right chapter of a diagnosis and another
-# row's. DPO asks how much likelier than in the reference each has become, and wants the first to have gained more:
+# A preference pair is a prompt with a chosen answer $y_w$ and a rejected answer $y_l$. Here the
+# chosen answer is the right chapter of a diagnosis, and the rejected one is the chapter of another
+# row. DPO measures how much more likely each answer has become than in the reference model. This
+# gain is the *reward* of the answer. The loss is small if the chosen answer has the larger reward:
 #
-# $$ L = -\log \sigma(m), \qquad m = \underbrace{\beta \log \frac{p(y_w)}{p_0(y_w)}}_{\text{reward of the chosen}}
-# - \underbrace{\beta \log \frac{p(y_l)}{p_0(y_l)}}_{\text{reward of the rejected}} \qquad \text{(arXiv:2305.18290,
-# eq. 7).}$$
+# $$ L = -\log \sigma(m), \qquad
+# m = \underbrace{\beta \log \frac{p(y_w)}{p_0(y_w)}}_{\text{reward of the chosen}} -
+# \underbrace{\beta \log \frac{p(y_l)}{p_0(y_l)}}_{\text{reward of the rejected}}
+# \qquad \text{(arXiv:2305.18290, eq. 7).} $$
 #
-# The reference $p_0$ is the model with its adapter off. At step 0 the two are one: both rewards are 0, and so is the
-# *margin* m. The loss is log 2, whatever the pairs are, and the slope is β/2.
+# The reference $p_0$ is the model with its adapter disabled. At step 0 both models are equal, so
+# both rewards are 0, and the *margin* m is 0 too. The loss is log 2 for all pairs, and the size of
+# its slope in $\Delta = m / \beta$ is β/2.
+
 
 # %%
-answers = sorted({row["messages"][-1]["content"] for row in task.train})
+def preference_pairs(rows: list[dict]) -> list[dict]:
+    """Return a preference row for each row.
 
-
-def pairs(rows: list[dict]) -> list[dict]:
-    """The right chapter, and against it that of the next row with another one: common ones are as often wrong."""
-    found = []
+    The rejected answer is the next different answer in the list. So frequent answers are also
+    rejected frequently.
+    """
+    pairs = []
     for i, row in enumerate(rows):
-        *prompt, right = row["messages"]
-        others = (other["messages"][-1] for other in rows[i + 1 :] + rows[:i])
-        wrong = next(other for other in others if other["content"] != right["content"])
-        found.append({"prompt": prompt, "chosen": [right], "rejected": [wrong]})
-    return found
+        right = row["messages"][-1]
+        following = rows[i + 1 :] + rows[:i]
+        others = [other["messages"][-1] for other in following]
+        wrong = next(answer for answer in others if answer != right)
+        pairs.append({"prompt": row["messages"][:-1], "chosen": [right], "rejected": [wrong]})
+    return pairs
 
 
-train, held_out = pairs(task.train), pairs(task.test)
-print(*train[0]["prompt"], train[0]["chosen"], train[0]["rejected"], sep="\n")
+train_pairs = preference_pairs(task.train)
+test_pairs = preference_pairs(task.test)
+for name, messages in train_pairs[0].items():
+    print(f"{name}: {messages}")
+
 model = ml.load_model(source, quantize="nf4")
 ml.inject(model, ml.LoRAConfig(r=8, lora_alpha=8, target_modules="all-linear"))
-objective = ml.DPO(beta=0.1)
+dpo = ml.DPO(beta=0.1)
 
 
-def rewards(rows: list[dict]) -> torch.Tensor:
-    """β log p / p₀ of both answers of each row: (2, rows), the chosen first."""
-    examples, found = objective.encode(rows, tokenizer, None), []
-    with inference(model):
+def rewards(pairs: list[dict]) -> torch.Tensor:
+    """Return β log p / p₀ of the chosen and of the rejected answers, (2, pairs)."""
+    examples = dpo.encode(pairs, tokenizer, None)
+    parts = []
+    with ml.inference(model):
         for start in range(0, len(examples), 16):
-            batch = objective.collate(examples[start : start + 16])
+            batch = dpo.collate(examples[start : start + 16])
+            logprobs, _ = ml.losses.answer_logprobs(model, batch)  # (2B,)
             with ml.disable_adapters(model):
-                reference, _ = answer_logprobs(model, batch)
-            found.append(
-                objective.beta * (answer_logprobs(model, batch)[0] - reference).view(2, -1).cpu()
-            )
-    return torch.cat(found, dim=1)
+                reference, _ = ml.losses.answer_logprobs(model, batch)  # (2B,)
+            gains = dpo.beta * (logprobs - reference)  # (2B,)
+            parts.append(gains.view(2, -1).cpu())  # (2, B)
+    return torch.cat(parts, dim=1)
 
 
-assert rewards(held_out).abs().max() == 0
-steps = 4 if SHORT else 40
+assert rewards(test_pairs).abs().max() == 0
 config = ml.TrainConfig(
-    max_steps=steps,
-    per_device_train_batch_size=4 if SHORT else 6,
+    max_steps=DPO_STEPS,
+    per_device_train_batch_size=DPO_BATCH_SIZE,
     learning_rate=5e-4,
     warmup_ratio=0.1,
     seed=1,
 )
-result = ml.train(model, tokenizer, train, config, objective=objective)
-log2 = torch.tensor(2.0).log().item()
-assert abs(result.losses[0] - log2) < 1e-3 and abs(result.metrics["margin"][0]) < 1e-3
+result = ml.train(model, tokenizer, train_pairs, config, objective=dpo)
+log2 = math.log(2)
+assert abs(result.losses[0] - log2) < 1e-3
+assert abs(result.metrics["margin"][0]) < 1e-3
 
 # %% [markdown]
-# ## 2. What moved
+# ## 2. The effect of DPO
 #
-# Only the *difference* of the two is asked for. In the middle the log probabilities themselves: nothing keeps the
-# chosen one from falling, as long as the rejected one falls faster. Here it rises, since among all that the model may
-# say any chapter was unlikely. On held-out pairs, on the right, a pair is told rightly if it lies above the diagonal.
-# Batches differ, so curves are drawn pale, and dark their means over a few steps.
+# The loss depends only on the *difference* of the two rewards. The middle panel shows the log
+# probabilities themselves. The loss does not stop the chosen answer from becoming less likely, as
+# long as the rejected answer loses more. Here the chosen answer becomes more likely, because every
+# chapter was an unlikely answer for the base model.
+#
+# The right panel shows the held-out pairs. The model ranks a pair correctly if its point is above
+# the diagonal. Batches differ, so pale curves show each step, and dark curves show the mean over a
+# few steps.
 
 # %%
-chosen, rejected = rewards(held_out)
+chosen, rejected = rewards(test_pairs)  # (pairs,) each
 accuracy = (chosen > rejected).float().mean().item()
-window = max(1, steps // 8)
+print(f"held-out pairs ranked correctly: {accuracy:.0%}")
+print(f"mean reward: chosen {chosen.mean():.2f}, rejected {rejected.mean():.2f}")
+assert chosen.mean() > 0
+
+window = max(1, DPO_STEPS // 8)
 series = {"loss": result.losses, **result.metrics}
-means_of = {
-    name: torch.tensor(values).unfold(0, window, 1).mean(-1).tolist()
-    for name, values in series.items()
-}
-for name, values in means_of.items():
-    print(f"{name:18}{values[0]:9.3f} -> {values[-1]:.3f}")
-print(
-    f"held-out pairs told apart: {accuracy:.0%}; rewards {chosen.mean():.2f} and {rejected.mean():.2f} on average"
-)
-assert chosen.mean() > 0 and (
-    SHORT or (accuracy > 0.6 and means_of["loss"][-1] < log2 < 0.1 + means_of["loss"][0])
-)
+smooth = {}
+for name, values in series.items():
+    smooth[name] = torch.tensor(values).unfold(0, window, 1).mean(-1).tolist()
+    first = smooth[name][0]
+    last = smooth[name][-1]
+    print(f"{name:18}{first:9.3f} -> {last:.3f}")
+if not SHORT:
+    assert accuracy > 0.6
+    assert smooth["loss"][-1] < log2
+    assert log2 < 0.1 + smooth["loss"][0]
+
+# %%
 fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-for axis, name, label, colour, dash in (
-    (left, "loss", "loss", BLUE, "-"),
-    (left, "margin", "margin", ORANGE, "--"),
-    (middle, "chosen_logprob", "chosen", BLUE, "-"),
-    (middle, "rejected_logprob", "rejected", ORANGE, "--"),
-):
-    axis.plot(range(1, steps + 1), series[name], dash, color=colour, lw=1, alpha=0.3)
-    axis.plot(range(window, steps + 1), means_of[name], dash, color=colour, label=label)
+
+
+def draw(axis, name: str, label: str, **style) -> None:
+    """Draw a series of training: each step pale, the mean over the window dark.
+
+    Args:
+        axis: Axes to draw on.
+        name: Name of the series.
+        label: Name in the legend.
+        **style: Colour and dash of the line.
+    """
+    axis.plot(range(1, DPO_STEPS + 1), series[name], lw=1, alpha=0.3, **style)
+    axis.plot(range(window, DPO_STEPS + 1), smooth[name], label=label, **style)
+
+
+draw(left, "loss", "loss", color=BLUE)
+draw(left, "margin", "margin", color=ORANGE, ls="--")
+draw(middle, "chosen_logprob", "chosen", color=BLUE)
+draw(middle, "rejected_logprob", "rejected", color=ORANGE, ls="--")
 left.axhline(log2, color="0.6", ls=":", label="log 2: no preference")
 left.set(title="training", xlabel="step")
 middle.set(title="log p of the answers", xlabel="step", ylabel="nats")
-ends = [min(chosen.min(), rejected.min()).item(), max(chosen.max(), rejected.max()).item()]
+
+both = torch.cat([chosen, rejected])
+ends = [both.min().item(), both.max().item()]
 right.plot(ends, ends, ":", color="0.6", label="no preference")
 right.plot(rejected, chosen, "o", color=BLUE, ms=4, alpha=0.7, label="a held-out pair")
-right.set(
-    title="rewards on held-out pairs", xlabel="of the rejected answer", ylabel="of the chosen one"
-)
+right.set_title("rewards on held-out pairs")
+right.set_xlabel("reward of the rejected answer")
+right.set_ylabel("reward of the chosen answer")
 for axis in (left, middle, right):
     axis.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## 3. How far to go
+# ## 3. The distance from the base
 #
-# Where does it stop? With the plain loss, nowhere: its slope is $-\beta\,\sigma(-m)$, small for pairs that are told
-# apart but never zero, and a model may go to infinity over pairs that are easy. Where labels are wrong with probability
-# e (`label_smoothing`), or the distance itself is asked for (`loss_type="ipo"`), the loss has a lowest point, and there
-# it stops.
+# The plain loss has no minimum. Its slope in $\Delta$ is $-\beta\,\sigma(-m)$. For pairs that are
+# ranked correctly the slope is small, but never zero, so the margin of easy pairs can grow without
+# limit. Two variants of the loss have a minimum. `label_smoothing` assumes that a preference is
+# wrong with probability e. `loss_type="ipo"` asks for a certain distance.
 
 # %%
-h = torch.linspace(-30, 80, 441, requires_grad=True)  # Δ, what the margin is β times of
+beta = 0.1
 e = 0.1
+delta = torch.linspace(-30, 80, 441, requires_grad=True)  # Δ = m / β
+plain = -F.logsigmoid(beta * delta)
+flipped = -F.logsigmoid(-beta * delta)  # the loss if the preference is wrong
+squared = (delta - 1 / (2 * beta)).square()  # the loss of IPO
 curves = {
-    "sigmoid": -F.logsigmoid(0.1 * h),
-    "sigmoid, e = 0.1": -(1 - e) * F.logsigmoid(0.1 * h) - e * F.logsigmoid(-0.1 * h),
-    "ipo": (h - 1 / (2 * 0.1)).square() / 400,  # to one scale with the others
+    "sigmoid": plain,
+    "sigmoid, e = 0.1": (1 - e) * plain + e * flipped,
+    "ipo": squared / 400,  # scaled to fit into the same picture
 }
-lowest = {name: h[curve.argmin()].item() for name, curve in curves.items()}
-print({name: round(value, 2) for name, value in lowest.items()})
-assert lowest["sigmoid"] == 80  # the end of the picture
-assert (
-    abs(lowest["sigmoid, e = 0.1"] - 10 * torch.tensor((1 - e) / e).log()) < 0.25
-    and abs(lowest["ipo"] - 5) < 0.25
-)
-slope = torch.autograd.grad(curves["sigmoid"].sum(), h, retain_graph=True)[0]
-torch.testing.assert_close(slope, -0.1 * torch.sigmoid(-0.1 * h.detach()))
+minima = {}
+for name, curve in curves.items():
+    minima[name] = delta[curve.argmin()].item()
+    print(f"{name}: lowest at Δ = {minima[name]:.2f}")
+assert minima["sigmoid"] == 80  # the right end of the picture
+smoothed_minimum = math.log((1 - e) / e) / beta
+ipo_minimum = 1 / (2 * beta)
+assert abs(minima["sigmoid, e = 0.1"] - smoothed_minimum) < 0.25
+assert abs(minima["ipo"] - ipo_minimum) < 0.25
+
+(slope,) = torch.autograd.grad(plain.sum(), delta, retain_graph=True)
+torch.testing.assert_close(slope, -beta * torch.sigmoid(-beta * delta.detach()))
 
 # %% [markdown]
-# How far a model *has* gone from its base is a divergence, in nats a token: $\mathrm{KL}(p \,\|\, p_0)$, measured where
-# pairs were learned, on the answers, and where nothing was asked for, on prose. `ml.KLToBase` makes it a price to pay
-# while training.
+# The distance of a model from its base is a divergence in nats a token,
+# $\mathrm{KL}(p \,\|\, p_0)$. The cell measures it on the answers, where DPO trained the model, and
+# on prose, where it did not. `ml.KLToBase` adds this divergence to the training loss as a penalty.
 
 # %%
-away = ml.KLToBase(kl_weight=1.0)
-prose = ml.samples.prose(rows=8 if SHORT else 32, characters=300)
-learn, unseen = prose[::2], prose[1::2]
-texts = {"answers": task.test, "prose": unseen}
-strayed = {
-    name: means(model, away.encode(rows, tokenizer, 256), 8, away)[0]["kl"]
-    for name, rows in texts.items()
-}
-print("KL to the base, nats a token:", {name: round(kl, 4) for name, kl in strayed.items()})
+prose = ml.samples.prose(rows=PROSE_ROWS, characters=300)
+train_texts = prose[::2]
+test_texts = prose[1::2]
+
+kl_to_base = ml.KLToBase(kl_weight=1.0)
+divergences = {}
+for name, rows in (("answers", task.test), ("prose", test_texts)):
+    examples = kl_to_base.encode(rows, tokenizer, 256)
+    figures, _ = ml.losses.means(model, examples, 8, kl_to_base)
+    divergences[name] = figures["kl"]
+    print(f"KL to the base on {name}: {figures['kl']:.4f} nats a token")
+assert divergences["answers"] > 0
+if not SHORT:
+    assert divergences["answers"] > divergences["prose"]
 with ml.disable_adapters(model):
-    assert rewards(held_out[:4]).abs().max() == 0
-assert strayed["answers"] > 0 and (SHORT or strayed["answers"] > strayed["prose"])
+    assert rewards(test_pairs[:4]).abs().max() == 0
+
+# %%
 fig, (left, right) = plt.subplots(
     1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(3, 2)
 )
-for (name, curve), style in zip(curves.items(), ("-", "--", "-."), strict=True):
-    left.plot(
-        h.detach(),
-        curve.detach(),
-        style,
-        label=name,
-        color={"-": BLUE, "--": "black", "-.": ORANGE}[style],
-    )
-    if lowest[name] < 80:
-        left.plot(lowest[name], curve.min().item(), "o", color="black", ms=5)
+colours = (BLUE, "black", ORANGE)
+dashes = ("-", "--", "-.")
+for name, colour, dash in zip(curves, colours, dashes, strict=True):
+    curve = curves[name].detach()
+    left.plot(delta.detach(), curve, dash, color=colour, label=name)
+    if minima[name] < 80:
+        left.plot(minima[name], curve.min().item(), "o", color="black", ms=5)
 left.set(
-    title="three losses, β = 0.1, and their lowest points",
+    title="three losses, β = 0.1, and their minima",
     xlabel="Δ = m / β",
     ylabel="loss (ipo: / 400)",
     ylim=(0, 3),
 )
 left.legend(frameon=False)
-right.bar(list(strayed), list(strayed.values()), 0.5, color=[BLUE, "0.7"])
-right.set(title="how far DPO went from the base", ylabel="KL(p ‖ p₀), nats a token")
+right.bar(list(divergences), list(divergences.values()), 0.5, color=[BLUE, "0.7"])
+right.set(title="distance from the base after DPO", ylabel="KL(p ‖ p₀), nats a token")
 plt.show()
 
 # %% [markdown]
-# ## 4. Distillation: a teacher says more than a token
+# ## 4. Distillation: a distribution in place of a token
 #
-# A row has one right next token; a teacher gives a probability to each of 49,152. Here the model in 16 bits teaches its
-# own copy in 4, and what rounding took is what the adapter gives back:
+# In a training row there is one right next token. A teacher gives a probability to each of 49,152
+# tokens. Here the model in 16 bits teaches a copy of itself in 4 bits. Rounding has moved the copy
+# away from the teacher, and an adapter learns to bring it back:
 #
-# $$ L = \mathrm{KL}(p_\text{teacher} \,\|\, p_\text{student}) = \sum_v p_\text{teacher}(v)\,\log
-# \frac{p_\text{teacher}(v)}{p_\text{student}(v)}. $$
+# $$ L = \mathrm{KL}(p_\text{teacher} \,\|\, p_\text{student})
+# = \sum_v p_\text{teacher}(v)\,\log \frac{p_\text{teacher}(v)}{p_\text{student}(v)}. $$
 #
-# 16 short texts have to do; the others are held out.
+# The training data is 16 short texts. The other texts are held out.
 
 # %%
-teacher, student = ml.load_model(source), ml.load_model(source, quantize="nf4")
+teacher = ml.load_model(source)
+student = ml.load_model(source, quantize="nf4")
 ml.inject(student, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-objective = ml.Distill(teacher)
-examples = objective.encode(unseen, tokenizer, 256)
-text = unseen[0]["text"][:140].rsplit(" ", 1)[0]
-ids = torch.tensor([tokenizer.encode(text)], device=next(student.parameters()).device)
+assert teacher.config.vocab_size == 49_152
+
+distill = ml.Distill(teacher)
+test_examples = distill.encode(test_texts, tokenizer, 256)
+text = test_texts[0]["text"][:140]
+text = text.rsplit(" ", 1)[0]  # whole words
+device = next(student.parameters()).device
+token_ids = torch.tensor([tokenizer.encode(text)], device=device)  # (1, T)
 
 
-def by_token() -> torch.Tensor:
-    """KL(teacher ‖ student) of what comes after each token of `text`, (T,)."""
-    with inference(student), inference(teacher):
-        p, q = (m(ids)[0].float().log_softmax(-1) for m in (teacher, student))  # (T, V)
-    return (p.exp() * (p - q)).sum(-1).cpu()
+def held_out_divergence() -> float:
+    """Return KL(teacher ‖ student) on the held-out texts, in nats a token."""
+    figures, _ = ml.losses.means(student, test_examples, 4, distill)
+    return figures["kl"]
 
 
-gap, tokens_before = means(student, examples, 4, objective)[0]["kl"], by_token()
-assert teacher.config.vocab_size == 49_152 and (SHORT or len(learn) == 16)
+def divergence_by_token() -> torch.Tensor:
+    """Return KL(teacher ‖ student) of the prediction after each token of `text`, (T,)."""
+    with ml.inference(student), ml.inference(teacher):
+        log_p = teacher(token_ids)[0].float().log_softmax(-1)  # (T, V)
+        log_q = student(token_ids)[0].float().log_softmax(-1)  # (T, V)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)  # (T,)
+    return divergence.cpu()
+
+
+gap_before = held_out_divergence()
+tokens_before = divergence_by_token()  # (T,)
+assert gap_before > 0
+assert tokens_before.min() > -1e-5  # a divergence is never negative, apart from rounding
+
 config = ml.TrainConfig(
-    max_steps=2 if SHORT else 28,
+    max_steps=DISTILL_STEPS,
     per_device_train_batch_size=4,
     learning_rate=4e-4,
     warmup_ratio=0.1,
     seed=1,
 )
-result = ml.train(student, tokenizer, learn, config, objective=objective)
-left_over, tokens_after = means(student, examples, 4, objective)[0]["kl"], by_token()
-print(
-    f"KL on held-out texts, nats a token: {gap:.4f} -> {left_over:.4f}, {1 - left_over / gap:.0%} of it closed"
-)
-assert tokens_before.min() > -1e-5 and gap > 0  # a divergence is never negative
-assert len({row["text"] for row in learn} & {row["text"] for row in unseen}) == 0 and (
-    SHORT or left_over < 0.9 * gap
-)
+result = ml.train(student, tokenizer, train_texts, config, objective=distill)
+gap_after = held_out_divergence()
+tokens_after = divergence_by_token()  # (T,)
+print(f"KL on held-out texts, nats a token: {gap_before:.4f} -> {gap_after:.4f}")
+print(f"{1 - gap_after / gap_before:.0%} of the gap is closed")
+
+learned = {row["text"] for row in train_texts}
+held_out = {row["text"] for row in test_texts}
+assert not learned & held_out
+if not SHORT:
+    assert len(train_texts) == 16
+    assert gap_after < 0.9 * gap_before
 
 # %% [markdown]
-# The gap is no haze over all tokens: half of it lies in a few. With its adapter the student is closer to its teacher at
-# most tokens, and further off at some. And 16 texts are few: on them the gap closes further than on the others.
+# The gap is not the same for all tokens: a few tokens make up half of it. With its adapter, the
+# student is closer to its teacher at most tokens and farther away at some. And 16 texts are few:
+# the gap closes further on them than on the held-out texts.
+
+# %%
+sizes, _ = tokens_before.sort(descending=True)
+below_half = sizes.cumsum(0) < sizes.sum() / 2
+few = int(below_half.sum()) + 1  # the largest tokens that make up half of the gap
+closer = (tokens_after < tokens_before).float().mean().item()
+print(f"half of the gap is in {few} of {len(sizes)} tokens")
+print(f"the student is closer at {closer:.0%} of all tokens")
+assert few < 0.35 * len(sizes)
+if not SHORT:
+    assert closer > 0.5
+    assert sum(result.losses[-4:]) / 4 < gap_after
 
 # %%
 fig, (left, right) = plt.subplots(
     1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 5)
 )
-left.plot(range(1, 1 + len(result.losses)), result.losses, color=BLUE, label="training")
-left.plot([0, len(result.losses)], [gap, left_over], "D", color="black", label="held out")
-left.set(
-    title="KL(teacher ‖ student)",
-    xlabel="step",
-    ylabel="nats a token",
-    ylim=(0, 1.1 * max(gap, *result.losses)),
-)
+steps = len(result.losses)
+highest = max(gap_before, *result.losses)
+left.plot(range(1, steps + 1), result.losses, color=BLUE, label="training")
+left.plot([0, steps], [gap_before, gap_after], "D", color="black", label="held out")
+left.set(title="KL(teacher ‖ student)", xlabel="step", ylabel="nats a token")
+left.set_ylim(0, 1.1 * highest)
 left.legend(frameon=False)
-places = torch.arange(len(tokens_before))
-right.vlines(places, tokens_before, tokens_after, color="0.8", zorder=0)
-right.semilogy(places, tokens_before, "s", color="0.5", ms=5, label="4 bits, before")
-right.semilogy(places, tokens_after, "o", color=BLUE, ms=5, label="with its adapter")
-right.set_xticks(
-    places, [repr(tokenizer.decode([i]))[1:-1] for i in ids[0].tolist()], rotation=90, fontsize=8
-)
-right.set(title="what comes next, after each token of a held-out text", ylabel="KL, nats")
+
+positions = torch.arange(len(tokens_before))
+labels = []
+for token_id in token_ids[0].tolist():
+    token = tokenizer.decode([token_id])
+    labels.append(repr(token)[1:-1])  # a line break is shown as \n
+right.vlines(positions, tokens_before, tokens_after, color="0.8", zorder=0)
+right.semilogy(positions, tokens_before, "s", color="0.5", ms=5, label="4 bits, before")
+right.semilogy(positions, tokens_after, "o", color=BLUE, ms=5, label="with its adapter")
+right.set_xticks(positions, labels, rotation=90, fontsize=8)
+right.set(title="prediction after each token of a held-out text", ylabel="KL, nats")
 right.margins(x=0.01)
 right.legend(frameon=False)
 plt.show()
-sizes, order = tokens_before.sort(descending=True)
-few = order[
-    : int((sizes.cumsum(0) < sizes.sum() / 2).sum()) + 1
-]  # the largest, until half of all is reached
-closer = (tokens_after < tokens_before).float().mean().item()
-print(
-    f"half of the gap is in {len(few)} of {len(order)} tokens; the student is closer at {closer:.0%} of all"
-)
-assert len(few) < 0.35 * len(order)
-assert SHORT or (closer > 0.5 and sum(result.losses[-4:]) / 4 < left_over)
 
 # %% [markdown]
-# **Exercise.** Turn the divergence round, `ml.Distill(teacher, kind="reverse")`: KL(student ‖ teacher). Where do the
-# two differ, and which of them would you take for a student that is too small to say all that its teacher says?
+# **Exercise.** Exchange the two models in the divergence, `ml.Distill(teacher, kind="reverse")`:
+# KL(student ‖ teacher). How do the two divergences differ? Which of them would you choose for a
+# student that is too small for the whole distribution of its teacher?
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# p = torch.tensor([0.49, 0.49, 0.02]).log()  # a teacher that is of two minds
-# both, one = torch.tensor([0.34, 0.33, 0.33]).log(), torch.tensor([0.94, 0.03, 0.03]).log()  # students that fall short
-# forward = [(p.exp() * (p - q)).sum().item() for q in (both, one)]
-# reverse = [(q.exp() * (q - p)).sum().item() for q in (both, one)]
-# print(forward, reverse)
-# assert forward[0] < forward[1] and reverse[0] > reverse[1]  # each prefers another student
-# turned = means(student, examples, 4, ml.Distill(teacher, kind="reverse"))[0]["kl"]
-# print(f"on held-out texts: forward {left_over:.4f}, reverse {turned:.4f}")
-# assert turned > 0
+# def divergence(p, q):
+#     """Return KL(p ‖ q)."""
+#     return (p * (p / q).log()).sum().item()
+#
+#
+# p = torch.tensor([0.49, 0.49, 0.02])  # the teacher considers two answers equally good
+# covers_both = torch.tensor([0.34, 0.33, 0.33])  # one small student
+# keeps_to_one = torch.tensor([0.94, 0.03, 0.03])  # another small student
+# assert divergence(p, covers_both) < divergence(p, keeps_to_one)  # forward
+# assert divergence(covers_both, p) > divergence(keeps_to_one, p)  # reverse
+#
+# reverse = ml.Distill(teacher, kind="reverse")
+# figures, _ = ml.losses.means(student, test_examples, 4, reverse)
+# print(f"on held-out texts: forward {gap_after:.4f}, reverse {figures['kl']:.4f}")
+# assert figures["kl"] > 0
 # ```
 #
-# Forward is dear where the teacher says something and the student does not: the student covers all, and says nonsense
-# in between. Reverse is dear where the student says what the teacher never would: it keeps to one thing and says it
-# well. A student that is to write, and too small, takes reverse.
+# The forward divergence is large where the teacher gives a high probability and the student does
+# not. So the student covers all answers of its teacher, and the wrong ones between them too. The
+# reverse divergence is large where the student gives a high probability and the teacher does not.
+# So the student keeps to one good answer. Use reverse for a small student that generates text.
 #
 # </details>
