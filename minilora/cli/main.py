@@ -6,13 +6,19 @@ nothing is written twice.
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from minilora.cli import checkpoints, plan, plot, preview, text, train
 from minilora.cli.values import from_toml
 
+INTERRUPTED = train.INTERRUPTED
+TERMINATED = 128 + signal.SIGTERM
 GROUPS = (train, text, checkpoints, preview, plan, plot)
 
 
@@ -25,20 +31,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its options; None reads sys.argv.
 
     Returns:
-        The exit status: 0 for success, 1 for an error.
+        The exit status: 0 for success, 1 for an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with _termination_as_interrupt(given[:1] != ["serve"]) as terminations:
+        try:
+            status = _run(given)
+        except KeyboardInterrupt:
+            print("minilora: interrupted", file=sys.stderr)
+            status = INTERRUPTED
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            print(f"minilora: {error}", *_notes(error), sep="\n", file=sys.stderr)
+            status = 1
+        except RuntimeError as error:
+            if not _notes(error):
+                raise
+            print(f"minilora: {error}", *_notes(error), sep="\n", file=sys.stderr)
+            status = 1
+    if status == INTERRUPTED and terminations:
+        return TERMINATED
+    return status
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+@contextmanager
+def _termination_as_interrupt(active: bool) -> Iterator[list[int]]:
+    """Let SIGTERM, as of Slurm or a spot machine, end a command as Ctrl-C does.
+
+    Args:
+        active: False changes nothing; the server handles both signals itself.
+
+    Yields:
+        A list that receives the signal's number.
+    """
+    received: list[int] = []
+    if not active or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return _run(given)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"minilora: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        remedies = getattr(error, "__notes__", None)
-        if not remedies:
-            raise
-        print(f"minilora: {error}", *remedies, sep="\n", file=sys.stderr)
-        return 1
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _run(given: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ import minilora as ml
 from minilora.cli.options import add_command, add_quantize, summary
 from minilora.cli.preview import before_training
 from minilora.cli.values import CONFIGS, add_fields
+from minilora.common import check_writable
 from minilora.data.read_rows import check_file
+from minilora.lora.files.find import CONFIG_FILE
 from minilora.losses import OBJECTIVES
 from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options
 from minilora.tools.sweep import sweep_table
 from minilora.training.distributed import process_on
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
 
 def train(
@@ -27,18 +32,22 @@ def train(
     eval_dataset: str | None,
     objective: str,
     **given: Any,
-) -> None:
+) -> int:
     """Fine-tune an adapter, or with --method full the model, on a dataset and save it.
 
     Args:
         model: Hub id, folder or .gguf file.
         dataset: file of rows.
-        adapter: folder for the trained weights; None chooses "adapter" or "model".
+        adapter: folder for the trained weights; None chooses "adapter" (or "model", with --method
+            full), in output_dir if there is one.
         quantize: "nf4" or None.
         dtype: a dtype's name, or "auto".
         eval_dataset: file of held-out rows.
         objective: a key of minilora.losses.OBJECTIVES.
         given: the other options: fields of LoRAConfig, TrainConfig and the loss, and the datasets.
+
+    Returns:
+        The exit status: 0, or INTERRUPTED after Ctrl-C.
 
     Raises:
         ValueError: an option is invalid, missing or has no effect.
@@ -57,6 +66,7 @@ def train(
     if full and dtype == "auto":
         dtype = "float32"
     ranks = process_on(torch.device("cpu"), train_config.fsdp)
+    folder = _result_folder(adapter, train_config, ranks.is_main)
     device = "cpu" if ranks.fsdp else None  # FSDP moves only the shards to the GPUs
 
     loaded = ml.load_model(model, quantize=quantize, dtype=dtype, device=device)
@@ -71,7 +81,6 @@ def train(
         loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=held_out
     )
 
-    folder = adapter or ("model" if full else "adapter")
     if ranks.is_main:
         if full:
             ml.save_model(loaded, folder, tokenizer=tokenizer)
@@ -79,6 +88,32 @@ def train(
             ml.save_adapter(loaded, folder)
         ml.write_model_card(folder, result, dataset=dataset)
     print(_summary(result, folder))
+    if not result.interrupted:
+        return 0
+    if train_config.output_dir is None:
+        print("Without --output_dir there is no checkpoint, and the run cannot continue.")
+    else:
+        print("To continue, run the same command with --resume_from_checkpoint last.")
+    return INTERRUPTED
+
+
+def _result_folder(adapter: str | None, config: ml.TrainConfig, check: bool) -> Path:
+    """Return the folder for the trained weights; if asked, check that it is free and writable."""
+    is_full = config.method == "full"
+    name = "model" if is_full else "adapter"
+    folder = Path(adapter or Path(config.output_dir or "", name))
+    if not check:
+        return folder
+    written = folder / ("config.json" if is_full else CONFIG_FILE)
+    if written.exists() and config.resume_from_checkpoint is None:
+        raise ValueError(
+            f"--adapter: {folder} holds the weights of an earlier run. Choose another folder, or "
+            "delete it."
+        )
+    if config.output_dir is not None:
+        check_writable(Path(config.output_dir), "--output_dir")
+    check_writable(folder, "--adapter")
+    return folder
 
 
 def _configs(objective: str, given: dict[str, Any]) -> tuple[ml.LoRAConfig, ml.TrainConfig, Any]:
@@ -131,7 +166,7 @@ def _held_out(eval_dataset: str | None, general: str | None) -> Any:
     return {"": eval_dataset, "general": general}
 
 
-def _summary(result: ml.TrainResult, folder: str) -> str:
+def _summary(result: ml.TrainResult, folder: Path) -> str:
     """Return the last line that `train` prints."""
     state = "interrupted" if result.interrupted else "done"
     figures = {"loss": result.loss}
@@ -211,7 +246,8 @@ def _add_train(commands: Any) -> None:
         "--adapter",
         "--folder",
         dest="adapter",
-        help="folder for the trained weights (default: adapter, or model with --method full)",
+        help="folder for the trained weights (default: adapter, or model with --method full; in "
+        "output_dir, if given)",
     )
     parser.add_argument("--eval_dataset", help="held-out rows, measured during training")
     parser.add_argument(

@@ -10,6 +10,7 @@ sequences.py      types and lengths of sequences; widths of columns
 from minilora.common.atomic_files import (
     atomic_write,
     atomic_writes,
+    check_writable,
     path_in_errors,
     read_tensors,
     write_tensors,
@@ -38,6 +39,7 @@ __all__ = [
     "atomic_write",
     "atomic_writes",
     "check_options",
+    "check_writable",
     "column_widths",
     "comma_separated",
     "ends_with",

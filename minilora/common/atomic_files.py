@@ -89,6 +89,30 @@ def atomic_writes(folder: Path, index: Path) -> Iterator[Path]:
     _fsync(folder)
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder in which no file can be created. The folder is left as it was.
+
+    Args:
+        folder: The folder; it need not exist.
+        option: The option that named it, for the error.
+
+    Raises:
+        ValueError: The folder cannot be created, or nothing can be written to it.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+        for path in new:
+            path.rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"{option}: {folder} is not writable ({error.strerror}). Choose another folder."
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically.
 

@@ -72,9 +72,13 @@ def test_a_loss_that_is_not_finite_leaves_the_steps_before_it(tmp_path):
 
 def test_a_failure_within_an_update_saves_nothing(tmp_path, monkeypatch):
     """Weights may have changed, and moments not: there is no whole step to save."""
+    step, calls = torch.optim.AdamW.step, []
 
     def fail(self, *arguments, **options):
-        raise RuntimeError("optimiser failed")
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("optimiser failed")
+        return step(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
     with pytest.raises(RuntimeError, match="optimiser failed") as caught:
