@@ -120,10 +120,11 @@ class Checkpoints:
         Args:
             progress: The run.
         """
-        if self.folder is None or self.newest != self._folder_of(progress.step):
+        if self.folder is None:
             return
-        if self.parallel.is_main:
-            write_progress(self.newest, progress)
+        folder = self._folder_of(progress.step)
+        if self.newest == folder and self.parallel.is_main:
+            write_progress(folder, progress)
 
     def save(self, progress: Progress, best: dict[str, float] | None) -> None:
         """Save this step and delete the checkpoints that are not to be kept.
