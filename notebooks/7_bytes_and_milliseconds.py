@@ -13,305 +13,404 @@
 # %% [markdown]
 # # Where every byte and every millisecond goes
 #
-# **Question:** a training step of a 135-million-parameter model takes more than a gigabyte and more than a second. Of
-# what are they made, which of them does the mathematics need, and what did the rest cost?
+# **Question:** a training step of a 135-million-parameter model takes more than a gigabyte and more
+# than a second. Which parts make up this memory and this time, which of them does the mathematics
+# need, and how large is the rest?
 #
-# Bytes are counted and asserted. Milliseconds are this machine's, now: they are printed and drawn, and what is asserted
-# about them is only what holds on any machine, that the fast form computes what the plain one does. All runs on the
-# CPU, whose clock waits for the work; what a GPU takes says `benchmarks/gpu_kernels/kernel_bench.py`.
+# Bytes are counted and asserted. Milliseconds depend on the machine and its load, so they are
+# printed and drawn. The asserts about operations hold on every machine: the fast implementation
+# equals the reference implementation up to rounding. Everything runs on the CPU, where a clock
+# needs no synchronisation. `benchmarks/gpu_kernels/kernel_bench.py` measures GPUs.
 
 # %%
 import os
 import statistics
 import time
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
 
-import minilora as ml  # not there? In the repository's folder: pip install -e '.[gguf,plot]'
-from minilora.lora.fused_linear import lora_linear, plain_lora_linear
-from minilora.models.rope_config import frequencies, rotation
-from minilora_kernels.ops.attention import attention, plain_attention
+import minilora as ml  # to install it, in the repository: pip install -e '.[gguf,plot]'
+from minilora_kernels.ops.attention import attention
 from minilora_kernels.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
-from minilora_kernels.ops.rms_norm import plain_rms_norm, rms_norm
-from minilora_kernels.ops.rope import plain_rotate, rotate
-from minilora_kernels.ops.swiglu import gated, plain_gated
+from minilora_kernels.ops.rms_norm import rms_norm
+from minilora_kernels.ops.rope import rotate
+from minilora_kernels.ops.swiglu import gated
 
-SHORT = bool(
-    os.environ.get("MINILORA_SHORT")
-)  # tests run this in a short form: fewer tokens, every assertion
-ROWS, LENGTH, TURNS = (1, 64, 2) if SHORT else (4, 512, 5)
+ROWS = 4  # B
+LENGTH = 512  # T
+REPEATS = 5  # timed runs of an operation
+STEPS = 4  # training steps, the first is not timed
+
+# Tests run a short form: fewer tokens, and every assert.
+SHORT = bool(os.environ.get("MINILORA_SHORT"))
+if SHORT:
+    ROWS = 1
+    LENGTH = 64
+    REPEATS = 2
+    STEPS = 2
+
 source = ml.samples.smollm2()
 model = ml.load_model(source, quantize="nf4", device="cpu")
-names = ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-config, dtype = model.config, model.model.norm.weight.dtype
-N, D, inner = ROWS * LENGTH, config.hidden_size, config.intermediate_size
+ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 print(ml.count_parameters(model))
 
+config = model.config
+dtype = model.model.norm.weight.dtype
+N = ROWS * LENGTH  # tokens of a batch
+D = config.hidden_size
+inner = config.intermediate_size
+heads = config.num_attention_heads
+kv_heads = config.num_key_value_heads
+head_dim = config.head_dim
+
 # %% [markdown]
-# ## 1. Bytes that stand still
+# ## 1. Bytes of the whole run
 #
-# A QLoRA model is four kinds of bytes: half a byte a weight in the linear layers, their scales, the embedding in 16
-# bits, and the adapters in fp32. Training adds a gradient and two moments to each trained number, and to no other:
-# three times 4 bytes, where full fine-tuning pays them for every weight.
+# A QLoRA model stores four kinds of data: half a byte for each weight of the linear layers, the
+# scales of these weights, the embedding in 16 bits, and the adapters in fp32. Training adds a
+# gradient and two moments to each trainable parameter, three times 4 bytes, and to no other
+# parameter. Full fine-tuning needs them for every weight.
 
 # %%
 count = ml.count_parameters(model)
-linears = [module.base_layer for module in model.modules() if isinstance(module, ml.LoRALayer)]
-codes = sum(linear.packed.nbytes for linear in linears)
-weights = sum(linear.in_features * linear.out_features for linear in linears)
-assert codes == weights / 2 and len(linears) == 7 * config.num_hidden_layers
+layer_count = 0
+weights = 0
+code_bytes = 0
+for module in model.modules():
+    if isinstance(module, ml.LoRALayer):
+        layer_count += 1
+        weights += module.in_features * module.out_features
+        code_bytes += module.base_layer.packed.nbytes
+assert layer_count == 7 * config.num_hidden_layers
+assert code_bytes == weights / 2
+
 run = ml.TrainConfig(per_device_train_batch_size=ROWS, max_length=LENGTH)
 plan = ml.plan_memory(model, config=run)
-assert (
-    plan.packed == codes
-    and plan.adapters == 4 * count.trainable
-    and plan.optimizer >= 8 * count.trainable
-)
-full = ml.plan_memory(
-    source,
-    config=ml.TrainConfig(method="full", per_device_train_batch_size=ROWS, max_length=LENGTH),
-)
 print(plan)
-print(
-    f"\nwith every parameter trained: {full.total / 1e9:.2f} GB, of which {full.optimizer / 1e9:.2f} GB moments"
-)
-assert full.optimizer > 20 * plan.optimizer
+assert plan.packed == code_bytes
+assert plan.adapters == 4 * count.trainable
+assert plan.optimizer >= 8 * count.trainable
+
+full_run = ml.TrainConfig(method="full", per_device_train_batch_size=ROWS, max_length=LENGTH)
+full_plan = ml.plan_memory(source, config=full_run)
+print(f"\nfull fine-tuning: {full_plan.total / 1e9:.2f} GB")
+print(f"of which moments: {full_plan.optimizer / 1e9:.2f} GB")
+assert full_plan.optimizer > 20 * plan.optimizer
 
 # %% [markdown]
-# ## 2. Bytes that a step keeps
+# ## 2. Bytes that forward saves for backward
 #
-# What forward keeps for backward is most of the rest. autograd keeps the inputs of every operation that has a
-# derivative; a hook sees each of them. The plain forms are written to be read, and keep what each of their statements
-# needs. The fast forms keep what the *formula* needs: of a norm its input and a number a row; of a gate its two inputs;
-# of a LoRA layer r numbers a token; of attention q, k and v and never the T × T weights.
+# Most of the rest are tensors that forward saves for backward. autograd saves the inputs of every
+# operation that has a derivative, and a hook sees each of them. The reference implementations are
+# written for reading, and they save the tensors that each of their statements needs. The fast
+# implementations save only the tensors that the *formula* needs:
+#
+# - a norm saves its input and one number a row,
+# - a gate saves its two inputs,
+# - a LoRA layer saves r numbers a token,
+# - attention saves q, k and v, but never the T × T weights.
 
 
 # %%
-def kept(forward) -> int:
-    """Bytes that forward keeps for backward, weights aside, each storage once."""
-    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
+def saved_bytes(forward) -> int:
+    """Return the bytes that `forward` saves for backward, without the model's parameters."""
+    parameter_addresses = set()
+    for parameter in model.parameters():
+        parameter_addresses.add(parameter.untyped_storage().data_ptr())
+    sizes: dict[int, int] = {}  # address of a storage -> its bytes, so that each counts once
 
-    def pack(tensor):
+    def save(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        address = storage.data_ptr()
+        if address not in parameter_addresses:
+            sizes[address] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = forward()  # held, so that no storage is freed and its place counted twice
-    del held
+    def load(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, load):
+        output = forward()  # keeps every storage alive, so no address is used twice
+    del output
     return sum(sizes.values())
 
 
+# %% [markdown]
+# The decoder layer needs cos and sin of the rotary position embedding: position $t$ has the angles
+# $t \, \omega_i$ with $\omega_i = \theta^{-2i/d}$, once for each half of a head.
+
+# %%
+omega = config.rope.theta ** -(torch.arange(0, head_dim, 2) / head_dim)  # (d/2,)
+angles = torch.arange(LENGTH)[:, None] * omega  # (T, d/2)
+angles = torch.cat([angles, angles], dim=-1)[None, None]  # (1, 1, T, d)
+cos = angles.cos().to(dtype)  # (1, 1, T, d)
+sin = angles.sin().to(dtype)  # (1, 1, T, d)
+
 layer = model.model.layers[0]
-x = torch.randn(ROWS, LENGTH, D).to(dtype).requires_grad_()
-rope = rotation(
-    frequencies(config.rope_of("full_attention"), config.head_dim),
-    torch.arange(LENGTH)[None],
-    dtype,
-)
-fast_bytes = kept(lambda: layer(x, rope, None, None))
+x = torch.randn(ROWS, LENGTH, D).to(dtype).requires_grad_()  # (B, T, D)
+
+
+def forward_layer():
+    return layer(x, (cos, sin), None, None)  # (B, T, D)
+
+
+fast_bytes = saved_bytes(forward_layer)
 with ml.reference_ops():
-    plain_bytes = kept(lambda: layer(x, rope, None, None))
-size = dtype.itemsize
-# x, q, k, v, attention's output, x again, gate and up
-needed = N * size * (4 * D + 2 * config.num_key_value_heads * config.head_dim + 2 * inner)
-print(
-    f"a layer keeps {plain_bytes / 1e6:.1f} MB in plain forms, {fast_bytes / 1e6:.1f} MB in fast ones"
-)
-print(f"q, k, v, gate, up and the three inputs of its sums alone are {needed / 1e6:.1f} MB")
-assert needed <= fast_bytes <= 1.1 * needed < plain_bytes / 1.5
+    reference_bytes = saved_bytes(forward_layer)
+
+# The inputs of the two norms, q, the output of attention; k and v; gate and up.
+numbers_per_token = 4 * D + 2 * kv_heads * head_dim + 2 * inner
+needed_bytes = N * dtype.itemsize * numbers_per_token
+print(f"a layer saves {reference_bytes / 1e6:.1f} MB with the reference implementations")
+print(f"and {fast_bytes / 1e6:.1f} MB with the fast ones")
+print(f"the largest tensors that the formulas need have {needed_bytes / 1e6:.1f} MB")
+assert needed_bytes <= fast_bytes
+assert fast_bytes <= 1.1 * needed_bytes
+assert reference_bytes / 1.5 > 1.1 * needed_bytes
 
 # %% [markdown]
-# Gradient checkpointing keeps a layer's input and nothing else, and runs the layer again in backward. It buys the
-# factor below for the time of one more forward pass.
+# Gradient checkpointing saves only the input of a layer, and runs the layer again in backward. The
+# saved bytes shrink by the factor below, at the cost of one more forward pass.
 
 # %%
-checkpointed = N * D * size
-print(
-    f"with gradient checkpointing {checkpointed / 1e6:.1f} MB: {fast_bytes / checkpointed:.1f} times less"
-)
-assert fast_bytes > 8 * checkpointed
+checkpointed_bytes = N * D * dtype.itemsize
+factor = fast_bytes / checkpointed_bytes
+print(f"a layer saves {checkpointed_bytes / 1e6:.1f} MB with gradient checkpointing")
+print(f"this is {factor:.1f} times less")
+assert factor > 8
 
 # %% [markdown]
-# ## 3. The bytes nobody sees: logits
+# ## 3. Bytes of the logits
 #
-# The loss looks at tokens × vocabulary numbers. In fp32 they would be more than everything the layers keep together;
-# `linear_cross_entropy` makes them a chunk at a time, takes the gradient of the chunk at once, and writes the next one
-# over it.
+# The loss needs one logit for each token and each word of the vocabulary. In fp32, all logits would
+# take more memory than seven layers save. `linear_cross_entropy` computes them a chunk at a time,
+# turns the chunk into its gradient at once, and uses the same memory for the next chunk.
 
 # %%
-logits = N * config.vocab_size * 4
-layers = config.num_hidden_layers * fast_bytes
-print(f"all logits in fp32: {logits / 1e6:.0f} MB; what all layers keep: {layers / 1e6:.0f} MB")
-W = model.get_output_embeddings().weight
-hidden = torch.randn(min(N, 256), D).to(dtype).requires_grad_()
-labels = torch.randint(0, config.vocab_size, (len(hidden),))
+logits_bytes = N * config.vocab_size * 4
+layers_bytes = config.num_hidden_layers * fast_bytes
+print(f"all logits in fp32: {logits_bytes / 1e6:.0f} MB")
+print(f"saved by all layers: {layers_bytes / 1e6:.0f} MB")
+assert logits_bytes > 7 * fast_bytes
+
+rows = min(N, 256)
+W = model.get_output_embeddings().weight  # (V, D)
+hidden = torch.randn(rows, D).to(dtype).requires_grad_()  # (rows, D)
+labels = torch.randint(0, config.vocab_size, (rows,))  # (rows,)
 loss = linear_cross_entropy(hidden, W, labels)
-(gradient,) = torch.autograd.grad(loss, hidden)
-exact = hidden.detach().double().requires_grad_()
-expected = plain_cross_entropy(exact, W.double(), labels)
-(wanted,) = torch.autograd.grad(expected, exact)
-assert abs(loss - expected) < 1e-3 * expected and (gradient - wanted).norm() < 2e-2 * wanted.norm()
-# the gradient, and a byte a token: whether it is learned
-assert kept(lambda: linear_cross_entropy(hidden, W, labels)) == hidden.nbytes + len(labels)
+(gradient,) = torch.autograd.grad(loss, hidden)  # (rows, D)
+
+exact_hidden = hidden.detach().double().requires_grad_()  # (rows, D)
+exact_loss = plain_cross_entropy(exact_hidden, W.double(), labels)
+(exact_gradient,) = torch.autograd.grad(exact_loss, exact_hidden)  # (rows, D)
+assert abs(loss - exact_loss) < 1e-3 * exact_loss
+gradient_error = (gradient - exact_gradient).norm()
+assert gradient_error < 2e-2 * exact_gradient.norm()
+
+# The loss saves its gradient, and one byte a token: whether the token has a label.
+loss_bytes = saved_bytes(partial(linear_cross_entropy, hidden, W, labels))
+assert loss_bytes == hidden.nbytes + len(labels)
 
 # %% [markdown]
-# ## 4. Milliseconds, one op at a time
+# ## 4. Milliseconds of each operation
 #
-# Forward and backward of each op at the sizes of one layer, in its plain form and in its fast one, taken in turns.
+# Each operation runs forward and backward at the sizes of one layer. Inside `ml.reference_ops()` it
+# takes its reference implementation, outside its fast one. The two run in turns, and the first run
+# of each checks that the results agree.
+
 
 # %%
-heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+def run_once(operation, inputs) -> tuple[float, list[torch.Tensor]]:
+    """Run forward and backward; return the milliseconds, and the output with all gradients."""
+    start = time.perf_counter()
+    output = operation(*inputs)
+    gradients = torch.autograd.grad(output, inputs, torch.ones_like(output))
+    elapsed = 1e3 * (time.perf_counter() - start)
+    return elapsed, [output, *gradients]
+
+
+def compare(name, operation, inputs) -> tuple[float, float]:
+    """Compare the reference implementation of an operation with the fast one.
+
+    Args:
+        name: Name to print.
+        operation: Function of the inputs that follows `ml.reference_ops`.
+        inputs: Tensors that require gradients.
+
+    Returns:
+        The median milliseconds of the reference and of the fast implementation.
+    """
+    with ml.reference_ops():
+        _, expected = run_once(operation, inputs)
+    _, results = run_once(operation, inputs)
+    for result, reference in zip(results, expected, strict=True):
+        error = (result - reference).float().norm()
+        assert error <= 3e-2 * reference.float().norm()  # a few roundings in 16 bits
+
+    reference_times = []
+    fast_times = []
+    for _ in range(REPEATS):
+        with ml.reference_ops():
+            elapsed, _ = run_once(operation, inputs)
+        reference_times.append(elapsed)
+        elapsed, _ = run_once(operation, inputs)
+        fast_times.append(elapsed)
+    reference_ms = statistics.median(reference_times)
+    fast_ms = statistics.median(fast_times)
+    print(f"{name:12} reference {reference_ms:7.2f} ms   fast {fast_ms:7.2f} ms")
+    return reference_ms, fast_ms
+
+
 generator = torch.Generator().manual_seed(0)
 
 
 def noise(*shape: int) -> torch.Tensor:
+    """Return random numbers that require a gradient."""
     return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
 
 
-def turned(count: int) -> torch.Tensor:
-    """(B, heads, T, d), as it lies after a projection."""
-    return noise(ROWS, LENGTH, count, d).transpose(1, 2)
+def head_noise(head_count: int) -> torch.Tensor:
+    """Return random heads (B, heads, T, d) with the memory layout after a projection."""
+    return noise(ROWS, LENGTH, head_count, head_dim).transpose(1, 2)
 
 
-w = noise(D).detach()
-up_proj = layer.mlp.up_proj
-ops = {
-    "norm": (
-        lambda x: plain_rms_norm(x, w, 1e-5),
-        lambda x: rms_norm(x, w, 1e-5),
-        [noise(ROWS, LENGTH, D)],
-    ),
-    "rotate": (lambda x: plain_rotate(x, *rope), lambda x: rotate(x, *rope), [turned(heads)]),
-    "attention": (plain_attention, attention, [turned(heads), turned(kv_heads), turned(kv_heads)]),
-    "gate": (plain_gated, gated, [noise(ROWS, LENGTH, inner), noise(ROWS, LENGTH, inner)]),
-    "LoRA layer": (
-        lambda x: plain_lora_linear(up_proj, x),
-        lambda x: lora_linear(up_proj, x),
-        [noise(ROWS, LENGTH, D)],
-    ),
+norm = partial(rms_norm, weight=noise(D).detach(), eps=1e-5)
+rotation = partial(rotate, cos=cos, sin=sin)
+q = head_noise(heads)
+k = head_noise(kv_heads)
+v = head_noise(kv_heads)
+gate = noise(ROWS, LENGTH, inner)
+up = noise(ROWS, LENGTH, inner)
+
+milliseconds = {
+    "norm": compare("norm", norm, [x]),
+    "rotation": compare("rotation", rotation, [q]),
+    "attention": compare("attention", attention, [q, k, v]),
+    "gate": compare("gate", gated, [gate, up]),
+    "LoRA layer": compare("LoRA layer", layer.mlp.up_proj, [x]),
 }
-milliseconds: dict[str, list[float]] = {}
-for name, (plain, fast, inputs) in ops.items():
-    times, outputs = {plain: [], fast: []}, []
-    for turn in range(TURNS + 1):
-        for form in (plain, fast):
-            started = time.perf_counter()
-            y = form(*inputs)
-            gradients = torch.autograd.grad(y, inputs, torch.ones_like(y))
-            times[form].append(1e3 * (time.perf_counter() - started))
-            if turn == 0:
-                outputs.append([y, *gradients])
-    for found, wanted in zip(*outputs, strict=True):  # a few roundings of 16 bits apart
-        assert (found - wanted).float().norm() <= 3e-2 * wanted.float().norm()
-    milliseconds[name] = [statistics.median(times[form][1:]) for form in (plain, fast)]
-    print(f"{name:12} plain {milliseconds[name][0]:7.2f} ms   fast {milliseconds[name][1]:7.2f} ms")
 
 # %% [markdown]
-# ## 5. A step beside its limit
+# ## 5. A step compared with its lower bound
 #
-# A step cannot be faster than its matrix products. They are counted: forward multiplies by every weight once, backward
-# once more (for dX: the frozen weights have no dW), and the head does the same. What is above that is attention,
-# movement of memory, and Python.
+# A step cannot be faster than its matrix products. They can be counted. Forward multiplies by every
+# weight once. Backward multiplies once more, for dX; the frozen weights have no dW. The same holds
+# for the head. The time above this bound goes to attention, to memory traffic and to Python.
 
 # %%
-products = 2 * 2 * N * (weights + config.vocab_size * D)
-A, B = noise(N, D), noise(D, inner).detach()
-times = []
-for _ in range(TURNS + 1):
-    started = time.perf_counter()
-    A.detach() @ B
-    times.append(time.perf_counter() - started)
-rate = 2 * N * D * inner / statistics.median(times)
-model.train()
-batch = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=generator)
-objective, seconds = ml.SFT(), []
-for _ in range(2 if SHORT else 4):
-    started = time.perf_counter()
-    total, _ = objective.loss(model, {"input_ids": batch, "labels": batch})
-    (total / N).backward()
-    seconds.append(time.perf_counter() - started)
-step = statistics.median(seconds[1:])
-print(
-    f"{products / 1e12:.2f} TFLOP of products; one alone runs at {rate / 1e9:.0f} GFLOP/s: {products / rate:.2f} s"
-)
-print(
-    f"a step takes {step:.2f} s, {step * rate / products:.1f} times that: {N / step:,.0f} tokens a second"
-)
+forward_flop = 2 * N * (weights + config.vocab_size * D)
+step_flop = 2 * forward_flop
 
-figure, left = plt.subplots(figsize=(8, 3.4), layout="constrained")
-places = range(len(milliseconds))
-for offset, (form, colour) in enumerate({"plain": "0.75", "fast": "#0072b2"}.items()):
-    left.barh(
-        [p + 0.4 * offset for p in places],
-        [m[offset] for m in milliseconds.values()],
-        0.4,
-        label=form,
-        color=colour,
-    )
-left.set(
-    title="one layer's ops, forward and backward", xlabel="ms", yticks=[p + 0.2 for p in places]
-)
-left.set_yticklabels(milliseconds)
-left.invert_yaxis()
-left.legend()
+A = noise(N, D).detach()  # (N, D)
+B = noise(D, inner).detach()  # (D, inner)
+product_seconds = []
+for _ in range(REPEATS + 1):
+    start = time.perf_counter()
+    A @ B
+    product_seconds.append(time.perf_counter() - start)
+rate = 2 * N * D * inner / statistics.median(product_seconds)  # FLOP a second
+bound = step_flop / rate
+print(f"matrix products of a step: {step_flop / 1e12:.2f} TFLOP")
+print(f"one product alone runs at {rate / 1e9:.0f} GFLOP/s")
+print(f"lower bound of a step: {bound:.2f} s")
+
+model.train()
+batch = torch.randint(0, config.vocab_size, (ROWS, LENGTH), generator=generator)  # (B, T)
+objective = ml.SFT()
+step_seconds = []
+for _ in range(STEPS):
+    start = time.perf_counter()
+    loss_sum, _ = objective.loss(model, {"input_ids": batch, "labels": batch})
+    (loss_sum / N).backward()
+    step_seconds.append(time.perf_counter() - start)
+step = statistics.median(step_seconds[1:])
+print(f"a step takes {step:.2f} s, {step / bound:.1f} times its lower bound")
+print(f"{N / step:,.0f} tokens a second")
+
+# %%
+bar_positions = torch.arange(len(milliseconds))
+reference_ms = [pair[0] for pair in milliseconds.values()]
+fast_ms = [pair[1] for pair in milliseconds.values()]
+fig, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+axis.barh(bar_positions, reference_ms, 0.4, label="reference", color="0.75")
+axis.barh(bar_positions + 0.4, fast_ms, 0.4, label="fast", color="#0072b2")
+axis.set(title="operations of one layer, forward and backward", xlabel="ms")
+axis.set_yticks(bar_positions + 0.2, list(milliseconds))
+axis.invert_yaxis()
+axis.legend()
 plt.show()
 
 # %% [markdown]
-# And the memory of section 1 as a picture: what a QLoRA step holds at its fullest, beside a step that trains all.
+# The next picture shows the memory of section 1: a QLoRA step at its peak, and a step of full
+# fine-tuning.
 
 # %%
-ml.plot.memory([plan, full])
+ml.plot.memory([plan, full_plan])
 
 # %% [markdown]
-# ## 6. How it grows
+# ## 6. Growth with length and rank
 #
-# Everything kept grows with the tokens in a straight line, attention included, because its T × T weights are made again
-# block by block; its *time* grows with the square of the length. The rank adds r numbers a token and layer, which is
-# little, and multiplies what trains: adapters, gradients, moments.
+# The saved bytes grow linearly with the number of tokens. This holds for attention too, because
+# backward computes its T × T weights again, block by block. The *time* of attention grows with the
+# square of the length.
+#
+# A higher rank adds few saved bytes: r numbers a token in each layer. Adapters, gradients and
+# moments grow in proportion to the rank.
 
 # %%
-lengths = [256, 512, 1024, 2048]
-grown = [
-    ml.plan_memory(model, config=ml.TrainConfig(per_device_train_batch_size=1, max_length=n))
-    for n in lengths
-]
-per_token = [p.activations / n for p, n in zip(grown, lengths, strict=True)]
-print("kept a token, KB:", [f"{b / 1e3:.1f}" for b in per_token])
+per_token = []
+for length in (256, 512, 1024, 2048):
+    row = ml.TrainConfig(per_device_train_batch_size=1, max_length=length)
+    activations = ml.plan_memory(model, config=row).activations
+    per_token.append(activations / length)
+    print(f"length {length}: {per_token[-1] / 1e3:.1f} kB saved for each token")
 assert max(per_token) < 1.05 * min(per_token)
-ranks = {
-    r: ml.plan_memory(source, ml.LoRAConfig(r=r, target_modules="all-linear"), run, quantize="nf4")
-    for r in (8, 64)
-}
-print({r: f"{p.total / 1e9:.3f} GB" for r, p in ranks.items()})
-assert (
-    ranks[64].activations < 1.1 * ranks[8].activations
-    and ranks[64].adapters == 8 * ranks[8].adapters
-)
+
+
+def plan_of_rank(r: int) -> ml.MemoryPlan:
+    """Return the plan of this run with another rank."""
+    lora = ml.LoRAConfig(r=r, target_modules="all-linear")
+    return ml.plan_memory(source, lora, run, quantize="nf4")
+
+
+low = plan_of_rank(8)
+high = plan_of_rank(64)
+print(f"rank 8: {low.total / 1e9:.3f} GB, rank 64: {high.total / 1e9:.3f} GB")
+assert high.activations < 1.1 * low.activations
+assert high.adapters == 8 * low.adapters
 
 # %% [markdown]
-# **Exercise.** From which length on does a row keep more for backward than everything that stands still, weights,
-# adapters, gradients and moments? And with `gradient_checkpointing=True`?
+# **Exercise.** Weights, adapters, gradients and moments do not depend on the length of a row. From
+# which length on does one row save more bytes for backward than all of these? And with
+# `gradient_checkpointing=True`?
 #
 # <details><summary>Solution</summary>
 #
 # ```python
-# needed = {}
-# for checkpointing in (False, True):
-#     for T in [2**k for k in range(6, 17)]:
-#         run = ml.TrainConfig(per_device_train_batch_size=1, max_length=T, gradient_checkpointing=checkpointing)
-#         p = ml.plan_memory(model, config=run)
-#         still = p.packed + p.scales + p.dense + p.adapters + p.gradients + p.optimizer
-#         if p.activations > still:
-#             needed[checkpointing] = T
-#             break
-# print(needed)
-# assert needed[True] >= 8 * needed[False]
+# def first_length(checkpointing):
+#     """Return the first power of two at which a row saves more than the constant parts."""
+#     for exponent in range(6, 17):
+#         length = 2**exponent
+#         row = ml.TrainConfig(
+#             per_device_train_batch_size=1,
+#             max_length=length,
+#             gradient_checkpointing=checkpointing,
+#         )
+#         p = ml.plan_memory(model, config=row)
+#         base = p.packed + p.scales + p.dense
+#         if p.activations > base + p.adapters + p.gradients + p.optimizer:
+#             return length
+#     raise ValueError("no length up to 65,536 is long enough")
+#
+#
+# plain = first_length(False)
+# checkpointed = first_length(True)
+# print(f"from {plain} tokens on, with checkpointing from {checkpointed} tokens on")
+# assert checkpointed >= 8 * plain
 # ```
 #
-# What `p.workspace` and `p.logits` hold comes on top, and only while it is in use.
+# The step also needs `p.workspace` and `p.logits`, each for a part of its time.
 #
 # </details>
