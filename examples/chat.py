@@ -1,12 +1,14 @@
-"""Instruction tuning with a chat template: conversations in which every answer is learned. python examples/chat.py
+"""Instruction tuning with a chat template: every answer of a conversation is supervised.
 
-One idea: of a conversation the assistant's words are trained and nothing else, in each of its
-turns. What is learned shows twice: with three turns to imitate, and without any, where an untrained
-model has nothing to go by.
+Run it with `python examples/chat.py`.
 
-Task: a misspelt word, answered in one fixed sentence. Data: the dictionary of PyPI's codespell (its
-words CC-BY-SA-3.0, from Wikipedia), held out by the first five letters of the right word. The last
-line printed is one JSON document.
+Idea: training supervises the assistant's messages and no others, in every turn. The example tests
+the model in two ways: after three turns that it can imitate, and without them, where an untrained
+model has no pattern to follow.
+
+Task: answer a misspelt word with one fixed sentence that contains the right word. Data: the
+dictionary of codespell from PyPI (CC-BY-SA-3.0, from Wikipedia). No held-out word begins with the
+same five letters as a training word. The last printed line is one JSON document.
 """
 
 import difflib
@@ -17,109 +19,184 @@ import re
 import time
 
 import minilora as ml
-from minilora.evaluation.samples.download import FilePin, Pin, fetch
-from minilora.evaluation.samples.task import Row, question_of
 
-SHA256 = "af2505b335e8573dbd2d384d1c4ef498f4006f4ba2d6fceca01e55b91f52628a"
-WORDS = FilePin(
-    "codespell_lib/data/dictionary.txt",
-    1496821,
-    "a457564a466120c728361e9c759b6a6ef05c2acc05c7e12d1ba0eb251036f42d",
+DICTIONARY = ml.samples.FilePin(
+    name="codespell_lib/data/dictionary.txt",
+    size=1496821,
+    sha256="a457564a466120c728361e9c759b6a6ef05c2acc05c7e12d1ba0eb251036f42d",
 )
-WHEEL = Pin(
-    "codespell", "2.4.3", FilePin("codespell-2.4.3-py3-none-any.whl", 340736, SHA256), WORDS
+WHEEL = ml.samples.FilePin(
+    name="codespell-2.4.3-py3-none-any.whl",
+    size=340736,
+    sha256="af2505b335e8573dbd2d384d1c4ef498f4006f4ba2d6fceca01e55b91f52628a",
 )
+CODESPELL = ml.samples.Pin("codespell", "2.4.3", archive=WHEEL, member=DICTIONARY)
 ANSWER = "I would write **{}**."
-TURNS = 4
+TURNS = 4  # turns of a conversation
 
 
 def read_words() -> dict[str, list[tuple[str, str]]]:
-    """Five letters → one (wrong, right) of the words that begin so; lines with several corrections are left out."""
+    """Return (wrong, right) words, grouped by the first five letters of the right word.
+
+    Lines with several corrections are left out.
+    """
     groups: dict[str, list[tuple[str, str]]] = {}
-    for line in fetch(WHEEL).read_text(encoding="utf-8").splitlines():
-        if found := re.fullmatch(r"([a-z]{5,})->([a-z]{5,})", line):
-            groups.setdefault(found[2][:5], []).append((found[1], found[2]))
+    for line in ml.samples.fetch(CODESPELL).read_text(encoding="utf-8").splitlines():
+        match = re.fullmatch(r"([a-z]{5,})->([a-z]{5,})", line)
+        if match:
+            wrong, right = match.groups()
+            groups.setdefault(right[:5], []).append((wrong, right))
     return groups
 
 
-def conversations(pairs: list[tuple[str, str]], turns: int) -> list[Row]:
-    """`turns` pairs a conversation; the first message says what the task is."""
+def draw_pairs(groups: dict[str, list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    """Return one pair of each group, in random order."""
+    rng = random.Random(0)
+    pairs = []
+    for letters in rng.sample(sorted(groups), len(groups)):
+        pairs.append(rng.choice(groups[letters]))
+    return pairs
+
+
+def conversations(pairs: list[tuple[str, str]]) -> list[ml.samples.Row]:
+    """Return conversations of TURNS pairs each; the system message states the task."""
     rows = []
-    for start in range(0, len(pairs) - turns + 1, turns):
+    for start in range(0, len(pairs) - TURNS + 1, TURNS):
         messages = [{"role": "system", "content": "Correct the word."}]
-        for wrong, right in pairs[start : start + turns]:
+        for wrong, right in pairs[start : start + TURNS]:
             messages.append({"role": "user", "content": wrong})
             messages.append({"role": "assistant", "content": ANSWER.format(right)})
         rows.append({"messages": messages})
     return rows
 
 
+def last_turns(rows: list[ml.samples.Row]) -> list[ml.samples.Row]:
+    """Return the system message and the last turn of each conversation."""
+    shortened = []
+    for row in rows:
+        system = row["messages"][0]
+        shortened.append({"messages": [system, *row["messages"][-2:]]})
+    return shortened
+
+
 def in_style(prediction: str, reference: str) -> float:
-    """Is it the sentence, whatever the word?"""
-    return float(re.fullmatch(r"I would write \*\*\w+\*\*\.", prediction.strip()) is not None)
+    """Return 1 if the answer is the fixed sentence with any word."""
+    match = re.fullmatch(r"I would write \*\*\w+\*\*\.", prediction.strip())
+    return float(match is not None)
 
 
 def word_right(prediction: str, reference: str) -> float:
-    """Is the right word among those of the answer, whatever the sentence?"""
-    return float(reference.split("**")[1] in re.findall(r"\w+", prediction.lower()))
+    """Return 1 if the right word is in the answer, in any sentence."""
+    words = re.findall(r"\w+", prediction.lower())
+    return float(right_word(reference) in words)
+
+
+def right_word(answer: str) -> str:
+    """Return the word of an answer in the fixed sentence."""
+    return answer.split("**")[1]
+
+
+def dictionary_score(rows: list[ml.samples.Row], words: list[str]) -> float:
+    """Return the share of rows whose right word is the most similar word of a dictionary.
+
+    Only dictionary words with the same first letter and about the same length are compared.
+    """
+    correct = 0
+    for row in rows:
+        wrong = ml.samples.question_of(row)
+        right = right_word(ml.samples.answer_of(row))
+        candidates = [word for word in words if word[0] == wrong[0]]
+        candidates = [word for word in candidates if abs(len(word) - len(wrong)) < 2]
+        nearest = difflib.get_close_matches(wrong, candidates, n=1, cutoff=0)
+        if nearest == [right]:
+            correct += 1
+    return correct / len(rows)
+
+
+def print_table(before: dict[str, float], after: dict[str, float]) -> None:
+    """Print the scores before and after training."""
+    print(f"\n{'':<32}{'before':>8}{'after':>8}")
+    for name, score in before.items():
+        print(f"{name:<32}{score:8.3f}{after[name]:8.3f}")
+
+
+def flat_scores(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Return the scores before and after training in one flat dict."""
+    flat = {}
+    for when, scores in (("before", before), ("after", after)):
+        for name, score in scores.items():
+            flat[f"{name}, {when}"] = score
+    return flat
 
 
 def main() -> dict:
-    """Run the example; returns the document it prints. MINILORA_SHORT=1 cuts steps and rows."""
-    started, short = time.perf_counter(), bool(os.environ.get("MINILORA_SHORT"))
-    rng, groups = random.Random(0), read_words()
-    pairs = [rng.choice(groups[letters]) for letters in rng.sample(sorted(groups), len(groups))]
-    count = TURNS * (4 if short else 100)
-    held_out, train = conversations(pairs[:count], TURNS), conversations(pairs[count:], TURNS)
-    alone = [{"messages": [row["messages"][0], *row["messages"][-2:]]} for row in held_out]
+    """Run the example and return the printed document; MINILORA_SHORT=1 cuts steps and rows."""
+    start_time = time.perf_counter()
+    short = bool(os.environ.get("MINILORA_SHORT"))
+    held_out_conversations = 100
+    steps = 20
+    max_new_tokens = 20
+    if short:
+        held_out_conversations = 4
+        steps = 2
+        max_new_tokens = 2
+
+    # 1. Conversations of four turns, and the held-out ones without their first three turns.
+    groups = read_words()
+    pairs = draw_pairs(groups)
+    held_out_pairs = TURNS * held_out_conversations
+    held_out = conversations(pairs[:held_out_pairs])
+    train = conversations(pairs[held_out_pairs:])
+    alone = last_turns(held_out)
+
+    # 2. A model in 4 bits. The preview shows which tokens are supervised.
     source = ml.samples.smollm2()
-    model, tokenizer = ml.load_model(source, quantize="nf4"), ml.load_tokenizer(source)
+    model = ml.load_model(source, quantize="nf4")
+    tokenizer = ml.load_tokenizer(source)
     print(ml.preview(train[:1], tokenizer))
 
     def measure() -> dict[str, float]:
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name, rows in (("alone", alone), ("after three turns", held_out)):
-            metrics, room = {"in style": in_style, "word right": word_right}, 2 if short else 20
             with ml.dequantized_weights(model):
                 scores = ml.evaluate(
-                    model, tokenizer, rows, metrics=metrics, max_new_tokens=room, batch_size=50
+                    model,
+                    tokenizer,
+                    rows,
+                    metrics={"in style": in_style, "word right": word_right},
+                    max_new_tokens=max_new_tokens,
+                    batch_size=50,
                 )
-            found |= {f"{metric}, {name}": value for metric, value in scores.metrics.items()}
-        return found
+            for metric, value in scores.metrics.items():
+                figures[f"{metric}, {name}"] = value
+        return figures
 
+    # 3. Before, training, after.
     before = measure()
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
-    config = ml.TrainConfig(max_steps=2 if short else 20, learning_rate=1e-3, warmup_ratio=0.1)
+    config = ml.TrainConfig(max_steps=steps, learning_rate=1e-3, warmup_ratio=0.1)
     result = ml.train(model, tokenizer, train, config)
     after = measure()
 
-    vocabulary, right = sorted({right for group in groups.values() for _, right in group}), 0
-    for row in alone:  # among words of the same first letter and about the same length
-        wrong, expected = question_of(row), row["messages"][-1]["content"].split("**")[1]
-        near = [
-            word for word in vocabulary if word[0] == wrong[0] and abs(len(word) - len(wrong)) < 2
-        ]
-        right += difflib.get_close_matches(wrong, near, 1, 0)[:1] == [expected]
-    print(f"\n{'':<32}{'before':>8}{'after':>8}")
-    for name in before:
-        print(f"{name:<32}{before[name]:8.3f}{after[name]:8.3f}")
-    print(
-        f"{'nearest in the dictionary':<32}{'':8}{right / len(alone):8.3f}   a list that holds the answer, no model"
-    )
-    assert short or after["in style, alone"] > 0.9 > before["in style, alone"], (
-        "the style was not learned"
-    )
+    # 4. A baseline without a model: the nearest word of a dictionary that contains the right word.
+    words = set()
+    for group in groups.values():
+        for _, right in group:
+            words.add(right)
+    dictionary = dictionary_score(alone, sorted(words))
 
-    document = {
-        f"{k}, {when}": v
-        for when, found in (("before", before), ("after", after))
-        for k, v in found.items()
-    }
-    document |= {"dictionary": right / len(alone), "rows_test": len(alone), "steps": result.steps}
-    document |= {
-        "tokens_per_second": result.tokens_per_second,
-        "seconds": time.perf_counter() - started,
-    }
+    print_table(before, after)
+    print(f"{'nearest in the dictionary':<32}{'':8}{dictionary:8.3f}   no model")
+    if not short:
+        assert before["in style, alone"] < 0.9
+        assert after["in style, alone"] > 0.9, "the model did not learn the style"
+
+    document = flat_scores(before, after)
+    document["dictionary"] = dictionary
+    document["rows_test"] = len(alone)
+    document["steps"] = result.steps
+    document["tokens_per_second"] = result.tokens_per_second
+    document["seconds"] = time.perf_counter() - start_time
     print(json.dumps(document))
     return document
 
