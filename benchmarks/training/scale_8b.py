@@ -155,25 +155,21 @@ def make(folder: Path, fields: dict[str, Any]) -> None:
         fields[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
     keys = width // fields["num_attention_heads"] * fields["num_key_value_heads"]
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (width, width),
         "self_attn.k_proj": (keys, width),
         "self_attn.v_proj": (keys, width),
-    }
-    shapes |= {
         "self_attn.o_proj": (width, width),
         "mlp.gate_proj": (inner, width),
         "mlp.up_proj": (inner, width),
-    }
-    shapes |= {
         "mlp.down_proj": (width, inner),
         "input_layernorm": (width,),
         "post_attention_layernorm": (width,),
     }
-    shards = [{"model.embed_tokens": (vocabulary, width)}]
+    shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens": (vocabulary, width)}]
     for i in range(fields["num_hidden_layers"]):
         shards.append({f"model.layers.{i}.{name}": shape for name, shape in shapes.items()})
-    head = {"model.norm": (width,)}
+    head: dict[str, tuple[int, ...]] = {"model.norm": (width,)}
     if not fields["tie_word_embeddings"]:
         head["lm_head"] = (vocabulary, width)
     shards.append(head)
