@@ -17,6 +17,7 @@ import re
 import time
 import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 import minilora as ml
 
@@ -175,7 +176,7 @@ def main() -> dict:
             "The model is not better than the most common kind."
         )
 
-    document = dict(baselines)
+    document: dict[str, Any] = dict(baselines)
     for name, value in new.items():
         document[name] = {"before": old[name], "after": value}
     document |= {
