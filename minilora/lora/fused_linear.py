@@ -17,17 +17,17 @@ Kept for backward are
     z                  (N, r) in the dtype of x, for dB
     A, B               the fp32 parameters themselves, not copies, for q, dx and dA
     W                  the dense parameter, or the 4-bit codes and scales, both stored anyway
-    x, or its recipe   for dA. A norm or gate that produced x also notes how to compute it again
-                       from its own inputs, kept anyway (minilora_kernels/ops/recompute.py)
+    x, or its recipe   for dA. A norm or gate that computed x left a recipe: how to compute x again
+                       from tensors that it keeps itself (minilora_kernels/ops/recompute.py)
 
 Not kept are y, the 16-bit copies of A and B, and the dense W of a 4-bit layer. Backward dequantises
 again, on a CPU into a buffer that all layers share.
 
-This step has no hand-written kernel, not even on a GPU. With N tokens and D = in = out, z and s · B
-z take 2 N D r multiply-adds next to the N D² of W x, and 6 N D bytes in 16 bits: x is read, y is
-read and written. addmm moves no more bytes than that, so a kernel for y += s · B z could not be
-faster. Only the product W x could save time, if it added B z when it stores y, and it would have to
-be as fast as the vendor's product otherwise (`python benchmarks/gpu_model/fusing.py`, docs/LOG.md).
+This step has no hand-written kernel, not even on a GPU. With N tokens and D = in = out, z and
+s · B z take 2 N D r multiply-adds, and W x takes N D². The term must read x, read y and write y:
+6 N D bytes in 16 bits. addmm moves no more bytes, so a hand-written kernel for y += s · B z would
+not be faster. Only a kernel that adds B z while it stores W x could save time, and it would have to
+be as fast as the vendor's product (`python benchmarks/gpu_model/fusing.py`, docs/LOG.md).
 """
 
 from typing import Any

@@ -4,9 +4,9 @@
         → LoRALayer(base_layer=Linear, adapters={"default": LoRAAdapter})
 
 `inject` finds the targeted layers, puts a LoRALayer around each of them, and freezes everything
-else. It works on any nn.Module: the model keeps its class, its forward and its parameters. Only
-entries of `_modules` and the flags `requires_grad` change. All errors are raised before the first
-change.
+else (except the copies of `modules_to_save` and the biases that the config trains). It works on any
+nn.Module: the model keeps its class, its forward and its parameters. Only entries of `_modules` and
+the flags `requires_grad` change. All errors are raised before the first change.
 
 A first reading can skip everything about `tie`, which is for layers that share one weight.
 """
@@ -153,7 +153,8 @@ def attach(
 def eject(model: nn.Module) -> list[str]:
     """Undo every `inject`: put the original layers back, trainable as before.
 
-    Adapters that were not saved are lost. W is unchanged; after LoftQ it is in 4 bits.
+    Adapters that were not saved are lost. No method changes W, except LoftQ: it replaced W by a
+    4-bit form, which stays.
 
     Args:
         model: The model to change.
@@ -192,7 +193,7 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     gaussian = config.init_lora_weights == "gaussian"
-    if gaussian and not isinstance(adapter, EmbeddingAdapter):  # its B is normal in any case
+    if gaussian and not isinstance(adapter, EmbeddingAdapter):  # there B is the random factor
         generator = torch.Generator("cpu").manual_seed(layer_seed)
         adapter.lora_A.data.normal_(0, 1 / r, generator=generator)
     return adapter

@@ -271,7 +271,7 @@ class LoRALayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.fused: Callable[[LoRALayer, Tensor], Tensor] | None = None
-        self.training = base.training  # a layer put into an evaluating model has no dropout
+        self.training = base.training  # take the mode of the base: no dropout while evaluating
         if r is not None:
             in_features, out_features = linear_features(base)
             adapter = LoRAAdapter(

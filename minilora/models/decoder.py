@@ -10,8 +10,9 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3,
 A switch of the config (config.py) selects each difference of a family: biases and norms of q and k
 in Qwen; more norms, another activation and scaled embeddings in Gemma; a window and another
 rotation by the kind of layer (layer_types). Modules have Hugging Face's names, so their paths are
-the keys of a checkpoint. Values equal transformers' in 16 bit too, because every rounding is at the
-same place: bit for bit with MINILORA_STEPS=torch; compiled operations sum in another order.
+the keys of a checkpoint. Every rounding is at the same place as in transformers. In 16 bits the
+values are therefore equal, bit for bit if the environment has MINILORA_STEPS=torch; compiled
+operations add in another order.
 
 Simplified: unlike transformers, there are no labels, losses, dropout, attention-mask argument or
 output classes. document_ids states which tokens attend to each other; padding has the id -1.
@@ -159,7 +160,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    In Gemma each block's output has a norm too, and post_attention_layernorm is the attention's.
+    In Gemma each block's output has a norm too: post_attention_layernorm normalises the output of
+    attention. In the other families it normalises the input of the MLP.
 
     Args:
         config: the shape of the model.
@@ -324,7 +326,8 @@ class CausalLM(nn.Module):
         """Return a mask (T, S) for each kind of layer.
 
         None is plain causal attention, the fast path. Documents is the same, one document at a
-        time. `runs` are (tokens, real) of each stretch of one document id, row after row.
+        time. `runs` has a pair for each stretch of equal document ids, row after row: its number of
+        tokens, and True for a document or False for padding.
         """
         if isinstance(mask, Mapping):
             return mask

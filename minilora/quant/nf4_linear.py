@@ -10,8 +10,9 @@ calls the dequantisation under another operator name, because torch.compile woul
 calls and keep W between them.
 
 One multiplication takes this way: NF4Linear → custom op (minilora_kernels/nf4/functional.py) →
-choice of the implementation for the device (backend.py) → kernel launch → kernel. Few tokens
-without gradients take an operator that multiplies without a dense W where a kernel can do that.
+choice of the implementation for the device (backend.py) → kernel launch → kernel. For a few tokens
+and without gradients, the operator `gemv_nf4` multiplies by the codes directly, without a dense W,
+if the device has such a kernel.
 
 Storage: uint8 parameters without gradient, described in minilora_kernels/nf4/weight.py. The codes
 are packed two in a byte. The scales (absmax) are fp32 numbers or, with double quantisation, 8-bit

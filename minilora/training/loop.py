@@ -22,8 +22,9 @@ The parameters that require grad are trained: the adapters, which are stored in 
 dtype of x in the forward pass. The order of the data and the dropout of a step are functions of
 (seed, step, micro-batch), so a resumed run equals one that was never stopped.
 
-`train` shows the order of the parts: set up (training/run.py), go through the steps (evaluate,
-save, step), finish.
+`train` shows the order of the parts: set up (training/run.py), go through the steps (save,
+evaluate, step), finish. In fp16 a third factor, the loss scale, multiplies L during the backward
+pass and is taken off before the update (training/precision.py).
 """
 
 import time
@@ -140,16 +141,16 @@ def train(
         dataset: The rows: a list or iterable of dicts, or a path (see `minilora.data`).
         config: The options of the run; None takes the defaults.
         objective: The loss and its data (`minilora/losses`); None is supervised fine-tuning.
-        eval_dataset: Held-out rows, or a dict of such by name, of which all but the first are
-            measured as text. None evaluates nothing.
+        eval_dataset: Held-out rows, or a dict {name: rows}. The first set is measured with the
+            objective, the others as plain text. None evaluates nothing.
 
     Returns:
         Losses, figures, checkpoint and log of the run.
 
     Raises:
         ValueError: If training would be meaningless: no parameter requires grad, no token is
-            supervised, an adapter (even its B) receives no gradient in step 1, or a loss is not
-            finite.
+            supervised, an adapter receives no gradient at all in step 1, not even in B, or a loss
+            is not finite.
         OSError: If a checkpoint or the log cannot be written, as on a full disk. Earlier
             checkpoints stay valid.
     """
@@ -302,7 +303,8 @@ def _backward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add ∂L/∂parameter of one step to the gradients.
 
-    Returns the share of each micro-batch in L, (M,), and the means of the objective's other sums.
+    Returns the contribution of each micro-batch to L, (M,), and the means of the objective's other
+    sums.
     """
     assigned = parallel.micro_batches(len(samples))  # [(number, weight)]
     batches = [objective.collate(samples[number]) for number, _ in assigned]

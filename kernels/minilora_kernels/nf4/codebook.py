@@ -8,13 +8,16 @@ divided by the largest one, so that they span [-1, 1]. An exact 0 keeps zeros ze
     8 positive levels: p = linspace(p_max, 0.5, 9) without 0.5        0 is a level as well
     7 negative levels: p = linspace(p_max, 0.5, 8) without 0.5, mirrored
 
+p_max is the number of bitsandbytes. 1 - 1/32 and 1 - 1/30 are the centres of the outermost of 16
+and of 15 equal parts of [0, 1]; p_max is their mean.
+
 The dynamic map is the 8-bit code of the scales (reference.py) and of the moments of 8-bit AdamW. It
 spreads its 256 codes over 7 decades. Decade i, from 10^(i-7) to 10^(i-6), has 2^i values of each
 sign. The unsigned map, for a moment that is never negative, has 2^(i+1) values in decade i.
 
-All values are derived. The order of the roundings is the one that gives the numbers of bitsandbytes
-bit for bit: `linspace` in fp32, quantiles rounded to fp32 *before* the division, and p_max cut to
-seven decimals (the exact mean of 1 - 1/32 and 1 - 1/30 would change 12 of the 16 levels).
+All values are computed here, not copied. The order of the roundings is the one that gives the
+numbers of bitsandbytes bit for bit: `linspace` in fp32, quantiles rounded to fp32 *before* the
+division, and p_max cut to seven decimals (the exact mean would change 12 of the 16 levels).
 
 The caches hold tuples, not tensors. A caller could change a cached tensor, and inside
 `with torch.device("meta")` a tensor would be created without values.
@@ -52,8 +55,8 @@ def dynamic_map(signed: bool = True) -> Tensor:
     """Return the 256 values of the dynamic 8-bit type of bitsandbytes.
 
     Args:
-        signed: True for values from -1 to 1 with 0 at index 127 (the default), False for values
-            from 0 to 1 with 0 at index 0.
+        signed: True (the default) for values between -1 and 1, without -1, with 0 at index 127.
+            False for values from 0 to 1 with 0 at index 0.
 
     Returns:
         Values in ascending order, fp32 of shape (256,).

@@ -7,8 +7,8 @@ tensor x is cut into blocks of B values that share one scale, absmax (QLoRA §3,
     x' = level[code] * absmax[k]              in fp32; x' is rounded once, to the requested dtype
 
 Double quantisation stores the absmax values themselves in 8 bits, in blocks of 256. With B = 64 an
-fp32 absmax costs 32 / 64 = 0.5 bits a weight. Its 8-bit code and its share of a2 cost
-8 / 64 + 32 / (64 * 256) = 0.127 bits a weight:
+fp32 absmax costs 32 / 64 = 0.5 bits per weight. Its 8-bit code and its share of a2 cost
+8 / 64 + 32 / (64 * 256) = 0.127 bits per weight:
 
     d[k] = absmax[k] - offset                 offset = mean(absmax)
     a2[j] = max |d| in block j                code = number of map midpoints below d * (1 / a2[j])
@@ -171,7 +171,7 @@ def stable_mean(x: Tensor) -> Tensor:
         The fp64 mean rounded to fp32, of shape (1,).
     """
     count = x.numel()
-    width = 1 << max(count - 1, 0).bit_length()  # the power of two from count on
+    width = 1 << max(count - 1, 0).bit_length()  # the smallest power of two >= count
     sums = F.pad(x.double(), (0, width - count))  # (width,)
     while sums.numel() > 1:
         half = sums.numel() // 2
@@ -196,7 +196,7 @@ def scaled_blocks(x_N: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     x_KB = F.pad(x_N, (0, missing)).view(-1, blocksize)  # (K, B)
     absmax_K = x_KB.abs().amax(dim=1)  # (K,)
     inverse_K = torch.where(absmax_K < TINY, 0.0, 1 / absmax_K)  # (K,)
-    # no clamp to [-1, 1]: rounding can pass 1 by one ulp only, and all thresholds are further in
+    # no clamp to [-1, 1]: rounding can exceed 1 by one ulp, and every threshold is well below 1
     return x_KB * inverse_K[:, None], absmax_K
 
 

@@ -16,12 +16,12 @@ threads make a *warp*, whose threads run in step:
     tl.arange(0, 4)                             (0, 1, 2, 3); sizes are powers of two
     tl.load(pointer + i, mask=m, other=0)       a value for each entry of i where m is true, else 0
     NAME: tl.constexpr                          known at compile time: another value, another kernel
-    for s in tl.static_range(4)                 unrolled, so that a tuple can hold a tensor for an s
+    for s in tl.static_range(4)                 unrolled: a tuple can hold one tensor per s
     pointer.dtype.element_ty                    the dtype of the values in memory
 
 A good dequantise kernel is bound by memory: for each bf16 value it reads 0.516 bytes
-(1/2 + 1/64 + 4/16384) and writes 2. Therefore the width of the loads and stores of a thread counts,
-and the number of instructions between them:
+(1/2 + 1/64 + 4/16384) and writes 2. It reaches this bound only if the loads and stores of a thread
+are wide and the instructions between them are few:
 
     textbook    One entry of a tensor is a byte. Both nibbles are looked up in memory, and the
                 values are interleaved.
@@ -141,7 +141,7 @@ def _dequantize_fast(
     n_words,  # full words
     BLOCKSIZE: tl.constexpr,  # values that share one scale, 32 or more: a word never has two scales
     NESTED: tl.constexpr,  # True if the scales are codes
-    WORDS: tl.constexpr,  # words of a step: one a thread, whose 8 bf16 values are one 128-bit store
+    WORDS: tl.constexpr,  # words of a step: one per thread, whose 8 bf16 values are one store
 ):
     """Dequantise four steps of WORDS words, 8 values each."""
     # The words of a step are neighbours in memory, so that a warp reads and writes full lines.
@@ -172,8 +172,8 @@ def _dequantize_fast(
         else:
             absmax = absmax + (scale,)
 
-    # compute: all codes, then all levels in one gather, which fills its table in shared memory
-    # once a call. So the four words are joined before it and split after it. tl.join(a, b) stacks
+    # compute: all codes, then all levels in one gather. Each call of tl.gather copies its table to
+    # shared memory, so the four words are joined before one call and split after it. tl.join stacks
     # on a new last axis, and tl.split takes that axis apart:
     #     four[:, i, j] is the word of step 2i + j
     # Element k is in nibble k ^ 1 of a little-endian word: the first of each pair is the high half
