@@ -298,6 +298,9 @@ def test_adding_incompatible_adapters_raises():
         (2, {"density": 0.5}, "expected none for linear"),
         (2, {"method": "ties", "density": 0.5}, "rank: ties leaves no low rank"),
         (1, {"rank": 0}, "rank: expected 1 or more"),
+        (2, {"rank": 0}, "rank: expected 1 or more"),
+        (2, {"method": "svd", "rank": 0}, "rank: expected 1 or more"),
+        (2, {"method": "dare", "density": 0.5, "rank": -1}, "rank: expected 1 or more"),
     ],
 )
 def test_combine_adapters_with_invalid_options_raises(count, options, message):

@@ -201,9 +201,7 @@ def test_other_kinds_of_layers_are_refused_and_the_model_untouched(given):
 
 def test_rank_too_large_or_base_not_dense_raises():
     with pytest.raises(ValueError, match="a LoRA of rank 2r: expected 1 to 16, got 17"):
-        injected(
-            PISSA | {"r": 17}, nn.Sequential(nn.Linear(32, 64)) and twin(small(hidden_size=32))
-        )
+        injected(PISSA | {"r": 17}, twin(small(hidden_size=32)))
     model = twin(small())
     ml.quantize_model(model)
     with pytest.raises(ValueError, match="quantises a dense layer, and this is NF4Linear"):

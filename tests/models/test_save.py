@@ -7,6 +7,7 @@ cannot hold, and crashes in the middle.
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_transformers_loads_it_with_equal_logits(tmp_path, fields, shard_bytes):
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_bytes == 40_000)
     assert_rounded(logits(reloaded(tmp_path)), logits(model), rounding(model, logits))
     again = ml.load_model(tmp_path, dtype="float32", device="cpu")
-    assert again.config == ml.load_model(tmp_path, dtype="float32", device="cpu").config
+    assert replace(again.config, dtype=model.config.dtype) == model.config
     assert list(again.state_dict()) == list(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name

@@ -57,7 +57,7 @@ def combine_adapters(
     """
     if weights is None:
         weights = [1.0] * len(adapters)
-    _check_combination(adapters, weights, method, density)
+    _check_combination(adapters, weights, method, rank, density)
     if len(adapters) == 1 and weights[0] == 1 and density in (None, 1):
         if rank is None:
             return adapters[0]
@@ -73,17 +73,18 @@ def combine_adapters(
     total = weights[0] * adapters[0]
     for weight, adapter in zip(weights[1:], adapters[1:], strict=True):
         total = total + weight * adapter
-    if method == "svd":
-        rank = rank or largest
-    if rank:
-        return total.truncate(rank)
-    return total
+    if method == "svd" and rank is None:
+        rank = largest
+    if rank is None:
+        return total
+    return total.truncate(rank)
 
 
 def _check_combination(
     adapters: Sequence[AdapterWeights],
     weights: Sequence[float],
     method: str,
+    rank: int | None,
     density: float | None,
 ) -> None:
     """Raise ValueError for arguments of `combine_adapters` that do not fit together."""
@@ -92,6 +93,8 @@ def _check_combination(
             "combine_adapters: expected adapters, as many weights, and a method of "
             f"{', '.join(METHODS)}; got {len(adapters)}, {len(weights)} and {method!r}."
         )
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank: expected 1 or more, got {rank}.")
     if method in ("ties", "dare"):
         if density is None or not 0 < density <= 1:
             raise ValueError(f"density: expected 0 < density <= 1, got {density}.")
