@@ -125,8 +125,13 @@ def test_runs_are_drawn(tmp_path):
     results = [run(tmp_path / name) for name in ("a", "b")]
     figure = runs([tmp_path / "a", tmp_path / "b"], tmp_path / "runs.png")
     titles = {axes.get_title(): axes for axes in figure.axes}
-    assert titles.keys() == {"loss (dots: eval)", "learning rate", "grad norm", "tokens per second"}
-    loss, dots = titles["loss (dots: eval)"].lines[:2]
+    assert titles.keys() == {
+        "loss (markers: evaluation)",
+        "learning rate",
+        "grad norm",
+        "tokens per second",
+    }
+    loss, dots = titles["loss (markers: evaluation)"].lines[:2]
     expected = logged(tmp_path / "a")
     assert [*zip(*loss.get_data(), strict=True)] == [
         (s, v) for (s, name), v in expected.items() if name == "loss"
