@@ -64,7 +64,7 @@ def main() -> None:
     ]
     env = EXACT if options.malloc == "exact" else None
     figures = {name: fresh(__file__, "--run", name, *given, env=env) for name in RUNS}
-    print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  fullest in")
+    print(f"\n{'GB':<22}{'planned':>10}{'measured':>10}{'ratio':>8}  peak during")
     for name, f in figures.items():
         sizes = f"{f['planned'] / 1e9:>10.3f}{f['measured'] / 1e9:>10.3f}"
         print(f"{name:<22}{sizes}{f['measured'] / f['planned']:>8.3f}  {f['moment']}")
