@@ -138,7 +138,7 @@ def measured(source: str) -> dict[str, Any]:
         "errors": {
             "name": NAME,
             "note": note,
-            "blocksizes": BLOCKSIZES,
+            "blocksizes": list(BLOCKSIZES),
             "error": errors(weights),
             "normal": normal(),
         },
