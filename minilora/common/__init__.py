@@ -1,6 +1,6 @@
 """Helpers for the whole library.
 
-atomic_files.py   atomic writes; safetensors files
+atomic_files.py   atomic writes; safetensors and JSON files
 suggestions.py    errors with the nearest names
 options.py        checked fields of a dataclass
 modules.py        modules of a model and their paths
@@ -12,6 +12,7 @@ from minilora.common.atomic_files import (
     atomic_writes,
     check_writable,
     path_in_errors,
+    read_json,
     read_tensors,
     write_tensors,
     write_text,
@@ -52,6 +53,7 @@ __all__ = [
     "order_by_length",
     "output_layer",
     "path_in_errors",
+    "read_json",
     "read_tensors",
     "tied_modules",
     "unknown_name",

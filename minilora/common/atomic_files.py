@@ -1,17 +1,21 @@
-"""Atomic writes of files and folders, and safetensors files.
+"""Atomic writes of files and folders; safetensors and JSON files.
 
 Files are written to a temporary name, then fsync, then rename. A crash at any moment leaves the old
 file or the new one, never a part of one. Nothing here reads or writes pickle.
 """
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+_MAX_JSON = 2**26  # bytes; the index of a model with 1 T parameters has about 2**24
 
 
 @contextmanager
@@ -154,6 +158,28 @@ def write_tensors(
             save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file, which may come from a stranger.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file is too large, is not JSON, or does not hold an object.
+        FileNotFoundError: The file does not exist.
+    """
+    nbytes = path.stat().st_size
+    if nbytes > _MAX_JSON:
+        raise ValueError(f"{path} has {nbytes} bytes, expected at most {_MAX_JSON}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError covers UnicodeDecodeError
+        raise ValueError(f"{path} is not JSON ({error}). Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
+    return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

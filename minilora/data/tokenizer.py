@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from minilora.common import write_text
+from minilora.common import read_json, write_text
 from minilora.data.chat_template import read_template, render
 from minilora.models.gguf.tokenizer import from_gguf
 
@@ -344,9 +344,9 @@ def _from_folder(folder: Path) -> Tokenizer:
             f"{file} is not a tokenizer that the installed `tokenizers` package can read."
         )
         raise
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_if_present(folder / "tokenizer_config.json")
     _add_tokens(backend, config.get("added_tokens_decoder") or {}, file)
-    older = _read_json(folder / "special_tokens_map.json")
+    older = _read_if_present(folder / "special_tokens_map.json")
     special = {key: _content(config.get(key, older.get(key))) for key in SPECIAL_TOKENS}
     further = _further_special_tokens(config)
     missing = [token for token in further if backend.token_to_id(token) is None]
@@ -357,6 +357,10 @@ def _from_folder(folder: Path) -> Tokenizer:
         )
     backend.add_special_tokens(further)
     return Tokenizer(backend, special, read_template(folder, config), config)
+
+
+def _read_if_present(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def _further_special_tokens(config: dict[str, Any]) -> list[str]:
@@ -388,15 +392,6 @@ def _add_tokens(backend: Any, tokens: dict[str, dict[str, Any]], file: Path) -> 
                 f"{file}: tokenizer_config.json gives the added token {content!r} the id {number}, "
                 f"the vocabulary {got}. The two files belong to different checkpoints."
             )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
 
 
 def _as_list(ids: Any) -> list[int]:

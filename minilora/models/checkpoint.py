@@ -21,14 +21,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from minilora.common import is_list_of
+from minilora.common import is_list_of, read_json
 from minilora.models.config import DecoderConfig
 from minilora_kernels import NF4Weight
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _READ_AHEAD = 2**28  # bytes after a tensor that the kernel reads in the background
-_MAX_JSON = 2**26  # bytes; the index of a model with 1 T parameters has about 2**24
 _MAX_STATE = 10_000  # bytes of a 4-bit weight's JSON
 _STATE = ".quant_state.bitsandbytes__"  # then "nf4": JSON with a weight's shape, dtype, block size
 
@@ -260,7 +259,7 @@ class SafetensorsCheckpoint:
     def _read_index(self) -> None:
         """Read the headers of all shards, and check that the index agrees with them."""
         path = self.folder / _INDEX
-        files = _read_json(path).get("weight_map")
+        files = read_json(path).get("weight_map")
         if not isinstance(files, dict) or not is_list_of(list(files.values()), str):
             raise ValueError(f"{path}: weight_map must map each tensor to the name of its file.")
         for name in set(files.values()):
@@ -315,21 +314,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a model. {_hint(folder)}")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    nbytes = path.stat().st_size
-    if nbytes > _MAX_JSON:
-        raise ValueError(f"{path} has {nbytes} bytes, expected at most {_MAX_JSON}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError covers UnicodeDecodeError
-        raise ValueError(f"{path} is not JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
-    return content
+    return read_json(path)
 
 
 def _is_inside_checkpoint(path: Path) -> bool:

@@ -16,7 +16,6 @@ arccos of the singular values of Q₁ᵀ Q₂. 0° means a shared direction, 90�
 computations are in fp64.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -28,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.common import read_tensors
+from minilora.common import read_json, read_tensors
 from minilora.lora.config import LoRAConfig
 from minilora.lora.files.adapter_tensors import PREFIX
-from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE
+from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config
 from minilora.lora.layer import scaling
 from minilora.lora.low_rank import Spaces, product_svd
 from minilora.models.gguf.header import read_header
@@ -178,29 +177,6 @@ def safetensors_headers(folder: Path) -> dict[str, tuple[Path, str, tuple[int, .
     return headers
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file in a model's or adapter's folder.
-
-    Args:
-        path: Path of the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file does not contain a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file. Expected a .gguf file, or a folder of a model or an adapter."
-        )
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected a JSON object ({error}). Download it again.") from error
-
-
 def spaces(B: Tensor, A: Tensor, s: float) -> Spaces:
     """Return the column space, singular values and row space of s · B A.
 
@@ -248,12 +224,18 @@ def _inspect_adapter(folder: Path, tensors: Shapes, sizes: dict[str, Any]) -> In
     layers = {}
     for layer, (_, sigma, _) in _adapter_spaces(folder).items():
         layers[layer] = _spectrum(sigma)
-    facts = _shown(read_json(folder / CONFIG_FILE)) | sizes | _metadata(folder)
+    facts = _shown(read_config(folder)) | sizes | _metadata(folder)
     return Inspection("adapter", facts, tensors, layers)
 
 
 def _inspect_model(folder: Path, tensors: Shapes, sizes: dict[str, Any]) -> Inspection:
-    config = read_json(folder / "config.json")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{config_file}: no such file. Expected a .gguf file, or a folder of a model or an "
+            "adapter."
+        )
+    config = read_json(config_file)
     quantization = config.get("quantization_config")
     method = "none"
     if isinstance(quantization, dict):
@@ -315,7 +297,7 @@ def _adapter_spaces(folder: Path) -> dict[str, Spaces]:
 
     Convolutions count as matrices; embeddings are multiplied as PEFT does it.
     """
-    stored_config = read_json(folder / CONFIG_FILE)
+    stored_config = read_config(folder)
     tensors = read_tensors(folder / WEIGHTS_FILE)
     # Other fields stay unread: load_adapter may refuse them, but the spectrum needs none of them.
     fields = {name: stored_config[name] for name in _SCALING_FIELDS if name in stored_config}

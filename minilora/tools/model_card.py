@@ -18,8 +18,8 @@ from minilora.data.read_rows import read_dataset
 from minilora.evaluation.metrics import Scores
 from minilora.hub import HUB_ID
 from minilora.lora.files.base_check import read_binding
-from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE
-from minilora.tools.inspect import inspect, read_json
+from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config
+from minilora.tools.inspect import inspect
 from minilora.training.loop import TrainResult
 
 CARD = "README.md"
@@ -206,7 +206,7 @@ def _section(title: str, facts: Mapping[str, Any]) -> list[str]:
 
 def _adapter_content(folder: Path, base_model: str | None) -> _Content:
     """Describe an adapter in PEFT's format."""
-    config = read_json(folder / CONFIG_FILE)
+    config = read_config(folder)
     binding = read_binding(folder / WEIGHTS_FILE)
     source = base_model or config.get("base_model_name_or_path") or ""
     on_hub = base_model is not None or _is_hub_id(source)

@@ -28,8 +28,7 @@ pass and is taken off before the update (training/precision.py).
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ def train(
         noisy_embeddings(run.parallel.model, config.neftune_noise_alpha),
         run.parallel.interruptible(),
     ):
-        with _last_step_saved(run):
+        with run.last_step_saved():
             interrupted = _run_steps(run, log)
         _finish(run, log, interrupted)
     return _result(run, log, interrupted, started)
@@ -213,32 +212,6 @@ def _save_if_due(run: Run, is_last: bool) -> None:
     if is_last or run.checkpoints.due(run.progress):
         with uninterrupted():
             run.checkpoints.save(run.progress, run.evaluation.best(run.progress.evals))
-
-
-@contextmanager
-def _last_step_saved(run: Run) -> Iterator[None]:
-    """Save the last complete step if an exception ends the block, and say so in its notes.
-
-    With several processes nothing is saved: the others may wait for the one that failed.
-    """
-    try:
-        yield
-    except Exception as error:
-        step = run.progress.step
-        if run.updating or not step or run.checkpoints.folder is None:
-            raise
-        if run.parallel.world_size == 1:
-            try:
-                with uninterrupted():
-                    run.checkpoints.save(run.progress, run.evaluation.best(run.progress.evals))
-            except (OSError, RuntimeError) as second:
-                error.add_note(f"Step {step} could not be saved: {second}")
-                raise error from None
-        error.add_note(
-            f"The run can continue from {run.checkpoints.newest}: set "
-            'resume_from_checkpoint="last".'
-        )
-        raise
 
 
 def _step(run: Run, log: Log) -> None:

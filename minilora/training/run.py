@@ -5,7 +5,8 @@ checkpoint, if the run is resumed. This happens before `Process.wrap`, which may
 the moments of the optimiser.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.process import Process
 from minilora.training.run_folder import Checkpoints
-from minilora.training.runtime import reset_peak_memory
+from minilora.training.runtime import reset_peak_memory, uninterrupted
 from minilora.training.validation import Evaluation
 
 
@@ -62,6 +63,35 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     updating: bool = False
+
+    @contextmanager
+    def last_step_saved(self) -> Iterator[None]:
+        """Save the last complete step if an exception ends the block, and say so in its notes.
+
+        With several processes nothing is saved: the others may wait for the one that failed.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self.updating and self.progress.step and self.checkpoints.folder is not None:
+                self._save_after(error)
+            raise
+
+    def _save_after(self, error: Exception) -> None:
+        """Save the last complete step, and add the result to the notes of an exception."""
+        if self.parallel.world_size == 1:
+            try:
+                with uninterrupted():
+                    best = self.evaluation.best(self.progress.evals)
+                    self.checkpoints.save(self.progress, best)
+            except (OSError, RuntimeError) as second:
+                error.add_note(f"Step {self.progress.step} could not be saved: {second}")
+                return
+        if self.checkpoints.newest is not None:
+            error.add_note(
+                f"The run can continue from {self.checkpoints.newest}: set "
+                'resume_from_checkpoint="last".'
+            )
 
 
 def set_up(

@@ -296,7 +296,10 @@ def test_wrong_folders_raise(tmp_path):
     assert "tokenizer.json is not a tokenizer" in broken.value.__notes__[0]
     folder = write(tmp_path / "a", {})
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+        load_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer_config.json holds a list, expected a JSON obj"):
         load_tokenizer(folder)
 
 

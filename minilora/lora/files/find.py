@@ -1,8 +1,9 @@
 """The folder of an adapter: find it, or download it, and read its config."""
 
-import json
 from pathlib import Path
+from typing import Any
 
+from minilora.common import read_json
 from minilora.hub import HUB_ID, download
 from minilora.lora.config import LoRAConfig
 
@@ -32,7 +33,7 @@ def find_adapter(
                 f"{folder}: no such folder. Expected one with {CONFIG_FILE} and {WEIGHTS_FILE}."
             )
         path = download(str(folder), [CONFIG_FILE, WEIGHTS_FILE], revision, token)
-    values = read_json(path / CONFIG_FILE)
+    values = read_config(path)
     try:
         config = LoRAConfig.from_dict(values)
     except ValueError as error:
@@ -47,24 +48,19 @@ def find_adapter(
     return path, config
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object from a file of an adapter.
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the content of adapter_config.json in a folder.
 
     Args:
-        path: The file.
+        folder: The folder of an adapter.
 
     Raises:
         ValueError: The file does not hold a JSON object.
         FileNotFoundError: The file does not exist.
     """
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}). Copy or download it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}.")
-    return values
+    return read_json(path)

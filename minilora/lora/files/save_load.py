@@ -34,7 +34,7 @@ from minilora.lora.files.base_check import (
     read_binding,
     write_bound,
 )
-from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_json
+from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
 from minilora.lora.inject import attach, new_adapters, new_parts
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import adaptable_layers
@@ -228,7 +228,7 @@ def read_contents(
     """
     path, _ = find_adapter(folder, revision, token)
     return AdapterContents(
-        read_json(path / CONFIG_FILE),
+        read_config(path),
         read_tensors(path / WEIGHTS_FILE),
         read_binding(path / WEIGHTS_FILE),
     )

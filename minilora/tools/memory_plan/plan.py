@@ -11,7 +11,6 @@ not contain Python and torch themselves, a CUDA context, memory that an allocato
 or evaluation.
 """
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.common import column_widths
+from minilora.common import column_widths, read_json
 from minilora.hub import HUB_ID, download, resolve
 from minilora.lora.config import LoRAConfig
 from minilora.lora.registry import lora_configs
@@ -340,7 +339,7 @@ def _read_config(source: Any) -> tuple[DecoderConfig, bool]:
         path = resolve(path)  # raises for anything but a folder or a .gguf file
         if path.is_file():
             return GGUFCheckpoint(path).config, False
-        source = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        source = read_json(path / "config.json")
     content = dict(source)
     quantization = content.pop("quantization_config", None) or {}
     return DecoderConfig.from_hf(content), bool(quantization.get("load_in_4bit"))
