@@ -72,15 +72,24 @@ def _termination_as_interrupt(active: bool) -> Iterator[list[int]]:
         yield received
         return
 
-    def interrupt(number: int, frame: Any) -> None:
+    def terminate(number: int, frame: Any) -> None:
         received.append(number)
         signal.raise_signal(signal.SIGINT)
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    def interrupt_if_terminated(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if on_interrupt == signal.SIG_IGN:  # as in a background job of a script: Ctrl-C stays ignored
+        signal.signal(signal.SIGINT, interrupt_if_terminated)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield received
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        if on_interrupt == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(given: list[str]) -> int:

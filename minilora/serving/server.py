@@ -134,9 +134,9 @@ def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> No
         http_thread.add_done_callback(lambda _: server.worker.stop())
         try:
             server.worker.run()
-        except Exception:
+        except Exception:  # of any kind: its traceback is printed, and it goes on
             # The server stops at its next tick. The command line prints no traceback for some
-            # exceptions, so the traceback is printed here.
+            # exceptions.
             traceback.print_exc()
             raise
     http_thread.result()  # raises the error that kept the server from listening

@@ -72,7 +72,7 @@ class Run:
         """
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # of any kind: the step is saved, and the error goes on
             if not self.updating and self.progress.step and self.checkpoints.folder is not None:
                 self._save_after(error)
             raise

@@ -19,18 +19,20 @@ from tests.cli.test_cli import ROWS, furnish
 
 CODE = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+# A shell's background jobs ignore SIGINT: both cases are set here.
+handlers = {"heard": signal.default_int_handler, "ignored": signal.SIG_IGN}
+signal.signal(signal.SIGINT, handlers[sys.argv[2]])
 import minilora.training.loop as loop
 from minilora.cli.main import main
 number = int(sys.argv[1])
 backward, steps = loop._backward, []
 def stop(*arguments, **keywords):
     steps.append(1)
-    if number and len(steps) == 3:
+    if len(steps) == 3:
         os.kill(os.getpid(), number)
     return backward(*arguments, **keywords)
 loop._backward = stop
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
@@ -45,11 +47,14 @@ def arguments(place, *further: str) -> list[str]:
     return [*command, "--r", "2", "--max_steps", "5", *further]
 
 
-def process(number: int, command: list[str]) -> subprocess.CompletedProcess:
-    """Run a command that sends itself a signal in its third step; 0 sends none."""
+def process(number: int, command: list[str], ctrl_c: str = "heard") -> subprocess.CompletedProcess:
+    """Run a command that sends itself a signal in its third step."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     return subprocess.run(
-        [sys.executable, "-c", CODE, str(number), *command], env=env, capture_output=True, text=True
+        [sys.executable, "-c", CODE, str(number), ctrl_c, *command],
+        env=env,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -68,6 +73,19 @@ def test_a_signal_saves_the_step_and_sets_the_status(place, tmp_path, number):
     resumed = load_file(out / "adapter" / "adapter_model.safetensors")
     whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     assert all((resumed[name] == whole[name]).all() for name in whole)
+
+
+def test_a_background_job_ends_by_sigterm_and_ignores_ctrl_c(place, tmp_path):
+    terminated = tmp_path / "terminated"
+    done = process(signal.SIGTERM, arguments(place, "--output_dir", str(terminated)), "ignored")
+    assert done.returncode == 143, done.stderr
+    assert checkpoint_steps(terminated) == [2]
+    whole = tmp_path / "whole"
+    assert (
+        process(signal.SIGINT, arguments(place, "--output_dir", str(whole)), "ignored").returncode
+        == 0
+    )
+    assert checkpoint_steps(whole) == [5]
 
 
 def test_without_an_output_dir_the_last_line_says_that_the_run_cannot_continue(place, tmp_path):
