@@ -156,8 +156,7 @@ def as_messages(row: Row, index: int = 0) -> Chat | Text:
 
     Raises:
         ValueError: the row has no known shape or is preference data, a role is unknown, or a
-        content
-            is not a text.
+            content is not a text.
     """
     shape = shape_of(row, index)
     if shape == "preference":

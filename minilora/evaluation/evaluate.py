@@ -47,8 +47,7 @@ def evaluate(
         tokenizer: its tokenizer.
         dataset: rows, or a file of rows: anything that `train` takes.
         labels: the closed set of answers; adds `label_accuracy`. Every row's reference must be one
-        of
-            them. None leaves it out.
+            of them. None leaves it out.
         max_new_tokens: longest greedy answer in tokens; 0 generates no answers, and so measures no
             exact match, F1 or `metrics`.
         batch_size: rows in one forward pass; changes no result.
@@ -60,8 +59,7 @@ def evaluate(
 
     Raises:
         ValueError: a row exceeds the context or has no supervised token, a reference is not a
-        label,
-            or a metric has the name of another figure.
+            label, or a metric has the name of another figure.
     """
     rows = read_dataset(dataset)
     metrics = dict(metrics or {})

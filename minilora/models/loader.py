@@ -54,8 +54,7 @@ def load_model(
         double_quant: quantise the scales too, as in `quantize_nf4`.
         blocksize: weights that share a scale.
         dtype: dtype of dense tensors and of the computation. "auto" chooses the dtype that is fast
-        on
-            this hardware, and prints it.
+            on this hardware, and prints it.
         device: None is a CUDA GPU if there is one, else the CPU.
         revision: branch, tag or commit on the Hub; None is its default branch.
         token: access token of the Hub; None uses the stored one.
