@@ -3,11 +3,14 @@
 `-ra` in pyproject.toml prints every skipped test with its reason.
 """
 
+import gc
 import os
 import platform
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 # Threads of the tokenizers package conflict with pytest-xdist's processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +20,7 @@ import pytest
 import torch
 
 from helpers.source import constraints
+from minilora.training import runtime
 
 # Machines are shared, so there is no deadline and no health check of speed. The examples are the
 # same on every machine, so that a failure in CI can be reproduced locally.
@@ -107,6 +111,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
         if item.get_closest_marker("strict") and (why := off_the_pin()):
             item.add_marker(pytest.mark.skip(reason=f"needs the pinned versions, got {why}"))
+
+
+def pytest_collection_finish() -> None:
+    """Hide the imported libraries from the garbage collector.
+
+    They are hundreds of thousands of objects, and each run of `ml.train` starts with a collection.
+    Within a block, `training_mode` freezes objects and then unfreezes all of them, these too. It
+    keeps its own collections here and loses the other two calls.
+    """
+    gc.collect()
+    gc.freeze()
+    runtime.gc = SimpleNamespace(collect=gc.collect, freeze=Mock(), unfreeze=Mock())
 
 
 @pytest.fixture(autouse=True)

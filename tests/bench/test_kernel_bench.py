@@ -204,6 +204,7 @@ def test_a_check_that_cannot_run_fails(monkeypatch):
             kernel_bench.main(options)
 
 
+@pytest.mark.slow
 def test_script_on_a_cpu_measures_every_job(tmp_path):
     picture = tmp_path / "roofline.png"
     options = (

@@ -41,6 +41,7 @@ kernel_bench.main(["--check"])
 """
 
 
+@pytest.mark.slow
 def test_the_check_passes_and_leaves_no_kernel_out():
     done = python("-c", RIGHT, interpret=True)
     document = last_line(done)

@@ -75,6 +75,7 @@ def test_a_signal_saves_the_step_and_sets_the_status(place, tmp_path, number):
     assert all((resumed[name] == whole[name]).all() for name in whole)
 
 
+@pytest.mark.slow
 def test_a_background_job_ends_by_sigterm_and_ignores_ctrl_c(place, tmp_path):
     terminated = tmp_path / "terminated"
     done = process(signal.SIGTERM, arguments(place, "--output_dir", str(terminated)), "ignored")

@@ -108,6 +108,7 @@ def test_metadata_holds_seed_version_tokenizer_and_layers(saved):
     assert values["layers"][FIRST][:2] == ["fp32", [64, 64]]
 
 
+@pytest.mark.slow
 def test_equal_contents_are_equal_bytes_in_every_process(tmp_path):
     """safetensors keeps metadata in a hash map with a random seed per process.
 

@@ -117,8 +117,23 @@ CARRIED = {
 }
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-features = pytest.mark.parametrize("feature", FEATURES)
 TOKENS = tokens(2, 12)
+FORMATS = "peft", "merged", "4 bits", "gguf"
+
+
+def every_pair(format: str) -> pytest.MarkDecorator:
+    """Run a test for each family and feature; three pairs in four are slow.
+
+    The fast pairs of one format contain each family and each feature, and the fast pairs of all
+    formats contain each pair once.
+    """
+    cases = []
+    for i, kind in enumerate(KINDS):
+        for j, feature in enumerate(FEATURES):
+            is_fast = (i + j) % len(FORMATS) == FORMATS.index(format)
+            marks = [] if is_fast else [pytest.mark.slow]
+            cases.append(pytest.param(kind, feature, marks=marks))
+    return pytest.mark.parametrize("kind, feature", cases)
 
 
 @pytest.fixture(autouse=True)
@@ -249,8 +264,7 @@ def saved(model: nn.Module, path: Path, format: str) -> bool:
 # ---- oracles
 
 
-@features
-@kinds
+@every_pair("peft")
 def test_peft(kind, feature, tmp_path):
     ours = adapted(twin(base(kind)), kind, feature)
     if ours is None:
@@ -273,16 +287,14 @@ def test_peft(kind, feature, tmp_path):
     )
 
 
-@features
-@kinds
+@every_pair("merged")
 def test_merged(kind, feature, tmp_path):
     ours = adapted(twin(base(kind)), kind, feature)
     if ours is not None and saved(ours, tmp_path, "safetensors"):
         close(AutoModelForCausalLM.from_pretrained(tmp_path), ours)
 
 
-@features
-@kinds
+@every_pair("4 bits")
 def test_4_bits(kind, feature, tmp_path, in_4_bits):
     nf4, reference = in_4_bits(kind)
     ours = adapted(copy.deepcopy(nf4), kind, feature)
@@ -297,8 +309,7 @@ def test_4_bits(kind, feature, tmp_path, in_4_bits):
     assert torch.equal(logits(again), logits(ours))
 
 
-@features
-@kinds
+@every_pair("gguf")
 def test_gguf(kind, feature, tmp_path):
     ours = adapted(twin(base(kind)), kind, feature)
     if ours is None:

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_threads_can_share_the_pool():
     for thread in threads:
         thread.join()
     assert len(sums) == 200 and all(sums)
+
+
+def test_training_mode_hides_older_objects_from_the_garbage_collector(monkeypatch):
+    monkeypatch.setattr(runtime, "gc", collector := Mock())
+    with pytest.raises(KeyError), runtime.training_mode(llama(), False):
+        assert collector.mock_calls == [call.collect(), call.freeze()]
+        raise KeyError
+    assert collector.mock_calls == [call.collect(), call.freeze(), call.unfreeze()]
 
 
 def test_training_mode_releases_the_pool():

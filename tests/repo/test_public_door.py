@@ -132,6 +132,7 @@ def test_import_loads_torch_and_numpy_only():
     assert {"minilora"} <= roots
 
 
+@pytest.mark.slow
 def test_import_is_quick(tmp_path, monkeypatch):
     """Compare processor seconds with torch's, since a busy machine stretches the wall clock.
 

@@ -310,6 +310,7 @@ def test_the_step_cache_is_bounded(quick: None, walks: list, monkeypatch):
     assert len(planner._step_cache) == 2
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_no_fake_tensors():
     """A tensor without values in a cached buffer or table would break a real step."""
     code = """

@@ -134,15 +134,9 @@ def test_the_largest_that_fits(rises: list[int], limit: int, start: int):
     assert found == sum(total <= limit for total in totals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, unit",
-    [
-        ("max_length", 8),
-        *(
-            pytest.param(name, 1, marks=pytest.mark.slow)
-            for name in ("per_device_train_batch_size", "r")
-        ),
-    ],
+    "name, unit", [("max_length", 8), ("per_device_train_batch_size", 1), ("r", 1)]
 )
 def test_one_more_does_not_fit(name: str, unit: int):
     found = plan(TINY, replace(ONE, max_length=100))
@@ -161,6 +155,7 @@ def test_most_is_limited_by_the_shape_of_the_model():
     assert (found.most("max_length", "1GB"), found.most("r", "1GB")) == (256, 64)
 
 
+@pytest.mark.slow
 def test_changes_that_fit_come_smallest_first():
     wide = replace(ALL, r=64)  # moments of fewer than 4,096 numbers stay in fp32
     found = plan(
@@ -205,6 +200,7 @@ def test_sizes_are_read():
 # ---- the command line and the picture
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_compares(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     options = ["--r", "4", "--batch", "2", "--max_length", "64", "--dtype", "bfloat16"]
@@ -225,6 +221,7 @@ def test_the_command_draws_and_compares(tmp_path: Path, capsys):
     assert "qlora fits 0.0 GB" in only and only.strip().replace("qlora fits", "fits") == str(alone)
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_command_prints(tmp_path: Path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     command, shown = re.search(
@@ -235,6 +232,7 @@ def test_the_page_shows_what_the_command_prints(tmp_path: Path, capsys):
     assert shown == printed, f"put this into docs/memory.md:\n{printed}"
 
 
+@pytest.mark.slow
 @pytest.mark.strict
 def test_the_picture_in_the_docs_is_what_the_command_draws(tmp_path: Path, monkeypatch):
     # no picture shows the verdict; the test above checks its text
@@ -310,6 +308,7 @@ def test_other_errors_get_no_note_and_unknown_models_no_plan():
     assert note.startswith("memory ran out") and "No plan: " in note
 
 
+@pytest.mark.slow
 def test_a_real_shortage_names_a_remedy():
     """In a process that may not grow, the allocator fails in forward.
 

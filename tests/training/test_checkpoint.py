@@ -269,6 +269,7 @@ def start(folder: Path, save: int | None) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_cleanly(tmp_path):
     process = start(tmp_path, None)
     process.send_signal(signal.SIGINT)

@@ -165,6 +165,7 @@ def test_a_run_killed_at_random_and_resumed_equals_an_undisturbed_run(tmp_path):
         resume(tmp_path / name, tmp_path / "undisturbed", step + 2)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_what_was_saved_before(tmp_path):
     out, err = start(FULL, folder=str(tmp_path)).communicate(timeout=120)
     errors = json.loads(out.splitlines()[-1]) if out else pytest.fail(err)

@@ -163,6 +163,7 @@ def test_grouping_mixes_small_data_differently_each_epoch():
     assert len(first & second) <= 2
 
 
+@pytest.mark.slow
 def test_order_does_not_depend_on_the_hash_seed():
     code = (
         "from minilora.training.config import TrainConfig\n"

@@ -100,6 +100,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(kind):
         assert off / total < 1e-6
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_split():
     results = [
         train(
@@ -293,6 +294,7 @@ def test_the_result_counts():
     assert "losses" not in repr(result)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives a child its parent's peak")
 def test_peak_memory_is_not_the_parents():
     """Start a small process from one that has held 2 GiB; each reports its own peak."""
