@@ -5,7 +5,6 @@ LoRAConfig, TrainConfig and the losses: their help texts and types are those of 
 nothing is written twice.
 """
 
-import argparse
 import signal
 import sys
 import threading
@@ -15,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.cli import checkpoints, plan, plot, preview, text, train
+from minilora.cli.parser import CommandParser
 from minilora.cli.values import from_toml
+from minilora.common import __version__
 
 INTERRUPTED = train.INTERRUPTED
 TERMINATED = 128 + signal.SIGTERM
@@ -94,38 +95,28 @@ def _termination_as_interrupt(active: bool) -> Iterator[list[int]]:
 
 def _run(given: list[str]) -> int:
     """Parse the arguments and call the command's function with its options as keywords."""
-    if given[:1] == ["train"] and len(given) > 1 and given[1].endswith(".toml"):
-        given[1:2] = from_toml(Path(given[1]), _option_names("train"))
     parser = _parser()
+    if not given:
+        parser.print_help()
+        return 0
+    if given[:1] == ["train"] and len(given) > 1 and given[1].endswith(".toml"):
+        train_parser = parser.command("train")
+        known = train_parser.names() + train_parser.destinations()
+        given[1:2] = from_toml(Path(given[1]), known)
     options, unparsed = parser.parse_known_args(given)
     if options.run is train.sweep:
         options.options = unparsed  # sweep passes these on to train
     elif unparsed:
-        parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
+        parser.command(given[0]).refuse(unparsed)
     keywords = vars(options)
     run = keywords.pop("run")
     return run(**keywords) or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minilora", description="LoRA and QLoRA from scratch.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="minilora", description="LoRA and QLoRA from scratch.")
+    parser.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = parser.add_subparsers(required=True)
     for group in GROUPS:
         group.add_commands(commands)
     return parser
-
-
-def _option_names(command: str) -> list[str]:
-    """Return the names of a command's options and positional arguments."""
-    actions = _subparser(command)._actions
-    names = {action.dest for action in actions}
-    for action in actions:
-        names |= {name.lstrip("-") for name in action.option_strings}
-    return sorted(names - {"help", "h"})
-
-
-def _subparser(command: str) -> argparse.ArgumentParser:
-    for action in _parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return action.choices[command]
-    raise KeyError(command)

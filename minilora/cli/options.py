@@ -19,6 +19,25 @@ POSITIONAL = {
 }
 
 
+# The last line of each command's help.
+EXAMPLES = {
+    "train": "minilora train MODEL rows.jsonl --quantize nf4 --r 16 --output_dir out",
+    "check-training": "minilora check-training MODEL --quantize nf4",
+    "sweep": "minilora sweep run.toml --search r=4,8,16 --trials 20",
+    "generate": 'minilora generate MODEL "Acute otitis media" --adapter out/adapter',
+    "evaluate": "minilora evaluate MODEL held_out.jsonl --adapter out/adapter",
+    "serve": "minilora serve MODEL --adapter mine=out/adapter",
+    "merge": "minilora merge MODEL out/adapter out/merged",
+    "verify": "minilora verify out/four-bit --source out/dense",
+    "compare-exports": "minilora compare-exports MODEL rows.jsonl --adapter out/adapter",
+    "inspect": "minilora inspect out/adapter",
+    "push": "minilora push out/adapter me/my-adapter --private",
+    "preview": "minilora preview rows.jsonl --model MODEL --rows 0,17",
+    "plan": "minilora plan MODEL --r 16 --card 24GB",
+    "plot": "minilora plot out other-out --file runs.svg",
+}
+
+
 def add_command(
     commands: Any, run: Callable[..., Any], *positional: str
 ) -> argparse.ArgumentParser:
@@ -35,7 +54,8 @@ def add_command(
     """
     name = run.__name__.replace("_", "-")
     text = summary(run)
-    parser = commands.add_parser(name, help=text, description=text)
+    example = f"example: {EXAMPLES[name]}"
+    parser = commands.add_parser(name, help=text, description=text, epilog=example)
     parser.set_defaults(run=run)
     for argument in positional:
         parser.add_argument(argument, help=POSITIONAL[argument])

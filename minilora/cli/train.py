@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.cli.options import add_command, add_quantize, summary
+from minilora.cli.options import add_command, add_quantize
 from minilora.cli.preview import before_training
 from minilora.cli.values import CONFIGS, add_fields
 from minilora.common import check_writable
@@ -241,6 +241,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     parser = add_command(commands, train, "model", "dataset")
+    parser.usage = "minilora train MODEL DATASET [OPTIONS]"
     add_quantize(parser)
     parser.add_argument(
         "--adapter",
@@ -279,8 +280,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_sweep(commands: Any) -> None:
-    parser = commands.add_parser("sweep", help=summary(sweep), allow_abbrev=False)
-    parser.set_defaults(run=sweep)
+    parser = add_command(commands, sweep)
     parser.add_argument("model", help="as for train, or the .toml file of a run")
     parser.add_argument(
         "--search",

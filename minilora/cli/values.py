@@ -95,9 +95,22 @@ def add_fields(group: Any, config: type, names: Collection[str] | None = None) -
             f"--{field.name}",
             type=partial(_read, hint=hints[field.name]),
             default=argparse.SUPPRESS,
-            metavar="VALUE",
+            metavar=_value_text(hints[field.name], field.metadata.get("choices", ())),
             help=f"{text} ({_default_text(field)})",
         )
+
+
+def _value_text(hint: Any, choices: Collection[str]) -> str:
+    """Return the kind of an option's value, as the help shows it."""
+    if choices:
+        return "{" + ",".join(map(str, choices)) + "}"
+    kinds = _kinds(hint)
+    if dict in kinds:
+        return "JSON"
+    if list in kinds:
+        return "A,B"
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+    return "|".join(name for kind, name in names.items() if kind in kinds)
 
 
 def _default_text(field: Field) -> str:

@@ -25,7 +25,7 @@ from minilora.common.modules import (
     output_layer,
     tied_modules,
 )
-from minilora.common.options import check_options, option
+from minilora.common.options import Options, check_options, option
 from minilora.common.sequences import (
     column_widths,
     comma_separated,
@@ -37,6 +37,7 @@ from minilora.common.suggestions import nearest, unknown_name
 __version__ = "0.1.0"
 
 __all__ = [
+    "Options",
     "atomic_write",
     "atomic_writes",
     "check_options",

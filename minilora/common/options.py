@@ -5,7 +5,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import field, fields
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from minilora.common.suggestions import nearest
 
 _TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
@@ -47,6 +49,19 @@ def option(
     if default == {}:
         start = {"default_factory": dict}
     return field(**start, metadata={"help": help} | bounds)
+
+
+class Options:
+    """Base class of dataclasses of options: an unknown name raises with the nearest names."""
+
+    def __new__(cls, *args: Any, **options: Any):
+        """Refuse unknown names here: the TypeError of `__init__` does not name the nearest ones."""
+        known = [field.name for field in fields(cast(Any, cls))]
+        for name in options:
+            if name not in known:
+                suggestions = ", ".join(nearest(name, known))
+                raise TypeError(f"{cls.__name__} has no field {name!r}. Nearest: {suggestions}.")
+        return super().__new__(cls)
 
 
 def check_options(config: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from minilora.common import check_options, nearest, option
+from minilora.common import Options, check_options, nearest, option
 
 _LIST_FIELDS = ("target_modules", "exclude_modules", "modules_to_save")
 
@@ -29,7 +29,7 @@ class TaskType(StrEnum):
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Options):
     """The layers that get an adapter, and the hyperparameters of the adapter.
 
     Names and defaults are PEFT's. The text of each `option` below is the field's documentation; the

@@ -8,10 +8,10 @@ The default learning rate differs from the 5e-5 of TrainingArguments, which is m
 fine-tuning; adapters need a higher rate.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from minilora.common import check_options, comma_separated, nearest, option, unknown_name
+from minilora.common import Options, check_options, comma_separated, option, unknown_name
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -19,7 +19,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """The options of `train`.
 
     Every field has the name and the meaning of the field in TrainingArguments or SFTConfig. The
@@ -135,15 +135,6 @@ class TrainConfig:
     disable_tqdm: bool | None = option(
         None, "hide the progress bar; None shows it on a terminal only"
     )
-
-    def __new__(cls, *args: Any, **options: Any):
-        """Refuse unknown names here: the TypeError of `__init__` does not name the nearest ones."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                suggestions = ", ".join(nearest(name, known))
-                raise TypeError(f"TrainConfig has no field {name!r}. Nearest: {suggestions}.")
-        return super().__new__(cls)
 
     def __post_init__(self):
         check_options(self)

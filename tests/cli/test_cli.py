@@ -7,6 +7,7 @@ help text, and a mistake gives a one-line message and an exit status, not a trac
 import copy
 import json
 import re
+import shlex
 import shutil
 from dataclasses import fields
 
@@ -15,7 +16,8 @@ import torch
 
 import minilora as ml
 from helpers.chats import furnish
-from minilora.cli.main import main
+from minilora.cli.main import _parser, main
+from minilora.cli.options import EXAMPLES
 from minilora.cli.values import parse_value
 from minilora.tools.merge_report import merge_report
 
@@ -322,7 +324,7 @@ def test_every_field_is_an_option_with_its_help(capsys):
     shown = re.sub(r"\s+", "", capsys.readouterr().out)
     for config in (ml.LoRAConfig, ml.TrainConfig):
         for field in fields(config):
-            assert f"--{field.name}VALUE" in shown
+            assert f"--{field.name}" in shown
             assert re.sub(r"\s+", "", field.metadata["help"]) in shown
 
 
@@ -367,7 +369,13 @@ def test_a_mistake_gives_a_one_line_message(arguments, message, capsys):
             "--rank_pattern: expected dict[str, int], got 'q_proj'",
         ),
         (["train", "m", "d", "--bf16", "yes"], "--bf16: expected bool | None, got 'yes'"),
-        (["train", "m", "d", "--lora_r", "8"], "--lora_r"),
+        (["train", "m", "d", "--lora_r", "8"], "no option --lora_r. Nearest: --r."),
+        (["train", "m", "d", "--lr=1"], "no option --lr. Nearest: --learning_rate."),
+        (["train", "m", "d", "--max-seq-length", "8"], "Nearest: --max_length."),
+        (["train", "m", "d", "--load_in_4bit", "true"], "Nearest: --quantize."),
+        (["generate", "m", "p", "--adaptr", "a"], "no option --adaptr. Nearest: --adapter"),
+        (["generate", "m", "two", "words"], "unexpected argument 'words'"),
+        (["train", "m"], "required: dataset"),
         (["fly"], "fly"),
     ],
 )
@@ -375,4 +383,45 @@ def test_a_bad_option_exits_with_status_2_and_a_message(arguments, message, caps
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "error:" in said and message in said
+    assert stop.value.code == 2 and message in said
+    assert len(said.splitlines()) == 2 and "--help` explains" in said
+
+
+def test_option_names_may_have_hyphens_and_are_never_abbreviated(capsys):
+    parser = _parser()
+    hyphens = ["train", "m", "d", "--learning-rate", "1", "--no-check-base", "--max-steps=-1"]
+    known, unknown = parser.parse_known_args(hyphens)
+    assert known.learning_rate == 1 and known.max_steps == -1
+    assert unknown == ["--no-check-base"]  # an option of other commands
+    known, _ = parser.parse_known_args(["generate", "m", "p", "--no-check-base"])
+    assert known.check_base is False
+    _, unknown = parser.parse_known_args(["train", "m", "d", "--learning", "1"])
+    assert unknown[0] == "--learning"
+
+
+def test_help_shows_each_command_with_types_choices_and_an_example(capsys):
+    assert main([]) == 0
+    assert "{train," in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"minilora {ml.__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for part in (
+        "usage: minilora train MODEL DATASET [OPTIONS]",
+        "--r N ",
+        "--learning_rate X ",
+        "--optim {adamw_torch,adamw_8bit,paged_adamw_8bit} ",
+        "--use_dora true|false ",
+        "example: minilora train MODEL",
+    ):
+        assert part in shown
+    assert shown.count("usage:") == 1
+
+
+def test_each_example_of_the_help_is_a_command():
+    for example in EXAMPLES.values():
+        words = shlex.split(example)[1:]
+        _, unknown = _parser().parse_known_args(words)
+        assert not unknown, example

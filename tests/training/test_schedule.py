@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import minilora as ml
+from minilora.common.suggestions import FOREIGN_NAMES
 from minilora.training.batch_sampler import BatchPlan, seed_of
 from minilora.training.config import TrainConfig
 from minilora.training.optim.lr_schedule import learning_rate, total_steps
@@ -258,6 +261,30 @@ def test_names_and_defaults_are_those_of_training_arguments():
 def test_an_invalid_value_names_the_expected_values(given, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         TrainConfig(**given)
+
+
+@pytest.mark.parametrize(
+    "config, foreign, ours",
+    [
+        (TrainConfig, "lr", "learning_rate"),
+        (TrainConfig, "epochs", "num_train_epochs"),
+        (TrainConfig, "batch_size", "per_device_train_batch_size"),
+        (TrainConfig, "max_seq_length", "max_length"),
+        (ml.LoRAConfig, "lora_r", "r"),
+        (ml.LoRAConfig, "rank", "r"),
+        (ml.LoRAConfig, "alpha", "lora_alpha"),
+        (ml.LoRAConfig, "target_module", "target_modules"),
+    ],
+)
+def test_names_of_other_libraries_are_answered_with_ours(config, foreign, ours):
+    with pytest.raises(TypeError, match=f"{config.__name__} has no field '{foreign}'.*: {ours}"):
+        config(**{foreign: 1})
+
+
+def test_every_foreign_name_leads_to_an_option_and_is_none_itself():
+    options = {field.name for config in (TrainConfig, ml.LoRAConfig) for field in fields(config)}
+    assert set(FOREIGN_NAMES.values()) <= options | {"quantize", "eval_dataset"}
+    assert not options & FOREIGN_NAMES.keys()
 
 
 def test_an_unknown_name_raises_with_the_nearest_name():

@@ -122,6 +122,7 @@ def test_a_row_of_far_logits(only_program):
     assert logits[-1, 0] == -(2**10) and (logits[-1, 1:] == 2.0**-8).all()
 
 
+@pytest.mark.slow
 def test_a_step_on_far_values(only_program):
     p = torch.empty(FAR, dtype=torch.float32)
     small = torch.randn(1024)

@@ -324,6 +324,7 @@ def test_a_model_has_the_same_gradients_with_and_without_kernels(
         assert (found - right).norm() <= close_to * right.norm() + 1e-9
 
 
+@pytest.mark.slow
 def test_a_compiled_model_uses_the_reference_without_a_graph_break(launched):
     model = lora(llama())
     found = trained(model, torch.compile(model, fullgraph=True, backend="aot_eager"))

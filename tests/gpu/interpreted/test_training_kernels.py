@@ -301,6 +301,7 @@ def test_head_logprobs_with_and_without_the_kernel_agree(dtype, trained, monkeyp
     assert (kernel[0][::5] == 0).all() and (kernel[1][::5] == 0).all()
 
 
+@pytest.mark.slow
 def test_linear_cross_entropy_compiles_without_a_graph_break():
     hidden, weight, labels = (
         torch.randn(9, 8, requires_grad=True),

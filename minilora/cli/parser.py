@@ -1,0 +1,88 @@
+"""The argument parser of every command.
+
+It differs from argparse's in four ways. A name must be complete: `--lr` never stands for
+`--lr_scheduler_type`. A name may have hyphens for underscores. An unknown name is answered with the
+nearest names, also for names of other libraries. An error prints no list of all options.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from minilora.common import nearest
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose option names are exact, with hyphens or underscores."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments after replacing hyphens in the names of options.
+
+        Args:
+            args: the arguments; None reads sys.argv.
+            namespace: the object that receives the values.
+
+        Returns:
+            The namespace, and the arguments that no option takes.
+        """
+        if args is not None:
+            args = [self._with_underscores(argument) for argument in args]
+        return super().parse_known_args(args, namespace)
+
+    def _with_underscores(self, argument: str) -> str:
+        """Return `--learning-rate=1` as `--learning_rate=1` if only the second is an option."""
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name in self._option_string_actions:
+            return argument
+        renamed = "--" + name[2:].replace("-", "_")
+        if renamed not in self._option_string_actions:
+            return argument
+        return renamed + equals + value
+
+    def error(self, message: str) -> NoReturn:
+        """Print an error in two lines and exit with status 2.
+
+        Args:
+            message: the error.
+        """
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` explains each option.\n")
+
+    def refuse(self, unparsed: Sequence[str]) -> NoReturn:
+        """Exit with an error for arguments that no option takes.
+
+        Args:
+            unparsed: the arguments, at least one.
+        """
+        for argument in unparsed:
+            if not argument.startswith("--"):
+                continue
+            name = argument.partition("=")[0]
+            suggestions = nearest(name[2:], self.names())
+            self.error(f"there is no option {name}. Nearest: --{', --'.join(suggestions)}.")
+        self.error(f"unexpected argument {unparsed[0]!r}.")
+
+    def names(self) -> list[str]:
+        """Return the names of the options, without their dashes."""
+        names = {name.lstrip("-") for name in self._option_string_actions}
+        return sorted(names - {"help", "h"})
+
+    def destinations(self) -> list[str]:
+        """Return the names of the positional arguments."""
+        return [action.dest for action in self._actions if not action.option_strings]
+
+    def command(self, name: str) -> "CommandParser":
+        """Return the parser of a command.
+
+        Args:
+            name: the command.
+
+        Raises:
+            KeyError: there is no such command.
+        """
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return action.choices[name]
+        raise KeyError(name)
