@@ -29,7 +29,7 @@ from minilora.lora.registry import lora_configs
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf.tokenizer_export import to_fields
-from minilora.models.gguf.write import write_gguf
+from minilora.models.gguf.write import check_options, write_gguf
 from minilora.models.safetensors_writer import Entry, remove_stale_weights, write_weights
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
@@ -358,6 +358,8 @@ def _save_gguf(
 ) -> None:
     """Write the model and its tokenizer as one GGUF file."""
     dtype = dtype or model.model.embed_tokens.weight.dtype
+    dtype_name = str(dtype).removeprefix("torch.")
+    check_options(config, dtype_name)  # before the tokenizer, whose errors say how to go on
     sources = []
     for entry in _all_entries(model, config, None, "gguf"):
         sources.append((entry.name, entry.shape, entry.make))
@@ -366,4 +368,4 @@ def _save_gguf(
         fields = to_fields(tokenizer, config.vocab_size)
     if path.suffix != ".gguf":
         path = path / "model.gguf"
-    write_gguf(path, config, sources, str(dtype).removeprefix("torch."), fields)
+    write_gguf(path, config, sources, dtype_name, fields)

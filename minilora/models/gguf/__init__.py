@@ -2,6 +2,7 @@
 
 These modules are imported only for a .gguf file.
 
+architectures.py     names, row order and norms of each architecture
 config.py            the decoder config of a file
 header.py            the pairs and records before a file's data
 read.py              a file as a checkpoint

@@ -1,11 +1,12 @@
-"""A GGUF file as a checkpoint: config, tensors and tokenizer fields of llama and qwen2 files.
+"""A GGUF file as a checkpoint: config, tensors and tokenizer fields.
 
-A GGUF file differs from a Hugging Face checkpoint in three ways.
+A GGUF file differs from a Hugging Face checkpoint in four ways.
 
-1. The tensors have other names (NAMES, TOP).
+1. The tensors have other names (architectures.py).
 2. In llama files the rows of q_proj and k_proj have another order: llama.cpp rotates neighbouring
    channels (2i, 2i+1) where Hugging Face rotates (i, i + d/2). `unpermute` restores the order.
-3. The values have one of many quantised types, which the `gguf` package decodes.
+3. Gemma's norms are stored as 1 + w.
+4. The values have one of many quantised types, which the `gguf` package decodes.
 
 header.py reads the layout of the file, and config.py its config.
 """
@@ -21,22 +22,15 @@ import torch
 from torch import Tensor
 
 from minilora.common import is_list_of
-from minilora.models.config import DecoderConfig
-from minilora.models.gguf.config import ROPE_FACTORS, read_config
+from minilora.models.gguf.architectures import (
+    ROPE_FACTORS,
+    hf_name,
+    norm_offset,
+    permuted_heads,
+)
+from minilora.models.gguf.config import read_config
 from minilora.models.gguf.header import Record, read_header
 
-NAMES = {  # GGUF -> Hugging Face, the part of the name after the layer
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LIST_ELEMENTS = {"tokens": str, "token_type": int, "merges": str, "scores": int | float}
 
 
@@ -121,7 +115,7 @@ class GGUFCheckpoint:
         self._gguf_names: dict[str, str] = {}  # by Hugging Face name
         self.shapes: dict[str, tuple[int, ...]] = {}
         for gguf_name, record in self._records.items():
-            name = _hf_name(path, gguf_name)
+            name = hf_name(path, gguf_name, self.config.model_type)
             self._gguf_names[name] = gguf_name
             self.shapes[name] = record.shape
 
@@ -151,6 +145,9 @@ class GGUFCheckpoint:
             ValueError: If the gguf package cannot decode its type.
         """
         tensor = self._dense(self._records[self._gguf_names[name]])
+        offset = norm_offset(self.config, name)
+        if offset:
+            return tensor - offset
         heads = permuted_heads(self.config)
         module = name.split(".")[-2]
         if module in heads:
@@ -193,20 +190,6 @@ class GGUFCheckpoint:
         if not dense.flags.writeable:
             dense = dense.copy()  # torch warns of memory that it cannot write to
         return torch.from_numpy(dense)  # record.shape
-
-
-def permuted_heads(config: DecoderConfig) -> dict[str, int]:
-    """Return the number of heads of each module whose rows llama.cpp reorders.
-
-    Args:
-        config: The model's config.
-
-    Returns:
-        Heads by module name; empty for qwen2, whose rows keep their order.
-    """
-    if config.model_type == "qwen2":
-        return {}
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
@@ -308,17 +291,6 @@ def _lists_of_wrong_length(values: dict[str, Any]) -> list[str]:
         if len(numbers) != len(values["tokens"]) or not all(map(math.isfinite, numbers)):
             return [key]
     return []
-
-
-def _hf_name(path: Path, gguf_name: str) -> str:
-    """Translate blk.3.ffn_up.weight to model.layers.3.mlp.up_proj.weight."""
-    module_path, _, leaf = gguf_name.rpartition(".")
-    *prefix, module = module_path.split(".")
-    if not prefix and module in TOP:
-        return f"{TOP[module]}.{leaf}"
-    if len(prefix) == 2 and prefix[0] == "blk" and module in NAMES:
-        return f"model.layers.{prefix[1]}.{NAMES[module]}.{leaf}"
-    raise ValueError(f"{path}: tensor {gguf_name} is none of a Llama-family decoder.")
 
 
 def _offset(item: tuple[str, Record]) -> int:

@@ -1,9 +1,9 @@
 """One GGUF file for llama.cpp from a model: the reverse of read.py, tensor by tensor.
 
-Names, the order of q_proj's and k_proj's rows, and the keys are those of llama.cpp's converter. It
-keeps vectors (norms, biases) in fp32, and uses fp16 where a row is not divisible into the blocks of
-32 values that Q8_0 has. Llama and Mistral are both the architecture "llama" there. That
-architecture has no sliding window, so a model that uses one is an error.
+Names, the order of q_proj's and k_proj's rows, Gemma's norms and the keys are those of llama.cpp's
+converter. It keeps vectors (norms, biases) in fp32, and uses fp16 where a row is not divisible into
+the blocks of 32 values that Q8_0 has. Llama and Mistral are both the architecture "llama" there.
+Only the architecture "gemma3" has a sliding window, so another model that uses one is an error.
 """
 
 import math
@@ -16,12 +16,28 @@ from torch import Tensor
 
 from minilora.common import atomic_write
 from minilora.models.config import DecoderConfig
-from minilora.models.gguf.config import ARCHITECTURES, ROPE_FACTORS, SIZES
-from minilora.models.gguf.read import NAMES, TOP, TokenizerFields, permuted_heads
+from minilora.models.families import SLIDING
+from minilora.models.gguf.architectures import (
+    ARCHITECTURES,
+    ROPE_FACTORS,
+    gguf_name,
+    norm_offset,
+    permuted_heads,
+)
+from minilora.models.gguf.config import (
+    DEFAULT_LOCAL_THETA,
+    DEFAULT_PERIOD,
+    LOCAL_THETA,
+    SIZES,
+    WINDOW,
+    WINDOW_PERIOD,
+    attention_scalar,
+    layer_kinds,
+)
+from minilora.models.gguf.read import TokenizerFields
 from minilora.models.rope_config import Rope, frequencies
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-_GGUF_NAMES = {hf_name: gguf_name for gguf_name, hf_name in (NAMES | TOP).items()}
 _Q8_BLOCK = 32  # values that share a scale in Q8_0
 _Q8_MAX = 127  # Q8_0's scale is the largest magnitude of a block / 127, stored in fp16
 
@@ -55,7 +71,7 @@ def write_gguf(
         raise ImportError(
             f"{path}: writing GGUF needs the gguf package: pip install 'minilora[gguf]'"
         ) from error
-    _check_options(config, dtype)
+    check_options(config, dtype)
     heads = permuted_heads(config)
     sources = [*_rope_factors(config), *sources]
     with atomic_write(path) as temporary:
@@ -64,7 +80,7 @@ def write_gguf(
             _add_fields(writer, config, KINDS[dtype])
             _add_tokenizer(writer, config, tokenizer)
             kinds = [gguf.GGMLQuantizationType[_kind(shape, dtype)] for _, shape, _ in sources]
-            _add_records(writer, sources, kinds)
+            _add_records(writer, config, sources, kinds)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -73,6 +89,7 @@ def write_gguf(
                 module = name.split(".")[-2]
                 if module in heads:
                     tensor = permute(tensor, heads[module])
+                tensor = tensor + norm_offset(config, name)
                 _check_range(name, tensor, kind.name)
                 writer.write_tensor_data(gguf.quantize(tensor.contiguous().numpy(), kind))
                 del tensor  # before the next one is made
@@ -96,42 +113,76 @@ def permute(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)  # (heads · d, …)
 
 
-def gguf_name(name: str) -> str:
-    """Translate model.layers.3.mlp.up_proj.weight to blk.3.ffn_up.weight.
+def check_options(config: DecoderConfig, dtype: str) -> None:
+    """Check that GGUF has the dtype and the architecture, and that llama.cpp computes this model.
 
     Args:
-        name: Hugging Face name of a tensor.
+        config: The model's config.
+        dtype: Type of the matrices.
 
-    Returns:
-        Its name in a GGUF file.
+    Raises:
+        ValueError: If one of them does not fit.
     """
-    if name == ROPE_FACTORS:
-        return name
-    path, _, leaf = name.rpartition(".")
-    if path in _GGUF_NAMES:
-        return f"{_GGUF_NAMES[path]}.{leaf}"
-    _, _, layer, module = path.split(".", 3)
-    return f"blk.{layer}.{_GGUF_NAMES[module]}.{leaf}"
-
-
-def _check_options(config: DecoderConfig, dtype: str) -> None:
-    """Check that GGUF has the dtype, the architecture and the attention of the model."""
     message = "{} of a GGUF file must be one of {}, got {!r}."
     if dtype not in KINDS:
         raise ValueError(message.format("dtype", ", ".join(KINDS), dtype))
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(message.format("model_type", known, config.model_type))
+    if config.family.gemma:
+        _check_gemma(config)
     window = config.sliding_window
-    if window is not None and window < config.max_position_embeddings:
+    if not config.family.gemma and window is not None and window < config.max_position_embeddings:
         raise ValueError(
             f"llama.cpp would ignore sliding_window {window} and compute texts of up to "
             f"max_position_embeddings {config.max_position_embeddings} tokens differently. Set "
             "max_position_embeddings to the window first, or use format='safetensors'."
         )
+    arch = ARCHITECTURES[config.model_type]
+    problem = None
+    if arch != "llama" and config.rope.kind == "llama3":
+        problem = "would ignore the llama3 scaling of the rotation"
+    if config.family.qk_norm and config.attention_bias:
+        problem = "has no biases of attention"
+    if problem:
+        raise ValueError(f"llama.cpp {problem} in {arch} files. Use format='safetensors'.")
 
 
-def _add_records(writer: Any, sources: list[Source], kinds: list[Any]) -> None:
+def _check_gemma(config: DecoderConfig) -> None:
+    """Check the parts of a Gemma 3 model that llama.cpp derives from its sizes."""
+    _window_period(config)
+    expected = attention_scalar(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
+    )
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    if scalar != expected:
+        raise ValueError(
+            f"llama.cpp divides the scores of this model by √{expected}, not by √{scalar} as "
+            "query_pre_attn_scalar says. Use format='safetensors'."
+        )
+    local = config.rope_of(SLIDING)
+    if SLIDING in config.layer_types and local.kind != "default":
+        raise ValueError(
+            f"llama.cpp does not scale the rotation of sliding layers, but this model does "
+            f"({local.kind}). Use format='safetensors'."
+        )
+
+
+def _window_period(config: DecoderConfig) -> int:
+    """Return p such that the last of every p layers has full attention, and no other layer."""
+    layers = config.num_hidden_layers
+    for period in (DEFAULT_PERIOD, *range(1, layers + 2)):
+        if layer_kinds(layers, period) == tuple(config.layer_types):
+            return period
+    raise ValueError(
+        "llama.cpp gives full attention to the last of every p layers of a Gemma 3 model, got "
+        f"layer_types {list(config.layer_types)}. Use format='safetensors'."
+    )
+
+
+def _add_records(
+    writer: Any, config: DecoderConfig, sources: list[Source], kinds: list[Any]
+) -> None:
     """Add the name, shape, type and size of each tensor to the header."""
     import gguf
     import numpy as np  # not at the top: `import minilora` must stay light
@@ -139,7 +190,8 @@ def _add_records(writer: Any, sources: list[Source], kinds: list[Any]) -> None:
     for (name, shape, _), kind in zip(sources, kinds, strict=True):
         nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         dtype = np.dtype(np.float32)
-        writer.add_tensor_info(gguf_name(name), shape, dtype, nbytes, raw_dtype=kind)
+        stored_name = gguf_name(name, config.model_type)
+        writer.add_tensor_info(stored_name, shape, dtype, nbytes, raw_dtype=kind)
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> str:
@@ -191,6 +243,21 @@ def _add_fields(writer: Any, config: DecoderConfig, kind: str) -> None:
     if config.rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
+    if config.family.gemma:
+        _add_window(writer, config, arch)
+
+
+def _add_window(writer: Any, config: DecoderConfig, arch: str) -> None:
+    """Add Gemma 3's window, and the period and θ of its layers if llama.cpp's defaults differ."""
+    if config.sliding_window is None:
+        return  # llama.cpp then gives full attention to every layer
+    writer.add_uint32(f"{arch}.{WINDOW}", config.sliding_window)
+    period = _window_period(config)
+    if period != DEFAULT_PERIOD:
+        writer.add_uint32(f"{arch}.{WINDOW_PERIOD}", period)
+    local_theta = config.rope_of(SLIDING).theta
+    if local_theta != DEFAULT_LOCAL_THETA:
+        writer.add_float32(f"{arch}.{LOCAL_THETA}", local_theta)
 
 
 def _add_tokenizer(writer: Any, config: DecoderConfig, fields: TokenizerFields | None) -> None:
