@@ -380,14 +380,19 @@ def _add_tokens(backend: Any, tokens: dict[str, dict[str, Any]], file: Path) -> 
     from tokenizers import AddedToken
 
     present = backend.get_added_tokens_decoder()
+    expected = {}  # content -> id
+    added = []
     for number, fields in sorted(tokens.items(), key=lambda item: int(item[0])):
         content = fields["content"]
         if int(number) in present and present[int(number)].content == content:
             continue
         options = {name: value for name, value in fields.items() if name != "__type"}
-        backend.add_tokens([AddedToken(**options)])
+        added.append(AddedToken(**options))
+        expected[content] = int(number)
+    backend.add_tokens(added)  # one call: each one builds the index of all added tokens again
+    for content, number in expected.items():
         got = backend.token_to_id(content)
-        if got != int(number):
+        if got != number:
             raise ValueError(
                 f"{file}: tokenizer_config.json gives the added token {content!r} the id {number}, "
                 f"the vocabulary {got}. The two files belong to different checkpoints."

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minilora.models.config import MOST_LAYERS, DecoderConfig
-from minilora.models.families import FAMILIES, FULL, SLIDING
+from minilora.models.families import FULL, SLIDING
 from minilora.models.gguf.architectures import MODEL_TYPES, ROPE_FACTORS
 from minilora.models.gguf.header import Record
 from minilora.models.rope_config import Rope, frequencies

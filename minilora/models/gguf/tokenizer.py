@@ -12,16 +12,31 @@ rule or another order of merges gives wrong ids without an error, so this module
 everything that it cannot reproduce. tokenizer_export.py is the other direction.
 """
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from minilora.models.gguf.read import TokenizerFields, read_tokenizer_fields
+from minilora.models.gguf.score_merges import merges_by_score
 
 # The regular expression that finds the words of Llama 3
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The words of gpt-oss: as Llama 3's, but a word also ends before a capital letter
+_GPT4O_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O_START = r"[^\r\n\p{L}\p{N}]?"
+_GPT4O_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    f"{_GPT4O_START}{_GPT4O_UPPER}*{_GPT4O_LOWER}+{_GPT4O_END}"
+    f"|{_GPT4O_START}{_GPT4O_UPPER}+{_GPT4O_LOWER}*{_GPT4O_END}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The words of DeepSeek V3, after its earlier cuts
+DEEPSEEK_V3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Name of a pre-tokenizer -> its regular expression; None for GPT-2's, which `tokenizers` has
 WORDS = {
@@ -29,7 +44,11 @@ WORDS = {
     "smollm": None,
     "llama-bpe": LLAMA3,
     "qwen2": LLAMA3.replace("{1,3}", ""),
+    "gpt-4o": GPT4O,
+    "deepseek-v3": DEEPSEEK_V3,
 }
+# Expressions whose matches are cut out before the words: DeepSeek's digits, and Chinese and kana
+EARLIER_CUTS = {"deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+")}
 # Token types
 NORMAL = 1
 UNKNOWN = 2
@@ -39,7 +58,6 @@ UNUSED = 5
 BYTE = 6
 WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)  # found in the text before it is cut or merged
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # llama's tokens for the bytes
-_MAX_TOKEN_LENGTH = 128  # characters of a merged token; SentencePiece's have at most 16
 
 Parts = tuple[Any, dict[str, str], str | None]  # backend, special tokens, chat template
 
@@ -86,10 +104,12 @@ def build(fields: TokenizerFields, where: str) -> Parts:
     if len(vocabulary) < len(fields.tokens):
         raise ValueError(f"{where}: its tokenizer is damaged: two of its tokens are the same.")
     backend = builders[fields.model](fields, vocabulary, where)
+    added = []
     for token, kind in zip(fields.tokens, fields.token_types, strict=True):
         if kind in WHOLE:
             special = kind != USER_DEFINED
-            backend.add_tokens([AddedToken(token, normalized=False, special=special)])
+            added.append(AddedToken(token, normalized=False, special=special))
+    backend.add_tokens(added)  # one call: each one builds the index of all added tokens again
 
     special_tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -113,6 +133,8 @@ def cut_words(backend: Any, pre: str) -> None:
 
     words = WORDS[pre]
     steps = []
+    for expression in EARLIER_CUTS.get(pre, ()):
+        steps.append(pre_tokenizers.Split(Regex(expression), "isolated"))
     if words is not None:
         steps.append(pre_tokenizers.Split(Regex(words), "isolated"))
     if pre == "smollm":
@@ -172,7 +194,11 @@ def _sentencepiece(fields: TokenizerFields, vocabulary: dict[str, int], where: s
             f"{where}: SentencePiece without a token for each of the bytes <0x00> to <0xFF>: "
             "not supported."
         )
-    merges = _merges_by_score(fields, vocabulary, where)
+    scores = {}
+    for token, kind, score in zip(fields.tokens, fields.token_types, fields.scores, strict=True):
+        if kind not in WHOLE and len(token) > 1:
+            scores[token] = score
+    merges = merges_by_score(scores, vocabulary, where)
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     escape_spaces(backend, fields.add_space_prefix)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -180,56 +206,6 @@ def _sentencepiece(fields: TokenizerFields, vocabulary: dict[str, int], where: s
         steps.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(steps)
     return backend
-
-
-def _merges_by_score(
-    fields: TokenizerFields, vocabulary: dict[str, int], where: str
-) -> list[tuple[str, str]]:
-    """List each way to cut each token into two parts, best score first."""
-    scores = {}
-    tokens = zip(fields.tokens, fields.token_types, fields.scores, strict=True)
-    for token, kind, score in tokens:
-        if kind not in WHOLE and len(token) > 1:
-            scores[token] = score
-    for token in scores:
-        if len(token) > _MAX_TOKEN_LENGTH:
-            raise ValueError(
-                f"{where}: its tokenizer is damaged: a token of {len(token)} characters."
-            )
-
-    merges = []
-    merged_tokens = []
-    for token in sorted(scores, key=lambda token: -scores[token]):
-        cuts = _cuts(token, vocabulary)
-        for left, right in cuts:
-            if left not in vocabulary or right not in vocabulary:
-                raise ValueError(
-                    f"{where}: the token {token!r} has a character that is not a token: "
-                    "not supported."
-                )
-        if cuts:
-            merges += cuts
-            merged_tokens.append(token)
-    for first, second in pairwise(merged_tokens):
-        if scores[first] == scores[second]:
-            raise ValueError(
-                f"{where}: the tokens {(first, second)} have the same score, so their order "
-                "depends on the text: not supported."
-            )
-    return merges
-
-
-def _cuts(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """List the ways to cut a token into two parts that are tokens or single characters."""
-    cuts = []
-    for i in range(1, len(token)):
-        left = token[:i]
-        right = token[i:]
-        left_fits = len(left) == 1 or left in vocabulary
-        right_fits = len(right) == 1 or right in vocabulary
-        if left_fits and right_fits:
-            cuts.append((left, right))
-    return cuts
 
 
 def _add_bos_and_eos(backend: Any, bos: str | None, eos: str | None) -> None:

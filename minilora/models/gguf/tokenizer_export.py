@@ -1,8 +1,9 @@
 """The fields that a GGUF file stores for a tokenizer: the reverse of tokenizer.py.
 
 llama.cpp has one rule for words for each name of a pre-tokenizer, and it merges any pair
-that makes a token. A tokenizer whose ids llama.cpp would not reproduce is an error, with one
-exception that is only a warning: the place of ▁ in front of a text (see `to_fields`).
+that makes a token. A tokenizer whose ids llama.cpp would not reproduce is an error, with two
+exceptions that are only warnings: the place of ▁ in front of a text (see `to_fields`), and added
+tokens that the model has no embedding for.
 """
 
 import json
@@ -35,6 +36,7 @@ _MODEL_FLAGS = (
     "end_of_word_suffix",
 )
 _SPACE_FLAGS = ("lstrip", "rstrip", "single_word")  # an added token that depends on its neighbours
+_WHOLE_WORDS = "llama-bpe"  # the pre-tokenizer with which llama.cpp keeps a word that is a token
 _Layout = tuple[str, str, bool]  # model, pre, add_space_prefix of TokenizerFields
 
 
@@ -66,11 +68,10 @@ def to_fields(tokenizer: Any, size: int) -> TokenizerFields:
     model, pre, prefix = _layout(state)
     if prefix and not state["normalizer"]:
         _warn_of_prefix(state["pre_tokenizer"]["prepend_scheme"])
+    if model == "gpt2":
+        _check_whole_words(backend, state, pre)
     vocabulary = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
-    if max(vocabulary) >= size:
-        raise ValueError(
-            f"GGUF: the tokenizer has ids up to {max(vocabulary)}, the model {size} embeddings."
-        )
+    _drop_tokens_without_embedding(vocabulary, state, size)
     _check_added_tokens(backend, state["added_tokens"])
     ids = {}
     for name in ("bos", "eos", "unk", "pad"):
@@ -79,6 +80,7 @@ def to_fields(tokenizer: Any, size: int) -> TokenizerFields:
     if model == "llama":
         types_by_id |= {backend.token_to_id(byte): BYTE for byte in BYTES}
         types_by_id[ids["unk_token_id"]] = UNKNOWN
+        vocabulary |= _tokens_of_spaces(backend, state["added_tokens"])
     add_bos, add_eos = _added_around(backend, ids["bos_token_id"], ids["eos_token_id"])
 
     tokens = [vocabulary.get(i, f"[PAD{i}]") for i in range(size)]
@@ -108,6 +110,71 @@ def to_fields(tokenizer: Any, size: int) -> TokenizerFields:
     )
 
 
+def _check_whole_words(backend: Any, state: dict[str, Any], pre: str) -> None:
+    """Check that ignore_merges, if llama.cpp has another value of it, changes no word.
+
+    With ignore_merges a word that is a token is kept without merging. It changes nothing if the
+    merges make each token from its characters.
+    """
+    from tokenizers import Tokenizer
+
+    ignore_merges = bool(state["model"].get("ignore_merges"))
+    if ignore_merges == (pre == _WHOLE_WORDS):
+        return
+    plain = {**state, "added_tokens": [], "model": {**state["model"], "ignore_merges": False}}
+    merged = Tokenizer.from_str(json.dumps(plain)).model
+    added = {token["content"] for token in state["added_tokens"]}
+    for token in backend.get_vocab(with_added_tokens=False):
+        if token not in added and len(merged.tokenize(token)) > 1:
+            raise ValueError(
+                f"GGUF: this tokenizer has ignore_merges={ignore_merges}, and llama.cpp the "
+                f"opposite for pre-tokenizer {pre!r}, which gives other ids for {token!r}. Save as "
+                "safetensors and let llama.cpp's converter write the file."
+            )
+
+
+def _drop_tokens_without_embedding(
+    vocabulary: dict[int, str], state: dict[str, Any], size: int
+) -> None:
+    """Remove added tokens whose ids the model has no embedding for, with a warning.
+
+    Gemma 3's tokenizer has a token for images that the text model has not.
+    """
+    beyond = {number: token for number, token in vocabulary.items() if number >= size}
+    added_ids = {token["id"] for token in state["added_tokens"]}
+    if not beyond:
+        return
+    if beyond.keys() - added_ids:
+        raise ValueError(
+            f"GGUF: the tokenizer has ids up to {max(beyond)}, the model {size} embeddings: they "
+            "do not belong together. Load the tokenizer of this model's checkpoint."
+        )
+    warnings.warn(
+        f"GGUF: the model has {size} embeddings, and the tokenizer's added tokens {beyond} have "
+        "none. The file is written without them.",
+        stacklevel=6,  # the caller of save_model
+    )
+    for number in beyond:
+        del vocabulary[number]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+
+
+def _tokens_of_spaces(backend: Any, added_tokens: list[dict[str, Any]]) -> dict[int, str]:
+    """Return the added tokens with ▁ that spaces in a text give, with spaces.
+
+    llama.cpp looks for added tokens in a text before it writes spaces as ▁. Gemma's runs of spaces
+    are such tokens.
+    """
+    tokens = {}
+    for token in added_tokens:
+        text = token["content"].replace("▁", " ")
+        if token["special"] or text == token["content"]:
+            continue
+        if backend.encode(text, add_special_tokens=False).ids == [token["id"]]:
+            tokens[token["id"]] = text
+    return tokens
+
+
 def _layout(state: dict[str, Any]) -> _Layout:
     """Return GGUF's names for the way a tokenizer.json works."""
     signature = _signature(state)
@@ -120,7 +187,7 @@ def _layout(state: dict[str, Any]) -> _Layout:
         f"GGUF: expected byte-level BPE that cuts words as one of {', '.join(WORDS)}, or BPE with "
         f"byte_fallback that writes spaces as ▁, got {state['model']['type']} cut by {cut} after "
         f"{change}. Save as safetensors and let llama.cpp's converter write the file, or leave the "
-        "tokenizer out."
+        "tokenizer out: the file then takes ids but not text."
     )
 
 
@@ -129,13 +196,17 @@ def _known_layouts() -> Iterator[tuple[_Layout, Any]]:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     for pre in WORDS:
-        backend = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+        backend = Tokenizer(models.BPE())
         cut_words(backend, pre)
         yield ("gpt2", pre, False), _signature(json.loads(backend.to_str()))
     for prefix in (False, True):
         backend = Tokenizer(models.BPE(byte_fallback=True))
         escape_spaces(backend, prefix)
         yield ("llama", "default", prefix), _signature(json.loads(backend.to_str()))
+    backend = Tokenizer(models.BPE(byte_fallback=True))  # Gemma: no space is left to cut at
+    escape_spaces(backend, False)
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    yield ("llama", "default", False), _signature(json.loads(backend.to_str()))
     for scheme in ("never", "first", "always"):
         backend = Tokenizer(models.BPE(byte_fallback=True))
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
@@ -146,13 +217,27 @@ def _known_layouts() -> Iterator[tuple[_Layout, Any]]:
 def _signature(state: dict[str, Any]) -> Any:
     """Return the parts of a tokenizer.json that decide how a text is cut; offsets do not."""
     model = state["model"]
-    flags = [bool(model.get(flag)) for flag in _MODEL_FLAGS]
-    pre_tokenizer = state.get("pre_tokenizer") or {}
+    flags = {flag: bool(model.get(flag)) for flag in _MODEL_FLAGS}
+    if not flags["byte_fallback"]:
+        flags["ignore_merges"] = False  # _check_whole_words checks it
     steps = []
-    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-        steps.append(step | {"trim_offsets": None})
-    normalizer = state.get("normalizer") or {}
-    return model["type"], flags, steps, normalizer.get("normalizers", [normalizer])
+    for step in _steps(state.get("pre_tokenizer"), "pretokenizers"):
+        steps.append({**step, "trim_offsets": None, "pattern": _escaped(step.get("pattern"))})
+    return model["type"], flags, steps, _steps(state.get("normalizer"), "normalizers")
+
+
+def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """Return the steps of a part of tokenizer.json: of a Sequence, of one step or of none."""
+    if part is None:
+        return []
+    return part.get(name, [part])
+
+
+def _escaped(pattern: dict[str, str] | None) -> dict[str, str] | None:
+    """Return a pattern with line ends as escapes, which match the same characters."""
+    if pattern is None or "Regex" not in pattern:
+        return pattern
+    return {"Regex": pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")}
 
 
 def _warn_of_prefix(scheme: str) -> None:
