@@ -40,6 +40,12 @@ def model_field(**fields):
     return lambda state: state["model"].update(fields)
 
 
+def without_a_merge(state: dict) -> None:
+    """Keep words that are tokens, one of which no merge makes any more."""
+    state["model"].update(ignore_merges=True)
+    state["model"]["merges"].pop()
+
+
 def without_a_byte(state: dict) -> None:
     vocabulary = state["model"]["vocab"]
     vocabulary["<0x7G>"] = vocabulary.pop("<0x7F>")
@@ -62,6 +68,10 @@ REFUSED = {
         "with byte_fallback .*got BPE",
     ),
     "ignore_merges": (lambda: changed("prefix", model_field(ignore_merges=True)), "got BPE"),
+    "ignore_merges of bytes": (
+        lambda: changed("gpt-4o", without_a_merge),
+        "ignore_merges=True, and llama.cpp the opposite for pre-tokenizer 'gpt-4o'",
+    ),
     "continuing prefix": (
         lambda: changed("gpt-2", model_field(continuing_subword_prefix="#", merges=[])),
         "got BPE cut by",

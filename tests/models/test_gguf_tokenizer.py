@@ -61,6 +61,16 @@ def gguf_tokenizer(**changes) -> Tokenizer:
             "IT'S  1234\n\nhello",
             ["IT", "'S", " ", " ", "1", "2", "3", "4", "\n\n", "hello"],
         ),
+        (
+            "gpt-4o",
+            "it's  1234\n\nhelloWorld/\n",
+            ["it's", " ", " ", "123", "4", "\n\n", "hello", "World", "/\n"],
+        ),
+        (
+            "deepseek-v3",
+            "it's  1234\n\nhello x.wrld",
+            ["it", "'s", "  ", "123", "4", "\n\n", "hello", " x", ".wrld"],
+        ),
     ],
 )
 def test_gguf_pre_tokenizers_cut_words_as_their_families_do(pre, text, words):
@@ -81,11 +91,11 @@ def test_llama_bpe_keeps_a_known_word_whole_without_merges():
 
 
 @given(st.text("aS's' 19\n\r\t.,!éǅ中½²\u00a0\u3000", max_size=20) | st.text(max_size=20))
-def test_llama_and_qwen_words_are_those_of_transformers(text):
+def test_words_of_llama_qwen_and_gpt_oss_are_those_of_transformers(text):
     from tokenizers import Regex, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    for pre in ("llama-bpe", "qwen2"):
+    for pre in ("llama-bpe", "qwen2", "gpt-4o"):
         mine, theirs = (
             pre_tokenizers.Split(Regex(regex), "isolated").pre_tokenize_str(text)
             for regex in (WORDS[pre], GGUF_PRE_TOKENIZER_SPLITS[pre])
