@@ -4,6 +4,7 @@ atomic_files.py   atomic writes; safetensors and JSON files
 suggestions.py    errors with the nearest names
 options.py        checked fields of a dataclass
 modules.py        modules of a model and their paths
+left_out.py       the matrices that a step over a whole model leaves out
 sequences.py      types and lengths of sequences; widths of columns
 """
 
@@ -17,6 +18,7 @@ from minilora.common.atomic_files import (
     write_tensors,
     write_text,
 )
+from minilora.common.left_out import LeftOut, left_out
 from minilora.common.modules import (
     ends_with,
     ends_with_any,
@@ -37,6 +39,7 @@ from minilora.common.suggestions import nearest, unknown_name
 __version__ = "0.1.0"
 
 __all__ = [
+    "LeftOut",
     "Options",
     "atomic_write",
     "atomic_writes",
@@ -49,6 +52,7 @@ __all__ = [
     "is_conv1d",
     "is_list_of",
     "is_within",
+    "left_out",
     "nearest",
     "option",
     "order_by_length",

@@ -11,6 +11,7 @@ fused_linear.py      W x + s · B A x as one step, with its backward pass
 active.py            choose the active adapters
 batched.py           a batch whose rows have different adapters
 low_rank.py          decompositions of low-rank products
+base_layers/         the frozen layers: their dense weight, and which layers can have an adapter
 merging/             merge adapters into weights; arithmetic on adapters
 files/               adapter files in PEFT's format; the base that they belong to
 variants/            DoRA, PiSSA, LoftQ

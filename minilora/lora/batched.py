@@ -275,14 +275,16 @@ def per_row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[
             batch has another number of rows.
     """
     rows = PerRowAdapters(model, names)
-    fused_before = [(layer, layer.fused) for layer in lora_layers(model).values()]
-    for layer, _ in fused_before:
+    before = [(layer, layer.fused, layer.merged) for layer in lora_layers(model).values()]
+    for layer, _, _ in before:
         layer.fused = rows.forward
+        layer.merged = None  # no weight holds a different adapter for each row
     try:
         yield rows
     finally:
-        for layer, fused in fused_before:
+        for layer, fused, merged in before:
             layer.fused = fused
+            layer.merged = merged
 
 
 def for_prompts(model: nn.Module, names: Sequence[str | None], count: int, rule: Any) -> Any:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from minilora.lora.base_layers.linear_forward import linear_problem, parametrisation_problem
 from minilora.lora.layer import (
     AdapterBase,
     LoRAAdapter,
@@ -32,6 +33,7 @@ from minilora.lora.layer import (
     linear_features,
     scaling,
 )
+from minilora.quant.nf4_linear import NF4Linear
 
 _CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of dimensions of the weight
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -117,8 +119,8 @@ class EmbeddingAdapter(AdapterBase):
         Returns:
             The change of the weight, (V, D).
         """
-        A = self.lora_A.detach().to(dtype)  # (r, V)
-        B = self.lora_B.detach().to(dtype)  # (D, r)
+        A = self.lora_A.to(dtype)  # (r, V)
+        B = self.lora_B.to(dtype)  # (D, r)
         return (self.scaling * B @ A).T  # (V, D)
 
     def tensors(self, base: nn.Module) -> dict[str, Tensor]:
@@ -241,8 +243,8 @@ class ConvAdapter(AdapterBase):
                 f"a convolution with {self.groups} groups cannot hold its adapter, "
                 "which reads all input channels: keep it unmerged (save_adapter)."
             )
-        A = self.lora_A.detach().to(dtype)  # (r, in, k…)
-        B = self.lora_B.detach().to(dtype)  # (out, r, 1…)
+        A = self.lora_A.to(dtype)  # (r, in, k…)
+        B = self.lora_B.to(dtype)  # (out, r, 1…)
         delta = self.scaling * B.flatten(1) @ A.flatten(1)  # (out, in · k…)
         return delta.view(len(B), *A.shape[1:])  # (out, in, k…)
 
@@ -310,7 +312,9 @@ def is_linear(module: nn.Module) -> bool:
         linear_features(unwrapped(module))
     except ValueError:
         return False
-    return hasattr(module, "weight") and not isinstance(module, NonDynamicallyQuantizableLinear)
+    base = unwrapped(module)
+    has_weight = isinstance(base, NF4Linear) or isinstance(getattr(base, "weight", None), Tensor)
+    return has_weight and not isinstance(base, NonDynamicallyQuantizableLinear)
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -320,6 +324,20 @@ def is_adaptable(module: nn.Module) -> bool:
         module: Any module.
     """
     return isinstance(unwrapped(module), (nn.Embedding, *_CONVOLUTIONS)) or is_linear(module)
+
+
+def forward_problem(layer: nn.Module) -> str | None:
+    """Return why a layer for which there is a kind of adapter cannot have one; None if it can.
+
+    The adapters of embeddings and convolutions check their layers themselves.
+
+    Args:
+        layer: A layer for which `is_adaptable` is true.
+    """
+    base = unwrapped(layer)
+    if isinstance(base, (nn.Embedding, *_CONVOLUTIONS)):
+        return parametrisation_problem(base)
+    return linear_problem(base)
 
 
 def new_adapter(
@@ -344,9 +362,13 @@ def new_adapter(
         seed: Seed of the initial values.
 
     Raises:
-        ValueError: A hyperparameter does not fit the layer.
+        ValueError: The layer computes something else than its kind, or a hyperparameter does not
+            fit the layer.
     """
     base = unwrapped(layer)
+    problem = forward_problem(base)
+    if problem is not None:
+        raise ValueError(problem)
     options = (r, lora_alpha, lora_dropout, use_rslora, lora_bias)
     if isinstance(base, nn.Embedding):
         return EmbeddingAdapter(base, *options, seed=seed)

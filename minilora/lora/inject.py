@@ -12,6 +12,7 @@ A first reading can skip everything about `tie`, which is for layers that share 
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,9 +24,10 @@ from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter, EmbeddingAdapter, new_adapter, unwrapped
 from minilora.lora.fused_linear import lora_linear
 from minilora.lora.layer import LoRALayer
+from minilora.lora.merging.changes import read_merged
 from minilora.lora.modules_to_save import Part
 from minilora.lora.registry import lora_configs, lora_layers
-from minilora.lora.targets import find_targets, names_to_save
+from minilora.lora.targets import find_targets, left_out_by_all_linear, names_to_save
 from minilora.lora.variants.choose import as_variant
 
 
@@ -36,6 +38,10 @@ def inject(
     seed: int = 0,
 ) -> list[str]:
     """Give every targeted layer an adapter, make it the active one, and freeze everything else.
+
+    With "all-linear", a warning names the matrices that get no adapter, with their share of the
+    bytes: experts that a model holds in one parameter, and layers that compute something else than
+    W x + b, such as routers.
 
     Args:
         model: The model to change.
@@ -49,16 +55,23 @@ def inject(
 
     Raises:
         ValueError: An entry of the config matches nothing or would do nothing, a rank is larger
-            than its layer, or a layer shares its weight and `config.tie` is not set. The model is
-            then unchanged.
+            than its layer, a named layer computes something else than W x + b, or a layer shares
+            its weight and `config.tie` is not set. The model is then unchanged.
     """
     config = config or LoRAConfig()
     adapters = new_adapters(model, config, seed)
     parts = new_parts(model, config, adapters)
     _check_tie(model, config, adapters, parts)
     _check_effect(model, config, adapters, parts)
+    left_out = left_out_by_all_linear(model, config, adapters)
     attach(model, adapters, config, name, parts)
     lora_configs(model).seeds[name] = seed
+    if left_out is not None:
+        warnings.warn(
+            f'target_modules="all-linear" adapts {len(adapters)} layers. {left_out}. '
+            "Only a layer that computes W x + b gets an adapter.",
+            stacklevel=2,
+        )
     layers = lora_layers(model, remove_duplicate=False)
     return [path for path, layer in layers.items() if name in layer.adapters]
 
@@ -297,6 +310,7 @@ def _new_lora_layer(base: nn.Module) -> LoRALayer:
     """Return a LoRALayer without adapters that takes the fused path and loads bare states."""
     layer = LoRALayer(base, r=None)
     layer.fused = lora_linear
+    layer.merged = read_merged
     layer.register_load_state_dict_pre_hook(_accept_bare_state)
     return layer
 

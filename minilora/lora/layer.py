@@ -27,6 +27,8 @@ LoRAAdapter is one pair of A and B. LoRALayer is the frozen layer together with 
 
 import math
 from collections.abc import Callable
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,8 +161,8 @@ class LoRAAdapter(AdapterBase):
         Returns:
             The change of the weight, (out, in).
         """
-        A = self.lora_A.detach().to(dtype)  # (r, in)
-        B = self.lora_B.detach().to(dtype)  # (out, r)
+        A = self.lora_A.to(dtype)  # (r, in)
+        B = self.lora_B.to(dtype)  # (out, r)
         return self.scaling * B @ A  # (out, in)
 
 
@@ -248,8 +250,10 @@ class LoRALayer(nn.Module):
         base_layer: The frozen layer.
         adapters: All adapters by name.
         active: Names of the active adapters, in the order in which they are applied.
-        fused: A function that replaces the steps of `forward`. `inject` sets it to `lora_linear`
-            (fused_linear.py), which keeps less memory for backward. None means no replacement.
+        fused: A function that replaces the steps of `forward`, or None. `inject` sets it to
+            `lora_linear` (fused_linear.py), which keeps less memory for backward.
+        merged: A function that returns "weight" or "bias" with the active adapters added, for a
+            parent that reads it, or None. `inject` sets it to `read_merged` (merging/changes.py).
 
     Raises:
         ValueError: The base is not linear, or a hyperparameter is outside its range.
@@ -271,6 +275,7 @@ class LoRALayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.fused: Callable[[LoRALayer, Tensor], Tensor] | None = None
+        self.merged: Callable[[LoRALayer, str], Any] | None = None
         self.training = base.training  # take the mode of the base: no dropout while evaluating
         if r is not None:
             in_features, out_features = linear_features(base)
@@ -296,7 +301,8 @@ class LoRALayer(nn.Module):
                 f"adapter {name!r}: expected a new, dotless name that is not a method of "
                 f"ModuleDict. This layer has {[*self.adapters]}."
             )
-        device = next((p.device for p in self.base_layer.parameters()), None)
+        stored = chain(self.base_layer.parameters(), self.base_layer.buffers())
+        device = next((tensor.device for tensor in stored), None)
         adapter.to(device).train(self.training).requires_grad_(False)
         self.adapters[name] = adapter
 
@@ -347,12 +353,16 @@ class LoRALayer(nn.Module):
 
     @property
     def weight(self):
-        """The base's weight, read-only: a Parameter, or an NF4Weight for a 4-bit base."""
+        """The weight that this layer computes with, read-only; the base's without an adapter."""
+        if self.merged is not None and self.active:
+            return self.merged(self, "weight")
         return self.base_layer.weight
 
     @property
     def bias(self):
-        """The base's bias (out,) or None, read-only."""
+        """The bias (out,) that this layer computes with, read-only, or None."""
+        if self.merged is not None and self.active:
+            return self.merged(self, "bias")
         return self.base_layer.bias
 
     def _replicate_for_data_parallel(self):
@@ -364,7 +374,7 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the active adapters and the bits of a stored weight for `repr(module)`."""
-        dtype = next(self.base_layer.parameters()).dtype
+        dtype = next(chain(self.base_layer.parameters(), self.base_layer.buffers())).dtype
         bits = dtype.itemsize * 8
         if dtype == torch.uint8:  # two 4-bit codes in each byte
             bits = 4
@@ -380,11 +390,7 @@ def linear_features(base: nn.Module) -> tuple[int, int]:
     Raises:
         ValueError: The layer is not linear.
     """
-    attribute_names = (
-        ("in_features", "out_features"),  # nn.Linear, NF4Linear
-        ("nx", "nf"),  # Conv1D of transformers
-    )
-    for in_name, out_name in attribute_names:
+    for in_name, out_name in (("in_features", "out_features"), ("nx", "nf")):  # nx: Conv1D
         in_features = getattr(base, in_name, None)
         out_features = getattr(base, out_name, None)
         if isinstance(in_features, int) and isinstance(out_features, int):

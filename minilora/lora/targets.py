@@ -5,13 +5,20 @@ the nearest names in the model.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from minilora.common import ends_with, ends_with_any, output_layer, unknown_name
+from minilora.common import (
+    LeftOut,
+    ends_with,
+    ends_with_any,
+    left_out,
+    output_layer,
+    unknown_name,
+)
 from minilora.lora.config import LoRAConfig, fits_pattern
-from minilora.lora.embedding_conv import is_adaptable, is_linear
+from minilora.lora.embedding_conv import forward_problem, is_adaptable, is_linear
 from minilora.lora.layer import LoRALayer
 from minilora.lora.registry import lora_configs, lora_layers
 
@@ -104,6 +111,32 @@ def names_to_save(model: nn.Module, config: LoRAConfig) -> list[str]:
     return others + heads
 
 
+def left_out_by_all_linear(
+    model: nn.Module, config: LoRAConfig, adapted: Iterable[str]
+) -> LeftOut | None:
+    """Return the matrices that "all-linear" leaves out; None for other targets or nothing notable.
+
+    The output layer, modules_to_save, exclude_modules and layers_to_transform are not counted.
+
+    Args:
+        model: The model.
+        config: The config of the adapter.
+        adapted: Names of the adapted layers.
+    """
+    if config.target_modules != "all-linear":
+        return None
+    output = output_layer(model)
+    saved = names_to_save(model, config)
+    chosen = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module is output or ends_with_any(path, saved):
+            chosen.append(path)
+    if config.exclude_modules:
+        candidates = adaptable_layers(model)
+        chosen += _match("exclude_modules", config.exclude_modules, candidates, model)
+    return left_out(model, adapted, chosen)
+
+
 def _targeted(model: nn.Module, config: LoRAConfig, candidates: dict[str, nn.Module]) -> list[str]:
     """Return the candidates that target_modules, or its default, selects."""
     target_modules = config.target_modules
@@ -115,7 +148,9 @@ def _targeted(model: nn.Module, config: LoRAConfig, candidates: dict[str, nn.Mod
     saved = names_to_save(model, config)
     chosen = []
     for path, layer in candidates.items():
-        if is_linear(layer) and layer is not output and not ends_with_any(path, saved):
+        if not is_linear(layer) or layer is output or ends_with_any(path, saved):
+            continue
+        if forward_problem(layer) is None:
             chosen.append(path)
     return chosen
 
@@ -163,6 +198,12 @@ def _no_match(
             return ValueError(
                 f"{option}: {entry!r} is {type(module).__name__}, which has no adapter. "
                 f"Layers in it that have: {inside or 'none'}."
+            )
+    for name, parameter in model.named_parameters():
+        if ends_with(name, entry):
+            return ValueError(
+                f"{option}: {entry!r} is a parameter {tuple(parameter.shape)} and not a layer, so "
+                "it has no adapter: experts in one parameter, for example. Leave it out."
             )
     return unknown_name(option, entry, candidates)
 

@@ -162,7 +162,8 @@ class Context:
         if mask is None:
             mask = self.real.long().to(self.device)  # (B, K+T)
         else:  # the form that every attention of transformers adds to its scores
-            zero = self.model.get_input_embeddings().weight.new_zeros(())
+            embedding = self.model.get_input_embeddings()
+            zero = getattr(embedding, "base_layer", embedding).weight.new_zeros(())
             least = torch.finfo(zero.dtype).min
             mask = _each(mask, lambda one: zero.masked_fill(~one.to(self.device), least))
         options = {}

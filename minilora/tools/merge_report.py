@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minilora.lora.base_layers.dense_weight import dense_dtype, dense_weight, no_dense_weight
 from minilora.lora.layer import LoRALayer
-from minilora.lora.merging.merge import STORAGES, deltas, merged_weight
+from minilora.lora.merging.changes import deltas
+from minilora.lora.merging.merge import STORAGES, check_dense_weights, merged_weight
 from minilora.lora.registry import lora_layers
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import dequantize_nf4, quantize_nf4
@@ -103,9 +105,10 @@ def merge_report(model: nn.Module, original: nn.Module | None = None) -> MergeRe
         The figures by layer and in total.
 
     Raises:
-        ValueError: No active adapter changes a weight, or `original` lacks a layer or contains it
-            in another shape.
+        ValueError: No active adapter changes a weight, a dense weight cannot be read, or `original`
+            lacks a layer or contains it in another shape.
     """
+    check_dense_weights(model)
     sums_by_layer: dict[str, dict[str, Tensor]] = {}
     for path, layer in lora_layers(model).items():
         if not layer.active:
@@ -192,13 +195,15 @@ def _targets(
     if original is None:
         return
     module = dict(original.named_modules(remove_duplicate=False)).get(path)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.shape != W.shape:
+    if module is None or no_dense_weight(module) or dense_weight(module).shape != W.shape:
         raise ValueError(
-            f"original: expected a dense weight of shape {tuple(W.shape)} at {path}, got {weight}."
+            f"original: expected a layer with a dense weight of shape {tuple(W.shape)} at {path}, "
+            f"got {module}. Pass the model in 16 or 32 bits, without adapters."
         )
-    merged_original = sum(deltas(layer, torch.float32), weight.detach().float())  # (out, in)
-    yield "original", merged_original.to(weight.dtype).double(), weight.detach().double()
+    original_weight = dense_weight(module)  # (out, in)
+    merged_original = sum(deltas(layer, torch.float32), original_weight)  # (out, in)
+    stored = merged_original.to(dense_dtype(module) or torch.float32)  # (out, in)
+    yield "original", stored.double(), original_weight.double()
 
 
 def _report(name: str, sums: dict[str, Tensor]) -> LayerReport:

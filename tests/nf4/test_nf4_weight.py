@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import pickle
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -164,6 +165,22 @@ def test_bits_per_parameter(double_quant, bits):
         real.nbytes
         == 256 * 896 // 2 + 3584 * (1 if double_quant else 4) + (14 * 4 + 4) * double_quant
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functions_of_pytorch_compute_with_the_dense_weight(dtype):
+    """The dense weight has the dtype of the tensor next to it."""
+    weight = quantize_nf4(dense(64, 32))
+    W = dequantize_nf4(weight, dtype)
+    assert torch.equal(weight.dequantize(dtype), W)
+    assert weight.dequantize().dtype == weight.dtype
+    x = torch.linspace(-1, 1, 3 * 32).view(3, 32).to(dtype)
+    found: Any = weight
+    assert torch.equal(torch.nn.functional.linear(x, found), torch.nn.functional.linear(x, W))
+    assert torch.equal(torch.nn.functional.linear(input=x, weight=found), x @ W.T)
+    assert torch.equal(found @ x.T, W @ x.T)
+    assert torch.equal(x @ torch.t(found).to(dtype), x @ W.T)
+    assert not isinstance(weight, torch.Tensor)
 
 
 def test_everything_stored_is_bytes_and_scales_are_views():

@@ -11,6 +11,9 @@ values, K = ceil(n / blocksize) and J = ceil(K / 256):
     nested_bytes   None                       4 J: fp32 second level   -      or  0.00195
     offset_bytes   None                       4: fp32 mean of absmax   -      or  32/n
 
+The weight is not a tensor. A function of PyTorch that gets it in place of one computes with the
+dense weight, because some modules multiply by the weight of a layer instead of calling the layer.
+
 In a state dict a weight with the name "w" has the keys and bytes of bitsandbytes, so that either
 library reads the files of the other:
 
@@ -223,6 +226,35 @@ class NF4Weight:
         target = torch.device(device)
         moved = {name: tensor.to(target) for name, tensor in self._stored().items()}
         return replace(self, **moved)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the dense weight.
+
+        Args:
+            dtype: Dtype of the result; None is the logical dtype of the weight.
+        """
+        return torch.ops.minilora.dequantize_nf4(*self.parts(), dtype or self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None) -> Any:
+        """Use the dense weight where a function of PyTorch gets this weight in place of a tensor.
+
+        Some modules do not call a layer but multiply by its weight, such as dt_proj of Mamba. The
+        weight takes the dtype of the first floating-point tensor next to it.
+        """
+        values = [*args, *(kwargs or {}).values()]
+        dtypes = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+        dtype = dtypes[0] if dtypes else None
+
+        def dense(value: Any) -> Any:
+            return value.dequantize(dtype) if isinstance(value, NF4Weight) else value
+
+        named = {name: dense(value) for name, value in (kwargs or {}).items()}
+        return function(*[dense(value) for value in args], **named)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Return the product of the dense weight and a tensor."""
+        return torch.matmul(self, other)  # pyright: ignore[reportArgumentType] by __torch_function__
 
     def _stored(self) -> dict[str, Tensor]:
         """Return the stored tensors by name, without those that are None."""

@@ -62,7 +62,7 @@ def fingerprint(layer: nn.Module, source: str | None = None) -> list[Any]:
         shape = [base.out_features, base.in_features]
         hashes = base.fingerprint()
     else:
-        weight = base.get_parameter("weight")
+        weight: Any = base.weight  # a parameter, or a buffer of codes
         shape = list(weight.shape)
         hashes = hash_rows(weight)
     kind = hashes.partition(":")[0]

@@ -2,7 +2,8 @@
 
     W' = W + Σ s · B A,    b' = b + Σ s · b_A
 
-The sum is computed in fp32 and rounded once, to the dtype of the base. A 4-bit base becomes dense.
+The sum is computed in fp32 and rounded once, to the dtype of the base. A 4-bit base becomes dense,
+and so does a base of bitsandbytes.
 Merging cannot be undone: rounding loses the values that it would need (in bf16, PEFT's merge and
 unmerge change weights of the base). Layers that share a weight still share it after merging if they
 share their adapters too (tie="shared"). Otherwise the tie ends, and the config states it.
@@ -18,9 +19,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.common import is_conv1d, output_layer
+from minilora.common import output_layer
+from minilora.lora.base_layers.dense_weight import (
+    dense_dtype,
+    dense_weight,
+    is_quantized,
+    no_dense_weight,
+)
 from minilora.lora.embedding_conv import active_adapters, unwrapped
-from minilora.lora.layer import LoRALayer
+from minilora.lora.layer import LoRALayer, linear_features
+from minilora.lora.merging.changes import deltas
 from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
@@ -44,31 +52,16 @@ def merged_weight(layer: nn.Module) -> Tensor:
 
     Returns:
         The weight in the layout of the base: (out, in) for most layers.
+
+    Raises:
+        ValueError: The dense weight of this kind of layer cannot be read.
     """
-    if isinstance(layer, NF4Linear):
-        return layer.dequantize(torch.float32)
     if not isinstance(layer, LoRALayer):
-        return layer.get_parameter("weight").detach().float()
-    W = merged_weight(layer.base_layer)
+        return dense_weight(layer)
+    W = dense_weight(layer.base_layer)
     for delta in deltas(layer, torch.float32):
         W = delta.contiguous().add_(W)  # in the memory of delta, which is not used again
     return W
-
-
-def deltas(layer: LoRALayer, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the change of the weight by each active adapter, in the layout of the base's weight.
-
-    Args:
-        layer: The layer.
-        dtype: Dtype of the computation and of the results.
-    """
-    for adapter in active_adapters(layer):
-        delta_beside = getattr(adapter, "delta_beside", None)  # of a variant that depends on W
-        if delta_beside is None:
-            delta = adapter.delta(dtype)
-        else:
-            delta = delta_beside(layer.base_layer, dtype)
-        yield delta.T if is_conv1d(layer.base_layer) else delta
 
 
 def merged_bias(layer: nn.Module) -> Tensor | None:
@@ -112,19 +105,19 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a frozen dense copy of a layer, with its active adapters merged.
 
     Args:
-        layer: A LoRALayer or NF4Linear.
-        dtype: Dtype of the copy; None is the dtype of the base.
+        layer: A LoRALayer, or a layer in 4 or 8 bits.
+        dtype: Dtype of the copy; None is the dtype from which the weight was made.
     """
     base = unwrapped(layer)
     bias = merged_bias(layer)
-    if isinstance(base, NF4Linear):
-        own_dtype = base.dtype
-        plain: nn.Module = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    own_dtype = dense_dtype(base)
+    if is_quantized(base):
+        in_features, out_features = linear_features(base)
+        plain: nn.Module = nn.Linear(in_features, out_features, bias=False, device="meta")
     else:
-        own_dtype = base.get_parameter("weight").dtype
         # Copy the module but not its parameters, which are replaced below.
         plain = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-    weight = merged_weight(layer).to(dtype or own_dtype)
+    weight = merged_weight(layer).to(dtype or own_dtype or torch.float32)
     plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     if bias is not None:
         bias = bias.to(weight.dtype, copy=True)
@@ -155,18 +148,21 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
 
     Args:
         model: A model with an active adapter.
-        storage: Storage of the layers that have an active adapter or are 4-bit: "float32",
-            "bfloat16" or "float16"; None is the dtype from which each weight was made. "nf4"
+        storage: Storage of the layers that have an active adapter or are quantised: "float32",
+            "bfloat16" or "float16"; None is the dtype from which each weight was made, or for 8-bit
+            layers of bitsandbytes, which do not know it, the dtype of the rest of the model. "nf4"
             quantises merged layers of a 4-bit base again, which costs most of a small adapter:
             measure it first (`merge_report`).
 
     Raises:
         ValueError: No adapter is active, the storage is unknown, "nf4" is requested without a 4-bit
-            layer under an active adapter, or an adapter of a convolution with groups is active.
+            layer under an active adapter, an adapter of a convolution with groups is active, or the
+            dense weight of a layer with an active adapter cannot be read.
     """
     layers = list(lora_layers(model).values())
     active = [layer for layer in layers if layer.active]
     _check_storage(active, storage)
+    check_dense_weights(model)
     # Replacements by the id of the module that they replace. As the memo of deepcopy below, they
     # become the modules' copies.
     replaced: dict[int, Any] = {}
@@ -175,8 +171,9 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
             replaced[id(layer)] = _quantized(layer)
     else:
         dtype = STORAGES[storage] if storage else None
-        for module in dict.fromkeys([*active, *_free_4_bit_layers(model, layers)]):
-            replaced[id(module)] = dense(module, dtype)
+        for module in dict.fromkeys([*active, *_free_quantized_layers(model, layers)]):
+            own_dtype = dense_dtype(unwrapped(module)) or _dtype_of_the_rest(model)
+            replaced[id(module)] = dense(module, dtype or own_dtype)
     _share_merged_weights(active, replaced)
     replaced |= _trained_modules(lora_configs(model))
     for layer in layers:
@@ -186,6 +183,7 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     for key in ("_lora_configs", "_trainable_before_lora"):
         merged.__dict__.pop(key, None)
     _declare_untied(merged)
+    _declare_dense(merged)
     if hasattr(merged, "save_pretrained"):
         _warn_of_new_biases(model)
     return merged
@@ -230,13 +228,37 @@ def _check_storage(active: list[LoRALayer], storage: str | None) -> None:
         )
 
 
-def _free_4_bit_layers(model: nn.Module, layers: Iterable[LoRALayer]) -> list[nn.Module]:
-    """Return the 4-bit layers of a model, in a LoRALayer or without one."""
+def check_dense_weights(model: nn.Module) -> None:
+    """Raise ValueError for a layer with an active adapter whose dense weight cannot be read.
+
+    Args:
+        model: A model with adapters.
+    """
+    for path, layer in lora_layers(model).items():
+        problem = no_dense_weight(layer.base_layer) if layer.active else None
+        if problem is not None:
+            raise ValueError(f"{path}: merging needs the dense weight. {problem}")
+
+
+def _dtype_of_the_rest(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the first floating-point parameter that belongs to no quantised layer."""
+    inside = []
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALayer) or is_quantized(module):
+            inside.append(f"{path}.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not name.startswith(tuple(inside)):
+            return parameter.dtype
+    return torch.float32
+
+
+def _free_quantized_layers(model: nn.Module, layers: Iterable[LoRALayer]) -> list[nn.Module]:
+    """Return the quantised layers of a model, in a LoRALayer or without one."""
     wrapped = {id(layer.base_layer) for layer in layers}
     return [
         module
         for module in model.modules()
-        if isinstance(unwrapped(module), NF4Linear) and id(module) not in wrapped
+        if is_quantized(unwrapped(module)) and id(module) not in wrapped
     ]
 
 
@@ -284,6 +306,19 @@ def _declare_untied(model: Any) -> None:
         model.declare_untied()
     else:
         config.tie_word_embeddings = False
+
+
+def _declare_dense(model: Any) -> None:
+    """Remove what transformers notes about bitsandbytes from a merged model, as it is dense now."""
+    config: Any = getattr(model, "config", None)
+    quantization: Any = getattr(config, "quantization_config", None)
+    method = getattr(getattr(model, "quantization_method", None), "value", None)
+    if quantization is None or method != "bitsandbytes":
+        return
+    del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(name, None)
+    model.is_quantized = False
 
 
 def _warn_of_new_biases(model: nn.Module) -> None:

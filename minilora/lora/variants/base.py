@@ -1,4 +1,4 @@
-"""The variants of LoRA, and helpers that they share.
+"""The variants of LoRA, and a helper that they share.
 
 LoRAConfig selects a variant by `use_dora` or `init_lora_weights`:
 
@@ -14,11 +14,7 @@ makes the 4 bits itself, is for dense layers only. docs/variants.md shows their 
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-
-from minilora.common import is_conv1d
 from minilora.lora.config import LoRAConfig
-from minilora.lora.merging.merge import merged_weight
 
 
 def as_plain(config: LoRAConfig, adapters: dict[str, Any]) -> tuple[LoRAConfig, dict[str, Any]]:
@@ -47,13 +43,3 @@ def as_plain(config: LoRAConfig, adapters: dict[str, Any]) -> tuple[LoRAConfig, 
     )
     plain_adapters = {path: adapter.plain() for path, adapter in adapters.items()}
     return plain_config, plain_adapters
-
-
-def dense_weight(base: nn.Module) -> Tensor:
-    """Return W (out, in) of a linear layer, dense and in fp32.
-
-    Args:
-        base: nn.Linear, NF4Linear, or Conv1D of transformers.
-    """
-    W = merged_weight(base)
-    return W.T if is_conv1d(base) else W

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from minilora.lora.base_layers.dense_weight import no_dense_weight
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.layer import LoRAAdapter
@@ -20,7 +21,8 @@ def as_variant(adapter: Adapter, layer: nn.Module, config: LoRAConfig, seed: int
         seed: Seed of random decompositions.
 
     Raises:
-        ValueError: The layer is not linear, or the variant does not fit it.
+        ValueError: The layer is not linear, its dense weight cannot be read, or the variant does
+            not fit it.
     """
     method = str(config.init_lora_weights).partition("_")[0]  # "pissa_niter_4" → "pissa"
     if config.use_dora:
@@ -28,6 +30,9 @@ def as_variant(adapter: Adapter, layer: nn.Module, config: LoRAConfig, seed: int
     if type(adapter) is not LoRAAdapter:
         kind = type(unwrapped(layer)).__name__
         raise ValueError(f"{method} is for linear layers, and this is {kind}: leave it out.")
+    problem = no_dense_weight(unwrapped(layer))
+    if problem is not None:
+        raise ValueError(f"{method} needs the dense weight. {problem}")
     if method == "dora":
         return dora.begin(adapter, layer)
     if method == "pissa":

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.lora.base_layers.dense_weight import linear_weight
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import AdapterBase, LoRAAdapter
-from minilora.lora.variants.base import dense_weight
 
 EPSILON = torch.finfo(torch.float32).eps  # smallest norm of a row
 
@@ -61,7 +61,7 @@ class DoRAAdapter(AdapterBase):
             base: The frozen linear layer.
         """
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            W = dense_weight(base)  # (out, in)
+            W = linear_weight(base)  # (out, in)
             A = self.lora_A.to(W.device)  # (r, in)
             B = self.scaling * self.lora_B.to(W.device)  # (out, r), contains s
             cross = (B * (W @ A.T)).sum(1)  # (out,) s b · (A w)
@@ -103,10 +103,10 @@ class DoRAAdapter(AdapterBase):
         Returns:
             The change of the weight, (out, in).
         """
-        W = dense_weight(base).to(dtype)  # (out, in)
-        g = (self.lora_magnitude_vector.detach() / self.norms(base)).to(dtype)[:, None]  # (out, 1)
-        A = self.lora_A.detach().to(dtype)  # (r, in)
-        B = self.lora_B.detach().to(dtype)  # (out, r)
+        W = linear_weight(base).to(dtype)  # (out, in)
+        g = (self.lora_magnitude_vector / self.norms(base)).to(dtype)[:, None]  # (out, 1)
+        A = self.lora_A.to(dtype)  # (r, in)
+        B = self.lora_B.to(dtype)  # (out, r)
         return (g - 1) * W + g * (self.scaling * B @ A)  # (out, in)
 
     def tensors(self, base: nn.Module) -> dict[str, Tensor]:

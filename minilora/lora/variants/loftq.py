@@ -16,6 +16,8 @@ import warnings
 
 from torch import nn
 
+from minilora.lora.base_layers.dense_weight import linear_weight
+from minilora.lora.base_layers.linear_forward import holds_codes
 from minilora.lora.config import LoRAConfig
 from minilora.lora.layer import LoRAAdapter
 from minilora.lora.low_rank import low_rank
@@ -43,12 +45,12 @@ def begin(plain: LoRAAdapter, layer: nn.Module, config: LoRAConfig) -> LoRAAdapt
     Raises:
         ValueError: The layer is not a dense nn.Linear with values.
     """
-    if type(layer) is not nn.Linear or layer.weight.is_meta:
+    if type(layer) is not nn.Linear or layer.weight.is_meta or holds_codes(layer):
         raise ValueError(
             f"loftq quantises a dense layer, and this is {type(layer).__name__}: "
             "load the model without quantize, inject it first, and plan memory without it."
         )
-    W = layer.weight.detach().float()  # (out, in)
+    W = linear_weight(layer)  # (out, in)
     B = plain.lora_B.data  # (out, r)
     A = plain.lora_A.data  # (r, in)
     residual = layer.weight.detach()  # (out, in); B A is zero at first

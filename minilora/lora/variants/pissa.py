@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.lora.base_layers.dense_weight import linear_weight
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import AdapterBase, LoRAAdapter
 from minilora.lora.low_rank import low_rank
-from minilora.lora.variants.base import dense_weight
 
 
 class PiSSAAdapter(AdapterBase):
@@ -82,10 +82,10 @@ class PiSSAAdapter(AdapterBase):
         Returns:
             The change of the weight, (out, in).
         """
-        A = self.lora_A.detach().to(dtype)  # (r, in)
-        B = self.lora_B.detach().to(dtype)  # (out, r)
-        A0 = self.first_A.detach().to(dtype)  # (r, in)
-        B0 = self.first_B.detach().to(dtype)  # (out, r)
+        A = self.lora_A.to(dtype)  # (r, in)
+        B = self.lora_B.to(dtype)  # (out, r)
+        A0 = self.first_A.to(dtype)  # (r, in)
+        B0 = self.first_B.to(dtype)  # (out, r)
         return self.scaling * ((B - B0) @ A + B0 @ (A - A0))  # (out, in)
 
     def plain(self) -> LoRAAdapter:
@@ -143,5 +143,5 @@ def begin(plain: LoRAAdapter, layer: nn.Module, config: LoRAConfig, seed: int) -
         return PiSSAAdapter(plain, plain.lora_A.data, plain.lora_B.data)
     niter_text = str(config.init_lora_weights).partition("_niter_")[2]
     niter = int(niter_text) if niter_text else None
-    B, A = low_rank(dense_weight(base), r, plain.scaling, niter, seed)  # (out, r), (r, in)
+    B, A = low_rank(linear_weight(base), r, plain.scaling, niter, seed)  # (out, r), (r, in)
     return PiSSAAdapter(plain, A, B)

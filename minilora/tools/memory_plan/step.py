@@ -29,7 +29,7 @@ from minilora.losses.sft import SFT
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.quant.nf4_linear import NF4Linear
-from minilora.quant.quantize_model import quantize_model
+from minilora.quant.quantize_model import layers_to_quantize, replace_layers
 from minilora.tools.memory_plan.meter import Meter, Stretch, Unfilled
 from minilora.training.config import TrainConfig
 from minilora.training.optim.param_groups import new_optimizer
@@ -70,7 +70,7 @@ def shapes(
         model.tie_weights()
         if nf4 is not None:
             blocksize, double_quant = nf4
-            quantize_model(model, blocksize, double_quant)
+            replace_layers(model, layers_to_quantize(model), blocksize, double_quant)
         if lora is not None:
             inject(model, lora)
     return model
