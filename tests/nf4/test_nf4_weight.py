@@ -179,7 +179,7 @@ def test_functions_of_pytorch_compute_with_the_dense_weight(dtype):
     assert torch.equal(torch.nn.functional.linear(x, found), torch.nn.functional.linear(x, W))
     assert torch.equal(torch.nn.functional.linear(input=x, weight=found), x @ W.T)
     assert torch.equal(found @ x.T, W @ x.T)
-    assert torch.equal(x @ torch.t(found).to(dtype), x @ W.T)
+    assert torch.equal(torch.t(found), dequantize_nf4(weight).T)
     assert not isinstance(weight, torch.Tensor)
 
 
