@@ -155,6 +155,12 @@ class InOtherWords(nn.Linear):
         return (self.weight @ x.mT).mT + self.bias
 
 
+class ForSequences(nn.Linear):
+    def forward(self, x):
+        batch, length, _ = x.shape
+        return super().forward(x.view(batch * length, -1)).view(batch, length, -1)
+
+
 def falcon() -> nn.Module:
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
@@ -162,11 +168,15 @@ def falcon() -> nn.Module:
 
 
 @methods
-@pytest.mark.parametrize("make", [falcon, lambda: InOtherWords(IN, OUT)], ids=["falcon", "own"])
+@pytest.mark.parametrize(
+    "make",
+    [falcon, lambda: InOtherWords(IN, OUT), lambda: ForSequences(IN, OUT)],
+    ids=["falcon", "in other words", "for sequences"],
+)
 def test_a_subclass_that_computes_w_x_plus_b_is_adapted_and_merges(make, fields):
     model = adapted(in_model(make()), **fields)
     assert set(lora_layers(model)) == {"0", "2"}
-    close(ml.merge(model)(X), model(X), 1e-5)
+    close(ml.merge(model)(X[None]), model(X[None]), 1e-5)
 
 
 # ---- error: layers that compute something else
@@ -193,6 +203,11 @@ class RoundedTo8Bits(nn.Linear):
         return F.linear(x, (self.weight / scale).round() * scale, self.bias)
 
 
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.randn(OUT)
+
+
 class Router(nn.Linear):
     def forward(self, x):
         logits = super().forward(x)
@@ -215,6 +230,7 @@ OTHERS = {
     "activated": (Activated, "computes something else than W x"),
     "clipped": (Clipped, "computes something else than W x"),
     "8 bits": (RoundedTo8Bits, "computes something else than W x"),
+    "noisy": (Noisy, "computes something else than W x"),
     "a router": (Router, "returns tuple and not one tensor"),
     "another argument": (WithContext, "fails for an input of shape .*missing 1 required"),
     "replaced on the object": (replaced_forward, "computes something else than W x"),

@@ -108,13 +108,13 @@ def _try(layer: nn.Module) -> str | None:
     )  # (3, in)
     x = x * torch.tensor(INPUT_SCALES, dtype=torch.float32, device="cpu")[:, None]
     x = x.to(W.device)
-    try:
-        y = _output(layer, x)
-    except Exception as error:  # noqa: BLE001 the forward of another library may raise anything
+    y = _output(layer, x[None])
+    if isinstance(y, Exception):
+        y = _output(layer, x)  # some layers take no batches of sequences
+    if isinstance(y, Exception):
         return (
             f"{name} has its own forward, which fails for an input of shape {tuple(x.shape)} "
-            f"({type(error).__name__}: {error}), so it is no layer that computes W x + b. "
-            f"{LEAVE_OUT}"
+            f"({type(y).__name__}: {y}), so it is no layer that computes W x + b. {LEAVE_OUT}"
         )
     if not isinstance(y, Tensor):
         return (
@@ -125,7 +125,8 @@ def _try(layer: nn.Module) -> str | None:
     if bias is not None:
         bias = bias.float()  # (out,)
     expected = F.linear(x, W.float(), bias)  # (3, out)
-    if y.shape == expected.shape and (y.is_meta or _rows_agree(y.float(), expected)):
+    right_shape = y.shape[-2:] == expected.shape and y.numel() == expected.numel()
+    if right_shape and (y.is_meta or _rows_agree(y.float().view_as(expected), expected)):
         return None
     return (
         f"{name} has its own forward, which computes something else than W x + b, so an adapter "
@@ -134,14 +135,17 @@ def _try(layer: nn.Module) -> str | None:
 
 
 def _output(layer: nn.Module, x: Tensor) -> Any:
-    """Return the output of a copy of a layer in eval mode and in fp32, without autocast."""
+    """Return the output of a copy of a layer in eval mode and in fp32, or the error it raises."""
     shared: Any = {id(parameter): parameter for parameter in layer.parameters()}
-    copied = copy.deepcopy(layer, shared).eval()  # the forward may change buffers
-    tensors = {}
-    for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:
-        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.func.functional_call(copied, tensors, (x,))
+    try:
+        copied = copy.deepcopy(layer, shared).eval()  # the forward may change buffers
+        tensors = {}
+        for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        with torch.autocast(x.device.type, enabled=False), torch.random.fork_rng(devices=[]):
+            return torch.func.functional_call(copied, tensors, (x,))
+    except Exception as error:  # noqa: BLE001 the forward of another library may raise anything
+        return error
 
 
 def _rows_agree(found: Tensor, expected: Tensor) -> bool:
