@@ -6,6 +6,7 @@ options.py        checked fields of a dataclass
 modules.py        modules of a model and their paths
 left_out.py       the matrices that a step over a whole model leaves out
 sequences.py      types and lengths of sequences; widths of columns
+wrappers.py       models inside torch.compile, DDP, FSDP, PEFT, and around their wrapped layers
 """
 
 from minilora.common.atomic_files import (
@@ -35,6 +36,14 @@ from minilora.common.sequences import (
     order_by_length,
 )
 from minilora.common.suggestions import nearest, unknown_name
+from minilora.common.wrappers import (
+    get_submodule,
+    named_modules,
+    named_parameters,
+    plain_key,
+    set_submodule,
+    unwrap_model,
+)
 
 __version__ = "0.1.0"
 
@@ -49,19 +58,25 @@ __all__ = [
     "comma_separated",
     "ends_with",
     "ends_with_any",
+    "get_submodule",
     "is_conv1d",
     "is_list_of",
     "is_within",
     "left_out",
+    "named_modules",
+    "named_parameters",
     "nearest",
     "option",
     "order_by_length",
     "output_layer",
     "path_in_errors",
+    "plain_key",
     "read_json",
     "read_tensors",
+    "set_submodule",
     "tied_modules",
     "unknown_name",
+    "unwrap_model",
     "write_tensors",
     "write_text",
 ]

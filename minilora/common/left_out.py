@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from minilora.common.wrappers import named_modules
+
 SMALL_SHARE = 0.01  # of the bytes; below it a matrix outside linear layers is not worth a warning
 SHOWN = 4  # groups of names in the text
 _NOT_COUNTED = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
@@ -53,7 +55,7 @@ def left_out(model: nn.Module, covered: Iterable[str], chosen: Iterable[str]) ->
     same_paths = set(included)
     found: dict[str, Tensor] = {}
     is_due = False
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         inside = path in same_paths or path.startswith(prefixes)
         if inside or isinstance(module, _NOT_COUNTED):
             continue

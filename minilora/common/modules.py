@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from minilora.common.wrappers import named_modules, unwrap_model
+
 
 def ends_with(path: str, entry: str) -> bool:
     """Return True if `entry` is a module path or its end: "q_proj" in "layers.0.q_proj".
@@ -51,7 +53,7 @@ def output_layer(model: Any) -> nn.Module | None:
     Args:
         model: A model, with `get_output_embeddings` as in transformers or without it.
     """
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(unwrap_model(model), "get_output_embeddings", None)
     return None if get is None else get()
 
 
@@ -65,7 +67,7 @@ def tied_modules(
         originals: Modules by path that are compared in place of the model's own.
     """
     paths_of_weight: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         module = (originals or {}).get(path, module)
         weight = module._parameters.get("weight")
         if weight is not None:

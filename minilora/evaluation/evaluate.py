@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from minilora.common import unwrap_model
 from minilora.data.dataset import encode_dataset
 from minilora.data.formats import Chat, RawText, as_messages
 from minilora.data.loss_mask import IGNORE, Example, encode_row
@@ -61,6 +62,7 @@ def evaluate(
         ValueError: a row exceeds the context or has no supervised token, a reference is not a
             label, or a metric has the name of another figure.
     """
+    model = unwrap_model(model)
     rows = read_dataset(dataset)
     metrics = dict(metrics or {})
     _check_arguments(metrics, max_new_tokens, batch_size)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minilora.common import order_by_length
+from minilora.common import order_by_length, unwrap_model
 from minilora.data.prompt import encode_prompt, end_of_turn
 from minilora.generation.cuda_graph import graphs
 from minilora.generation.sampling import Decoding, pick
@@ -70,6 +70,7 @@ def generate(
         ValueError: a prompt is empty or exceeds the model's context, a number is out of range, or
             cuda_graph is True without a GPU.
     """
+    model = unwrap_model(model)
     single = _is_single(prompt)
     prompts: list[Any] = [prompt] if single else list(prompt)
     if isinstance(stop, str | int):

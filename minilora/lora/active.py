@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minilora.common import unknown_name
+from minilora.common import set_submodule, unknown_name, unwrap_model
 from minilora.lora.inject import eject
 from minilora.lora.layer import LoRALayer
 from minilora.lora.registry import lora_configs, lora_layers
@@ -22,6 +22,7 @@ def list_adapters(model: nn.Module) -> list[str]:
     Args:
         model: Any model.
     """
+    model = unwrap_model(model)
     names = list(lora_configs(model))
     for layer in lora_layers(model).values():
         names += layer.adapters
@@ -41,6 +42,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str], offload: bool = Fal
     Raises:
         ValueError: A name is unknown or given twice, or a DoRA adapter is combined with others.
     """
+    model = unwrap_model(model)
     names = [name] if isinstance(name, str) else list(name)
     _check_combination(model, names)
     lora_configs(model).parts.activate(model, names)
@@ -88,6 +90,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any model.
     """
+    model = unwrap_model(model)
     active_before = [(layer, layer.active) for layer in lora_layers(model).values()]
     parts = lora_configs(model).parts
     parts_before = parts.active
@@ -112,6 +115,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: The model has no adapter of this name.
     """
+    model = unwrap_model(model)
     check_adapters(model, [name])
     if list_adapters(model) == [name]:
         eject(model)
@@ -123,7 +127,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             layer.use([active for active in layer.active if active != name])
             del layer.adapters[name]
         if not layer.adapters:
-            model.set_submodule(path, layer.base_layer)
+            set_submodule(model, path, layer.base_layer)
     registry.pop(name, None)
     registry.seeds.pop(name, None)
     registry.tokenizers.pop(name, None)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.common import unwrap_model
 from minilora.lora.active import check_adapters
 from minilora.lora.layer import LoRAAdapter, LoRALayer
 from minilora.lora.registry import lora_configs, lora_layers
@@ -274,6 +275,7 @@ def per_row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[
             convolutions, whole modules or biases that train with it); dropout is active; or the
             batch has another number of rows.
     """
+    model = unwrap_model(model)
     rows = PerRowAdapters(model, names)
     before = [(layer, layer.fused, layer.merged) for layer in lora_layers(model).values()]
     for layer, _, _ in before:

@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import is_within
+from minilora.common import (
+    get_submodule,
+    is_within,
+    named_parameters,
+    set_submodule,
+    unwrap_model,
+)
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter, EmbeddingAdapter, new_adapter, unwrapped
 from minilora.lora.fused_linear import lora_linear
@@ -58,6 +64,7 @@ def inject(
             than its layer, a named layer computes something else than W x + b, or a layer shares
             its weight and `config.tie` is not set. The model is then unchanged.
     """
+    model = unwrap_model(model)
     config = config or LoRAConfig()
     adapters = new_adapters(model, config, seed)
     parts = new_parts(model, config, adapters)
@@ -140,18 +147,18 @@ def attach(
     _check_new_name(model, name)
     registry = lora_configs(model)
     if not registry:  # the first adapter: `eject` restores this state
-        trainable = [path for path, p in model.named_parameters() if p.requires_grad]
+        trainable = [path for path, p in named_parameters(model) if p.requires_grad]
         model.__dict__["_trainable_before_lora"] = trainable
     model.requires_grad_(False)
     new_layers: dict[int, LoRALayer] = {}  # by id of the base: a module with two names stays one
     for path, adapter in adapters.items():
-        layer = model.get_submodule(path)
+        layer = get_submodule(model, path)
         if not isinstance(layer, LoRALayer):
             base = layer
             if id(base) not in new_layers:
                 new_layers[id(base)] = _new_lora_layer(base)
             layer = new_layers[id(base)]
-            model.set_submodule(path, layer)
+            set_submodule(model, path, layer)
         new_base = adapter.__dict__.pop("new_base", None)  # the 4-bit layer of LoftQ
         if new_base is not None:
             layer.base_layer = new_base
@@ -175,13 +182,14 @@ def eject(model: nn.Module) -> list[str]:
     Returns:
         Names of the restored layers.
     """
+    model = unwrap_model(model)
     lora_configs(model).parts.activate(model, [])
     layers = lora_layers(model, remove_duplicate=False)
     for path, layer in layers.items():
-        model.set_submodule(path, layer.base_layer)
+        set_submodule(model, path, layer.base_layer)
     trainable = model.__dict__.pop("_trainable_before_lora", None)
     if trainable is not None:
-        for path, parameter in model.named_parameters():
+        for path, parameter in named_parameters(model):
             parameter.requires_grad_(path in trainable)
     model.__dict__.pop("_lora_configs", None)
     return list(layers)
@@ -282,9 +290,9 @@ def _check_tie(
 
 def _is_one_module(model: nn.Module, path: str, others: list[str], changed: list[str]) -> bool:
     """Return True if the other paths are names of the same module, and all of them are changed."""
-    module = model.get_submodule(path)
+    module = get_submodule(model, path)
     for name in others:
-        if name not in changed or model.get_submodule(name) is not module:
+        if name not in changed or get_submodule(model, name) is not module:
             return False
     return True
 
@@ -293,7 +301,7 @@ def _check_effect(
     model: nn.Module, config: LoRAConfig, adapters: Iterable[str], parts: dict[str, Part]
 ) -> None:
     """Raise ValueError for a dropout or bias setting that would do nothing."""
-    bases = [unwrapped(model.get_submodule(path)) for path in adapters]
+    bases = [unwrapped(get_submodule(model, path)) for path in adapters]
     if config.lora_dropout and all(isinstance(base, nn.Embedding) for base in bases):
         raise ValueError(
             "lora_dropout would do nothing: token ids cannot be dropped, "

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import ends_with, is_within, tied_modules, unknown_name
+from minilora.common import (
+    ends_with,
+    get_submodule,
+    is_within,
+    named_modules,
+    named_parameters,
+    tied_modules,
+    unknown_name,
+)
 from minilora.lora.layer import LoRALayer
 
 Part = nn.Module | nn.Parameter
@@ -210,7 +218,7 @@ def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         path: Name of the part, without `base_layer`.
     """
     parent, _, leaf = path.rpartition(".")
-    holder = model.get_submodule(parent)
+    holder = get_submodule(model, parent)
     if isinstance(holder, LoRALayer):
         holder = holder.base_layer
     return holder, leaf
@@ -236,13 +244,13 @@ def _within_any(path: str, modules: Iterable[str]) -> bool:
 
 def _lora_paths(model: nn.Module) -> set[str]:
     """Return the names of all LoRALayers."""
-    modules = model.named_modules(remove_duplicate=False)
+    modules = named_modules(model, remove_duplicate=False)
     return {path for path, module in modules if path and isinstance(module, LoRALayer)}
 
 
 def _matching_modules(model: nn.Module, entries: Iterable[str]) -> list[str]:
     """Return the modules that match an entry, or raise ValueError for an entry without any."""
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    paths = [path for path, _ in named_modules(model, remove_duplicate=False) if path]
     matching: list[str] = []
     for entry in entries:
         matches = [path for path in paths if ends_with(path, entry)]
@@ -273,7 +281,7 @@ def _bias_names(
     """Return the biases of the layers `adapted` (None: of all), but those inside `modules`."""
     adapter_prefixes = tuple(f"{path}.adapters." for path in lora_paths)
     names: list[str] = []
-    for name, _ in model.named_parameters():
+    for name, _ in named_parameters(model):
         if name.startswith(adapter_prefixes):
             continue  # a lora_bias
         parent, _, leaf = name.rpartition(".")

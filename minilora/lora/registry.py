@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from minilora.common import named_modules, unwrap_model
 from minilora.lora.config import LoRAConfig
 from minilora.lora.layer import LoRALayer
 from minilora.lora.modules_to_save import TrainedParts
@@ -29,7 +30,7 @@ def lora_configs(model: nn.Module) -> AdapterRegistry:
     Args:
         model: Any model.
     """
-    return model.__dict__.setdefault("_lora_configs", AdapterRegistry())
+    return unwrap_model(model).__dict__.setdefault("_lora_configs", AdapterRegistry())
 
 
 def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, LoRALayer]:
@@ -40,7 +41,7 @@ def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Lo
         remove_duplicate: List a layer that has several names in the model only once.
     """
     layers = {}
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+    for path, module in named_modules(model, remove_duplicate):
         if isinstance(module, LoRALayer):
             layers[path] = module
     return layers

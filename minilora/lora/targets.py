@@ -14,9 +14,11 @@ from minilora.common import (
     ends_with,
     ends_with_any,
     left_out,
+    named_modules,
     output_layer,
     unknown_name,
 )
+from minilora.common.wrappers import peft_layers
 from minilora.lora.config import LoRAConfig, fits_pattern
 from minilora.lora.embedding_conv import forward_problem, is_adaptable, is_linear
 from minilora.lora.layer import LoRALayer
@@ -50,6 +52,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         raise ValueError(
             f"model: expected a module with layers inside, got {type(model).__name__}: {remedy}"
         )
+    _check_no_peft(model)
     candidates = adaptable_layers(model)
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no layers to adapt.")
@@ -71,6 +74,17 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return {path: candidates[path] for path in chosen}
 
 
+def _check_no_peft(model: nn.Module) -> None:
+    """Raise ValueError for a model with PEFT's adapters, whose factors look like layers to adapt."""
+    paths = peft_layers(model)
+    if paths:
+        raise ValueError(
+            f"the model has adapters of PEFT already, in {len(paths)} layers, first {paths[0]}. "
+            "Take them off with PEFT (peft_model.unload(), or merge_and_unload() to keep their "
+            "effect), or load their folder into a fresh base with ml.load_adapter."
+        )
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return all layers that can have an adapter, by name.
 
@@ -81,7 +95,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     inside_lora = tuple(f"{path}." for path in lora_layers(model, remove_duplicate=False))
     layers = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         if is_adaptable(module) and not path.startswith(inside_lora):
             layers[path] = module
     return layers
@@ -100,7 +114,7 @@ def names_to_save(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return names
     possible_heads = ("classifier", "score")
-    paths = [path for path, _ in model.named_modules()]
+    paths = [path for path, _ in named_modules(model)]
     heads = []
     for head in possible_heads:
         if any(ends_with(path, head) for path in paths):
@@ -191,7 +205,7 @@ def _no_match(
     option: str, entry: str, candidates: dict[str, nn.Module], model: nn.Module
 ) -> ValueError:
     """Return the error for an entry that matches no candidate."""
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         if ends_with(path, entry):
             prefix = f"{path}."
             inside = [name.removeprefix(prefix) for name in candidates if name.startswith(prefix)]

@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.common import order_by_length, unknown_name
+from minilora.common import order_by_length, unknown_name, unwrap_model
 from minilora.data import IGNORE, Example, RawText, encode_prompt, read_dataset
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
 from minilora.data.report import numbers
-from minilora.losses.sft import padded
+from minilora.losses.sft import padded, run_hidden
 from minilora.models.padded_batch import inference
 
 
@@ -67,6 +67,7 @@ class Classify:
         Raises:
             ValueError: If the model has a layer `score` already.
         """
+        model = unwrap_model(model)
         if hasattr(model, "score"):
             raise ValueError(
                 f"{type(model).__name__} has a layer `score` already: continue with that layer."
@@ -164,6 +165,8 @@ class Classify:
         Raises:
             ValueError: If the model has no head, or one with another number of outputs.
         """
+        wrapped = model
+        model = unwrap_model(model)
         if not hasattr(model, "score"):
             raise ValueError(
                 f"{type(model).__name__} has no layer `score`: call objective.add_head(model) "
@@ -173,7 +176,7 @@ class Classify:
         ids = batch["input_ids"].to(device)  # (B, T)
         mask = batch["attention_mask"].to(device)  # (B, T)
         if hasattr(model, "hidden"):
-            hidden = model.hidden(ids)  # (B, T, D)
+            hidden = run_hidden(wrapped, ids)  # (B, T, D)
         else:  # a transformers model: its part below `score`
             decoder = getattr(model, model.base_model_prefix)
             hidden = decoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)

@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.common import output_layer, unwrap_model
+from minilora.common.wrappers import is_compiled
 from minilora.data import IGNORE, EncodedDataset, Example, collate, encode_dataset
 from minilora.lora.layer import LoRALayer
 from minilora.models.padded_batch import inference
@@ -214,7 +216,7 @@ def labelled_positions(model: Any, batch: dict[str, Tensor]) -> LabelledPosition
     targets = targets[positions].to(device)  # (N,)
     positions = positions.to(device)  # (N,)
     inputs = {key: value.to(device) for key, value in batch.items() if key in _MODEL_INPUTS}
-    if hasattr(model, "hidden"):
+    if hasattr(unwrap_model(model), "hidden"):
         hidden, head = _run_decoder(model, inputs)  # (B, T, D)
     else:
         hidden, head = _run_transformers(model, inputs)  # (B, T, V)
@@ -225,12 +227,28 @@ def labelled_positions(model: Any, batch: dict[str, Tensor]) -> LabelledPosition
 def _run_decoder(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn.Module]:
     """Return the hidden states (B, T, D) of minilora's decoder, and its head."""
     inputs.pop("attention_mask", None)  # padding is on the right, where no token attends to it
-    hidden = model.hidden(**inputs)  # (B, T, D)
-    head = model.get_output_embeddings()
+    hidden = run_hidden(model, **inputs)  # (B, T, D)
+    head = output_layer(model)
+    assert head is not None
     if isinstance(head, LoRALayer) and not head.active:
         # The base layer stays the head when its adapters are enabled again before backward.
         head = head.base_layer
     return hidden, head
+
+
+def run_hidden(model: Any, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the output of minilora's `hidden`, (B, T, D), through the wrappers of the model.
+
+    The work of torch.compile and of DDP is done in the wrapper's `forward`, which then computes it.
+
+    Args:
+        model: A decoder of minilora, or a wrapper of one.
+        input_ids: Token ids, (B, T).
+        **inputs: `position_ids` and `document_ids` of `hidden`.
+    """
+    if model is unwrap_model(model) and not is_compiled(model):
+        return model.hidden(input_ids, **inputs)
+    return model(input_ids, **inputs, logits=False)
 
 
 def _run_transformers(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn.Module]:
@@ -240,6 +258,13 @@ def _run_transformers(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn
         # A model that passed `check_packing` separates packed documents by position_ids.
         options["use_cache"] = False
     logits = model(**inputs, **options).logits  # (B, T, V)
+    tokens = inputs["input_ids"].shape[1]
+    if logits.shape[1] != tokens:  # as with PEFT's prompt tuning
+        raise ValueError(
+            f"{type(model).__name__} returns logits at {logits.shape[1]} positions for {tokens} "
+            "tokens, so labels would meet the wrong ones. Use a model without tokens of its own "
+            "before the text."
+        )
     return logits, nn.Identity()
 
 

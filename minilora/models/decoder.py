@@ -250,6 +250,7 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        logits: bool = True,
     ) -> Tensor:
         """Return the logits, (B, T, V); the arguments are those of `hidden`.
 
@@ -258,8 +259,10 @@ class CausalLM(nn.Module):
             position_ids: positions, (B, T).
             document_ids: documents, (B, T).
             cache: the earlier tokens, or None.
+            logits: False returns `hidden`'s output, for wrappers, which have only `forward`.
         """
-        return self.lm_head(self.hidden(input_ids, position_ids, document_ids, cache))
+        x = self.hidden(input_ids, position_ids, document_ids, cache)  # (B, T, D)
+        return self.lm_head(x) if logits else x
 
     def hidden(
         self,
@@ -280,15 +283,13 @@ class CausalLM(nn.Module):
                 document of the row's last token. Padding has the id -1. Without a cache, each
                 document is computed by itself and padding not at all (ops/attention.py).
             cache: the earlier tokens, or None; the new tokens are appended to it.
-            mask: (B or 1, 1, T, S), bool: an explicit mask, for example of a tree of continuations.
-                If only some layers have a window, a mask for each kind of layer:
-                {"full_attention": …, "sliding_attention": …}.
+            mask: (B or 1, 1, T, S), bool, for example of a tree of continuations. If only some
+                layers have a window, by kind: {"full_attention": …, "sliding_attention": …}.
         """
         rows, count = input_ids.shape
         past = cache.length if cache is not None else 0
         if position_ids is None:
-            positions = torch.arange(past, past + count, device=input_ids.device)
-            position_ids = positions[None]  # (1, T)
+            position_ids = torch.arange(past, past + count, device=input_ids.device)[None]  # (1, T)
         if cache is not None:
             document_ids = cache.extend_documents(document_ids, rows, count)  # (B, S)
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
@@ -358,8 +359,7 @@ class CausalLM(nn.Module):
         """
         cached = {} if cache is None else cache.frequencies
         if kind not in cached:
-            omega = frequencies(self.config.rope_of(kind), self.config.head_dim)
-            cached[kind] = omega.to(device)
+            cached[kind] = frequencies(self.config.rope_of(kind), self.config.head_dim).to(device)
         return cached[kind]
 
     def tie_weights(self) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.common import unwrap_model
 from minilora.models.kv_cache import KVCache
 
 PAD = -1  # the document of padding
@@ -227,6 +228,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    model = unwrap_model(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

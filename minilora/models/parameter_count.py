@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from minilora.common import unwrap_model
 from minilora.quant.nf4_linear import NF4Linear
 
 
@@ -38,6 +39,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     Returns:
         The number of trainable parameters, of all parameters, and the stored bytes.
     """
+    model = unwrap_model(model)
     parameters = list(model.parameters())
     total = 0
     codes_and_scales = set()

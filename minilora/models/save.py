@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import write_text
+from minilora.common import get_submodule, named_modules, unwrap_model, write_text
 from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.files.save_load import CONFIG_FILE
 from minilora.lora.layer import LoRALayer
@@ -80,6 +80,7 @@ def save_model(
         ValueError: If the format cannot represent the model, an option does not fit the model, or
             a value is not finite in `dtype`.
     """
+    model = unwrap_model(model)
     if not isinstance(model, CausalLM):
         raise ValueError(
             f"save_model writes models of load_model, got {type(model).__name__}. A transformers "
@@ -141,7 +142,7 @@ def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -
     """Check that the format and the options fit the model's adapters and 4-bit layers."""
     adapted: dict[str, LoRALayer] = {}
     quantised: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, LoRALayer):
             adapted[name] = module
         if isinstance(module, NF4Linear):
@@ -211,11 +212,11 @@ def _saved_config(model: CausalLM) -> DecoderConfig:
     tied = merged_from(model.lm_head) == merged_from(model.model.embed_tokens)
     config = replace(model.config, tie_word_embeddings=tied)
     expected = _biased_layers(config)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not isinstance(unwrapped(module), nn.Linear | NF4Linear):
             continue
         path = name.removesuffix(".base_layer")
-        if merged_bias(model.get_submodule(path)) is None or path in expected:
+        if merged_bias(get_submodule(model, path)) is None or path in expected:
             continue
         parent = path.split(".")[-2:][0]
         field = _BIAS_FIELDS.get(parent, "")
@@ -260,7 +261,7 @@ def _quantization_config(model: CausalLM, dtype: str) -> dict[str, Any]:
     """
     dense = set()
     double_quant = False
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.Linear):
             dense.add(name.removesuffix(".base_layer"))
         elif isinstance(module, NF4Linear) and module.weight.double_quant:
@@ -293,7 +294,7 @@ def _all_entries(
     for path in sorted(_biased_layers(config)):
         name = f"{path}.bias"
         if name not in entries:
-            base: Any = unwrapped(model.get_submodule(path))
+            base: Any = unwrapped(get_submodule(model, path))
             shape = (base.out_features,)
             zeros = partial(torch.zeros, shape)
             entries[name] = Entry(name, shape, dtype or _layer_dtype(base), zeros)
@@ -308,7 +309,7 @@ def _entries(
         yield from _layer_entries(module, prefix, dtype, format)
         return
     for name, child in module.named_children():
-        yield from _entries(child, f"{prefix}{name}.", dtype, format)
+        yield from _entries(unwrap_model(child), f"{prefix}{name}.", dtype, format)
     for name, value in module.named_parameters(recurse=False, remove_duplicate=False):
         shape = tuple(value.shape)
         yield Entry(f"{prefix}{name}", shape, dtype or value.dtype, value.detach)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from minilora.common import unwrap_model
 from minilora.generation.engine import Engine
 from minilora.lora.files.save_load import load_adapter
 from minilora.serving.config import ServeConfig
@@ -50,6 +51,7 @@ def serve(
         adapter is not a LoRA of linear layers. ImportError: the extra is not installed. Exception:
         an exception that ended the engine, so that a supervisor starts a new process.
     """
+    model = unwrap_model(model)
     config = config or ServeConfig()
     token = check(config)
     from minilora.serving.server import run

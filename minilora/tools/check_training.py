@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.common import unwrap_model
 from minilora.data.packing import join
 from minilora.lora.active import disable_adapters
 from minilora.lora.config import LoRAConfig
@@ -108,6 +109,7 @@ def check_training(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> Tra
     Raises:
         ValueError: The model has adapters.
     """
+    model = unwrap_model(model)
     if lora_layers(model):
         raise ValueError(
             "check_training: expected a model without adapters. "

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minilora.common import named_modules, unwrap_model
 from minilora.lora.base_layers.dense_weight import dense_dtype, dense_weight, no_dense_weight
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.changes import deltas
@@ -108,6 +109,7 @@ def merge_report(model: nn.Module, original: nn.Module | None = None) -> MergeRe
         ValueError: No active adapter changes a weight, a dense weight cannot be read, or `original`
             lacks a layer or contains it in another shape.
     """
+    model = unwrap_model(model)
     check_dense_weights(model)
     sums_by_layer: dict[str, dict[str, Tensor]] = {}
     for path, layer in lora_layers(model).items():
@@ -194,7 +196,7 @@ def _targets(
             yield target, dequantize_nf4(quantized, torch.float32).double(), W
     if original is None:
         return
-    module = dict(original.named_modules(remove_duplicate=False)).get(path)
+    module = dict(named_modules(original, remove_duplicate=False)).get(path)
     if module is None or no_dense_weight(module) or dense_weight(module).shape != W.shape:
         raise ValueError(
             f"original: expected a layer with a dense weight of shape {tuple(W.shape)} at {path}, "
@@ -232,7 +234,7 @@ def _leaf_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[st
         return module.register_forward_hook(record)
 
     hooks = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not any(module.children()):
             hooks.append(add_hook(name, module))
     try:

@@ -24,7 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import atomic_write, read_tensors, write_tensors, write_text
+from minilora.common import (
+    atomic_write,
+    named_parameters,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
 from minilora.lora.files.save_load import save_adapter
 from minilora.lora.layer import LoRALayer
 from minilora.models.decoder import CausalLM
@@ -238,7 +244,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: If no parameter requires grad, or one that does is not in fp32.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in named_parameters(model) if p.requires_grad}
     if not parameters:
         raise ValueError(
             "no parameter of the model requires grad: inject an adapter first, "

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.common import named_modules, named_parameters
+from minilora.common.wrappers import is_compiled, replicating_wrapper
 from minilora.data.report import numbers
 from minilora.lora.layer import LoRALayer
 from minilora.models.padded_batch import inference
+from minilora.training.config import TrainConfig
 
 
 def check_causal(model: Any) -> None:
@@ -33,6 +36,35 @@ def check_causal(model: Any) -> None:
             "adapter can still be injected into it and saved: train it with your own loop over "
             "the parameters that require grad."
         )
+
+
+def check_wrappers(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Return the model that the steps run: compiled if it was, without the caller's DDP around it.
+
+    Args:
+        model: The model that was passed to `train`.
+        config: The run.
+
+    Raises:
+        ValueError: If another wrapper spreads the model over devices, or if a compiled model is to
+            be sharded.
+    """
+    kind = type(model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # `Process.wrap` adds DDP around the loss
+    wrapper = replicating_wrapper(model)
+    if wrapper is not None:
+        raise ValueError(
+            f"train: got {kind.__name__} with a {wrapper}. `train` divides the work of a step itself: "
+            "give it the model without this wrapper, and start it with torchrun; "
+            "TrainConfig(fsdp=True) shards the model."
+        )
+    if config.fsdp and any(is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            "fsdp: a compiled model cannot be sharded here, since shards replace its layers. Give "
+            "the model without torch.compile, or leave fsdp False."
+        )
+    return model
 
 
 def check_vocabulary(model: Any, tokenizer: Any, sets: Mapping[str, tuple[Any, Any]]) -> None:
@@ -89,7 +121,7 @@ def unfreeze(model: nn.Module) -> None:
             'method="full" trains the model\'s own weights, and it has adapters: ml.merge or '
             "ml.eject first."
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if parameter.dtype != torch.float32:
             raise ValueError(
                 f'method="full" trains every parameter in fp32, and {name} is {parameter.dtype}: '
@@ -221,7 +253,7 @@ def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
 def _adapters_with_zero_gradient(model: nn.Module) -> list[str]:
     """Return the module paths of adapters whose gradients are all zero."""
     paths = []
-    for path, layer in model.named_modules():
+    for path, layer in named_modules(model):
         if not isinstance(layer, LoRALayer):
             continue
         for name, adapter in layer.adapters.items():

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minilora.common import order_by_length
+from minilora.common import order_by_length, unwrap_model
 from minilora.lora.registry import lora_configs
 from minilora.training.optim.adamw_8bit import AdamW8bit
 from minilora.training.process import Loss, Measure, Process, full, in_process_group
@@ -161,7 +161,7 @@ class Parallel(Process):
         """Prepare DDP or FSDP2, and print the bytes that each process sends.
 
         Args:
-            model: The model that was passed to `train`.
+            model: The model that was passed to `train`, with its wrappers.
             objective: The objective of the run.
             optimizer: The optimiser over the model's trainable parameters.
 
@@ -174,7 +174,7 @@ class Parallel(Process):
             self.gather_root()
             kind = "FSDP2, the model sharded"
         else:
-            self._set_model(model)
+            self._set_model(unwrap_model(model))
             self.loss = _ddp(Loss(model, objective))
             kind = "DDP, a copy of the model in each"
         sent = traffic(model, self.world_size, self.fsdp)

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.common import unwrap_model
 from minilora.losses.sft import Objective
 from minilora.training import checks
 from minilora.training.batch_sampler import seed_of
@@ -135,7 +136,8 @@ def train(
 
     Args:
         model: A minilora or transformers causal language model, with an adapter unless
-            `config.method` is "full".
+            `config.method` is "full". A model that torch.compile has wrapped is trained through
+            the compiled forward.
         tokenizer: The model's tokenizer.
         dataset: The rows: a list or iterable of dicts, or a path (see `minilora.data`).
         config: The options of the run; None takes the defaults.
@@ -156,6 +158,7 @@ def train(
     started = time.perf_counter()
     run = set_up(model, tokenizer, dataset, config, objective, eval_dataset)
     config = run.config
+    model = unwrap_model(model)  # the run itself goes through the wrappers
     with (
         Log(run.progress, run.total_steps, config, run.parallel.is_main) as log,
         memory_explained(model, config),

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minilora.common import named_parameters, unwrap_model
+
 Measure = Callable[[Sequence[Any]], tuple[dict[str, float], int]]
 
 
@@ -100,17 +102,17 @@ class Process:
         """Prepare `loss`, `model` and `parameters` for the steps.
 
         Args:
-            model: The model that was passed to `train`.
+            model: The model that was passed to `train`, with its wrappers.
             objective: The objective of the run.
             optimizer: The optimiser over the model's trainable parameters.
         """
         self.loss: Any = Loss(model, objective)
-        self._set_model(model)
+        self._set_model(unwrap_model(model))
 
     def _set_model(self, model: nn.Module) -> None:
         """Store the model that is run, and its trainable parameters."""
         self.model = model
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in named_parameters(model) if p.requires_grad}
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Return the context in which a micro-batch runs.

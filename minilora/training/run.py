@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.common import unwrap_model
 from minilora.data.packing import pack
 from minilora.lora.files.base_check import note_tokenizer
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
@@ -120,6 +121,8 @@ def set_up(
     """
     config = config or TrainConfig()
     objective = objective or SFT()
+    run_model = checks.check_wrappers(model, config)
+    model = unwrap_model(model)
     parameters = _trained_parameters(model, config, objective)
     parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
     reset_peak_memory(parallel.device)
@@ -149,7 +152,7 @@ def set_up(
         config=config,
         model={name: tuple(parameter.shape) for name, parameter in parameters.items()},
     )
-    parallel.wrap(model, objective, optimizer)
+    parallel.wrap(run_model, objective, optimizer)
     return Run(
         config=config,
         objective=objective,

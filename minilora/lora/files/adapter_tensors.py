@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minilora.common import get_submodule
 from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.files.base_check import FORCE
 from minilora.lora.modules_to_save import Part
@@ -35,7 +36,7 @@ def named_tensors(
     """
     tensors: dict[str, Tensor] = {}
     for path, adapter in adapters.items():
-        base = unwrapped(model.get_submodule(path))
+        base = unwrapped(get_submodule(model, path))
         for end, tensor in adapter.tensors(base).items():
             tensors[f"{path}.{end}"] = tensor.detach()
     for path, part in parts.items():
@@ -73,7 +74,7 @@ def without_base_weights(
     """
     rest = dict(tensors)
     for path in adapters:
-        base = unwrapped(model.get_submodule(path))
+        base = unwrapped(get_submodule(model, path))
         for leaf, own in base.named_parameters(recurse=False):
             key = f"{PREFIX}{path}.base_layer.{leaf}"
             stored = rest.pop(key, None)

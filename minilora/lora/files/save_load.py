@@ -15,7 +15,15 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from minilora.common import ends_with_any, is_conv1d, read_tensors, write_text
+from minilora.common import (
+    ends_with_any,
+    get_submodule,
+    is_conv1d,
+    plain_key,
+    read_tensors,
+    unwrap_model,
+    write_text,
+)
 from minilora.lora.active import check_adapters, disable_adapters, list_adapters, set_adapter
 from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter
@@ -68,6 +76,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     Raises:
         ValueError: The model has no adapter of this name.
     """
+    model = unwrap_model(model)
     check_adapters(model, [name])
     return _live_tensors(model, name)
 
@@ -81,8 +90,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: Any model.
     """
+    model = unwrap_model(model)
     with disable_adapters(model):
-        state = model.state_dict()
+        state = {plain_key(key): value for key, value in model.state_dict().items()}
     for path, layer in lora_layers(model, remove_duplicate=False).items():
         adapter_state = layer.adapters.state_dict(prefix=f"{path}.adapters.")
         without_layer = {}
@@ -114,7 +124,7 @@ def save_adapter(
     Raises:
         ValueError: The adapter is unknown, or contains NaN or infinity.
     """
-    write_contents(Path(folder), contents(model, name, tokenizer))
+    write_contents(Path(folder), contents(unwrap_model(model), name, tokenizer))
 
 
 def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterContents:
@@ -128,6 +138,7 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     Raises:
         ValueError: The adapter is unknown, or contains NaN or infinity.
     """
+    model = unwrap_model(model)
     check_adapters(model, [name])
     registry = lora_configs(model)
     config = registry.get(name)
@@ -207,6 +218,7 @@ def load_adapter(
         FileNotFoundError: The folder or one of its files does not exist.
         OSError: The Hub does not provide it.
     """
+    model = unwrap_model(model)
     adapter = read_contents(folder, revision, token)
     return put_contents(model, adapter, name, Path(folder), allow_untrained, check_base, tokenizer)
 
@@ -260,6 +272,7 @@ def put_contents(
     Raises:
         ValueError: The adapter does not fit the model. The model is then unchanged.
     """
+    model = unwrap_model(model)
     config = LoRAConfig.from_dict(adapter.values)
     adapters = new_adapters(model, config)
     parts = new_parts(model, config, adapters)
@@ -272,7 +285,7 @@ def put_contents(
     check_finite(tensors, str(folder))
     check_trained(tensors, folder, allow_untrained)
     if check_base:
-        layers = {path: model.get_submodule(path) for path in adapters}
+        layers = {path: get_submodule(model, path) for path in adapters}
         check_binding(adapter.bound, layers, _source(model), folder, tokenizer)
 
     fill(live, tensors, folder)

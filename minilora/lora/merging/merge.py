@@ -19,7 +19,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minilora.common import output_layer
+from minilora.common import (
+    get_submodule,
+    named_modules,
+    output_layer,
+    set_submodule,
+    unwrap_model,
+)
+from minilora.common.wrappers import wrappers_inside
 from minilora.lora.base_layers.dense_weight import (
     dense_dtype,
     dense_weight,
@@ -143,8 +150,8 @@ def _quantized(layer: LoRALayer) -> nn.Module:
 def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     """Return a new model without adapters that computes the same. `model` is not changed.
 
-    A warning reports biases that a transformers model did not have before, because its config
-    cannot describe them.
+    The new model has no wrappers, such as those of torch.compile. A warning reports biases that a
+    transformers model did not have before, because its config cannot describe them.
 
     Args:
         model: A model with an active adapter.
@@ -159,6 +166,7 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
             layer under an active adapter, an adapter of a convolution with groups is active, or the
             dense weight of a layer with an active adapter cannot be read.
     """
+    model = unwrap_model(model)
     layers = list(lora_layers(model).values())
     active = [layer for layer in layers if layer.active]
     _check_storage(active, storage)
@@ -179,6 +187,8 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     for layer in layers:
         if id(layer) not in replaced:  # its base is copied with the same memo, so that ties remain
             replaced[id(layer)] = copy.deepcopy(layer.base_layer, replaced)
+    for wrapper, inner in wrappers_inside(model):  # the merged model has none
+        replaced[id(wrapper)] = copy.deepcopy(inner, replaced)
     merged = copy.deepcopy(model, replaced)
     for key in ("_lora_configs", "_trainable_before_lora"):
         merged.__dict__.pop(key, None)
@@ -199,15 +209,16 @@ def dequantized_weights(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model.
     """
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    model = unwrap_model(model)
+    layers = {path: layer for path, layer in named_modules(model) if isinstance(layer, NF4Linear)}
     try:
         for path, layer in layers.items():
-            model.set_submodule(path, dense(layer))
+            set_submodule(model, path, dense(layer))
         yield
     finally:
         for path, layer in layers.items():
-            layer.train(model.get_submodule(path).training)
-            model.set_submodule(path, layer)
+            layer.train(get_submodule(model, path).training)
+            set_submodule(model, path, layer)
 
 
 def _check_storage(active: list[LoRALayer], storage: str | None) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.common import column_widths, read_json
+from minilora.common import column_widths, read_json, unwrap_model
 from minilora.hub import HUB_ID, download, resolve
 from minilora.lora.config import LoRAConfig
 from minilora.lora.registry import lora_configs
@@ -204,6 +204,7 @@ def plan_memory(
     config = config or TrainConfig()
     full = config.method == "full"
     if isinstance(model, nn.Module):
+        model = unwrap_model(model)
         if lora or quantize or not isinstance(model, CausalLM):
             raise ValueError(
                 "plan_memory: a loaded model, which load_model must have made, determines its "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import unknown_name
+from minilora.common import unknown_name, unwrap_model
 from minilora.lora.embedding_conv import Adapter, active_adapters
 from minilora.lora.merging.merge import merged_weight
 from minilora.lora.registry import lora_layers
@@ -39,6 +39,7 @@ def spectra(model: nn.Module, path: str | Path | None = None) -> Any:
     Raises:
         ValueError: If the update is zero in every layer.
     """
+    model = unwrap_model(model)
     updates: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
     for name, layer in lora_layers(model).items():
