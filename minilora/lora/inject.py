@@ -34,6 +34,7 @@ from minilora.lora.merging.changes import read_merged
 from minilora.lora.modules_to_save import Part
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import find_targets, left_out_by_all_linear, names_to_save
+from minilora.lora.trained_state import remove_hooks
 from minilora.lora.variants.choose import as_variant
 
 
@@ -192,6 +193,7 @@ def eject(model: nn.Module) -> list[str]:
         for path, parameter in named_parameters(model):
             parameter.requires_grad_(path in trainable)
     model.__dict__.pop("_lora_configs", None)
+    remove_hooks(model)
     return list(layers)
 
 

@@ -2,14 +2,15 @@
 
 Such a part trains as a copy in fp32, which takes the place of the original while the adapter is
 active. The copy of a module in a 16-bit model computes in fp32 and returns its output in 16 bits.
-The originals never change: without the adapter the model is the base again, bit for bit.
+Where the model is cast later (`.to(torch.bfloat16)`), the copy stays in fp32 and the original is
+cast. Otherwise the originals never change: without the adapter the model is the base, bit for bit.
 
 A part is known by its name in the model without `base_layer`: "lm_head" is a module,
 "model.norm.bias" a parameter.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,10 @@ from minilora.common import (
     named_parameters,
     tied_modules,
     unknown_name,
+    unwrap_model,
 )
 from minilora.lora.layer import LoRALayer
+from minilora.lora.trained_state import register_hooks
 
 Part = nn.Module | nn.Parameter
 
@@ -92,7 +95,7 @@ class TrainedParts:
             previous = getattr(holder, leaf)
             previous.requires_grad_(False)
             part = copies.get(path, original)
-            _move_like(part, previous)
+            _move_like(part, previous, holder)
             part.requires_grad_(path in copies)
             setattr(holder, leaf, part)
         self.active = names
@@ -110,6 +113,8 @@ class TrainedParts:
             holder, leaf = part_holder(model, path)
             self.originals.setdefault(path, getattr(holder, leaf))
         self.trained[name] = copies
+        if copies:
+            register_hooks(unwrap_model(model))
         self.activate(model, [name])
 
     def remove(self, model: nn.Module, name: str) -> None:
@@ -224,15 +229,24 @@ def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return holder, leaf
 
 
-def _move_like(part: Part, previous: Part) -> None:
-    """Move a part to the device of the part that it replaces, in the same training mode."""
+def _move_like(part: Part, previous: Part, holder: nn.Module) -> None:
+    """Move a part to the device of the part that it replaces, in the same training mode.
+
+    A bias also takes the dtype of the weight next to it, which may have been cast in between.
+    """
     if isinstance(previous, nn.Parameter):
         device = previous.device
     else:
         device = next(previous.parameters()).device
     if isinstance(part, nn.Parameter):
-        part.data = part.data.to(device)  # in place, because an optimiser may hold the parameter
+        dtype = part.dtype
+        for other in holder.parameters(recurse=False):
+            if other is not previous and other.is_floating_point():
+                dtype = other.dtype
+        # in place, because an optimiser may hold the parameter
+        part.data = part.data.to(device, dtype)
     else:
+        _note_dtypes(part)
         part.to(device)
         part.train(getattr(previous, "training", False))
 
@@ -317,26 +331,66 @@ def _copy_module(module: nn.Module, path: str, memo: dict[int, Any]) -> nn.Modul
             f"modules_to_save: {path!r} is in 4 bits and cannot train: leave it out of quantising."
         )
     copied = copy.deepcopy(module, memo).requires_grad_(False)
-    low_precision = next((dtype for dtype in dtypes if dtype.itemsize < 4), None)
-    if low_precision is not None:
+    if any(dtype.itemsize < 4 for dtype in dtypes):
         copied.float()
-        copied.register_forward_pre_hook(_to_fp32)
-        copied.register_forward_hook(partial(_from_fp32, low_precision))
+    # Plain attributes: the original is not a submodule of its copy.
+    copied.__dict__["original"] = module
+    copied.__dict__["_apply"] = partial(_apply, copied)
+    _note_dtypes(copied)
+    copied.register_forward_pre_hook(_to_own_dtype, with_kwargs=True)
+    copied.register_forward_hook(_to_model_dtype)
     return copied
 
 
-def _to_fp32(module: nn.Module, args: tuple) -> tuple:
-    """Cast the floating-point inputs of a module to fp32; a forward pre-hook."""
-    converted = []
-    for argument in args:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
-            argument = argument.float()
-        converted.append(argument)
-    return tuple(converted)
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Convert a copy, but never to 16 bits, and its original; `_apply` of the copy.
+
+    `.to()`, `.half()` and `.bfloat16()` of a model reach only what stands in it. The copy is the
+    fp32 master that the optimiser updates. The original takes its place later.
+    """
+
+    def apply_without_16_bits(tensor: Tensor) -> Tensor:
+        converted = fn(tensor)
+        if converted.dtype.itemsize >= 4 or not converted.is_floating_point():
+            return converted
+        return tensor.to(converted.device)
+
+    original: Any = module.__dict__["original"]
+    original._apply(fn, recurse)
+    type(module)._apply(module, apply_without_16_bits, recurse)
+    _note_dtypes(module)
+    return module
 
 
-def _from_fp32(dtype: torch.dtype, module: nn.Module, args: tuple, output: Any) -> Any:
-    """Cast the output of a module back to the model's dtype; a forward hook."""
-    if isinstance(output, Tensor):
-        return output.to(dtype)
-    return output
+def _note_dtypes(module: nn.Module) -> None:
+    """Store the dtype of a copy and the lowest dtype of its original, for the hooks."""
+    original = module.__dict__.get("original")
+    if original is not None:
+        dtypes = [p.dtype for p in original.parameters()]
+        module.__dict__["model_dtype"] = min(dtypes, key=lambda dtype: dtype.itemsize)
+        module.__dict__["own_dtype"] = next(module.parameters()).dtype
+
+
+def _to_own_dtype(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Cast the inputs of the copy of a 16-bit module to its own dtype; a forward pre-hook."""
+    if module.model_dtype.itemsize >= 4:
+        return None
+    return _cast(args, module.own_dtype), _cast(kwargs, module.own_dtype)
+
+
+def _to_model_dtype(module: Any, args: tuple, output: Any) -> Any:
+    """Cast the output of the copy of a 16-bit module to the model's dtype; a forward hook."""
+    if module.model_dtype.itemsize >= 4:
+        return None
+    return _cast(output, module.model_dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a value with the floating-point tensors in it, also in tuples and dicts, cast."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)([_cast(item, dtype) for item in value])
+    if type(value) is dict:
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value

@@ -46,6 +46,7 @@ from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, re
 from minilora.lora.inject import attach, new_adapters, new_parts
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import adaptable_layers
+from minilora.lora.trained_state import copy_keys
 from minilora.lora.variants.base import as_plain
 
 
@@ -93,6 +94,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model = unwrap_model(model)
     with disable_adapters(model):
         state = {plain_key(key): value for key, value in model.state_dict().items()}
+    for key in copy_keys(model):
+        del state[key]
     for path, layer in lora_layers(model, remove_duplicate=False).items():
         adapter_state = layer.adapters.state_dict(prefix=f"{path}.adapters.")
         without_layer = {}

@@ -37,6 +37,7 @@ from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.layer import LoRALayer, linear_features
 from minilora.lora.merging.changes import deltas
 from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
+from minilora.lora.trained_state import remove_hooks
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
@@ -192,6 +193,7 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     merged = copy.deepcopy(model, replaced)
     for key in ("_lora_configs", "_trainable_before_lora"):
         merged.__dict__.pop(key, None)
+    remove_hooks(merged)
     _declare_untied(merged)
     _declare_dense(merged)
     if hasattr(merged, "save_pretrained"):
