@@ -1,6 +1,7 @@
 """The commands about checkpoints: merge, verify, compare-exports, inspect, push."""
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,16 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_quantize, load
+from minilora.cli.options import (
+    POSITIONAL,
+    add_command,
+    add_no_check_base,
+    add_storage,
+    load,
+    storage_options,
+)
 from minilora.data.read_rows import check_file
+from minilora.lora.files.save_load import find_adapter
 from minilora.lora.merging.merge import STORAGES
 from minilora.tools.compare_exports import compare_exports as compare_forms
 from minilora.tools.inspect import inspect as inspect_path
@@ -55,8 +64,10 @@ def merge(
     loaded, tokenizer = load(model, adapter, **loading)
     source = None
     if target == "original":
-        dense: dict[str, Any] = {**loading, "quantize": None}
-        source, _ = load(model, adapter, **dense)
+        dense: dict[str, Any] = {**loading, "quantize": "none"}
+        with warnings.catch_warnings():  # another storage is what this target is
+            warnings.filterwarnings("ignore", message=".*was trained on a base that was")
+            source, _ = load(model, adapter, **dense)
     if target is None:
         target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
     report = merge_report(loaded, source)
@@ -152,6 +163,8 @@ def compare_exports(model: str, dataset: str, adapter: str, **options: Any) -> i
     """
     check_file(dataset)
     given = {name: value for name, value in options.items() if value is not None}
+    storage = storage_options(model, [find_adapter(adapter)[0]], given.pop("quantize", None))
+    given["quantize"] = storage.get("quantize")
     report = compare_forms(model, adapter, dataset, **given)
     print(report)
     return int(report.first is not None)
@@ -195,7 +208,7 @@ def add_commands(commands: Any) -> None:
 def _add_merge(commands: Any) -> None:
     parser = add_command(commands, merge, "model", "adapter", "folder")
     add_no_check_base(parser)
-    add_quantize(parser)
+    add_storage(parser)
     parser.add_argument(
         "--target",
         choices=[*STORAGES, "original"],
@@ -223,7 +236,7 @@ def _add_verify(commands: Any) -> None:
 def _add_compare_exports(commands: Any) -> None:
     parser = add_command(commands, compare_exports, "model", "dataset")
     parser.add_argument("--adapter", required=True, help=POSITIONAL["adapter"])
-    add_quantize(parser, "the base as it was trained on")
+    add_storage(parser)
     parser.add_argument("--rows", type=int, help="number of rows, from the first (default 8)")
     parser.add_argument(
         "--tolerance", type=float, help="KL in nats that counts as rounding (default 0.01)"

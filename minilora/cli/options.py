@@ -1,11 +1,18 @@
 """Positional arguments and options that several commands share, and the model that they name."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import minilora as ml
+from minilora.common import read_json
+from minilora.hub import resolve
+from minilora.lora.files.base_check import read_binding
+from minilora.lora.files.find import WEIGHTS_FILE
 from minilora.lora.files.save_load import find_adapter
+from minilora.quant.storage import common_storage, describe, stored_storage
 
 POSITIONAL = {
     "model": "Hub id, folder or .gguf file; for train also a .toml file that holds all options",
@@ -90,6 +97,20 @@ def add_quantize(
     parser.add_argument("--quantize", choices=["nf4"], help=text)
 
 
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Add the option --quantize of a command that reads adapters.
+
+    Args:
+        parser: the command's parser.
+    """
+    parser.add_argument(
+        "--quantize",
+        choices=["nf4", "none"],
+        help="keep the base in 4 bits, or dense (default: as the adapter was trained; dense "
+        "without an adapter)",
+    )
+
+
 def add_no_check_base(parser: argparse.ArgumentParser) -> None:
     """Add the option --no_check_base.
 
@@ -112,7 +133,7 @@ def load(
     Args:
         model: Hub id, folder or .gguf file.
         adapter: folder or Hub id of an adapter; None loads the base alone.
-        quantize: "nf4", or None for a dense base.
+        quantize: "nf4"; "none" for a dense base; None for the storage that the adapter states.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
 
@@ -121,8 +142,49 @@ def load(
     """
     # The adapter is looked up before the base, because loading the base takes longer.
     folder = None if adapter is None else find_adapter(adapter)[0]
-    loaded = ml.load_model(model, quantize=quantize, dtype=dtype)
+    storage = storage_options(model, [] if folder is None else [folder], quantize)
+    loaded = ml.load_model(model, dtype=dtype, **storage)
     tokenizer = ml.load_tokenizer(model)
     if folder is not None:
         ml.load_adapter(loaded, folder, tokenizer=tokenizer, check_base=check_base)
     return loaded, tokenizer
+
+
+def storage_options(model: str, adapters: Sequence[Path], quantize: str | None) -> dict[str, Any]:
+    """Return the options of ml.load_model for the storage that adapters were trained on.
+
+    A line reports it where the command did not ask for 4 bits. A checkpoint in 4 bits keeps its
+    bits. `load_adapter` warns where the storage differs from the adapter's in the end.
+
+    Args:
+        model: Hub id, folder or .gguf file.
+        adapters: local folders of the adapters that the base is for.
+        quantize: "nf4"; "none" for a dense base; None to follow the adapters.
+    """
+    if quantize == "none":
+        return {}
+    trained = common_storage([_storage_of(folder) for folder in adapters])
+    if trained is None or trained["quantize"] != "nf4" or _is_four_bit(model):
+        return {"quantize": quantize}
+    if quantize is None:
+        print(
+            f"minilora: the base is loaded {describe(trained)}, because the adapter was trained on "
+            "it so. --quantize none keeps it dense.",
+            file=sys.stderr,
+        )
+    double_quant = trained["double_quant"] is not False
+    return {"quantize": "nf4", "blocksize": trained["blocksize"], "double_quant": double_quant}
+
+
+def _storage_of(folder: Path) -> dict[str, Any] | None:
+    """Return the storage that an adapter's file states, or None."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return None  # load_adapter reports the missing file
+    return stored_storage(read_binding(path))
+
+
+def _is_four_bit(model: str) -> bool:
+    """Return True if a checkpoint is in 4 bits already."""
+    config = resolve(model) / "config.json"
+    return config.is_file() and "quantization_config" in read_json(config)

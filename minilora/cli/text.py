@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import minilora as ml
-from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_quantize, load
+from minilora.cli.options import (
+    POSITIONAL,
+    add_command,
+    add_no_check_base,
+    add_storage,
+    load,
+    storage_options,
+)
 from minilora.cli.values import add_fields, parse_value
 from minilora.data.read_rows import check_file
 from minilora.lora.files.save_load import find_adapter
@@ -27,7 +34,7 @@ def generate(
         model: Hub id, folder or .gguf file.
         prompt: the text to answer.
         adapter: folder or Hub id of an adapter; None uses the base alone.
-        quantize: "nf4" or None.
+        quantize: "nf4", "none", or None to follow the adapter.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
         sampling: options of ml.generate.
@@ -51,7 +58,7 @@ def evaluate(
         model: Hub id, folder or .gguf file.
         dataset: file of rows.
         adapter: folder or Hub id of an adapter; None uses the base alone.
-        quantize: "nf4" or None.
+        quantize: "nf4", "none", or None to follow the adapter.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
         scoring: options of ml.evaluate.
@@ -76,7 +83,7 @@ def serve(
     Args:
         model: Hub id, folder or .gguf file.
         adapter: adapters as NAME=PATH.
-        quantize: "nf4" or None.
+        quantize: "nf4", "none", or None to follow the adapter.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
         options: fields of ServeConfig.
@@ -87,7 +94,8 @@ def serve(
     adapters = _named_adapters(adapter or ())
     config = ml.ServeConfig(**options)
     check_server(config)  # before the base is loaded, which takes longer
-    loaded = ml.load_model(model, quantize=quantize, dtype=dtype)
+    storage = storage_options(model, list(adapters.values()), quantize)
+    loaded = ml.load_model(model, dtype=dtype, **storage)
     tokenizer = ml.load_tokenizer(model)
     ml.serve(loaded, tokenizer, adapters, config, check_base=check_base)
 
@@ -139,7 +147,7 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])
     add_no_check_base(parser)
-    add_quantize(parser)
+    add_storage(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -160,7 +168,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])
     add_no_check_base(parser)
-    add_quantize(parser)
+    add_storage(parser)
 
 
 def _add_serve(commands: Any) -> None:
@@ -172,5 +180,5 @@ def _add_serve(commands: Any) -> None:
         help="an adapter (folder or Hub id) and the model name for clients; may be repeated",
     )
     add_no_check_base(parser)
-    add_quantize(parser)
+    add_storage(parser)
     add_fields(parser.add_argument_group("the server (ServeConfig)"), ml.ServeConfig)

@@ -131,6 +131,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     registry.pop(name, None)
     registry.seeds.pop(name, None)
     registry.tokenizers.pop(name, None)
+    registry.storages.pop(name, None)
 
 
 def check_adapters(model: nn.Module, names: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ from minilora.common import named_modules, unwrap_model
 from minilora.lora.config import LoRAConfig
 from minilora.lora.layer import LoRALayer
 from minilora.lora.modules_to_save import TrainedParts
+from minilora.quant.storage import Storage
 
 
 class AdapterRegistry(dict[str, LoRAConfig]):
@@ -14,6 +15,7 @@ class AdapterRegistry(dict[str, LoRAConfig]):
     Attributes:
         seeds: Seed of each adapter's initial values; None if it was loaded from a file without it.
         tokenizers: Hashes of the tokenizer that each adapter was trained with.
+        storages: Storage of the base that each adapter was trained on (quant/storage.py).
         parts: Modules and biases that train together with an adapter.
     """
 
@@ -21,6 +23,7 @@ class AdapterRegistry(dict[str, LoRAConfig]):
         super().__init__()
         self.seeds: dict[str, int | None] = {}
         self.tokenizers: dict[str, dict[str, str] | None] = {}
+        self.storages: dict[str, Storage | None] = {}
         self.parts = TrainedParts()
 
 

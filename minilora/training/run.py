@@ -15,7 +15,7 @@ from torch import nn
 
 from minilora.common import unwrap_model
 from minilora.data.packing import pack
-from minilora.lora.files.base_check import note_tokenizer
+from minilora.lora.files.base_check import note_training
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
 from minilora.training import checks
 from minilora.training.batch_sampler import BatchPlan
@@ -144,7 +144,7 @@ def set_up(
     checkpoints = Checkpoints(model, optimizer, scaler, config, parallel)
     progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
     checkpoints.check_best(evaluation.best(progress.evals))
-    note_tokenizer(model, tokenizer)
+    note_training(model, tokenizer)
     parallel.check_agreement(
         data=plan.identity,
         step=progress.step,

@@ -6,6 +6,7 @@ base:
 
     "minilora": {
       "version": …, "seed": …, "tokenizer": {"chat_template": …, "vocabulary": …},
+      "storage": {"quantize": "nf4", "blocksize": 64, "double_quant": true},
       "layers": {
         "model.layers.0.self_attn.q_proj":
           ["nf4/64", [576, 576], "nf4/64:<hash>,bf16:<hash>,fp16:<hash>"], …}}
@@ -20,6 +21,7 @@ For each adapted layer these are the kind of storage, the shape, and hashes of 6
 
 Equal rows (in the dtype of either side) or equal codes mean the same base. Scales are not hashed,
 so double quantisation on or off is the same base, and so is a 4-bit base that was made dense.
+The storage of the base may differ then, and a warning reports that (quant/storage.py).
 Different rows, or different codes where the rows are unknown, are an error. If nothing can be
 compared, a warning reports it. A file from bitsandbytes has codes without rows. PEFT ignores the
 metadata, and its own files have none.
@@ -39,6 +41,14 @@ from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.quant.fingerprint import digest, hash_rows
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.storage import (
+    Storage,
+    base_storage,
+    describe,
+    remedy,
+    same_storage,
+    stored_storage,
+)
 from minilora_kernels import quantize_nf4
 
 KEY = "minilora"
@@ -151,8 +161,8 @@ def hash_tokenizer(tokenizer: Any) -> dict[str, str]:
     return hashes
 
 
-def note_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """Store the hashes of the tokenizer that trains the active adapters, for `save_adapter`.
+def note_training(model: nn.Module, tokenizer: Any) -> None:
+    """Store what trains the active adapters, for `save_adapter`: the tokenizer, the base's storage.
 
     Args:
         model: The model that is trained.
@@ -161,9 +171,11 @@ def note_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     hashes = None
     if tokenizer is not None:
         hashes = hash_tokenizer(tokenizer)
+    storage = base_storage(model)
     for layer in lora_layers(model).values():
         for name in layer.active:
             lora_configs(model).tokenizers[name] = hashes
+            lora_configs(model).storages[name] = storage
 
 
 # ---- the metadata of a file
@@ -174,6 +186,7 @@ def binding(
     source: str | None,
     seed: int | None,
     tokenizer: dict[str, str] | None,
+    storage: Storage,
 ) -> dict[str, Any]:
     """Return the metadata of an adapter file.
 
@@ -182,11 +195,13 @@ def binding(
         source: The file or name from which the model was loaded.
         seed: Seed of the adapter's initial values.
         tokenizer: Hashes of the tokenizer, from `hash_tokenizer`.
+        storage: Storage of the base while it was trained (quant/storage.py).
     """
     return {
         "version": __version__,
         "seed": seed,
         "tokenizer": tokenizer,
+        "storage": storage,
         "layers": {path: fingerprint(layer, source) for path, layer in layers.items()},
     }
 
@@ -287,6 +302,24 @@ def check_binding(
         )
     if tokenizer is not None:
         _check_tokenizer(then.get("tokenizer"), tokenizer, where)
+
+
+def check_storage(then: dict[str, Any], model: nn.Module, where: Path) -> None:
+    """Warn if the base of an adapter was stored in another way while it was trained.
+
+    Args:
+        then: The metadata of the file.
+        model: The model that the adapter is put into.
+        where: The adapter's folder, for the message.
+    """
+    trained = stored_storage(then)
+    now = base_storage(model)
+    if trained is not None and not same_storage(trained, now):
+        warnings.warn(
+            f"{where}: the adapter was trained on a base that was {describe(trained)}, and this "
+            f"base is {describe(now)}: its weights are other ones. {remedy(trained)}",
+            stacklevel=4,  # the caller of load_adapter
+        )
 
 
 def _is_same_layer(layer: nn.Module, before: list[Any], now: list[Any]) -> bool | None:

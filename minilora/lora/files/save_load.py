@@ -38,6 +38,7 @@ from minilora.lora.files.adapter_tensors import (
 from minilora.lora.files.base_check import (
     binding,
     check_binding,
+    check_storage,
     hash_tokenizer,
     read_binding,
     write_bound,
@@ -48,6 +49,7 @@ from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import adaptable_layers
 from minilora.lora.trained_state import copy_keys
 from minilora.lora.variants.base import as_plain
+from minilora.quant.storage import base_storage, stored_storage
 
 
 class AdapterContents(NamedTuple):
@@ -166,7 +168,8 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
         hashes = registry.tokenizers.get(name)
     else:
         hashes = hash_tokenizer(tokenizer)
-    bound = binding(layers, source, registry.seeds.get(name), hashes)
+    storage = registry.storages.get(name) or base_storage(model)
+    bound = binding(layers, source, registry.seeds.get(name), hashes, storage)
     return AdapterContents(values, tensors, bound)
 
 
@@ -198,7 +201,8 @@ def load_adapter(
 ) -> list[str]:
     """Read an adapter in PEFT's format into a model and make it the active one.
 
-    Files without fingerprints, such as those of PEFT, are not compared with the base.
+    Files without fingerprints, such as those of PEFT, are not compared with the base. A warning
+    reports a base in another storage than in training (4 bits or dense).
 
     Args:
         model: The model that the adapter was trained on.
@@ -290,6 +294,7 @@ def put_contents(
     if check_base:
         layers = {path: get_submodule(model, path) for path in adapters}
         check_binding(adapter.bound, layers, _source(model), folder, tokenizer)
+    check_storage(adapter.bound, model, folder)
 
     fill(live, tensors, folder)
     if name in list_adapters(model):
@@ -298,6 +303,7 @@ def put_contents(
         attach(model, adapters, config, name, parts)
     lora_configs(model).seeds[name] = adapter.bound.get("seed")
     lora_configs(model).tokenizers[name] = adapter.bound.get("tokenizer")
+    lora_configs(model).storages[name] = stored_storage(adapter.bound)
     return list(adapters)
 
 

@@ -32,6 +32,7 @@ from minilora.lora.files.save_load import (
 )
 from minilora.lora.layer import scaling
 from minilora.lora.low_rank import product_svd
+from minilora.quant.storage import common_storage, stored_storage
 
 _COPIED_FIELDS = ("task_type", "base_model_name_or_path", "revision")  # of the config
 Layers = dict[str, tuple[Tensor, Tensor]]  # name → s B (out, r), A (r, in), fp32
@@ -329,6 +330,7 @@ def common_metadata(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any
         | {
             "seed": None,
             "tokenizer": common or None,
+            "storage": common_storage([stored_storage(one), stored_storage(other)]),
             "layers": layers | other_layers,
         }
     )
