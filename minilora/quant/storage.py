@@ -133,7 +133,9 @@ def remedy(storage: Storage) -> str:
         return "Load the base without quantize."
     if storage["quantize"] != "nf4":
         return "Quantise the base as it was quantised for training."
-    options = f"blocksize={storage['blocksize']}, double_quant={storage['double_quant'] is not False}"
+    options = (
+        f"blocksize={storage['blocksize']}, double_quant={storage['double_quant'] is not False}"
+    )
     return (
         f'Load the base with quantize="nf4", {options} (ml.load_model), or call '
         f"ml.quantize_model(model, {options}) before load_adapter."

@@ -75,7 +75,14 @@ FUNCTIONS = dict(public_functions())
 
 
 def test_the_list_has_the_functions_that_everyone_uses():
-    expected = {"inject", "save_adapter", "disable_adapters", "train", "generate", "Classify.logits"}
+    expected = {
+        "inject",
+        "save_adapter",
+        "disable_adapters",
+        "train",
+        "generate",
+        "Classify.logits",
+    }
     assert expected <= FUNCTIONS.keys() and len(FUNCTIONS) > 30
     assert EXCEPTIONS.keys() <= FUNCTIONS.keys()
 
