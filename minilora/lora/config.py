@@ -98,7 +98,9 @@ class LoRAConfig(Options):
         choices=("shared", "untie"),
     )
     task_type: str | None = option(
-        TaskType.CAUSAL_LM.value, "stored in the file", choices=tuple(TaskType)
+        None,
+        "stored in the file; None stores CAUSAL_LM for a causal language model, and else nothing",
+        choices=tuple(TaskType),
     )
     base_model_name_or_path: str | None = option(
         None, "stored in the file; None stores the name of the model"
@@ -206,9 +208,10 @@ class LoRAConfig(Options):
         values = dict(values)
         if values.pop("ensure_weight_tying", False):
             values["tie"] = "shared"  # without it PEFT adapts only the named layers, as None does
-        if values.get("init_lora_weights") in (False, "orthogonal"):
-            del values["init_lora_weights"]  # initial values of A and B only; the base is unchanged
-        values.pop("loftq_config", None)  # initial values too; PEFT writes it for every method
+        if values.get("init_lora_weights") in _INITIAL_VALUES_ONLY:
+            del values["init_lora_weights"]
+        for name in _FIELDS_OF_TRAINING:
+            values.pop(name, None)
         peft_type = values.pop("peft_type", "LORA")
         if peft_type != "LORA":
             raise ValueError(
@@ -223,11 +226,7 @@ class LoRAConfig(Options):
                     "and is not supported. "
                     f"Nearest supported fields: {', '.join(nearest(name, known))}."
                 )
-        present: dict[str, Any] = {"task_type": None}
-        for name, value in values.items():
-            if value is not None:
-                present[name] = value
-        return cls(**present)
+        return cls(**{name: value for name, value in values.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of `adapter_config.json`.
@@ -244,6 +243,11 @@ class LoRAConfig(Options):
             del values["lora_bias"]  # older readers do not know this field
         return {"peft_type": "LORA"} | values | {"inference_mode": True, "fan_in_fan_out": False}
 
+
+# Methods of PEFT that choose the initial A and B and leave W as it is: a trained file is plain LoRA.
+_INITIAL_VALUES_ONLY = (False, "orthogonal", "eva", "mica")
+# Settings of initial values and of the backward pass. PEFT writes some of them for every method.
+_FIELDS_OF_TRAINING = ("loftq_config", "eva_config", "velora_config")
 
 # Fields that have a value in every file of PEFT and change nothing for a plain LoRA adapter.
 _PEFT_DEFAULTS = {

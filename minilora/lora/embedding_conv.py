@@ -15,7 +15,6 @@ of the base and reads every input channel. B mixes the r results within the grou
 Layers for which PEFT computes something else than the merged layer would are refused here.
 """
 
-import math
 from typing import Any, cast
 
 import torch
@@ -74,8 +73,7 @@ class EmbeddingAdapter(AdapterBase):
     ):
         super().__init__()
         _check_embedding(base, lora_bias)
-        max_rank = min(base.num_embeddings, base.embedding_dim)
-        self.scaling = scaling(r, max_rank, lora_alpha, lora_dropout, use_rslora)
+        self.scaling = scaling(r, lora_alpha, lora_dropout, use_rslora)
         self.r = r
         self.lora_alpha = lora_alpha
         self.dropout = dropout_layer(lora_dropout)
@@ -190,8 +188,7 @@ class ConvAdapter(AdapterBase):
         _check_convolution(base, r)
         out_channels = base.out_channels
         in_shape = (base.in_channels, *base.kernel_size)
-        max_rank = min(out_channels, math.prod(in_shape))
-        self.scaling = scaling(r, max_rank, lora_alpha, lora_dropout, use_rslora)
+        self.scaling = scaling(r, lora_alpha, lora_dropout, use_rslora)
         self.r = r
         self.lora_alpha = lora_alpha
         self.groups = base.groups

@@ -61,9 +61,9 @@ def inject(
         Names of the adapted layers, in model order.
 
     Raises:
-        ValueError: An entry of the config matches nothing or would do nothing, a rank is larger
-            than its layer, a named layer computes something else than W x + b, or a layer shares
-            its weight and `config.tie` is not set. The model is then unchanged.
+        ValueError: An entry of the config matches nothing or would do nothing, a named layer
+            computes something else than W x + b, or a layer shares its weight and `config.tie` is
+            not set. The model is then unchanged.
     """
     model = unwrap_model(model)
     config = config or LoRAConfig()
@@ -72,6 +72,7 @@ def inject(
     _check_tie(model, config, adapters, parts)
     _check_effect(model, config, adapters, parts)
     left_out = left_out_by_all_linear(model, config, adapters)
+    _warn_of_large_ranks(adapters)
     attach(model, adapters, config, name, parts)
     lora_configs(model).seeds[name] = seed
     if left_out is not None:
@@ -314,6 +315,20 @@ def _check_effect(
         raise ValueError(
             f'bias: {config.bias!r} would do nothing: there is no bias to train. Leave it "none".'
         )
+
+
+def _warn_of_large_ranks(adapters: dict[str, Adapter]) -> None:
+    """Warn of ranks above the smaller side of a layer. The additional rank cannot be used."""
+    large = [path for path, adapter in adapters.items() if adapter.r > adapter.max_rank]
+    if not large:
+        return
+    first = adapters[large[0]]
+    warnings.warn(
+        f"r: {len(large)} of {len(adapters)} layers have a rank above their smaller side, first "
+        f"{large[0]} with r={first.r}, of which {first.max_rank} can be used. The rest costs memory "
+        "only: lower r, or give these layers another rank with rank_pattern.",
+        stacklevel=3,  # the caller of inject
+    )
 
 
 def _new_lora_layer(base: nn.Module) -> LoRALayer:

@@ -71,6 +71,11 @@ class AdapterBase(nn.Module):
             named["lora_B.bias"] = self.lora_bias
         return named
 
+    @property
+    def max_rank(self) -> int:
+        """Largest rank that the change of the weight can have: the smaller of its two sides."""
+        return min(self.lora_B.shape[0], self.lora_A[0].numel())
+
     def extra_repr(self) -> str:
         """Return the hyperparameters for `repr(module)`."""
         return f"r={self.r}, lora_alpha={self.lora_alpha}"
@@ -97,7 +102,8 @@ class LoRAAdapter(AdapterBase):
     Args:
         in_features: Size of the layer's input.
         out_features: Size of the layer's output.
-        r: Rank of the correction, from 1 to min(in_features, out_features).
+        r: Rank of the correction, 1 or more. Above min(in_features, out_features) it adds memory
+            only, because B A has no higher rank.
         lora_alpha: Strength α of the correction; not 0.
         lora_dropout: Probability of setting an element of the adapter's input to zero in training.
         use_rslora: Use s = α/√r instead of s = α/r.
@@ -121,8 +127,7 @@ class LoRAAdapter(AdapterBase):
         seed: int = 0,
     ):
         super().__init__()
-        max_rank = min(in_features, out_features)
-        self.scaling = scaling(r, max_rank, lora_alpha, lora_dropout, use_rslora)
+        self.scaling = scaling(r, lora_alpha, lora_dropout, use_rslora)
         self.r = r
         self.lora_alpha = lora_alpha
         self.dropout = dropout_layer(lora_dropout)
@@ -166,14 +171,11 @@ class LoRAAdapter(AdapterBase):
         return self.scaling * B @ A  # (out, in)
 
 
-def scaling(
-    r: int, max_rank: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
-) -> float:
+def scaling(r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> float:
     """Check the hyperparameters of an adapter and return its factor s.
 
     Args:
         r: Rank of the correction.
-        max_rank: Largest rank that the layer can have, the smaller of its two dimensions.
         lora_alpha: Strength α of the correction.
         lora_dropout: Dropout probability.
         use_rslora: Use α/√r instead of α/r.
@@ -187,11 +189,8 @@ def scaling(
     Source:
         LoRA §4.1 (arXiv:2106.09685); rsLoRA (arXiv:2312.03732).
     """
-    if not 1 <= r <= max_rank:
-        raise ValueError(
-            f"r: expected 1 to {max_rank}, got {r}. "
-            "Lower r, or give this layer another rank with rank_pattern."
-        )
+    if r < 1:
+        raise ValueError(f"r: expected 1 or more, got {r}. Give a positive rank.")
     if not 0 <= lora_dropout < 1 or not math.isfinite(lora_alpha) or lora_alpha == 0:
         raise ValueError(
             "expected 0 <= lora_dropout < 1 and a finite lora_alpha != 0, "

@@ -62,9 +62,10 @@ def product_svd(B: Tensor, A: Tensor) -> Spaces:
         A: Right factor, (r, in).
 
     Returns:
-        U (out, r), σ (r,) and V (in, r).
+        U (out, k), σ (k,) and V (in, k), with k = min(r, out, in).
     """
     Q_B, R_B = torch.linalg.qr(B.double())  # (out, r), (r, r)
     Q_A, R_A = torch.linalg.qr(A.double().T)  # (in, r), (r, r)
-    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T)  # (r, r), (r,), (r, r)
+    middle = R_B @ R_A.T  # (min(r, out), min(r, in))
+    U, sigma, Vh = torch.linalg.svd(middle, full_matrices=False)  # Vh: (k, min(r, in))
     return Q_B @ U, sigma, Q_A @ Vh.T

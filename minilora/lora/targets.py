@@ -234,7 +234,8 @@ def _in_numbered_layers(paths: list[str], config: LoRAConfig) -> list[str]:
         )
     if isinstance(wanted, int):
         wanted = [wanted]
-    numbers = _layer_numbers(paths, config.layers_pattern)
+    _check_layers_pattern(paths, config.layers_pattern)
+    numbers = layer_numbers(paths, config.layers_pattern)
     present = sorted(set(numbers.values()))
     missing = sorted(set(wanted) - set(present))
     if missing:
@@ -245,11 +246,15 @@ def _in_numbered_layers(paths: list[str], config: LoRAConfig) -> list[str]:
     return [path for path in paths if numbers.get(path) in wanted]
 
 
-def _layer_numbers(paths: list[str], layers_pattern: list[str] | str | None) -> dict[str, int]:
+def layer_numbers(paths: list[str], layers_pattern: list[str] | str | None) -> dict[str, int]:
     """Return the layer number of each path that has one: model.layers.3.mlp.up_proj → 3.
 
     It is the first number after a name that the pattern matches. With several patterns, the first
     one that matches a path counts, as in PEFT.
+
+    Args:
+        paths: Paths of layers.
+        layers_pattern: Regular expressions for the name before the number; None is any name.
     """
     patterns = layers_pattern or r"[^.]*"
     if isinstance(patterns, str):
@@ -257,15 +262,21 @@ def _layer_numbers(paths: list[str], layers_pattern: list[str] | str | None) -> 
     numbers: dict[str, int] = {}
     for pattern in patterns:
         expression = re.compile(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.")
-        any_match = False
         for path in paths:
             match = expression.match(path)
             if match:
-                any_match = True
                 numbers.setdefault(path, int(match[1]))
-        if layers_pattern and not any_match:
-            raise unknown_name("layers_pattern", pattern, paths)
     return numbers
+
+
+def _check_layers_pattern(paths: list[str], layers_pattern: list[str] | str | None) -> None:
+    """Raise ValueError for an entry of layers_pattern that matches no path."""
+    patterns = layers_pattern or []
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    for pattern in patterns:
+        if not layer_numbers(paths, pattern):
+            raise unknown_name("layers_pattern", pattern, paths)
 
 
 def _check_patterns(config: LoRAConfig, chosen: list[str]) -> None:

@@ -232,7 +232,10 @@ class CausalLM(nn.Module):
     Attributes:
         name_or_path: source of the weights.
         gradient_checkpointing: True recomputes activations in backward, to save memory.
+        task_type: PEFT's name of the kind of model, for the files of adapters.
     """
+
+    task_type = "CAUSAL_LM"
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -320,7 +320,7 @@ def _adapter_spaces(folder: Path) -> dict[str, Spaces]:
         layer = match["layer"].removeprefix(PREFIX)
         r = lora_A.shape[0]
         alpha = config.strength(layer)[1]
-        s = scaling(r, r, alpha, 0, config.use_rslora)
+        s = scaling(r, alpha, 0, config.use_rslora)
         found[layer] = spaces(lora_B.flatten(1), lora_A.flatten(1), s)
     if not found:
         raise ValueError(

@@ -75,10 +75,41 @@ def test_a_4_bit_layer_s_bias_counts_as_a_parameter():
     assert ml.count_parameters(model).total == 64 * 32 + 32
 
 
-def test_conv_adapter_rank_is_at_most_the_smaller_side():
-    assert ConvAdapter(nn.Conv2d(1, 8, 2), 4, *PLAIN, seed=0).r == 4
-    with pytest.raises(ValueError, match="r: expected 1 to 4, got 5"):
-        ConvAdapter(nn.Conv2d(1, 8, 2), 5, *PLAIN, seed=0)
+def test_max_rank_is_the_smaller_side_of_each_kind_of_layer():
+    assert ConvAdapter(nn.Conv2d(1, 8, 2), 5, *PLAIN, seed=0).max_rank == 4
+    assert ConvAdapter(nn.Conv2d(4, 6, 2, groups=2), 2, *PLAIN, seed=0).max_rank == 6
+    assert EmbeddingAdapter(nn.Embedding(5, 9), 2, *PLAIN, seed=0).max_rank == 5
+
+
+def test_inject_warns_of_a_rank_above_the_smaller_side():
+    model = nn.ModuleDict({"a": nn.Linear(9, 4), "b": nn.Linear(9, 9)})
+    with pytest.warns(UserWarning, match="r: 1 of 2 layers .* first a with r=5, of which 4 can"):
+        ml.inject(model, LoRAConfig(r=5, target_modules="all-linear"))
+    x = torch.ones(2, 9)
+    expected = shake(model)["a"](x)
+    close(ml.merge(model)["a"](x), expected)
+    for method in ("pissa", "loftq"):
+        with pytest.raises(ValueError, match=f"a: r: {method} decomposes W, .* at most rank 4"):
+            ml.inject(
+                nn.ModuleDict({"a": nn.Linear(64, 4)}),
+                LoRAConfig(r=5, target_modules=["a"], init_lora_weights=method),
+            )
+
+
+def test_sums_of_adapters_of_any_rank_are_exact():
+    def weights(seed: int) -> ml.AdapterWeights:
+        model = nn.ModuleDict({"a": nn.Linear(9, 4)})
+        with pytest.warns(UserWarning, match="r: 1 of 1 layers"):
+            ml.inject(model, LoRAConfig(r=12, target_modules=["a"]))
+        return ml.AdapterWeights.of(shake(model, seed))
+
+    first, second = weights(0), weights(1)
+    total = (first + second).truncate(6)  # 24 rows of A, of which 4 can be used
+    ((B, A),) = total.layers().values()
+    ((B1, A1),) = first.layers().values()
+    ((B2, A2),) = second.layers().values()
+    close(B @ A, B1 @ A1 + B2 @ A2, 1e-5)  # an SVD in fp64 of fp32 factors
+    assert total.error < 1e-6
 
 
 def test_inactive_module_takes_the_models_mode_when_activated():

@@ -79,7 +79,6 @@ REFUSED = {
     "sparse": (lambda: variant(sparse=True), {}, "words: an embedding with sparse"),
     "its own forward": (lambda: nn.ModuleDict({"words": Odd(9, 8)}), {}, "an overridden forward"),
     "lora_bias": (variant, {"lora_bias": True}, "words: lora_bias: an embedding has no bias"),
-    "rank": (variant, {"r": 9}, "words: r: expected 1 to 8"),
     "dilation": (
         lambda: nn.ModuleDict({"words": nn.Conv1d(4, 4, 3, dilation=2)}),
         {},

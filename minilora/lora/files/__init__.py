@@ -3,5 +3,7 @@
 find.py              the folder of an adapter, downloaded if necessary
 save_load.py         save_adapter, load_adapter
 adapter_tensors.py   the tensors of a file, and their names
+file_config.py       the config of a file, without entries that match nothing
+key_names.py         names of tensors in the files of wrapped models
 base_check.py        fingerprints of the base and the tokenizer
 """

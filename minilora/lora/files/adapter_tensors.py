@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minilora.common import get_submodule
 from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.files.base_check import FORCE
+from minilora.lora.files.key_names import likely_cause
 from minilora.lora.modules_to_save import Part
 
 PREFIX = "base_model.model."
@@ -49,6 +50,21 @@ def named_tensors(
             key = f"{parent}.base_layer.{leaf}"
         tensors[key] = part.detach()
     return {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+
+
+def base_weight_names(model: nn.Module, adapters: Iterable[str]) -> list[str]:
+    """Return the names in a file of the weights of the adapted layers themselves.
+
+    Args:
+        model: The model.
+        adapters: Names of the adapted layers.
+    """
+    names: list[str] = []
+    for path in adapters:
+        base = unwrapped(model.get_submodule(path))
+        for leaf, _ in base.named_parameters(recurse=False):
+            names.append(f"{PREFIX}{path}.base_layer.{leaf}")
+    return names
 
 
 def without_base_weights(
@@ -127,11 +143,12 @@ def fill(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path
 
 
 def check_names_and_shapes(
-    tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], folder: Path
+    model: nn.Module, tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], folder: Path
 ) -> None:
     """Check that a file has exactly the tensors that the model expects.
 
     Args:
+        model: The model, for the message.
         tensors: Tensors of the file by name.
         live: Tensors of the model by name.
         folder: The adapter's folder, for messages.
@@ -139,25 +156,34 @@ def check_names_and_shapes(
     Raises:
         ValueError: A tensor is missing or unexpected, or has another shape or an integer dtype.
     """
-    problems = [f"missing: {key}" for key in live if key not in tensors]
-    for key, tensor in tensors.items():
-        if key not in live:
-            problems.append(f"unexpected: {key} {tuple(tensor.shape)}")
+    missing = [key for key in live if key not in tensors]
+    unexpected = [key for key in tensors if key not in live]
+    wrong: list[str] = []
     for key, own in live.items():
-        if key not in tensors:
-            continue
-        tensor = tensors[key]
+        tensor = tensors.get(key, own)
         if tensor.shape != own.shape or not tensor.is_floating_point():
-            problems.append(
-                f"wrong shape or dtype: {key}: expected {tuple(own.shape)}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            wrong.append(
+                f"{key}: expected {tuple(own.shape)}, got {tuple(tensor.shape)} {tensor.dtype}"
             )
-    if problems:
-        raise ValueError(
-            f"{folder}: {len(problems)} tensors do not fit the config and the model. "
-            f"{'; '.join(problems[:3])}. Load the adapter into the model it was trained on, "
-            "with its own adapter_config.json."
-        )
+    problems: list[str] = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {missing[0]}")
+    if unexpected:
+        shape = tuple(tensors[unexpected[0]].shape)
+        problems.append(f"{len(unexpected)} unexpected: {unexpected[0]} {shape}")
+    if wrong:
+        problems.append(f"{len(wrong)} of wrong shape or dtype: {wrong[0]}")
+    if not problems:
+        return
+    cause = "Cause: the config has another rank than the file, or the model has another width."
+    if missing or unexpected:
+        cause = likely_cause(model, missing, unexpected)
+    count = len(missing) + len(unexpected) + len(wrong)
+    raise ValueError(
+        f"{folder}: {count} tensors do not fit the config and the model: {'; '.join(problems)}. "
+        f"{cause} Load the adapter into the model it was trained on, "
+        "with its own adapter_config.json."
+    )
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

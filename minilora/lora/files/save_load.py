@@ -25,9 +25,10 @@ from minilora.common import (
     write_text,
 )
 from minilora.lora.active import check_adapters, disable_adapters, list_adapters, set_adapter
-from minilora.lora.config import LoRAConfig
+from minilora.lora.config import LoRAConfig, TaskType
 from minilora.lora.embedding_conv import Adapter
 from minilora.lora.files.adapter_tensors import (
+    base_weight_names,
     check_finite,
     check_names_and_shapes,
     check_trained,
@@ -43,13 +44,17 @@ from minilora.lora.files.base_check import (
     read_binding,
     write_bound,
 )
+from minilora.lora.files.file_config import reduced_config
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
+from minilora.lora.files.key_names import with_model_names
 from minilora.lora.inject import attach, new_adapters, new_parts
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import adaptable_layers
 from minilora.lora.trained_state import copy_keys
 from minilora.lora.variants.base import as_plain
 from minilora.quant.storage import base_storage, stored_storage
+
+_OF_BACKWARD = ".lora_velora_embed"  # VeLoRA's compression of activations; forward is plain LoRA
 
 
 class AdapterContents(NamedTuple):
@@ -163,6 +168,7 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
         values["target_modules"] = _target_names(model, list(layers))
     source = _source(model)
     values["base_model_name_or_path"] = config.base_model_name_or_path or source
+    values["task_type"] = config.task_type or _task_type(model)
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     if tokenizer is None:
         hashes = registry.tokenizers.get(name)
@@ -246,9 +252,10 @@ def read_contents(
         OSError: The Hub does not provide it.
     """
     path, _ = find_adapter(folder, revision, token)
+    tensors = read_tensors(path / WEIGHTS_FILE)
     return AdapterContents(
         read_config(path),
-        read_tensors(path / WEIGHTS_FILE),
+        {key: tensor for key, tensor in tensors.items() if not key.endswith(_OF_BACKWARD)},
         read_binding(path / WEIGHTS_FILE),
     )
 
@@ -280,15 +287,17 @@ def put_contents(
         ValueError: The adapter does not fit the model. The model is then unchanged.
     """
     model = unwrap_model(model)
-    config = LoRAConfig.from_dict(adapter.values)
+    config = reduced_config(model, LoRAConfig.from_dict(adapter.values), folder)
     adapters = new_adapters(model, config)
     parts = new_parts(model, config, adapters)
     live = named_tensors(model, adapters, parts)
 
-    tensors = {key: tensor for key, tensor in adapter.tensors.items() if key in live}
-    extra = {key: tensor for key, tensor in adapter.tensors.items() if key not in live}
+    base_names = base_weight_names(model, adapters)
+    read = with_model_names(model, adapter.tensors, live, base_names, folder)
+    tensors = {key: tensor for key, tensor in read.items() if key in live}
+    extra = {key: tensor for key, tensor in read.items() if key not in live}
     tensors |= without_base_weights(model, extra, adapters, folder, check_base)
-    check_names_and_shapes(tensors, live, folder)
+    check_names_and_shapes(model, tensors, live, folder)
     check_finite(tensors, str(folder))
     check_trained(tensors, folder, allow_untrained)
     if check_base:
@@ -324,7 +333,7 @@ def _overwrite(
             "delete it, or load by another name."
         )
     live = _live_tensors(model, name)
-    check_names_and_shapes(tensors, live, folder)
+    check_names_and_shapes(model, tensors, live, folder)
     fill(live, tensors, folder)
     set_adapter(model, name)
 
@@ -365,6 +374,20 @@ def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
         if ends_with_any(path, ends):
             matching.add(path)
     return ends if matching == set(paths) else sorted(paths)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """Return the task of a causal language model; None for every other model.
+
+    PEFT gives an adapter with this task a model that generates text, and fails for any other model.
+    """
+    if hasattr(model, "task_type"):  # minilora's decoder
+        return cast(str, model.task_type)
+    generates = hasattr(model, "prepare_inputs_for_generation")
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not generates or encoder_decoder:
+        return None
+    return TaskType.CAUSAL_LM.value
 
 
 def _source(model: nn.Module) -> str | None:

@@ -146,7 +146,7 @@ class AdapterWeights:
                 A = tensor.float()  # (r, in)
                 B = self.tensors[_tensor_name(path, "B")].float()  # (out, r)
                 lora_alpha = config.strength(path)[1]
-                s = scaling(len(A), len(A), lora_alpha, 0, config.use_rslora)
+                s = scaling(len(A), lora_alpha, 0, config.use_rslora)
                 layers[path] = (s * B, A)
         return layers
 

@@ -33,6 +33,12 @@ def as_variant(adapter: Adapter, layer: nn.Module, config: LoRAConfig, seed: int
     problem = no_dense_weight(unwrapped(layer))
     if problem is not None:
         raise ValueError(f"{method} needs the dense weight. {problem}")
+    max_rank = adapter.max_rank
+    if config.begins_from_weight and adapter.r > max_rank:
+        raise ValueError(
+            f"r: {method} decomposes W, which has at most rank {max_rank}: got {adapter.r}. "
+            "Lower r, or give this layer another rank with rank_pattern."
+        )
     if method == "dora":
         return dora.begin(adapter, layer)
     if method == "pissa":
