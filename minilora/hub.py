@@ -99,6 +99,19 @@ def download(
         return Path(snapshot_download(repo, allow_patterns=patterns, **options))
 
 
+def cached_file(repo: str, name: str) -> Path | None:
+    """Return a file of a repository if it is in the cache, without the network; else None.
+
+    Args:
+        repo: Hub id of the repository.
+        name: Name of the file in it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, name)
+    return Path(path) if isinstance(path, str) else None  # not a string: known to be absent
+
+
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors of huggingface_hub in the `with` block into an OSError with a remedy.

@@ -132,6 +132,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     registry.seeds.pop(name, None)
     registry.tokenizers.pop(name, None)
     registry.storages.pop(name, None)
+    registry.with_vocabulary.discard(name)
 
 
 def check_adapters(model: nn.Module, names: Iterable[str]) -> None:

@@ -36,6 +36,7 @@ from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import find_targets, left_out_by_all_linear, names_to_save
 from minilora.lora.trained_state import remove_hooks
 from minilora.lora.variants.choose import as_variant
+from minilora.lora.vocabulary import vocabulary_size
 
 
 def inject(
@@ -151,6 +152,7 @@ def attach(
     if not registry:  # the first adapter: `eject` restores this state
         trainable = [path for path, p in named_parameters(model) if p.requires_grad]
         model.__dict__["_trainable_before_lora"] = trainable
+        registry.vocabulary = vocabulary_size(model)
     model.requires_grad_(False)
     new_layers: dict[int, LoRALayer] = {}  # by id of the base: a module with two names stays one
     for path, adapter in adapters.items():

@@ -29,6 +29,7 @@ from minilora.common import (
 )
 from minilora.lora.layer import LoRALayer
 from minilora.lora.trained_state import register_hooks
+from minilora.lora.vocabulary import resize_rows
 
 Part = nn.Module | nn.Parameter
 
@@ -40,6 +41,7 @@ class TrainedParts:
         originals: The original of each part by name.
         trained: The copies by name of the adapter, then by name of the part.
         active: Names of the adapters whose copies are in place.
+        frozen: Names of parts that belong to an adapter but do not train: rows of new tokens.
         in_shards: True while FSDP2 shards the model and has replaced its biases.
     """
 
@@ -47,6 +49,7 @@ class TrainedParts:
         self.originals: dict[str, Part] = {}
         self.trained: dict[str, dict[str, Part]] = {}
         self.active: tuple[str, ...] = ()
+        self.frozen: set[str] = set()
         self.in_shards = False
 
     def copies_of(self, names: Iterable[str]) -> dict[str, Part]:
@@ -89,6 +92,7 @@ class TrainedParts:
                 "KLToBase do to compare with the base: leave fsdp False, or inject with "
                 'bias="none".'
             )
+        self.adopt_replaced(model)
         copies = self.copies_of(names)
         for path, original in self.originals.items():
             holder, leaf = part_holder(model, path)
@@ -96,7 +100,7 @@ class TrainedParts:
             previous.requires_grad_(False)
             part = copies.get(path, original)
             _move_like(part, previous, holder)
-            part.requires_grad_(path in copies)
+            part.requires_grad_(path in copies and path not in self.frozen)
             setattr(holder, leaf, part)
         self.active = names
 
@@ -116,6 +120,36 @@ class TrainedParts:
         if copies:
             register_hooks(unwrap_model(model))
         self.activate(model, [name])
+
+    def adopt_replaced(self, model: nn.Module) -> None:
+        """Take over the layers that replaced a copy while it was in place, as a resize does.
+
+        The original, and the copies of other adapters, get the same number of rows.
+
+        Args:
+            model: The model.
+        """
+        if self.in_shards:
+            return
+        memo: dict[int, nn.Parameter] = {}  # with one memo, shared weights stay shared
+        for name in self.active:
+            for path, copied in self.trained.get(name, {}).items():
+                holder, leaf = part_holder(model, path)
+                in_place = getattr(holder, leaf, None)
+                original = self.originals[path]
+                if in_place is not copied and _replaces(in_place, copied):
+                    self.trained[name][path] = _trains_in_fp32(in_place, original)
+                if not isinstance(original, nn.Module):
+                    continue
+                for other in [original, *self._copies_by_others(path, name)]:
+                    resize_rows(other, self.trained[name][path], memo)
+
+    def _copies_by_others(self, path: str, name: str) -> list[nn.Module]:
+        """Return the copies of a module that train with other adapters."""
+        copies = [
+            parts[path] for other, parts in self.trained.items() if other != name and path in parts
+        ]
+        return [part for part in copies if isinstance(part, nn.Module)]
 
     def remove(self, model: nn.Module, name: str) -> None:
         """Remove the copies of an adapter.
@@ -229,6 +263,22 @@ def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return holder, leaf
 
 
+def _replaces(in_place: Any, copied: Part) -> bool:
+    """Return True if a layer or parameter has taken the place of a copy, and is not its wrapper."""
+    if isinstance(copied, nn.Parameter):
+        return isinstance(in_place, nn.Parameter)
+    return isinstance(in_place, nn.Module) and all(
+        part is not copied for part in in_place.modules()
+    )
+
+
+def _trains_in_fp32(part: Any, original: Part) -> Part:
+    """Return a layer that replaced a copy, with the casts of a copy if the original has 16 bits."""
+    if isinstance(part, nn.Module) and isinstance(original, nn.Module):
+        return _as_copy(part, original)
+    return part
+
+
 def _move_like(part: Part, previous: Part, holder: nn.Module) -> None:
     """Move a part to the device of the part that it replaces, in the same training mode.
 
@@ -331,10 +381,15 @@ def _copy_module(module: nn.Module, path: str, memo: dict[int, Any]) -> nn.Modul
             f"modules_to_save: {path!r} is in 4 bits and cannot train: leave it out of quantising."
         )
     copied = copy.deepcopy(module, memo).requires_grad_(False)
-    if any(dtype.itemsize < 4 for dtype in dtypes):
+    return _as_copy(copied, module)
+
+
+def _as_copy(copied: nn.Module, original: nn.Module) -> nn.Module:
+    """Make a copy of a module compute in fp32 if the original has 16 bits, and return it."""
+    if any(parameter.dtype.itemsize < 4 for parameter in original.parameters()):
         copied.float()
     # Plain attributes: the original is not a submodule of its copy.
-    copied.__dict__["original"] = module
+    copied.__dict__["original"] = original
     copied.__dict__["_apply"] = partial(_apply, copied)
     _note_dtypes(copied)
     copied.register_forward_pre_hook(_to_own_dtype, with_kwargs=True)

@@ -17,6 +17,8 @@ class AdapterRegistry(dict[str, LoRAConfig]):
         tokenizers: Hashes of the tokenizer that each adapter was trained with.
         storages: Storage of the base that each adapter was trained on (quant/storage.py).
         parts: Modules and biases that train together with an adapter.
+        vocabulary: Number of tokens when the first adapter was added; None without an embedding.
+        with_vocabulary: Names of the adapters whose files store the embedding and output layer.
     """
 
     def __init__(self):
@@ -25,6 +27,8 @@ class AdapterRegistry(dict[str, LoRAConfig]):
         self.tokenizers: dict[str, dict[str, str] | None] = {}
         self.storages: dict[str, Storage | None] = {}
         self.parts = TrainedParts()
+        self.vocabulary: int | None = None
+        self.with_vocabulary: set[str] = set()
 
 
 def lora_configs(model: nn.Module) -> AdapterRegistry:

@@ -29,18 +29,16 @@ class Chain(nn.Module):
         super().__init__()
         self.shape = shape
         self.order = list(layers)
+        self.flat = {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         for name, layer in layers.items():
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(len(x), *self.shape)
         for name in self.order:
-            layer = self.get_submodule(name)
-            if isinstance(layer, nn.Linear) or isinstance(
-                getattr(layer, "base_layer", 0), nn.Linear
-            ):
+            if name in self.flat:
                 x = x.flatten(1)
-            x = layer(x).tanh()
+            x = self.get_submodule(name)(x).tanh()
         return x
 
 
@@ -61,7 +59,7 @@ MODELS: dict[str, Any] = {
         lin1=nn.Linear(20, 2),
     ),
     "deep": lambda: Chain(
-        (10,), layers=nn.Sequential(block(), block(), block()), out=nn.Linear(10, 2)
+        (10,), layers=nn.Sequential(block(), block(), block()), last=nn.Linear(10, 2)
     ),
     "embedding and Conv1D": lambda: Chain(
         (10,), emb=nn.Embedding(100, 5), conv1d=Conv1D(1, 5), lin0=nn.Linear(10, 2)
@@ -102,10 +100,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("MLP", {"target_modules": ["lin0", "lin1"], "alpha_pattern": {"lin0": 3}}),
     ("MLP without biases", {"target_modules": ["lin0", "lin1"]}),
     ("norms", {"target_modules": ["lin0"], "modules_to_save": ["norm0", "norm1"]}),
-    ("deep", {"target_modules": ["lin0", "lin1", "out"]}),
-    ("deep", {"target_modules": r".*\.lin1", "modules_to_save": ["out"]}),
+    ("deep", {"target_modules": ["lin0", "lin1", "last"]}),
+    ("deep", {"target_modules": r".*\.lin1", "modules_to_save": ["last"]}),
     ("deep", {"target_modules": ["lin0"], "exclude_modules": ["layers.1.lin0"]}),
-    ("deep", {"target_modules": ["lin0"], "layers_to_transform": [0, 2]}),
     ("embedding and Conv1D", {"target_modules": ["conv1d"]}),
     ("embedding and Conv1D", {"target_modules": ["emb"]}),
     ("embedding and Conv1D", {"target_modules": ["emb", "conv1d"]}),

@@ -95,12 +95,23 @@ def without_base_weights(
             key = f"{PREFIX}{path}.base_layer.{leaf}"
             stored = rest.pop(key, None)
             if check and stored is not None:
-                _check_base_weight(key, stored, own, path, folder)
+                check_base_weight(key, stored, own, path, folder)
     return rest
 
 
-def _check_base_weight(key: str, stored: Tensor, own: Tensor, path: str, folder: Path) -> None:
-    """Raise ValueError if a weight of the base in the file is not the model's."""
+def check_base_weight(key: str, stored: Tensor, own: Tensor, path: str, folder: Path) -> None:
+    """Check that a weight of the base in the file is the model's.
+
+    Args:
+        key: Name of the weight in the file.
+        stored: The weight in the file.
+        own: The weight of the model.
+        path: Path of its layer.
+        folder: The adapter's folder, for messages.
+
+    Raises:
+        ValueError: They differ, compared in the coarser of the two dtypes.
+    """
     remedy = (
         f"Load the base that it was trained on, or {FORCE}: "
         f"the model's own weight of {path} is then used."

@@ -47,6 +47,11 @@ from minilora.lora.files.base_check import (
 from minilora.lora.files.file_config import reduced_config
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
 from minilora.lora.files.key_names import with_model_names
+from minilora.lora.files.vocabulary_tensors import (
+    vocabulary_names,
+    vocabulary_parts,
+    vocabulary_tensors,
+)
 from minilora.lora.inject import attach, new_adapters, new_parts
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import adaptable_layers
@@ -160,13 +165,15 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     adapters = _adapters_by_layer(model, name)
     if config.begins_from_weight:  # stored as plain LoRA, or PEFT would change the base
         config, adapters = as_plain(config, adapters)
-    tensors = named_tensors(model, adapters, registry.parts.copies_of([name]))
+    registry.parts.adopt_replaced(model)
+    source = _source(model)
+    tensors = vocabulary_tensors(model, name, adapters, source)
+    tensors |= named_tensors(model, adapters, registry.parts.copies_of([name]))
     check_finite(tensors, f"adapter {name!r}")
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     values = config.to_dict()
     if config.target_modules is None or config.target_modules == "all-linear":
         values["target_modules"] = _target_names(model, list(layers))
-    source = _source(model)
     values["base_model_name_or_path"] = config.base_model_name_or_path or source
     values["task_type"] = config.task_type or _task_type(model)
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
@@ -292,24 +299,31 @@ def put_contents(
     parts = new_parts(model, config, adapters)
     live = named_tensors(model, adapters, parts)
 
-    base_names = base_weight_names(model, adapters)
-    read = with_model_names(model, adapter.tensors, live, base_names, folder)
+    optional = base_weight_names(model, adapters) + vocabulary_names(model)
+    read = with_model_names(model, adapter.tensors, live, optional, folder)
     tensors = {key: tensor for key, tensor in read.items() if key in live}
     extra = {key: tensor for key, tensor in read.items() if key not in live}
+    has_vocabulary = not extra.keys().isdisjoint(vocabulary_names(model))
+    source = _source(model)
+    vocabulary = vocabulary_parts(model, extra, source, folder, check_base)
     tensors |= without_base_weights(model, extra, adapters, folder, check_base)
     check_names_and_shapes(model, tensors, live, folder)
     check_finite(tensors, str(folder))
     check_trained(tensors, folder, allow_untrained)
     if check_base:
         layers = {path: get_submodule(model, path) for path in adapters}
-        check_binding(adapter.bound, layers, _source(model), folder, tokenizer)
+        check_binding(adapter.bound, layers, source, folder, tokenizer)
     check_storage(adapter.bound, model, folder)
 
     fill(live, tensors, folder)
     if name in list_adapters(model):
+        tensors |= named_tensors(model, adapters, vocabulary)
         _overwrite(model, name, adapters, tensors, folder)
     else:
-        attach(model, adapters, config, name, parts)
+        lora_configs(model).parts.frozen |= vocabulary.keys()
+        attach(model, adapters, config, name, parts | vocabulary)
+    if has_vocabulary:
+        lora_configs(model).with_vocabulary.add(name)
     lora_configs(model).seeds[name] = adapter.bound.get("seed")
     lora_configs(model).tokenizers[name] = adapter.bound.get("tokenizer")
     lora_configs(model).storages[name] = stored_storage(adapter.bound)
@@ -333,6 +347,9 @@ def _overwrite(
             "delete it, or load by another name."
         )
     live = _live_tensors(model, name)
+    for key in vocabulary_names(model):  # rows of new tokens that equal those of the file
+        if key not in tensors:
+            live.pop(key, None)
     check_names_and_shapes(model, tensors, live, folder)
     fill(live, tensors, folder)
     set_adapter(model, name)
@@ -362,6 +379,7 @@ def _adapters_by_layer(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def _live_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter in the model under PEFT's names."""
+    lora_configs(model).parts.adopt_replaced(model)
     copies = lora_configs(model).parts.copies_of([name])
     return named_tensors(model, _adapters_by_layer(model, name), copies)
 
