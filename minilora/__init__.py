@@ -31,6 +31,7 @@ from minilora.losses import DPO, SFT, Classify, Distill, KLToBase
 from minilora.models.loader import load_model
 from minilora.models.padded_batch import inference
 from minilora.models.parameter_count import ParameterCount, count_parameters
+from minilora.models.resize import resize_embeddings
 from minilora.models.save import save_model
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantize_model import quantize_model
@@ -119,6 +120,7 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "reference_ops",
+    "resize_embeddings",
     "samples",
     "save_adapter",
     "save_model",

@@ -72,7 +72,9 @@ def tied_modules(
         weight = module._parameters.get("weight")
         if weight is not None:
             path = path.removesuffix(".base_layer")
-            paths_of_weight.setdefault(id(weight), []).append(path)
+            paths = paths_of_weight.setdefault(id(weight), [])
+            if path not in paths:  # a layer with trained tokens holds its original
+                paths.append(path)
     tied: dict[str, list[str]] = {}
     for group in paths_of_weight.values():
         if len(group) > 1:

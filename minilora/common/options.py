@@ -18,6 +18,7 @@ _TYPE_NAMES: dict[Any, str] = {
     list[int]: "a list of whole numbers",
     dict[str, int]: "a dict of whole numbers",
     dict[str, float]: "a dict of finite numbers",
+    dict[str, list[int]]: "a dict of lists of whole numbers",
 }
 
 

@@ -6,6 +6,8 @@ targets.py           find the layers that a config names
 inject.py            replace these layers, freeze the rest, undo it
 registry.py          the configs and layers of a model's adapters
 modules_to_save.py   modules and biases that train together with an adapter
+trained_tokens.py    rows of single tokens that train
+vocabulary.py        the embedding and output layer, and a resize of them
 embedding_conv.py    adapters of embeddings and convolutions
 fused_linear.py      W x + s · B A x as one step, with its backward pass
 active.py            choose the active adapters

@@ -91,6 +91,11 @@ class LoRAConfig(Options):
     modules_to_save: list[str] | None = option(
         None, "modules that are trained and saved completely: names or ends of names"
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        None,
+        "ids of tokens whose rows of the embedding train, or {end of a layer's name: ids}; a layer "
+        "that shares the embedding's weight shares the rows",
+    )
     tie: str | None = option(
         None,
         "treatment of layers that share one weight, as an embedding and the output layer may: "
@@ -120,12 +125,28 @@ class LoRAConfig(Options):
             raise ValueError(
                 "lora_alpha: expected a number that is not 0. With 0 an adapter would do nothing."
             )
+        self._check_token_indices()
         self._check_initialisation()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "layers_pattern is given without layers_to_transform and would do nothing."
             )
         self._check_regular_expressions()
+
+    def _check_token_indices(self) -> None:
+        """Raise ValueError for token ids that are negative, given twice, or none."""
+        wanted = self.trainable_token_indices
+        if wanted is None:
+            return
+        lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
+        for indices in lists:
+            if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
+                raise ValueError(
+                    "trainable_token_indices: expected different ids of tokens, 0 or more, "
+                    f"got {indices!r}."
+                )
+        if not lists:
+            raise ValueError("trainable_token_indices: expected ids of tokens, got {}.")
 
     def _check_initialisation(self) -> None:
         """Raise ValueError for initial values that are unknown or exclude another setting."""
@@ -239,8 +260,9 @@ class LoRAConfig(Options):
                 values[name] = sorted(values[name])
         if values.pop("tie") == "shared":
             values["ensure_weight_tying"] = True
-        if not values["lora_bias"]:
-            del values["lora_bias"]  # older readers do not know this field
+        for name in ("lora_bias", "trainable_token_indices"):
+            if not values[name]:
+                del values[name]  # older readers do not know these fields
         return {"peft_type": "LORA"} | values | {"inference_mode": True, "fan_in_fan_out": False}
 
 

@@ -35,6 +35,7 @@ from minilora.lora.modules_to_save import Part
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import find_targets, left_out_by_all_linear, names_to_save
 from minilora.lora.trained_state import remove_hooks
+from minilora.lora.trained_tokens import TrainedTokens, trained_tokens
 from minilora.lora.variants.choose import as_variant
 from minilora.lora.vocabulary import vocabulary_size
 
@@ -113,19 +114,31 @@ def new_parts(model: nn.Module, config: LoRAConfig, adapters: Iterable[str]) -> 
 
     Args:
         model: The model.
-        config: The config of the adapter (`modules_to_save`, `bias`, `tie`).
+        config: The config of the adapter (`modules_to_save`, `bias`, `trainable_token_indices`,
+            `tie`).
         adapters: Names of the adapted layers.
 
     Raises:
         ValueError: An entry matches nothing, cannot train, or conflicts with an adapter.
     """
-    return lora_configs(model).parts.new_copies(
+    parts = lora_configs(model).parts
+    tokens = trained_tokens(
+        model, config.trainable_token_indices, parts.originals, parts.tied(model)
+    )
+    copies = parts.new_copies(
         model,
         names_to_save(model, config),
         config.bias,
         set(adapters),
         shared=config.tie == "shared",
     )
+    for path in tokens:
+        if path in adapters or any(is_within(path, other) for other in copies):
+            raise ValueError(
+                f"trainable_token_indices: {path!r} has an adapter or is one of modules_to_save: "
+                "leave it out of one of the two."
+            )
+    return copies | tokens
 
 
 def attach(
@@ -269,8 +282,10 @@ def _check_tie(
     model: nn.Module, config: LoRAConfig, adapters: Iterable[str], parts: dict[str, Part]
 ) -> None:
     """Raise ValueError for a shared weight without `tie`, and for `tie` without a shared weight."""
-    modules = [path for path, part in parts.items() if isinstance(part, nn.Module)]
-    changed = [*adapters, *modules]
+    changed = list(adapters)
+    for path, part in parts.items():
+        if isinstance(part, nn.Module) and not isinstance(part, TrainedTokens):
+            changed.append(path)  # trained tokens are shared by all layers of one weight
     tied = lora_configs(model).parts.tied(model)
     for root in changed:
         for path in tied:

@@ -29,6 +29,7 @@ from minilora.common import (
 )
 from minilora.lora.layer import LoRALayer
 from minilora.lora.trained_state import register_hooks
+from minilora.lora.trained_tokens import TrainedTokens
 from minilora.lora.vocabulary import resize_rows
 
 Part = nn.Module | nn.Parameter
@@ -258,7 +259,7 @@ def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """
     parent, _, leaf = path.rpartition(".")
     holder = get_submodule(model, parent)
-    if isinstance(holder, LoRALayer):
+    if isinstance(holder, (LoRALayer, TrainedTokens)):
         holder = holder.base_layer
     return holder, leaf
 

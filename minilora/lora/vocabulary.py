@@ -31,7 +31,8 @@ def vocabulary_layers(model: Any) -> dict[str, nn.Module]:
         except NotImplementedError:  # transformers: a model without tokens
             continue
         if layer is not None and id(layer) in paths:
-            layers[paths[id(layer)]] = unwrapped(layer)
+            base = unwrapped(layer)
+            layers[paths[id(layer)]] = getattr(base, "base_layer", base)  # of trained tokens
     return layers
 
 

@@ -10,6 +10,7 @@ loader.py               load_model: tensor by tensor, quantised on the way
 checkpoint.py           safetensors files, sharded or not
 save.py                 save_model: a folder for transformers, dense or in 4 bits
 safetensors_writer.py   the safetensors files, tensor by tensor
+resize.py               resize_embeddings: more tokens
 parameter_count.py      trainable, total and stored parameters
 gguf/                   llama.cpp's file format
 """

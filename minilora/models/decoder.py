@@ -233,6 +233,7 @@ class CausalLM(nn.Module):
         name_or_path: source of the weights.
         gradient_checkpointing: True recomputes activations in backward, to save memory.
         task_type: PEFT's name of the kind of model, for the files of adapters.
+        vocabulary_before_resize: Number of tokens before `resize_embeddings`; None without it.
     """
 
     task_type = "CAUSAL_LM"
@@ -242,6 +243,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.name_or_path = ""
         self.gradient_checkpointing = False
+        self.vocabulary_before_resize: int | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(_initialise)

@@ -26,6 +26,7 @@ from minilora.lora.files.save_load import CONFIG_FILE
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.merge import merged_bias, merged_from, merged_weight
 from minilora.lora.registry import lora_configs
+from minilora.lora.trained_tokens import merged_tokens
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf.tokenizer_export import to_fields
@@ -90,11 +91,24 @@ def save_model(
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}.")
     _check_layers(model, format, merge, requantize)
-    config = _saved_config(model)
-    folder = Path(folder)
-    if format == "gguf":
-        _save_gguf(model, config, folder, dtype, tokenizer)
-        return
+    with merged_tokens(model):
+        config = _saved_config(model)
+        if format == "gguf":
+            _save_gguf(model, config, Path(folder), dtype, tokenizer)
+        else:
+            _save_folder(model, config, Path(folder), format, dtype, tokenizer, shard_bytes)
+
+
+def _save_folder(
+    model: CausalLM,
+    config: DecoderConfig,
+    folder: Path,
+    format: str,
+    dtype: torch.dtype | str | None,
+    tokenizer: Any,
+    shard_bytes: int,
+) -> None:
+    """Write the weights, the config and the tokenizer to a folder, as `save_model` does."""
     dtype = _parse_dtype(dtype)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(

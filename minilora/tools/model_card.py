@@ -38,6 +38,7 @@ _CONFIG_FIELDS = (  # of the adapter's config, shown if set
     "bias",
     "lora_bias",
     "modules_to_save",
+    "trainable_token_indices",
 )
 _MODEL_FACTS = ("architectures", "general.architecture", "quantisation", "values")
 _DATASET_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

@@ -5,6 +5,7 @@
     …                                           of other kinds of adapters: their method `tensors`
     base_model.model.<layer>.base_layer.bias    a bias that trains with the adapter
     base_model.model.<module>.weight, …         a module that trains with the adapter
+    base_model.model.<layer>.token_adapter.…    rows of single tokens that train
 
 <layer> is the name of the layer in the model. The name of the adapter is not in the file.
 """
@@ -21,6 +22,7 @@ from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.files.base_check import FORCE
 from minilora.lora.files.key_names import likely_cause
 from minilora.lora.modules_to_save import Part
+from minilora.lora.trained_tokens import KEY, TrainedTokens
 
 PREFIX = "base_model.model."
 
@@ -40,7 +42,13 @@ def named_tensors(
         base = unwrapped(get_submodule(model, path))
         for end, tensor in adapter.tensors(base).items():
             tensors[f"{path}.{end}"] = tensor.detach()
+    token_rows: set[int] = set()
     for path, part in parts.items():
+        if isinstance(part, TrainedTokens):
+            if id(part.token_rows) not in token_rows:  # not again for a layer that shares them
+                tensors[f"{path}.{KEY}"] = part.token_rows.rows.detach()
+            token_rows.add(id(part.token_rows))
+            continue
         if isinstance(part, nn.Module):
             tensors |= part.state_dict(prefix=f"{path}.")
             continue
@@ -48,6 +56,8 @@ def named_tensors(
         key = path
         if parent in adapters:
             key = f"{parent}.base_layer.{leaf}"
+        elif isinstance(parts.get(parent), TrainedTokens):
+            key = f"{parent}.token_adapter.base_layer.{leaf}"
         tensors[key] = part.detach()
     return {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
 

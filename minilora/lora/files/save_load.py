@@ -48,6 +48,7 @@ from minilora.lora.files.file_config import reduced_config
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
 from minilora.lora.files.key_names import with_model_names
 from minilora.lora.files.vocabulary_tensors import (
+    check_vocabulary_size,
     vocabulary_names,
     vocabulary_parts,
     vocabulary_tensors,
@@ -294,6 +295,7 @@ def put_contents(
         ValueError: The adapter does not fit the model. The model is then unchanged.
     """
     model = unwrap_model(model)
+    check_vocabulary_size(model, adapter.tensors, folder)
     config = reduced_config(model, LoRAConfig.from_dict(adapter.values), folder)
     adapters = new_adapters(model, config)
     parts = new_parts(model, config, adapters)
@@ -305,7 +307,7 @@ def put_contents(
     extra = {key: tensor for key, tensor in read.items() if key not in live}
     has_vocabulary = not extra.keys().isdisjoint(vocabulary_names(model))
     source = _source(model)
-    vocabulary = vocabulary_parts(model, extra, source, folder, check_base)
+    vocabulary = vocabulary_parts(model, extra, tensors, source, folder, check_base)
     tensors |= without_base_weights(model, extra, adapters, folder, check_base)
     check_names_and_shapes(model, tensors, live, folder)
     check_finite(tensors, str(folder))

@@ -10,21 +10,24 @@ They do not train. On loading, rows that differ from the model's become a frozen
 adapter. PEFT overwrites the base instead. Rows of the old vocabulary must be equal.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from minilora.common import read_json
+from minilora.common import is_within, read_json
 from minilora.hub import HUB_ID, cached_file
 from minilora.lora.files.adapter_tensors import PREFIX, check_base_weight
 from minilora.lora.modules_to_save import Part
 from minilora.lora.registry import lora_configs
+from minilora.lora.trained_tokens import KEY, TrainedTokens
 from minilora.lora.vocabulary import vocabulary_layers, vocabulary_size
 
 CONFIG = "config.json"
-_BEFORE_LEAF = ("", "base_layer.", "token_adapter.base_layer.")  # depends on the layer's adapter
+_OF_TOKENS = "token_adapter.base_layer."
+_BEFORE_LEAF = ("", "base_layer.", _OF_TOKENS)  # depends on the layer's adapter
 
 
 def vocabulary_names(model: nn.Module) -> list[str]:
@@ -35,6 +38,7 @@ def vocabulary_names(model: nn.Module) -> list[str]:
     """
     names: list[str] = []
     for path, layer in vocabulary_layers(model).items():
+        names.append(f"{PREFIX}{path}.{KEY}")  # PEFT: again for a layer that shares the rows
         for leaf, _ in layer.named_parameters(recurse=False):
             names += [f"{PREFIX}{path}.{before}{leaf}" for before in _BEFORE_LEAF]
     return names
@@ -60,9 +64,13 @@ def vocabulary_tensors(
         return {}
     tensors: dict[str, Tensor] = {}
     for path, layer in vocabulary_layers(model).items():
-        if path in registry.parts.originals:
-            continue  # the copy of modules_to_save is in the file
+        part = registry.parts.trained.get(name, {}).get(path)
         before = "base_layer." if path in adapters else ""
+        if isinstance(part, TrainedTokens):
+            before = _OF_TOKENS
+        elif part is not None:
+            continue  # the copy of modules_to_save is in the file
+        layer = cast(nn.Module, registry.parts.originals.get(path, layer))
         for leaf, parameter in layer.named_parameters(recurse=False):
             if parameter.is_floating_point():
                 own = registry.parts.originals.get(f"{path}.{leaf}", parameter)
@@ -71,13 +79,19 @@ def vocabulary_tensors(
 
 
 def vocabulary_parts(
-    model: nn.Module, tensors: dict[str, Tensor], source: str | None, folder: Path, check: bool
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    rows: dict[str, Tensor],
+    source: str | None,
+    folder: Path,
+    check: bool,
 ) -> dict[str, Part]:
     """Take the embedding and output layer out of the tensors of a file.
 
     Args:
         model: The model.
         tensors: Tensors of the file that are not the adapter's. Those of the vocabulary are removed.
+        rows: The tensors of the file that are the adapter's.
         source: The file or name from which the model was loaded.
         folder: The adapter's folder, for messages.
         check: Compare the rows of the old vocabulary with the model's.
@@ -88,11 +102,14 @@ def vocabulary_parts(
     Raises:
         ValueError: The file has another number of tokens, or other rows of the old vocabulary.
     """
+    check_vocabulary_size(model, tensors, folder)
     replaced: dict[int, nn.Parameter] = {}  # by id of the model's own parameter: it may be shared
     own_parameters: dict[str, nn.Parameter] = {}
     originals = lora_configs(model).parts.originals
+    layers = vocabulary_layers(model)
+    _drop_repeated_rows(tensors, rows, layers)
     size_before = _size_before(model, source)
-    for path, layer in vocabulary_layers(model).items():
+    for path, layer in layers.items():
         for leaf, parameter in layer.named_parameters(recurse=False):
             own = cast(nn.Parameter, originals.get(f"{path}.{leaf}", parameter))
             own_parameters[f"{path}.{leaf}"] = own
@@ -101,7 +118,6 @@ def vocabulary_parts(
                 stored = tensors.pop(key, None)
                 if stored is None:
                     continue
-                _check_size(model, key, stored, own, folder)
                 if _only_new_rows_differ(stored, own, size_before):
                     values = stored.to(own.device, own.dtype, copy=True)  # (V, D)
                     replaced[id(own)] = nn.Parameter(values, requires_grad=False)
@@ -111,20 +127,55 @@ def vocabulary_parts(
     for name, own in own_parameters.items():
         if id(own) in replaced:
             parts[name] = replaced[id(own)]
+    _check_other_adapters(model, parts)
     return parts
 
 
-def _check_size(model: nn.Module, key: str, stored: Tensor, own: Tensor, folder: Path) -> None:
-    """Raise ValueError if a file has another number of tokens than the model."""
-    if len(stored) == len(own):
-        return
-    resize = f"ml.resize_embeddings(model, {len(stored)})"
-    if hasattr(model, "resize_token_embeddings"):
-        resize = f"model.resize_token_embeddings({len(stored)})"
-    raise ValueError(
-        f"{folder}: {key} has {len(stored)} rows, and the model has {len(own)} tokens: the adapter "
-        f"was trained after the vocabulary had been resized. Call {resize} before loading it."
-    )
+def _check_other_adapters(model: nn.Module, parts: Iterable[str]) -> None:
+    """Raise ValueError if another adapter trains a layer whose rows the file replaces."""
+    for copies in lora_configs(model).parts.trained.values():
+        for path, copied in copies.items():
+            is_copy = isinstance(copied, nn.Module) and not isinstance(copied, TrainedTokens)
+            if is_copy and any(is_within(name, path) for name in parts):
+                raise ValueError(
+                    f"{path!r}: another adapter trains it (modules_to_save), and the file has new "
+                    "rows for it: delete_adapter that one first."
+                )
+
+
+def _drop_repeated_rows(
+    tensors: dict[str, Tensor], rows: dict[str, Tensor], layers: dict[str, nn.Module]
+) -> None:
+    """Drop trained rows that PEFT wrote again for a layer that shares the embedding's weight."""
+    for path in layers:
+        key = f"{PREFIX}{path}.{KEY}"
+        if any(torch.equal(tensors[key], other) for other in rows.values() if key in tensors):
+            del tensors[key]
+
+
+def check_vocabulary_size(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that a file has the number of tokens that the model has.
+
+    Args:
+        model: The model.
+        tensors: Tensors of the file.
+        folder: The adapter's folder, for messages.
+
+    Raises:
+        ValueError: The file has another number of tokens.
+    """
+    size = vocabulary_size(model)
+    for key in vocabulary_names(model):
+        if key not in tensors or key.endswith(KEY) or len(tensors[key]) == size:
+            continue
+        stored = len(tensors[key])
+        resize = f"ml.resize_embeddings(model, {stored})"
+        if hasattr(model, "resize_token_embeddings"):
+            resize = f"model.resize_token_embeddings({stored})"
+        raise ValueError(
+            f"{folder}: {key} has {stored} rows, and the model has {size} tokens: the adapter was "
+            f"trained after the vocabulary had been resized. Call {resize} before loading it."
+        )
 
 
 def _only_new_rows_differ(stored: Tensor, own: Tensor, size_before: int | None) -> bool:

@@ -38,6 +38,7 @@ from minilora.lora.layer import LoRALayer, linear_features
 from minilora.lora.merging.changes import deltas
 from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
 from minilora.lora.trained_state import remove_hooks
+from minilora.lora.trained_tokens import TrainedTokens
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 
@@ -294,6 +295,7 @@ def _trained_modules(registry: AdapterRegistry) -> dict[int, nn.Module]:
     parts = registry.parts
     for name in parts.active:
         memo: dict[int, Any] = {}  # of deepcopy: with one memo, shared weights stay shared
+        token_memo: dict[int, nn.Parameter] = {}  # the same for trained tokens
         for path, copied in parts.trained.get(name, {}).items():
             if not isinstance(copied, nn.Module):
                 continue
@@ -302,7 +304,10 @@ def _trained_modules(registry: AdapterRegistry) -> dict[int, nn.Module]:
             if not shared:
                 memo = {}
             plain = copy.deepcopy(original, memo)
-            plain.load_state_dict(copied.state_dict())
+            if isinstance(copied, TrainedTokens):
+                plain = copied.merged(copy.deepcopy(original), token_memo)
+            else:
+                plain.load_state_dict(copied.state_dict())
             plain_modules[id(copied)] = plain
     return plain_modules
 
