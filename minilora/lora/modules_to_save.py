@@ -42,7 +42,7 @@ class TrainedParts:
         originals: The original of each part by name.
         trained: The copies by name of the adapter, then by name of the part.
         active: Names of the adapters whose copies are in place.
-        frozen: Names of parts that belong to an adapter but do not train: rows of new tokens.
+        frozen: Names of parts by adapter that belong to it but do not train: rows of new tokens.
         in_shards: True while FSDP2 shards the model and has replaced its biases.
     """
 
@@ -50,7 +50,7 @@ class TrainedParts:
         self.originals: dict[str, Part] = {}
         self.trained: dict[str, dict[str, Part]] = {}
         self.active: tuple[str, ...] = ()
-        self.frozen: set[str] = set()
+        self.frozen: dict[str, set[str]] = {}
         self.in_shards = False
 
     def copies_of(self, names: Iterable[str]) -> dict[str, Part]:
@@ -95,13 +95,16 @@ class TrainedParts:
             )
         self.adopt_replaced(model)
         copies = self.copies_of(names)
+        frozen: set[str] = set()
+        for name in names:
+            frozen |= self.frozen.get(name, set())
         for path, original in self.originals.items():
             holder, leaf = part_holder(model, path)
             previous = getattr(holder, leaf)
             previous.requires_grad_(False)
             part = copies.get(path, original)
             _move_like(part, previous, holder)
-            part.requires_grad_(path in copies and path not in self.frozen)
+            part.requires_grad_(path in copies and path not in frozen)
             setattr(holder, leaf, part)
         self.active = names
 
@@ -161,6 +164,7 @@ class TrainedParts:
         """
         self.activate(model, [active for active in self.active if active != name])
         self.trained.pop(name, None)
+        self.frozen.pop(name, None)
         still_trained: set[str] = set()
         for copies in self.trained.values():
             still_trained |= copies.keys()

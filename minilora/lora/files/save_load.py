@@ -49,6 +49,8 @@ from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, re
 from minilora.lora.files.key_names import with_model_names
 from minilora.lora.files.vocabulary_tensors import (
     check_vocabulary_size,
+    repeated_row_names,
+    stores_vocabulary,
     vocabulary_names,
     vocabulary_parts,
     vocabulary_tensors,
@@ -302,15 +304,16 @@ def put_contents(
     live = named_tensors(model, adapters, parts)
 
     optional = base_weight_names(model, adapters) + vocabulary_names(model)
+    optional += repeated_row_names(model)
     read = with_model_names(model, adapter.tensors, live, optional, folder)
     tensors = {key: tensor for key, tensor in read.items() if key in live}
     extra = {key: tensor for key, tensor in read.items() if key not in live}
-    has_vocabulary = not extra.keys().isdisjoint(vocabulary_names(model))
+    has_vocabulary = stores_vocabulary(model, extra)
     source = _source(model)
     vocabulary = vocabulary_parts(model, extra, tensors, source, folder, check_base)
     tensors |= without_base_weights(model, extra, adapters, folder, check_base)
     check_names_and_shapes(model, tensors, live, folder)
-    check_finite(tensors, str(folder))
+    check_finite(read, str(folder))
     check_trained(tensors, folder, allow_untrained)
     if check_base:
         layers = {path: get_submodule(model, path) for path in adapters}
@@ -322,9 +325,9 @@ def put_contents(
         tensors |= named_tensors(model, adapters, vocabulary)
         _overwrite(model, name, adapters, tensors, folder)
     else:
-        lora_configs(model).parts.frozen |= vocabulary.keys()
+        lora_configs(model).parts.frozen[name] = set(vocabulary)
         attach(model, adapters, config, name, parts | vocabulary)
-    if has_vocabulary:
+    if has_vocabulary or vocabulary:
         lora_configs(model).with_vocabulary.add(name)
     lora_configs(model).seeds[name] = adapter.bound.get("seed")
     lora_configs(model).tokenizers[name] = adapter.bound.get("tokenizer")

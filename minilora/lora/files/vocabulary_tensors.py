@@ -10,6 +10,7 @@ They do not train. On loading, rows that differ from the model's become a frozen
 adapter. PEFT overwrites the base instead. Rows of the old vocabulary must be equal.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from minilora.lora.vocabulary import vocabulary_layers, vocabulary_size
 
 CONFIG = "config.json"
 _OF_TOKENS = "token_adapter.base_layer."
+_OF_ADAPTED = re.compile(r"(?<!token_adapter)\.base_layer\.")
 _BEFORE_LEAF = ("", "base_layer.", _OF_TOKENS)  # depends on the layer's adapter
 
 
@@ -38,10 +40,31 @@ def vocabulary_names(model: nn.Module) -> list[str]:
     """
     names: list[str] = []
     for path, layer in vocabulary_layers(model).items():
-        names.append(f"{PREFIX}{path}.{KEY}")  # PEFT: again for a layer that shares the rows
         for leaf, _ in layer.named_parameters(recurse=False):
             names += [f"{PREFIX}{path}.{before}{leaf}" for before in _BEFORE_LEAF]
     return names
+
+
+def repeated_row_names(model: nn.Module) -> list[str]:
+    """Return the names under which PEFT may write trained rows again, for layers that share them.
+
+    Args:
+        model: The model.
+    """
+    return [f"{PREFIX}{path}.{KEY}" for path in vocabulary_layers(model)]
+
+
+def stores_vocabulary(model: nn.Module, tensors: Iterable[str]) -> bool:
+    """Return True if a file stores the embedding or output layer because the vocabulary has grown.
+
+    PEFT also writes the base of an adapted embedding, whose vocabulary need not have grown.
+
+    Args:
+        model: The model.
+        tensors: Names of the tensors that are not the adapter's.
+    """
+    grown = [name for name in vocabulary_names(model) if not _OF_ADAPTED.search(name)]
+    return not set(grown).isdisjoint(tensors)
 
 
 def vocabulary_tensors(
@@ -166,7 +189,7 @@ def check_vocabulary_size(model: nn.Module, tensors: Mapping[str, Tensor], folde
     """
     size = vocabulary_size(model)
     for key in vocabulary_names(model):
-        if key not in tensors or key.endswith(KEY) or len(tensors[key]) == size:
+        if key not in tensors or len(tensors[key]) == size:
             continue
         stored = len(tensors[key])
         resize = f"ml.resize_embeddings(model, {stored})"
