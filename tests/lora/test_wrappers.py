@@ -67,6 +67,14 @@ WRAPPERS = {
 }
 
 
+def close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Compare logits of a size of about 3, up to fp32 roundings: compiled blocks add in another order.
+
+    The adapter of these tests moves them by more than 0.1.
+    """
+    return bool((logits - expected).abs().max() < 1e-4)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -136,21 +144,22 @@ def test_adapters_of_a_wrapped_model_are_switched_merged_and_ejected(wrap):
     ml.inject(wrapped, CONFIG, name="a")
     shake(wrapped)
     trained = model(TOKENS)
+    assert not close(trained, expected)
     assert ml.list_adapters(wrapped) == ["a"]
     with ml.disable_adapters(wrapped):
-        assert torch.equal(model(TOKENS), expected)
-    assert torch.equal(model(TOKENS), trained)
+        assert close(model(TOKENS), expected)
+    assert close(model(TOKENS), trained)
     merged = ml.merge(wrapped)
     assert [path for path, _ in merged.named_modules()] == [path for path, _ in named_modules(base)]
-    assert (merged(TOKENS) - trained).abs().max() < 1e-4  # W + ΔW is rounded once, in fp32
+    assert close(merged(TOKENS), trained)
     ml.inject(wrapped, ml.LoRAConfig(r=2, target_modules=["q_proj"]), name="b")
     assert not model.get_submodule("lm_head").weight.requires_grad
     ml.set_adapter(wrapped, "a")
-    assert torch.equal(model(TOKENS), trained)
+    assert close(model(TOKENS), trained)
     ml.delete_adapter(wrapped, "b")
     assert ml.base_state_dict(wrapped).keys() == base.state_dict().keys()
     ml.eject(wrapped)
-    assert torch.equal(model(TOKENS), expected)
+    assert close(model(TOKENS), expected)
     assert [path for path, _ in named_modules(wrapped)] == [path for path, _ in named_modules(base)]
 
 
@@ -162,7 +171,7 @@ def test_quantize_model_through_a_wrapper_keeps_the_head_dense(wrap):
     model = unwrap_model(wrapped)
     assert type(model.get_submodule("lm_head")) is nn.Linear
     with torch.no_grad():
-        assert torch.equal(model(TOKENS), plain(TOKENS))
+        assert close(model(TOKENS), plain(TOKENS))
 
 
 @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, AveragedModel])

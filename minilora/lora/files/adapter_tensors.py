@@ -225,6 +225,27 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         )
 
 
+def check_not_sharded(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that no tensor is one shard of several, as FSDP leaves them outside a forward pass.
+
+    Args:
+        tensors: Tensors by name.
+        where: The adapter, for the message.
+
+    Raises:
+        ValueError: A tensor is a shard.
+    """
+    for key, tensor in tensors.items():
+        flat = key.endswith(("lora_A.weight", "lora_B.weight")) and tensor.dim() < 2  # FSDP1
+        if flat or hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{where}: {key} is one shard of a tensor. Save in the block `with "
+                "FullyShardedDataParallel.summon_full_params(model):`; with fully_shard, call "
+                "unshard() on every sharded module first; or shard by TrainConfig(fsdp=True), after "
+                "which the model is whole."
+            )
+
+
 def check_trained(tensors: Mapping[str, Tensor], folder: Path, allow_untrained: bool) -> None:
     """Check that an adapter does something; warn if a part of it does nothing.
 

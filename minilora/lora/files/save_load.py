@@ -31,6 +31,7 @@ from minilora.lora.files.adapter_tensors import (
     base_weight_names,
     check_finite,
     check_names_and_shapes,
+    check_not_sharded,
     check_trained,
     fill,
     named_tensors,
@@ -172,6 +173,7 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     source = _source(model)
     tensors = vocabulary_tensors(model, name, adapters, source)
     tensors |= named_tensors(model, adapters, registry.parts.copies_of([name]))
+    check_not_sharded(tensors, f"adapter {name!r}")
     check_finite(tensors, f"adapter {name!r}")
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     values = config.to_dict()
