@@ -142,7 +142,7 @@ def left_out_by_all_linear(
     output = output_layer(model)
     saved = names_to_save(model, config)
     chosen = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model, remove_duplicate=False):
         if module is output or ends_with_any(path, saved):
             chosen.append(path)
     if config.exclude_modules:

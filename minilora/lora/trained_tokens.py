@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.common import ends_with, unknown_name
+from minilora.common import ends_with, get_submodule, named_modules, set_submodule, unknown_name
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import AdapterBase, LoRALayer
 from minilora.lora.vocabulary import vocabulary_layers
@@ -144,7 +144,7 @@ def merged_tokens(model: nn.Module) -> Iterator[None]:
         model: The model.
     """
     layers: dict[str, TrainedTokens] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, TrainedTokens):
             layers[path] = module
     memo: dict[int, nn.Parameter] = {}
@@ -152,11 +152,11 @@ def merged_tokens(model: nn.Module) -> Iterator[None]:
         for path, layer in layers.items():
             weight = layer.base_layer.get_parameter("weight")
             plain = copy.deepcopy(layer.base_layer, {id(weight): weight})  # without its weight
-            model.set_submodule(path, layer.merged(plain, memo))
+            set_submodule(model, path, layer.merged(plain, memo))
         yield
     finally:
         for path, layer in layers.items():
-            model.set_submodule(path, layer)
+            set_submodule(model, path, layer)
 
 
 def trained_tokens(
@@ -178,12 +178,12 @@ def trained_tokens(
     """
     layers: dict[str, TrainedTokens] = {}
     for entry, indices in _by_layer(model, wanted).items():
-        paths = [path for path, _ in model.named_modules() if path and ends_with(path, entry)]
+        paths = [path for path, _ in named_modules(model) if path and ends_with(path, entry)]
         if not paths:
-            names = [path for path, _ in model.named_modules() if path]
+            names = [path for path, _ in named_modules(model) if path]
             raise unknown_name("trainable_token_indices", entry, names)
         for path in paths:
-            base = originals.get(path, model.get_submodule(path))
+            base = originals.get(path, get_submodule(model, path))
             _check_layer(path, base, indices)
             layers[path] = TrainedTokens(base, indices)
     return layers | _sharing_layers(model, layers, originals, tied)
@@ -215,7 +215,7 @@ def _sharing_layers(
         for other in tied.get(path, []):
             if other in layers:
                 continue
-            base = originals.get(other, model.get_submodule(other))
+            base = originals.get(other, get_submodule(model, other))
             indices = layer.indices.tolist()
             _check_layer(other, base, indices)
             added[other] = TrainedTokens(base, indices, layer.token_rows)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.common import named_modules
 from minilora.lora.embedding_conv import unwrapped
 
 
@@ -20,7 +21,7 @@ def vocabulary_layers(model: Any) -> dict[str, nn.Module]:
     Args:
         model: Any model.
     """
-    paths = {id(module): path for path, module in model.named_modules() if path}
+    paths = {id(module): path for path, module in named_modules(model) if path}
     layers: dict[str, nn.Module] = {}
     for method in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(model, method, None)

@@ -71,7 +71,7 @@ def base_weight_names(model: nn.Module, adapters: Iterable[str]) -> list[str]:
     """
     names: list[str] = []
     for path in adapters:
-        base = unwrapped(model.get_submodule(path))
+        base = unwrapped(get_submodule(model, path))
         for leaf, _ in base.named_parameters(recurse=False):
             names.append(f"{PREFIX}{path}.base_layer.{leaf}")
     return names

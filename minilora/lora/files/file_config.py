@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.common import ends_with
+from minilora.common import ends_with, named_modules
 from minilora.lora.config import LoRAConfig, fits_pattern
 from minilora.lora.files.key_names import core_name
 from minilora.lora.targets import adaptable_layers, find_targets, layer_numbers, names_to_save
@@ -33,7 +33,7 @@ def reduced_config(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRACo
         ValueError: No layer is left to adapt.
     """
     layers = list(adaptable_layers(model))
-    modules = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    modules = [path for path, _ in named_modules(model, remove_duplicate=False) if path]
     unmatched: list[str] = []
     reduced: dict[str, Any] = {}
     if isinstance(config.target_modules, list):

@@ -257,7 +257,7 @@ def check_dense_weights(model: nn.Module) -> None:
 def _dtype_of_the_rest(model: nn.Module) -> torch.dtype:
     """Return the dtype of the first floating-point parameter that belongs to no quantised layer."""
     inside = []
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, LoRALayer) or is_quantized(module):
             inside.append(f"{path}.")
     for name, parameter in model.named_parameters():
