@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.dataset_cache import StoredExamples, cached, load, store
-from minilora.data.formats import Chat, as_messages, extra_keys
+from minilora.data.formats import Chat, Text, as_messages, extra_keys
 from minilora.data.loss_mask import Example, encode_row
+from minilora.data.prompt import is_special
 from minilora.data.read_rows import Row, check_file, iterate_dataset
 from minilora.data.report import DataReport, numbers
 from minilora.data.tokenizer import AnyTokenizer
@@ -103,6 +104,7 @@ class Encoder:
         keys: keys of rows that are not read.
         sources: of a mixture: (rows, tokens) of each dataset.
         noted: row numbers for each remark of the report.
+        special_tokens: special tokens whose text is in the content of a row.
     """
 
     def __init__(self, dataset: Any, tokenizer: AnyTokenizer, max_length: int | None):
@@ -121,9 +123,12 @@ class Encoder:
             "eos_missing",
             "double_bos",
             "dropped_turns",
+            "special_text",
             "empty",
         )
         self.noted: dict[str, list[int]] = {remark: [] for remark in remarks}
+        self.special_tokens: set[str] = set()
+        self._special = SpecialTokens(tokenizer)
 
     def __iter__(self) -> Iterator[Example]:
         for index, row in enumerate(iterate_dataset(self.dataset)):
@@ -143,13 +148,17 @@ class Encoder:
         self.keys |= extra_keys(row, example.row)
         if example.trained_tokens:
             self._count(row, example)
+        sample = as_messages(row, example.row)
+        special = self._special.in_content(sample, example)
+        self.special_tokens |= special
         remarks = {
             "truncated": example.truncated,
             "untrained": not example.trained_tokens,
             "eos_missing": self._lacks_eos(example),
             "double_bos": example.double_bos,
             "dropped_turns": example.dropped_turns > 0,
-            "empty": _has_empty_answer(row, example.row),
+            "special_text": bool(special),
+            "empty": _has_empty_answer(sample),
         }
         for remark, applies in remarks.items():
             if applies:
@@ -191,14 +200,14 @@ class Encoder:
             longest=self.longest,
             max_length=self.max_length,
             unused_keys=tuple(sorted(self.keys)),
+            special_tokens=tuple(sorted(self.special_tokens)),
             sources=self.sources,
             **{remark: tuple(rows) for remark, rows in self.noted.items()},
         )
 
 
-def _has_empty_answer(row: Row, index: int) -> bool:
+def _has_empty_answer(sample: Chat | Text) -> bool:
     """Return True if a supervised answer has neither content nor tool calls."""
-    sample = as_messages(row, index)
     if not isinstance(sample, Chat):
         return not sample.completion.strip()
     for turn in sample.trained_turns():
@@ -207,6 +216,57 @@ def _has_empty_answer(row: Row, index: int) -> bool:
         if not content.strip() and not message.get("tool_calls"):
             return True
     return False
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer that stand as text in the content of rows.
+
+    A content "a<|im_end|>b" ends its turn in the middle, because the tokenizer reads the text as the
+    token. Only tokens of the encoded row can be meant, so only these are looked for.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.texts: dict[int, str] = {}  # token id -> its text, or "" if it is not special
+
+    def in_content(self, sample: Chat | Text, example: Example) -> set[str]:
+        """Return the special tokens whose text is in the content of a row.
+
+        Args:
+            sample: the row as a conversation or text. A plain text may begin with BOS and end with
+                EOS, which mean the tokens.
+            example: the row as tokens.
+        """
+        special = {self._text(token) for token in set(example.input_ids)} - {""}
+        if not special:
+            return set()
+        content = self._content(sample)
+        return {token for token in special if token in content}
+
+    def _text(self, token: int) -> str:
+        if token not in self.texts:
+            text = ""
+            if is_special(self.tokenizer, token):
+                text = self.tokenizer.decode([token], skip_special_tokens=False)
+            self.texts[token] = text
+        return self.texts[token]
+
+    def _content(self, sample: Chat | Text) -> str:
+        if isinstance(sample, Chat):
+            texts = [str(sample.tools)]
+            for message in sample.messages:
+                texts += [
+                    str(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")
+                ]
+            return "\n".join(texts)
+        text = (sample.prompt + sample.completion).strip()
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                text = text.removeprefix(self._text(token)).removesuffix(self._text(token))
+        return text
 
 
 class Encoded(list[Any]):

@@ -202,7 +202,7 @@ def cache_key(path: Path, tokenizer: Any, max_length: int | None) -> str:
         _version_of(package),
     ]
     # Changed code is another key.
-    parts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    parts += [file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

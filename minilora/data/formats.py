@@ -5,23 +5,29 @@ Each row is recognised by its keys, in this order; a row of no known shape is an
     messages                    OpenAI: [{"role", "content"}, …]; `tools` go to the template
     conversations               ShareGPT: [{"from", "value"}, …]; `system` becomes the first message
     prompt, chosen, rejected    preferences: recognised, but not for supervised training
-    prompt, completion          two texts, joined without a separator, or two lists of messages;
-                                the completion is supervised
+    prompt, completion          two texts, joined without a separator, or two lists of messages (or
+                                the JSON texts of two such lists); the completion is supervised
     instruction, output         Alpaca: `input` follows the instruction after a blank line; `system`
     text                        plain text, all of it supervised
 
 As in TRL, plain texts (prompt/completion, text) do not pass through the chat template. Values of
-None count as absent: Arrow gives every row the keys of all others. Other keys are not used; the
-report lists them.
+None and NaN count as absent: Arrow and pandas give every row the keys of all others. Message lists
+and tools may be JSON text (chat/messages.py). Other keys are not used; the report lists them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minilora.data.chat.messages import (
+    Message,
+    check_characters,
+    is_message_list,
+    read_messages,
+    read_tools,
+    unread_keys,
+)
+from minilora.data.chat.values import present
 from minilora.data.read_rows import Row
-
-Message = dict[str, Any]
 
 # shape: the keys that define it, and further keys that are used if present
 SHAPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -33,22 +39,6 @@ SHAPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"text"}), frozenset()),
 }
 MESSAGE_LISTS = {"messages", "conversations", "prompt", "completion"}
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
-}
-MESSAGE_KEYS = {
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "reasoning_content",
-    "weight",
-}
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ def shape_of(row: Row, index: int = 0) -> str:
     Raises:
         ValueError: the row has no known shape.
     """
-    keys = {key for key, value in row.items() if value is not None}
+    keys = present(row).keys()
     for shape, (required, _) in SHAPES.items():
         if required <= keys:
             return shape
@@ -129,22 +119,12 @@ def extra_keys(row: Row, index: int = 0) -> set[str]:
     required, optional = SHAPES[shape_of(row, index)]
     known = required | optional
     extra = set()
-    for key, value in row.items():
-        if value is not None and key not in known:
+    for key, value in present(row).items():
+        if key not in known:
             extra.add(str(key))
-    for key in required & MESSAGE_LISTS:
-        if isinstance(row[key], list):
-            for message in row[key]:
-                extra |= _extra_message_keys(message, key)
+        if key in required & MESSAGE_LISTS:
+            extra |= set(unread_keys(value, key))
     return extra
-
-
-def _extra_message_keys(message: Mapping[str, Any], key: str) -> set[str]:
-    known = MESSAGE_KEYS
-    if key == "conversations":
-        known = MESSAGE_KEYS | {"from", "value"}
-    names = {name for name, value in message.items() if value is not None}
-    return {f"{key}[].{name}" for name in names - known}
 
 
 def as_messages(row: Row, index: int = 0) -> Chat | Text:
@@ -159,6 +139,7 @@ def as_messages(row: Row, index: int = 0) -> Chat | Text:
             content is not a text.
     """
     shape = shape_of(row, index)
+    row = present(row)
     if shape == "preference":
         raise ValueError(
             f"row {index}: chosen/rejected is preference data, which supervised training cannot "
@@ -173,8 +154,8 @@ def as_messages(row: Row, index: int = 0) -> Chat | Text:
         messages = _alpaca(row, index)
         tools = None
     else:
-        messages = _messages(row[shape], index, shape)
-        tools = row.get("tools")
+        messages = read_messages(row[shape], f"row {index}", shape)
+        tools = read_tools(row.get("tools"), f"row {index}")
     if row.get("system") and shape != "messages":
         messages.insert(0, {"role": "system", "content": _text(row, "system", index)})
     return Chat(messages, tools=tools)
@@ -192,86 +173,30 @@ def _alpaca(row: Row, index: int) -> list[Message]:
 
 
 def _prompt_completion(row: Row, index: int) -> Chat | Text:
-    prompt, completion = row["prompt"], row["completion"]
-    texts = [isinstance(part, str) for part in (prompt, completion)]
-    if all(texts):
-        if row.get("tools") is not None:
+    """Return two texts, or the messages of both; JSON texts count as messages only together."""
+    place = f"row {index}"
+    parts = (row["prompt"], row["completion"])
+    tools = read_tools(row.get("tools"), place)
+    texts = [isinstance(part, str) for part in parts]
+    if all(texts) and not all(is_message_list(part) for part in parts):
+        if tools is not None:
             raise ValueError(
-                f"row {index}: tools need a chat, but prompt and completion are plain texts."
+                f"{place}: tools need a chat, but prompt and completion are plain texts."
             )
         return Text(_text(row, "completion", index), prompt=_text(row, "prompt", index))
-    if any(texts):
-        kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
+    if any(texts) and not all(texts):
+        kinds = " and ".join(type(part).__name__ for part in parts)
         raise ValueError(
-            f"row {index}: prompt and completion must both be texts or both be messages, "
-            f"got {kinds}."
+            f"{place}: prompt and completion must both be texts or both be messages, got {kinds}."
         )
-    messages = _messages(prompt, index, "prompt")
+    messages = read_messages(row["prompt"], place, "prompt")
     first_trained = len(messages)
-    messages += _messages(completion, index, "completion")
-    return Chat(messages, first_trained, row.get("tools"))
+    messages += read_messages(row["completion"], place, "completion")
+    return Chat(messages, first_trained, tools)
 
 
 def _text(row: Row, key: str, index: int) -> str:
     if not isinstance(row[key], str):
         raise ValueError(f"row {index}: {key!r} must be a text, got {type(row[key]).__name__}.")
-    _check_characters(row[key], f"row {index}, {key!r}")
+    check_characters(row[key], f"row {index}, {key!r}")
     return row[key]
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Raise ValueError for half a surrogate pair: JSON can hold it, and tokenizers cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: half a surrogate pair at character {error.start}: its text was cut there."
-        ) from error
-
-
-def _messages(messages: Any, index: int, key: str) -> list[Message]:
-    is_list = isinstance(messages, list | tuple)
-    if not is_list or not messages:
-        got = "an empty one" if is_list else type(messages).__name__
-        raise ValueError(f"row {index}: {key!r} must be a list of messages, got {got}.")
-    return [
-        _message(message, f"row {index}, {key}[{turn}]", key)
-        for turn, message in enumerate(messages)
-    ]
-
-
-def _message(message: Any, where: str, key: str) -> Message:
-    """Return a message with OpenAI's keys; raise ValueError for a wrong role, content or weight."""
-    if not isinstance(message, Mapping):
-        raise ValueError(
-            f"{where}: expected a dict with role and content, got {type(message).__name__}."
-        )
-    message = {name: value for name, value in message.items() if value is not None}
-    if key == "conversations" and "from" in message:
-        message = _from_sharegpt(message)
-    role = message.get("role")
-    content = message.get("content")
-    if role not in ROLES:
-        known = ROLES if key != "conversations" else (*SHAREGPT_ROLES, *ROLES)
-        raise ValueError(f"{where}: unknown role {role!r}. Expected one of {', '.join(known)}.")
-    only_calls = content is None and message.get("tool_calls")
-    if not isinstance(content, str) and not only_calls:
-        hint = " Join its text parts into one text." if isinstance(content, list) else ""
-        raise ValueError(f"{where}: content must be a text, got {type(content).__name__}.{hint}")
-    _check_characters(content or "", where)
-    if message.get("weight", 1) not in (0, 1):
-        raise ValueError(
-            f"{where}: weight must be 0 (not trained) or 1, got {message['weight']!r}."
-        )
-    return message
-
-
-def _from_sharegpt(message: Message) -> Message:
-    """Return a ShareGPT message with the keys `role` and `content` first."""
-    rest = dict(message)
-    role = rest.pop("from")
-    return {
-        "role": SHAREGPT_ROLES.get(role, role),
-        "content": rest.pop("value", None),
-        **rest,
-    }

@@ -7,7 +7,8 @@ The borders of an assistant turn are found for any template by rendering prefixe
 conversation: the turn begins after render(messages before it, with generation prompt), and ends
 with render(messages up to it). That is right only if both are prefixes of the whole conversation,
 as text and as tokens. So both are checked, and a template that rewrites earlier turns, or two
-tokens that merge over a border, are an error that names the turn.
+tokens that merge over a border, are an error that names the turn. So is a part of a message that the
+template leaves out (chat/marks.py).
 
 Labels are not shifted: each stands at its own token. The turn's end token is supervised, whitespace
 after it is not. The first token has no label, because nothing predicts it. The template writes BOS;
@@ -18,10 +19,10 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from minilora.data.chat_template import template_errors
-from minilora.data.formats import Chat, Message, Text, as_messages
+from minilora.data.chat.rendering import Rendering, check_shown
+from minilora.data.formats import Chat, Text, as_messages
 from minilora.data.prompt import is_special, opening_ids, turn_end
 from minilora.data.read_rows import Row
 from minilora.data.tokenizer import AnyTokenizer
@@ -116,58 +117,25 @@ def _encode_chat(
             f"row {index}: no assistant turn to train on outside the prompt: "
             f"(role, weight) {roles}."
         )
+    place = f"row {index}"
     messages = chat.messages[: turns[-1] + 1]
-    text = _render(tokenizer, chat, messages, index)
-    whole = _Whole(tokenizer, text)
+    rendering = Rendering(tokenizer, messages, chat.tools, place=place)
+    left_out = rendering.left_out(turns)
+    check_shown([part for part in left_out if part.kind != "reasoning"])
+    whole = _Whole(tokenizer, rendering.text)
     ids = whole.ids
     spans = []
     for turn in turns:
-        where = f"row {index}, turn {turn}"
-        before = _render(tokenizer, chat, messages[:turn], index, add_generation_prompt=True)
+        where = f"{place}, turn {turn}"
         name = f"{where}: the prompt before this answer"
-        start = whole.tokens_of(before, name, only=len(turns) == 1)
+        start = whole.tokens_of(rendering.before(turn), name, only=len(turns) == 1)
         end = len(ids)
         if turn < turns[-1]:
-            up_to = _render(tokenizer, chat, messages[: turn + 1], index)
-            end = whole.tokens_of(up_to, f"{where}: the conversation up to this answer")
+            name = f"{where}: the conversation up to this answer"
+            end = whole.tokens_of(rendering.up_to(turn + 1), name)
         spans.append((start, turn_end(tokenizer, ids, start, end)))
-        _check_rendered(messages[turn], text[len(before) :], where)
-    _check_rendered({"tools": chat.tools}, text, f"row {index}")
+    check_shown(left_out)  # reasoning: a template that rewrites earlier answers raised above
     return ids, spans, len(chat.messages) - len(messages)
-
-
-def _check_rendered(source: Message, rendered: str, where: str) -> None:
-    """Raise ValueError if the text lacks the reasoning, a tool call or a tool of its source."""
-    for part in _required_parts(source):
-        if part.strip() not in rendered:
-            raise ValueError(
-                f"{where}: the chat template leaves out {part.strip()[:40]!r}, of its reasoning, "
-                "tool calls or tools. Set a tokenizer.chat_template that writes it, write it into "
-                "the messages, or take it out of the rows."
-            )
-
-
-def _required_parts(source: Message) -> list[str]:
-    """Return the reasoning and the names of tools and tool calls in a message."""
-    content = source.get("content") or ""
-    thought, _, _ = content.rpartition("</think>")
-    parts = [source.get("reasoning_content") or "", thought.strip().removeprefix("<think>")]
-    for key in ("tool_calls", "tools"):
-        for entry in source.get(key) or ():
-            if isinstance(entry, dict):
-                parts.append(str(entry.get("function", entry).get("name", "")))
-    return parts
-
-
-def _render(
-    tokenizer: AnyTokenizer, chat: Chat, messages: list[Message], index: int, **options: Any
-) -> str:
-    if chat.tools is not None:
-        options["tools"] = chat.tools
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except template_errors() as error:
-        raise ValueError(f"row {index}, first {len(messages)} messages: {error}") from error
 
 
 class _Anchor(NamedTuple):

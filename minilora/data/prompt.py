@@ -3,40 +3,47 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.data.formats import Chat, Message, RawText, as_messages
+from minilora.data.chat.messages import Message, read_messages
+from minilora.data.chat.rendering import Rendering, check_shown
+from minilora.data.formats import Chat, RawText, as_messages
 from minilora.data.read_rows import Row
 from minilora.data.tokenizer import AnyTokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: AnyTokenizer) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: AnyTokenizer, *, place: str = "prompt") -> list[int]:
     """Return the token ids of a prompt, up to the beginning of the answer.
 
-    Messages go through the chat template, with the generation prompt. A str is one user message if
+    Messages are read as those of a row (chat/messages.py) and go through the chat template, with
+    the generation prompt. A str is one user message if
     the tokenizer has a chat template, else plain text. RawText is always plain text: with the
     tokens that the tokenizer puts in front, without EOS.
 
     Args:
         prompt: messages or a text.
         tokenizer: the model's tokenizer.
+        place: name of the prompt, for errors.
 
     Raises:
-        ValueError: the prompt has no tokens.
+        ValueError: a message is wrong, the template refuses the messages or leaves a part of them
+            out, or the prompt has no tokens.
     """
     is_raw = isinstance(prompt, RawText) or not tokenizer.chat_template
     if isinstance(prompt, str) and is_raw:
         ids = opening_ids(tokenizer) + tokenizer.encode(str(prompt), add_special_tokens=False)
     else:
-        messages = list(prompt) if not isinstance(prompt, str) else [_user_message(prompt)]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        messages = [_user_message(prompt)] if isinstance(prompt, str) else prompt
+        messages = read_messages(messages, place)
+        rendering = Rendering(tokenizer, messages, place=place, add_generation_prompt=True)
+        check_shown(rendering.left_out())
+        ids = tokenizer.encode(rendering.text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     if not ids:
         raise ValueError(
-            "prompt: it has no tokens, and the model needs at least one to continue from."
+            f"{place}: it has no tokens, and the model needs at least one to continue from."
         )
     return ids
 

@@ -1,10 +1,16 @@
-"""Rows of a dataset: from a list, an iterable, or a .jsonl, .json, .csv or .parquet file."""
+"""Rows of a dataset: from a list, an iterable, a DataFrame, or a file.
+
+Files are .jsonl, .json, .csv and .parquet. pandas is not imported: a DataFrame is recognised by its
+methods. NaN, with which pandas fills empty cells, becomes None.
+"""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from minilora.data.chat.values import is_absent
 
 Row = Mapping[str, Any]
 
@@ -43,13 +49,21 @@ def iterate_dataset(dataset: Any) -> Iterator[Row]:
                 f"row {index}: expected a dict, got {type(row).__name__}: {str(row)[:60]!r}."
             )
         empty = False
-        yield row
+        yield _without_nan(row)
     if empty:
         name = dataset if isinstance(dataset, str | Path) else type(dataset).__name__
         raise ValueError(f"dataset: {name} is empty.")
 
 
+def _without_nan(row: Row) -> Row:
+    """Return a row whose NaN and NA values are None; the row itself if it has none."""
+    filled = [key for key, value in row.items() if value is not None and is_absent(value)]
+    return {**row, **dict.fromkeys(filled)} if filled else row
+
+
 def _rows_of(dataset: Any) -> Iterable[Any]:
+    if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
+        return _frame_rows(dataset)
     if isinstance(dataset, str | Path):
         return _read_file(Path(dataset))
     if isinstance(dataset, Mapping):
@@ -63,6 +77,15 @@ def _rows_of(dataset: Any) -> Iterable[Any]:
     raise ValueError(
         f"dataset: expected a list, an iterable or a path, got {type(dataset).__name__}."
     )
+
+
+def _frame_rows(frame: Any) -> Iterator[Any]:
+    """Yield the rows of a pandas DataFrame; its index is not read."""
+    if not frame.columns.is_unique:
+        repeated = sorted(set(map(str, frame.columns[frame.columns.duplicated()])))
+        raise ValueError(f"dataset: the DataFrame has several columns {repeated}: rename them.")
+    for start in range(0, len(frame), 256):
+        yield from frame.iloc[start : start + 256].to_dict("records")
 
 
 def check_file(path: str | Path) -> str:

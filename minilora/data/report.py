@@ -21,6 +21,8 @@ class DataReport:
         dropped_turns: rows with turns after the last supervised answer.
         empty: rows with an empty answer.
         unused_keys: keys that are not read.
+        special_text: rows whose content holds the text of a special token.
+        special_tokens: those tokens.
         sources: of a mixture: (rows, tokens) of each dataset.
     """
 
@@ -36,6 +38,8 @@ class DataReport:
     dropped_turns: tuple[int, ...]
     empty: tuple[int, ...]
     unused_keys: tuple[str, ...]
+    special_text: tuple[int, ...] = ()
+    special_tokens: tuple[str, ...] = ()
     sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -66,6 +70,11 @@ class DataReport:
             (
                 self.dropped_turns,
                 "end in turns after the last trained answer: those turns dropped",
+            ),
+            (
+                self.special_text,
+                f"hold the text of special tokens in their content: {', '.join(self.special_tokens)}; "
+                "it is read and trained as the tokens themselves",
             ),
             (self.empty, "have an empty answer: the model learns to answer nothing"),
         ]

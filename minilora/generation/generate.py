@@ -91,7 +91,9 @@ def generate(
         cuda_graph=cuda_graph,
     )
     _check_prompts(prompts)
-    rows = [encode_prompt(one, tokenizer) for one in prompts]
+    rows = []
+    for number, one in enumerate(prompts):
+        rows.append(encode_prompt(one, tokenizer, place=f"prompt {number}"))
     generated = generate_ids(model, rows, rule, adapters)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
     for word in stop_texts:

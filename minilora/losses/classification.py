@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.common import order_by_length, unknown_name, unwrap_model
-from minilora.data import IGNORE, Example, RawText, encode_prompt, read_dataset
+from minilora.data import IGNORE, Chat, Example, RawText, as_messages, encode_prompt, read_dataset
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
 from minilora.data.report import numbers
@@ -230,7 +230,9 @@ class Classify:
         label = row.get("label")
         if label not in self.labels:
             raise unknown_name(f"row {index}: label", str(label), self.labels)
-        example = _example(row[shape], tokenizer, max_length, index)
+        sample = as_messages(row, index)
+        text = sample.messages if isinstance(sample, Chat) else sample.completion
+        example = _example(text, tokenizer, max_length, index)
         return replace(example, label=self.labels.index(label))
 
 
@@ -248,7 +250,7 @@ class LabelledText(Example):
 def _example(text: Any, tokenizer: Any, max_length: int | None, index: int) -> LabelledText:
     """Return a text or conversation as token ids, cut at max_length."""
     prompt = RawText(text) if isinstance(text, str) else text
-    ids = encode_prompt(prompt, tokenizer)
+    ids = encode_prompt(prompt, tokenizer, place=f"row {index}")
     cut = ids[:max_length]
     labels = [IGNORE] * len(cut)
     return LabelledText(cut, labels, row=index, truncated=len(cut) < len(ids))

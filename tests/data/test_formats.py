@@ -17,7 +17,8 @@ from minilora.data.formats import extra_keys, shape_of
 USER, ANSWER, SYSTEM = (
     {"role": role, "content": role[0]} for role in ("user", "assistant", "system")
 )
-CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 # ---- shapes
 
@@ -26,7 +27,7 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     "row, expected",
     [
         ({"messages": [SYSTEM, USER, ANSWER]}, Chat([SYSTEM, USER, ANSWER])),
-        ({"messages": [USER, CALL], "tools": [1]}, Chat([USER, CALL], tools=[1])),
+        ({"messages": [USER, CALL], "tools": [TOOL]}, Chat([USER, CALL], tools=[TOOL])),
         # Arrow fills missing keys with None.
         ({"messages": [USER | {"name": None}, ANSWER]}, Chat([USER, ANSWER])),
         (
@@ -245,7 +246,7 @@ def test_a_missing_file_raises(tmp_path):
             {"prompt": "u", "completion": [ANSWER]},
             "both be texts or both be messages, got str and list",
         ),
-        ({"prompt": "u", "completion": "a", "tools": [1]}, "tools need a chat"),
+        ({"prompt": "u", "completion": "a", "tools": [TOOL]}, "tools need a chat"),
         ({"instruction": 3, "output": "a"}, "'instruction' must be a text, got int"),
         ({"instruction": "u", "output": ["a"]}, "'output' must be a text, got list"),
         ({"text": 3}, "'text' must be a text, got int"),

@@ -5,7 +5,7 @@ Also the token that ends an answer.
 
 import pytest
 
-from helpers.chats import END, FAMILIES, chat, ours, theirs
+from helpers.chats import END, FAMILIES, chat, ours, real, theirs
 from minilora.data import (
     IGNORE,
     RawText,
@@ -67,6 +67,36 @@ def test_a_str_is_a_user_message_only_if_there_is_a_chat_template():
     assert end_of_turn(base) is None
     with pytest.raises(ValueError, match="no tokens"):
         encode_prompt(RawText(""), ours("chatml"))
+
+
+@KINDS
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_form_of_a_prompt_gives_the_same_tokens(tokenizer_of, family):
+    """Qwen3 would ask an empty question for a list of parts, and Llama-3 write it as Python does."""
+    tokenizer = tokenizer_of(family)
+    ids = encode_prompt(chat("hello"), tokenizer)
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    assert encode_prompt([{"role": "user", "content": parts}], tokenizer) == ids
+    assert encode_prompt([{"from": "human", "value": "hello"}], tokenizer) == ids
+    assert encode_prompt([{"role": "user", "content": "hello", "name": None}], tokenizer) == ids
+
+
+@pytest.mark.parametrize(
+    "prompt, problem",
+    [
+        ([{"role": "usr", "content": "a"}], r"prompt, messages\[0\]: unknown role 'usr'. Expected"),
+        ([{"role": "human", "content": "a"}], r"messages\[0\]: unknown role 'human'"),
+        ([{"from": "robot", "value": "a"}], "unknown role 'robot'. Expected one of human"),
+        ([{"role": "user", "value": "a"}], "content must be a text, got NoneType"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "part 0 has the type 'image'"),
+        ([{"role": "user", "content": {"text": "a"}}], "content must be a text, got dict"),
+        ([], "'messages' must be a list of messages, got an empty one"),
+        ([{"role": "developer", "content": "a"}, *chat("b")], "prompt, turn 0: .* leaves out 'a'"),
+    ],
+)
+def test_a_prompt_is_checked_as_a_row_is(prompt, problem):
+    with pytest.raises(ValueError, match=problem):
+        encode_prompt(prompt, real("qwen3"))
 
 
 @pytest.mark.parametrize(

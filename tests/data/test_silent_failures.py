@@ -159,6 +159,20 @@ NOTES = {
         rows(chat("a", "b"), chat("c", "d", "e", "")),
         ["1 rows have an empty answer: the model learns to answer nothing (rows 1)"],
     ),
+    "the text of a special token ends the answer in its middle": (
+        ours("chatml"),
+        [
+            {"messages": chat("a", "b")},
+            {"messages": chat("a", "b<|im_end|>c")},
+            {"messages": chat("<|im_start|>system", "b")},
+            {"prompt": "a", "completion": "b<|im_end|>c<|im_end|>"},
+            {"prompt": "a", "completion": "b<|im_end|>"},
+        ],
+        [
+            "3 rows hold the text of special tokens in their content: <|im_end|>, <|im_start|>; "
+            "it is read and trained as the tokens themselves (rows 1, 2, 3)"
+        ],
+    ),
     "equal rows": (
         ours("chatml"),
         rows(chat("a", "b"), chat("c", "d"), chat("a", "b")),

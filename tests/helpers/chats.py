@@ -8,6 +8,7 @@ Mistral has no generation prompt and a strict order of roles. Qwen3 rewrites ear
 
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -153,6 +154,20 @@ def theirs(family: str):
     )
     made.chat_template = template
     return made
+
+
+def real_template(name: str) -> str:
+    """Return a published chat template, of the copies that TRL ships: "qwen3", "llama3_1", …"""
+    spec = find_spec("trl")
+    assert spec is not None and spec.submodule_search_locations is not None
+    file = Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja"
+    return file.read_text(encoding="utf-8")
+
+
+def real(name: str, family: str = "chatml") -> Tokenizer:
+    """Return the family's tokenizer with a published chat template."""
+    tokenizer = ours(family)
+    return Tokenizer(tokenizer.backend, tokenizer.special_tokens, real_template(name))
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
