@@ -47,9 +47,10 @@ def generate(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        prompt: a list of messages (`[{"role": "user", "content": ...}]`) or a text, or a list of
-            these. A text is one user message if the tokenizer has a chat template; otherwise, and
-            always as `minilora.data.RawText`, the model continues it.
+        prompt: a list of messages (`[{"role": "user", "content": ...}]`, in any form that a row of
+            training may have) or a text, or a list of these. A text is one user message if the
+            tokenizer has a chat template; otherwise, and always as `minilora.data.RawText`, the
+            model continues it.
         max_new_tokens: longest answer in tokens.
         temperature: 0 is greedy.
         top_p: probability mass of the nucleus to sample from.
@@ -67,8 +68,8 @@ def generate(
         A string for one prompt, a list of strings for a list of prompts.
 
     Raises:
-        ValueError: a prompt is empty or exceeds the model's context, a number is out of range, or
-            cuda_graph is True without a GPU.
+        ValueError: a prompt is empty or exceeds the model's context, a message is wrong or left out
+            by the chat template, a number is out of range, or cuda_graph is True without a GPU.
     """
     model = unwrap_model(model)
     single = _is_single(prompt)

@@ -7,6 +7,7 @@ Then files, DataFrames, and errors, which name the row.
 import csv
 import json
 from copy import copy
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def text_of(entry: dict, tokenizer, index: int = 0) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def expected(template: str, entry: dict) -> str:
+def expected(template: str, entry: dict) -> Any:
     """Return the text of transformers for a row of objects."""
     return theirs("chatml").apply_chat_template(
         entry["messages"],
@@ -117,13 +118,25 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3_instruct_2507", "glm4moe"])
+TEMPLATES = ["qwen2_5", "qwen3", "llama3_1", "gptoss", "glm4moe", "gemma4_v5"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("entry", FORMS.values(), ids=FORMS)
 def test_every_form_of_a_row_gives_the_text_of_its_objects(template, entry):
     before = json.dumps(entry)
-    assert text_of(entry, real(template)) == expected(template, row())
+    sample = as_messages(entry)
+    assert isinstance(sample, Chat)
+    rendering = Rendering(real(template), sample.messages, sample.tools, place="row 0")
+    assert rendering.text == expected(template, row())
+    assert rendering.left_out([1, 3]) == []
     assert json.dumps(entry) == before  # the row itself is not changed
     assert extra_keys(entry) == set()
+
+
+@pytest.mark.parametrize("entry", FORMS.values(), ids=FORMS)
+def test_every_form_of_a_row_has_the_tokens_and_labels_of_its_objects(entry):
+    assert encode_row(entry, real("qwen2_5")) == encode_row(row(), real("qwen2_5"))
 
 
 @pytest.mark.parametrize("tools", ["null", "[]", "", "  ", [], None, float("nan")])
@@ -254,7 +267,7 @@ def test_a_data_frame_is_read_and_its_nan_is_absent(tmp_path):
             r"row 7: tools is a text, and it is not JSON: .*dumps",
         ),
         (row(tools=TOOL), "row 7: tools must be a list of JSON schemas, got dict"),
-        (row(tools=json.dumps(TOOL)), "row 7: tools must be a list of JSON schemas, got Decoded"),
+        (row(tools=json.dumps(TOOL)), "row 7: tools must be a list of JSON schemas, got dict"),
         (row(tools=["weather"]), r"row 7: tools\[0\] is a text, and it is not JSON"),
         (row(tools=[{"type": "function"}]), r"row 7: tools\[0\] has no name: expected"),
         (
@@ -279,6 +292,12 @@ def test_a_data_frame_is_read_and_its_nan_is_absent(tmp_path):
             {"messages": [USER | {"content": [{"type": "image_url", "image_url": "x"}]}]},
             r"row 7, messages\[0\]: content must be a text, got list.*part 0 has the type 'image_url'",
         ),
+        (
+            {"messages": [USER, call({}) | {"function_call": {"name": "f"}}]},
+            "row 7, .*tool_calls and function_call: leave one",
+        ),
+        (row({"city": "ab\ud83d"}), r"row 7, messages\[1\]: half a surrogate pair"),
+        (row(tools=[{"name": "\udcff"}]), "row 7: tools: half a surrogate pair"),
         ({"messages": [USER | {"content": []}]}, "row 7, .*got an empty list of parts"),
         (
             {"messages": [ANSWER | {"reasoning_content": [1]}]},

@@ -3,6 +3,8 @@
 Also the token that ends an answer.
 """
 
+import json
+
 import pytest
 
 from helpers.chats import END, FAMILIES, chat, ours, real, theirs
@@ -16,6 +18,8 @@ from minilora.data import (
     split_prompt,
 )
 from minilora.data.prompt import is_special
+from minilora.losses.classification import Classify
+from minilora.losses.dpo import DPO
 
 KINDS = pytest.mark.parametrize("tokenizer_of", [ours, theirs], ids=["minilora", "transformers"])
 
@@ -79,6 +83,24 @@ def test_every_form_of_a_prompt_gives_the_same_tokens(tokenizer_of, family):
     assert encode_prompt([{"role": "user", "content": parts}], tokenizer) == ids
     assert encode_prompt([{"from": "human", "value": "hello"}], tokenizer) == ids
     assert encode_prompt([{"role": "user", "content": "hello", "name": None}], tokenizer) == ids
+
+
+def test_every_objective_reads_its_conversations_as_rows_are_read():
+    tokenizer = ours("chatml")
+    parts = [{"type": "text", "text": "hello"}]
+    question = chat("hello")
+    others = [[{"from": "human", "value": "hello"}], [{"role": "user", "content": parts}]]
+    labelled = {"messages": question, "label": "a"}
+    classify = Classify(["a", "b"])
+    pair = {"chosen": chat("", "b")[1:], "rejected": chat("", "c")[1:]}
+    for other in [*others, json.dumps(question)]:
+        given = classify.encode([labelled | {"messages": other}], tokenizer, None)
+        assert given[0].input_ids == classify.encode([labelled], tokenizer, None)[0].input_ids
+    for other in others:
+        given = DPO().encode([pair | {"prompt": other}], tokenizer, None)
+        assert given == DPO().encode([pair | {"prompt": question}], tokenizer, None)
+    with pytest.raises(ValueError, match=r"row 0, prompt\[0\]: unknown role 'usr'"):
+        DPO().encode([pair | {"prompt": [{"role": "usr", "content": "a"}]}], tokenizer, None)
 
 
 @pytest.mark.parametrize(

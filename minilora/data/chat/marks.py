@@ -1,10 +1,10 @@
 """Marks in messages, by which the text that the template writes of each of them is found.
 
 A template drops a message without an error: Qwen's drops the role developer, Llama-3.1's the
-content next to a tool call. To look for a content in the text would not find that out, because the
-same words may stand elsewhere. So a copy of the conversation gets marks: words that occur nowhere
-else, two in each text, one in each key and name. The copy is rendered once. A part whose marks are
-missing from that rendering is a part that the template leaves out.
+content next to a tool call. A search for the content cannot prove that it is shown, because the
+same words may occur elsewhere. So a copy of the conversation gets marks: words that occur nowhere
+else, two in each text, one in each key and name. The copy is rendered once. If a mark is missing
+from that rendering, the template leaves its part out.
 
     content     "Paris"            "⟨1⟩Paris⟨2⟩"
                 "<b>Paris</b>"     "<b>⟨3⟩Paris⟨4⟩</b>"    templates read a tag at either end
@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         place: the row and the turn, for errors.
-        kind: what it is part of: content, reasoning, tool calls or tools.
+        kind: content, reasoning, tool calls or tools.
         text: the part.
         marks: one mark, or the marks at its beginning and end.
         between: the text between two marks, if it must be unchanged, else None.

@@ -11,12 +11,13 @@ because templates encode them: a text would be encoded twice. Rows of training a
 generation pass through these functions, so both accept and refuse the same.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from minilora.data.chat.values import from_json, parse, plain, present
+from minilora.data.chat.values import from_json, kind_of, parse, plain, present
 
 Message = dict[str, Any]
 
@@ -107,8 +108,10 @@ def _message(message: Any, where: str) -> Message:
         known = (*SHAREGPT_ROLES, *ROLES) if sharegpt else ROLES
         raise ValueError(f"{where}: unknown role {role!r}. Expected one of {', '.join(known)}.")
     if "function_call" in message:
-        call = {"type": "function", "function": message.pop("function_call")}
-        message["tool_calls"] = [*message.get("tool_calls", []), call]
+        if message.get("tool_calls"):
+            raise ValueError(f"{where}: tool_calls and function_call: leave one of them out.")
+        call = from_json(message.pop("function_call"), f"{where}: function_call")
+        message["tool_calls"] = [{"type": "function", "function": call}]
     calls = _tool_calls(message.pop("tool_calls", None), where)
     if calls:
         message["tool_calls"] = calls
@@ -123,12 +126,17 @@ def _message(message: Any, where: str) -> Message:
         raise ValueError(
             f"{where}: reasoning_content must be a text, got {type(reasoning).__name__}."
         )
-    check_characters(reasoning + (content or ""), where)
+    check_characters(reasoning + (content or "") + _as_text(calls), where)
     if message.get("weight", 1) not in (0, 1):
         raise ValueError(
             f"{where}: weight must be 0 (not trained) or 1, got {message['weight']!r}."
         )
     return message
+
+
+def _as_text(value: Any) -> str:
+    """Return a nested value as text, with its characters as they are."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def check_characters(text: str, where: str) -> None:
@@ -199,7 +207,7 @@ def _tool_calls(value: Any, where: str) -> list[Any]:
         return []
     if not isinstance(calls, list):
         raise ValueError(
-            f"{where}: tool_calls must be a list of calls, got {type(calls).__name__}. "
+            f"{where}: tool_calls must be a list of calls, got {kind_of(calls)}. "
             "Put a single call into a list."
         )
     return [_tool_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
@@ -245,7 +253,7 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         where: the row, for errors.
 
     Returns:
-        New schemas without absent values, or None if there is none.
+        New schemas without absent values, or None without a tool.
 
     Raises:
         ValueError: the value is not a list of schemas with names.
@@ -255,10 +263,12 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list):
         raise ValueError(
-            f"{where}: tools must be a list of JSON schemas, got {type(tools).__name__}. "
+            f"{where}: tools must be a list of JSON schemas, got {kind_of(tools)}. "
             "Put a single schema into a list."
         )
-    return [_tool(tool, f"{where}: tools[{number}]") for number, tool in enumerate(tools)]
+    schemas = [_tool(tool, f"{where}: tools[{number}]") for number, tool in enumerate(tools)]
+    check_characters(_as_text(schemas), f"{where}: tools")
+    return schemas
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:

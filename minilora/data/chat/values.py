@@ -21,6 +21,15 @@ class Decoded(dict[str, Any]):
     """A dict that was decoded from JSON text, so its nulls are values and stay."""
 
 
+def kind_of(value: Any) -> str:
+    """Return the name of a value's type, for errors.
+
+    Args:
+        value: any value.
+    """
+    return "dict" if isinstance(value, dict) else type(value).__name__
+
+
 def is_absent(value: Any) -> bool:
     """Return True for None, NaN and the missing values of pandas.
 
