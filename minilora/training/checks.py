@@ -2,10 +2,11 @@
 
 A run that would be meaningless is refused with a remedy: a model that does not read text from left
 to right, a token without an embedding, packed documents that attend to each other, a parameter
-without a gradient, a loss that is not finite.
+that the forward pass cuts off, a loss that is not finite.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -224,41 +225,133 @@ def _row_numbers(examples: list[Any]) -> list[int]:
     return sorted(getattr(example, "row", index) for index, example in enumerate(examples))
 
 
-def check_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a run in which a trained part receives no gradient, after the first backward pass.
+class GradientCheck:
+    """The trained parts of a model that have not had a gradient yet.
 
-    B starts at zero, so the first gradient of A is zero and that of B is not. An adapter is without
-    a gradient if the gradients of all its parameters are zero.
+    A *part* is an adapter of one layer, or any other trainable parameter. B starts at zero, so the
+    first gradient of A is zero and that of B is not. A part has a gradient if that of one of its
+    parameters is not zero.
 
-    Args:
-        model: The model after a backward pass.
-        parameters: The trainable parameters, by name.
+        gradient    its module     meaning
+        None        ran            the forward pass cuts it off (detach, no_grad): an error
+        None        did not run    an expert without a token, a skipped layer: watched
+        zero        ran            no difference in this batch: watched
 
-    Raises:
-        ValueError: If a parameter has no gradient, or all gradients of an adapter are zero.
+    Zero is not an error. With texts of one token, attention has one key, so its softmax is 1 and
+    the gradients of q and k are exactly zero. Behind a head that starts at zero every gradient is
+    zero in the first step, and so it is for two equal answers of a preference. So parts without a
+    gradient are watched for one pass over the data. A warning names those that had none in it.
+
+    Attributes:
+        parts: Parameters of each of these parts, by name.
+        modules: The module that holds each of these parts, by the name of the part.
     """
-    dead = [name for name, parameter in parameters.items() if parameter.grad is None]
-    dead += _adapters_with_zero_gradient(model)
-    if not dead:
-        return
-    names = ", ".join(dead[:3])
-    if len(dead) > 3:
-        names += ", ..."
-    raise ValueError(
-        f"step 1: {len(dead)} of the trained parts got no gradient: {names}. The forward pass does "
-        "not use them or cuts them off (detach, no_grad): target other modules."
-    )
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+        """Collect the trained parts.
+
+        Args:
+            model: The model that is run.
+            parameters: Its trainable parameters, by name.
+        """
+        self.parts: dict[str, list[nn.Parameter]] = {}
+        self.modules: dict[str, nn.Module] = {}
+        modules = dict(named_modules(model))
+        for path, layer in modules.items():
+            if not isinstance(layer, LoRALayer):
+                continue
+            for name, adapter in layer.adapters.items():
+                trained = [p for p in adapter.parameters() if p.requires_grad]
+                if trained:
+                    self.parts[f"{path}.adapters.{name}"] = trained
+                    self.modules[f"{path}.adapters.{name}"] = layer
+        in_adapters = {id(p) for trained in self.parts.values() for p in trained}
+        for name, parameter in parameters.items():
+            if id(parameter) not in in_adapters:
+                self.parts[name] = [parameter]
+                self.modules[name] = modules[name.rpartition(".")[0]]
+
+    def after_backward(
+        self, is_first: bool, run_again: Callable[[], None], total: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Forget the parts that have a gradient now; in step 1, refuse those that are cut off.
+
+        Args:
+            is_first: True in step 1.
+            run_again: Function that repeats the forward passes of the step, without gradients.
+            total: Function that sums a tensor over all processes.
+
+        Raises:
+            ValueError: If a part that the forward pass of step 1 uses has no gradient tensor.
+        """
+        without_tensor = []
+        cut_off = []
+        for name, parameters in list(self.parts.items()):
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients:
+                without_tensor.append(name)
+            elif len(gradients) < len(
+                parameters
+            ):  # the layer ran, and a part of it has no gradient
+                cut_off.append(name)
+            elif any(gradient.any() for gradient in gradients):
+                del self.parts[name]
+        if not is_first or not self.parts:
+            return
+        if without_tensor:
+            cut_off += self._running(without_tensor, run_again, total)
+        if cut_off:
+            raise ValueError(
+                f"step 1: {len(cut_off)} of the trained parts got no gradient: "
+                f"{_first_names(cut_off)}. The forward pass runs them and cuts them off (detach, "
+                "no_grad): target other modules."
+            )
+        print(
+            f"step 1: {len(self.parts)} of the trained parts got no gradient from these rows: "
+            f"{_first_names(list(self.parts))}. They are watched for one pass over the data."
+        )
+
+    def _running(
+        self,
+        names: list[str],
+        run_again: Callable[[], None],
+        total: Callable[[Tensor], Tensor],
+    ) -> list[str]:
+        """Return those of some parts whose module runs in the forward pass of any process."""
+        runs = torch.zeros(len(names), dtype=torch.long)  # (parts,) forward passes
+        handles = []
+        for index, name in enumerate(names):
+
+            def count(module: nn.Module, inputs: Any, output: Any, index: int = index) -> None:
+                runs[index] += 1
+
+            handles.append(self.modules[name].register_forward_hook(count))
+        try:
+            run_again()
+        finally:
+            for handle in handles:
+                handle.remove()
+        counts = total(runs).tolist()
+        return [name for name, count in zip(names, counts, strict=True) if count]
+
+    def warn(self, steps: int) -> None:
+        """Name the parts without any gradient so far in one warning, and stop watching them.
+
+        Args:
+            steps: Number of steps done.
+        """
+        if self.parts:
+            warnings.warn(
+                f"{len(self.parts)} of the trained parts had no gradient in any of the first "
+                f"{steps} steps: they did not learn: {_first_names(list(self.parts))}. The loss does "
+                "not depend on them for these rows, as with texts of one token, or the forward pass "
+                "does not use them. Target other modules, or check the rows.",
+                stacklevel=2,
+            )
+        self.parts = {}
 
 
-def _adapters_with_zero_gradient(model: nn.Module) -> list[str]:
-    """Return the module paths of adapters whose gradients are all zero."""
-    paths = []
-    for path, layer in named_modules(model):
-        if not isinstance(layer, LoRALayer):
-            continue
-        for name, adapter in layer.adapters.items():
-            gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-            not_zero = [gradient for gradient in gradients if gradient.any()]
-            if gradients and not not_zero:
-                paths.append(f"{path}.adapters.{name}")
-    return paths
+def _first_names(names: list[str]) -> str:
+    """Return the first three names as text."""
+    more = ", ..." if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -48,6 +48,8 @@ class Run:
         scaler: Loss scaler, enabled in fp16 only.
         checkpoints: The checkpoints of the run.
         progress: Steps done, losses and figures.
+        gradients: The trained parts that have had no gradient yet.
+        first_step: Number of steps that were done when the run began or was resumed.
         updating: True while weights, moments and progress change together.
     """
 
@@ -63,6 +65,8 @@ class Run:
     scaler: torch.amp.GradScaler
     checkpoints: Checkpoints
     progress: Progress
+    gradients: checks.GradientCheck
+    first_step: int
     updating: bool = False
 
     @contextmanager
@@ -166,6 +170,8 @@ def set_up(
         scaler=scaler,
         checkpoints=checkpoints,
         progress=progress,
+        gradients=checks.GradientCheck(parallel.model, parallel.parameters),
+        first_step=progress.step,
     )
 
 

@@ -6,6 +6,7 @@ Oracles: the fp32 run, and figures that the loss scaler must not change.
 import json
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,12 @@ import torch
 from torch import nn
 
 from helpers.toy import FAST, Letters, Wrapped, adapters, llama, lora, relative, rows
+from minilora.lora.config import LoRAConfig
+from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
+from minilora.losses.classification import Classify
 from minilora.training import run
+from minilora.training.batch_sampler import BatchPlan
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 from minilora.training.precision import precision_of
@@ -171,18 +176,103 @@ class Cut(LoRALayer):
         return h.detach() if self.how == "detach" else self.base_layer(x) + 0 * h
 
 
-@pytest.mark.parametrize("how", ["detach", "zero"])
-def test_an_adapter_without_gradient_is_named_at_step_1(how):
-    model = lora()
+def cut(model, how):
+    """Cut the adapter of one layer off; return the pattern of its name."""
     layer = model.model.layers[1].self_attn.q_proj
     layer.__class__ = type("Cut", (Cut,), {"how": how})
+    return r"model\.layers\.1\.self_attn\.q_proj\.adapters\.default"
+
+
+def test_an_adapter_that_is_cut_off_is_named_at_step_1():
+    model = lora()
+    name = cut(model, "detach")
     before = adapters(model)
-    name = r"model\.layers\.1\.self_attn\.q_proj\.adapters\.default"
-    with pytest.raises(
-        ValueError, match=f"step 1: [12] of the trained parts got no gradient: {name}"
-    ):
+    with pytest.raises(ValueError, match=f"step 1: 1 of the trained parts got no gradient: {name}"):
         train(model, Letters(), rows(), TrainConfig(**FAST))
     assert relative(adapters(model), before) == 0
+
+
+def test_an_adapter_without_any_gradient_is_named_after_one_pass(capsys):
+    model = lora()
+    name = cut(model, "zero")
+    config = TrainConfig(**FAST | {"max_steps": 7})  # 24 rows are 3 steps
+    with pytest.warns(UserWarning, match=f"1 of the trained parts .* first 3 steps.*: {name}"):
+        train(model, Letters(), rows(), config)
+    assert (
+        "step 1: 1 of the trained parts got no gradient from these rows" in capsys.readouterr().out
+    )
+
+
+class NoBos(Letters):
+    """Letters without BOS: the text "a" is one token and EOS."""
+
+    def encode(self, text, add_special_tokens=True):
+        return super().encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_texts_of_one_token_first_train_as_any_others(method, recwarn):
+    """The softmax over one key is 1, so the gradients of q and k are exactly zero."""
+    data = [{"text": "a"}] * 8 + [{"text": "abcabc"}] * 8
+    config = TrainConfig(method=method, group_by_length=False, **FAST)
+    config = replace(config, seed=next(s for s in range(10**4) if short_first(data, s, config)))
+    model = lora() if method == "lora" else llama()
+    result = train(model, NoBos(), data, config)
+    assert result.steps == 5 and result.loss < result.losses[0]
+    assert not [warning for warning in recwarn if "gradient" in str(warning.message)]
+    if method == "lora":
+        layer = model.model.layers[0].self_attn.q_proj.adapters["default"]
+        assert layer.lora_B.any()
+
+
+def short_first(data, seed, config):
+    """Return True if the first step of a seed has short rows only."""
+    plan = BatchPlan([len(row["text"]) for row in data], replace(config, seed=seed))
+    return all(index < 8 for micro_batch in plan[0] for index in micro_batch)
+
+
+def test_texts_of_one_token_only_name_the_parts_that_cannot_learn():
+    model = lora()
+    with pytest.warns(UserWarning, match="4 of the trained parts had no gradient"):
+        result = train(model, NoBos(), [{"text": "a"}, {"text": "b"}], TrainConfig(**FAST))
+    assert result.loss < result.losses[0]
+
+
+class Experts(nn.Module):
+    """Two experts; each row goes to one of them alone, by its first letter."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.first, self.second = nn.Linear(131, 131), nn.Linear(131, 131)
+
+    def forward(self, input_ids, **more):
+        logits = self.inner(input_ids)
+        expert = self.first if input_ids[0, 1] == ord("a") + 3 else self.second
+        return SimpleNamespace(logits=expert(logits))
+
+
+def test_an_expert_without_a_token_in_step_1_trains_later(recwarn):
+    model = Experts(llama())
+    inject(model, LoRAConfig(r=4, target_modules=["first", "second"]))
+    data = [{"text": "abc"}, {"text": "bcd"}]
+    fields = {"per_device_train_batch_size": 1, "group_by_length": False}
+    train(model, Letters(), data, TrainConfig(**FAST | fields))
+    assert model.first.adapters["default"].lora_B.any()
+    assert model.second.adapters["default"].lora_B.any()
+    assert not [warning for warning in recwarn if "gradient" in str(warning.message)]
+
+
+def test_a_head_that_starts_at_zero_trains():
+    """Behind a head of zeros every adapter has a zero gradient in step 1."""
+    model = llama()
+    objective = Classify(["a", "b"])
+    objective.add_head(model)
+    model.score.weight.data.zero_()
+    inject(model, LoRAConfig(r=4, target_modules="all-linear", modules_to_save=["score"]))
+    data = [{"text": "abc", "label": "a"}, {"text": "bcd", "label": "b"}] * 8
+    result = train(model, Letters(), data, TrainConfig(**FAST), objective=objective)
+    assert result.steps == 5 and result.loss < result.losses[0]
 
 
 def test_a_zero_gradient_of_A_at_the_start_is_right():
