@@ -3,13 +3,14 @@
 The examples are in memory, or in files that are written row by row (dataset_cache.py).
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora.data.dataset_cache import StoredExamples, cached, load, store
+from minilora.data.dataset_cache import StoredExamples, cached, load, store, stored_tokens
 from minilora.data.formats import Chat, Text, as_messages, extra_keys
 from minilora.data.loss_mask import Example, encode_row
 from minilora.data.prompt import is_special
@@ -44,6 +45,47 @@ class EncodedDataset(Sequence[Example]):
         if isinstance(self.examples, StoredExamples):
             return self.examples.lengths
         return [len(example) for example in self.examples]
+
+
+def content_hash(examples: Sequence[Any]) -> str:
+    """Return a hash of the tokens and labels of examples, and of their order.
+
+    Examples in files and in memory have the same hash.
+
+    Args:
+        examples: examples of any objective. Of a dataclass, the fields are hashed that are examples,
+            numbers or texts; of other types, the lengths alone.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(examples, EncodedDataset):
+        lengths = examples.lengths
+        examples = examples.examples
+    else:
+        lengths = [len(example) for example in examples]
+    if isinstance(examples, StoredExamples):
+        for part in examples.token_parts():
+            digest.update(part)
+    else:
+        for example in examples:
+            _hash_example(digest, example)
+    digest.update(repr(lengths).encode())
+    return digest.hexdigest()
+
+
+def _hash_example(digest: Any, example: Any) -> None:
+    """Add an example to a hash: its tokens and labels, and the fields that an objective added."""
+    known: set[str] = set()
+    if isinstance(example, Example):
+        digest.update(stored_tokens(example))
+        known = {field.name for field in fields(Example)}
+    if not is_dataclass(example):
+        return
+    for field in fields(example):
+        value = getattr(example, field.name)
+        if isinstance(value, Example):
+            _hash_example(digest, value)
+        elif field.name not in known and isinstance(value, int | float | str):
+            digest.update(repr(value).encode())
 
 
 def encode_dataset(

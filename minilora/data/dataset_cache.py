@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -82,6 +82,25 @@ class StoredExamples(Sequence[Example]):
         """Tokens of each example."""
         return np.diff(self.records["end"], prepend=0).tolist()
 
+    def token_parts(self) -> Iterator[bytes]:
+        """Yield the content of tokens.bin in parts of 4 MiB."""
+        with (self.folder / TOKENS).open("rb") as file:
+            part = file.read(1 << 22)
+            while part:
+                yield part
+                part = file.read(1 << 22)
+
+
+def stored_tokens(example: Example) -> bytes:
+    """Return the tokens of an example as tokens.bin holds them: int32, a supervised id as ~id.
+
+    Args:
+        example: the example.
+    """
+    ids = np.array(example.input_ids, "<i4")
+    supervised = np.array(example.labels) != IGNORE
+    return np.where(supervised, ~ids, ids).tobytes()
+
 
 def store(folder: Path, examples: Any) -> None:
     """Write examples, one by one, and their report into an empty folder.
@@ -94,9 +113,7 @@ def store(folder: Path, examples: Any) -> None:
     with (folder / TOKENS).open("wb") as tokens, (folder / ROWS).open("wb") as rows:
         for example in examples:
             end += len(example)
-            ids = np.array(example.input_ids, "<i4")
-            supervised = np.array(example.labels) != IGNORE
-            tokens.write(np.where(supervised, ~ids, ids).tobytes())
+            tokens.write(stored_tokens(example))
             record = (
                 end,
                 example.row,

@@ -38,6 +38,16 @@ from minilora.models.save import save_model
 
 STATE = "trainer_state.json"
 TENSORS = "trainer_state.safetensors"
+# The values of Progress.data that the position in the data depends on; the others are options.
+POSITION = (
+    "samples",
+    "tokens",
+    "samples_per_step",
+    "group_by_length",
+    "packing",
+    "seed",
+    "rows",
+)
 
 
 @dataclass
@@ -159,17 +169,28 @@ def _read_state(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_data(folder: Path, progress: Progress, data: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose step number means another position in the data."""
+    """Refuse a checkpoint of other rows or options; older ones do not have every value."""
     changes = []
+    moved = False  # True if the step number means another position in the data
     for name, value in data.items():
-        saved = progress.data.get(name)
-        if saved != value:
+        saved = progress.data.get(name, value)
+        if saved == value:
+            continue
+        if name == "rows":
+            changes.append("the rows or their order changed")
+        else:
             changes.append(f"{name} was {saved}, is {value}")
-    if changes:
-        raise ValueError(
-            f"resume_from_checkpoint: {', '.join(changes)}: step {progress.step} would be another "
-            f"place in the data. Resume {folder} with the options that it was started with."
-        )
+        moved = moved or name in POSITION
+    if not changes:
+        return
+    problem = "the steps that are left would not continue this run"
+    if moved:
+        problem = f"step {progress.step} would be another place in the data"
+    raise ValueError(
+        f"resume_from_checkpoint: {', '.join(changes)}: {problem}. Resume {folder} with the rows and "
+        "options that it was started with. For other options, start a new run from its weights: "
+        "minilora.load_adapter(model, checkpoint) instead of inject."
+    )
 
 
 def _check_shapes(

@@ -6,7 +6,7 @@ that the forward pass cuts off, a loss that is not finite.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -212,6 +212,28 @@ def check_finite(
         raise ValueError(
             f"step {step}: the gradient is {norm.item()} and the loss is finite. Train in fp32 to "
             "find the cause."
+        )
+
+
+def warn_of_rising_loss(losses: Sequence[float]) -> None:
+    """Warn if a run ends with a higher loss than it began with.
+
+    The end is the mean over the last third of the steps, at most 10, because the loss of one batch is
+    noisy. The start is the loss of step 1, before the first update.
+
+    Args:
+        losses: The loss of each step.
+    """
+    if len(losses) < 2:
+        return
+    last = losses[-min(10, max(1, len(losses) // 3)) :]
+    end = sum(last) / len(last)
+    if end > losses[0]:
+        warnings.warn(
+            f"the loss began at {losses[0]:.4g} and ended at {end:.4g} (mean of the last "
+            f"{len(last)} steps): the run made the model worse, or its batches differ by more than "
+            "it learned. Lower learning_rate, or look at the losses in the result.",
+            stacklevel=2,
         )
 
 

@@ -359,6 +359,8 @@ def _record(progress: Progress, tokens: int, losses: Tensor, metrics: dict[str, 
 def _finish(run: Run, log: Log, interrupted: bool) -> None:
     """Save the last step, write the totals, and load the best weights if the config asks for it."""
     best = run.evaluation.best(run.progress.evals)
+    if not interrupted and run.parallel.is_main:
+        checks.warn_of_rising_loss(run.progress.losses)
     with uninterrupted():
         with run.parallel.full_tensors(run.optimizer, permanently=True):
             run.checkpoints.save(run.progress, best)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from minilora.common import unwrap_model
+from minilora.data.dataset import content_hash
 from minilora.data.packing import pack
 from minilora.lora.files.base_check import note_training
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
@@ -22,7 +23,7 @@ from minilora.training.batch_sampler import BatchPlan
 from minilora.training.checkpoint import Progress, trainable_parameters
 from minilora.training.config import TrainConfig
 from minilora.training.distributed import process_on
-from minilora.training.optim.lr_schedule import total_steps
+from minilora.training.optim.lr_schedule import check_schedule, total_steps
 from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.process import Process
@@ -136,6 +137,7 @@ def set_up(
     checks.check_vocabulary(model, tokenizer, sets)
     evaluation.check_answers(model)
     lengths = lengths_of(examples)
+    rows = content_hash(examples)
     if config.packing:
         checks.check_packing(model)
         examples = pack(examples, lengths, config.max_length)
@@ -143,14 +145,17 @@ def set_up(
         print(f"packing: {examples}")
 
     plan = BatchPlan(lengths, config, parallel.world_size)
+    total = total_steps(config, len(plan))
+    check_schedule(config, total)
     optimizer = new_optimizer(model, parameters, config)
     autocast, scaler = precision_of(model, config, parallel.device)
     checkpoints = Checkpoints(model, optimizer, scaler, config, parallel)
-    progress = checkpoints.resume(plan.identity | {"objective": repr(objective)})
+    data = plan.identity | {"rows": rows}
+    progress = checkpoints.resume(data | {"objective": repr(objective)}, total)
     checkpoints.check_best(evaluation.best(progress.evals))
     note_training(model, tokenizer)
     parallel.check_agreement(
-        data=plan.identity,
+        data=data,
         step=progress.step,
         evaluation=str(evaluation),
         config=config,
@@ -164,7 +169,7 @@ def set_up(
         examples=examples,
         plan=plan,
         evaluation=evaluation,
-        total_steps=total_steps(config, len(plan)),
+        total_steps=total,
         optimizer=optimizer,
         autocast=autocast,
         scaler=scaler,

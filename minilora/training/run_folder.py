@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,24 @@ from minilora.training.checkpoint import (
     write_progress,
 )
 from minilora.training.config import TrainConfig
+from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.process import Process
+
+# The options that each update depends on. A run is resumed with the same ones.
+OPTIMISATION = (
+    "optim",
+    "learning_rate",
+    "loraplus_lr_ratio",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+)
 
 
 class Checkpoints:
@@ -61,11 +79,12 @@ class Checkpoints:
                 "set it."
             )
 
-    def resume(self, data: dict[str, Any]) -> Progress:
+    def resume(self, data: dict[str, Any], total: int) -> Progress:
         """Return the progress to continue from, and load its weights and moments.
 
         Args:
             data: The values that give a step number its meaning.
+            total: Steps of the run.
 
         Returns:
             The progress of the checkpoint in `resume_from_checkpoint`, or that of a new run.
@@ -73,12 +92,14 @@ class Checkpoints:
         Raises:
             ValueError: If the checkpoint does not exist, is damaged or belongs to another run.
         """
-        data = data | {"optim": self.config.optim}
+        data = data | {name: getattr(self.config, name) for name in OPTIMISATION}
         self.newest = find_checkpoint(self.folder, self.config.resume_from_checkpoint)
         if self.newest is None:
-            return Progress(data)
+            return Progress(data | {"total_steps": total})
         progress = load_checkpoint(self.newest, self.model, self.optimizer, data)
         self.scaler.load_state_dict(progress.scaler)
+        _warn_of_another_length(self.config, progress, total)
+        progress.data["total_steps"] = total
         return progress
 
     @property
@@ -168,6 +189,23 @@ class Checkpoints:
         """Return the folder of a step's checkpoint."""
         assert self.folder is not None
         return self.folder / f"checkpoint-{step}"
+
+
+def _warn_of_another_length(config: TrainConfig, progress: Progress, total: int) -> None:
+    """Warn if a resumed run has another number of steps, and so other learning rates."""
+    before = progress.data.get("total_steps", total)  # older checkpoints have no such value
+    for step in range(min(before, total)):
+        rate = learning_rate(config, step, total)
+        earlier = learning_rate(config, step, before)
+        if rate != earlier:
+            warnings.warn(
+                f"resume_from_checkpoint: the run had {before} steps in all and has {total} now. "
+                f"The {config.lr_scheduler_type} schedule and its warm-up follow the new number, so "
+                f"this run does not equal one that was never stopped: step {step + 1}, for "
+                f"example, had the rate {earlier:.3g} and would have {rate:.3g}.",
+                stacklevel=2,
+            )
+            return
 
 
 def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:

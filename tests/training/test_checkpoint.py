@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.toy import Letters, llama, lora, rows
+from helpers.toy import Letters, adapters, llama, lora, relative, rows
 from minilora.lora.files.save_load import load_adapter
 from minilora.training import checkpoint, run_folder, validation
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
+SAME_SIZE = [*rows(23)[:-1], {"prompt": rows(23)[-1]["prompt"], "completion": ""}]
+SAME_SIZE[-1]["completion"] = "x" * len(rows(23)[-1]["completion"])  # as many tokens as before
 CONFIG = {
     "learning_rate": 1e-2,
     "max_steps": 7,
@@ -239,7 +241,8 @@ from helpers.toy import Letters, lora, rows
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 config = TrainConfig(
-    output_dir={folder!r}, learning_rate=1e-3, max_steps=100000, save_steps={save}, logging_steps=1
+    output_dir={folder!r}, learning_rate=1e-3, max_steps=100000, save_steps={save},
+    logging_steps=1, lr_scheduler_type="cosine",
 )
 result = train(lora(dropout=0.3), Letters(), rows(23), config)
 print("returned", result.steps, result.interrupted, result.checkpoint)
@@ -301,7 +304,11 @@ def test_a_killed_process_leaves_whole_checkpoints(tmp_path):
     last = run_folder.checkpoint_steps(tmp_path)[-1]
     (tmp_path / ".checkpoint-99.tmp").mkdir()  # left by a kill during a save
     _, result = run(
-        tmp_path, resume_from_checkpoint="last", max_steps=last + 2, per_device_train_batch_size=8
+        tmp_path,
+        resume_from_checkpoint="last",
+        learning_rate=1e-3,
+        max_steps=last + 2,
+        per_device_train_batch_size=8,
     )
     assert result.steps == last + 2
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -349,11 +356,55 @@ def test_nothing_to_resume_from(tmp_path):
         ({"group_by_length": False}, "group_by_length was True, is False"),
         ({"data": rows(22)}, "samples was 23, is 22"),
         ({"data": rows(23, seed=5)}, "tokens was"),
+        (
+            {"data": rows(23)[::-1]},
+            "the rows or their order changed: step 4 would be another place",
+        ),
+        ({"data": SAME_SIZE}, "the rows or their order changed"),
     ],
 )
 def test_resuming_at_another_place_in_the_data_raises(whole, fields, message):
     with pytest.raises(ValueError, match=message):
         run(None, resume_from_checkpoint=str(whole[0] / "checkpoint-4"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01, is 0.02: the steps that are left"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type was cosine, is linear"),
+        ({"warmup_steps": 2}, "warmup_steps was 0, is 2"),
+        ({"weight_decay": 0.1, "adam_beta1": 0.8}, r"weight_decay was 0.0, is 0.1, adam_beta1"),
+        ({"max_grad_norm": 0}, "max_grad_norm was 1.0, is 0.0"),
+        ({"optim": "adamw_8bit"}, "optim was adamw_torch, is adamw_8bit"),
+    ],
+)
+def test_resuming_with_another_optimisation_raises(whole, fields, message):
+    model = lora(dropout=0.3)
+    before = adapters(model)
+    with pytest.raises(ValueError, match=message):
+        run(None, model, resume_from_checkpoint=str(whole[0] / "checkpoint-4"), **fields)
+    assert relative(adapters(model), before) == 0
+
+
+def test_resuming_a_decaying_run_with_another_length_warns(whole):
+    where = str(whole[0] / "checkpoint-4")
+    message = "had 7 steps in all and has 6 now.*step 2, for example, had the rate 0.0095"
+    with pytest.warns(UserWarning, match=message):
+        _, result = run(None, resume_from_checkpoint=where, max_steps=6)
+    assert result.steps == 6
+
+
+def test_a_checkpoint_without_the_newer_values_resumes(whole, tmp_path, recwarn):
+    """Checkpoints of earlier versions do not store the rates, the rows and the length."""
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(whole[0] / "checkpoint-4", folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    for name in ("rows", "total_steps", "learning_rate", "lr_scheduler_type"):
+        del state["data"][name]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    resumed, _ = run(None, resume_from_checkpoint=str(folder), eval_steps=2)
+    assert same(resumed, whole[1]) and not [w for w in recwarn if "resume" in str(w.message)]
 
 
 def test_resuming_with_another_adapter_raises(whole):

@@ -18,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
+from helpers.toy import Letters, lora, rows
 from minilora.common.suggestions import FOREIGN_NAMES
 from minilora.training.batch_sampler import BatchPlan, seed_of
 from minilora.training.config import TrainConfig
-from minilora.training.optim.lr_schedule import learning_rate, total_steps
+from minilora.training.loop import train
+from minilora.training.optim.lr_schedule import check_schedule, learning_rate, total_steps
 
 # ---- learning rate
 
@@ -68,6 +70,35 @@ def test_total_steps():
     # never fewer samples than requested
     assert total_steps(TrainConfig(num_train_epochs=0.5), 7) == 4
     assert total_steps(TrainConfig(num_train_epochs=2, max_steps=100), 7) == 100
+
+
+@pytest.mark.parametrize(
+    "fields", [{"warmup_steps": 1}, {"warmup_ratio": 0.1}, {"warmup_steps": 9}]
+)
+def test_a_run_of_warmup_alone_with_rate_zero_is_refused(fields):
+    """Of a warm-up, the first step has rate 0, so a run of one step would learn nothing."""
+    config = TrainConfig(max_steps=1, **fields)
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} .* would learn nothing"):
+        check_schedule(config, 1)
+    with pytest.raises(ValueError, match="would learn nothing"):
+        train(lora(), Letters(), rows(4), config)
+
+
+def test_a_warmup_as_long_as_the_run_warns_before_step_1():
+    config = TrainConfig(learning_rate=1e-3, warmup_steps=5, max_steps=4)
+    with pytest.warns(UserWarning, match="5 steps, and the run has 4.*ends at 0.0006 and never"):
+        check_schedule(config, 4)
+    with pytest.warns(UserWarning, match="warmup_ratio 1.0: the warm-up has 4 steps"):
+        check_schedule(TrainConfig(warmup_ratio=1.0), 4)
+    with pytest.warns(UserWarning, match="learning_rate is 0"):
+        check_schedule(TrainConfig(learning_rate=0), 4)
+
+
+def test_a_shorter_warmup_is_not_mentioned(recwarn):
+    check_schedule(TrainConfig(warmup_ratio=0.1), 2)
+    check_schedule(TrainConfig(warmup_steps=3), 4)
+    check_schedule(TrainConfig(), 1)
+    assert len(recwarn) == 0
 
 
 # ---- batches

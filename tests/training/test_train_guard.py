@@ -18,7 +18,7 @@ from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
 from minilora.losses.classification import Classify
-from minilora.training import run
+from minilora.training import checks, run
 from minilora.training.batch_sampler import BatchPlan
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
@@ -303,6 +303,30 @@ def test_a_gradient_that_is_not_finite_names_its_step():
     )
     with pytest.raises(ValueError, match="step 1: the gradient is"):
         train(model, Letters(), rows(), TrainConfig(**FAST))
+
+
+def test_a_run_that_ends_above_its_start_warns():
+    fields = FAST | {"learning_rate": 5.0, "max_steps": 6}
+    with pytest.warns(UserWarning, match=r"began at [\d.]+ and ended at .*Lower learning_rate"):
+        result = train(lora(), Letters(), rows(), TrainConfig(**fields))
+    assert result.loss > result.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([], False),
+        ([2.0], False),
+        ([2.0, 76.0], True),
+        ([2.0, 90.0, 1.5, 1.4, 1.6, 1.5], False),
+        ([2.0, 1.5, 1.4, 1.5, 1.2, 2.2], False),  # one noisy batch at the end
+        ([2.0, 1.5, 1.4, 1.5, 3.0, 9.0], True),
+        ([2.0] + [1.0] * 20 + [2.1] * 12, True),
+    ],
+)
+def test_a_rising_loss_is_told_from_a_noisy_batch(losses, warned, recwarn):
+    checks.warn_of_rising_loss(losses)
+    assert len(recwarn) == int(warned)
 
 
 def test_other_errors():

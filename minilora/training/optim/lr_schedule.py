@@ -12,6 +12,7 @@ Here "constant" and "constant_with_warmup" are the same schedule.
 """
 
 import math
+import warnings
 
 from minilora.training.config import TrainConfig
 
@@ -43,7 +44,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         The rate; LoRA+ multiplies it for B (`param_groups.py`).
     """
     peak = config.learning_rate
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+    warmup = warmup_length(config, total)
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -52,3 +53,46 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     if config.lr_scheduler_type == "cosine":
         return peak * max(0.0, (1 + math.cos(math.pi * progress)) / 2)
     return peak
+
+
+def warmup_length(config: TrainConfig, total: int) -> int:
+    """Return the number of steps over which the rate rises.
+
+    Args:
+        config: The run.
+        total: Number of updates in the run.
+    """
+    return config.warmup_steps or math.ceil(config.warmup_ratio * total)
+
+
+def check_schedule(config: TrainConfig, total: int) -> None:
+    """Refuse a warm-up that leaves no update above rate 0; warn of one that never ends.
+
+    Args:
+        config: The run.
+        total: Number of updates in the run.
+
+    Raises:
+        ValueError: If the rate of every update is 0 because of the warm-up.
+    """
+    warmup = warmup_length(config, total)
+    if config.learning_rate == 0:
+        warnings.warn("learning_rate is 0: no step changes a weight.", stacklevel=2)
+        return
+    if warmup < total:
+        return
+    given = f"warmup_ratio {config.warmup_ratio}"
+    if config.warmup_steps:
+        given = f"warmup_steps {config.warmup_steps}"
+    problem = f"{given}: the warm-up has {warmup} steps, and the run has {total}"
+    if total == 1:
+        raise ValueError(
+            f"{problem}. The first step of a warm-up has rate 0, so this run would learn nothing. "
+            "Set warmup_steps and warmup_ratio to 0, or train for more steps."
+        )
+    reached = learning_rate(config, total - 1, total)
+    warnings.warn(
+        f"{problem}. The learning rate ends at {reached:.3g} and never reaches "
+        f"{config.learning_rate:.3g}: shorten the warm-up, or train for more steps.",
+        stacklevel=2,
+    )
