@@ -1,6 +1,7 @@
 """Positional arguments and options that several commands share, and the model that they name."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,6 +124,32 @@ def add_no_check_base(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="accept an adapter that was trained on another base, tokenizer or chat template",
     )
+
+
+def add_template_kwargs(parser: argparse.ArgumentParser) -> None:
+    """Add the option --chat_template_kwargs.
+
+    Args:
+        parser: the command's parser.
+    """
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help='variables of the chat template, such as {"enable_thinking": false} (default: those '
+        "that the adapter was trained with)",
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Return a JSON object, or the error that argparse expects."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def load(

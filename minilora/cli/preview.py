@@ -1,9 +1,10 @@
 """The command preview, and the lines that `minilora train` prints about its data."""
 
+import json
 import shlex
 from typing import Any
 
-from minilora.cli.options import add_command
+from minilora.cli.options import add_command, add_template_kwargs
 from minilora.data import dataset_facts
 from minilora.data import preview as show
 from minilora.data.tokenizer import load_tokenizer
@@ -12,7 +13,13 @@ from minilora.training.config import TrainConfig
 
 
 def preview(
-    dataset: str, model: str, rows: str, max_length: int, packing: str, whole: bool
+    dataset: str,
+    model: str,
+    rows: str,
+    max_length: int,
+    packing: str,
+    whole: bool,
+    chat_template_kwargs: dict[str, Any] | None,
 ) -> None:
     """Show rows as training reads them, token by token, and the report on all rows.
 
@@ -25,6 +32,7 @@ def preview(
         max_length: longest row in tokens.
         packing: "true" shows packed rows.
         whole: show every token, also within long runs.
+        chat_template_kwargs: variables of the chat template.
     """
     if "," in rows:
         chosen: int | list[int] = [int(number) for number in rows.split(",") if number]
@@ -32,7 +40,12 @@ def preview(
         chosen = int(rows)
     tokenizer = load_tokenizer(model)
     shown = show.preview(
-        dataset, tokenizer, rows=chosen, max_length=max_length, packing=packing == "true"
+        dataset,
+        tokenizer,
+        rows=chosen,
+        max_length=max_length,
+        packing=packing == "true",
+        chat_template_kwargs=chat_template_kwargs,
     )
     print(shown.text(show.on_terminal(), None if whole else show.EDGE))
 
@@ -63,6 +76,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--whole", action="store_true", help="show every token, also within long runs"
     )
+    add_template_kwargs(parser)
 
 
 def before_training(
@@ -94,5 +108,7 @@ def before_training(
     ]
     if config.packing:
         command += ["--packing", "true"]
+    if config.chat_template_kwargs:
+        command += ["--chat_template_kwargs", json.dumps(config.chat_template_kwargs)]
     lines.append(f"token by token: {shlex.join(command)}")
     return "\n".join(lines) + "\n"

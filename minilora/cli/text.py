@@ -10,6 +10,7 @@ from minilora.cli.options import (
     add_command,
     add_no_check_base,
     add_storage,
+    add_template_kwargs,
     load,
     storage_options,
 )
@@ -146,6 +147,7 @@ def _add_generate(commands: Any) -> None:
         "or false (default auto)",
     )
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])
+    add_template_kwargs(parser)
     add_no_check_base(parser)
     add_storage(parser)
 
@@ -167,6 +169,7 @@ def _add_evaluate(commands: Any) -> None:
         help="rows in one pass; changes no result (default %(default)s)",
     )
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])
+    add_template_kwargs(parser)
     add_no_check_base(parser)
     add_storage(parser)
 

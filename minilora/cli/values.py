@@ -20,7 +20,11 @@ import minilora as ml
 from minilora.common import unknown_name
 
 CONFIGS = (ml.LoRAConfig, ml.TrainConfig)
-MAPPINGS = ("rank_pattern", "alpha_pattern")  # fields whose value is a table
+MAPPINGS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "chat_template_kwargs",
+)  # fields whose value is a table
 
 
 def from_toml(path: Path, known: Collection[str]) -> list[str]:

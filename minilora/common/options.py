@@ -19,6 +19,7 @@ _TYPE_NAMES: dict[Any, str] = {
     dict[str, int]: "a dict of whole numbers",
     dict[str, float]: "a dict of finite numbers",
     dict[str, list[int]]: "a dict of lists of whole numbers",
+    dict[str, Any]: "a dict",
 }
 
 
@@ -136,6 +137,8 @@ def _has_type(value: Any, kind: Any) -> bool:
             _has_type(key, key_kind) and any(_has_type(item, k) for k in item_kinds)
             for key, item in value.items()
         )
+    if kind is Any:
+        return True
     if kind is float:
         return type(value) is float and math.isfinite(value)
     return type(value) is kind

@@ -10,6 +10,7 @@ Each row is recognised by its keys, in this order; a row of no known shape is an
     instruction, output         Alpaca: `input` follows the instruction after a blank line; `system`
     text                        plain text, all of it supervised
 
+A row of a chat may have `chat_template_kwargs`, as in TRL: variables that its template reads.
 As in TRL, plain texts (prompt/completion, text) do not pass through the chat template. Values of
 None and NaN count as absent: Arrow and pandas give every row the keys of all others. Message lists
 and tools may be JSON text (chat/messages.py). Other keys are not used; the report lists them.
@@ -29,13 +30,17 @@ from minilora.data.chat.messages import (
 from minilora.data.chat.values import present
 from minilora.data.read_rows import Row
 
+KWARGS = frozenset({"chat_template_kwargs"})  # variables of the chat template for this row
 # shape: the keys that define it, and further keys that are used if present
 SHAPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "messages": (frozenset({"messages"}), frozenset({"tools"})),
-    "conversations": (frozenset({"conversations"}), frozenset({"system", "tools"})),
-    "preference": (frozenset({"chosen", "rejected"}), frozenset({"prompt"})),
-    "prompt/completion": (frozenset({"prompt", "completion"}), frozenset({"tools"})),
-    "instruction/output": (frozenset({"instruction", "output"}), frozenset({"input", "system"})),
+    "messages": (frozenset({"messages"}), frozenset({"tools"}) | KWARGS),
+    "conversations": (frozenset({"conversations"}), frozenset({"system", "tools"}) | KWARGS),
+    "preference": (frozenset({"chosen", "rejected"}), frozenset({"prompt"}) | KWARGS),
+    "prompt/completion": (frozenset({"prompt", "completion"}), frozenset({"tools"}) | KWARGS),
+    "instruction/output": (
+        frozenset({"instruction", "output"}),
+        frozenset({"input", "system"}) | KWARGS,
+    ),
     "text": (frozenset({"text"}), frozenset()),
 }
 MESSAGE_LISTS = {"messages", "conversations", "prompt", "completion"}
@@ -49,11 +54,13 @@ class Chat:
         messages: the messages in order.
         first_trained: number of the first message that can be supervised.
         tools: JSON schemas of tools, for the template.
+        chat_template_kwargs: further variables of the template.
     """
 
     messages: list[Message]
     first_trained: int = 0
     tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def trained_turns(self) -> list[int]:
         """Return the numbers of the supervised messages.
@@ -146,6 +153,8 @@ def as_messages(row: Row, index: int = 0) -> Chat | Text:
             "use. To train on the chosen answers, rename `chosen` to `completion` and drop "
             "`rejected`."
         )
+    if shape in ("messages", "conversations", "prompt/completion"):
+        _check_desirable(row, index)
     if shape == "text":
         return Text(_text(row, "text", index))
     if shape == "prompt/completion":
@@ -158,7 +167,18 @@ def as_messages(row: Row, index: int = 0) -> Chat | Text:
         tools = read_tools(row.get("tools"), f"row {index}")
     if row.get("system") and shape != "messages":
         messages.insert(0, {"role": "system", "content": _text(row, "system", index)})
-    return Chat(messages, tools=tools)
+    return Chat(messages, tools=tools, chat_template_kwargs=row.get("chat_template_kwargs"))
+
+
+def _check_desirable(row: Row, index: int) -> None:
+    """Raise ValueError for a KTO row whose answer is undesirable."""
+    for key in ("label", "kto_tag"):
+        if str(row.get(key)).lower() == "false":
+            raise ValueError(
+                f"row {index}: {key!r} is false, which marks an undesirable answer (KTO's rows), "
+                f"and supervised training would train it. Keep the rows whose {key!r} is true, or "
+                "make pairs of prompt, chosen and rejected for DPO."
+            )
 
 
 def _alpaca(row: Row, index: int) -> list[Message]:
@@ -179,10 +199,12 @@ def _prompt_completion(row: Row, index: int) -> Chat | Text:
     tools = read_tools(row.get("tools"), place)
     texts = [isinstance(part, str) for part in parts]
     if all(texts) and not all(is_message_list(part) for part in parts):
-        if tools is not None:
-            raise ValueError(
-                f"{place}: tools need a chat, but prompt and completion are plain texts."
-            )
+        given = {"tools": tools} | {key: row.get(key) for key in KWARGS}
+        for key, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{place}: {key} need a chat, but prompt and completion are plain texts."
+                )
         return Text(_text(row, "completion", index), prompt=_text(row, "prompt", index))
     if any(texts) and not all(texts):
         kinds = " and ".join(type(part).__name__ for part in parts)
@@ -192,7 +214,7 @@ def _prompt_completion(row: Row, index: int) -> Chat | Text:
     messages = read_messages(row["prompt"], place, "prompt")
     first_trained = len(messages)
     messages += read_messages(row["completion"], place, "completion")
-    return Chat(messages, first_trained, tools)
+    return Chat(messages, first_trained, tools, row.get("chat_template_kwargs"))
 
 
 def _text(row: Row, key: str, index: int) -> str:

@@ -22,6 +22,7 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from minilora.data.chat.rendering import Rendering, check_shown
+from minilora.data.chat_template import with_template_kwargs
 from minilora.data.formats import Chat, Text, as_messages
 from minilora.data.prompt import is_special, opening_ids, turn_end
 from minilora.data.read_rows import Row
@@ -81,7 +82,9 @@ def encode_row(
     sample = as_messages(row, index)
     dropped_turns = 0
     if isinstance(sample, Chat):
-        ids, spans, dropped_turns = _encode_chat(sample, tokenizer, index)
+        kwargs = sample.chat_template_kwargs
+        templated = with_template_kwargs(tokenizer, kwargs, f"row {index}: ")
+        ids, spans, dropped_turns = _encode_chat(sample, templated, index)
     else:
         ids, spans = _encode_text(sample, tokenizer, index)
     labels = [IGNORE] * len(ids)

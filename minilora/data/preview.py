@@ -19,12 +19,13 @@ import html
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from minilora.data import IGNORE, AnyTokenizer, DataReport, Example, encode_row
+from minilora.data.chat_template import with_template_kwargs
 from minilora.data.dataset_facts import Facts
 from minilora.data.packing import pack
 from minilora.data.read_rows import iterate_dataset
@@ -147,6 +148,7 @@ def preview(
     rows: int | Sequence[int] = 3,
     max_length: int | None = None,
     packing: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Preview:
     """Show the tokens that training reads and the tokens that it supervises; train nothing.
 
@@ -157,6 +159,7 @@ def preview(
             With packing: how many packed rows, or the packed rows that contain these rows.
         max_length: longest row in tokens; None does not cut. TrainConfig's default is 1024.
         packing: show packed rows; needs max_length.
+        chat_template_kwargs: variables of the chat template, as in TrainConfig.
 
     Raises:
         ValueError: a row cannot be encoded, a number is beyond the dataset, or packing has no
@@ -167,6 +170,7 @@ def preview(
             "packing: it fills rows of max_length tokens, and max_length is missing. Give it as in "
             "TrainConfig."
         )
+    tokenizer = with_template_kwargs(tokenizer, chat_template_kwargs)
     if isinstance(dataset, Iterator):
         dataset = list(dataset)  # it is read twice
     facts = Facts(dataset, tokenizer, max_length)

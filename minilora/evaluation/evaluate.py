@@ -1,8 +1,12 @@
-"""Evaluation on held-out rows: loss, greedy answers against the reference, the likeliest label.
+r"""Evaluation on held-out rows: loss, greedy answers against the reference, the likeliest label.
 
 loss           = Σ over supervised tokens of -log p(token) / their number
 perplexity     = exp(loss)
 label_accuracy = share of rows whose label of highest likelihood is the reference
+
+An answer is compared with the text that training would supervise for its row. A chat template may
+write more than the row's answer, as Qwen3 does: `<think>\n\n</think>\n\nyes` for "yes". If answer and
+reference both begin with what the template adds, the metrics see neither's beginning.
 """
 
 import math
@@ -13,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from minilora.common import unwrap_model
+from minilora.data.chat_template import as_trained, with_template_kwargs
 from minilora.data.dataset import encode_dataset
 from minilora.data.formats import Chat, RawText, as_messages
 from minilora.data.loss_mask import IGNORE, Example, encode_row
@@ -38,6 +43,7 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
     metrics: Mapping[str, Metric] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Score a model on the rows of a dataset.
 
@@ -54,6 +60,8 @@ def evaluate(
         batch_size: rows in one forward pass; changes no result.
         metrics: further metrics by name: functions (prediction, reference) -> number, averaged over
             the rows.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking`. None takes
+            those that the active adapter was trained with.
 
     Returns:
         The figures and the answers.
@@ -66,6 +74,7 @@ def evaluate(
     rows = read_dataset(dataset)
     metrics = dict(metrics or {})
     _check_arguments(metrics, max_new_tokens, batch_size)
+    tokenizer = as_trained(tokenizer, chat_template_kwargs, model)
     examples = _encode(model, tokenizer, rows)
     loss, tokens = mean_loss(model, examples, batch_size)
     questions = _questions(rows, examples, tokenizer)
@@ -77,19 +86,23 @@ def evaluate(
     prompts = [question.ids for question in questions]
     figures: dict[str, Any] = {}
     if labels is not None:
-        table = label_table(labels, tokenizer, questions[0].prompt, len(prompts[0]))
+        first = questions[0]
+        table = label_table(labels, first.tokenizer, first.prompt, len(first.ids))
         _check_references(questions, table, labels, tokenizer)
         choices = [labels[index] for index in choose(model, prompts, table, batch_size)]
         figures["choices"] = choices
-        figures["label_accuracy"] = _mean(exact_match, choices, references)
+        figures["label_accuracy"] = _mean(exact_match, choices, [q.answer for q in questions])
     if max_new_tokens and questions:
         rule = Decoding(max_new_tokens, batch_size=batch_size, ends=end_tokens(model, tokenizer))
         generated = generate_ids(model, prompts, rule)
         answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
         figures["predictions"] = answers
-        figures["exact_match"] = _mean(exact_match, answers, references)
-        figures["token_f1"] = _mean(token_f1, answers, references)
-        figures["metrics"] = {name: _mean(f, answers, references) for name, f in metrics.items()}
+        pairs = [q.compared(answer) for q, answer in zip(questions, answers, strict=True)]
+        ours = [answer for answer, _ in pairs]
+        theirs = [reference for _, reference in pairs]
+        figures["exact_match"] = _mean(exact_match, ours, theirs)
+        figures["token_f1"] = _mean(token_f1, ours, theirs)
+        figures["metrics"] = {name: _mean(f, ours, theirs) for name, f in metrics.items()}
     return Scores(
         n=len(rows),
         tokens=tokens,
@@ -131,13 +144,39 @@ class _Question:
         example: the row as tokens and labels.
         prompt: messages, or raw text.
         ids: token ids of the prompt.
-        reference: text of the answer.
+        answer: text of the row's answer.
+        trained: the supervised text of that answer, without special tokens.
+        tokenizer: the tokenizer, with the row's variables of the template.
     """
 
     example: Example
     prompt: Any
     ids: list[int]
-    reference: str
+    answer: str
+    trained: str
+    tokenizer: Any
+
+    @property
+    def reference(self) -> str:
+        """The row's answer, or the supervised text if the template writes more or other text."""
+        return self.answer if self.trained.strip() == self.answer.strip() else self.trained
+
+    def compared(self, answer: str) -> tuple[str, str]:
+        """Return an answer and its reference as the metrics see them.
+
+        If both begin with the text that the template adds in front of the row's answer, it is taken
+        off both.
+
+        Args:
+            answer: a generated answer.
+        """
+        reference = self.reference
+        added = reference.strip().removesuffix(self.answer.strip()).strip()
+        ends_alike = reference.strip().endswith(self.answer.strip())
+        if added and ends_alike and answer.strip().startswith(added):
+            answer = answer.strip().removeprefix(added)
+            reference = self.answer
+        return answer, reference
 
 
 def _check_arguments(metrics: Mapping[str, Metric], max_new_tokens: int, batch_size: int) -> None:
@@ -171,8 +210,13 @@ def _questions(rows: Sequence[Any], examples: Sequence[Example], tokenizer: Any)
         sample = as_messages(row, example.row)
         if not isinstance(sample, Chat) and not sample.prompt:
             continue
-        prompt, reference = split_prompt(row, example.row)
-        questions.append(_Question(example, prompt, encode_prompt(prompt, tokenizer), reference))
+        prompt, answer = split_prompt(row, example.row)
+        reader = tokenizer
+        if isinstance(sample, Chat):
+            reader = with_template_kwargs(tokenizer, sample.chat_template_kwargs)
+        ids = encode_prompt(prompt, reader)
+        trained = reader.decode(_answer_ids(example, len(ids)), skip_special_tokens=True)
+        questions.append(_Question(example, prompt, ids, answer, trained, reader))
     return questions
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.common import order_by_length, unwrap_model
+from minilora.data.chat_template import as_trained
 from minilora.data.prompt import encode_prompt, end_of_turn
 from minilora.generation.cuda_graph import graphs
 from minilora.generation.sampling import Decoding, pick
@@ -41,6 +42,7 @@ def generate(
     batch_size: int = 16,
     cuda_graph: bool | str = "auto",
     adapters: Sequence[str | None] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Generate the model's answer to a prompt, or its answers to several prompts.
 
@@ -63,6 +65,8 @@ def generate(
             Changes no answer.
         adapters: for each prompt the name of the adapter that answers, or None for the base; None
             uses the active adapters for all.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking`. None takes
+            those that the answering adapter was trained with.
 
     Returns:
         A string for one prompt, a list of strings for a list of prompts.
@@ -92,9 +96,15 @@ def generate(
         cuda_graph=cuda_graph,
     )
     _check_prompts(prompts)
+    names = list(adapters or [])
+    readers = {name: as_trained(tokenizer, chat_template_kwargs, model, [name]) for name in names}
+    if adapters is None:
+        readers[None] = as_trained(tokenizer, chat_template_kwargs, model)
+        names = [None] * len(prompts)
     rows = []
-    for number, one in enumerate(prompts):
-        rows.append(encode_prompt(one, tokenizer, place=f"prompt {number}"))
+    # for_prompts checks the number of names
+    for number, (one, name) in enumerate(zip(prompts, names, strict=False)):
+        rows.append(encode_prompt(one, readers[name], place=f"prompt {number}"))
     generated = generate_ids(model, rows, rule, adapters)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
     for word in stop_texts:

@@ -1,5 +1,7 @@
 """The registry of a model's adapters, stored on the model itself."""
 
+from typing import Any
+
 from torch import nn
 
 from minilora.common import named_modules, unwrap_model
@@ -14,7 +16,8 @@ class AdapterRegistry(dict[str, LoRAConfig]):
 
     Attributes:
         seeds: Seed of each adapter's initial values; None if it was loaded from a file without it.
-        tokenizers: Hashes of the tokenizer that each adapter was trained with.
+        tokenizers: Hashes of the tokenizer that each adapter was trained with, and its
+            "chat_template_kwargs".
         storages: Storage of the base that each adapter was trained on (quant/storage.py).
         parts: Modules and biases that train together with an adapter.
         vocabulary: Number of tokens when the first adapter was added; None without an embedding.
@@ -24,7 +27,7 @@ class AdapterRegistry(dict[str, LoRAConfig]):
     def __init__(self):
         super().__init__()
         self.seeds: dict[str, int | None] = {}
-        self.tokenizers: dict[str, dict[str, str] | None] = {}
+        self.tokenizers: dict[str, dict[str, Any] | None] = {}
         self.storages: dict[str, Storage | None] = {}
         self.parts = TrainedParts()
         self.vocabulary: int | None = None

@@ -1,7 +1,7 @@
 """The objectives of training, one file each, with their equations.
 
     sft             supervised fine-tuning, the `Objective` protocol, mean losses
-    dpo             direct preference optimisation
+    dpo             direct preference optimisation; preference_rows: its forms of rows
     distillation    distillation from a teacher; a penalty for leaving the base
     classification  sequence classification
 

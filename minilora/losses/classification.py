@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from minilora.common import order_by_length, unknown_name, unwrap_model
 from minilora.data import IGNORE, Chat, Example, RawText, as_messages, encode_prompt, read_dataset
+from minilora.data.chat_template import with_template_kwargs
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
 from minilora.data.report import numbers
@@ -232,7 +233,9 @@ class Classify:
             raise unknown_name(f"row {index}: label", str(label), self.labels)
         sample = as_messages(row, index)
         text = sample.messages if isinstance(sample, Chat) else sample.completion
-        example = _example(text, tokenizer, max_length, index)
+        kwargs = row.get("chat_template_kwargs")
+        reader = with_template_kwargs(tokenizer, kwargs, f"row {index}: ")
+        example = _example(text, reader, max_length, index)
         return replace(example, label=self.labels.index(label))
 
 

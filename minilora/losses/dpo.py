@@ -13,12 +13,12 @@ y_w is the chosen ("won") answer, y_l the rejected ("lost") one. The reference p
 model with its adapters disabled, so no second model is needed. It gets no gradient. Adapters that
 were merged into the base before belong to the reference.
 
-A row is {prompt, chosen, rejected}; prompts are masked as in supervised fine-tuning. Means over the
-pairs are reported next to the loss: accuracy (share of pairs with delta > 0), margin
-(beta · delta), and log p of both answers.
+A row has a prompt and two answers; `losses/preference_rows.py` lists the forms. Prompts are masked
+as in supervised fine-tuning. Means over the pairs are reported next to the loss: accuracy (share of
+pairs with delta > 0), margin (beta · delta), and log p of both answers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,8 +28,9 @@ from torch import Tensor
 from minilora.common import check_options, option
 from minilora.data import Example, encode_dataset, read_dataset
 from minilora.data.dataset import Encoded
-from minilora.data.formats import shape_of
+from minilora.data.report import numbers
 from minilora.lora.active import disable_adapters, list_adapters
+from minilora.losses.preference_rows import ANSWERS, preference_row
 from minilora.losses.sft import labelled_positions, padded
 from minilora.models.padded_batch import inference
 from minilora_kernels.ops.cross_entropy import head_logprobs
@@ -72,7 +73,7 @@ class DPO:
         """Encode preference rows as pairs of answers.
 
         Args:
-            dataset: Rows with prompt, chosen and rejected, or a path.
+            dataset: Rows of a form of `losses/preference_rows.py`, or a path.
             tokenizer: The model's tokenizer.
             max_length: Largest number of tokens of prompt and answer; None for no limit.
 
@@ -80,12 +81,12 @@ class DPO:
             A `Pair` for each row in which both answers have a supervised token, with a report.
 
         Raises:
-            ValueError: If a row is not a preference, or no pair is left.
+            ValueError: If a row is not a preference, no pair is left, or all pairs are equal.
         """
-        rows = read_dataset(dataset)
+        rows = [preference_row(row, index) for index, row in enumerate(read_dataset(dataset))]
         encoded = {}
-        for side in ("chosen", "rejected"):
-            answers = [_side(row, index, side) for index, row in enumerate(rows)]
+        for side in ANSWERS:
+            answers = [row.side(side) for row in rows]
             encoded[side] = encode_dataset(answers, tokenizer, max_length)
         chosen = {example.row: example for example in encoded["chosen"]}
         rejected = {example.row: example for example in encoded["rejected"]}
@@ -95,12 +96,30 @@ class DPO:
                 f"dataset: in none of {len(rows)} rows do both answers have a trained token: "
                 f"{encoded['chosen'].report}"
             )
-        report = (
-            f"{len(pairs)} pairs of {len(rows)} rows\n"
-            f"  chosen: {encoded['chosen'].report}\n"
-            f"  rejected: {encoded['rejected'].report}"
-        )
-        return Encoded(pairs, report)
+        equal = [pair.chosen.row for pair in pairs if pair.is_equal]
+        if len(equal) == len(pairs):
+            raise ValueError(
+                f"dataset: both answers are equal in all {len(pairs)} pairs, as the model reads "
+                "them, so there is nothing to learn. Check chosen and rejected, and raise "
+                "max_length if they differ only behind it."
+            )
+        lines = [f"{len(pairs)} pairs of {len(rows)} rows"]
+        if equal:
+            lines.append(
+                f"  {len(equal)} pairs have equal answers and teach nothing ({numbers(equal)})"
+            )
+        repeated = [index for index, row in enumerate(rows) if row.repeated]
+        if repeated:
+            lines.append(
+                f"  {len(repeated)} rows repeat the prompt in both answers: it was taken off there "
+                f"({numbers(repeated)})"
+            )
+        unused = sorted({key for row in rows for key in row.unused})
+        if unused:
+            lines.append(f"  keys not used: {', '.join(unused)}")
+        for side in ANSWERS:
+            lines.append(f"  {side}: {encoded[side].report}")
+        return Encoded(pairs, "\n".join(lines))
 
     def collate(self, examples: Sequence["Pair"]) -> dict[str, Tensor]:
         """Return the batch of some pairs: all chosen answers, then all rejected ones.
@@ -211,39 +230,8 @@ class Pair:
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
 
-
-def _side(row: Mapping[str, Any], index: int, side: str) -> dict[str, Any]:
-    """Return the prompt/completion row of one answer of a preference row."""
-    shape = shape_of(row, index)
-    if shape != "preference":
-        raise ValueError(
-            f"row {index}: expected prompt, chosen and rejected, got a row of the shape {shape}."
-        )
-    prompt = row.get("prompt")
-    answer = row[side]
-    if prompt is None:
-        size = _shared_messages(row, index)
-        prompt = answer[:size]
-        answer = answer[size:]
-    others = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
-    return others | {"prompt": prompt, "completion": answer}
-
-
-def _shared_messages(row: Mapping[str, Any], index: int) -> int:
-    """Return the number of first messages that two conversations share: the prompt."""
-    chosen = row["chosen"]
-    rejected = row["rejected"]
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError(
-            f"row {index}: chosen and rejected are texts and need a prompt: put it under `prompt`."
-        )
-    size = 0
-    for number, (message, other) in enumerate(zip(chosen, rejected, strict=False)):
-        if message != other:
-            size = number
-            break
-    if size == 0:
-        raise ValueError(
-            f"row {index}: chosen and rejected do not begin with the same messages, the prompt."
-        )
-    return size
+    @property
+    def is_equal(self) -> bool:
+        """True if both answers have the same tokens, so that the pair has no gradient."""
+        same_tokens = self.chosen.input_ids == self.rejected.input_ids
+        return same_tokens and self.chosen.labels == self.rejected.labels

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from minilora.data.chat_template import as_trained
 from minilora.data.prompt import encode_prompt
 from minilora.generation.engine import Full
 from minilora.generation.sequence import Ask, Piece
@@ -90,7 +91,8 @@ class Desk:
                 more tokens than the server allows (status 400).
         """
         try:
-            token_ids = await self._encode(prompt)
+            kwargs = getattr(body, "chat_template_kwargs", None)
+            token_ids = await self._encode(prompt, adapter, kwargs)
             limit = self._token_limit(len(token_ids), max_tokens, default_tokens)
             stop = body.stop or []
             if isinstance(stop, str):
@@ -109,11 +111,15 @@ class Desk:
         except ValueError as error:
             raise Refused(400, str(error)) from error
 
-    async def _encode(self, prompt: Any) -> list[int]:
+    async def _encode(
+        self, prompt: Any, adapter: str | None, chat_template_kwargs: dict[str, Any] | None
+    ) -> list[int]:
         """Return the token ids of a prompt; a long text does not block the event loop."""
         if isinstance(prompt, list) and isinstance(prompt[0], int):
             return prompt
-        return await asyncio.to_thread(encode_prompt, prompt, self.worker.engine.tokenizer)
+        engine = self.worker.engine
+        tokenizer = as_trained(engine.tokenizer, chat_template_kwargs, engine.model, [adapter])
+        return await asyncio.to_thread(encode_prompt, prompt, tokenizer)
 
     def _token_limit(
         self, prompt_length: int, max_tokens: int | None, default_tokens: int | None

@@ -1,6 +1,7 @@
 """The request bodies, as pydantic models.
 
-The fields are OpenAI's. Where OpenAI lacks a field, it is vLLM's (`top_k`, `lora_name`). A field
+The fields are OpenAI's. Where OpenAI lacks a field, it is vLLM's (`top_k`, `lora_name`,
+`chat_template_kwargs`). A field
 that would change the answer and is not supported accepts only the values that change nothing: `n`
 equal to 1, a penalty equal to 0. An unknown field is refused. So the server ignores no field,
 except the few that describe the client and not the answer. FastAPI writes /openapi.json from these
@@ -121,6 +122,7 @@ class Chat(OpenAI):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: PositiveInt = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -149,6 +151,7 @@ class Generate(Sampling):
     """The body of POST /generate: `ml.generate` with its names and defaults (greedy)."""
 
     prompt: Text | Annotated[list[Message], Field(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None
     adapter: Annotated[str, Field(description="null: the base")] | None = None
     max_new_tokens: PositiveInt = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

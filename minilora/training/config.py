@@ -85,6 +85,11 @@ class TrainConfig(Options):
     dataset_cache: str | None = option(
         None, "folder where tokenised dataset files are kept for the next run"
     )
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None,
+        "variables of the chat template, such as enable_thinking; None: those that the adapter was "
+        "trained with, if any",
+    )
     group_by_length: bool = option(True, "batch samples of similar length: less padding")
 
     # Memory and precision

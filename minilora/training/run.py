@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from minilora.common import unwrap_model
+from minilora.data.chat_template import as_trained
 from minilora.data.dataset import content_hash
 from minilora.data.packing import pack
 from minilora.lora.files.base_check import note_training
@@ -125,6 +126,7 @@ def set_up(
         ValueError: If training would be meaningless, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
+    tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()
     run_model = checks.check_wrappers(model, config)
     model = unwrap_model(model)

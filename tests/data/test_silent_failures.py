@@ -261,3 +261,28 @@ def test_training_raises_the_same_error():
             rows(chat("a" * 90, "b")),
             TrainConfig(max_steps=1, max_length=64),
         )
+
+
+# ---- rows for another objective
+
+
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize("value", [False, "False", "false"])
+def test_an_undesirable_answer_of_kto_is_not_trained(key, value):
+    """A file of KTO has a row for each answer and marks the undesirable ones."""
+    pairs = [
+        {"prompt": "a", "completion": "b"},
+        {"messages": chat("a", "b")},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ]
+    for row in pairs:
+        with pytest.raises(ValueError, match=f"row 1: '{key}' is false.*Keep the rows whose"):
+            encode_dataset([row | {key: True}, row | {key: value}], ours("chatml"))
+        data = encode_dataset([row | {key: True}, row | {key: None}], ours("chatml"))
+        assert len(data) == 2 and data.report.unused_keys == (key,)
+
+
+def test_a_label_that_is_not_of_kto_stays_an_unused_key():
+    for label in (0, 1, "positive", None):
+        row = {"prompt": "a", "completion": "b", "label": label}
+        assert len(encode_dataset([row], ours("chatml"))) == 1

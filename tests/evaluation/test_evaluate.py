@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import minilora.evaluation.evaluate as evaluate_module
 import minilora.models.padded_batch as context_module
 from helpers.chats import chat, ours, theirs
 from helpers.tiny import oracle, tokens, twin
 from minilora.data import encode_dataset, encode_prompt, split_prompt
 from minilora.evaluation.evaluate import evaluate, label_table
 from minilora.evaluation.likeliest_label import Labels, choose
-from minilora.evaluation.metrics import Scores, exact_match, token_f1
+from minilora.evaluation.metrics import Scores, exact_match, json_valid, token_f1
 from minilora.generation.generate import generate
 from minilora.models.padded_batch import Context, inference
 
@@ -121,6 +122,50 @@ def test_predictions_are_the_answers_of_generate(tokenizer):
     assert scores.exact_match == pytest.approx(3 / 5)
     assert scores.token_f1 == pytest.approx(sum(map(token_f1, answers, scores.references)) / 5)
     assert scores.metrics == {"length": sum(map(len, answers)) / 5}
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("<think>\n\n</think>\n\nyes", 1.0),  # what was trained
+        ("yes", 1.0),  # the row's own answer
+        ("<think>\n\n</think>\n\nno", 0.0),
+        ("<think>\nhm\n</think>\n\nyes", 0.0),
+        ("<think>\n\n</think>", 0.0),
+    ],
+)
+def test_an_answer_is_compared_with_what_was_trained(monkeypatch, answer, score):
+    """Qwen3's template writes an empty block of thoughts in front of the last answer."""
+    tokenizer = ours("qwen3")
+    ids = tokenizer.encode(answer)
+    monkeypatch.setattr(evaluate_module, "generate_ids", lambda *given: [ids])
+    row = {"messages": chat("is it?", "yes")}
+    seen = []
+    metrics = {"seen": lambda *pair: seen.append(pair) or 0.0}
+    scores = evaluate(MINE, tokenizer, [row], metrics=metrics)
+    assert scores.exact_match == score
+    assert scores.references == ["<think>\n\n</think>\n\nyes"] and scores.predictions == [answer]
+    if score:
+        assert [text.strip() for text in seen[0]] == ["yes", "yes"]
+
+
+def test_json_of_a_thinking_template_is_valid(monkeypatch):
+    tokenizer = ours("qwen3")
+    ids = tokenizer.encode('<think>\n\n</think>\n\n{"a": 1}')
+    monkeypatch.setattr(evaluate_module, "generate_ids", lambda *given: [ids])
+    row = {"messages": chat("is it?", '{"a": 1}')}
+    scores = evaluate(MINE, tokenizer, [row], metrics={"valid": json_valid})
+    assert scores.metrics == {"valid": 1.0} and scores.token_f1 == 1
+
+
+def test_thoughts_of_the_row_belong_to_its_reference(monkeypatch):
+    tokenizer = ours("qwen3")
+    messages = chat("is it?", "yes")
+    messages[1]["reasoning_content"] = "hm"
+    trained = "<think>\nhm\n</think>\n\nyes"
+    monkeypatch.setattr(evaluate_module, "generate_ids", lambda *given: [tokenizer.encode(trained)])
+    scores = evaluate(MINE, tokenizer, [{"messages": messages}])
+    assert scores.exact_match == 1 and scores.references == [trained]
 
 
 def test_metrics_by_hand():

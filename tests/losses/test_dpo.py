@@ -198,6 +198,89 @@ def test_prompts_are_masked_as_in_supervised_training():
     )
 
 
+HI = {"role": "user", "content": "hi"}
+YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+SYSTEM = {"role": "system", "content": "be short"}
+PLAIN = {"prompt": [HI], "chosen": [YES], "rejected": [NO]}
+WITH_SYSTEM = PLAIN | {"prompt": [SYSTEM, HI]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}],
+            "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}}  # fmt: skip
+FORMS = {
+    "prompt repeated": (PLAIN | {"chosen": [HI, YES], "rejected": [HI, NO]}, PLAIN),
+    "system and prompt repeated": (
+        WITH_SYSTEM | {"chosen": [SYSTEM, HI, YES], "rejected": [SYSTEM, HI, NO]},
+        WITH_SYSTEM,
+    ),
+    "last turn repeated": (WITH_SYSTEM | {"chosen": [HI, YES], "rejected": [HI, NO]}, WITH_SYSTEM),
+    "ultrafeedback": (
+        {"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, NO], "messages": [HI, YES]},
+        PLAIN,
+    ),
+    "ultrafeedback with a system message": (
+        {"prompt": "hi", "chosen": [SYSTEM, HI, YES], "rejected": [SYSTEM, HI, NO]},
+        WITH_SYSTEM,
+    ),
+    "text prompt, answers alone": ({"prompt": "hi", "chosen": [YES], "rejected": [NO]}, PLAIN),
+    "messages, texts": ({"prompt": [HI], "chosen": "yes", "rejected": "no"}, PLAIN),
+    "LLaMA-Factory, ShareGPT": (SHAREGPT, PLAIN),
+    "LLaMA-Factory, system": (SHAREGPT | {"system": "be short"}, WITH_SYSTEM),
+    "LLaMA-Factory, OpenAI": ({"messages": [HI], "chosen": YES, "rejected": NO}, PLAIN),
+    "LLaMA-Factory, Alpaca": (
+        {"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
+        PLAIN,
+    ),
+    "nulls of Arrow": (PLAIN | {"conversations": None, "instruction": None}, PLAIN),
+    "text repeated": (
+        {"prompt": "2 + 2 =", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"},
+        {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+    ),
+    "text repeated by one answer": (
+        {"prompt": "say ab", "chosen": "say ab", "rejected": "no"},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_pair_trains_the_same_tokens(form):
+    from helpers.chats import ours
+
+    row, plain = FORMS[form]
+    (found,) = ml.DPO().encode([row], ours("chatml"), None)
+    (expected,) = ml.DPO().encode([plain or row], ours("chatml"), None)
+    assert found == expected
+    answers = [
+        ours("chatml").decode([label for label in example.labels if label != -100])
+        for example in (found.chosen, found.rejected)
+    ]
+    if isinstance((plain or row)["chosen"], list):
+        assert answers == ["yes<|im_end|>", "no<|im_end|>"]
+    if plain is None:
+        assert answers[0].startswith("say ab")
+
+
+def test_the_report_names_equal_pairs_repeated_prompts_and_unused_keys():
+    rows = [
+        *ROWS[:2],
+        {"prompt": "a=", "chosen": "b", "rejected": "b"},
+        {"prompt": "a=", "chosen": "a=b", "rejected": "a=c", "messages": [HI, YES]},
+    ]
+    report = ml.DPO().encode(rows, Letters(), None).report
+    assert "4 pairs of 4 rows" in report
+    assert "1 pairs have equal answers and teach nothing (rows 2)" in report
+    assert "1 rows repeat the prompt in both answers: it was taken off there (rows 3)" in report
+    assert "keys not used: messages" in report
+    assert "equal" not in ml.DPO().encode(ROWS, Letters(), None).report
+
+
+def test_a_run_may_begin_with_an_equal_pair():
+    rows = [{"prompt": "a=", "chosen": "b", "rejected": "b"}] + ROWS[:1]
+    config = TrainConfig(**FAST | {"per_device_train_batch_size": 1, "group_by_length": False})
+    model = lora()
+    result = train(model, Letters(), rows, config, objective=ml.DPO())
+    assert result.steps == 5 and min(result.losses) < 0.69
+
+
 def test_a_pair_that_lost_an_answer_is_left_out_and_reported():
     long = {"prompt": "abc=", "chosen": "a", "rejected": "b"}
     data = ml.DPO().encode([*ROWS[:1], long | {"prompt": "a" * 30}], Letters(), 16)
@@ -224,6 +307,23 @@ def test_a_pair_that_lost_an_answer_is_left_out_and_reported():
                 }
             ],
             "same messages",
+        ),
+        ([{"prompt": "a", "completion": "b", "label": True}], "KTO's rows.*are no pairs"),
+        ([PLAIN | {"chosen": [HI, YES]}], "one answer repeats the prompt and the other does not"),
+        ([PLAIN | {"chosen": "yes"}], "must both be texts or both be messages, got str and list"),
+        (
+            [PLAIN | {"chosen": [HI], "rejected": [HI]}],
+            "chosen must begin with an assistant message",
+        ),
+        (
+            [{"prompt": "other", "chosen": [HI, YES], "rejected": [HI, NO]}],
+            "prompt 'other' is not the last message that chosen and rejected share, 'hi'",
+        ),
+        ([PLAIN | {"chosen": [{"role": "robot", "content": "a"}]}], r"row 0, chosen\[0\]: unknown"),
+        ([PLAIN | {"chosen": 3}], "chosen must be a text or a list of messages, got 3"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+            "both answers are equal in all 1 pairs",
         ),
     ],
 )

@@ -45,7 +45,7 @@ PARAMETERS = 8
 # The two public functions with the most parameters; all after the model are keyword-only.
 PARAMETERS_OF = {
     "minilora/models/loader.py:load_model": 9,
-    "minilora/generation/generate.py:generate": 11,
+    "minilora/generation/generate.py:generate": 12,
 }
 FOLDER_FILES = 14  # __init__.py and __main__.py not counted
 

@@ -141,14 +141,21 @@ def _converted_hashes(layer: nn.Module, kind: str) -> str:
 # ---- the tokenizer
 
 
-def hash_tokenizer(tokenizer: Any) -> dict[str, str]:
+def hash_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Return hashes of the chat template and, if it can be listed, of the vocabulary.
+
+    Further variables of the template are stored as they are, as "chat_template_kwargs".
 
     Args:
         tokenizer: A tokenizer of minilora or transformers.
     """
     template = getattr(tokenizer, "chat_template", None)  # a text, several texts by name, or None
-    hashes = {"chat_template": digest(json.dumps(template, sort_keys=True).encode())}
+    hashes: dict[str, Any] = {
+        "chat_template": digest(json.dumps(template, sort_keys=True).encode())
+    }
+    kwargs = getattr(tokenizer, "chat_template_kwargs", None)
+    if kwargs:
+        hashes["chat_template_kwargs"] = kwargs
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
     if convert is not None:
         tokens = []
@@ -185,7 +192,7 @@ def binding(
     layers: Mapping[str, nn.Module],
     source: str | None,
     seed: int | None,
-    tokenizer: dict[str, str] | None,
+    tokenizer: dict[str, Any] | None,
     storage: Storage,
 ) -> dict[str, Any]:
     """Return the metadata of an adapter file.
