@@ -133,6 +133,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     registry.tokenizers.pop(name, None)
     registry.storages.pop(name, None)
     registry.with_vocabulary.discard(name)
+    registry.labels.pop(name, None)
 
 
 def check_adapters(model: nn.Module, names: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ class AdapterRegistry(dict[str, LoRAConfig]):
         tokenizers: Hashes of the tokenizer that each adapter was trained with, and its
             "chat_template_kwargs".
         storages: Storage of the base that each adapter was trained on (quant/storage.py).
+        labels: Label names of each classifier, in the order of the head's outputs.
         parts: Modules and biases that train together with an adapter.
         vocabulary: Number of tokens when the first adapter was added; None without an embedding.
         with_vocabulary: Names of the adapters whose files store the embedding and output layer.
@@ -29,6 +30,7 @@ class AdapterRegistry(dict[str, LoRAConfig]):
         self.seeds: dict[str, int | None] = {}
         self.tokenizers: dict[str, dict[str, Any] | None] = {}
         self.storages: dict[str, Storage | None] = {}
+        self.labels: dict[str, list[Any]] = {}
         self.parts = TrainedParts()
         self.vocabulary: int | None = None
         self.with_vocabulary: set[str] = set()

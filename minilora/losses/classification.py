@@ -5,7 +5,8 @@
 
 The head `score` (labels, D), without bias, is a module of the model and is trained in full. The
 adapter file is the one that PEFT writes for its task SEQ_CLS. PEFT loads it around transformers'
-...ForSequenceClassification.
+...ForSequenceClassification. The metadata of the file keeps the names of the labels in the order of
+the outputs: with other names, or in another order, the classifier is refused.
 
     objective = ml.Classify(["negative", "positive"])
     objective.add_head(model)
@@ -33,6 +34,7 @@ from minilora.data.chat_template import with_template_kwargs
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
 from minilora.data.report import numbers
+from minilora.lora.files.base_check import labels_of
 from minilora.losses.sft import padded, run_hidden
 from minilora.models.padded_batch import inference
 
@@ -78,6 +80,7 @@ class Classify:
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(head.weight, std=0.02, generator=generator)
         model.score = head.to(weight.device, weight.dtype).requires_grad_(False)
+        model.label_names = list(self.labels)
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Encoded:
         """Encode labelled texts.
@@ -93,11 +96,12 @@ class Classify:
         Raises:
             ValueError: If a row has another shape or an unknown label.
         """
+        names = _class_names(dataset)
         rows = read_dataset(dataset)
         texts = []
         unused: set[str] = set()
         for index, row in enumerate(rows):
-            texts.append(self._encode_row(row, tokenizer, max_length, index))
+            texts.append(self._encode_row(row, names, tokenizer, max_length, index))
             unused |= extra_keys(row, index)
         unused.discard("label")
         return Encoded(texts, self._report(texts, unused, max_length))
@@ -204,7 +208,11 @@ class Classify:
 
         Returns:
             One label for each text.
+
+        Raises:
+            ValueError: If the model's classifier was trained with other labels, or in another order.
         """
+        self.check_names(model)
         examples = [_example(text, tokenizer, None, index) for index, text in enumerate(texts)]
         # Longest first: texts of similar length share a batch, which saves padding.
         order = order_by_length(examples)
@@ -219,7 +227,12 @@ class Classify:
         return [self.labels[label] for label in predicted]
 
     def _encode_row(
-        self, row: Mapping[str, Any], tokenizer: Any, max_length: int | None, index: int
+        self,
+        row: Mapping[str, Any],
+        names: Sequence[str],
+        tokenizer: Any,
+        max_length: int | None,
+        index: int,
     ) -> "LabelledText":
         """Return one row as token ids and the number of its label."""
         shape = shape_of(row, index)
@@ -228,15 +241,50 @@ class Classify:
                 f"row {index}: expected text and label, or messages and label, got the shape "
                 f"{shape}."
             )
-        label = row.get("label")
-        if label not in self.labels:
-            raise unknown_name(f"row {index}: label", str(label), self.labels)
+        label = self._number(row.get("label"), names, index)
         sample = as_messages(row, index)
         text = sample.messages if isinstance(sample, Chat) else sample.completion
         kwargs = row.get("chat_template_kwargs")
         reader = with_template_kwargs(tokenizer, kwargs, f"row {index}: ")
         example = _example(text, reader, max_length, index)
-        return replace(example, label=self.labels.index(label))
+        return replace(example, label=label)
+
+    def _number(self, label: Any, names: Sequence[str], index: int) -> int:
+        """Return the number of a row's label; `names` are those of a ClassLabel column."""
+        is_number = isinstance(label, int) and not isinstance(label, bool)
+        if is_number and 0 <= label < len(names):
+            label = names[label]
+        if label in self.labels:
+            return self.labels.index(label)
+        as_text = [str(known) for known in self.labels]
+        if str(label) in as_text:  # a CSV or JSON file has 1 where the label is "1", or "1" for 1
+            return as_text.index(str(label))
+        if is_number:
+            raise ValueError(
+                f"row {index}: label {label} is a number, and the labels are {self.labels}. Write "
+                "the name into each row, as with row | {'label': names[row['label']]}; the column "
+                "of a `datasets` set has them as dataset.features['label'].names."
+            )
+        raise unknown_name(f"row {index}: label", str(label), as_text)
+
+    def check_names(self, model: Any) -> None:
+        """Refuse a model whose head was trained with other label names, or another order of them.
+
+        A model that does not know its names is accepted.
+
+        Args:
+            model: A model with a head `score`.
+
+        Raises:
+            ValueError: If the names differ, or their order.
+        """
+        names = labels_of(model) or _names_in_config(model, self.labels)
+        if names is not None and list(map(str, names)) != list(map(str, self.labels)):
+            raise ValueError(
+                f"labels: the model's classifier was trained with {names}, in this order, and the "
+                f"objective has {self.labels}: an output would get the name of another class. Use "
+                f"minilora.Classify({names})."
+            )
 
 
 @dataclass(frozen=True)
@@ -248,6 +296,19 @@ class LabelledText(Example):
     """
 
     label: int = 0
+
+
+def _class_names(dataset: Any) -> Sequence[str]:
+    """Return the names of the numbers in the label column of a `datasets` set, if it has them."""
+    features = getattr(dataset, "features", None) or {}
+    return getattr(features.get("label"), "names", None) or ()
+
+
+def _names_in_config(model: Any, labels: Sequence[Any]) -> list[str] | None:
+    """Return the names in a transformers config if they are these labels, in any order."""
+    id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
+    names = [str(id2label[number]) for number in sorted(id2label)]
+    return names if sorted(names) == sorted(map(str, labels)) else None
 
 
 def _example(text: Any, tokenizer: Any, max_length: int | None, index: int) -> LabelledText:

@@ -23,22 +23,30 @@ This is the penalty of learning from human feedback (arXiv 2203.02155, eq. 2), c
 instead of from one sample.
 
 Both models read the batch, the teacher without gradients. Logits exist for one chunk of positions
-at a time. Teacher and student need the same vocabulary.
+at a time. Teacher and student need the same tokenizer, because token i of one is compared with token
+i of the other. Their heads may have different numbers of padding rows behind its tokens, as those of
+Qwen2.5 0.5B and 7B: the divergence is then over the rows that both have.
 """
 
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.common import check_options, option
+from minilora.data import EncodedDataset
+from minilora.data.prompt import is_special
+from minilora.data.tokenizer import load_tokenizer
 from minilora.lora.active import disable_adapters, list_adapters
 from minilora.losses.sft import SFT, LabelledPositions, labelled_positions
 from minilora.models.loader import load_model
 from minilora.models.padded_batch import inference
 from minilora_kernels.ops.cross_entropy import in_chunks, rows_at_a_time
+
+PADDING = 512  # rows of padding that a head may have, where the teacher's tokenizer is unknown
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ class Distill(SFT):
         alpha: Share of the divergence in the loss; the rest is cross-entropy.
         kind: "forward" or "reverse".
         top_k: Number of the teacher's most likely tokens that are compared; None: all.
+        token_range: Smallest and largest size of a head that fits the tokenizer; `encode` sets it.
     """
 
+    token_range: ClassVar[tuple[int, int] | None] = None
     teacher: nn.Module | str = field(
         repr=False,
         compare=False,
@@ -74,6 +84,30 @@ class Distill(SFT):
         if isinstance(self.teacher, str):
             object.__setattr__(self, "teacher", load_model(self.teacher))
 
+    def encode(
+        self, dataset: Any, tokenizer: Any, max_length: int | None, cache: str | None = None
+    ) -> EncodedDataset:
+        """Encode the rows of a dataset, and compare the tokenizers of teacher and student.
+
+        Args:
+            dataset: Rows, or a path.
+            tokenizer: The student's tokenizer.
+            max_length: Largest number of tokens of an example; None for no limit.
+            cache: Folder where tokenised dataset files are kept; None keeps none.
+
+        Returns:
+            The examples with at least one supervised token, and the report about all rows.
+
+        Raises:
+            ValueError: If the teacher is known to have another tokenizer.
+        """
+        teachers = teacher_tokenizer(self.teacher)
+        known = teachers is not None and check_same_tokens(teachers, tokenizer)
+        # Behind the tokens of the tokenizer, heads have rows of padding that no text uses.
+        padding = sys.maxsize if known else PADDING
+        object.__setattr__(self, "token_range", (len(tokenizer), len(tokenizer) + padding))
+        return super().encode(dataset, tokenizer, max_length, cache)
+
     def loss(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch, summed over its supervised tokens.
 
@@ -85,13 +119,15 @@ class Distill(SFT):
             The sum, an fp32 scalar, and the sums of divergence ("kl") and cross-entropy.
 
         Raises:
-            ValueError: If the vocabularies differ.
+            ValueError: If the vocabularies differ by more than padding.
         """
         teacher: Any = self.teacher
         with inference(teacher):
             target = labelled_positions(teacher, batch)
         student = labelled_positions(model, batch)
-        kl, nll = _divergences(student, target, self.kind, self.temperature, self.top_k)
+        kl, nll = _divergences(
+            student, target, self.kind, self.temperature, self.top_k, self.token_range
+        )
         # alpha · t² · D + (1 − alpha) · (−log q_1)
         loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * nll
         return loss, {"kl": kl.detach(), "cross_entropy": nll.detach()}
@@ -144,19 +180,22 @@ def _divergences(
     kind: str,
     temperature: float = 1.0,
     top_k: int | None = None,
+    token_range: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of D and of −log q_1(token) over the positions; only q has gradients."""
+    """Return the sums of D and of −log q_1(token) over the positions; only q has gradients.
+
+    `token_range` holds the smallest and the largest size of a head that fits the tokenizer; None
+    allows no difference in size.
+    """
 
     def chunk_values(student_hidden: Tensor, teacher_hidden: Tensor, tokens: Tensor) -> Tensor:
         with torch.no_grad():
             p = teacher.head(teacher_hidden).float().to(student_hidden.device)  # (C, V) logits
         q = student.head(student_hidden).float()  # (C, V) logits
-        if p.shape != q.shape:
-            raise ValueError(
-                f"teacher: its vocabulary has {p.shape[1]} tokens, the student's {q.shape[1]}. "
-                "Distillation needs a common vocabulary."
-            )
         nll = F.cross_entropy(q, tokens, reduction="none")  # (C,)
+        common = _common_size(p.shape[1], q.shape[1], token_range)  # v
+        p = p[:, :common]  # (C, v)
+        q = q[:, :common]  # (C, v)
         kl = divergence(q / temperature, p / temperature, kind, top_k)  # (C,)
         return torch.stack([kl, nll], dim=1)  # (C, 2)
 
@@ -166,6 +205,77 @@ def _divergences(
     )  # (N, 2)
     kl, nll = values.sum(0)
     return kl, nll
+
+
+def _common_size(teacher: int, student: int, token_range: tuple[int, int] | None) -> int:
+    """Return the number of tokens that two heads share; ValueError if they differ by more."""
+    smallest = min(teacher, student)
+    if teacher == student:
+        return smallest
+    size = ""
+    if token_range is not None:
+        size = f", and the tokenizer {token_range[0]}"
+        if token_range[0] <= smallest and max(teacher, student) <= token_range[1]:
+            return smallest
+    raise ValueError(
+        f"teacher: its vocabulary has {teacher} tokens, the student's {student}{size}. Heads may "
+        "differ by padding behind the tokens of a common tokenizer only. Choose a teacher with the "
+        "student's tokenizer."
+    )
+
+
+def teacher_tokenizer(teacher: Any) -> Any:
+    """Return the tokenizer of a teacher, or None if it is not on this machine.
+
+    Args:
+        teacher: A model; those of `load_model` and of transformers know their source.
+    """
+    name = getattr(teacher, "name_or_path", None)
+    source = name or getattr(getattr(teacher, "config", None), "_name_or_path", None)
+    if not source:
+        return None
+    try:
+        return load_tokenizer(source, local_files_only=True)
+    except (OSError, ValueError):  # a folder without a tokenizer, or a model that is not cached
+        return None
+
+
+def check_same_tokens(teacher: Any, student: Any) -> bool:
+    """Refuse two tokenizers that give one id to different tokens.
+
+    Special tokens may have other names: a chat model often renames reserved ones.
+
+    Args:
+        teacher: The teacher's tokenizer.
+        student: The student's tokenizer.
+
+    Returns:
+        True if the tokens are known to be the same, False if they cannot be listed.
+
+    Raises:
+        ValueError: If an id stands for different tokens.
+    """
+    if not hasattr(student, "convert_ids_to_tokens"):
+        return False
+    ids = list(range(min(len(teacher), len(student))))
+    both = zip(
+        ids,
+        teacher.convert_ids_to_tokens(ids),
+        student.convert_ids_to_tokens(ids),
+        strict=True,
+    )
+    different = []
+    for token_id, theirs, ours in both:
+        if theirs != ours and not (is_special(teacher, token_id) and is_special(student, token_id)):
+            different.append((token_id, theirs, ours))
+    if different:
+        token_id, theirs, ours = different[0]
+        raise ValueError(
+            f"teacher: it has another tokenizer: id {token_id} is {theirs!r} there and {ours!r} for "
+            f"the student ({len(different)} of {len(ids)} ids differ). Distillation compares token "
+            "by token: choose a teacher with the student's tokenizer."
+        )
+    return True
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str, top_k: int | None = None) -> Tensor:

@@ -17,7 +17,8 @@ from minilora.common import unwrap_model
 from minilora.data.chat_template import as_trained
 from minilora.data.dataset import content_hash
 from minilora.data.packing import pack
-from minilora.lora.files.base_check import note_training
+from minilora.lora.files.base_check import note_labels, note_training
+from minilora.losses.classification import Classify
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
 from minilora.training import checks
 from minilora.training.batch_sampler import BatchPlan
@@ -156,6 +157,9 @@ def set_up(
     progress = checkpoints.resume(data | {"objective": repr(objective)}, total)
     checkpoints.check_best(evaluation.best(progress.evals))
     note_training(model, tokenizer)
+    if isinstance(objective, Classify):
+        objective.check_names(model)
+        note_labels(model, objective.labels)
     parallel.check_agreement(
         data=data,
         step=progress.step,

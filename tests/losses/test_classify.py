@@ -13,6 +13,7 @@ import minilora as ml
 from helpers.objective_laws import check_eval_batches, check_resume, check_splits, stirred
 from helpers.tiny import oracle, twin
 from helpers.toy import FAST, Letters, llama, lora
+from minilora.lora.files.base_check import read_binding
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
 
@@ -175,6 +176,100 @@ def test_messages_end_with_the_generation_prompt_and_texts_have_no_end():
     assert text.input_ids == Letters().encode("abc") and set(text.labels) == {-100}
     cut = objective.encode([{"text": "abcdef", "label": "a", "source": "x"}], Letters(), 4)
     assert "1 rows cut at max_length 4" in cut.report and "keys not used: source" in cut.report
+
+
+# ---- names of the labels
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the folder of a classifier that has learned ROWS."""
+    folder = tmp_path_factory.mktemp("classifier")
+    model = classifier()
+    config = TrainConfig(**FAST | {"max_steps": 40})
+    train(model, Letters(), ROWS, config, objective=ml.Classify(LABELS))
+    ml.save_adapter(model, folder)
+    return folder
+
+
+def test_an_adapter_file_keeps_the_names_of_the_labels(saved):
+    assert read_binding(saved / "adapter_model.safetensors")["labels"] == LABELS
+    model, objective = llama(), ml.Classify(LABELS)
+    objective.add_head(model)
+    ml.load_adapter(model, saved)
+    assert objective.predict(model, Letters(), TEXTS) == [row["label"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            LABELS[::-1],
+            r"other labels in another order: expected \['vowel', 'consonant', 'digit'\]",
+        ),
+        (["a", "b", "c"], r"other labels: expected .* got \['a', 'b', 'c'\]"),
+    ],
+)
+def test_a_classifier_with_other_names_or_another_order_is_refused(saved, labels, message):
+    model, other = llama(), ml.Classify(labels)
+    other.add_head(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        ml.load_adapter(model, saved)
+    assert {name: p for name, p in model.named_parameters()}.keys() == before.keys()
+
+    model = llama()
+    ml.Classify(LABELS).add_head(model)
+    ml.load_adapter(model, saved)
+    with pytest.raises(ValueError, match=r"was trained with \['vowel', 'consonant', 'digit'\], in"):
+        other.predict(model, Letters(), TEXTS)
+    rows = [{"text": "abc", "label": labels[0]}, {"text": "bcd", "label": labels[1]}]
+    with pytest.raises(ValueError, match="was trained with"):
+        train(model, Letters(), rows, TrainConfig(**FAST), objective=other)
+
+
+def test_a_model_with_a_head_of_transformers_takes_the_names_of_the_file(causal, tmp_path):
+    ours = classifier(twin(causal), modules_to_save=["score"])
+    train(ours, Letters(), ROWS, TrainConfig(**FAST), objective=ml.Classify(LABELS))
+    ml.save_adapter(ours, tmp_path)
+    theirs = theirs_from(causal)
+    ml.load_adapter(theirs, tmp_path)
+    expected = ml.Classify(LABELS).predict(ours, Letters(), TEXTS)
+    assert ml.Classify(LABELS).predict(theirs, Letters(), TEXTS) == expected
+    with pytest.raises(ValueError, match="was trained with"):
+        ml.Classify(LABELS[::-1]).predict(theirs, Letters(), TEXTS)
+
+
+def test_names_in_a_transformers_config_have_an_order(causal):
+    model = theirs_from(causal)
+    model.config.id2label = dict(enumerate(LABELS))
+    ml.Classify(LABELS).check_names(model)
+    ml.Classify(["other", "names", "here"]).check_names(model)
+    with pytest.raises(ValueError, match="was trained with"):
+        ml.Classify(LABELS[::-1]).check_names(model)
+
+
+def test_numbers_as_labels():
+    letters = Letters()
+    stars = ml.Classify(["1", "2", "3"])
+    numbered = [{"text": "a", "label": 3}, {"text": "b", "label": "1"}]
+    assert [text.label for text in stars.encode(numbered, letters, None)] == [2, 0]
+    by_number = ml.Classify([0, 1])  # type: ignore[list-item]
+    assert [t.label for t in by_number.encode([{"text": "a", "label": 1}], letters, None)] == [1]
+    with pytest.raises(ValueError, match=r"row 0: label 1 is a number.*names\[row\['label'\]\]"):
+        ml.Classify(["negative", "positive"]).encode([{"text": "a", "label": 1}], letters, None)
+
+
+def test_a_column_of_datasets_brings_its_names():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)})
+    rows = Dataset.from_dict({"text": ["ab", "bc", "12"], "label": [0, 1, 2]}, features)
+    encoded = ml.Classify(LABELS[::-1]).encode(rows, Letters(), None)
+    assert [text.label for text in encoded] == [2, 1, 0]
+    unlabelled = Dataset.from_dict({"text": ["ab"], "label": [-1]}, features)
+    with pytest.raises(ValueError, match="label -1 is a number"):
+        ml.Classify(LABELS).encode(unlabelled, Letters(), None)
 
 
 # ---- errors

@@ -5,13 +5,19 @@ Training is as exact as with the other objectives. The teacher gets no gradient,
 whole batch never exist at once.
 """
 
+import json
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer as Backend
 
 import minilora as ml
+from helpers.chats import ours
 from helpers.objective_laws import check_eval_batches, check_resume, check_splits, stirred
 from helpers.toy import FAST, Letters, Wrapped, adapters, llama, lora, rows
+from minilora.data import Tokenizer
 from minilora.losses.distillation import divergence
 from minilora.losses.sft import token_loss
 from minilora.training.config import TrainConfig
@@ -180,6 +186,86 @@ def test_a_4_bit_student_comes_closer_to_its_unquantised_base():
         student, Letters(), rows(), TrainConfig(**FAST | {"max_steps": 12}), objective=objective
     )
     assert result.losses[-1] < 0.7 * result.losses[0]
+
+
+# ---- vocabularies
+
+
+def padded_head(rows: int, seed: int = 3):
+    """Return a model whose embedding and head have further rows, which no token uses."""
+    model = llama(seed=seed)
+    for name in ("model.embed_tokens", "lm_head"):
+        layer = model.get_submodule(name)
+        weight = torch.cat([layer.weight.data, torch.randn(rows, 32)])
+        layer.weight = torch.nn.Parameter(weight)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_padding_of_the_teacher_or_the_student_changes_no_divergence(kind):
+    """Qwen2.5 0.5B has 151936 rows and 7B has 152064, for one tokenizer."""
+    exact, padded = ml.Distill(llama(seed=3), kind=kind), ml.Distill(padded_head(128), kind=kind)
+    batch = batch_of(exact)
+    batch_of(padded)
+    expected, _ = exact.loss(llama(), batch)
+    assert padded.loss(llama(), batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    found = exact.loss(padded_head(64, seed=0), batch)[1]["kl"].item()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    result = train(lora(), Letters(), rows(), TrainConfig(**FAST), objective=padded)
+    assert result.metrics["kl"][-1] < result.metrics["kl"][0]
+
+
+def test_more_than_padding_is_another_tokenizer():
+    objective = ml.Distill(padded_head(600))
+    batch = batch_of(objective)
+    with pytest.raises(
+        ValueError, match="has 731 tokens, the student's 131, and the tokenizer 131"
+    ):
+        objective.loss(llama(), batch)
+
+
+def teacher_in(folder, tokenizer):
+    """Return a model that names a folder with this tokenizer as its source."""
+    tokenizer.save_pretrained(folder)
+    model = llama()
+    model.name_or_path = str(folder)
+    return model
+
+
+def swapped(tokenizer, first: str, second: str):
+    """Return the tokenizer with the ids of two tokens exchanged."""
+    state = json.loads(tokenizer.backend.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    return Tokenizer(Backend.from_str(json.dumps(state)), tokenizer.special_tokens)
+
+
+def test_a_teacher_with_another_tokenizer_of_equal_size_is_refused(tmp_path):
+    mine = ours("chatml")
+    other = ml.Distill(teacher_in(tmp_path / "other", swapped(mine, "x", "y")))
+    with pytest.raises(
+        ValueError, match=r"another tokenizer: id \d+ is '[xy]' there.*2 of \d+ ids"
+    ):
+        other.encode(rows(4), mine, 64)
+    same = ml.Distill(teacher_in(tmp_path / "same", mine))
+    same.encode(rows(4), mine, 64)
+    assert same.token_range == (len(mine), len(mine) + sys.maxsize)
+    same.encode(rows(4), Letters(), 64)  # its tokens cannot be listed
+    assert same.token_range == (131, 131 + 512)
+
+
+def test_a_renamed_special_token_is_the_same_tokenizer(tmp_path):
+    mine = ours("chatml")
+    state = json.loads(mine.backend.to_str().replace("<|im_start|>", "<|begin|>"))
+    renamed = Tokenizer(Backend.from_str(json.dumps(state)), mine.special_tokens)
+    ml.Distill(teacher_in(tmp_path, renamed)).encode(rows(4), mine, 64)
+
+
+def test_a_teacher_from_a_folder_without_a_tokenizer_is_accepted(tmp_path):
+    teacher = llama(seed=3)
+    for source in (str(tmp_path), str(tmp_path / "none"), "nobody/cached-nowhere"):
+        teacher.name_or_path = source
+        assert len(ml.Distill(teacher).encode(rows(4), ours("chatml"), 64)) == 4
 
 
 # ---- errors

@@ -7,6 +7,7 @@ base:
     "minilora": {
       "version": …, "seed": …, "tokenizer": {"chat_template": …, "vocabulary": …},
       "storage": {"quantize": "nf4", "blocksize": 64, "double_quant": true},
+      "labels": ["negative", "positive"],         (of a classifier only)
       "layers": {
         "model.layers.0.self_attn.q_proj":
           ["nf4/64", [576, 576], "nf4/64:<hash>,bf16:<hash>,fp16:<hash>"], …}}
@@ -29,7 +30,7 @@ metadata, and its own files have none.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,7 @@ def binding(
     seed: int | None,
     tokenizer: dict[str, Any] | None,
     storage: Storage,
+    labels: list[Any] | None = None,
 ) -> dict[str, Any]:
     """Return the metadata of an adapter file.
 
@@ -203,14 +205,68 @@ def binding(
         seed: Seed of the adapter's initial values.
         tokenizer: Hashes of the tokenizer, from `hash_tokenizer`.
         storage: Storage of the base while it was trained (quant/storage.py).
+        labels: Label names of a classifier, in the order of its outputs; None for other models.
     """
-    return {
+    bound = {
         "version": __version__,
         "seed": seed,
         "tokenizer": tokenizer,
         "storage": storage,
         "layers": {path: fingerprint(layer, source) for path, layer in layers.items()},
     }
+    if labels is not None:
+        bound["labels"] = labels
+    return bound
+
+
+def note_labels(model: nn.Module, labels: Sequence[Any]) -> None:
+    """Store the label names that the active adapters are trained with, for `save_adapter`.
+
+    Args:
+        model: The classifier that is trained.
+        labels: The names, in the order of the head's outputs.
+    """
+    for layer in lora_layers(model).values():
+        for name in layer.active:
+            lora_configs(model).labels[name] = list(labels)
+
+
+def labels_of(model: nn.Module) -> list[Any] | None:
+    """Return the label names of a classifier in the order of its outputs, or None if unknown.
+
+    They are those of the active adapters, or of the head that `Classify.add_head` made.
+
+    Args:
+        model: A model.
+    """
+    for layer in lora_layers(model).values():
+        for name in layer.active:
+            if name in lora_configs(model).labels:
+                return lora_configs(model).labels[name]
+    return getattr(model, "label_names", None)
+
+
+def check_labels(then: dict[str, Any], model: nn.Module, where: Path) -> None:
+    """Compare the label names of an adapter file with those of the model's head.
+
+    Args:
+        then: The metadata of the file.
+        model: The model; a head of `Classify.add_head` has names.
+        where: The adapter's folder, for messages.
+
+    Raises:
+        ValueError: The names differ, or their order.
+    """
+    stored = then.get("labels")
+    names = getattr(model, "label_names", None)
+    if stored is None or names is None or stored == names:
+        return
+    difference = "in another order" if sorted(map(str, stored)) == sorted(map(str, names)) else ""
+    raise ValueError(
+        f"{where}: the classifier was trained with other labels {difference}".rstrip()
+        + f": expected {stored}, got {names}. An output would get the name of another class: make "
+        f"the head with minilora.Classify({stored})."
+    )
 
 
 def write_bound(path: Path, tensors: Mapping[str, Tensor], bound: dict[str, Any]) -> None:

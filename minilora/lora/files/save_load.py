@@ -40,6 +40,7 @@ from minilora.lora.files.adapter_tensors import (
 from minilora.lora.files.base_check import (
     binding,
     check_binding,
+    check_labels,
     check_storage,
     hash_tokenizer,
     read_binding,
@@ -72,7 +73,7 @@ class AdapterContents(NamedTuple):
     Attributes:
         values: Contents of adapter_config.json.
         tensors: Tensors by PEFT's names.
-        bound: Metadata of the safetensors file: fingerprints of the base, seed, tokenizer.
+        bound: Metadata of the safetensors file: fingerprints of the base, seed, tokenizer, labels.
     """
 
     values: dict[str, Any]
@@ -187,7 +188,11 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     else:
         hashes = hash_tokenizer(tokenizer)
     storage = registry.storages.get(name) or base_storage(model)
-    bound = binding(layers, source, registry.seeds.get(name), hashes, storage)
+    labels = registry.labels.get(name)
+    trains_head = config.task_type == "SEQ_CLS" or "score" in (config.modules_to_save or [])
+    if labels is None and trains_head:
+        labels = getattr(model, "label_names", None)  # a classifier with a training loop of its own
+    bound = binding(layers, source, registry.seeds.get(name), hashes, storage, labels)
     return AdapterContents(values, tensors, bound)
 
 
@@ -317,6 +322,7 @@ def put_contents(
     check_names_and_shapes(model, tensors, live, folder)
     check_finite(read, str(folder))
     check_trained(tensors, folder, allow_untrained)
+    check_labels(adapter.bound, model, folder)
     if check_base:
         layers = {path: get_submodule(model, path) for path in adapters}
         check_binding(adapter.bound, layers, source, folder, tokenizer)
@@ -334,6 +340,8 @@ def put_contents(
     lora_configs(model).seeds[name] = adapter.bound.get("seed")
     lora_configs(model).tokenizers[name] = adapter.bound.get("tokenizer")
     lora_configs(model).storages[name] = stored_storage(adapter.bound)
+    if "labels" in adapter.bound:
+        lora_configs(model).labels[name] = adapter.bound["labels"]
     return list(adapters)
 
 
