@@ -177,7 +177,8 @@ def _check_desirable(row: Row, index: int) -> None:
             raise ValueError(
                 f"row {index}: {key!r} is false, which marks an undesirable answer (KTO's rows), "
                 f"and supervised training would train it. Keep the rows whose {key!r} is true, or "
-                "make pairs of prompt, chosen and rejected for DPO."
+                "make pairs of prompt, chosen and rejected for DPO. If the key means something "
+                "else, rename it."
             )
 
 

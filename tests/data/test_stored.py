@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,18 @@ def test_stored_examples_equal_the_dataset_in_memory(tmp_path, monkeypatch, kind
     assert found.lengths == expected.lengths == [len(example) for example in found]
     with pytest.raises(IndexError):
         found[len(found)]
+
+
+def test_the_hash_of_examples_knows_their_order_and_not_where_they_are(tmp_path):
+    path, tokenizer = write(tmp_path / "rows.jsonl"), ours("chatml")
+    in_memory = encode_dataset(path, tokenizer, LENGTH)
+    stored = encode_dataset(path, tokenizer, LENGTH, cache=tmp_path / "cache")
+    expected = dataset.content_hash(in_memory)
+    assert dataset.content_hash(stored) == dataset.content_hash(list(in_memory)) == expected
+    assert dataset.content_hash(list(in_memory)[::-1]) != expected
+    first = in_memory[0]
+    other = replace(first, labels=[-100, *first.input_ids[1:]])  # the same tokens, all supervised
+    assert dataset.content_hash([other, *in_memory[1:]]) != expected
 
 
 def small(tokenizer):

@@ -9,17 +9,25 @@ import json
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import minilora as ml
-from helpers.chats import chat, ours, theirs
+from helpers.chats import QWEN3, backend, chat, ours
 from minilora.cli.main import main
-from minilora.data import encode_dataset, encode_prompt, encode_row
+from minilora.data import Tokenizer, encode_dataset, encode_prompt, encode_row
 from minilora.data.chat_template import template_variables, with_template_kwargs
 from minilora.lora.files.base_check import read_binding
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 
 OFF = {"enable_thinking": False}
+# <|eot_id|> makes the tokenizer group newlines, as Qwen's does: "\n\n" is one token before a word.
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>"]
+QWEN = Tokenizer(backend(SPECIAL), {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, QWEN3)
+THEIRS = PreTrainedTokenizerFast(
+    tokenizer_object=backend(SPECIAL), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+)
+THEIRS.chat_template = QWEN3
 ROW = {"messages": chat("hello?", "yes")}
 ROWS = [ROW, {"messages": chat("as?", "no")}]
 THOUGHT = "<think>\n\n</think>\n\n"
@@ -44,17 +52,17 @@ def trained(tokenizer, **fields) -> CausalLM:
 
 @pytest.fixture(scope="module")
 def by_heart():
-    return trained(ours("qwen3"), chat_template_kwargs=OFF)
+    return trained(QWEN, chat_template_kwargs=OFF)
 
 
 # ---- oracle
 
 
-@pytest.mark.parametrize("tokenizer", [ours("qwen3"), theirs("qwen3")], ids=["ours", "theirs"])
+@pytest.mark.parametrize("tokenizer", [QWEN, THEIRS], ids=["ours", "theirs"])
 @pytest.mark.parametrize("thinking", [True, False])
 def test_rows_and_prompts_are_rendered_as_in_transformers(tokenizer, thinking):
     kwargs = {"enable_thinking": thinking}
-    expected = theirs("qwen3").apply_chat_template(
+    expected = THEIRS.apply_chat_template(
         ROW["messages"][:1], add_generation_prompt=True, return_dict=False, **kwargs
     )
     templated = with_template_kwargs(tokenizer, kwargs)
@@ -68,7 +76,7 @@ def test_rows_and_prompts_are_rendered_as_in_transformers(tokenizer, thinking):
 
 
 def test_the_variables_of_a_template_are_those_that_it_reads():
-    read = template_variables(str(ours("qwen3").chat_template))
+    read = template_variables(str(QWEN.chat_template))
     assert read == {"messages", "tools", "add_generation_prompt", "enable_thinking"}
 
 
@@ -76,7 +84,7 @@ def test_the_variables_of_a_template_are_those_that_it_reads():
 
 
 def test_train_generate_and_evaluate_share_the_variables(by_heart):
-    tokenizer = ours("qwen3")
+    tokenizer = QWEN
     questions = [row["messages"][:1] for row in ROWS]
     assert ml.generate(by_heart, tokenizer, questions, max_new_tokens=8) == ["yes", "no"]
     with_them = ml.evaluate(by_heart, tokenizer, ROWS)
@@ -86,7 +94,7 @@ def test_train_generate_and_evaluate_share_the_variables(by_heart):
 
 
 def test_an_adapter_file_keeps_the_variables(by_heart, tmp_path):
-    tokenizer = ours("qwen3")
+    tokenizer = QWEN
     ml.save_adapter(by_heart, tmp_path)
     assert (
         read_binding(tmp_path / "adapter_model.safetensors")["tokenizer"]["chat_template_kwargs"]
@@ -103,11 +111,10 @@ def test_an_adapter_file_keeps_the_variables(by_heart, tmp_path):
 
 
 def test_preview_shows_the_row_as_it_is_trained(capsys, tmp_path):
-    tokenizer = ours("qwen3")
+    tokenizer = QWEN
     shown = ml.preview([ROW], tokenizer, chat_template_kwargs=OFF)
-    assert shown.documents[0].runs[-1] == (False, "\n") or shown.documents[0].runs[1][1].startswith(
-        "yes"
-    )
+    assert (True, "yes<|im_end|>") in shown.documents[0].runs
+    assert (True, THOUGHT + "yes<|im_end|>") in ml.preview([ROW], tokenizer).documents[0].runs
     tokenizer.save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(ROW))
@@ -131,7 +138,7 @@ def test_a_toml_file_sets_the_variables(tmp_path):
 
 def test_null_of_arrow_is_absent():
     row = ROW | {"chat_template_kwargs": {"enable_thinking": None}}
-    assert encode_row(row, ours("qwen3")) == encode_row(ROW, ours("qwen3"))
+    assert encode_row(row, QWEN) == encode_row(ROW, QWEN)
     assert encode_row(row, ours("chatml")) == encode_row(ROW, ours("chatml"))
 
 
@@ -161,4 +168,4 @@ def test_variables_without_a_template_raise():
     with pytest.raises(ValueError, match="has no chat template that could read them"):
         with_template_kwargs(base, OFF)
     with pytest.raises(ValueError, match="chat_template_kwargs need a chat"):
-        encode_row({"prompt": "a", "completion": "b", "chat_template_kwargs": OFF}, ours("qwen3"))
+        encode_row({"prompt": "a", "completion": "b", "chat_template_kwargs": OFF}, QWEN)

@@ -9,6 +9,7 @@ server refuses, in OpenAI's format, fields that it would have to ignore.
 import asyncio
 import json
 import re
+from copy import copy
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ import minilora as ml
 from helpers.served import NAMES, alone, asks, build, http, serving, tokenizer
 from minilora.data import RawText
 from minilora.generation.sequence import Ask
+from minilora.lora.registry import lora_configs
 
 HELLO: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello world"}]
 
@@ -369,3 +371,30 @@ def test_a_base_without_a_chat_template_completes_and_refuses_chats(model):
         assert (
             refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]
         )
+
+
+def test_variables_of_the_chat_template_reach_the_prompt():
+    """A request's variables replace those that its adapter was trained with."""
+    suffix = "{% if brief is defined and brief %}{{ 'hello ' * brief }}{% endif %}"
+    templated = copy(tokenizer())
+    templated.chat_template = str(templated.chat_template) + suffix
+    model = build(adapters=1)
+    lora_configs(model).tokenizers[NAMES[0]] = {"chat_template_kwargs": {"brief": 2}}
+    lengths = {}
+    with serving(model) as server:
+        server.worker.engine.tokenizer = templated
+        for name, kwargs in [
+            ("base", None),
+            ("base", {"brief": 1}),
+            (NAMES[0], None),
+            (NAMES[0], {"brief": 1}),
+        ]:
+            body = CHAT | {"model": name, "max_tokens": 1, "chat_template_kwargs": kwargs}
+            answer = http.post(f"{server.url}/v1/chat/completions", json=body).json()
+            lengths[name, str(kwargs)] = answer["usage"]["prompt_tokens"]
+        body = CHAT | {"chat_template_kwargs": {"brif": 1}}
+        refused = http.post(f"{server.url}/v1/chat/completions", json=body)
+    plain, one, two, replaced = lengths.values()
+    assert plain < one == replaced < two
+    assert refused.status_code == 400
+    assert "'brif' is not a variable" in refused.json()["error"]["message"]

@@ -243,8 +243,8 @@ def test_names_and_defaults_are_those_of_training_arguments():
     from transformers import TrainingArguments
 
     theirs = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    # fields of SFTConfig, two of them also of transformers 4
-    own = {"max_length", "packing", "group_by_length", "warmup_ratio"}
+    # fields of SFTConfig, two of them also of transformers 4, and one of GRPOConfig
+    own = {"max_length", "packing", "group_by_length", "warmup_ratio", "chat_template_kwargs"}
     # fields of PEFT and EarlyStoppingCallback
     own |= {"loraplus_lr_ratio", "early_stopping_patience"}
     # transformers takes functions; datasets has its own cache
