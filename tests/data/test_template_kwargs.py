@@ -35,17 +35,21 @@ THOUGHT = "<think>\n\n</think>\n\n"
 
 def model_of(tokenizer) -> CausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    torch.manual_seed(0)
-    return CausalLM(
+    model = CausalLM(
         DecoderConfig(len(tokenizer), num_attention_heads=2, num_key_value_heads=1, **sizes)
     )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.eval()
 
 
 def trained(tokenizer, **fields) -> CausalLM:
     """Return a model that has learned ROWS by heart, through an adapter."""
     model = model_of(tokenizer)
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    config = ml.TrainConfig(learning_rate=3e-2, max_steps=60, save_steps=None, **fields)
+    config = ml.TrainConfig(learning_rate=2e-2, max_steps=100, save_steps=None, **fields)
     ml.train(model, tokenizer, ROWS, config)
     return model
 
@@ -90,7 +94,8 @@ def test_train_generate_and_evaluate_share_the_variables(by_heart):
     with_them = ml.evaluate(by_heart, tokenizer, ROWS)
     assert with_them.exact_match == 1 and with_them.references == ["yes", "no"]
     without = ml.evaluate(by_heart, tokenizer, ROWS, chat_template_kwargs={"enable_thinking": True})
-    assert without.loss > 2 * with_them.loss  # another prompt, and the block is not learned
+    assert without.exact_match == 0 and without.loss > with_them.loss  # another prompt
+    assert without.tokens > with_them.tokens  # the block of thoughts would be supervised
 
 
 def test_an_adapter_file_keeps_the_variables(by_heart, tmp_path):
