@@ -5,8 +5,8 @@ perplexity     = exp(loss)
 label_accuracy = share of rows whose label of highest likelihood is the reference
 
 An answer is compared with the text that training would supervise for its row. A chat template may
-write more than the row's answer, as Qwen3 does: `<think>\n\n</think>\n\nyes` for "yes". If answer and
-reference both begin with what the template adds, the metrics see neither's beginning.
+write more than the row's answer, as Qwen3 does: `<think>\n\n</think>\n\nyes` for "yes". The metrics
+see answer and reference without what the template adds at the beginning.
 """
 
 import math
@@ -164,19 +164,18 @@ class _Question:
     def compared(self, answer: str) -> tuple[str, str]:
         """Return an answer and its reference as the metrics see them.
 
-        If both begin with the text that the template adds in front of the row's answer, it is taken
-        off both.
+        Text that the template adds in front of the row's answer is taken off both. So an answer
+        without it, such as "yes" alone, is right too.
 
         Args:
             answer: a generated answer.
         """
-        reference = self.reference
-        added = reference.strip().removesuffix(self.answer.strip()).strip()
-        ends_alike = reference.strip().endswith(self.answer.strip())
-        if added and ends_alike and answer.strip().startswith(added):
-            answer = answer.strip().removeprefix(added)
-            reference = self.answer
-        return answer, reference
+        reference = self.reference.strip()
+        own = self.answer.strip()
+        added = reference.removesuffix(own).strip()
+        if not added or not reference.endswith(own):
+            return answer, self.reference
+        return answer.strip().removeprefix(added), self.answer
 
 
 def _check_arguments(metrics: Mapping[str, Metric], max_new_tokens: int, batch_size: int) -> None:

@@ -254,7 +254,7 @@ def test_numbers_as_labels():
     stars = ml.Classify(["1", "2", "3"])
     numbered = [{"text": "a", "label": 3}, {"text": "b", "label": "1"}]
     assert [text.label for text in stars.encode(numbered, letters, None)] == [2, 0]
-    by_number = ml.Classify([0, 1])  # type: ignore[list-item]
+    by_number = ml.Classify([0, 1])  # type: ignore[arg-type]  # numbers as labels work too
     assert [t.label for t in by_number.encode([{"text": "a", "label": 1}], letters, None)] == [1]
     with pytest.raises(ValueError, match=r"row 0: label 1 is a number.*names\[row\['label'\]\]"):
         ml.Classify(["negative", "positive"]).encode([{"text": "a", "label": 1}], letters, None)
