@@ -199,8 +199,8 @@ def _targets(
     module = dict(named_modules(original, remove_duplicate=False)).get(path)
     if module is None or no_dense_weight(module) or dense_weight(module).shape != W.shape:
         raise ValueError(
-            f"original: expected a layer with a dense weight of shape {tuple(W.shape)} at {path}, "
-            f"got {module}. Pass the model in 16 or 32 bits, without adapters."
+            f"original: expected a dense weight of shape {tuple(W.shape)} at {path}, got {module}. "
+            "Pass the model in 16 or 32 bits, without adapters."
         )
     original_weight = dense_weight(module)  # (out, in)
     merged_original = sum(deltas(layer, torch.float32), original_weight)  # (out, in)

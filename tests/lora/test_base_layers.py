@@ -378,5 +378,5 @@ def test_what_needs_the_dense_weight_refuses_codes(make):
 
 def test_merge_report_refuses_codes_as_the_original():
     model = adapted(in_model(nn.Linear(IN, OUT)), targets=["0"])
-    with pytest.raises(ValueError, match="original: expected a layer with a dense weight .* at 0"):
+    with pytest.raises(ValueError, match="original: expected a dense weight .* at 0, got FP8"):
         ml.merge_report(model, original=in_model(FP8()))

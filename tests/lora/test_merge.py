@@ -82,7 +82,7 @@ def test_the_merged_model_computes_the_same(kind, quantize):
 def test_rounds_once_to_the_base_dtype():
     model = model_with_adapter(dtype=torch.bfloat16)
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    W = layer.weight.float()
+    W = layer.base_layer.weight.float()
     for adapter in layer.adapters.values():
         W = W + adapter.scaling * adapter.lora_B @ adapter.lora_A
     merged = merge(model).get_submodule("model.layers.0.self_attn.q_proj")
