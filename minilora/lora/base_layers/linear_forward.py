@@ -30,6 +30,17 @@ INPUT_SCALES = (1.0, 30.0, 1000.0)  # one input each, because a layer may clip l
 TOLERANCE = 1e-4  # of the norm of an output in fp32, far above rounding, far below 8 bits
 LEAVE_OUT = "Leave it out of target_modules, or name it in exclude_modules."
 
+# The errors of a forward that is called with an input that it does not take.
+_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # The result of `_try` for each layer that was tried.
 _tried: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
@@ -144,7 +155,7 @@ def _output(layer: nn.Module, x: Tensor) -> Any:
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         with torch.autocast(x.device.type, enabled=False), torch.random.fork_rng(devices=[]):
             return torch.func.functional_call(copied, tensors, (x,))
-    except Exception as error:  # noqa: BLE001 the forward of another library may raise anything
+    except _ERRORS as error:
         return error
 
 
