@@ -76,6 +76,7 @@ def metadata(folder) -> dict:
 def silently(model, folder, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*was trained on a base that was")
         return load_adapter(model, folder, **options)
 
 

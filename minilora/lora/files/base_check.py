@@ -380,7 +380,7 @@ def check_storage(then: dict[str, Any], model: nn.Module, where: Path) -> None:
     if trained is not None and not same_storage(trained, now):
         warnings.warn(
             f"{where}: the adapter was trained on a base that was {describe(trained)}, and this "
-            f"base is {describe(now)}: its weights are other ones. {remedy(trained)}",
+            f"base is {describe(now)}, so it may correct other weights. {remedy(trained)}",
             stacklevel=4,  # the caller of load_adapter
         )
 
