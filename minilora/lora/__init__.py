@@ -8,6 +8,7 @@ registry.py          the configs and layers of a model's adapters
 modules_to_save.py   modules and biases that train together with an adapter
 trained_tokens.py    rows of single tokens that train
 vocabulary.py        the embedding and output layer, and a resize of them
+trained_state.py     their names in state dicts
 embedding_conv.py    adapters of embeddings and convolutions
 fused_linear.py      W x + s · B A x as one step, with its backward pass
 active.py            choose the active adapters
