@@ -177,14 +177,14 @@ def test_any_change_of_the_examples_changes_the_cache_key(tmp_path, monkeypatch)
     assert len(set(keys)) == len(keys)
     monkeypatch.undo()
     assert cache_key(path, tokenizer, LENGTH) == keys[0]
-    (tmp_path / "data").mkdir()
-    for file in Path(stored.__file__).parent.glob("*.py"):
-        shutil.copy(file, tmp_path / "data")
+    shutil.copytree(Path(stored.__file__).parent, tmp_path / "data")
     monkeypatch.setattr(stored, "__file__", str(tmp_path / "data" / "dataset_cache.py"))
     assert cache_key(path, tokenizer, LENGTH) == keys[0]
-    with (tmp_path / "data" / "loss_mask.py").open("a") as file:
-        file.write("\n")
-    assert cache_key(path, tokenizer, LENGTH) not in keys
+    for changed in ("loss_mask.py", "chat/messages.py"):
+        with (tmp_path / "data" / changed).open("a") as file:
+            file.write("\n")
+        keys.append(cache_key(path, tokenizer, LENGTH))
+    assert len(set(keys)) == len(keys)
 
 
 def test_if_two_processes_write_a_cache_the_first_one_is_used(tmp_path, monkeypatch):
