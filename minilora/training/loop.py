@@ -234,8 +234,7 @@ def _step(run: Run, log: Log) -> None:
     )
     norm = _clip_gradients(run)
     checks.check_finite(step, losses, norm, run.scaler.get_scale(), samples)
-    if run.gradients.parts:
-        _check_gradients(run, step, samples)
+    run.check_gradients(step, samples)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]
 
@@ -328,20 +327,6 @@ def _clip_gradients(run: Run) -> Tensor:
     # g ← g · min(1, max_grad_norm / |g|)
     norm = nn.utils.clip_grad_norm_(run.parallel.parameters.values(), largest)
     return full(norm)
-
-
-def _check_gradients(run: Run, step: int, samples: list[list[Any]]) -> None:
-    """Look for trained parts without a gradient, for one pass over the data."""
-
-    def run_again() -> None:
-        with torch.no_grad(), run.autocast:
-            for number, _ in run.parallel.micro_batches(len(samples)):
-                run.parallel.loss(run.objective.collate(samples[number]))
-
-    run.gradients.after_backward(step == 1, run_again, run.parallel.sum)
-    watched = step - run.first_step
-    if watched >= len(run.plan) or step == run.total_steps:
-        run.gradients.warn(watched)
 
 
 def _record(progress: Progress, tokens: int, losses: Tensor, metrics: dict[str, Tensor]) -> None:

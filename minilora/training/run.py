@@ -72,6 +72,29 @@ class Run:
     first_step: int
     updating: bool = False
 
+    def check_gradients(self, step: int, samples: list[list[Any]]) -> None:
+        """Look for trained parts without a gradient, for one pass over the data.
+
+        Args:
+            step: Number of the step, whose backward pass is done.
+            samples: The examples of each of its micro-batches.
+
+        Raises:
+            ValueError: If the forward pass of step 1 cuts a part off from its gradient.
+        """
+        if not self.gradients.parts:
+            return
+
+        def run_again() -> None:
+            with torch.no_grad(), self.autocast:
+                for number, _ in self.parallel.micro_batches(len(samples)):
+                    self.parallel.loss(self.objective.collate(samples[number]))
+
+        self.gradients.after_backward(step == 1, run_again, self.parallel.sum)
+        watched = step - self.first_step
+        if watched >= len(self.plan) or step == self.total_steps:
+            self.gradients.warn(watched)
+
     @contextmanager
     def last_step_saved(self) -> Iterator[None]:
         """Save the last complete step if an exception ends the block, and say so in its notes.
