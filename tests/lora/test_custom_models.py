@@ -1,6 +1,6 @@
 """Tests of adapters of small models of every kind of layer, as PEFT's tests have them.
 
-The models and configs are the kinds of PEFT's test_custom_models.py that are plain LoRA, each
+The models and configs are the kinds of PEFT's own tests of custom models that are plain LoRA, each
 with ranks of 1, 2, 8 and above the layer. Files are exchanged in both directions with equal outputs.
 fp32 sums in another order differ by a few roundings of 2⁻²⁴.
 """
