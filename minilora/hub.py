@@ -106,9 +106,12 @@ def cached_file(repo: str, name: str) -> Path | None:
         repo: Hub id of the repository.
         name: Name of the file in it.
     """
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, name)
+    try:
+        path = try_to_load_from_cache(repo, name)
+    except errors.HFValidationError:  # no repository has such a name
+        return None
     return Path(path) if isinstance(path, str) else None  # not a string: known to be absent
 
 
