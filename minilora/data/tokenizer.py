@@ -108,8 +108,7 @@ class Tokenizer:
         unknown = sorted(set(self.special_tokens) - set(SPECIAL_TOKENS))
         if unknown:
             raise ValueError(
-                f"special tokens: unknown {unknown}. "
-                f"Expected keys among {', '.join(SPECIAL_TOKENS)}."
+                f"special tokens: unknown {unknown}, expected among {', '.join(SPECIAL_TOKENS)}."
             )
         missing = {}
         for key, token in self.special_tokens.items():
@@ -379,23 +378,19 @@ def _add_tokens(backend: Any, tokens: dict[str, dict[str, Any]], file: Path) -> 
     """Add the tokens {id: token} of tokenizer_config.json that tokenizer.json lacks."""
     from tokenizers import AddedToken
 
-    present = backend.get_added_tokens_decoder()
-    expected = {}  # content -> id
+    present = {n: token.content for n, token in backend.get_added_tokens_decoder().items()}
     added = []
-    for number, fields in sorted(tokens.items(), key=lambda item: int(item[0])):
-        content = fields["content"]
-        if int(number) in present and present[int(number)].content == content:
-            continue
-        options = {name: value for name, value in fields.items() if name != "__type"}
-        added.append(AddedToken(**options))
-        expected[content] = int(number)
+    for number in sorted(tokens, key=int):
+        if present.get(int(number)) != tokens[number]["content"]:
+            options = {name: value for name, value in tokens[number].items() if name != "__type"}
+            added.append(AddedToken(**options))
     backend.add_tokens(added)  # one call: each one builds the index of all added tokens again
-    for content, number in expected.items():
-        got = backend.token_to_id(content)
-        if got != number:
+    for number, fields in tokens.items():
+        got = backend.token_to_id(fields["content"])
+        if got != int(number):
             raise ValueError(
-                f"{file}: tokenizer_config.json gives the added token {content!r} the id {number}, "
-                f"the vocabulary {got}. The two files belong to different checkpoints."
+                f"{file}: tokenizer_config.json gives the added token {fields['content']!r} the id "
+                f"{number}, the vocabulary {got}. The two files belong to different checkpoints."
             )
 
 
