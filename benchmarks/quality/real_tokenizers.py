@@ -205,8 +205,12 @@ def all_texts() -> list[str]:
 
 def comparisons() -> Any:
     """Yield name, oracle, and the two functions to compare: text -> ids."""
-    import sentencepiece
     from transformers import AutoTokenizer
+
+    try:
+        import sentencepiece  # pyright: ignore[reportMissingImports]: minilora does not need it
+    except ImportError as error:
+        raise ImportError("The oracle is missing: pip install sentencepiece") from error
 
     for name in SENTENCEPIECE:
         model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file(name)))
