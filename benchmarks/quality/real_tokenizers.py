@@ -208,7 +208,7 @@ def comparisons() -> Any:
     from transformers import AutoTokenizer
 
     try:
-        import sentencepiece  # pyright: ignore[reportMissingImports]: minilora does not need it
+        import sentencepiece  # pyright: ignore[reportMissingImports] not a dependency
     except ImportError as error:
         raise ImportError("The oracle is missing: pip install sentencepiece") from error
 
