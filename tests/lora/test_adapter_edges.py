@@ -98,6 +98,7 @@ def test_inject_warns_of_a_rank_above_the_smaller_side():
 
 def test_sums_of_adapters_of_any_rank_are_exact():
     def weights(seed: int) -> ml.AdapterWeights:
+        torch.manual_seed(0)
         model = nn.ModuleDict({"a": nn.Linear(9, 4)})
         with pytest.warns(UserWarning, match="r: 1 of 1 layers"):
             ml.inject(model, LoRAConfig(r=12, target_modules=["a"]))
