@@ -18,7 +18,9 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] typeshed's overloads
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Parse the arguments after replacing hyphens in the names of options.
 
         Args:

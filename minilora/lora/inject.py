@@ -31,13 +31,13 @@ from minilora.lora.embedding_conv import Adapter, EmbeddingAdapter, new_adapter,
 from minilora.lora.fused_linear import lora_linear
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.changes import read_merged
-from minilora.lora.modules_to_save import Part
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.lora.targets import find_targets, left_out_by_all_linear, names_to_save
-from minilora.lora.trained_state import remove_hooks
-from minilora.lora.trained_tokens import TrainedTokens, trained_tokens
+from minilora.lora.trained_parts.modules_to_save import Part
+from minilora.lora.trained_parts.trained_state import remove_hooks
+from minilora.lora.trained_parts.trained_tokens import TrainedTokens, trained_tokens
+from minilora.lora.trained_parts.vocabulary import vocabulary_size
 from minilora.lora.variants.choose import as_variant
-from minilora.lora.vocabulary import vocabulary_size
 
 
 def inject(

@@ -7,7 +7,7 @@ from torch import nn
 from minilora.common import named_modules, unwrap_model
 from minilora.lora.config import LoRAConfig
 from minilora.lora.layer import LoRALayer
-from minilora.lora.modules_to_save import TrainedParts
+from minilora.lora.trained_parts.modules_to_save import TrainedParts
 from minilora.quant.storage import Storage
 
 

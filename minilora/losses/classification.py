@@ -34,7 +34,7 @@ from minilora.data.chat_template import with_template_kwargs
 from minilora.data.dataset import Encoded
 from minilora.data.formats import extra_keys, shape_of
 from minilora.data.report import numbers
-from minilora.lora.files.base_check import labels_of
+from minilora.lora.files.label_names import labels_of
 from minilora.losses.sft import padded, run_hidden
 from minilora.models.padded_batch import inference
 

@@ -31,7 +31,13 @@ from torch.utils.checkpoint import checkpoint
 from minilora.models.config import SLIDING, DecoderConfig
 from minilora.models.kv_cache import KVCache
 from minilora.models.rope_config import frequencies, rotation
-from minilora_kernels.ops.attention import Documents, attention, causal_mask, document_runs
+from minilora_kernels.ops.attention import (
+    Documents,
+    attention,
+    causal_mask,
+    document_runs,
+    window_masks,
+)
 from minilora_kernels.ops.residual import residual
 from minilora_kernels.ops.rms_norm import rms_norm
 from minilora_kernels.ops.rope import rotate
@@ -350,7 +356,7 @@ class CausalLM(nn.Module):
             if window is not None and window >= shape[1]:
                 window = None  # no key is that far back yet
             if runs is not None:
-                masks[kind] = Documents(runs, _window_masks(runs, window, device))
+                masks[kind] = Documents(runs, window_masks(runs, window, device))
             elif window is not None or document_ids is not None:
                 masks[kind] = causal_mask(
                     *shape, window=window, document_ids=document_ids, device=device
@@ -383,16 +389,6 @@ class CausalLM(nn.Module):
     def declare_untied(self) -> None:
         """State in the config that the output layer's weight differs from the embedding's."""
         self.config = replace(self.config, tie_word_embeddings=False)
-
-
-def _window_masks(
-    runs: list[tuple[int, bool]], window: int | None, device: torch.device
-) -> dict[int, Tensor]:
-    """Return a mask for each document length that exceeds the window."""
-    if window is None:
-        return {}
-    lengths = {size for size, real in runs if real and size > window}
-    return {size: causal_mask(size, size, window=window, device=device) for size in lengths}
 
 
 def _initialise(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minilora.lora.layer import LoRALayer
-from minilora.lora.trained_tokens import TrainedTokens
+from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 from minilora.models.decoder import CausalLM
 
 

@@ -26,7 +26,7 @@ from minilora.lora.files.save_load import CONFIG_FILE
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.merge import merged_bias, merged_from, merged_weight
 from minilora.lora.registry import lora_configs
-from minilora.lora.trained_tokens import merged_tokens
+from minilora.lora.trained_parts.trained_tokens import merged_tokens
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf.tokenizer_export import to_fields

@@ -17,7 +17,8 @@ from minilora.common import unwrap_model
 from minilora.data.chat_template import as_trained
 from minilora.data.dataset import content_hash
 from minilora.data.packing import pack
-from minilora.lora.files.base_check import note_labels, note_training
+from minilora.lora.files.base_check import note_training
+from minilora.lora.files.label_names import note_labels
 from minilora.losses.classification import Classify
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
 from minilora.training import checks

@@ -17,7 +17,7 @@ import minilora as ml
 from helpers.kinds import TOKENS, build, close, output, shake
 from helpers.tiny import oracle, save, tokens, twin
 from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE
-from minilora.lora.trained_tokens import TrainedTokens
+from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 
 USED = [int(TOKENS[0, 2]), int(TOKENS[1, 5])]
 EMBEDDING = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"

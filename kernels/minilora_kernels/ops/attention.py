@@ -110,6 +110,22 @@ def document_runs(document_ids: Tensor) -> list[tuple[int, bool]] | None:
     return runs
 
 
+def window_masks(
+    runs: list[tuple[int, bool]], window: int | None, device: torch.device
+) -> dict[int, Tensor]:
+    """Return the masks that `Documents` takes: one for each length that exceeds the window.
+
+    Args:
+        runs: The runs of `document_runs`.
+        window: Number of keys that a query sees; None means all, and no mask.
+        device: Device of the masks.
+    """
+    if window is None:
+        return {}
+    lengths = {size for size, real in runs if real and size > window}
+    return {size: causal_mask(size, size, window=window, device=device) for size in lengths}
+
+
 # ---- reference implementation
 
 

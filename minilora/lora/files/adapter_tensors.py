@@ -21,8 +21,8 @@ from minilora.common import get_submodule
 from minilora.lora.embedding_conv import Adapter, unwrapped
 from minilora.lora.files.base_check import FORCE
 from minilora.lora.files.key_names import likely_cause
-from minilora.lora.modules_to_save import Part
-from minilora.lora.trained_tokens import KEY, TrainedTokens
+from minilora.lora.trained_parts.modules_to_save import Part
+from minilora.lora.trained_parts.trained_tokens import KEY, TrainedTokens
 
 PREFIX = "base_model.model."
 

@@ -30,7 +30,7 @@ metadata, and its own files have none.
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,54 +219,15 @@ def binding(
     return bound
 
 
-def note_labels(model: nn.Module, labels: Sequence[Any]) -> None:
-    """Store the label names that the active adapters are trained with, for `save_adapter`.
+def source_of(model: nn.Module) -> str | None:
+    """Return the Hub id or folder of the base, as load_model and transformers note it.
 
     Args:
-        model: The classifier that is trained.
-        labels: The names, in the order of the head's outputs.
+        model: The model.
     """
-    for layer in lora_layers(model).values():
-        for name in layer.active:
-            lora_configs(model).labels[name] = list(labels)
-
-
-def labels_of(model: nn.Module) -> list[Any] | None:
-    """Return the label names of a classifier in the order of its outputs, or None if unknown.
-
-    They are those of the active adapters, or of the head that `Classify.add_head` made.
-
-    Args:
-        model: A model.
-    """
-    for layer in lora_layers(model).values():
-        for name in layer.active:
-            if name in lora_configs(model).labels:
-                return lora_configs(model).labels[name]
-    return getattr(model, "label_names", None)
-
-
-def check_labels(then: dict[str, Any], model: nn.Module, where: Path) -> None:
-    """Compare the label names of an adapter file with those of the model's head.
-
-    Args:
-        then: The metadata of the file.
-        model: The model; a head of `Classify.add_head` has names.
-        where: The adapter's folder, for messages.
-
-    Raises:
-        ValueError: The names differ, or their order.
-    """
-    stored = then.get("labels")
-    names = getattr(model, "label_names", None)
-    if stored is None or names is None or stored == names:
-        return
-    difference = "in another order" if sorted(map(str, stored)) == sorted(map(str, names)) else ""
-    raise ValueError(
-        f"{where}: the classifier was trained with other labels {difference}".rstrip()
-        + f": expected {stored}, got {names}. An output would get the name of another class: make "
-        f"the head with minilora.Classify({stored})."
-    )
+    name = getattr(model, "name_or_path", None)
+    config_name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name or config_name or None
 
 
 def write_bound(path: Path, tensors: Mapping[str, Tensor], bound: dict[str, Any]) -> None:

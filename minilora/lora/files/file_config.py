@@ -1,4 +1,4 @@
-"""The config of an adapter file, reduced to what the model has.
+"""The config of an adapter file: what is written, and what is read for a given model.
 
 `inject` refuses an entry that matches nothing, because it is probably misspelt. The config of a
 file may name more than one model has: one list of targets serves several kinds of models. There the
@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from minilora.common import ends_with, named_modules
-from minilora.lora.config import LoRAConfig, fits_pattern
+from minilora.common import ends_with, ends_with_any, named_modules
+from minilora.lora.config import LoRAConfig, TaskType, fits_pattern
 from minilora.lora.files.key_names import core_name
 from minilora.lora.targets import adaptable_layers, find_targets, layer_numbers, names_to_save
 
@@ -138,3 +138,35 @@ def _with_matching_patterns(
             else:
                 unmatched.append(f"{option} {key!r}")
     return replace(config, **reduced)
+
+
+def target_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """Return the shortest target_modules: ends of names if they match nothing else, else names.
+
+    Args:
+        model: The model.
+        paths: Names of the adapted layers.
+    """
+    ends = sorted({path.rpartition(".")[2] for path in paths})
+    matching = set()
+    for path in adaptable_layers(model):
+        if ends_with_any(path, ends):
+            matching.add(path)
+    return ends if matching == set(paths) else sorted(paths)
+
+
+def task_type(model: nn.Module) -> str | None:
+    """Return the task of a causal language model; None for every other model.
+
+    PEFT gives an adapter with this task a model that generates text, and fails for any other model.
+
+    Args:
+        model: The model.
+    """
+    if hasattr(model, "task_type"):  # minilora's decoder
+        return cast(str, model.task_type)
+    generates = hasattr(model, "prepare_inputs_for_generation")
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not generates or encoder_decoder:
+        return None
+    return TaskType.CAUSAL_LM.value

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from minilora.common import (
-    ends_with_any,
     get_submodule,
     is_conv1d,
     plain_key,
@@ -25,7 +24,7 @@ from minilora.common import (
     write_text,
 )
 from minilora.lora.active import check_adapters, disable_adapters, list_adapters, set_adapter
-from minilora.lora.config import LoRAConfig, TaskType
+from minilora.lora.config import LoRAConfig
 from minilora.lora.embedding_conv import Adapter
 from minilora.lora.files.adapter_tensors import (
     base_weight_names,
@@ -40,15 +39,16 @@ from minilora.lora.files.adapter_tensors import (
 from minilora.lora.files.base_check import (
     binding,
     check_binding,
-    check_labels,
     check_storage,
     hash_tokenizer,
     read_binding,
+    source_of,
     write_bound,
 )
-from minilora.lora.files.file_config import reduced_config
+from minilora.lora.files.file_config import reduced_config, target_names, task_type
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_config
 from minilora.lora.files.key_names import with_model_names
+from minilora.lora.files.label_names import check_labels
 from minilora.lora.files.vocabulary_tensors import (
     check_vocabulary_size,
     repeated_row_names,
@@ -59,8 +59,7 @@ from minilora.lora.files.vocabulary_tensors import (
 )
 from minilora.lora.inject import attach, new_adapters, new_parts
 from minilora.lora.registry import lora_configs, lora_layers
-from minilora.lora.targets import adaptable_layers
-from minilora.lora.trained_state import copy_keys
+from minilora.lora.trained_parts.trained_state import copy_keys
 from minilora.lora.variants.base import as_plain
 from minilora.quant.storage import base_storage, stored_storage
 
@@ -171,7 +170,7 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     if config.begins_from_weight:  # stored as plain LoRA, or PEFT would change the base
         config, adapters = as_plain(config, adapters)
     registry.parts.adopt_replaced(model)
-    source = _source(model)
+    source = source_of(model)
     tensors = vocabulary_tensors(model, name, adapters, source)
     tensors |= named_tensors(model, adapters, registry.parts.copies_of([name]))
     check_not_sharded(tensors, f"adapter {name!r}")
@@ -179,9 +178,9 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapters}
     values = config.to_dict()
     if config.target_modules is None or config.target_modules == "all-linear":
-        values["target_modules"] = _target_names(model, list(layers))
+        values["target_modules"] = target_names(model, list(layers))
     values["base_model_name_or_path"] = config.base_model_name_or_path or source
-    values["task_type"] = config.task_type or _task_type(model)
+    values["task_type"] = config.task_type or task_type(model)
     values["fan_in_fan_out"] = any(is_conv1d(layer.base_layer) for layer in layers.values())
     if tokenizer is None:
         hashes = registry.tokenizers.get(name)
@@ -316,7 +315,7 @@ def put_contents(
     tensors = {key: tensor for key, tensor in read.items() if key in live}
     extra = {key: tensor for key, tensor in read.items() if key not in live}
     has_vocabulary = stores_vocabulary(model, extra)
-    source = _source(model)
+    source = source_of(model)
     vocabulary = vocabulary_parts(model, extra, tensors, source, folder, check_base)
     tensors |= without_base_weights(model, extra, adapters, folder, check_base)
     check_names_and_shapes(model, tensors, live, folder)
@@ -397,34 +396,3 @@ def _live_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     lora_configs(model).parts.adopt_replaced(model)
     copies = lora_configs(model).parts.copies_of([name])
     return named_tensors(model, _adapters_by_layer(model, name), copies)
-
-
-def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """Return the shortest target_modules: ends of names if they match nothing else, else names."""
-    ends = sorted({path.rpartition(".")[2] for path in paths})
-    matching = set()
-    for path in adaptable_layers(model):
-        if ends_with_any(path, ends):
-            matching.add(path)
-    return ends if matching == set(paths) else sorted(paths)
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """Return the task of a causal language model; None for every other model.
-
-    PEFT gives an adapter with this task a model that generates text, and fails for any other model.
-    """
-    if hasattr(model, "task_type"):  # minilora's decoder
-        return cast(str, model.task_type)
-    generates = hasattr(model, "prepare_inputs_for_generation")
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if not generates or encoder_decoder:
-        return None
-    return TaskType.CAUSAL_LM.value
-
-
-def _source(model: nn.Module) -> str | None:
-    """Return the Hub id or folder of the base, as load_model and transformers note it."""
-    name = getattr(model, "name_or_path", None)
-    config_name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name or config_name or None

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from minilora.common import is_within, read_json
 from minilora.hub import HUB_ID, cached_file
 from minilora.lora.files.adapter_tensors import PREFIX, check_base_weight
-from minilora.lora.modules_to_save import Part
 from minilora.lora.registry import lora_configs
-from minilora.lora.trained_tokens import KEY, TrainedTokens
-from minilora.lora.vocabulary import vocabulary_layers, vocabulary_size
+from minilora.lora.trained_parts.modules_to_save import Part
+from minilora.lora.trained_parts.trained_tokens import KEY, TrainedTokens
+from minilora.lora.trained_parts.vocabulary import vocabulary_layers, vocabulary_size
 
 CONFIG = "config.json"
 _OF_TOKENS = "token_adapter.base_layer."

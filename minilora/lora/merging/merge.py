@@ -37,8 +37,8 @@ from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.layer import LoRALayer, linear_features
 from minilora.lora.merging.changes import deltas
 from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
-from minilora.lora.trained_state import remove_hooks
-from minilora.lora.trained_tokens import TrainedTokens
+from minilora.lora.trained_parts.trained_state import remove_hooks
+from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 from minilora.quant.nf4_linear import NF4Linear
 from minilora_kernels import quantize_nf4
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minilora.common import ends_with, get_submodule, named_modules, set_submodule, unknown_name
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import AdapterBase, LoRALayer
-from minilora.lora.vocabulary import vocabulary_layers
+from minilora.lora.trained_parts.vocabulary import vocabulary_layers
 
 KEY = "token_adapter.trainable_tokens_delta"
 

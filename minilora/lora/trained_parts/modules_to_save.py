@@ -1,21 +1,17 @@
 """Modules and biases that train together with an adapter: PEFT's `modules_to_save` and `bias`.
 
 Such a part trains as a copy in fp32, which takes the place of the original while the adapter is
-active. The copy of a module in a 16-bit model computes in fp32 and returns its output in 16 bits.
-Where the model is cast later (`.to(torch.bfloat16)`), the copy stays in fp32 and the original is
-cast. Otherwise the originals never change: without the adapter the model is the base, bit for bit.
+active (fp32_copies.py). The originals change only where the model is cast: without the adapter the
+model is the base, bit for bit.
 
 A part is known by its name in the model without `base_layer`: "lm_head" is a module,
 "model.norm.bias" a parameter.
 """
 
-import copy
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.common import (
     ends_with,
@@ -28,11 +24,16 @@ from minilora.common import (
     unwrap_model,
 )
 from minilora.lora.layer import LoRALayer
-from minilora.lora.trained_state import register_hooks
-from minilora.lora.trained_tokens import TrainedTokens
-from minilora.lora.vocabulary import resize_rows
-
-Part = nn.Module | nn.Parameter
+from minilora.lora.trained_parts.fp32_copies import (
+    Part,
+    as_copy,
+    copy_bias,
+    copy_module,
+    move_like,
+)
+from minilora.lora.trained_parts.trained_state import register_hooks
+from minilora.lora.trained_parts.trained_tokens import TrainedTokens
+from minilora.lora.trained_parts.vocabulary import resize_rows
 
 
 class TrainedParts:
@@ -103,7 +104,7 @@ class TrainedParts:
             previous = getattr(holder, leaf)
             previous.requires_grad_(False)
             part = copies.get(path, original)
-            _move_like(part, previous, holder)
+            move_like(part, previous, holder)
             part.requires_grad_(path in copies and path not in frozen)
             setattr(holder, leaf, part)
         self.active = names
@@ -143,10 +144,11 @@ class TrainedParts:
                 original = self.originals[path]
                 if in_place is not copied and _replaces(in_place, copied):
                     self.trained[name][path] = _trains_in_fp32(in_place, original)
-                if not isinstance(original, nn.Module):
+                trained = self.trained[name][path]
+                if not isinstance(original, nn.Module) or not isinstance(trained, nn.Module):
                     continue
                 for other in [original, *self._copies_by_others(path, name)]:
-                    resize_rows(other, self.trained[name][path], memo)
+                    resize_rows(other, trained, memo)
 
     def _copies_by_others(self, path: str, name: str) -> list[nn.Module]:
         """Return the copies of a module that train with other adapters."""
@@ -250,8 +252,8 @@ class TrainedParts:
         if part is None:
             part = getattr(holder, leaf)
         if isinstance(part, nn.Parameter):
-            return _copy_bias(holder, part, path)
-        return _copy_module(part, path, memo)
+            return copy_bias(holder, part, path)
+        return copy_module(part, path, memo)
 
 
 def part_holder(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -280,30 +282,8 @@ def _replaces(in_place: Any, copied: Part) -> bool:
 def _trains_in_fp32(part: Any, original: Part) -> Part:
     """Return a layer that replaced a copy, with the casts of a copy if the original has 16 bits."""
     if isinstance(part, nn.Module) and isinstance(original, nn.Module):
-        return _as_copy(part, original)
+        return as_copy(part, original)
     return part
-
-
-def _move_like(part: Part, previous: Part, holder: nn.Module) -> None:
-    """Move a part to the device of the part that it replaces, in the same training mode.
-
-    A bias also takes the dtype of the weight next to it, which may have been cast in between.
-    """
-    if isinstance(previous, nn.Parameter):
-        device = previous.device
-    else:
-        device = next(previous.parameters()).device
-    if isinstance(part, nn.Parameter):
-        dtype = part.dtype
-        for other in holder.parameters(recurse=False):
-            if other is not previous and other.is_floating_point():
-                dtype = other.dtype
-        # in place, because an optimiser may hold the parameter
-        part.data = part.data.to(device, dtype)
-    else:
-        _note_dtypes(part)
-        part.to(device)
-        part.train(getattr(previous, "training", False))
 
 
 def _within_any(path: str, modules: Iterable[str]) -> bool:
@@ -361,96 +341,3 @@ def _bias_names(
         if not _within_any(parent, modules):
             names.append(f"{parent}.{leaf}" if parent else leaf)
     return names
-
-
-def _copy_bias(holder: nn.Module, bias: nn.Parameter, path: str) -> nn.Parameter:
-    """Return a frozen copy of a bias, in fp32 if it has 16 bits."""
-    if bias.dtype.itemsize >= 4:
-        return nn.Parameter(bias.detach().clone(), requires_grad=False)
-    for parameter in holder.parameters(recurse=False):
-        if parameter is not bias and parameter.dtype.is_floating_point:
-            raise ValueError(
-                f"bias: {path} is {bias.dtype} and trains in fp32: "
-                'load the model with dtype="float32".'
-            )
-    return nn.Parameter(bias.float().detach().clone(), requires_grad=False)
-
-
-def _copy_module(module: nn.Module, path: str, memo: dict[int, Any]) -> nn.Module:
-    """Return a frozen copy of a module, which computes in fp32 if the module has 16 bits."""
-    dtypes = {parameter.dtype for parameter in module.parameters()}
-    if not dtypes:
-        raise ValueError(f"modules_to_save: {path!r} has no parameters. Leave it out.")
-    if any(not dtype.is_floating_point for dtype in dtypes):
-        raise ValueError(
-            f"modules_to_save: {path!r} is in 4 bits and cannot train: leave it out of quantising."
-        )
-    copied = copy.deepcopy(module, memo).requires_grad_(False)
-    return _as_copy(copied, module)
-
-
-def _as_copy(copied: nn.Module, original: nn.Module) -> nn.Module:
-    """Make a copy of a module compute in fp32 if the original has 16 bits, and return it."""
-    if any(parameter.dtype.itemsize < 4 for parameter in original.parameters()):
-        copied.float()
-    # Plain attributes: the original is not a submodule of its copy.
-    copied.__dict__["original"] = original
-    copied.__dict__["_apply"] = partial(_apply, copied)
-    _note_dtypes(copied)
-    copied.register_forward_pre_hook(_to_own_dtype, with_kwargs=True)
-    copied.register_forward_hook(_to_model_dtype)
-    return copied
-
-
-def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Convert a copy, but never to 16 bits, and its original; `_apply` of the copy.
-
-    `.to()`, `.half()` and `.bfloat16()` of a model reach only what stands in it. The copy is the
-    fp32 master that the optimiser updates. The original takes its place later.
-    """
-
-    def apply_without_16_bits(tensor: Tensor) -> Tensor:
-        converted = fn(tensor)
-        if converted.dtype.itemsize >= 4 or not converted.is_floating_point():
-            return converted
-        return tensor.to(converted.device)
-
-    original: Any = module.__dict__["original"]
-    original._apply(fn, recurse)
-    type(module)._apply(module, apply_without_16_bits, recurse)
-    _note_dtypes(module)
-    return module
-
-
-def _note_dtypes(module: nn.Module) -> None:
-    """Store the dtype of a copy and the lowest dtype of its original, for the hooks."""
-    original = module.__dict__.get("original")
-    if original is not None:
-        dtypes = [p.dtype for p in original.parameters()]
-        module.__dict__["model_dtype"] = min(dtypes, key=lambda dtype: dtype.itemsize)
-        module.__dict__["own_dtype"] = next(module.parameters()).dtype
-
-
-def _to_own_dtype(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Cast the inputs of the copy of a 16-bit module to its own dtype; a forward pre-hook."""
-    if module.model_dtype.itemsize >= 4:
-        return None
-    return _cast(args, module.own_dtype), _cast(kwargs, module.own_dtype)
-
-
-def _to_model_dtype(module: Any, args: tuple, output: Any) -> Any:
-    """Cast the output of the copy of a 16-bit module to the model's dtype; a forward hook."""
-    if module.model_dtype.itemsize >= 4:
-        return None
-    return _cast(output, module.model_dtype)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Return a value with the floating-point tensors in it, also in tuples and dicts, cast."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)([_cast(item, dtype) for item in value])
-    if type(value) is dict:
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
