@@ -278,6 +278,7 @@ class Classify:
         Raises:
             ValueError: If the names differ, or their order.
         """
+        model = unwrap_model(model)
         names = labels_of(model) or _names_in_config(model, self.labels)
         if names is not None and list(map(str, names)) != list(map(str, self.labels)):
             raise ValueError(

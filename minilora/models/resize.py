@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.common import unwrap_model
 from minilora.lora.layer import LoRALayer
 from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 from minilora.models.decoder import CausalLM
@@ -27,6 +28,7 @@ def resize_embeddings(model: nn.Module, size: int) -> None:
         ValueError: The model is not a decoder, the vocabulary would shrink, or one of the two layers
             has an adapter.
     """
+    model = unwrap_model(model)
     if not isinstance(model, CausalLM):
         raise ValueError(
             f"resize_embeddings changes models of load_model, got {type(model).__name__}. For a "
