@@ -270,7 +270,7 @@ movements = []  # ‖A - A at the start‖ / ‖A at the start‖ of each layer
 for path, layer in layers.items():
     W = layer.base_layer.dequantize(torch.float32)  # (out, in)
     adapter = layer.adapters["default"]
-    delta = adapter.delta(torch.float32)  # (out, in)
+    delta = adapter.delta(torch.float32).detach()  # (out, in)
     kind = path.rpartition(".")[2]
     relative_size = delta.norm() / W.norm()
     relative_sizes[kind].append(relative_size.item())
@@ -321,7 +321,7 @@ def cumulative_share(directions: torch.Tensor, delta: torch.Tensor) -> torch.Ten
 def input_and_output_shares(layer: ml.LoRALayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cumulative shares of ‖ΔW‖² along W's input directions and output directions."""
     W = layer.base_layer.dequantize(torch.float32).cpu()  # (out, in)
-    delta = layer.adapters["default"].delta(torch.float32).cpu()  # (out, in)
+    delta = layer.adapters["default"].delta(torch.float32).detach().cpu()  # (out, in)
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)  # (out, n), (n,), (n, in)
     inputs = cumulative_share(Vh, delta.T)  # (in,)
     outputs = cumulative_share(U.T, delta)  # (out,)

@@ -154,7 +154,7 @@ codes = model[0].base_layer.weight.packed  # two codes a byte
 shares = []  # share of codes that change, for each size
 for size in sizes:
     set_update(size)
-    delta = adapter.delta(torch.float32)  # (out, in)
+    delta = adapter.delta(torch.float32).detach()  # (out, in)
     changed_bits = ml.quantize_nf4(W + delta).packed ^ codes
     low_codes = (changed_bits & 15) != 0
     high_codes = (changed_bits >> 4) != 0
@@ -175,7 +175,7 @@ assert reports[1].error["nf4"] > 1
 # %%
 set_update(0.1)
 base = original[0].weight.detach()  # (out, in)
-delta = adapter.delta(torch.float32)  # (out, in)
+delta = adapter.delta(torch.float32).detach()  # (out, in)
 merged = (base.float() + delta).bfloat16()
 unmerged = (merged.float() - delta).bfloat16()
 lost = (unmerged != base).float().mean().item()

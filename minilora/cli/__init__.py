@@ -1,6 +1,7 @@
 """The command line: one file a command group.
 
 main.py          the program: parse, run, print errors
+parser.py        the argument parser: exact names, short errors
 options.py       positional arguments and options that several commands share
 values.py        option values, read by the types of the fields that they set; TOML files
 train.py         train, sweep, check-training

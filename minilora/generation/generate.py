@@ -97,13 +97,16 @@ def generate(
     )
     _check_prompts(prompts)
     names = list(adapters or [])
+    if adapters is not None and len(names) != len(prompts):
+        raise ValueError(
+            f"adapters: expected one name, or None, for each of {len(prompts)} prompts, got {names}."
+        )
     readers = {name: as_trained(tokenizer, chat_template_kwargs, model, [name]) for name in names}
     if adapters is None:
         readers[None] = as_trained(tokenizer, chat_template_kwargs, model)
         names = [None] * len(prompts)
     rows = []
-    # for_prompts checks the number of names
-    for number, (one, name) in enumerate(zip(prompts, names, strict=False)):
+    for number, (one, name) in enumerate(zip(prompts, names, strict=True)):
         rows.append(encode_prompt(one, readers[name], place=f"prompt {number}"))
     generated = generate_ids(model, rows, rule, adapters)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from minilora.common import named_modules, unwrap_model
 from minilora.lora.base_layers.dense_weight import dense_dtype, dense_weight, no_dense_weight
+from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.changes import deltas
 from minilora.lora.merging.merge import STORAGES, check_dense_weights, merged_weight
@@ -197,10 +198,12 @@ def _targets(
     if original is None:
         return
     module = dict(named_modules(original, remove_duplicate=False)).get(path)
+    if module is not None:
+        module = unwrapped(module)  # the same adapter may be loaded there
     if module is None or no_dense_weight(module) or dense_weight(module).shape != W.shape:
         raise ValueError(
             f"original: expected a dense weight of shape {tuple(W.shape)} at {path}, got {module}. "
-            "Pass the model in 16 or 32 bits, without adapters."
+            "Pass the model in 16 or 32 bits."
         )
     original_weight = dense_weight(module)  # (out, in)
     merged_original = sum(deltas(layer, torch.float32), original_weight)  # (out, in)

@@ -114,7 +114,8 @@ def test_the_commands_do_what_the_functions_do(place, capsys):
     )
     assert capsys.readouterr().out == expected + "\n"
 
-    assert main(["merge", source, adapter, str(place / "merged"), "--dtype", "float32"]) == 0
+    merge = ["merge", source, adapter, str(place / "merged"), "--quantize", "none"]
+    assert main([*merge, "--dtype", "float32"]) == 0
     dense = ml.load_model(source, dtype="float32")
     ml.load_adapter(dense, adapter)
     tokens = torch.tensor([chat.encode("1 plus 1")])
@@ -195,7 +196,7 @@ def test_merge_refuses_4_bits_that_lose_the_adapter(place, adapter, capsys):
     assert not (place / "small4").exists()
     for more in ([], ["--data", str(place / "rows.jsonl")]):
         assert (
-            main([*run, *more]) == 1
+            main([*run, *more, "--quantize", "none"]) == 1
             and "no layer with an active adapter is in 4 bits" in capsys.readouterr().err
         )
     assert main(["merge", str(place / "model"), adapter, str(place / "x" / ".." / "model")]) == 1

@@ -154,7 +154,7 @@ def test_a_4_bit_model_trains_and_its_adapter_runs_in_peft(name, tmp_path):
         if isinstance(module, nn.Linear)
     }
     names = ml.quantize_model(model)
-    assert len(names) == LAYERS[name]
+    assert len(names) == LAYERS[name] - (name == "vit")  # the classifier stays dense
     with torch.no_grad():
         for path in names:
             rounded = ml.dequantize_nf4(model.get_submodule(path).weight)
@@ -184,8 +184,8 @@ def test_conv1d_is_not_quantised():
         ml.quantize_model(build("gpt2"))
 
 
-def test_a_rank_larger_than_a_layer_leaves_the_model_alone():
+def test_a_rank_larger_than_a_layer_is_named():
     model = build("vit")
-    with pytest.raises(ValueError, match="vit.layers.0.attention.q_proj: .*33"):
+    with pytest.warns(UserWarning, match="vit.layers.0.attention.q_proj with r=33"):
         ml.inject(model, ml.LoRAConfig(r=33, target_modules="all-linear"))
     assert torch.equal(output(model, "vit"), output(build("vit"), "vit"))
