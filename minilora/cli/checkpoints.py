@@ -65,7 +65,7 @@ def merge(
     source = None
     if target == "original":
         dense: dict[str, Any] = {**loading, "quantize": "none"}
-        with warnings.catch_warnings():  # another storage is what this target is
+        with warnings.catch_warnings():  # this target is another storage
             warnings.filterwarnings("ignore", message=".*was trained on a base that was")
             source, _ = load(model, adapter, **dense)
     if target is None:

@@ -152,7 +152,7 @@ def replicating_wrapper(model: nn.Module) -> str | None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return True if calling a model runs what torch.compile made of it.
+    """Return True if calling a model runs the code that torch.compile made of it.
 
     Args:
         model: A model or a wrapper of one.

@@ -2,7 +2,7 @@
 
 read_rows.py        datasets and files → rows
 formats.py          rows of any known shape → conversations or plain text
-chat/               messages in one form; the text of a conversation, and what it leaves out
+chat/               messages in one form; the text of a conversation, and the parts that it lacks
 chat_template.py    conversation → text
 tokenizer.py        text ↔ token ids
 loss_mask.py        conversation → token ids and labels

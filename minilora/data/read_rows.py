@@ -56,7 +56,7 @@ def iterate_dataset(dataset: Any) -> Iterator[Row]:
 
 
 def _without_nan(row: Row) -> Row:
-    """Return a row whose NaN and NA values are None; the row itself if it has none."""
+    """Return a row whose NaN and NA values are None; the row itself if it has no such value."""
     filled = [key for key, value in row.items() if value is not None and is_absent(value)]
     return {**row, **dict.fromkeys(filled)} if filled else row
 

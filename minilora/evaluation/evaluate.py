@@ -6,7 +6,7 @@ label_accuracy = share of rows whose label of highest likelihood is the referenc
 
 An answer is compared with the text that training would supervise for its row. A chat template may
 write more than the row's answer, as Qwen3 does: `<think>\n\n</think>\n\nyes` for "yes". The metrics
-see answer and reference without what the template adds at the beginning.
+see answer and reference without the template's additions at the beginning.
 """
 
 import math

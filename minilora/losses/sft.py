@@ -262,7 +262,7 @@ def _run_transformers(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn
     if logits.shape[1] != tokens:  # as with PEFT's prompt tuning
         raise ValueError(
             f"{type(model).__name__} returns logits at {logits.shape[1]} positions for {tokens} "
-            "tokens, so labels would meet the wrong ones. Use a model without tokens of its own "
+            "tokens, so labels would meet the wrong ones. Use a model without additional tokens "
             "before the text."
         )
     return logits, nn.Identity()

@@ -167,7 +167,7 @@ def _warn_of_dense_matrices(model: nn.Module, names: list[str], skip: Sequence[s
     if dense is not None:
         warnings.warn(
             f"quantize_model replaces {len(names)} layers, and the rest stays dense: {dense}. "
-            "Only a layer of the class nn.Linear with a weight of its own becomes 4-bit.",
+            "Only an nn.Linear that shares its weight with no other module becomes 4-bit.",
             stacklevel=3,
         )
 

@@ -1,6 +1,6 @@
 """A conversation as the text of the chat template, in the form that the template can read.
 
-Templates differ in what they expect of a tool call:
+Templates expect different forms of a tool call:
 
     an object           Qwen, Llama, Gemma, gpt-oss: the template encodes the arguments
     OpenAI's own form   DeepSeek: the arguments are JSON text, and an absent content is None or ""

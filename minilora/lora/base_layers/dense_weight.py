@@ -6,7 +6,7 @@
     NF4Linear                            codebook value · absmax of the block
     Linear4bit of bitsandbytes           the same, or FP4, computed by bitsandbytes
     Linear8bitLt of bitsandbytes         code · absmax of the row / 127
-    tensor with its own `dequantize`     what that returns (torchao)
+    tensor with its own `dequantize`     its result (torchao)
     everything else                      refused: codes with an unknown scale, or another forward
 
 Merging, the merge report, DoRA, PiSSA and LoftQ need W. Plain LoRA does not, and can be trained on

@@ -170,7 +170,7 @@ def hash_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def note_training(model: nn.Module, tokenizer: Any) -> None:
-    """Store what trains the active adapters, for `save_adapter`: the tokenizer, the base's storage.
+    """Store the tokenizer and the base's storage of the active adapters, for `save_adapter`.
 
     Args:
         model: The model that is trained.

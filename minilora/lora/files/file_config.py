@@ -1,8 +1,8 @@
-"""The config of an adapter file: what is written, and what is read for a given model.
+"""The config of an adapter file: the written one, and the one that is read for a given model.
 
 `inject` refuses an entry that matches nothing, because it is probably misspelt. The config of a
 file may name more than one model has: one list of targets serves several kinds of models. There the
-tensors decide what was trained, so such entries are left out, and one warning lists them.
+tensors show the trained layers, so such entries are left out, and one warning lists them.
 """
 
 import warnings
@@ -67,7 +67,7 @@ def reduced_config(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRACo
 def _matching_entries(
     model: nn.Module, entries: Iterable[str], paths: list[str]
 ) -> dict[str, list[str]]:
-    """Return what each entry becomes: itself, full paths if it names a wrapper, or nothing."""
+    """Return the new form of each entry: itself, full paths if it names a wrapper, or nothing."""
     matching: dict[str, list[str]] = {}
     for entry in entries:
         matching[entry] = []

@@ -190,7 +190,7 @@ def contents(model: nn.Module, name: str, tokenizer: Any = None) -> AdapterConte
     labels = registry.labels.get(name)
     trains_head = config.task_type == "SEQ_CLS" or "score" in (config.modules_to_save or [])
     if labels is None and trains_head:
-        labels = getattr(model, "label_names", None)  # a classifier with a training loop of its own
+        labels = getattr(model, "label_names", None)  # a classifier in another training loop
     bound = binding(layers, source, registry.seeds.get(name), hashes, storage, labels)
     return AdapterContents(values, tensors, bound)
 

@@ -1,9 +1,9 @@
-"""The change of one layer's weight by its active adapters, for merging and for modules that read it.
+"""The change of a layer's weight by its active adapters, for merging and for parents that read it.
 
 Some modules do not call a layer but read its weight: nn.TransformerEncoderLayer in eval mode, the
 dt_proj of Mamba, the q, k, v projections of WavLM, a head that computes h Eᵀ with the E of the
 embedding. `LoRALayer.weight` is therefore W + Σ s · B A while an adapter is active, and such a
-module computes what the merged model computes, with gradients for A and B.
+module computes the same as the merged model, with gradients for A and B.
 """
 
 from collections.abc import Iterable, Iterator

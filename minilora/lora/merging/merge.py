@@ -327,7 +327,7 @@ def _declare_untied(model: Any) -> None:
 
 
 def _declare_dense(model: Any) -> None:
-    """Remove what transformers notes about bitsandbytes from a merged model, as it is dense now."""
+    """Remove transformers' notes about bitsandbytes from a merged model, as it is dense now."""
     config: Any = getattr(model, "config", None)
     quantization: Any = getattr(config, "quantization_config", None)
     method = getattr(getattr(model, "quantization_method", None), "value", None)

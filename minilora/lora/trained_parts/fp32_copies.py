@@ -107,8 +107,8 @@ def as_copy(copied: nn.Module, original: nn.Module) -> nn.Module:
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Convert a copy, but never to 16 bits, and its original; `_apply` of the copy.
 
-    `.to()`, `.half()` and `.bfloat16()` of a model reach only what stands in it. The copy is the
-    fp32 master that the optimiser updates. The original takes its place later.
+    `.to()`, `.half()` and `.bfloat16()` of a model reach only the modules that stand in it. The copy
+    is the fp32 master that the optimiser updates. The original takes its place later.
     """
 
     def apply_without_16_bits(tensor: Tensor) -> Tensor:

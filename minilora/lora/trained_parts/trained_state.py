@@ -1,8 +1,8 @@
 """State dicts of a model whose modules or biases train with an adapter.
 
-While an adapter is active, its copy stands in the place of the original. A state dict by place would
-store the copy under the name of the original, and a load while another adapter is active would put
-it into the base. Therefore names say what a tensor is, whichever adapter is active:
+While an adapter is active, its copy stands in the place of the original. A state dict by place
+would store the copy under the name of the original, and a load while another adapter is active
+would put it into the base. Therefore a name identifies a tensor, whichever adapter is active:
 
     lm_head.weight                              the original
     lm_head.modules_to_save.default.weight      the copy of the adapter "default"
@@ -153,7 +153,7 @@ def _load(
     missing_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Copy values into a part, or report what does not fit."""
+    """Copy values into a part, or report the reason why they do not fit."""
     for name, tensor in _tensors(part, plain_key(key)).items():
         value = values.get(name)
         if value is None:

@@ -16,7 +16,7 @@ from minilora.lora.embedding_conv import unwrapped
 
 
 def vocabulary_layers(model: Any) -> dict[str, nn.Module]:
-    """Return the embedding and the output layer by path, without adapters; {} if there is none.
+    """Return the embedding and the output layer by path, without adapters; {} without them.
 
     Args:
         model: Any model.
