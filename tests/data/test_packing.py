@@ -140,12 +140,14 @@ def test_document_by_document_equals_the_mask(window, dtype):
 
 
 def test_a_mask_is_built_only_for_documents_longer_than_the_window(monkeypatch):
-    from minilora.models import decoder
-
     made = []
-    monkeypatch.setattr(
-        decoder, "causal_mask", lambda *a, **k: made.append(a) or causal_mask(*a, **k)
-    )
+
+    def counted(*sizes, **options):
+        made.append(sizes)
+        return causal_mask(*sizes, **options)
+
+    for module in ("minilora.models.decoder", "minilora_kernels.ops.attention"):
+        monkeypatch.setattr(f"{module}.causal_mask", counted)
     for name, expected in [("llama", set()), ("gemma3", {(7, 7), (12, 12), (9, 9)})]:
         made.clear()
         with torch.no_grad():
