@@ -34,7 +34,7 @@ from minilora.lora.layer import (
 )
 from minilora.quant.nf4_linear import NF4Linear
 
-_CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of dimensions of the weight
+CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of dimensions of the weight
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -219,7 +219,7 @@ class ConvAdapter(AdapterBase):
         b = None
         if self.lora_bias is not None:
             b = self.scaling * self.lora_bias.to(x.dtype)  # (out,)
-        convolve: Any = _CONVOLVE[A.dim()]
+        convolve: Any = CONVOLVE[A.dim()]
         z = convolve(self.dropout(x), A, None, base.stride, base.padding)  # (N, r, …)
         return y + convolve(self.scaling * z, B, b, groups=self.groups)  # (N, out, …)
 

@@ -227,14 +227,14 @@ def _new_adapter(path: str, layer: nn.Module, config: LoRAConfig, seed: int) -> 
             config.lora_bias,
             seed=layer_seed,
         )
+        gaussian = config.init_lora_weights == "gaussian"
+        if gaussian and not isinstance(adapter, EmbeddingAdapter):  # there B is the random factor
+            generator = torch.Generator("cpu").manual_seed(layer_seed)
+            adapter.lora_A.data.normal_(0, 1 / r, generator=generator)
         if config.use_dora or config.begins_from_weight:
             return as_variant(adapter, layer, config, layer_seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    gaussian = config.init_lora_weights == "gaussian"
-    if gaussian and not isinstance(adapter, EmbeddingAdapter):  # there B is the random factor
-        generator = torch.Generator("cpu").manual_seed(layer_seed)
-        adapter.lora_A.data.normal_(0, 1 / r, generator=generator)
     return adapter
 
 
@@ -250,6 +250,12 @@ def _share_adapters(model: nn.Module, adapters: dict[str, Adapter]) -> None:
         if path not in adapters:
             continue
         group = [name for name in adapters if name == path or name in others]  # in model order
+        if any(hasattr(adapters[name], "lora_magnitude_vector") for name in group):
+            raise ValueError(
+                f'use_dora with tie="shared": {group} share a weight, and DoRA has a length for '
+                "each column of an embedding but for each row of an output layer, so one adapter "
+                'cannot serve both. tie="untie" adapts each alone; or leave use_dora out.'
+            )
         embeddings = [name for name in group if isinstance(adapters[name], EmbeddingAdapter)]
         left_out = sorted(set(others) - set(adapters))
         if not embeddings or left_out:

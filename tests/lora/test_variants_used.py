@@ -188,7 +188,7 @@ def test_incompatible_config_fields_raise(fields, message):
         ml.LoRAConfig(**fields)
 
 
-@variants
+@pytest.mark.parametrize("given", [PISSA, LOFTQ], ids=["pissa", "loftq"])
 def test_other_kinds_of_layers_are_refused_and_the_model_untouched(given):
     for kind, target in (("llama", "embed_tokens"), ("images", "flat")):
         model = build(kind)

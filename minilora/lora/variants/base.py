@@ -8,7 +8,8 @@ LoRAConfig selects a variant by `use_dora` or `init_lora_weights`:
 
 Each variant is an adapter like LoRAAdapter (layer.py): it is called with the input of a layer, its
 output so far and its base. All variants are for linear layers, dense or in 4 bits; LoftQ, which
-makes the 4 bits itself, is for dense layers only. docs/variants.md shows their cost.
+makes the 4 bits itself, is for dense layers only. DoRA is also for embeddings and convolutions
+(dora_embedding_conv.py). docs/variants.md shows their cost.
 """
 
 from dataclasses import replace

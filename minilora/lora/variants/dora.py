@@ -15,16 +15,19 @@ exact to 2⁻²³ (‖w‖ + ‖s b A‖)² only.
 
 QDoRA is the same with an NF4 base: W is dense while the norms are computed. Each forward pass
 computes them, because A and B may have changed, and reads W once more for it. Merge an adapter that
-has to answer fast. Dropout acts on everything that is rescaled, as in PEFT.
+has to answer fast. Dropout acts on everything that is rescaled, as in PEFT. The classes for
+embeddings and convolutions are in dora_embedding_conv.py.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.lora.base_layers.dense_weight import linear_weight
-from minilora.lora.embedding_conv import unwrapped
-from minilora.lora.layer import AdapterBase, LoRAAdapter
+from minilora.lora.embedding_conv import Adapter
+from minilora.lora.layer import AdapterBase
 
 EPSILON = torch.finfo(torch.float32).eps  # smallest norm of a row
 
@@ -39,7 +42,7 @@ class DoRAAdapter(AdapterBase):
 
     lora_bias = None
 
-    def __init__(self, plain: LoRAAdapter, base: nn.Module):
+    def __init__(self, plain: Adapter, base: nn.Module):
         super().__init__()
         self.scaling = plain.scaling
         self.r = plain.r
@@ -53,17 +56,25 @@ class DoRAAdapter(AdapterBase):
             m = self.norms(base)  # (out,)
         self.lora_magnitude_vector = nn.Parameter(m)
 
+    def flat_weight(self, base: nn.Module) -> Tensor:
+        """Return W as the matrix whose rows have the lengths m: (out, in), fp32.
+
+        Args:
+            base: The frozen layer.
+        """
+        return linear_weight(base)
+
     @torch.no_grad()
     def norms(self, base: nn.Module) -> Tensor:
         """Return ‖W + s B A‖ of each row (out,), fp32, at least ε.
 
         Args:
-            base: The frozen linear layer.
+            base: The frozen layer.
         """
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            W = linear_weight(base)  # (out, in)
-            A = self.lora_A.to(W.device)  # (r, in)
-            B = self.scaling * self.lora_B.to(W.device)  # (out, r), contains s
+            W = self.flat_weight(base)  # (out, in)
+            A = self.lora_A.flatten(1).to(W.device)  # (r, in)
+            B = self.scaling * self.lora_B.flatten(1).to(W.device)  # (out, r), contains s
             cross = (B * (W @ A.T)).sum(1)  # (out,) s b · (A w)
             gram = (B @ (A @ A.T) * B).sum(1)  # (out,) s² b (A Aᵀ) bᵀ
             squares = torch.linalg.vector_norm(W, dim=1).square() + 2 * cross + gram  # (out,)
@@ -73,14 +84,15 @@ class DoRAAdapter(AdapterBase):
         """Return y + (g − 1) ∘ (W x) + g ∘ (s B A x), computed in x.dtype, with g in fp32.
 
         Args:
-            x: Input of the layer, (…, in).
-            y: Output of the frozen layer, (…, out).
+            x: Input of the layer, (…, in); (N, in, …) of a convolution.
+            y: Output of the frozen layer, (…, out); (N, out, …) of a convolution.
             base: The frozen layer.
 
         Returns:
-            The corrected output, (…, out).
+            The corrected output, with the shape of y.
         """
-        g = self.lora_magnitude_vector / self.norms(base)  # (out,)
+        positions = [1] * (self.lora_A.dim() - 2)  # of a convolution, they follow the channels
+        g = (self.lora_magnitude_vector / self.norms(base)).view(-1, *positions)  # (out, 1…)
         dropped = self.dropout(x)  # (…, in)
         if dropped is x or not self.training:
             Wx = y  # (…, out)
@@ -88,25 +100,37 @@ class DoRAAdapter(AdapterBase):
             Wx = base(dropped)  # (…, out)
         bias = getattr(base, "bias", None)
         if bias is not None:
-            Wx = Wx - bias.to(Wx.dtype)
-        z = F.linear(dropped, self.lora_A.to(x.dtype))  # (…, r)
-        BAx = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (…, out), contains s
+            Wx = Wx - bias.to(Wx.dtype).view(-1, *positions)
+        BAx = self.low_rank_output(dropped, base)  # (…, out), contains s
         return y + (g - 1).to(y.dtype) * Wx + g.to(y.dtype) * BAx
+
+    def low_rank_output(self, x: Tensor, base: Any) -> Tensor:
+        """Return s B A x, computed in x.dtype.
+
+        Args:
+            x: Input of the layer after dropout, (…, in).
+            base: The frozen layer.
+
+        Returns:
+            The output of the low-rank part alone, (…, out).
+        """
+        z = F.linear(x, self.lora_A.to(x.dtype))  # (…, r)
+        return F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (…, out)
 
     def delta_beside(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
         """Return g ∘ (W + s B A) − W, the matrix that merging adds to W.
 
         Args:
-            base: The frozen linear layer.
+            base: The frozen layer.
             dtype: Dtype of the computation and of the result.
 
         Returns:
             The change of the weight, (out, in).
         """
-        W = linear_weight(base).to(dtype)  # (out, in)
+        W = self.flat_weight(base).to(dtype)  # (out, in)
         g = (self.lora_magnitude_vector / self.norms(base)).to(dtype)[:, None]  # (out, 1)
-        A = self.lora_A.to(dtype)  # (r, in)
-        B = self.lora_B.to(dtype)  # (out, r)
+        A = self.lora_A.flatten(1).to(dtype)  # (r, in)
+        B = self.lora_B.flatten(1).to(dtype)  # (out, r)
         return (g - 1) * W + g * (self.scaling * B @ A)  # (out, in)
 
     def tensors(self, base: nn.Module) -> dict[str, Tensor]:
@@ -116,16 +140,6 @@ class DoRAAdapter(AdapterBase):
             base: The frozen layer, which is not read.
 
         Returns:
-            The live parameters, not copies of them.
+            The live parameters, or views of them.
         """
         return super().tensors(base) | {"lora_magnitude_vector": self.lora_magnitude_vector}
-
-
-def begin(plain: LoRAAdapter, layer: nn.Module) -> DoRAAdapter:
-    """Return a DoRA adapter that changes nothing yet.
-
-    Args:
-        plain: A new plain adapter.
-        layer: The layer, or a LoRALayer around it.
-    """
-    return DoRAAdapter(plain, unwrapped(layer))

@@ -20,6 +20,7 @@ from torch import nn
 
 from minilora.lora.embedding_conv import EmbeddingAdapter
 from minilora.lora.layer import LoRALayer
+from minilora.lora.variants.dora_embedding_conv import DoRAEmbeddingAdapter
 from minilora.training.config import TrainConfig
 from minilora.training.optim.adamw_8bit import AdamW8bit
 
@@ -79,7 +80,7 @@ def _loraplus_parameters(model: nn.Module) -> set[int]:
         if not isinstance(layer, LoRALayer):
             continue
         for adapter in layer.adapters.values():
-            if isinstance(adapter, EmbeddingAdapter):
+            if isinstance(adapter, (EmbeddingAdapter, DoRAEmbeddingAdapter)):
                 continue
             ids.add(id(getattr(adapter, "lora_B", None)))
             ids.add(id(getattr(adapter, "lora_bias", None)))
