@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--method", choices=RATES, help="run only this method, in this process")
     options = parser.parse_args()
     if options.short:
-        options.steps, options.batch, options.test_rows = 1, 1, 4
+        options.steps, options.batch, options.test_rows = 2, 1, 4
     if options.method:
         print(json.dumps(run(options.method, options)))
         return

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--run", help="settings as JSON: run only these, in this process")
     options = parser.parse_args()
     if options.short:
-        options.steps, options.batch, options.test_rows, options.prose = 1, 2, 4, 8
+        options.steps, options.batch, options.test_rows, options.prose = 2, 2, 4, 8
     if options.run:
         print(json.dumps(run(json.loads(options.run), options)))
         return

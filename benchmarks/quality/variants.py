@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.short:
-        options.steps, options.batch, options.test_rows, options.seeds = 1, 2, 4, 1
+        options.steps, options.batch, options.test_rows, options.seeds = 2, 2, 4, 1
     if options.variant:
         print(json.dumps(run(options.variant, options)))
         return

@@ -38,7 +38,7 @@ SCRIPTS = {
     "methods": (["--short"], "methods"),
     "fusing": (["--tokens", "64"], "branch"),
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
-    "qlora_parity": (["--steps", "1", "--seeds", "1", "--test_rows", "4"], "agree"),
+    "qlora_parity": (["--steps", "2", "--seeds", "1", "--test_rows", "4"], "agree"),
     "many_adapters": (["--short"], "by_row"),
     "bench_serve": (["--short"], "sides"),
     "variants": (["--short"], "variants"),
