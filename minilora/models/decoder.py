@@ -21,30 +21,21 @@ Shapes: B rows, T new tokens, S keys (T and those in the cache), D hidden size, 
 channels each, V words. The operations are in kernels/minilora_kernels/ops/.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minilora.models.config import SLIDING, DecoderConfig
+from minilora.models.config import DecoderConfig
 from minilora.models.kv_cache import KVCache
+from minilora.models.masks import LayerMask, Mask, layer_masks
 from minilora.models.rope_config import frequencies, rotation
-from minilora_kernels.ops.attention import (
-    Documents,
-    attention,
-    causal_mask,
-    document_runs,
-    window_masks,
-)
+from minilora_kernels.ops.attention import attention, document_runs
 from minilora_kernels.ops.residual import residual
 from minilora_kernels.ops.rms_norm import rms_norm
 from minilora_kernels.ops.rope import rotate
 from minilora_kernels.ops.swiglu import gated
-
-Mask = Tensor | Mapping[str, Tensor] | None
-LayerMask = Tensor | Documents | None
 
 
 class RMSNorm(nn.Module):
@@ -311,7 +302,7 @@ class CausalLM(nn.Module):
         if document_ids is not None and cache is None and mask is None:
             runs = document_runs(document_ids)
         shape = (count, past + count)
-        masks = self._masks(mask, shape, document_ids, runs, input_ids.device)
+        masks = layer_masks(self.config, mask, shape, document_ids, runs, input_ids.device)
         ropes = {}
         for kind in masks:
             omega = self._frequencies(kind, x.device, cache)  # (d/2,)
@@ -326,42 +317,6 @@ class CausalLM(nn.Module):
         if cache is not None:
             cache.advance(count, document_ids)
         return self.model.norm(x)
-
-    def _masks(
-        self,
-        mask: Mask,
-        shape: tuple[int, int],
-        document_ids: Tensor | None,
-        runs: list[tuple[int, bool]] | None,
-        device: torch.device,
-    ) -> Mapping[str, LayerMask]:
-        """Return a mask (T, S) for each kind of layer.
-
-        None is plain causal attention, the fast path. Documents is the same, one document at a
-        time. `runs` has a pair for each stretch of equal document ids, row after row: its number of
-        tokens, and True for a document or False for padding.
-        """
-        if isinstance(mask, Mapping):
-            return mask
-        masks: dict[str, LayerMask] = dict.fromkeys(self.config.layer_types, mask)
-        if mask is not None:
-            if len(masks) > 1:
-                raise ValueError(
-                    "some layers have a window: give a mask for each kind of layer, "
-                    f"{' and '.join(masks)}."
-                )
-            return masks
-        for kind in masks:
-            window = self.config.sliding_window if kind == SLIDING else None
-            if window is not None and window >= shape[1]:
-                window = None  # no key is that far back yet
-            if runs is not None:
-                masks[kind] = Documents(runs, window_masks(runs, window, device))
-            elif window is not None or document_ids is not None:
-                masks[kind] = causal_mask(
-                    *shape, window=window, document_ids=document_ids, device=device
-                )
-        return masks
 
     def _frequencies(self, kind: str, device: torch.device, cache: KVCache | None) -> Tensor:
         """Return ω of a kind of layer, (d/2,).

@@ -146,7 +146,7 @@ def test_a_mask_is_built_only_for_documents_longer_than_the_window(monkeypatch):
         made.append(sizes)
         return causal_mask(*sizes, **options)
 
-    for module in ("minilora.models.decoder", "minilora_kernels.ops.attention"):
+    for module in ("minilora.models.masks", "minilora_kernels.ops.attention"):
         monkeypatch.setattr(f"{module}.causal_mask", counted)
     for name, expected in [("llama", set()), ("gemma3", {(7, 7), (12, 12), (9, 9)})]:
         made.clear()

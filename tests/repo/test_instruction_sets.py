@@ -92,7 +92,7 @@ def test_a_run_reports_its_instruction_set_once(options, tmp_path, monkeypatch):
     (tmp_path / "test_one.py").write_text("def test_one(): pass\n")
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     run = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", str(tmp_path)]
-    folders = (ROOT / "kernels", ROOT / "tests")
+    folders = (ROOT, ROOT / "kernels", ROOT / "tests")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("cpu: ")]
