@@ -240,6 +240,7 @@ def test_nulls_of_a_dataset_are_absent():
 
 def test_a_data_frame_is_read_and_its_nan_is_absent(tmp_path):
     import pandas  # part of the extra "all"
+
     rows = [row(), {"text": "a"}, {"prompt": "u", "completion": "a", "tools": ""}]
     frame = pandas.DataFrame(rows)
     assert frame.isna().any().any()
