@@ -121,7 +121,8 @@ def test_merging_a_layer_of_bitsandbytes_gives_its_dense_weight_plus_the_change(
     assert type(merged[0]) is nn.Linear and merged[0].weight.dtype == torch.float32
     close(merged(X), plain(X), 1e-5)  # (W + B A) x and W x + B A x, through tanh and a layer
     if kind != "int8":  # its own product rounds x to 8 bits
-        close(model(X), merged(X), 1e-5)
+        # In eval mode bitsandbytes rounds x and the scales to bf16 on a CPU with AVX512-BF16.
+        close(model.train()(X), merged(X), 1e-5)
     assert ml.merge_report(model).total.error["float32"] < 1e-6
 
 
