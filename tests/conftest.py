@@ -73,6 +73,16 @@ def processor() -> str:
     return f"cpu: {kind}; torch: {torch.backends.cpu.get_cpu_capability()}; C: {machine_flags()}"
 
 
+if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    # bitsandbytes computes its 8-bit map with torch.linspace, whose last bits depend on the
+    # instruction set. Files come from machines with AVX2 or AVX-512, so the oracle uses their map.
+    import bitsandbytes.functional
+
+    from minilora_kernels import dynamic_map
+
+    bitsandbytes.functional.name2qmap["dynamic"] = dynamic_map()
+
+
 def pytest_report_header() -> str:
     return processor()
 

@@ -12,6 +12,7 @@ import torch
 
 from minilora_kernels import dynamic_map, nf4_codebook, nf4_thresholds
 
+EPS = torch.finfo(torch.float32).eps
 NF4_SHA256 = "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
 DYNAMIC_SHA256 = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 CUDA_THRESHOLDS = [
@@ -33,7 +34,11 @@ def test_tables_have_the_known_digests():
 
 def test_tables_are_bitsandbytes_tables():
     assert torch.equal(nf4_codebook(), bnb.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
+    computed = bnb.create_dynamic_map()
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # two roundings instead of one
+        torch.testing.assert_close(dynamic_map(), computed, rtol=2 * EPS, atol=0)
+    else:
+        assert torch.equal(dynamic_map(), computed)
 
 
 def test_thresholds_are_the_literals_of_the_cuda_source():

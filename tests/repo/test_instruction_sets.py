@@ -16,6 +16,7 @@ import torch
 
 from helpers.source import ROOT
 from helpers.tiny import python
+from minilora_kernels import dynamic_map, nf4_codebook
 
 MARCHES = {"avx2": "x86-64-v3", "default": "x86-64"}
 
@@ -97,3 +98,18 @@ def test_a_run_reports_its_instruction_set_once(options, tmp_path, monkeypatch):
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("cpu: ")]
     assert len(said) == 1 and said[0].endswith("; torch: DEFAULT; C: -march=x86-64")
+
+
+@x86
+def test_the_tables_have_the_same_bits_with_an_older_instruction_set(monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    code = (
+        "import json, torch; from minilora_kernels import dynamic_map, nf4_codebook;"
+        "tables = [nf4_codebook(), dynamic_map(), dynamic_map(signed=False)];"
+        "print(torch.backends.cpu.get_cpu_capability(), [table.tolist() for table in tables])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "kernels", capture_output=True, text=True
+    )
+    tables = [nf4_codebook(), dynamic_map(), dynamic_map(signed=False)]
+    assert done.stdout == f"DEFAULT {[table.tolist() for table in tables]}\n", done.stderr
