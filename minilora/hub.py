@@ -3,6 +3,7 @@
 A model is named by a folder, a .gguf file, or a Hub id (owner/name).
 """
 
+import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,12 +149,15 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise OSError(
             f"{subject} is neither a folder here nor a repository that the Hub shows to you. "
             "Check the spelling; for a private one pass token= or run `hf auth login`."
+            f"{_similar_here(repo)}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
-            f"{subject} is not in the cache, and the Hub was not asked or did not answer "
+            f"{subject} is neither a folder here nor in the cache, and the Hub was not asked or "
+            "did not answer "
             "(offline mode, local_files_only, or no network). "
             "Load it once with a network, or give a local folder."
+            f"{_similar_here(repo)}"
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise OSError(
@@ -166,7 +170,20 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         raise OSError(
             f"{subject}: no answer from the Hub ({error}). "
             "Check the network, and HF_ENDPOINT if it is set."
+            f"{_similar_here(repo)}"
         ) from error
+
+
+def _similar_here(repo: str) -> str:
+    """Return a sentence that names local folders with a similar name, or no text."""
+    folder = Path(repo).parent
+    if not folder.is_dir():
+        return ""
+    entries = [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".gguf"]
+    similar = difflib.get_close_matches(Path(repo).name, [path.name for path in entries])
+    if not similar:
+        return ""
+    return f" Similar names here: {', '.join(str(folder / name) for name in similar)}."
 
 
 def _remedy(status: int) -> str:

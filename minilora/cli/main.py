@@ -99,6 +99,7 @@ def _run(given: list[str]) -> int:
     if not given:
         parser.print_help()
         return 0
+    parser.check_command(given[0])
     if given[:1] == ["train"] and len(given) > 1 and given[1].endswith(".toml"):
         train_parser = parser.command("train")
         known = train_parser.names() + train_parser.destinations()

@@ -52,6 +52,18 @@ class CommandParser(argparse.ArgumentParser):
         """
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` explains each option.\n")
 
+    def check_command(self, name: str) -> None:
+        """Exit with an error that names the nearest commands if there is no such command.
+
+        Args:
+            name: the command, as the user wrote it.
+        """
+        if name.startswith("-") or name in self.commands():
+            return
+        suggestions = nearest(name, self.commands())
+        message = f"there is no command {name!r}. Nearest: {', '.join(suggestions)}."
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists all commands.\n")
+
     def refuse(self, unparsed: Sequence[str]) -> NoReturn:
         """Exit with an error for arguments that no option takes.
 
@@ -75,6 +87,13 @@ class CommandParser(argparse.ArgumentParser):
         """Return the names of the positional arguments."""
         return [action.dest for action in self._actions if not action.option_strings]
 
+    def commands(self) -> dict[str, "CommandParser"]:
+        """Return the parser of each command, by name."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return action.choices  # pyright: ignore[reportReturnType] typeshed's base class
+        return {}
+
     def command(self, name: str) -> "CommandParser":
         """Return the parser of a command.
 
@@ -84,7 +103,4 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             KeyError: there is no such command.
         """
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                return action.choices[name]
-        raise KeyError(name)
+        return self.commands()[name]

@@ -26,6 +26,16 @@ MAPPINGS = (
     "chat_template_kwargs",
 )  # fields whose value is a table
 
+EXPECTED = {  # the values of a type, for errors
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number such as 1e-4",
+    str: "text",
+    list: "names with commas between them",
+    dict: "a JSON object",
+    type(None): "none",
+}
+
 
 def from_toml(path: Path, known: Collection[str]) -> list[str]:
     """Return the content of a TOML file as arguments of `train`.
@@ -130,8 +140,13 @@ def _read(text: str, hint: Any) -> Any:
     try:
         return parse_value(text, hint)
     except ValueError:
-        expected = hint.__name__ if isinstance(hint, type) else hint
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected {_expected(hint)}, got {text!r}") from None
+
+
+def _expected(hint: Any) -> str:
+    """Return the values that a type accepts, in words."""
+    words = [EXPECTED[kind] for kind in _kinds(hint) if kind in EXPECTED]
+    return " or ".join(words)
 
 
 def parse_value(text: str, hint: Any) -> Any:

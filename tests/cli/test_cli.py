@@ -364,12 +364,12 @@ def test_a_mistake_gives_a_one_line_message(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "m", "d", "--r", "x"], "--r: expected int, got 'x'"),
+        (["train", "m", "d", "--r", "x"], "--r: expected a whole number, got 'x'"),
         (
             ["train", "m", "d", "--rank_pattern", "q_proj"],
-            "--rank_pattern: expected dict[str, int], got 'q_proj'",
+            "--rank_pattern: expected a JSON object, got 'q_proj'",
         ),
-        (["train", "m", "d", "--bf16", "yes"], "--bf16: expected bool | None, got 'yes'"),
+        (["train", "m", "d", "--bf16", "yes"], "--bf16: expected true or false or none, got 'yes'"),
         (["train", "m", "d", "--lora_r", "8"], "no option --lora_r. Nearest: --r."),
         (["train", "m", "d", "--lr=1"], "no option --lr. Nearest: --learning_rate."),
         (["train", "m", "d", "--max-seq-length", "8"], "Nearest: --max_length."),
@@ -377,7 +377,7 @@ def test_a_mistake_gives_a_one_line_message(arguments, message, capsys):
         (["generate", "m", "p", "--adaptr", "a"], "no option --adaptr. Nearest: --adapter"),
         (["generate", "m", "two", "words"], "unexpected argument 'words'"),
         (["train", "m"], "required: dataset"),
-        (["fly"], "fly"),
+        (["pln"], "there is no command 'pln'. Nearest: plan"),
     ],
 )
 def test_a_bad_option_exits_with_status_2_and_a_message(arguments, message, capsys):
@@ -385,7 +385,7 @@ def test_a_bad_option_exits_with_status_2_and_a_message(arguments, message, caps
         main(arguments)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and message in said
-    assert len(said.splitlines()) == 2 and "--help` explains" in said
+    assert len(said.splitlines()) == 2 and "--help` " in said
 
 
 def test_option_names_may_have_hyphens_and_are_never_abbreviated(capsys):

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.hub import serve
 from helpers.tiny import python, save
+from minilora.hub import resolve
 
 ASK = """
 import json, sys, torch
@@ -97,7 +98,21 @@ def test_hub_errors_name_the_cause(hub):
     assert online["revision"].startswith(
         "OSError: 'tiny/llama' at revision 'other': the Hub has no such revision"
     )
-    assert online["local"].startswith("OSError: 'tiny/other' is not in the cache")
-    assert offline["nothing"].startswith("OSError: 'tiny/nothing' is not in the cache")
+    assert online["local"].startswith(
+        "OSError: 'tiny/other' is neither a folder here nor in the cache"
+    )
+    assert offline["nothing"].startswith(
+        "OSError: 'tiny/nothing' is neither a folder here nor in the cache"
+    )
     for wrong in ("path", "folder", "gguf"):
         assert online[wrong].startswith("ValueError: there is no folder or .gguf file"), wrong
+
+
+def test_a_misspelt_folder_is_answered_with_similar_names(tmp_path, monkeypatch):
+    (tmp_path / "smollm").mkdir()
+    (tmp_path / "smollm2.gguf").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"Similar names here: smollm, smollm2\.gguf\.$"):
+        resolve("smollmm", local_files_only=True)
+    with pytest.raises(OSError, match=r"give a local folder\.$"):
+        resolve("tiny/smollmm", local_files_only=True)
