@@ -6,7 +6,7 @@ The best of many trials was chosen by the rows it was measured on, so its figure
 too good. The example therefore holds out a third set of rows, measures the best trial on it once,
 at the end, and compares it with the defaults.
 
-Each trial is one run of `minilora train` in a new process. Optuna (pip install "minilora[sweep]")
+Each trial is one run of `minilora train` in a new process. Optuna (pip install -e '.[sweep]')
 draws the options. Task: a diagnosis → its chapter of ICD-10-CM, with different disease categories
 in each set of rows. The last printed line is one JSON document.
 """
@@ -62,7 +62,7 @@ def main() -> dict:
     """Run the example and return the printed document. MINILORA_SHORT=1 reduces steps and rows."""
     started = time.perf_counter()
     if not importlib.util.find_spec("optuna"):
-        raise SystemExit('This example needs Optuna: pip install "minilora[sweep]"')
+        raise SystemExit("This example needs Optuna: pip install -e '.[sweep]'")
     shutil.rmtree(FOLDER, ignore_errors=True)  # otherwise the sweep would continue an earlier one
     FOLDER.mkdir(parents=True)
 

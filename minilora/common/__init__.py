@@ -6,6 +6,9 @@ options.py        checked fields of a dataclass
 modules.py        modules of a model and their paths
 left_out.py       the matrices that a step over a whole model leaves out
 sequences.py      types and lengths of sequences; widths of columns
+extras.py         errors for optional packages that are missing
+notebook.py       output in notebooks: notes, tables, curves
+progress.py       progress of long tasks: on a terminal, in a notebook, in a log file
 wrappers.py       models inside torch.compile, DDP, FSDP, PEFT, and around their wrapped layers
 """
 

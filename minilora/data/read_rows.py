@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from minilora.common.extras import require
 from minilora.data.chat.values import is_absent
 
 Row = Mapping[str, Any]
@@ -97,6 +98,7 @@ def check_file(path: str | Path) -> str:
     Raises:
         ValueError: the ending is unknown.
         FileNotFoundError: the file does not exist.
+        ImportError: the file is parquet, and pyarrow is not installed.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
@@ -108,6 +110,8 @@ def check_file(path: str | Path) -> str:
         raise FileNotFoundError(
             f"dataset: {path} does not exist. Expected a file of rows; paths begin at {Path.cwd()}."
         )
+    if suffix == ".parquet":
+        require(f"dataset: reading {path}", "pyarrow")
     return suffix
 
 
@@ -123,12 +127,8 @@ def _read_file(path: Path) -> Iterator[Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f'{path}: reading parquet needs pyarrow (pip install "minilora[data]").'
-        ) from error
+    from pyarrow.parquet import ParquetFile  # check_file has looked for it
+
     with ParquetFile(path) as file:
         # One row group at a time: asked for all groups, pyarrow would read ahead without a limit.
         for group in range(file.num_row_groups):

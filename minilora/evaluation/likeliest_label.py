@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.common import order_by_length
+from minilora.common.progress import ProgressBar
 from minilora.generation.generate import check_lengths
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
@@ -107,7 +108,7 @@ def choose(
     table = Labels(labels)
     best = [0] * len(prompts)
     order = order_by_length(prompts)
-    with inference(model):
+    with inference(model), ProgressBar("labels", len(order), "row") as bar:
         prefix, size = shared_prefix(model, prompts)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -116,6 +117,7 @@ def choose(
             first = logits.log_softmax(-1).cpu()[:, table.padded[:, 0]]  # (B, L)
             for i, label in zip(batch, _likeliest(context, first, table), strict=True):
                 best[i] = label
+            bar.update(len(batch))
     return best
 
 

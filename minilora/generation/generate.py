@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minilora.common import order_by_length, unwrap_model
+from minilora.common.progress import ProgressBar
 from minilora.data.chat_template import as_trained
 from minilora.data.prompt import encode_prompt, end_of_turn
 from minilora.generation.cuda_graph import graphs
@@ -204,7 +205,12 @@ def generate_ids(
     order = order_by_length(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     steps = step_by_step(model, rule, len(prompts))
-    with inference(model), matrix_vector(model), row_adapters or nullcontext() as loaded:
+    with (
+        inference(model),
+        matrix_vector(model),
+        row_adapters or nullcontext() as loaded,
+        ProgressBar("generate", len(order), "answer") as bar,
+    ):
         # A prefix is shared only if one adapter reads all prompts.
         prefix, size = shared_prefix(model, prompts if adapters is None else [])
         for start in range(0, len(order), rule.batch_size):
@@ -216,6 +222,7 @@ def generate_ids(
             logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
             batch_answers = [answers[i] for i in batch]
             _answer(steps(context), logits, rule, batch_answers, [draws[i] for i in batch])
+            bar.update(len(batch))
     return answers
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.common import output_layer, unwrap_model
+from minilora.common.progress import ProgressBar
 from minilora.common.wrappers import is_compiled
 from minilora.data import IGNORE, EncodedDataset, Example, collate, encode_dataset
 from minilora.lora.layer import LoRALayer
@@ -334,7 +335,7 @@ def means(
     lengths = lengths_of(examples)
     # Longest first: examples of similar length share a batch, which saves padding.
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    with inference(model):
+    with inference(model), ProgressBar("loss", len(order), "row") as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = objective.collate([examples[index] for index in indices])
@@ -342,4 +343,5 @@ def means(
             for name, value in {"loss": loss, **other_sums}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             count += objective.weight(batch)
+            bar.update(len(indices))
     return {name: value / count for name, value in sums.items()}, count

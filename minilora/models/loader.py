@@ -8,7 +8,6 @@ Simplified: unlike transformers, there is one device, no pickle, no remote code,
 tensor is initialised: a missing, unexpected, mis-shaped or non-finite tensor is an error.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.common import is_within
+from minilora.common.notebook import note
+from minilora.common.progress import ProgressBar
 from minilora.hub import resolve
 from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
@@ -89,8 +90,10 @@ def load_model(
     names = _match(model, checkpoint)
     _check_skip(model, checkpoint)
     blocks = (blocksize, double_quant) if quantize else None
-    for name in names:  # sorted: a layer's bias is there before its weight is quantised
-        _load_tensor(model, checkpoint, name, dtype, device, blocks)
+    with ProgressBar("load", len(names), "tensor") as bar:
+        for name in names:  # sorted: a layer's bias is there before its weight is quantised
+            _load_tensor(model, checkpoint, name, dtype, device, blocks)
+            bar.update()
     model.tie_weights()
     model.name_or_path = str(source)
     return model.eval()
@@ -151,7 +154,7 @@ def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {dtype!r}.")
     name, reason = _fast_dtype(device)
-    print(f"minilora: dtype auto is {name}: {reason}", file=sys.stderr)
+    note(f"minilora: dtype auto is {name}: {reason}")
     return _DTYPES[name]
 
 

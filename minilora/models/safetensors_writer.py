@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minilora.common import atomic_write, atomic_writes, write_text
+from minilora.common.progress import ProgressBar
 
 _DTYPE_CODES = {  # torch dtype -> safetensors' code
     torch.float64: "F64",
@@ -70,9 +71,12 @@ def write_weights(folder: Path, entries: list[Entry], shard_bytes: int) -> set[s
         ValueError: If a tensor holds NaN or infinity; then no file has changed.
     """
     shards = _shards(entries, shard_bytes)
-    with atomic_writes(folder, folder / _INDEX) as temporary:
+    with (
+        atomic_writes(folder, folder / _INDEX) as temporary,
+        ProgressBar("save", len(entries), "tensor") as bar,
+    ):
         for file_name, shard in shards.items():
-            _write_safetensors(temporary / file_name, shard)
+            _write_safetensors(temporary / file_name, shard, bar)
     if len(shards) == 1:
         return set(shards)
     weight_map = {}
@@ -108,7 +112,7 @@ def _shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
 
 
 @torch.no_grad()
-def _write_safetensors(path: Path, entries: list[Entry]) -> None:
+def _write_safetensors(path: Path, entries: list[Entry], bar: ProgressBar) -> None:
     """Write one safetensors file; each tensor is made, checked, written and freed in turn."""
     # The largest item size first keeps every tensor aligned to its item size.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
@@ -123,6 +127,7 @@ def _write_safetensors(path: Path, entries: list[Entry]) -> None:
             data = tensor.contiguous().flatten().cpu().view(torch.uint8)  # (nbytes,)
             file.write(data.numpy().data)
             del tensor, data  # before the next one is made
+            bar.update()
 
 
 def _safetensors_header(entries: list[Entry]) -> bytes:

@@ -27,6 +27,7 @@ from minilora.common import (
     unknown_name,
     unwrap_model,
 )
+from minilora.common.progress import ProgressBar
 from minilora.common.wrappers import peft_layers
 from minilora.quant.nf4_linear import NF4Linear
 
@@ -106,10 +107,12 @@ def replace_layers(
         blocksize: Number of values that share one scale.
         double_quant: Store the scales in 8 bits instead of 32.
     """
-    for path in names:
-        dense = get_submodule(model, path)  # replaced below, so that the dense weight is freed
-        assert isinstance(dense, nn.Linear)
-        set_submodule(model, path, NF4Linear.from_linear(dense, blocksize, double_quant))
+    with ProgressBar("quantize", len(names), "layer") as bar:
+        for path in names:
+            dense = get_submodule(model, path)  # replaced below, so that the dense weight is freed
+            assert isinstance(dense, nn.Linear)
+            set_submodule(model, path, NF4Linear.from_linear(dense, blocksize, double_quant))
+            bar.update()
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,20 +3,19 @@
 thread for HTTP   socket -> middleware.py (token, limits) -> app.py (routes) -> engine_client.py
 caller's thread   engine_thread.py -> generation/engine.py (the batch)
 
-FastAPI and uvicorn are an extra (pip install 'minilora[serve]'). They are imported when a server
-starts.
+FastAPI and uvicorn are an extra (pip install -e '.[serve]'). They are imported when a server starts.
 """
 
 import os
-import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from minilora.common import unwrap_model
+from minilora.common.extras import require
+from minilora.common.notebook import note
 from minilora.generation.engine import Engine
 from minilora.lora.files.save_load import load_adapter
 from minilora.serving.config import ServeConfig
@@ -71,7 +70,7 @@ def serve(
         raise ValueError(
             f"name: {name!r} names the base and an adapter. Give the base another name (--name)."
         )
-    print(f"minilora serves {', '.join([name, *engine.adapters])}", file=sys.stderr)
+    note(f"minilora serves {', '.join([name, *engine.adapters])}")
     run(engine, config, name, token)
 
 
@@ -103,9 +102,7 @@ def check(config: ServeConfig) -> str | None:
         )
     if config.adapter_folder is not None and not Path(config.adapter_folder).is_dir():
         raise ValueError(f"adapter_folder: {config.adapter_folder} is not a folder.")
-    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"serve needs {' and '.join(missing)}: pip install 'minilora[serve]'")
+    require("serve", "fastapi", "uvicorn")
     return token
 
 

@@ -10,7 +10,6 @@ than cores, and GNU's threads then sleep between two operations and do not spin
 """
 
 import socket
-import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from minilora.common.notebook import note
 from minilora.generation.engine import Engine
 from minilora.serving.app import create_app
 from minilora.serving.config import ServeConfig
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         host, port, *_ = self.servers[0].sockets[0].getsockname()
         address = f"[{host}]" if ":" in host else host  # IPv6 needs brackets
-        print(f"minilora listens at http://{address}:{port}", file=sys.stderr, flush=True)
+        note(f"minilora listens at http://{address}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
         """Return True if the server must stop; uvicorn calls it ten times a second.

@@ -5,7 +5,6 @@ taken from the top level of the folder. All other files (checkpoints, optimiser 
 pickles, tokens, hidden files) are not uploaded, and their names are printed.
 """
 
-import sys
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from minilora.common.notebook import note
 from minilora.hub import TOKENIZER, explained
 from minilora.lora.active import list_adapters
 from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE, save_adapter
@@ -184,7 +184,7 @@ def _files_to_upload(folder: Path) -> list[Path]:
             "write it with save_adapter or save_model."
         )
     if others:
-        print(f"minilora: not uploaded: {', '.join(others)}", file=sys.stderr)
+        note(f"minilora: not uploaded: {', '.join(others)}")
     return files
 
 

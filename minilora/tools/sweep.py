@@ -1,4 +1,4 @@
-r"""Search over the options of a training run with Optuna (pip install 'minilora[sweep]').
+r"""Search over the options of a training run with Optuna (pip install -e '.[sweep]').
 
     minilora sweep MODEL rows.jsonl --eval_dataset held_out.jsonl \
         --search r=4,8,16 --search learning_rate=1e-5:1e-3:log
@@ -11,11 +11,13 @@ command continues an interrupted search, as long as `search` is the same.
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora.common.extras import require
 from minilora.tools.plot.logs import read_log
 
 Trial = Any  # optuna.trial.Trial
@@ -75,6 +77,7 @@ def sweep(
         ValueError: `search` is empty or a range cannot be parsed, the folder contains another
             search, or no trial gave the metric.
     """
+    require("sweep", "optuna")
     import optuna
 
     options = {name: _parse_search(name, text) for name, text in search.items()}
@@ -82,7 +85,8 @@ def sweep(
         raise ValueError("search: expected at least one option and its values, such as r=4,8,16.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    study = _open_study(folder, search, metric, seed)
+    with _quiet_optuna():
+        study = _open_study(folder, search, metric, seed)
 
     def run_trial(trial: Trial) -> float:
         drawn = {name: choice.draw(trial, name) for name, choice in options.items()}
@@ -98,7 +102,8 @@ def sweep(
     complete = optuna.trial.TrialState.COMPLETE
     finished_states = (complete, optuna.trial.TrialState.PRUNED)
     finished = study.get_trials(deepcopy=False, states=finished_states)
-    study.optimize(run_trial, n_trials=max(0, trials - len(finished)))
+    with _quiet_optuna():
+        study.optimize(run_trial, n_trials=max(0, trials - len(finished)))
     if not study.get_trials(deepcopy=False, states=(complete,)):
         raise ValueError(
             f"sweep: none of {len(study.trials)} trials gave {metric!r}. "
@@ -124,6 +129,19 @@ def sweep_table(study: Study) -> str:
         options = ", ".join(f"{name}={value}" for name, value in trial.params.items())
         lines.append(f"{trial.number:>5}  {trial.value:>10.4f}  {options}")
     return "\n".join(lines)
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Suppress Optuna's own lines about each trial: `sweep` prints one line a trial itself."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
 
 
 def _open_study(folder: Path, search: Mapping[str, str], metric: str, seed: int) -> Study:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minilora.common.extras import require
 from minilora.tools.inspect import safetensors_headers
 from minilora_kernels import NF4Weight, dequantize_nf4, dynamic_map, quantize_nf4
 
@@ -50,6 +51,7 @@ def verify(
         Maps a weight's name to "equal", "±1 nested code" or "different: reason".
 
     Raises:
+        ImportError: bitsandbytes is not installed, and `against` names it.
         ValueError: The options contradict each other, the base does not fit the checkpoint, or
             the checkpoint contains nothing to compare.
     """
@@ -57,6 +59,8 @@ def verify(
         raise ValueError(f"against: expected None or 'bitsandbytes', got {against!r}.")
     if against and source is not None:
         raise ValueError("source and against are two comparisons: give one of them at a time.")
+    if against is not None:
+        require("verify against bitsandbytes", "bitsandbytes")
     headers = safetensors_headers(Path(checkpoint))
     source_headers = None
     if source is not None:

@@ -10,10 +10,9 @@
     checkpoint     one checkpoint: write and read it
     run_folder     the checkpoints of a run: find, keep, delete
     validation     evaluation during training, the best step, early stopping
-    metrics_log    log.jsonl and the progress bar
-    trackers       TensorBoard, W&B and trackio
     process        the process of a run, where there is only one
     distributed    several processes: DDP and FSDP2
+    logs/          log.jsonl and the progress bar; TensorBoard, W&B and trackio
     optim/         parameter groups, learning rate, 8-bit AdamW, NEFTune
 
 Begin with `loop`; it names the others in the order in which they are used.

@@ -138,7 +138,7 @@ class TrainConfig(Options):
     )
     seed: int = option(42, "seed of the order of the data and of the dropout", low=0, below=2**31)
     disable_tqdm: bool | None = option(
-        None, "hide the progress bar; None shows it on a terminal only"
+        None, "hide the progress: a bar, or one line every logging_steps where there is no terminal"
     )
 
     def __post_init__(self):

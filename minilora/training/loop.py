@@ -42,7 +42,7 @@ from minilora.training import checks
 from minilora.training.batch_sampler import seed_of
 from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
-from minilora.training.metrics_log import Log
+from minilora.training.logs.metrics_log import Log
 from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.optim.neftune import noisy_embeddings
 from minilora.training.process import Process, full, main_speaks

@@ -26,6 +26,7 @@ from minilora.training.batch_sampler import BatchPlan
 from minilora.training.checkpoint import Progress, trainable_parameters
 from minilora.training.config import TrainConfig
 from minilora.training.distributed import process_on
+from minilora.training.logs.trackers import check_trackers
 from minilora.training.optim.lr_schedule import check_schedule, total_steps
 from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
@@ -151,6 +152,7 @@ def set_up(
         ValueError: If training would be meaningless, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
+    check_trackers(config)
     tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()
     run_model = checks.check_wrappers(model, config)

@@ -125,9 +125,9 @@ def test_a_sweep_is_resumed_and_its_best_trial_is_that_of_the_logs(place, capsys
     given += ["--folder", f"{place}/sweep", "--max_steps", "2"]
     assert main([*given, "--trials", "1"]) == 0
     assert main([*given, "--trials", "2"]) == 0  # one more
-    printed = re.findall(
-        r"^ +(\d) +(\S+)  (.*)$", capsys.readouterr().out.splitlines()[-2] + "\n", re.M
-    )
+    output = capsys.readouterr()
+    assert output.out.count("trial 0: ") == 1 and "Trial 0 finished" not in output.err
+    printed = re.findall(r"^ +(\d) +(\S+)  (.*)$", output.out.splitlines()[-2] + "\n", re.M)
     logs = {n: read_log(place / "sweep" / f"trial-{n}") for n in (0, 1)}
     losses = {
         n: [line["eval_loss"] for line in log if "eval_loss" in line][-1] for n, log in logs.items()

@@ -145,9 +145,9 @@ def test_read_dataset_gives_the_same_rows_for_every_kind_of_file(tmp_path, write
 
 
 def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "rows.parquet").touch()
-    with pytest.raises(ValueError, match=r"needs pyarrow \(pip install \"minilora\[data\]\"\)"):
+    with pytest.raises(ImportError, match=r"needs pyarrow, .* pip install -e '\.\[data\]'"):
         read_dataset(tmp_path / "rows.parquet")
 
 

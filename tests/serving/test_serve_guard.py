@@ -120,12 +120,11 @@ def test_a_server_with_an_unsafe_or_invalid_config_does_not_start(
 
 
 def test_missing_packages_and_adapter_paths_are_named(model, monkeypatch, capsys):
-    monkeypatch.setattr(import_module("minilora.serving.serve"), "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"fastapi and uvicorn: pip install 'minilora\[serve\]'"):
+    monkeypatch.setattr(import_module("minilora.common.extras"), "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"fastapi and uvicorn, .* pip install -e '\.\[serve\]'"):
         ml.serve(model, tokenizer())
     assert (
-        main(["serve", "./nowhere"]) == 1
-        and "pip install 'minilora[serve]'" in capsys.readouterr().err
+        main(["serve", "./nowhere"]) == 1 and "pip install -e '.[serve]'" in capsys.readouterr().err
     )
     assert (
         main(["serve", "./nowhere", "--adapter", "a"]) == 1

@@ -189,7 +189,7 @@ def test_an_unsupported_form_is_left_out_with_a_note(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     _, stages = compared(place, "dora", rows=1)
     assert stages["served"].verdict == stages["gguf"].verdict == "left out"
-    assert "DoRA" in stages["served"].note and "minilora[gguf]" in stages["gguf"].note
+    assert "DoRA" in stages["served"].note and "-e '.[gguf]'" in stages["gguf"].note
     assert stages["merged"].verdict == "rounded"
 
 

@@ -66,7 +66,7 @@ import json, resource, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 from tests.training.test_crash import FIRST, run
-from minilora.training.metrics_log import Log
+from minilora.training.logs.metrics_log import Log
 write, found = Log.write, {{}}
 def limited(self, **record):
     if record.get("step") == 2:

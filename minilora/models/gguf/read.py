@@ -11,7 +11,6 @@ A GGUF file differs from a Hugging Face checkpoint in four ways.
 header.py reads the layout of the file, and config.py its config.
 """
 
-import importlib.util
 import math
 from collections.abc import Set
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minilora.common import is_list_of
+from minilora.common.extras import require
 from minilora.models.gguf.architectures import (
     ROPE_FACTORS,
     hf_name,
@@ -95,10 +95,7 @@ class GGUFCheckpoint:
     skip: list[str] = []
 
     def __init__(self, path: Path) -> None:
-        if importlib.util.find_spec("gguf") is None:
-            raise ImportError(
-                f"{path}: reading a GGUF model needs the gguf package: pip install 'minilora[gguf]'"
-            )
+        require(f"{path}: reading a GGUF model", "gguf")
         self.path = path
         fields, self._records = read_header(path)
         self._check_extents()

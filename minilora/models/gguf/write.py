@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from minilora.common import atomic_write
+from minilora.common.extras import require
+from minilora.common.progress import ProgressBar
 from minilora.models.config import DecoderConfig
 from minilora.models.families import SLIDING
 from minilora.models.gguf.architectures import (
@@ -65,16 +67,13 @@ def write_gguf(
         ImportError: If the gguf package is not installed.
         ValueError: If GGUF cannot represent the model, or a value is not finite in `dtype`.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: writing GGUF needs the gguf package: pip install 'minilora[gguf]'"
-        ) from error
+    require(f"{path}: writing GGUF", "gguf")
+    import gguf
+
     check_options(config, dtype)
     heads = permuted_heads(config)
     sources = [*_rope_factors(config), *sources]
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, ProgressBar("save", len(sources), "tensor") as bar:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURES[config.model_type])
         try:
             _add_fields(writer, config, KINDS[dtype])
@@ -93,6 +92,7 @@ def write_gguf(
                 _check_range(name, tensor, kind.name)
                 writer.write_tensor_data(gguf.quantize(tensor.contiguous().numpy(), kind))
                 del tensor  # before the next one is made
+                bar.update()
         finally:
             writer.close()
 

@@ -1,4 +1,4 @@
-"""Pictures of weights, batches, runs and memory, by matplotlib (pip install 'minilora[plot]').
+"""Pictures of weights, batches, runs and memory, by matplotlib (pip install -e '.[plot]').
 
 Each function returns a matplotlib Figure, and saves it if `path` is given (.svg, .png or .pdf). No
 function shows or keeps a figure; in a notebook, `%matplotlib inline` displays the last value of a cell.

@@ -15,6 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from minilora.common.extras import require
+
 COLOURS = (
     "#56b4e9",
     "#0072b2",
@@ -62,11 +64,10 @@ def canvas(width: float, height: float, path: str | Path | None = None) -> Itera
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("ml.plot draws with matplotlib: pip install 'minilora[plot]'") from error
+    require("ml.plot", "matplotlib")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(width, height), layout="constrained")
         # Jupyter displays Figures only after pyplot was used, so the figure brings its own hook.

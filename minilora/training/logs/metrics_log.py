@@ -1,4 +1,4 @@
-"""The log of a run: output_dir/log.jsonl, a progress bar on a terminal, and the trackers.
+"""The log of a run: output_dir/log.jsonl, the progress bar, and the trackers.
 
 log.jsonl holds one JSON object a line. The first line holds the config. Lines with "step", "loss",
 "learning_rate", ... follow every `logging_steps`, and lines with "step" and "eval_loss" after each
@@ -9,13 +9,16 @@ every step occurs once.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora.common import path_in_errors, write_text
+from minilora.common.notebook import Points
+from minilora.common.progress import ProgressBar
 from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
-from minilora.training.trackers import trackers
+from minilora.training.logs.trackers import trackers
 
 
 class Log:
@@ -36,8 +39,6 @@ class Log:
             config: The run.
             is_main: False in processes other than the main one, which write and show nothing.
         """
-        from tqdm import tqdm
-
         self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir and is_main else None
         self.tokens = 0
         self.seconds = 0.0
@@ -50,12 +51,14 @@ class Log:
             self._file = self.path.open("a", buffering=1, encoding="utf-8")
             if progress.step == 0:
                 self.write(config=config.to_dict(), total_steps=total, data=progress.data)
-        self._bar = tqdm(
+        self._bar = ProgressBar(
+            "train",
+            total,
+            "step",
             initial=progress.step,
-            total=total,
-            unit="step",
-            disable=config.disable_tqdm if is_main else True,
-            dynamic_ncols=True,
+            hidden=bool(config.disable_tqdm) or not is_main,
+            line_every=config.logging_steps,
+            curves=partial(_curves, progress),
         )
 
     def step(self, progress: Progress, tokens: int, seconds: float, **figures: float) -> None:
@@ -78,8 +81,7 @@ class Log:
             "lr": f"{figures['learning_rate']:.1e}",
             "tok/s": f"{tokens / seconds:.0f}",
         }
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(1, shown)
         if progress.step % self._every != 0:
             return
         record: dict[str, float] = {"step": progress.step}
@@ -113,15 +115,22 @@ class Log:
             tracker.log(record["step"], figures)
 
     def __enter__(self) -> "Log":
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        self._bar.__exit__(*exception)
         for tracker in self._trackers:
             tracker.close()
         if self._file is not None:
             with path_in_errors(Path(self._file.name)):
                 self._file.close()
+
+
+def _curves(progress: Progress) -> dict[str, Points]:
+    """Return the points (step, loss) of the steps and of the evaluations."""
+    evals = [(figures["step"], figures["eval_loss"]) for figures in progress.evals]
+    return {"loss": list(enumerate(progress.losses, start=1)), "eval_loss": evals}
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

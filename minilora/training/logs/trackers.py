@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.common import write_text
+from minilora.common.extras import require
 from minilora.training.config import TrainConfig
 
 Figures = dict[str, float]
@@ -47,17 +48,23 @@ def trackers(config: TrainConfig, step: int) -> list[Tracker]:
         The open trackers, in the order of `report_to`.
 
     Raises:
-        ValueError: If the package of a tracker is not installed.
+        ImportError: If the package of a tracker is not installed.
     """
-    opened = []
+    check_trackers(config)
+    return [_OPEN[name](config, step) for name in config.trackers]
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise an error if the package of a tracker is not installed.
+
+    Args:
+        config: The run; `report_to` names the trackers.
+
+    Raises:
+        ImportError: If a package is not installed.
+    """
     for name in config.trackers:
-        try:
-            opened.append(_OPEN[name](config, step))
-        except ImportError as error:
-            raise ValueError(
-                f"report_to: {name} is not installed ({error}): pip install 'minilora[track]'."
-            ) from error
-    return opened
+        require(f"report_to: {name!r}", name)
 
 
 def _wandb(config: TrainConfig, step: int) -> Tracker:

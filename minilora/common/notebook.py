@@ -1,0 +1,123 @@
+"""Output in notebooks: notes in plain text, tables and a curve in HTML.
+
+A notebook shows everything that goes to stderr in a red box, like an error. `note` therefore writes
+to stdout there. All texts in HTML are escaped.
+"""
+
+import builtins
+import html
+import sys
+from collections.abc import Mapping, Sequence
+
+Points = Sequence[tuple[float, float]]
+
+CURVE_POINTS = 200  # of a drawn curve; a longer one is averaged in groups
+WIDTH = 480  # of the picture, in pixels
+HEIGHT = 120
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "currentColor",
+)  # of Okabe and Ito: readable for colour-blind people
+
+
+def in_notebook() -> bool:
+    """Return True if the code runs in a cell of Jupyter or of a service like it."""
+    # IPython defines this function for the cells; a terminal's IPython has no kernel.
+    get_shell = getattr(builtins, "get_ipython", None)
+    return get_shell is not None and hasattr(get_shell(), "kernel")
+
+
+def note(text: str) -> None:
+    """Print an ordinary note, such as the dtype that was chosen.
+
+    Args:
+        text: The note, one line. It goes to stderr, or to stdout in a notebook.
+    """
+    stream = sys.stdout if in_notebook() else sys.stderr
+    print(text, file=stream, flush=True)
+
+
+def html_table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], remarks: Sequence[str] = ()
+) -> str:
+    """Return a table in HTML, without a style sheet.
+
+    Args:
+        header: The titles of the columns; empty for a table without titles.
+        rows: The cells of each row. The first column is aligned to the left, the others to the
+            right.
+        remarks: Lines of text below the table.
+    """
+    parts = ["<table>"]
+    if header:
+        parts.append(f"<thead>{_row('th', header)}</thead>")
+    parts.append("<tbody>")
+    parts += [_row("td", cells) for cells in rows]
+    parts.append("</tbody></table>")
+    parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks]
+    return "".join(parts)
+
+
+def _row(tag: str, cells: Sequence[object]) -> str:
+    """Return one row of a table."""
+    parts = []
+    for number, cell in enumerate(cells):
+        side = "right" if number else "left"
+        parts.append(f'<{tag} style="text-align:{side}">{html.escape(str(cell))}</{tag}>')
+    return f"<tr>{''.join(parts)}</tr>"
+
+
+def svg_curves(curves: Mapping[str, Points]) -> str:
+    """Return the curves as one picture in SVG, with the range of the values as labels.
+
+    Args:
+        curves: For each name, points (x, y). A point whose y is not finite is left out.
+
+    Returns:
+        The picture, or "" without a curve of at least two points.
+    """
+    drawn = {}
+    for name, points in curves.items():
+        finite = [(x, y) for x, y in points if abs(y) < float("inf")]
+        if len(finite) > 1:
+            drawn[name] = thinned(finite, CURVE_POINTS)
+    if not drawn:
+        return ""
+    every = [point for points in drawn.values() for point in points]
+    left = min(x for x, _ in every)
+    right = max(x for x, _ in every)
+    low = min(y for _, y in every)
+    high = max(y for _, y in every)
+    parts = []
+    for number, (name, points) in enumerate(drawn.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        corners = []
+        for x, y in points:
+            across = WIDTH * (x - left) / ((right - left) or 1)
+            down = HEIGHT * (high - y) / ((high - low) or 1)
+            corners.append(f"{across:.1f},{down:.1f}")
+        line = f'points="{" ".join(corners)}" fill="none" stroke="{colour}" stroke-width="1.5"'
+        place = f'x="{WIDTH + 6}" y="{HEIGHT / 2 + 14 * number:.0f}" fill="{colour}"'
+        parts.append(f"<polyline {line}/><text {place}>{html.escape(name)}</text>")
+    parts.append(f'<text x="{WIDTH + 6}" y="8" fill="currentColor">{high:.4g}</text>')
+    parts.append(f'<text x="{WIDTH + 6}" y="{HEIGHT}" fill="currentColor">{low:.4g}</text>')
+    size = f'width="{WIDTH + 90}" height="{HEIGHT + 4}" font-size="11" font-family="sans-serif"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+
+
+def thinned(points: Points, most: int) -> list[tuple[float, float]]:
+    """Return at most `most` points: the means of groups of neighbours.
+
+    Args:
+        points: Points (x, y) in the order of x.
+        most: Largest number of points to return.
+    """
+    size = -(-len(points) // most)  # of a group, rounded up
+    means = []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        x = sum(x for x, _ in group) / len(group)
+        y = sum(y for _, y in group) / len(group)
+        means.append((x, y))
+    return means
