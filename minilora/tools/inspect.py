@@ -197,11 +197,24 @@ def spaces(B: Tensor, A: Tensor, s: float) -> Spaces:
     return U[:, :k], sigma[:k], V[:, :k]
 
 
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return the sort key of a module path: layer 2 comes before layer 10.
+
+    Args:
+        name: Path of a module or a tensor.
+    """
+    key = []
+    for part in name.split("."):
+        number = int(part) if part.isdecimal() else -1
+        key.append((number, part))
+    return key
+
+
 def _compare_adapters(path: Path, other: Path) -> Inspection:
     """Compare two adapters over the layers they share."""
     first = _adapter_spaces(path)
     second = _adapter_spaces(other)
-    shared = [layer for layer in first if layer in second]
+    shared = sorted(first.keys() & second.keys(), key=natural_order)
     if not shared:
         raise ValueError(
             f"{path} and {other} adapt no layer in common: {[*first][:2]} and {[*second][:2]}."
@@ -221,8 +234,10 @@ def _inspect_gguf(path: Path) -> Inspection:
 
 
 def _inspect_adapter(folder: Path, tensors: Shapes, sizes: dict[str, Any]) -> Inspection:
+    spaces_by_layer = _adapter_spaces(folder)
     layers = {}
-    for layer, (_, sigma, _) in _adapter_spaces(folder).items():
+    for layer in sorted(spaces_by_layer, key=natural_order):
+        _, sigma, _ = spaces_by_layer[layer]
         layers[layer] = _spectrum(sigma)
     facts = _shown(read_config(folder)) | sizes | _metadata(folder)
     return Inspection("adapter", facts, tensors, layers)

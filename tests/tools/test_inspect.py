@@ -191,6 +191,8 @@ def test_low_rank_and_zero_updates_are_measured(tmp_path):
     many = write_adapter(
         tmp_path / "m", *((torch.randn(4, 16), torch.randn(12, 4)) for _ in range(50))
     )
+    in_order = [str(number) for number in range(50)]  # the file has "10" before "2"
+    assert list(inspect(many).layers) == list(inspect(many, many).layers) == in_order
     for found in inspect(many, many).layers.values():  # a cosine of 1 plus an ulp is 0° too
         assert [*found.values()] == pytest.approx([0] * 4, abs=1e-4)
     equal = write_adapter(tmp_path / "e", (torch.eye(16)[:4], torch.eye(12)[:, :4]))
