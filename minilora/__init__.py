@@ -50,7 +50,9 @@ from minilora.tools.trace.run import trace
 from minilora.tools.trace.steps import Trace
 from minilora.tools.verify import verify
 from minilora.training.config import TrainConfig
-from minilora.training.loop import TrainResult, train
+from minilora.training.logs.callbacks import Callback, StepInfo
+from minilora.training.logs.result import TrainResult
+from minilora.training.loop import train
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 from minilora_kernels.ops.mode import reference_ops
 
@@ -63,6 +65,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdapterWeights",
+    "Callback",
     "Classify",
     "DPO",
     "Distill",
@@ -81,6 +84,7 @@ __all__ = [
     "SFT",
     "Scores",
     "ServeConfig",
+    "StepInfo",
     "TaskType",
     "Trace",
     "TrainConfig",

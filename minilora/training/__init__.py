@@ -12,7 +12,7 @@
     validation     evaluation during training, the best step, early stopping
     process        the process of a run, where there is only one
     distributed    several processes: DDP and FSDP2
-    logs/          log.jsonl and the progress bar; TensorBoard, W&B and trackio
+    logs/          log.jsonl, run.json, the progress bar, trackers and callbacks
     optim/         parameter groups, learning rate, 8-bit AdamW, NEFTune
 
 Begin with `loop`; it names the others in the order in which they are used.

@@ -28,8 +28,8 @@ pass and is taken off before the update (training/precision.py).
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,10 @@ from minilora.training import checks
 from minilora.training.batch_sampler import seed_of
 from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
+from minilora.training.logs.callbacks import StepInfo
 from minilora.training.logs.metrics_log import Log
+from minilora.training.logs.result import TrainResult
+from minilora.training.logs.run_facts import describe_run, write_run
 from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.optim.neftune import noisy_embeddings
 from minilora.training.process import Process, full, main_speaks
@@ -53,70 +56,6 @@ from minilora.training.runtime import (
     training_mode,
     uninterrupted,
 )
-from minilora.training.validation import Figures
-
-
-@dataclass
-class TrainResult:
-    """The outcome of a run. Losses are means over supervised tokens.
-
-    Attributes:
-        steps: Optimiser steps done.
-        loss: Loss of the last step, or None before the first.
-        eval_loss: Loss of the last evaluation, or None.
-        tokens: Tokens read, without padding.
-        tokens_per_second: Speed of this session's steps, without evaluation and saving.
-        seconds: Duration of the call to `train`.
-        peak_memory_bytes: Peak memory of the device, or of the process on a CPU.
-        interrupted: True if Ctrl-C ended the run.
-        checkpoint: The newest checkpoint, or None.
-        best_step: The best evaluated step by `metric_for_best_model`, or None.
-        log: The log file, or None.
-        losses: Loss of each step.
-        evals: "step" and the figures of each evaluation.
-        metrics: Further figures of the objective, one list each, with one value a step.
-    """
-
-    steps: int
-    loss: float | None
-    eval_loss: float | None
-    tokens: int
-    tokens_per_second: float
-    seconds: float
-    peak_memory_bytes: int
-    interrupted: bool
-    checkpoint: Path | None
-    best_step: int | None
-    log: Path | None
-    losses: list[float] = field(repr=False)
-    evals: list[Figures] = field(repr=False)
-    metrics: dict[str, list[float]] = field(repr=False)
-
-    @property
-    def eval_losses(self) -> list[tuple[int, float]]:
-        """(step, eval_loss) of each evaluation."""
-        return [(int(figures["step"]), figures["eval_loss"]) for figures in self.evals]
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the log of the run.
-
-        Args:
-            path: File to save the picture to; None saves nothing.
-
-        Returns:
-            A matplotlib Figure.
-
-        Raises:
-            ValueError: If the run had no `output_dir`, and so has no log.
-        """
-        if self.log is None:
-            raise ValueError(
-                "plot: a run without output_dir keeps no log to draw: give "
-                "TrainConfig(output_dir=...)."
-            )
-        from minilora.tools.plot.logs import runs
-
-        return runs([self.log], path)
 
 
 @main_speaks()
@@ -128,6 +67,7 @@ def train(
     *,
     objective: Objective | None = None,
     eval_dataset: Any = None,
+    callbacks: Sequence[Any] = (),
 ) -> TrainResult:
     """Train the parameters of `model` that require grad, in place.
 
@@ -144,6 +84,8 @@ def train(
         objective: The loss and its data (`minilora/losses`); None is supervised fine-tuning.
         eval_dataset: Held-out rows, or a dict {name: rows}. The first set is measured with the
             objective, the others as plain text. None evaluates nothing.
+        callbacks: Objects whose methods run after a step, an evaluation and a save, in the main
+            process: see `Callback`.
 
     Returns:
         Losses, figures, checkpoint and log of the run.
@@ -156,9 +98,10 @@ def train(
             checkpoints stay valid.
     """
     started = time.perf_counter()
-    run = set_up(model, tokenizer, dataset, config, objective, eval_dataset)
+    run = set_up(model, tokenizer, dataset, config, objective, eval_dataset, callbacks)
     config = run.config
     model = unwrap_model(model)  # the run itself goes through the wrappers
+    _write_facts(run, model, dataset, eval_dataset)
     with (
         Log(run.progress, run.total_steps, config, run.parallel.is_main) as log,
         memory_explained(model, config),
@@ -170,6 +113,23 @@ def train(
             interrupted = _run_steps(run, log)
         _finish(run, log, interrupted)
     return _result(run, log, interrupted, started)
+
+
+def _write_facts(run: Run, model: nn.Module, dataset: Any, eval_dataset: Any) -> None:
+    """Write the options of the run, its model, data and versions into output_dir."""
+    if run.config.output_dir is None or not run.parallel.is_main:
+        return
+    facts = describe_run(
+        model,
+        dataset,
+        eval_dataset,
+        run.objective,
+        run.config,
+        samples=len(run.examples),
+        content=run.progress.data["rows"],
+    )
+    facts["processes"] = run.parallel.world_size
+    write_run(Path(run.config.output_dir), facts)
 
 
 # ---- the loop
@@ -204,17 +164,27 @@ def _evaluate_if_due(run: Run, log: Log) -> None:
     progress.evals.append(figures)
     log.write(**figures)
     best = run.evaluation.best(progress.evals)
+    saved = None
     with uninterrupted():
         run.checkpoints.save_figures(progress)
         if run.checkpoints.keeps_best and best is figures:
-            run.checkpoints.save(progress, best)
+            saved = run.checkpoints.save(progress, best)
+    run.callbacks.call("on_evaluate", dict(figures))
+    _call_on_save(run, saved)
 
 
 def _save_if_due(run: Run, is_last: bool) -> None:
     """Save a checkpoint, if one is due."""
     if is_last or run.checkpoints.due(run.progress):
         with uninterrupted():
-            run.checkpoints.save(run.progress, run.evaluation.best(run.progress.evals))
+            saved = run.checkpoints.save(run.progress, run.evaluation.best(run.progress.evals))
+        _call_on_save(run, saved)
+
+
+def _call_on_save(run: Run, saved: Path | None) -> None:
+    """Tell the callbacks of a checkpoint that was written."""
+    if saved is not None:
+        run.callbacks.call("on_save", saved, run.progress.step)
 
 
 def _step(run: Run, log: Log) -> None:
@@ -245,14 +215,32 @@ def _step(run: Run, log: Log) -> None:
         tokens = _count_tokens(samples)
         _record(run.progress, tokens, losses, metrics)
         run.updating = False
+        seconds = time.perf_counter() - started
         log.step(
             run.progress,
             tokens,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             learning_rate=rate,
             grad_norm=norm.item(),
             peak_memory=peak_memory(run.parallel.device),
         )
+    _call_on_step(run, seconds, rate, norm.item())
+
+
+def _call_on_step(run: Run, seconds: float, rate: float, norm: float) -> None:
+    """Give the figures of the last step to the callbacks."""
+    progress = run.progress
+    info = StepInfo(
+        step=progress.step,
+        total_steps=run.total_steps,
+        loss=progress.losses[-1],
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens=progress.tokens,
+        seconds=seconds,
+        metrics={name: values[-1] for name, values in progress.metrics.items()},
+    )
+    run.callbacks.call("on_step", info)
 
 
 def _samples(run: Run, step: int) -> list[list[Any]]:
@@ -348,7 +336,7 @@ def _finish(run: Run, log: Log, interrupted: bool) -> None:
         checks.warn_of_rising_loss(run.progress.losses)
     with uninterrupted():
         with run.parallel.full_tensors(run.optimizer, permanently=True):
-            run.checkpoints.save(run.progress, best)
+            saved = run.checkpoints.save(run.progress, best)
         log.write(
             steps=run.progress.step,
             tokens=run.progress.tokens,
@@ -357,6 +345,7 @@ def _finish(run: Run, log: Log, interrupted: bool) -> None:
         )
         if run.config.load_best_model_at_end and best is not None and not interrupted:
             run.checkpoints.restore(int(best["step"]))
+    _call_on_save(run, saved)
 
 
 def _result(run: Run, log: Log, interrupted: bool, started: float) -> TrainResult:
@@ -378,4 +367,5 @@ def _result(run: Run, log: Log, interrupted: bool, started: float) -> TrainResul
         losses=progress.losses,
         evals=progress.evals,
         metrics=progress.metrics,
+        history=log.records,
     )

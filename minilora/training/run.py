@@ -5,7 +5,7 @@ checkpoint, if the run is resumed. This happens before `Process.wrap`, which may
 the moments of the optimiser.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from minilora.training.batch_sampler import BatchPlan
 from minilora.training.checkpoint import Progress, trainable_parameters
 from minilora.training.config import TrainConfig
 from minilora.training.distributed import process_on
+from minilora.training.logs.callbacks import Callbacks, check_callbacks
 from minilora.training.logs.trackers import check_trackers
 from minilora.training.optim.lr_schedule import check_schedule, total_steps
 from minilora.training.optim.param_groups import new_optimizer
@@ -55,6 +56,7 @@ class Run:
         progress: Steps done, losses and figures.
         gradients: The trained parts that have had no gradient yet.
         first_step: Number of steps that were done when the run began or was resumed.
+        callbacks: The caller's code that follows the run.
         updating: True while weights, moments and progress change together.
     """
 
@@ -72,6 +74,7 @@ class Run:
     progress: Progress
     gradients: checks.GradientCheck
     first_step: int
+    callbacks: Callbacks
     updating: bool = False
 
     def check_gradients(self, step: int, samples: list[list[Any]]) -> None:
@@ -134,6 +137,7 @@ def set_up(
     config: TrainConfig | None,
     objective: Objective | None,
     eval_dataset: Any,
+    callbacks: Sequence[Any],
 ) -> Run:
     """Prepare a run, and load the checkpoint from which it is resumed, if any.
 
@@ -144,6 +148,7 @@ def set_up(
         config: The options of the run; None takes the defaults.
         objective: The loss; None is supervised fine-tuning.
         eval_dataset: Held-out rows, or a dict of such by name; None evaluates nothing.
+        callbacks: Objects with methods of `Callback`.
 
     Returns:
         The parts of the run, ready for the first step.
@@ -153,6 +158,7 @@ def set_up(
     """
     config = config or TrainConfig()
     check_trackers(config)
+    check_callbacks(callbacks)
     tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()
     run_model = checks.check_wrappers(model, config)
@@ -209,6 +215,7 @@ def set_up(
         progress=progress,
         gradients=checks.GradientCheck(parallel.model, parallel.parameters),
         first_step=progress.step,
+        callbacks=Callbacks(callbacks, parallel.is_main),
     )
 
 

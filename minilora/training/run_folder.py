@@ -147,7 +147,7 @@ class Checkpoints:
         if self.newest == folder and self.parallel.is_main:
             write_progress(folder, progress)
 
-    def save(self, progress: Progress, best: dict[str, float] | None) -> None:
+    def save(self, progress: Progress, best: dict[str, float] | None) -> Path | None:
         """Save this step and delete the checkpoints that are not to be kept.
 
         Nothing happens at step 0, or if the step is already saved.
@@ -155,11 +155,15 @@ class Checkpoints:
         Args:
             progress: The run.
             best: The best evaluation so far; its checkpoint is kept with `load_best_model_at_end`.
+
+        Returns:
+            The checkpoint, if this call wrote it; else None.
         """
         if self.folder is None or progress.step == 0:
-            return
+            return None
         folder = self._folder_of(progress.step)
-        if self.newest != folder:
+        is_new = self.newest != folder
+        if is_new:
             self._write(folder, progress)
         # Later steps can exist: a run that is resumed from an early checkpoint leaves them there.
         protected = {progress.step}
@@ -167,6 +171,7 @@ class Checkpoints:
             protected.add(int(best["step"]))
         if self.parallel.is_main:
             delete_old_checkpoints(self.folder, self.config.save_total_limit, protected)
+        return folder if is_new else None
 
     def _write(self, folder: Path, progress: Progress) -> None:
         """Write the checkpoint of this step."""

@@ -34,7 +34,7 @@ FLOORS: dict[str, int] = {
 # The two allowed imports from a higher floor. Both are inside functions: one draws the log of a
 # training run, the other explains an out-of-memory error.
 UPWARD = {
-    ("minilora.training.loop", "minilora.tools.plot.logs"),  # TrainResult.plot
+    ("minilora.training.logs.result", "minilora.tools.plot.logs"),  # TrainResult.plot
     # the note on an out-of-memory error
     ("minilora.training.runtime", "minilora.tools.memory_plan.shortage"),
 }

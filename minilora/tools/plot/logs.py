@@ -54,13 +54,28 @@ def runs(runs: Sequence[str | Path], path: str | Path | None = None) -> Any:
         ValueError: If a run has no log, or its log has no training step.
     """
     paths = [runs] if isinstance(runs, str | Path) else runs
-    records = {str(run): read_log(run) for run in paths}
+    return draw_runs({str(run): read_log(run) for run in paths}, path)
+
+
+def draw_runs(records: Mapping[str, list[dict[str, Any]]], path: str | Path | None = None) -> Any:
+    """Draw the records of one or several runs in one picture.
+
+    Args:
+        records: For each name of a run, the records of its log.
+        path: File to save the figure to; None saves nothing.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: If a run has no training step.
+    """
     for run, lines in records.items():
         if not any("loss" in record for record in lines):
             raise ValueError(
                 f"{run}: the log holds no step yet. logging_steps sets how often one is written."
             )
-    panels = [*PANELS, *_evaluation_metrics(records)]
+    panels = [name for name in PANELS if _has(records, name)] + _evaluation_metrics(records)
     rows = -(-len(panels) // 2)
     with canvas(9, 2.6 * rows + 0.3 * len(records), path) as figure:
         grid = figure.subplots(rows, 2, squeeze=False).flat
@@ -71,6 +86,11 @@ def runs(runs: Sequence[str | Path], path: str | Path | None = None) -> Any:
         if len(records) > 1:
             figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
     return figure
+
+
+def _has(records: Mapping[str, list[dict[str, Any]]], name: str) -> bool:
+    """Return True if a record of a run contains the quantity."""
+    return any(name in record for lines in records.values() for record in lines)
 
 
 def _evaluation_metrics(records: Mapping[str, list[dict[str, Any]]]) -> list[str]:

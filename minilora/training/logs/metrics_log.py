@@ -28,6 +28,7 @@ class Log:
         path: The log file, or None.
         tokens: Tokens read in this session.
         seconds: Duration of this session's steps, without evaluation and saving.
+        records: The lines of the log as dictionaries; without a file, those of this session.
     """
 
     def __init__(self, progress: Progress, total: int, config: TrainConfig, is_main: bool = True):
@@ -42,11 +43,14 @@ class Log:
         self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir and is_main else None
         self.tokens = 0
         self.seconds = 0.0
+        self.records: list[dict[str, Any]] = []
         self._every = config.logging_steps
         self._trackers = trackers(config, progress.step) if is_main else []
         self._file: Any = None
         if self.path is not None:
-            write_text(self.path, "".join(_lines_until(self.path, progress.step)))
+            lines = _lines_until(self.path, progress.step)
+            self.records += [json.loads(line) for line in lines]
+            write_text(self.path, "".join(lines))
             # Buffering by line: a crash loses no complete line.
             self._file = self.path.open("a", buffering=1, encoding="utf-8")
             if progress.step == 0:
@@ -105,6 +109,7 @@ class Log:
         Args:
             **record: The fields of the JSON object.
         """
+        self.records.append(record)
         if self._file is not None:
             with path_in_errors(Path(self._file.name)):
                 self._file.write(json.dumps(record) + "\n")
