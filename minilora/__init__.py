@@ -11,7 +11,8 @@ from minilora.data.preview import Preview, preview
 from minilora.data.tokenizer import load_tokenizer
 from minilora.evaluation import samples
 from minilora.evaluation.code_execution import pass_at_1
-from minilora.evaluation.evaluate import Scores, evaluate
+from minilora.evaluation.evaluate import evaluate
+from minilora.evaluation.scores import ScoredRow, Scores, ScoresComparison
 from minilora.generation.generate import generate
 from minilora.lora.active import delete_adapter, disable_adapters, list_adapters, set_adapter
 from minilora.lora.batched import per_row_adapters
@@ -82,7 +83,9 @@ __all__ = [
     "ParameterCount",
     "Preview",
     "SFT",
+    "ScoredRow",
     "Scores",
+    "ScoresComparison",
     "ServeConfig",
     "StepInfo",
     "TaskType",

@@ -5,7 +5,8 @@ parser.py        the argument parser: exact names, short errors
 options.py       positional arguments and options that several commands share
 values.py        option values, read by the types of the fields that they set; TOML files
 train.py         train, sweep, check-training
-text.py          generate, evaluate, serve
+text.py          generate, serve
+evaluate.py      evaluate
 checkpoints.py   merge, verify, compare-exports, inspect, push
 plan.py          plan
 preview.py       preview, and the lines that train prints about its data

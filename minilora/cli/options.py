@@ -33,7 +33,7 @@ EXAMPLES = {
     "check-training": "minilora check-training MODEL --quantize nf4",
     "sweep": "minilora sweep run.toml --search r=4,8,16 --trials 20",
     "generate": 'minilora generate MODEL "Acute otitis media" --adapter out/adapter',
-    "evaluate": "minilora evaluate MODEL held_out.jsonl --adapter out/adapter",
+    "evaluate": "minilora evaluate MODEL held_out.jsonl --adapter out/adapter --compare base --show 5",
     "serve": "minilora serve MODEL --adapter mine=out/adapter",
     "merge": "minilora merge MODEL out/adapter out/merged",
     "verify": "minilora verify out/four-bit --source out/dense",

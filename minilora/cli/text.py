@@ -1,6 +1,5 @@
-"""The commands that use a model: generate, evaluate, serve."""
+"""The commands that use a model: generate, serve."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from minilora.cli.options import (
     storage_options,
 )
 from minilora.cli.values import add_fields, parse_value
-from minilora.data.read_rows import check_file
 from minilora.lora.files.save_load import find_adapter
 from minilora.serving.serve import check as check_server
 
@@ -42,33 +40,6 @@ def generate(
     """
     loaded, tokenizer = load(model, adapter, quantize, dtype, check_base)
     print(ml.generate(loaded, tokenizer, prompt, **sampling))
-
-
-def evaluate(
-    model: str,
-    dataset: str,
-    adapter: str | None,
-    quantize: str | None,
-    dtype: str,
-    check_base: bool,
-    **scoring: Any,
-) -> None:
-    """Score a model on held-out rows: loss, perplexity, exact match, token F1, likeliest label.
-
-    Args:
-        model: Hub id, folder or .gguf file.
-        dataset: file of rows.
-        adapter: folder or Hub id of an adapter; None uses the base alone.
-        quantize: "nf4", "none", or None to follow the adapter.
-        dtype: a dtype's name, or "auto".
-        check_base: refuse an adapter that was trained on another base.
-        scoring: options of ml.evaluate.
-    """
-    check_file(dataset)
-    loaded, tokenizer = load(model, adapter, quantize, dtype, check_base)
-    scores = ml.evaluate(loaded, tokenizer, dataset, **scoring)
-    print(scores)
-    print(json.dumps(scores.as_dict()))
 
 
 def serve(
@@ -120,7 +91,6 @@ def add_commands(commands: Any) -> None:
         commands: the subparsers of the program.
     """
     _add_generate(commands)
-    _add_evaluate(commands)
     _add_serve(commands)
 
 
@@ -145,28 +115,6 @@ def _add_generate(commands: Any) -> None:
         metavar="VALUE",
         help="run each token's step on a GPU as one CUDA graph: auto (where it should pay), true "
         "or false (default auto)",
-    )
-    parser.add_argument("--adapter", help=POSITIONAL["adapter"])
-    add_template_kwargs(parser)
-    add_no_check_base(parser)
-    add_storage(parser)
-
-
-def _add_evaluate(commands: Any) -> None:
-    parser = add_command(commands, evaluate, "model", "dataset")
-    parser.add_argument(
-        "--labels",
-        type=lambda value: value.split(","),
-        help="the allowed answers, separated by commas",
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=32, help="longest answer (default %(default)s)"
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=16,
-        help="rows in one pass; changes no result (default %(default)s)",
     )
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])
     add_template_kwargs(parser)

@@ -10,7 +10,7 @@ see answer and reference without the template's additions at the beginning.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,14 +24,14 @@ from minilora.data.loss_mask import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.data.read_rows import read_dataset
 from minilora.evaluation.likeliest_label import choose
-from minilora.evaluation.metrics import Scores, exact_match, token_f1
+from minilora.evaluation.metrics import Metric, exact_match, metric_functions
+from minilora.evaluation.scores import ScoredRow, Scores
 from minilora.generation.generate import check_lengths, end_tokens, generate_ids
 from minilora.generation.sampling import Decoding
 from minilora.losses.sft import mean_loss
 
-Metric = Callable[[str, str], float]
-
 MAX_NEW_TOKENS = 32  # default length of an answer
+OWN_FIELDS = ("label_accuracy", "exact_match", "token_f1")  # metrics that are fields of Scores
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def evaluate(
     labels: Sequence[str] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
-    metrics: Mapping[str, Metric] | None = None,
+    metrics: Mapping[str, Metric] | Sequence[str] | str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Score a model on the rows of a dataset.
@@ -58,8 +58,10 @@ def evaluate(
         max_new_tokens: longest greedy answer in tokens; 0 generates no answers, and so measures no
             exact match, F1 or `metrics`.
         batch_size: rows in one forward pass; changes no result.
-        metrics: further metrics by name: functions (prediction, reference) -> number, averaged over
-            the rows.
+        metrics: metrics of the greedy answers. None measures exact match and token F1. Names, in a
+            list or separated by commas ("exact_match", "token_f1" or "f1", "json_valid",
+            "pass_at_1"), measure these alone. A dict adds functions (prediction, reference) ->
+            number by name. Each is averaged over the rows.
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`. None takes
             those that the active adapter was trained with.
 
@@ -72,7 +74,7 @@ def evaluate(
     """
     model = unwrap_model(model)
     rows = read_dataset(dataset)
-    metrics = dict(metrics or {})
+    measured = metric_functions(metrics)
     _check_arguments(metrics, max_new_tokens, batch_size)
     tokenizer = as_trained(tokenizer, chat_template_kwargs, model)
     examples = _encode(model, tokenizer, rows)
@@ -82,36 +84,66 @@ def evaluate(
         raise ValueError(
             "labels and metrics need rows with a prompt and an answer, and these are plain texts"
         )
-    references = [question.reference for question in questions]
     prompts = [question.ids for question in questions]
     figures: dict[str, Any] = {}
+    values: dict[str, list[float]] = {}  # of each row, by metric
     if labels is not None:
         first = questions[0]
         table = label_table(labels, first.tokenizer, first.prompt, len(first.ids))
         _check_references(questions, table, labels, tokenizer)
         choices = [labels[index] for index in choose(model, prompts, table, batch_size)]
         figures["choices"] = choices
-        figures["label_accuracy"] = _mean(exact_match, choices, [q.answer for q in questions])
+        pairs = [(choice, q.answer) for choice, q in zip(choices, questions, strict=True)]
+        values["label_accuracy"] = [exact_match(*pair) for pair in pairs]
     if max_new_tokens and questions:
         rule = Decoding(max_new_tokens, batch_size=batch_size, ends=end_tokens(model, tokenizer))
         generated = generate_ids(model, prompts, rule)
         answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
         figures["predictions"] = answers
         pairs = [q.compared(answer) for q, answer in zip(questions, answers, strict=True)]
-        ours = [answer for answer, _ in pairs]
-        theirs = [reference for _, reference in pairs]
-        figures["exact_match"] = _mean(exact_match, ours, theirs)
-        figures["token_f1"] = _mean(token_f1, ours, theirs)
-        figures["metrics"] = {name: _mean(f, ours, theirs) for name, f in metrics.items()}
+        for name, metric in measured.items():
+            values[name] = [metric(*pair) for pair in pairs]
     return Scores(
         n=len(rows),
         tokens=tokens,
         loss=loss,
         perplexity=math.exp(loss),
         answers=len(questions),
-        references=references,
+        references=[question.reference for question in questions],
+        rows=_scored_rows(questions, figures, values),
         **figures,
+        **_means(values),
     )
+
+
+def _means(values: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return the means over the rows, as fields of `Scores`."""
+    means = {name: math.fsum(column) / len(column) for name, column in values.items()}
+    own = {name: means.pop(name) for name in OWN_FIELDS if name in means}
+    return {**own, "metrics": means}
+
+
+def _scored_rows(
+    questions: Sequence["_Question"],
+    figures: Mapping[str, list[str]],
+    values: Mapping[str, list[float]],
+) -> list[ScoredRow]:
+    """Return each row with its answer, its likeliest label and its value of each metric."""
+    nothing = [None] * len(questions)
+    answers = figures.get("predictions", nothing)
+    choices = figures.get("choices", nothing)
+    rows = []
+    for number, question in enumerate(questions):
+        row = ScoredRow(
+            row=question.example.row,
+            prompt=question.prompt,
+            expected=question.reference,
+            got=answers[number],
+            choice=choices[number],
+            scores={name: column[number] for name, column in values.items()},
+        )
+        rows.append(row)
+    return rows
 
 
 def check_rows(model: Any, tokenizer: Any, rows: Sequence[Any]) -> None:
@@ -178,8 +210,10 @@ class _Question:
         return answer.strip().removeprefix(added), self.answer
 
 
-def _check_arguments(metrics: Mapping[str, Metric], max_new_tokens: int, batch_size: int) -> None:
-    taken = {field.name for field in fields(Scores)} & metrics.keys()
+def _check_arguments(metrics: Any, max_new_tokens: int, batch_size: int) -> None:
+    taken = set()
+    if isinstance(metrics, Mapping):
+        taken = {field.name for field in fields(Scores)} & metrics.keys()
     if taken:
         raise ValueError(f"metrics: {sorted(taken)} are measured already; choose other names")
     if batch_size < 1 or max_new_tokens < 0 or (metrics and not max_new_tokens):
@@ -231,10 +265,6 @@ def _check_references(
                 f"the labels {list(labels)}, or its tokens differ from those after the first row's "
                 "prompt: let all prompts end alike"
             )
-
-
-def _mean(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> float:
-    return math.fsum(map(metric, predictions, references)) / len(references)
 
 
 def label_table(labels: Sequence[str], tokenizer: Any, prompt: Any, size: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Metrics of answers, and the record that `evaluate` returns.
+"""Metrics of answers, and their names.
 
     exact match = share of answers equal to their reference, up to whitespace at the ends
     token F1    = 2 P R / (P + R) over the words that answer and reference share
@@ -10,10 +10,14 @@ Source: Rajpurkar et al. 2016 (SQuAD), arXiv:1606.05250, section 6.1.
 """
 
 import json
-import math
 import string
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+
+from minilora.common import comma_separated, unknown_name
+from minilora.evaluation.code_execution import pass_at_1
+
+Metric = Callable[[str, str], float]
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = {"a", "an", "the"}
@@ -90,60 +94,37 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is valid in Python, not in JSON")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Result of `evaluate`; None stands for a figure that the rows or arguments did not allow.
+def metric_functions(
+    metrics: Mapping[str, Metric] | Sequence[str] | str | None,
+) -> dict[str, Metric]:
+    """Return the metrics of greedy answers that `evaluate` measures, by name.
 
-    The rates are means over the rows with a reference answer, in the order of the dataset.
+    Args:
+        metrics: names in NAMED, in a sequence or separated by commas; or further functions by name,
+            which are measured together with exact match and token F1. None: these two alone.
 
-    Attributes:
-        n: number of rows.
-        tokens: number of supervised tokens; the loss is the mean over them.
-        loss: mean of -log p(token), in nats.
-        perplexity: exp(loss).
-        answers: number of rows with a reference answer.
-        exact_match: share of greedy answers equal to their reference.
-        token_f1: mean token F1 of the greedy answers.
-        label_accuracy: share of rows whose likeliest label is the reference.
-        metrics: means of the caller's metrics, by name.
-        predictions: the greedy answers.
-        references: the reference answers.
-        choices: the likeliest label of each row.
+    Raises:
+        ValueError: a name is unknown.
     """
+    standard = {"exact_match": exact_match, "token_f1": token_f1}
+    if metrics is None:
+        return dict(standard)
+    if isinstance(metrics, Mapping):
+        return {**standard, **metrics}
+    names = comma_separated(metrics) if isinstance(metrics, str) else metrics
+    functions = {}
+    for name in names:
+        full_name = SHORT_NAMES.get(name, name)
+        if full_name not in NAMED:
+            raise unknown_name("metrics", name, [*NAMED, *SHORT_NAMES])
+        functions[full_name] = NAMED[full_name]
+    return functions
 
-    n: int
-    tokens: int
-    loss: float
-    perplexity: float
-    answers: int = 0
-    exact_match: float | None = None
-    token_f1: float | None = None
-    label_accuracy: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    predictions: list[str] = field(default_factory=list, repr=False)
-    references: list[str] = field(default_factory=list, repr=False)
-    choices: list[str] = field(default_factory=list, repr=False)
 
-    def as_dict(self) -> dict[str, int | float]:
-        """Return the measured figures, flat and ready for JSON."""
-        flat = {**asdict(self), **self.metrics}
-        return {name: value for name, value in flat.items() if isinstance(value, int | float)}
-
-    def interval(self, rate: float) -> float:
-        """Return half the width of the 95 % interval of a rate: 1.96 √(p (1 - p) / n).
-
-        Args:
-            rate: a share p of the `answers` rows.
-        """
-        return 1.96 * math.sqrt(rate * (1 - rate) / self.answers)
-
-    def __str__(self) -> str:
-        rates = {"exact_match": self.exact_match, "label_accuracy": self.label_accuracy}
-        lines = []
-        for name, value in self.as_dict().items():
-            shown = f"{value:,d}" if isinstance(value, int) else f"{value:.4f}"
-            margin = ""
-            if rates.get(name) is not None:
-                margin = f"  ± {self.interval(value):.4f}"
-            lines.append(f"{name.replace('_', ' '):<16}{shown:>12}{margin}")
-        return "\n".join(lines)
+NAMED: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "json_valid": json_valid,
+    "pass_at_1": pass_at_1,
+}
+SHORT_NAMES = {"f1": "token_f1", "pass@1": "pass_at_1"}

@@ -15,7 +15,7 @@ from typing import Any
 
 from minilora.common import read_tensors, write_text
 from minilora.data.read_rows import read_dataset
-from minilora.evaluation.metrics import Scores
+from minilora.evaluation.scores import Scores
 from minilora.hub import HUB_ID
 from minilora.lora.files.base_check import read_binding
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config

@@ -7,6 +7,7 @@ beginnings. Errors: invalid rows, labels and names. Likelihoods are sums of up t
 log-probabilities of about 10, so 1e-4 is a hundred roundings.
 """
 
+import json
 import math
 from typing import Any
 
@@ -22,7 +23,8 @@ from helpers.tiny import oracle, tokens, twin
 from minilora.data import encode_dataset, encode_prompt, split_prompt
 from minilora.evaluation.evaluate import evaluate, label_table
 from minilora.evaluation.likeliest_label import Labels, choose
-from minilora.evaluation.metrics import Scores, exact_match, json_valid, token_f1
+from minilora.evaluation.metrics import exact_match, json_valid, token_f1
+from minilora.evaluation.scores import ScoredRow, Scores
 from minilora.generation.generate import generate
 from minilora.models.padded_batch import Context, inference
 
@@ -197,6 +199,62 @@ def test_scores_print_and_convert_to_a_dict():
     assert scores.interval(0.5) == pytest.approx(0.49)  # 1.96 * sqrt(0.25 / 4)
     lines = str(scores).splitlines()
     assert len(lines) == 8 and "exact match" in str(scores) and "0.5000  ± 0.4900" in str(scores)
+
+
+# ---- rows
+
+
+def test_rows_hold_the_answer_and_each_score():
+    metrics = {"length": lambda answer, reference: float(len(answer))}
+    scores = evaluate(MINE, TOKENIZER, ROWS, labels=LABELS, max_new_tokens=4, metrics=metrics)
+    assert [row.row for row in scores.rows] == list(range(len(ROWS)))
+    assert [row.got for row in scores.rows] == scores.predictions
+    assert [row.expected for row in scores.rows] == scores.references
+    assert [row.choice for row in scores.rows] == scores.choices
+    for name in ("exact_match", "token_f1", "label_accuracy", "length"):
+        mean = math.fsum(row.scores[name] for row in scores.rows) / len(ROWS)
+        assert scores.as_dict()[name] == mean
+    ranked = scores.worst(len(ROWS), by="length")
+    lengths = [row.scores["length"] for row in ranked]
+    assert lengths == sorted(lengths) and len(scores.worst(2)) == 2
+    with pytest.raises(ValueError, match="'lenght' matches nothing. Nearest: 'length'"):
+        scores.worst(1, by="lenght")
+
+
+def test_named_metrics_are_measured_alone():
+    scores = evaluate(MINE, TOKENIZER, ROWS, max_new_tokens=2, metrics=["f1", "json_valid"])
+    assert scores.exact_match is None and scores.token_f1 is not None
+    assert scores.metrics.keys() == {"json_valid"}
+    with pytest.raises(ValueError, match="metrics: 'exact' matches nothing"):
+        evaluate(MINE, TOKENIZER, ROWS, metrics="exact")
+
+
+def scored(*values: float) -> Scores:
+    """Return scores whose rows have these values of the exact match."""
+    rows = []
+    for number, value in enumerate(values):
+        rows.append(ScoredRow(number, "<p>", "a", "b", None, {"exact_match": value}))
+    mean = sum(values) / len(values)
+    return Scores(len(values), 9, 1.0, math.e, len(values), exact_match=mean, rows=rows)
+
+
+def test_comparison_counts_better_and_worse_rows():
+    comparison = scored(1, 1, 0, 1).compare(scored(0, 0, 1, 1))
+    assert comparison.changed("exact_match") == (2, 1)
+    (line,) = [line for line in str(comparison).splitlines() if line.startswith("exact")]
+    assert line.split()[2:] == ["0.5000", "0.7500", "+0.2500", "2", "1"]
+    assert comparison._repr_html_().count("<tr>") == len(str(comparison).splitlines())
+    with pytest.raises(ValueError, match="same rows"):
+        scored(1, 0).compare(scored(1, 0, 0))
+
+
+def test_written_rows_are_read_back(tmp_path):
+    scores = scored(1, 0)
+    scores.write(tmp_path / "rows.jsonl", scored(0, 0))
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [line["scores"]["exact_match"] for line in lines] == [1, 0]
+    assert [line["compared"]["scores"]["exact_match"] for line in lines] == [0, 0]
+    assert lines[0].items() >= {"row": 0, "prompt": "<p>", "expected": "a", "got": "b"}.items()
 
 
 # ---- constrained choice
