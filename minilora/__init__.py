@@ -41,6 +41,7 @@ from minilora.serving.serve import serve
 from minilora.tools import plot
 from minilora.tools.check_training import TrainingCheck, check_training
 from minilora.tools.compare_exports import ExportComparison, compare_exports
+from minilora.tools.compare_runs import RunComparison, compare_runs
 from minilora.tools.inspect import Inspection, inspect
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory
 from minilora.tools.merge_report import MergeReport, merge_report
@@ -82,6 +83,7 @@ __all__ = [
     "NF4Weight",
     "ParameterCount",
     "Preview",
+    "RunComparison",
     "SFT",
     "ScoredRow",
     "Scores",
@@ -98,6 +100,7 @@ __all__ = [
     "check_training",
     "combine_adapters",
     "compare_exports",
+    "compare_runs",
     "count_parameters",
     "data",
     "delete_adapter",

@@ -11,4 +11,5 @@ checkpoints.py   merge, verify, compare-exports, inspect, push
 plan.py          plan
 preview.py       preview, and the lines that train prints about its data
 plot.py          plot
+runs.py          runs
 """

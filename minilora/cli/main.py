@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minilora.cli import checkpoints, evaluate, plan, plot, preview, text, train
+from minilora.cli import checkpoints, evaluate, plan, plot, preview, runs, text, train
 from minilora.cli.parser import CommandParser
 from minilora.cli.values import from_toml
 from minilora.common import __version__
 
 INTERRUPTED = train.INTERRUPTED
 TERMINATED = 128 + signal.SIGTERM
-GROUPS = (train, text, evaluate, checkpoints, preview, plan, plot)
+GROUPS = (train, text, evaluate, checkpoints, preview, plan, plot, runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -42,6 +42,7 @@ EXAMPLES = {
     "push": "minilora push out/adapter me/my-adapter --private",
     "preview": "minilora preview rows.jsonl --model MODEL --rows 0,17",
     "plan": "minilora plan MODEL --r 16 --card 24GB",
+    "runs": "minilora runs out*",
     "plot": "minilora plot out other-out --file runs.svg",
 }
 
