@@ -19,6 +19,7 @@ from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options
 from minilora.tools.sweep import sweep_table
 from minilora.training.distributed import process_on
+from minilora.training.run import check_options
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
@@ -59,6 +60,7 @@ def train(
     lora_config, train_config, goal = _configs(objective, given)
     dataset = _mixture(dataset, mix, mix_rows, train_config.seed)
     held_out = _held_out(eval_dataset, general)
+    check_options(train_config, goal, held_out is not None)
     for path in (dataset, eval_dataset, general):
         if isinstance(path, str):
             check_file(path)

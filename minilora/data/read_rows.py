@@ -141,11 +141,13 @@ def _read_text(path: Path, suffix: str) -> Iterator[Any]:
         if suffix == ".csv":
             yield from _read_csv(path, file)
         elif suffix == ".jsonl":
+            several = "A .jsonl file has one object a line: write each object on its own line."
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _json(line, f"{path}, line {number}")
+                    yield _json(line, f"{path}, line {number}", several)
         else:
-            rows = _json(file.read(), str(path))
+            several = "One object a line is .jsonl: rename the file."
+            rows = _json(file.read(), str(path), several)
             if not isinstance(rows, list):
                 raise ValueError(
                     f"{path}: expected a JSON list of rows, got {type(rows).__name__}."
@@ -168,11 +170,12 @@ def _read_csv(path: Path, file: Iterable[str]) -> Iterator[Any]:
         ) from error
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str, several: str) -> Any:
+    """Return the value of a JSON text; `several` is the remedy where it has more than one value."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         hint = ""
         if error.msg == "Extra data":
-            hint = " One object a line is .jsonl: rename the file."
+            hint = f" {several}"
         raise ValueError(f"{where}: not JSON: {error}.{hint}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.common import unwrap_model
+from minilora.common import unknown_name, unwrap_model
 from minilora.data.chat_template import as_trained
 from minilora.data.dataset import content_hash
 from minilora.data.packing import pack
@@ -28,13 +28,13 @@ from minilora.training.config import TrainConfig
 from minilora.training.distributed import process_on
 from minilora.training.logs.callbacks import Callbacks, check_callbacks
 from minilora.training.logs.trackers import check_trackers
-from minilora.training.optim.lr_schedule import check_schedule, total_steps
+from minilora.training.optim.lr_schedule import check_schedule, refuse_schedule, total_steps
 from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.process import Process
 from minilora.training.run_folder import Checkpoints
 from minilora.training.runtime import reset_peak_memory, uninterrupted
-from minilora.training.validation import Evaluation
+from minilora.training.validation import Evaluation, metric_names
 
 
 @dataclass
@@ -130,6 +130,32 @@ class Run:
             )
 
 
+def check_options(config: TrainConfig, objective: Objective, evaluates: bool) -> None:
+    """Check what can be known of a run without its model and its data.
+
+    The command line calls it before it loads the model.
+
+    Args:
+        config: The options of the run.
+        objective: The loss.
+        evaluates: True if the run has held-out rows.
+
+    Raises:
+        ValueError: If an option belongs to another loss, a metric is unknown or needs held-out
+            rows, or the warm-up is as long as a run of one step.
+        ImportError: If the package of a tracker is not installed.
+    """
+    check_trackers(config)
+    check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
+    metric_names(config)
+    ranks_steps = config.load_best_model_at_end or config.early_stopping_patience is not None
+    if ranks_steps and not evaluates:
+        name = config.metric_for_best_model
+        raise unknown_name("metric_for_best_model (it needs eval_dataset)", name, ())
+    if config.max_steps > 0:
+        refuse_schedule(config, config.max_steps)
+
+
 def set_up(
     model: nn.Module,
     tokenizer: Any,
@@ -157,13 +183,13 @@ def set_up(
         ValueError: If training would be meaningless, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
-    check_trackers(config)
     check_callbacks(callbacks)
     tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()
+    check_options(config, objective, eval_dataset is not None)
     run_model = checks.check_wrappers(model, config)
     model = unwrap_model(model)
-    parameters = _trained_parameters(model, config, objective)
+    parameters = _trained_parameters(model, config)
     parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
     reset_peak_memory(parallel.device)
 
@@ -219,11 +245,8 @@ def set_up(
     )
 
 
-def _trained_parameters(
-    model: nn.Module, config: TrainConfig, objective: Objective
-) -> dict[str, nn.Parameter]:
-    """Check that model, config and objective fit together; return the trainable parameters."""
-    check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
+def _trained_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Check that model and config fit together; return the trainable parameters."""
     checks.check_causal(model)
     if config.method == "full":
         checks.unfreeze(model)

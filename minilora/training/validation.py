@@ -65,7 +65,7 @@ class Evaluation:
         self.parallel = parallel
         self.tokenizer = tokenizer
         self.config = config
-        self.metrics = _metric_names(config)
+        self.metrics = metric_names(config)
         named = _named_datasets(dataset)
         self.rows: list[Any] = []
         if self.metrics and named:
@@ -195,8 +195,15 @@ class Evaluation:
         return without_improvement >= patience
 
 
-def _metric_names(config: TrainConfig) -> list[str]:
-    """Return the names in `eval_metrics`; ValueError for an unknown one."""
+def metric_names(config: TrainConfig) -> list[str]:
+    """Return the names in `eval_metrics`.
+
+    Args:
+        config: The run.
+
+    Raises:
+        ValueError: If a metric is unknown.
+    """
     names = comma_separated(config.eval_metrics)
     for name in names:
         if name not in ANSWERS:

@@ -352,6 +352,18 @@ def test_every_field_is_an_option_with_its_help(capsys):
             ["train", "./nowhere", "rows.jsonl"],
             "dataset: rows.jsonl does not exist. Expected a file of rows; paths begin at /",
         ),
+        (
+            ["train", "./nowhere", "no.jsonl", "--max_steps", "1", "--warmup_steps", "1"],
+            "the warm-up has 1 step, and the run has 1. The first step",
+        ),
+        (
+            ["train", "./nowhere", "no.jsonl", "--load_best_model_at_end", "true"],
+            "it needs eval_dataset",
+        ),
+        (
+            ["train", "./nowhere", "no.jsonl", "--eval_metrics", "exact"],
+            "Nearest: 'exact_match'",
+        ),
         (["train", "./nowhere", __file__], "expected a path to .jsonl, .json, .csv or .parquet"),
     ],
 )

@@ -159,6 +159,7 @@ def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypa
     [
         ("a.jsonl", '{"text": "a"}\n{"text"\n', "a.jsonl, line 2: not JSON"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', "not JSON: Extra data.*rename the file"),
+        ("a.jsonl", '{"text": "a"}{"text": "b"}', "line 1: not JSON: .* each object on its own"),
         ("a.json", '{"text": "a"}', "expected a JSON list of rows, got dict"),
         ("a.csv", "text,label\na\n", "number of cells of row 0 differs"),
         ("a.csv", "text\na,b\n", "number of cells of row 0 differs"),

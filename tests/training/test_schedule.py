@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minilora as ml
-from helpers.toy import Letters, lora, rows
+from helpers.toy import Letters, lora
 from minilora.common.suggestions import FOREIGN_NAMES
 from minilora.training.batch_sampler import BatchPlan, seed_of
 from minilora.training.config import TrainConfig
@@ -81,7 +81,7 @@ def test_a_run_of_warmup_alone_with_rate_zero_is_refused(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} .* would learn nothing"):
         check_schedule(config, 1)
     with pytest.raises(ValueError, match="would learn nothing"):
-        train(lora(), Letters(), rows(4), config)
+        train(lora(), Letters(), "no rows are read", config)
 
 
 def test_a_warmup_as_long_as_the_run_warns_before_step_1():
@@ -90,6 +90,8 @@ def test_a_warmup_as_long_as_the_run_warns_before_step_1():
         check_schedule(config, 4)
     with pytest.warns(UserWarning, match="warmup_ratio 1.0: the warm-up has 4 steps"):
         check_schedule(TrainConfig(warmup_ratio=1.0), 4)
+    with pytest.raises(ValueError, match="the warm-up has 1 step, and the run has 1"):
+        check_schedule(TrainConfig(warmup_ratio=1.0), 1)
     with pytest.warns(UserWarning, match="learning_rate is 0"):
         check_schedule(TrainConfig(learning_rate=0), 4)
 

@@ -75,24 +75,42 @@ def check_schedule(config: TrainConfig, total: int) -> None:
     Raises:
         ValueError: If the rate of every update is 0 because of the warm-up.
     """
-    warmup = warmup_length(config, total)
     if config.learning_rate == 0:
         warnings.warn("learning_rate is 0: no step changes a weight.", stacklevel=2)
         return
-    if warmup < total:
+    refuse_schedule(config, total)
+    if warmup_length(config, total) < total:
         return
-    given = f"warmup_ratio {config.warmup_ratio}"
-    if config.warmup_steps:
-        given = f"warmup_steps {config.warmup_steps}"
-    problem = f"{given}: the warm-up has {warmup} steps, and the run has {total}"
-    if total == 1:
-        raise ValueError(
-            f"{problem}. The first step of a warm-up has rate 0, so this run would learn nothing. "
-            "Set warmup_steps and warmup_ratio to 0, or train for more steps."
-        )
     reached = learning_rate(config, total - 1, total)
     warnings.warn(
-        f"{problem}. The learning rate ends at {reached:.3g} and never reaches "
+        f"{_too_long(config, total)}. The learning rate ends at {reached:.3g} and never reaches "
         f"{config.learning_rate:.3g}: shorten the warm-up, or train for more steps.",
         stacklevel=2,
     )
+
+
+def refuse_schedule(config: TrainConfig, total: int) -> None:
+    """Refuse a warm-up that leaves no update above rate 0.
+
+    Args:
+        config: The run.
+        total: Number of updates in the run.
+
+    Raises:
+        ValueError: If the rate of every update is 0 because of the warm-up.
+    """
+    if total == 1 and config.learning_rate > 0 and warmup_length(config, total) >= total:
+        raise ValueError(
+            f"{_too_long(config, total)}. The first step of a warm-up has rate 0, so this run "
+            "would learn nothing. Set warmup_steps and warmup_ratio to 0, or train for more steps."
+        )
+
+
+def _too_long(config: TrainConfig, total: int) -> str:
+    """Return a sentence on a warm-up that is as long as the run."""
+    given = f"warmup_ratio {config.warmup_ratio}"
+    if config.warmup_steps:
+        given = f"warmup_steps {config.warmup_steps}"
+    warmup = warmup_length(config, total)
+    steps = "step" if warmup == 1 else "steps"
+    return f"{given}: the warm-up has {warmup} {steps}, and the run has {total}"
