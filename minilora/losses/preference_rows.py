@@ -6,6 +6,9 @@
     conversations or messages, chosen, rejected      LLaMA-Factory: one message each
     instruction, input, chosen, rejected             LLaMA-Factory's Alpaca form, texts
 
+As in supervised rows, a list of messages may be JSON text, which is its only form in a .csv cell;
+both answers must be such texts, or neither.
+
 Published sets often repeat the prompt at the beginning of both answers. It would then be trained as
 a part of the answer, so it is taken off, and the report before training counts such rows.
 """
@@ -14,6 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from minilora.data.chat.messages import is_message_list, read_messages
+from minilora.data.chat.values import parse
 from minilora.data.formats import Chat, as_messages, shape_of
 
 ANSWERS = ("chosen", "rejected")
@@ -69,8 +76,12 @@ def preference_row(row: Mapping[str, Any], index: int) -> PreferenceRow:
             f"row {index}: expected prompt, chosen and rejected, got a row of the shape "
             f"{shape_of(row, index)}.{hint}"
         )
-    chosen = _answer(present.pop("chosen"), index, "chosen")
-    rejected = _answer(present.pop("rejected"), index, "rejected")
+    answers = [present.pop(name) for name in ANSWERS]
+    if all(is_message_list(answer) for answer in answers):  # the JSON texts of two conversations
+        answers = [parse(answer, f"row {index}") for answer in answers]
+    chosen, rejected = [
+        _answer(answer, index, name) for answer, name in zip(answers, ANSWERS, strict=True)
+    ]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(
             f"row {index}: chosen and rejected must both be texts or both be messages, got "
@@ -92,17 +103,14 @@ def _answer(value: Any, index: int, name: str) -> Any:
         return value
     if isinstance(value, Mapping):  # LLaMA-Factory: one message
         value = [value]
-    if not isinstance(value, Sequence) or not value:
+    if not isinstance(value, Sequence | np.ndarray) or not len(value):
         raise ValueError(
             f"row {index}: {name} must be a text or a list of messages, got {value!r:.60}."
         )
-    try:
-        return _messages(list(value), index)
-    except ValueError as error:
-        raise ValueError(str(error).replace("conversations", name)) from error
+    return read_messages(value, f"row {index}", name)
 
 
-def _messages(messages: list[Any], index: int, system: Any = None) -> list[dict[str, Any]]:
+def _messages(messages: Any, index: int, system: Any = None) -> list[dict[str, Any]]:
     """Return messages of OpenAI's or ShareGPT's form with OpenAI's keys."""
     chat = as_messages({"conversations": messages, "system": system}, index)
     assert isinstance(chat, Chat)
@@ -112,6 +120,8 @@ def _messages(messages: list[Any], index: int, system: Any = None) -> list[dict[
 def _take_prompt(row: dict[str, Any], index: int) -> Any:
     """Remove the prompt from a row and return it: a text, messages, or None."""
     prompt = row.pop("prompt", None)
+    if is_message_list(prompt):
+        prompt = parse(prompt, f"row {index}")
     if isinstance(prompt, str):
         return prompt
     if prompt is not None:

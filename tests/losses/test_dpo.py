@@ -5,8 +5,10 @@ Oracle: the loss code of TRL's DPOTrainer, run on our batch, with the same model
 adapter in PEFT. The reference of both is the model without its adapter.
 """
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,10 +231,27 @@ FORMS = {
         {"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
         PLAIN,
     ),
+    "JSON texts": ({key: json.dumps(value) for key, value in WITH_SYSTEM.items()}, WITH_SYSTEM),
+    "JSON texts of conversations": (
+        {"chosen": json.dumps([SYSTEM, HI, YES]), "rejected": json.dumps([SYSTEM, HI, NO])},
+        WITH_SYSTEM,
+    ),
+    "JSON texts after a text prompt": (
+        {"prompt": "hi", "chosen": json.dumps([HI, YES]), "rejected": json.dumps([HI, NO])},
+        PLAIN,
+    ),
+    "arrays of a DataFrame": (
+        {key: np.array(value, dtype=object) for key, value in PLAIN.items()},
+        PLAIN,
+    ),
     "nulls of Arrow": (PLAIN | {"conversations": None, "instruction": None}, PLAIN),
     "text repeated": (
         {"prompt": "2 + 2 =", "chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"},
         {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+    ),
+    "one answer is JSON": (
+        {"prompt": "write JSON", "chosen": json.dumps([YES]), "rejected": "no"},
+        None,
     ),
     "text repeated by one answer": (
         {"prompt": "say ab", "chosen": "say ab", "rejected": "no"},
@@ -256,7 +275,7 @@ def test_every_form_of_a_pair_trains_the_same_tokens(form):
     if isinstance((plain or row)["chosen"], list):
         assert answers == ["yes<|im_end|>", "no<|im_end|>"]
     if plain is None:
-        assert answers[0].startswith("say ab")
+        assert answers[0].startswith(row["chosen"])
 
 
 def test_the_report_names_equal_pairs_repeated_prompts_and_unused_keys():
