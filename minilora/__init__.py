@@ -14,6 +14,7 @@ from minilora.evaluation.code_execution import pass_at_1
 from minilora.evaluation.evaluate import evaluate
 from minilora.evaluation.scores import ScoredRow, Scores, ScoresComparison
 from minilora.generation.generate import generate
+from minilora.generation.stream import stream_generate
 from minilora.lora.active import delete_adapter, disable_adapters, list_adapters, set_adapter
 from minilora.lora.batched import per_row_adapters
 from minilora.lora.config import LoRAConfig, TaskType
@@ -136,6 +137,7 @@ __all__ = [
     "save_model",
     "serve",
     "set_adapter",
+    "stream_generate",
     "sweep",
     "sweep_table",
     "trace",

@@ -1,6 +1,7 @@
 """Text generation: sampling, batches, continuous batching, CUDA graphs.
 
 generate.py         generate: prompts → texts, in batches
+stream.py           stream_generate: one prompt → the pieces of its answer
 sampling.py         the choice of the next token
 single_token.py     faster products with one token on a CPU
 engine.py           continuous batching: requests join and leave a running batch

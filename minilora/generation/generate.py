@@ -5,16 +5,19 @@ read once. A finished row leaves its batch. Each row has its own random generato
 answer depends on (seed, row number, prompt), not on the other rows. sampling.py chooses the tokens.
 On a GPU a token's step can be one CUDA graph (generation/cuda_graph.py).
 
-Simplified: unlike transformers' generate, there are no beams, penalties or streaming.
+stream.py returns the text of one answer in pieces while it grows.
+
+Simplified: unlike transformers' generate, there are no beams and no penalties.
 """
 
 import random
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minilora.common import order_by_length, unwrap_model
@@ -77,15 +80,9 @@ def generate(
             by the chat template, a number is out of range, or cuda_graph is True without a GPU.
     """
     model = unwrap_model(model)
-    single = _is_single(prompt)
+    single = is_single(prompt)
     prompts: list[Any] = [prompt] if single else list(prompt)
-    if isinstance(stop, str | int):
-        stop = [stop]
-    stops = list(stop or [])
-    stop_texts = [text for text in stops if isinstance(text, str)]
-    stop_ids = {token for token in stops if isinstance(token, int)}
-    if "" in stop_texts:
-        raise ValueError("stop contains an empty string, which every answer contains: remove it")
+    stop_texts, stop_ids = read_stops(stop)
     rule = Decoding(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -96,7 +93,7 @@ def generate(
         stopped=_stop_test(tokenizer, stop_texts),
         cuda_graph=cuda_graph,
     )
-    _check_prompts(prompts)
+    check_prompts(prompts)
     names = list(adapters or [])
     if adapters is not None and len(names) != len(prompts):
         raise ValueError(
@@ -116,13 +113,37 @@ def generate(
     return answers[0] if single else answers
 
 
-def _is_single(prompt: Any) -> bool:
-    """Return True for one prompt: a text, a message or a list of messages."""
+def is_single(prompt: Any) -> bool:
+    """Return True for one prompt: a text, a message or a list of messages.
+
+    Args:
+        prompt: one prompt, or a list of prompts.
+    """
     if isinstance(prompt, str | Mapping):
         return True
     if not prompt:
         return False
     return all(isinstance(message, Mapping) for message in prompt)
+
+
+def read_stops(
+    stop: str | int | Sequence[str | int] | None,
+) -> tuple[list[str], set[int]]:
+    """Return the stop strings and the stop tokens among the values of `stop`.
+
+    Args:
+        stop: a stop string, a token id, a list of both, or None.
+
+    Raises:
+        ValueError: a stop string is empty.
+    """
+    if isinstance(stop, str | int):
+        stop = [stop]
+    stops = list(stop or [])
+    texts = [text for text in stops if isinstance(text, str)]
+    if "" in texts:
+        raise ValueError("stop contains an empty string, which every answer contains: remove it")
+    return texts, {token for token in stops if isinstance(token, int)}
 
 
 def _stop_test(tokenizer: Any, words: Sequence[str]) -> Callable[[list[int]], bool] | None:
@@ -137,8 +158,15 @@ def _stop_test(tokenizer: Any, words: Sequence[str]) -> Callable[[list[int]], bo
     return stopped
 
 
-def _check_prompts(prompts: Sequence[Any]) -> None:
-    """Raise ValueError for an empty prompt, and for one that is neither text nor messages."""
+def check_prompts(prompts: Sequence[Any]) -> None:
+    """Raise ValueError for an empty prompt, and for one that is neither text nor messages.
+
+    Args:
+        prompts: the prompts.
+
+    Raises:
+        ValueError: a prompt is empty or of another type.
+    """
     empty = [number for number, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise ValueError(f"prompts {empty[:8]} are empty: give a text or at least one message")
@@ -195,6 +223,38 @@ def generate_ids(
     Raises:
         ValueError: a prompt is empty or exceeds the model's context, or an adapter is unknown.
     """
+    answers: list[list[int]] = [[] for _ in prompts]
+    with ProgressBar("generate", len(prompts), "answer") as bar:
+        for ended in answer_steps(model, prompts, rule, answers, adapters):
+            bar.update(ended)
+    return answers
+
+
+@torch.no_grad()  # on a generator: gradients are on again in the caller between two steps
+def answer_steps(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    rule: Decoding,
+    answers: Sequence[list[int]],
+    adapters: Sequence[str | None] | None = None,
+) -> Generator[int, None, None]:
+    """Generate the answers, and pause after each token of a batch.
+
+    The model stays in eval mode until the iterator ends or is closed.
+
+    Args:
+        model: the model.
+        prompts: token ids of each prompt.
+        rule: rules for choosing tokens and ending answers.
+        answers: an empty list for each prompt, which receives the new tokens.
+        adapters: as in `generate_ids`.
+
+    Yields:
+        The number of answers that ended with the batch; 0 before the batch ends.
+
+    Raises:
+        ValueError: as in `generate_ids`.
+    """
     check_lengths(model, prompts, rule.max_new_tokens)
     row_adapters = None
     if adapters is not None:
@@ -203,14 +263,8 @@ def generate_ids(
     seed = secrets.randbits(64) if rule.seed is None else rule.seed
     draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
     order = order_by_length(prompts)
-    answers: list[list[int]] = [[] for _ in prompts]
     steps = step_by_step(model, rule, len(prompts))
-    with (
-        inference(model),
-        matrix_vector(model),
-        row_adapters or nullcontext() as loaded,
-        ProgressBar("generate", len(order), "answer") as bar,
-    ):
+    with inference(model), matrix_vector(model), row_adapters or nullcontext() as loaded:
         # A prefix is shared only if one adapter reads all prompts.
         prefix, size = shared_prefix(model, prompts if adapters is None else [])
         for start in range(0, len(order), rule.batch_size):
@@ -221,9 +275,10 @@ def generate_ids(
                 context.adapters = (loaded, [adapters[i] for i in batch])
             logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
             batch_answers = [answers[i] for i in batch]
-            _answer(steps(context), logits, rule, batch_answers, [draws[i] for i in batch])
-            bar.update(len(batch))
-    return answers
+            batch_draws = [draws[i] for i in batch]
+            for _ in _batch_steps(steps(context), logits, rule, batch_answers, batch_draws):
+                yield 0
+            yield len(batch)
 
 
 def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Context], Any]:
@@ -243,14 +298,17 @@ def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Conte
     return graphs(model, rule.cuda_graph, min(rule.batch_size, rows), rule.max_new_tokens)
 
 
-def _answer(
+def _batch_steps(
     context: Context,
     logits: Tensor,
     rule: Decoding,
     answers: list[list[int]],
     draws: list[random.Random],
-) -> None:
-    """Fill the empty `answers` of one batch token by token; `logits` (B, V) are of the first."""
+) -> Iterator[None]:
+    """Fill the empty `answers` of one batch, and pause after each token.
+
+    `logits` (B, V) are those of the first token.
+    """
     active = list(range(len(answers)))  # the answers whose rows are in `context`
     for step in range(rule.max_new_tokens):
         uniform = [draws[i].random() for i in active] if rule.temperature else []
@@ -262,6 +320,7 @@ def _answer(
             answer.append(token)
             if rule.stopped is None or not rule.stopped(answer):
                 unfinished.append(place)
+        yield
         if not unfinished or step == rule.max_new_tokens - 1:
             return
         if len(unfinished) < len(active):

@@ -1,6 +1,7 @@
 """One request of the engine, its answer, and the answer's text as it grows."""
 
 import random
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from minilora.generation.sampling import Decoding, pick
 
 HALF = "\ufffd"  # the decoded form of an incomplete character
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(eq=False, frozen=True)
@@ -126,9 +128,10 @@ class Row:
 class Text:
     """The text of an answer, released once and only when no later token can change it.
 
-    Two kinds of text wait: incomplete characters, and an end that may begin a stop string. All
-    released parts together are the text that `ml.generate` returns for the same tokens and stop
-    strings.
+    Three kinds of text wait: incomplete characters, an end that may begin a stop string, and a run
+    of SentencePiece's byte tokens (`<0xE6>`), because one invalid byte makes the decoder show all
+    bytes of the run as unknown characters. All released parts together are the text that
+    `ml.generate` returns for the same tokens and stop strings.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -139,6 +142,7 @@ class Text:
         self.tokenizer = tokenizer
         self.stops = stops
         self.ids: list[int] = []
+        self.settled = 0  # number of tokens before the byte tokens at the end
         self.released = ""
 
     def push(self, token: int) -> tuple[str, bool]:
@@ -148,20 +152,22 @@ class Text:
             token: the token.
         """
         self.ids.append(token)
+        if not _is_byte(self.tokenizer, token):
+            self.settled = len(self.ids)
         if self.stops:  # special tokens can be stop strings although they are not shown
             shown = self.tokenizer.decode(self.ids, skip_special_tokens=False)
             if any(word in shown for word in self.stops):
                 return self.rest(), True
-        text = self._text().rstrip(HALF)
+        text = self._text(self.ids[: self.settled]).rstrip(HALF)
         waiting = _stop_prefix_length(text, self.stops)
         return self._release(text[: len(text) - waiting]), False
 
     def rest(self) -> str:
         """Return the text that still waits, when the answer is complete."""
-        return self._release(self._text())
+        return self._release(self._text(self.ids))
 
-    def _text(self) -> str:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+    def _text(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         for word in self.stops:
             text = text.partition(word)[0]
         return text
@@ -172,6 +178,13 @@ class Text:
         new = text[len(self.released) :]
         self.released = text
         return new
+
+
+def _is_byte(tokenizer: Any, token: int) -> bool:
+    """Return True for a token that stands for one byte of a character, as Llama 2 has them."""
+    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
+    name = convert(token) if convert is not None else None
+    return name is not None and BYTE_TOKEN.fullmatch(name) is not None
 
 
 def _stop_prefix_length(text: str, stops: Sequence[str]) -> int:
