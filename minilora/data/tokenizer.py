@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from minilora.common import read_json, write_text
 from minilora.data.chat_template import read_template, render
+from minilora.lora.files.source import resolve_base, split_source
 from minilora.models.gguf.tokenizer import from_gguf
 
 SPECIAL_TOKENS = (
@@ -306,7 +307,8 @@ def load_tokenizer(
     """Load the tokenizer of a checkpoint.
 
     Args:
-        source: Hub id, checkpoint folder or .gguf file.
+        source: Hub id, checkpoint folder or .gguf file. The folder of an adapter or of a run gives
+            the tokenizer of its base.
         revision: branch, tag or commit on the Hub; None is its default branch.
         token: access token of the Hub; None uses the stored one.
         local_files_only: True asks no network; None follows HF_HUB_OFFLINE.
@@ -314,10 +316,15 @@ def load_tokenizer(
     Raises:
         ValueError: the folder has no tokenizer.json, or its files contradict each other.
     """
-    from minilora.hub import resolve
-
-    path = resolve(
-        source, revision=revision, token=token, local_files_only=local_files_only, weights=False
+    base, adapter = split_source(source)
+    path = resolve_base(
+        base,
+        adapter,
+        source,
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+        weights=False,
     )
     if path.suffix == ".gguf":
         return Tokenizer(*from_gguf(path))

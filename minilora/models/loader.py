@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import is_within
+from minilora.common import is_within, read_json
 from minilora.common.notebook import note
 from minilora.common.progress import ProgressBar
-from minilora.hub import resolve
+from minilora.lora.files.save_load import load_adapter
+from minilora.lora.files.source import resolve_base, split_source, trained_storage
 from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.storage import describe
 from minilora_kernels import NF4Weight, quantize_nf4
 from minilora_kernels.c import bindings
 
@@ -47,17 +49,22 @@ def load_model(
 ) -> CausalLM:
     """Load a model of the families Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text), in eval mode.
 
+    The folder of an adapter, or of a run that trained one, gives the base that the adapter states,
+    in the storage that it was trained on, with the adapter "default" active. To choose the base or
+    its storage, load the base and call `load_adapter`.
+
     Args:
-        source: a Hub id, a folder with config.json and safetensors, or a .gguf file.
-        quantize: "nf4" keeps the linear layers in 4 bits; None keeps them in `dtype`. A checkpoint
-        in
-            4 bits (bitsandbytes' NF4) keeps its bits, and "nf4" then only checks their kind.
+        source: a Hub id, a folder with config.json and safetensors, a .gguf file, or the folder of
+            an adapter or a run (`output_dir` of `minilora train`).
+        quantize: "nf4" keeps the linear layers in 4 bits; None keeps them in `dtype`, or as an
+            adapter's folder states. A checkpoint in 4 bits (bitsandbytes' NF4) keeps its bits, and
+            "nf4" then only checks their kind.
         double_quant: quantise the scales too, as in `quantize_nf4`.
         blocksize: weights that share a scale.
         dtype: dtype of dense tensors and of the computation. "auto" chooses the dtype that is fast
             on this hardware, and prints it.
         device: None is a CUDA GPU if there is one, else the CPU.
-        revision: branch, tag or commit on the Hub; None is its default branch.
+        revision: branch, tag or commit of the model or base on the Hub; None is its default branch.
         token: access token of the Hub; None uses the stored one.
         local_files_only: True asks no network; None follows HF_HUB_OFFLINE.
 
@@ -72,16 +79,61 @@ def load_model(
             f"blocksize={blocksize}, double_quant={double_quant} have no effect without "
             "quantize='nf4': add that, or leave them out."
         )
-    path = resolve(source, revision, token, local_files_only)
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    base, adapter = split_source(source)
+    path = resolve_base(base, adapter, source, **hub)
+    blocks = (blocksize, double_quant) if quantize else None
+    if adapter is not None and quantize is None:
+        blocks = _trained_blocks(adapter, path)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    model = _load_base(path, blocks, pick_dtype(dtype, device), device)
+    model.name_or_path = str(base)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
+
+
+def _trained_blocks(adapter: Path, base: Path) -> tuple[int, bool] | None:
+    """Return the block size and double_quant that an adapter was trained on; None for no 4 bits.
+
+    A base that is stored in 4 bits keeps its bits, so the result is None then too.
+    """
+    storage = trained_storage(adapter)
+    if storage is None or storage["quantize"] != "nf4" or is_four_bit(base):
+        return None
+    print(
+        f"minilora: the base of {adapter} is loaded {describe(storage)}, because the adapter was "
+        "trained on it so.",
+        file=sys.stderr,
+    )
+    return storage["blocksize"], storage["double_quant"] is not False
+
+
+def is_four_bit(path: Path) -> bool:
+    """Return True if a checkpoint is in 4 bits already.
+
+    Args:
+        path: the folder or .gguf file.
+    """
+    config = path / "config.json"
+    return config.is_file() and "quantization_config" in read_json(config)
+
+
+def _load_base(
+    path: Path, blocks: tuple[int, bool] | None, dtype: torch.dtype, device: torch.device
+) -> CausalLM:
+    """Read a checkpoint; quantise it if `blocks` (block size, double_quant)."""
     checkpoint: Checkpoint
     if path.is_file():
         checkpoint = GGUFCheckpoint(path)
     else:
         checkpoint = SafetensorsCheckpoint(path)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    dtype = pick_dtype(dtype, device)
     if device.type == "cpu":
         bindings.begin(dtype)  # the compiler runs while weights are read
     _check_sizes(checkpoint)
@@ -95,7 +147,6 @@ def load_model(
             _load_tensor(model, checkpoint, name, dtype, device, blocks)
             bar.update()
     model.tie_weights()
-    model.name_or_path = str(source)
     return model.eval()
 
 
@@ -153,13 +204,17 @@ def pick_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
         return chosen
     if dtype != "auto":
         raise ValueError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    name, reason = _fast_dtype(device)
+    name, reason = fast_dtype(device)
     note(f"minilora: dtype auto is {name}: {reason}")
     return _DTYPES[name]
 
 
-def _fast_dtype(device: torch.device) -> tuple[str, str]:
-    """Return the name of the fast dtype and the reason."""
+def fast_dtype(device: torch.device) -> tuple[str, str]:
+    """Return the name of the dtype that "auto" chooses, and the reason.
+
+    Args:
+        device: the device of the model.
+    """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "this GPU has it"

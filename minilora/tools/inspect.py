@@ -30,7 +30,7 @@ from torch import Tensor
 from minilora.common import read_json, read_tensors
 from minilora.lora.config import LoRAConfig
 from minilora.lora.files.adapter_tensors import PREFIX
-from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config
+from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config, result_folder
 from minilora.lora.layer import scaling
 from minilora.lora.low_rank import Spaces, product_svd
 from minilora.models.gguf.header import read_header
@@ -114,8 +114,8 @@ def inspect(path: str | Path, other: str | Path | None = None) -> Inspection:
     """Describe a model folder, GGUF file or adapter folder, or compare two adapters.
 
     Args:
-        path: A model folder, an adapter folder or a .gguf file.
-        other: A second adapter folder. The two adapters are then compared over the layers they
+        path: A .gguf file, or the folder of a model, an adapter or a run.
+        other: A second adapter or run folder. The two adapters are then compared over the layers they
             share. None describes `path` alone.
 
     Returns:
@@ -125,9 +125,9 @@ def inspect(path: str | Path, other: str | Path | None = None) -> Inspection:
         OSError: A file is missing.
         ValueError: A file is damaged, or the two paths are not adapters with a layer in common.
     """
-    path = Path(path)
+    path = result_folder(path)
     if other is not None:
-        return _compare_adapters(path, Path(other))
+        return _compare_adapters(path, result_folder(other))
     if path.is_file() and path.suffix == ".gguf":
         return _inspect_gguf(path)
     headers = safetensors_headers(path)

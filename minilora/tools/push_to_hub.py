@@ -15,7 +15,8 @@ from torch import nn
 from minilora.common.notebook import note
 from minilora.hub import TOKENIZER, explained
 from minilora.lora.active import list_adapters
-from minilora.lora.files.save_load import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, result_folder
+from minilora.lora.files.save_load import save_adapter
 from minilora.tools.model_card import CARD, addressed, render
 
 _WEIGHTS = ["model.safetensors", "model-?????-of-?????.safetensors", "[!.]*.gguf"]
@@ -57,8 +58,8 @@ def push_to_hub(
     repository already has one. If anything fails, no commit is made.
 
     Args:
-        folder_or_model: A folder written by `save_adapter` or `save_model`, or a model with an
-            adapter.
+        folder_or_model: A folder written by `save_adapter` or `save_model`, a run folder that holds
+            one, or a model with an adapter.
         repo_id: Name of the repository: "owner/name", or "name" for the owner of the token.
         name: The adapter to upload, if a model is given.
         private: True or False creates the repository as private or public, and requires this of
@@ -86,7 +87,7 @@ def push_to_hub(
         "commit_message": commit_message,
     }
     if not isinstance(folder_or_model, nn.Module):
-        return _push_folder(Path(folder_or_model), repo_id, **options)
+        return _push_folder(result_folder(folder_or_model), repo_id, **options)
     if not list_adapters(folder_or_model):
         raise ValueError(
             "the model has no adapter: write the model with save_model, then push that folder."

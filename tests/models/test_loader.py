@@ -218,7 +218,7 @@ def fails(folder: Path, message: str, error: type[Exception] = ValueError, **arg
 def test_wrong_folders_raise(tmp_path):
     fails(tmp_path, "holds no config.json.*nothing")
     (tmp_path / "adapter_config.json").write_text("{}")
-    fails(tmp_path, "is an adapter: load its base model")
+    fails(tmp_path, "base_model_name_or_path is None, .*ml.load_adapter.ml.load_model.BASE")
     save(tmp_path / "model")
     fails(tmp_path / "model" / "config.json", "is a file: give the folder")
     (tmp_path / "model" / "model.safetensors").unlink()

@@ -108,7 +108,7 @@ def pushed(place, tmp_path_factory):
         "broken": {"push": [adapter, "broken/adapter"]},
         "reader": {"push": [adapter, "me/other"], "options": {"token": READER}},
         "stranger": {"push": [adapter, "me/other"], "options": {"token": "hf_stranger"}},
-        "nothing": {"push": [str(place.path), "me/other"]},
+        "nothing": {"push": [str(place.path / "adapter" / "checkpoint-3"), "me/other"]},
         "no folder": {"push": [str(place.path / "absent"), "me/other"]},
         "bad id": {"push": [adapter, "me/my/other"]},
         "load absent": {"load": "me/absent", "base": "tiny/base"},

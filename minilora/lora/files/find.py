@@ -9,6 +9,36 @@ from minilora.lora.config import LoRAConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+RUN_ADAPTER = "adapter"  # the folder in which `minilora train` writes the adapter of a run
+RUN_MODEL = "model"  # the same with --method full
+
+
+def result_folder(folder: str | Path) -> Path:
+    """Return the folder of the trained weights: that of a run's adapter or model, or the folder.
+
+    A run folder is the `output_dir` of `minilora train`. It holds adapter/, or model/ of a run with
+    method="full".
+
+    Args:
+        folder: A run folder, or any other path.
+
+    Raises:
+        ValueError: The run folder holds both an adapter and a model.
+    """
+    path = Path(folder).expanduser()
+    if (path / CONFIG_FILE).is_file() or (path / "config.json").is_file():
+        return path
+    has_adapter = (path / RUN_ADAPTER / CONFIG_FILE).is_file()
+    has_model = (path / RUN_MODEL / "config.json").is_file()
+    if has_adapter and has_model:
+        raise ValueError(
+            f"{path} holds both {RUN_ADAPTER}/ and {RUN_MODEL}/. Give the folder of one of them."
+        )
+    if has_adapter:
+        return path / RUN_ADAPTER
+    if has_model:
+        return path / RUN_MODEL
+    return path
 
 
 def find_adapter(
@@ -17,7 +47,8 @@ def find_adapter(
     """Return the local folder of an adapter and its config; download it from the Hub if necessary.
 
     Args:
-        folder: A folder, or the id of a repository on the Hub.
+        folder: An adapter's folder, a run folder that holds one, or the id of a repository on the
+            Hub.
         revision: Branch, tag or commit of a repository; None is the main branch.
         token: Access token for the Hub; None uses the token of `hf auth login`.
 
@@ -26,7 +57,7 @@ def find_adapter(
         FileNotFoundError: The folder or the config does not exist.
         OSError: The Hub does not provide it.
     """
-    path = Path(folder)
+    path = result_folder(folder)
     if not path.is_dir():
         if "/" not in str(folder) or not HUB_ID.fullmatch(str(folder)):
             raise FileNotFoundError(
@@ -61,6 +92,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+            f"{path}: no such file. An adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; a "
+            f"run folder holds them in {RUN_ADAPTER}/."
         )
     return read_json(path)
