@@ -14,11 +14,12 @@ from minilora.cli.options import (
     add_command,
     add_no_check_base,
     add_storage,
+    base_and_adapter,
     load,
     storage_options,
 )
 from minilora.data.read_rows import check_file
-from minilora.lora.files.save_load import find_adapter
+from minilora.lora.files.source import split_source
 from minilora.lora.merging.merge import STORAGES
 from minilora.tools.compare_exports import compare_exports as compare_forms
 from minilora.tools.inspect import inspect as inspect_path
@@ -31,8 +32,8 @@ LOSS_WARNING = 1.001  # factor of the loss above which `merge` warns
 
 def merge(
     model: str,
-    adapter: str,
-    folder: str,
+    adapter: str | None,
+    folder: str | None,
     target: str | None,
     data: str | None,
     force: bool,
@@ -43,9 +44,11 @@ def merge(
     The command writes a folder that transformers loads, and reads it back.
 
     Args:
-        model: Hub id, folder or .gguf file of the base.
-        adapter: folder or Hub id of the adapter.
-        folder: where to write the merged model.
+        model: Hub id, folder or .gguf file of the base; or the folder of a run or an adapter, which
+            names its base.
+        adapter: folder or Hub id of the adapter; after the folder of a run, where to write the
+            merged model.
+        folder: where to write the merged model; None after the folder of a run.
         target: storage of the result; None keeps the dtype of the loaded model.
         data: held-out rows, to measure the loss of each target; None measures errors alone.
         force: write 4 bits even where they lose most of the adapter.
@@ -55,7 +58,16 @@ def merge(
         ValueError: the folder is the base, 4 bits would lose the adapter, or the folder differs
             from the merged model.
     """
-    if Path(folder).resolve() == Path(model).resolve():
+    if folder is None:
+        folder = str(adapter)
+        adapter = None
+        if split_source(model)[1] is None:
+            raise ValueError(
+                f"merge {model} {folder}: expected BASE ADAPTER FOLDER, or the folder of a run and "
+                f"FOLDER. {model} is no folder with an adapter."
+            )
+    base, _ = split_source(model)
+    if Path(folder).resolve() in (Path(model).resolve(), Path(base).resolve()):
         raise ValueError(
             f"{folder} is the base itself, which would be overwritten: give another folder."
         )
@@ -149,13 +161,13 @@ def verify(checkpoint: str, source: str | None, against: str | None) -> int:
     return 1 if differing else 0
 
 
-def compare_exports(model: str, dataset: str, adapter: str, **options: Any) -> int:
+def compare_exports(model: str, dataset: str, adapter: str | None, **options: Any) -> int:
     """Compare the answers of a trained model in every form: merged, 4-bit, GGUF, served.
 
     Args:
         model: Hub id, folder or .gguf file of the base.
         dataset: rows whose prompts are answered.
-        adapter: folder or Hub id of the adapter.
+        adapter: folder or Hub id of the adapter; None takes the adapter of the run `model`.
         options: options of ml.compare_exports; None leaves the default.
 
     Returns:
@@ -163,9 +175,15 @@ def compare_exports(model: str, dataset: str, adapter: str, **options: Any) -> i
     """
     check_file(dataset)
     given = {name: value for name, value in options.items() if value is not None}
-    storage = storage_options(model, [find_adapter(adapter)[0]], given.pop("quantize", None))
+    base, folder = base_and_adapter(model, adapter)
+    if folder is None:
+        raise ValueError(
+            f"compare-exports needs an adapter: give --adapter, or the folder of a run as MODEL; "
+            f"{model} holds no adapter."
+        )
+    storage = storage_options(base, [folder], given.pop("quantize", None))
     given["quantize"] = storage.get("quantize")
-    report = compare_forms(model, adapter, dataset, **given)
+    report = compare_forms(base, folder, dataset, **given)
     print(report)
     return int(report.first is not None)
 
@@ -206,7 +224,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_merge(commands: Any) -> None:
-    parser = add_command(commands, merge, "model", "adapter", "folder")
+    parser = add_command(commands, merge, "model", "adapter")
+    parser.add_argument("folder", nargs="?", help=POSITIONAL["folder"])
     add_no_check_base(parser)
     add_storage(parser)
     parser.add_argument(
@@ -235,7 +254,7 @@ def _add_verify(commands: Any) -> None:
 
 def _add_compare_exports(commands: Any) -> None:
     parser = add_command(commands, compare_exports, "model", "dataset")
-    parser.add_argument("--adapter", required=True, help=POSITIONAL["adapter"])
+    parser.add_argument("--adapter", help=POSITIONAL["adapter"])
     add_storage(parser)
     parser.add_argument("--rows", type=int, help="number of rows, from the first (default 8)")
     parser.add_argument(

@@ -11,6 +11,7 @@ from minilora.cli.options import (
     add_no_check_base,
     add_storage,
     add_template_kwargs,
+    base_and_adapter,
     load,
 )
 from minilora.common import check_writable
@@ -38,9 +39,10 @@ def evaluate(
     Everything that can be known without the model is checked before it is loaded.
 
     Args:
-        model: Hub id, folder or .gguf file.
+        model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
         dataset: file of rows.
-        adapter: folder or Hub id of an adapter; None uses the base alone.
+        adapter: folder or Hub id of an adapter; None uses that of `model`, or the
+            base alone.
         compare: "base", or folder or Hub id of another adapter to compare with; None compares
             nothing.
         out: file for the rows with their answers; None writes none.
@@ -54,9 +56,12 @@ def evaluate(
     metric_functions(options["metrics"])
     if out is not None:
         _check_output(Path(out))
+    base, folder = base_and_adapter(model, adapter)
+    if adapter is None and folder is not None:
+        adapter = str(folder)
     other = _compared_adapter(compare, adapter)
     loading = {name: options.pop(name) for name in LOADING}
-    loaded, tokenizer = load(model, adapter, **loading)
+    loaded, tokenizer = load(base, None if folder is None else str(folder), **loading)
     # Both sides of a comparison read the same prompts: those of the adapter's training.
     tokenizer = as_trained(tokenizer, options.pop("chat_template_kwargs"), loaded)
     if other is not None:

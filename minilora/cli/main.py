@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minilora.cli import checkpoints, evaluate, plan, plot, preview, runs, text, train
+from minilora.cli import chat, checkpoints, evaluate, plan, plot, preview, runs, text, train
 from minilora.cli.parser import CommandParser
 from minilora.cli.values import from_toml
 from minilora.common import __version__
 
 INTERRUPTED = train.INTERRUPTED
 TERMINATED = 128 + signal.SIGTERM
-GROUPS = (train, text, evaluate, checkpoints, preview, plan, plot, runs)
+GROUPS = (train, text, chat, evaluate, checkpoints, preview, plan, plot, runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _termination_as_interrupt(given[:1] != ["serve"]) as terminations:
+    with _termination_as_interrupt(given[:1] not in (["serve"], ["chat"])) as terminations:
         try:
             status = _run(given)
         except KeyboardInterrupt:
@@ -63,7 +63,8 @@ def _termination_as_interrupt(active: bool) -> Iterator[list[int]]:
     """Let SIGTERM, as of Slurm or a spot machine, end a command as Ctrl-C does.
 
     Args:
-        active: False changes nothing; the server handles both signals itself.
+        active: False changes nothing: the server handles both signals itself, and Ctrl-C does not
+            end a chat.
 
     Yields:
         A list that receives the signal's number.

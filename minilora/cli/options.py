@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import minilora as ml
-from minilora.common import read_json
+from minilora.cli.values import parse_value
 from minilora.hub import resolve
-from minilora.lora.files.base_check import read_binding
-from minilora.lora.files.find import WEIGHTS_FILE
-from minilora.lora.files.save_load import find_adapter
-from minilora.quant.storage import common_storage, describe, stored_storage
+from minilora.lora.files.find import RUN_ADAPTER, find_adapter
+from minilora.lora.files.source import resolve_base, split_source, trained_storage
+from minilora.models.loader import is_four_bit
+from minilora.quant.storage import common_storage, describe
 
 POSITIONAL = {
-    "model": "Hub id, folder or .gguf file; for train also a .toml file that holds all options",
+    "model": "Hub id, folder, .gguf file, or the folder of a run or an adapter, which names its "
+    "base; for train also a .toml file that holds all options",
     "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
-    "path": "folder of a model or an adapter, or .gguf file",
+    "path": "folder of a model, an adapter or a run, or .gguf file",
     "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, "
     "prompt/completion or text rows",
-    "prompt": "the prompt to answer",
-    "adapter": "folder or Hub id of an adapter in PEFT's format",
+    "prompt": "the prompt to answer; - or none reads it from stdin",
+    "adapter": "folder or Hub id of an adapter in PEFT's format, or the folder of a run",
     "folder": "where to write the merged model",
 }
 
@@ -33,6 +34,7 @@ EXAMPLES = {
     "check-training": "minilora check-training MODEL --quantize nf4",
     "sweep": "minilora sweep run.toml --search r=4,8,16 --trials 20",
     "generate": 'minilora generate MODEL "Acute otitis media" --adapter out/adapter',
+    "chat": "minilora chat out --system 'Answer in one sentence.'",
     "evaluate": "minilora evaluate MODEL held_out.jsonl --adapter out/adapter --compare base --show 5",
     "serve": "minilora serve MODEL --adapter mine=out/adapter",
     "merge": "minilora merge MODEL out/adapter out/merged",
@@ -142,6 +144,64 @@ def add_template_kwargs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+    """Add the options of text generation.
+
+    Args:
+        parser: the command's parser.
+        max_new_tokens: default of --max_new_tokens.
+        temperature: default of --temperature.
+    """
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=max_new_tokens,
+        help="longest answer (default %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help="0 is greedy (default %(default)s)",
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="nucleus to sample from (default %(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", help="a text before which the answer ends; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the sampling")
+    parser.add_argument(
+        "--cuda_graph",
+        type=lambda value: parse_value(value, bool | str),
+        default="auto",
+        choices=("auto", True, False),
+        metavar="VALUE",
+        help="run each token's step on a GPU as one CUDA graph: auto (where it should pay), true "
+        "or false (default auto)",
+    )
+
+
+def template_check(model: str, needed_by: str | None) -> Callable[[Any], None]:
+    """Return a function that refuses a tokenizer without a chat template.
+
+    Args:
+        model: name of the model, for the message.
+        needed_by: the option or command that needs the template; None accepts every tokenizer.
+    """
+
+    def check(tokenizer: Any) -> None:
+        if needed_by is None or tokenizer.chat_template:
+            return
+        raise ValueError(
+            f"{needed_by} needs a chat template, and the tokenizer of {model} has none, as is usual "
+            "for base models. Use an instruct model, or let this model continue a text: "
+            f'minilora generate {model} "Once upon a time".'
+        )
+
+    return check
+
+
 def _json_object(text: str) -> dict[str, Any]:
     """Return a JSON object, or the error that argparse expects."""
     try:
@@ -154,28 +214,99 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def load(
-    model: str, adapter: str | None, quantize: str | None, dtype: str, check_base: bool
+    model: str,
+    adapter: str | None,
+    quantize: str | None,
+    dtype: str,
+    check_base: bool,
+    check_tokenizer: Callable[[Any], None] | None = None,
 ) -> tuple[Any, Any]:
     """Load a model with its tokenizer and, if given, an adapter.
 
     Args:
-        model: Hub id, folder or .gguf file.
-        adapter: folder or Hub id of an adapter; None loads the base alone.
+        model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
+        adapter: folder or Hub id of an adapter; None loads the base alone, or the adapter of
+            `model`.
         quantize: "nf4"; "none" for a dense base; None for the storage that the adapter states.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
+        check_tokenizer: a function that may refuse the tokenizer before the model is loaded.
 
     Returns:
         The model and the tokenizer.
     """
-    # The adapter is looked up before the base, because loading the base takes longer.
-    folder = None if adapter is None else find_adapter(adapter)[0]
-    storage = storage_options(model, [] if folder is None else [folder], quantize)
-    loaded = ml.load_model(model, dtype=dtype, **storage)
-    tokenizer = ml.load_tokenizer(model)
+    base, folder = base_and_adapter(model, adapter)
+    tokenizer = ml.load_tokenizer(base)
+    if check_tokenizer is not None:
+        check_tokenizer(tokenizer)
+    storage = storage_options(base, [] if folder is None else [folder], quantize)
+    loaded = ml.load_model(base, dtype=dtype, **storage)
     if folder is not None:
         ml.load_adapter(loaded, folder, tokenizer=tokenizer, check_base=check_base)
     return loaded, tokenizer
+
+
+def base_and_adapter(model: str, adapter: str | None) -> tuple[str, Path | None]:
+    """Return the base and the adapter's local folder that a command's arguments mean.
+
+    The adapter is looked up before the base is loaded, because loading takes longer.
+
+    Args:
+        model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
+        adapter: folder or Hub id of an adapter, or None.
+
+    Raises:
+        ValueError: `model` is a run or an adapter itself, and `adapter` is given too.
+        OSError: the adapter or its base cannot be found.
+    """
+    base, own = split_source(model)
+    if own is None:
+        folder = None if adapter is None else find_adapter(adapter)[0]
+        return str(base), folder
+    if adapter is not None:
+        raise ValueError(
+            f"{model} holds an adapter itself ({own}), and {adapter} is a second one: leave one "
+            f"of them out, or give the base {base} instead of {model}."
+        )
+    resolve_base(base, own, model, weights=False)
+    print(f"minilora: base {base}, adapter {own}", file=sys.stderr)
+    return str(base), find_adapter(own)[0]
+
+
+def base_and_adapters(model: str, items: Sequence[str]) -> tuple[str, dict[str, Path]]:
+    """Return the base of a command, and the folders of its adapters by name.
+
+    Args:
+        model: Hub id, folder or .gguf file, or the folder of a run or an adapter, whose adapter is
+            then the first one.
+        items: adapters as NAME=PATH, or as PATH, which names itself.
+
+    Raises:
+        ValueError: a name occurs twice, or is empty.
+        OSError: an adapter or the base cannot be found.
+    """
+    base, own = base_and_adapter(model, None)
+    adapters = {} if own is None else {_adapter_name(Path(model)): own}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or Path(item).exists():
+            name = _adapter_name(Path(item))
+            path = item
+        if not name or name in adapters:
+            raise ValueError(
+                f"--adapter: expected NAME=PATH, each name once, got {' '.join(items)}."
+            )
+        adapters[name] = find_adapter(path)[0]
+    return base, adapters
+
+
+def _adapter_name(path: Path) -> str:
+    """Return the name of an adapter that has none: out for out/adapter, mine for me/mine."""
+    if path.exists():
+        path = path.resolve()
+    if path.name == RUN_ADAPTER:
+        path = path.parent
+    return path.name.replace(".", "_")  # the name becomes a part of module paths
 
 
 def storage_options(model: str, adapters: Sequence[Path], quantize: str | None) -> dict[str, Any]:
@@ -191,8 +322,8 @@ def storage_options(model: str, adapters: Sequence[Path], quantize: str | None) 
     """
     if quantize == "none":
         return {}
-    trained = common_storage([_storage_of(folder) for folder in adapters])
-    if trained is None or trained["quantize"] != "nf4" or _is_four_bit(model):
+    trained = common_storage([trained_storage(folder) for folder in adapters])
+    if trained is None or trained["quantize"] != "nf4" or is_four_bit(resolve(model)):
         return {"quantize": quantize}
     if quantize is None:
         print(
@@ -202,17 +333,3 @@ def storage_options(model: str, adapters: Sequence[Path], quantize: str | None) 
         )
     double_quant = trained["double_quant"] is not False
     return {"quantize": "nf4", "blocksize": trained["blocksize"], "double_quant": double_quant}
-
-
-def _storage_of(folder: Path) -> dict[str, Any] | None:
-    """Return the storage that an adapter's file states, or None."""
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        return None  # load_adapter reports the missing file
-    return stored_storage(read_binding(path))
-
-
-def _is_four_bit(model: str) -> bool:
-    """Return True if a checkpoint is in 4 bits already."""
-    config = resolve(model) / "config.json"
-    return config.is_file() and "quantization_config" in read_json(config)

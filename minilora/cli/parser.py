@@ -1,8 +1,9 @@
 """The argument parser of every command.
 
-It differs from argparse's in four ways. A name must be complete: `--lr` never stands for
+It differs from argparse's in five ways. A name must be complete: `--lr` never stands for
 `--lr_scheduler_type`. A name may have hyphens for underscores. An unknown name is answered with the
-nearest names, also for names of other libraries. An error prints no list of all options.
+nearest names, also for names of other libraries. An error prints no list of all options. An optional
+positional argument may follow the options, which argparse allows from Python 3.13 on.
 """
 
 import argparse
@@ -32,7 +33,22 @@ class CommandParser(argparse.ArgumentParser):
         """
         if args is not None:
             args = [self._with_underscores(argument) for argument in args]
-        return super().parse_known_args(args, namespace)
+        values, unparsed = super().parse_known_args(args, namespace)
+        self._fill_optional(values, unparsed)
+        return values, unparsed
+
+    def _fill_optional(self, values: argparse.Namespace, unparsed: list[str]) -> None:
+        """Give the first arguments that no option takes to optional positional ones without value.
+
+        `generate MODEL --adapter out "a prompt"`: argparse has set the optional prompt to None when
+        it met the option.
+        """
+        for action in self._actions:
+            if action.option_strings or action.nargs != "?":
+                continue
+            is_value = len(unparsed) > 0 and not unparsed[0].startswith("--")
+            if is_value and getattr(values, action.dest, None) is None:
+                setattr(values, action.dest, unparsed.pop(0))
 
     def _with_underscores(self, argument: str) -> str:
         """Return `--learning-rate=1` as `--learning_rate=1` if only the second is an option."""

@@ -25,6 +25,7 @@ HEAVY = (
 IMPORT_SHARE = 0.2  # of torch's import time, which differs between machines in the same way
 # command -> public function of another name
 COMMANDS = {
+    "chat": "stream_generate",
     "plan": "plan_memory",
     "push": "push_to_hub",
     "runs": "compare_runs",
