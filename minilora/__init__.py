@@ -43,6 +43,7 @@ from minilora.tools import plot
 from minilora.tools.check_training import TrainingCheck, check_training
 from minilora.tools.compare_exports import ExportComparison, compare_exports
 from minilora.tools.compare_runs import RunComparison, compare_runs
+from minilora.tools.environment import Environment, environment
 from minilora.tools.inspect import Inspection, inspect
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory
 from minilora.tools.merge_report import MergeReport, merge_report
@@ -72,6 +73,7 @@ __all__ = [
     "Classify",
     "DPO",
     "Distill",
+    "Environment",
     "ExportComparison",
     "Inspection",
     "KLToBase",
@@ -109,6 +111,7 @@ __all__ = [
     "dequantized_weights",
     "disable_adapters",
     "eject",
+    "environment",
     "evaluate",
     "generate",
     "inference",

@@ -9,7 +9,7 @@ chat.py          chat
 text.py          generate, serve
 evaluate.py      evaluate
 checkpoints.py   merge, verify, compare-exports, inspect, push
-plan.py          plan
+plan.py          plan, env
 preview.py       preview, and the lines that train prints about its data
 plot.py          plot
 runs.py          runs

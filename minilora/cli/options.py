@@ -45,6 +45,7 @@ EXAMPLES = {
     "preview": "minilora preview rows.jsonl --model MODEL --rows 0,17",
     "plan": "minilora plan MODEL --r 16 --card 24GB",
     "runs": "minilora runs out*",
+    "env": "minilora env",
     "plot": "minilora plot out other-out --file runs.svg",
 }
 

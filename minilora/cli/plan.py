@@ -1,4 +1,4 @@
-"""The command plan: the memory of a training run."""
+"""The commands about a machine: plan (the memory of a training run) and env."""
 
 from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields
@@ -7,6 +7,7 @@ from typing import Any
 from minilora.cli.options import add_command
 from minilora.cli.values import add_fields
 from minilora.lora.config import LoRAConfig
+from minilora.tools.environment import environment
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory, table
 from minilora.training.config import TrainConfig
 
@@ -97,12 +98,18 @@ def _methods(quantize: str | None, training: dict[str, Any]) -> list[_Method]:
     return [_Method("nf4"), _Method(None), _Method(None, full)]
 
 
+def env() -> None:
+    """Print versions, processor, GPUs and settings, to copy into a bug report."""
+    print(environment())
+
+
 def add_commands(commands: Any) -> None:
-    """Add the command; its options have the names of `minilora train`.
+    """Add the commands; the options of `plan` have the names of `minilora train`.
 
     Args:
         commands: the subparsers of the program.
     """
+    add_command(commands, env)
     parser = add_command(commands, plan, "model")
     parser.add_argument(
         "--quantize",

@@ -86,7 +86,6 @@ def load_model(
     }
     base, adapter = split_source(source)
     path = resolve_base(base, adapter, source, **hub)
-    blocks = (blocksize, double_quant) if quantize else None
     if adapter is not None and quantize is None:
         blocks = _trained_blocks(adapter, path)
     if device is None:
@@ -107,10 +106,9 @@ def _trained_blocks(adapter: Path, base: Path) -> tuple[int, bool] | None:
     storage = trained_storage(adapter)
     if storage is None or storage["quantize"] != "nf4" or is_four_bit(base):
         return None
-    print(
+    note(
         f"minilora: the base of {adapter} is loaded {describe(storage)}, because the adapter was "
-        "trained on it so.",
-        file=sys.stderr,
+        "trained on it so."
     )
     return storage["blocksize"], storage["double_quant"] is not False
 
@@ -141,7 +139,6 @@ def _load_base(
         model = CausalLM(checkpoint.config)
     names = _match(model, checkpoint)
     _check_skip(model, checkpoint)
-    blocks = (blocksize, double_quant) if quantize else None
     with ProgressBar("load", len(names), "tensor") as bar:
         for name in names:  # sorted: a layer's bias is there before its weight is quantised
             _load_tensor(model, checkpoint, name, dtype, device, blocks)

@@ -7,6 +7,7 @@ check_training.py    check that a model trains correctly
 merge_report.py      the error of merging into each storage
 model_card.py        write the model card
 push_to_hub.py       upload a folder to the Hub
+environment.py       the machine and the installation, for a bug report
 sweep.py             search over options of a run
 memory_plan/         the memory of a run, before it starts
 trace/               every intermediate of a step by name

@@ -26,6 +26,7 @@ IMPORT_SHARE = 0.2  # of torch's import time, which differs between machines in 
 # command -> public function of another name
 COMMANDS = {
     "chat": "stream_generate",
+    "env": "environment",
     "plan": "plan_memory",
     "push": "push_to_hub",
     "runs": "compare_runs",

@@ -45,6 +45,15 @@ def wanted() -> bool:
     return os.environ.get("MINILORA_STEPS") != "torch"
 
 
+def ready(dtype: torch.dtype) -> bool:
+    """Wait for the compiler, and return True if compiled code runs for a dtype.
+
+    Args:
+        dtype: Dtype of the values.
+    """
+    return wanted() and dtype in _LIBRARIES and _LIBRARIES[dtype].loaded(wait=True) is not None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor] | None:
     """Normalise the rows of x.
 

@@ -107,7 +107,7 @@ class Library:
     def _cache_path(self, compiler: str, command: str) -> Path | None:
         """Return the file of the library in the cache; None if the user has no home folder."""
         try:
-            folder = _cache_folder()
+            folder = cache_folder()
             program = os.stat(compiler)
             files = self.sources + self.headers
             contents = [path.read_bytes() for path in files]
@@ -139,7 +139,7 @@ def machine_flags() -> str:
     return "-mcpu=native"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return the folder for files that can be made again."""
     chosen = os.environ.get("MINILORA_CACHE")
     if chosen:
