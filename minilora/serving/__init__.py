@@ -5,6 +5,7 @@ config.py          ServeConfig
 server.py          the process: listen, drain, stop
 app.py             the HTTP routes
 schema.py          the requests that clients send
+errors.py          sentences about invalid fields
 responses.py       the responses, whole or as events
 middleware.py      token, limits, the allowed folder
 engine_client.py   connects the HTTP routes to the engine thread

@@ -22,15 +22,31 @@ from minilora.data.formats import RawText
 from minilora.serving.config import ServeConfig
 from minilora.serving.engine_client import Desk, Pieces
 from minilora.serving.engine_thread import Worker
+from minilora.serving.errors import invalid_fields
 from minilora.serving.metrics import Metrics
 from minilora.serving.middleware import Guard, Refused
 from minilora.serving.responses import EventStream, ResponseFormat, collect
-from minilora.serving.schema import Chat, Completion, Error, Generate, Load, Unload
+from minilora.serving.schema import (
+    Chat,
+    Completion,
+    Error,
+    Generate,
+    Load,
+    Message,
+    Sampling,
+    Unload,
+)
 
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 GENERATE_TOKENS = 64  # the default of ml.generate
+# The bodies in which a misspelt field gets a suggestion.
+BODIES: dict[str, type[Sampling]] = {
+    "v1/chat/completions": Chat,
+    "v1/completions": Completion,
+    "generate": Generate,
+}
 CLIENT_LEFT = 499  # nginx's status of a request whose client closed the connection
 
 
@@ -64,7 +80,7 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions", responses=STREAM)
     async def chat(body: Chat, request: Request) -> Response:
         max_tokens = _chat_limit(body)
-        messages = [message.plain() for message in body.messages]
+        messages = _plain_messages(body.messages)
         adapter = desk.adapter_of(body.model)
         ask = await desk.prepare(messages, adapter, body, max_tokens)
         pieces = await desk.begin([ask])
@@ -87,12 +103,24 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
             adapter = desk.adapter_of(body.adapter)
         prompt: Any = body.prompt
         if not isinstance(prompt, str):
-            prompt = [message.plain() for message in prompt]
+            prompt = _plain_messages(prompt, "prompt")
         if body.temperature is None:
             body = body.model_copy(update={"temperature": 0.0})
         ask = await desk.prepare(prompt, adapter, body, body.max_new_tokens, GENERATE_TOKENS)
         pieces = await desk.begin([ask])
         return await _answer(request, pieces, ResponseFormat("generate", desk.base), body.stream)
+
+
+def _plain_messages(messages: list[Message], field: str = "messages") -> list[dict[str, str]]:
+    """Return messages in the form of chat templates, or raise Refused."""
+    plain = []
+    for number, message in enumerate(messages):
+        try:
+            plain.append(message.plain())
+        except ValueError as error:
+            place = f"{field}[{number}]"
+            raise Refused(400, f"{place}.{error}", "invalid_request", f"{place}.content") from error
+    return plain
 
 
 def _chat_limit(body: Chat) -> int | None:
@@ -248,7 +276,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(_invalid_request(error).content, 400)
+        return JSONResponse(_invalid_request(request, error).content, 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -261,16 +289,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(content, 500)
 
 
-def _invalid_request(error: RequestValidationError) -> Refused:
+def _invalid_request(request: Request, error: RequestValidationError) -> Refused:
     """Return a refusal that names the first four invalid fields of a body."""
-    fields = []
-    messages = []
-    for problem in error.errors():
-        parts = [str(part) for part in problem["loc"][1:]]
-        field = ".".join(parts) or "the body"
-        message = problem["msg"]
-        if problem["type"] == "extra_forbidden":
-            message = "unknown field, which this server does not support: remove it"
-        fields.append(field)
-        messages.append(f"{field}: {message}")
-    return Refused(400, "; ".join(messages[:4]), "invalid_request", fields[0])
+    route = request.url.path.strip("/")
+    model = BODIES.get(route)
+    known = [] if model is None else [*model.model_fields]
+    fields = invalid_fields(error.errors(), error.body, known, route)
+    sentences = [sentence for _, sentence in fields[:4]]
+    return Refused(400, " ".join(sentences), "invalid_request", fields[0][0])

@@ -129,9 +129,9 @@ class Desk:
             remaining = max(1, self.worker.engine.max_length - prompt_length)
             return min(self.config.max_tokens, remaining, default_tokens or remaining)
         if max_tokens > self.config.max_tokens:
-            raise ValueError(
-                f"max_tokens: this server gives at most {self.config.max_tokens}, got {max_tokens}."
-            )
+            limit = self.config.max_tokens
+            message = f"max_tokens: this server gives at most {limit}, got {max_tokens}."
+            raise Refused(400, message, param="max_tokens")
         return max_tokens
 
     async def begin(self, asks: Sequence[Ask]) -> "Pieces":

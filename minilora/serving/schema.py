@@ -1,24 +1,22 @@
 """The request bodies, as pydantic models.
 
 The fields are OpenAI's. Where OpenAI lacks a field, it is vLLM's (`top_k`, `lora_name`,
-`chat_template_kwargs`). A field
-that would change the answer and is not supported accepts only the values that change nothing: `n`
-equal to 1, a penalty equal to 0. An unknown field is refused. So the server ignores no field,
-except the few that describe the client and not the answer. FastAPI writes /openapi.json from these
-models.
+`chat_template_kwargs`). The server ignores no field that would change an answer:
+
+    a field of these models         is validated, and has its effect
+    any other field, with a value   is accepted and left out: null, [], {}, "auto", and the values
+    that changes nothing            of NEUTRAL
+    any other field                 is refused with status 400
+
+So a client may send back whatever the server sent (`refusal`, null, in a message). FastAPI writes
+/openapi.json from these models.
 
 Source: https://platform.openai.com/docs/api-reference
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
-# Fields that accept only the value that changes nothing.
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-One = Annotated[int, Field(ge=1, le=1)] | None
-EmptyList = Annotated[list[Any], Field(max_length=0)] | None
-EmptyDict = Annotated[dict[str, Any], Field(max_length=0)] | None
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)] | None
 Text = Annotated[str, Field(min_length=1)]
@@ -27,11 +25,77 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=64)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
 
+EMPTY: tuple[Any, ...] = (None, [], {}, "auto")  # change nothing in any field
+# Field -> the values with which it changes nothing, as its documentation says (OpenAI, vLLM).
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "repetition_penalty": (1,),
+    "return_token_ids": (False,),
+    "service_tier": ("default",),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "top_logprobs": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+}
+
+
+def _allow_neutral(schema: dict[str, Any], model: type[Any]) -> None:
+    """Write into a JSON schema that neutral values of all other fields are accepted."""
+    schema["additionalProperties"] = {"enum": [*EMPTY]}
+    for name, values in model.neutral.items():
+        schema["properties"].setdefault(name, {"enum": [*EMPTY, *values]})
+
 
 class Strict(BaseModel):
-    """A model that refuses unknown fields and converts no types, except 2.0 to the integer 2."""
+    """A model that converts no types, except 2.0 to the integer 2, and has the rule of this file.
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    Attributes:
+        neutral: field -> values that change nothing, for fields that the model does not have.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_allow_neutral
+    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_neutral(cls, body: Any) -> Any:
+        """Return an object without the fields that change nothing.
+
+        Args:
+            body: the JSON value.
+
+        Returns:
+            The value; other fields that the model does not have stay, and are refused.
+        """
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            values = (*EMPTY, *cls.neutral.get(name, ()))
+            if name in cls.model_fields or not any(_is_same(value, other) for other in values):
+                kept[name] = value
+        return kept
 
     @field_validator("*", mode="before")
     @classmethod
@@ -47,6 +111,11 @@ class Strict(BaseModel):
         return _convert_integers(value)
 
 
+def _is_same(value: Any, other: Any) -> bool:
+    """Return True for equal JSON values; for Python, but not for JSON, 1 equals true."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
 def _convert_integers(value: Any) -> Any:
     """Return integral floats as integers, in nested lists too."""
     if isinstance(value, list):
@@ -58,6 +127,8 @@ def _convert_integers(value: Any) -> Any:
 
 class Sampling(Strict):
     """The options for the choice of tokens and the end of an answer."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, description="-1 and 0: all tokens")] | None = None
@@ -83,12 +154,11 @@ class OpenAI(Sampling):
     ) = None
     stream_options: StreamOptions | None = None
     # about the client, not the answer
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    request_id: str | None = None
+    safety_identifier: str | None = None
     user: str | None = None
-    # only values that change nothing
-    n: One = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
-    logit_bias: EmptyDict = None
 
 
 class Part(Strict):
@@ -99,17 +169,33 @@ class Part(Strict):
 
 
 class Message(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. Only the content of an assistant may be null."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(min_length=1)] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Return the message in the form of chat templates, with its parts joined."""
+        """Return the message in the form of chat templates, with its parts joined.
+
+        `developer` is OpenAI's newer name of the role `system`.
+
+        Raises:
+            ValueError: the content is missing.
+        """
         content = self.content
-        if not isinstance(content, str):
+        if content is None and self.role != "assistant":
+            raise ValueError("content: expected text or a list of parts, got null.")
+        if isinstance(content, list):
             content = "".join(part.text for part in content)
-        return {"role": self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": content or ""}
+        for field in ("name", "reasoning_content"):
+            value = getattr(self, field)
+            if value is not None:
+                message[field] = value
+        return message
 
 
 class Plain(Strict):
@@ -124,15 +210,8 @@ class Chat(OpenAI):
     messages: Annotated[list[Message], Field(min_length=1)]
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: PositiveInt = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: Plain | None = None
-    tools: EmptyList = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -141,10 +220,6 @@ class Completion(OpenAI):
     """The body of POST /v1/completions: texts to continue, or their token ids."""
 
     prompt: Text | TokenIds | Texts | TokenIdLists
-    best_of: One = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: Literal[""] | None = None
 
 
 class Generate(Sampling):

@@ -268,53 +268,81 @@ def test_metrics_count(server, client):
 # ---- error
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+USER = {"role": "user", "content": "a"}
 FINE = [
-    {
-        "n": 1,
-        "presence_penalty": 0,
-        "frequency_penalty": 0.0,
-        "logit_bias": {},
-        "logprobs": False,
-        "top_logprobs": 0,
-    },
-    {
-        "n": None,
-        "stop": None,
-        "tools": [],
-        "tool_choice": "none",
-        "response_format": {"type": "text"},
-        "store": False,
-    },
+    {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False},
+    {"n": None, "stop": None, "tools": [], "tool_choice": "none", "top_logprobs": 0},
+    {"response_format": {"type": "text"}, "store": False, "service_tier": "auto"},
     {"user": "me", "metadata": {"a": "b"}, "seed": -1, "top_k": -1, "stop": [], "stream": False},
+    {"reasoning_effort": None, "repetition_penalty": 1.0, "modalities": ["text"]},
+    {"stop_token_ids": [], "min_p": 0, "ignore_eos": False, "a_field_of_next_year": None},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+    {"messages": [{"role": "developer", "content": "be brief"}, USER | {"name": "me"}]},
+    {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": None}, USER]},
+    {"messages": [USER, {"role": "assistant", "content": "b", "reasoning_content": "c"}, USER]},
     {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
-        "max_completion_tokens": 2,
+        "messages": [
+            USER,
+            {
+                "role": "assistant",
+                "content": "b",
+                "refusal": None,
+                "annotations": [],
+                "audio": None,
+                "function_call": None,
+                "tool_calls": [],
+                "reasoning_content": None,
+            },
+            USER,
+        ]
     },
 ]
+CONTENT = "messages[0].content: expected text or a list of parts, got"
+# fields, the field that the error names, a part of its message
 REFUSED = [
-    ({"n": 2}, "n: "),
-    ({"logprobs": True}, "logprobs: "),
-    ({"presence_penalty": 0.5}, "presence_penalty: "),
-    ({"logit_bias": {"5": 1.0}}, "logit_bias: "),
-    ({"tools": [{"type": "function"}]}, "tools: "),
-    ({"response_format": {"type": "json_object"}}, "response_format.type: "),
-    ({"temprature": 0.1}, "temprature: unknown field"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role: "),
+    ({"n": 2}, "n", "n: this server does not support this field."),
+    ({"logprobs": True}, "logprobs", "logprobs: this server does not support"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "does not support"),
+    ({"presence_penalty": False}, "presence_penalty", "does not support"),
+    ({"logit_bias": {"5": 1.0}}, "logit_bias", "does not support"),
+    ({"tools": [{"type": "function"}]}, "tools", "tools: expected at most 0 element(s)"),
     (
-        {"messages": [{"role": "user", "content": "a", "name": "me"}]},
-        "messages.0.name: unknown field",
+        {"response_format": {"type": "json_object"}},
+        "response_format.type",
+        "response_format.type: expected 'text', got \"json_object\".",
     ),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-    ({"messages": []}, "messages: "),
-    ({"max_tokens": 0}, "max_tokens: "),
-    ({"max_tokens": "5"}, "max_tokens: "),
-    ({"max_tokens": 2000}, "max_tokens: this server gives at most 1024, got 2000"),
-    ({"max_tokens": 600}, "which with 600 new ones exceed the 512"),
-    ({"max_completion_tokens": 3}, "differ: give one"),
-    ({"temperature": 2.1}, "temperature: "),
-    ({"top_p": 0}, "top_p: "),
-    ({"stop": ""}, "stop"),
-    ({"stream_options": {"include_usage": True}}, "stream_options: allowed only with stream"),
+    (
+        {"temprature": 0.1},
+        "temprature",
+        "temprature: this server does not support this field. Remove it, or write temperature.",
+    ),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "'assistant'"),
+    ({"messages": [USER, USER | {"nom": "me"}]}, "messages[1].nom", "does not support"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", f"{CONTENT} a number."),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", f"{CONTENT} null."),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", f"{CONTENT} null."),
+    ({"messages": [{"content": "a"}]}, "messages[0].role", "role: this field is required."),
+    (
+        {"messages": [USER | {"content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+        "messages[0].content[0].type: expected 'text', got \"image_url\".",
+    ),
+    ({"messages": []}, "messages", "messages: expected at least 1 element(s), got []."),
+    ({"messages": "a"}, "messages", "messages: expected a list, got text."),
+    ({"max_tokens": 0}, "max_tokens", "max_tokens: expected at least 1, got 0."),
+    ({"max_tokens": "5"}, "max_tokens", "max_tokens: expected an integer, got text."),
+    ({"max_tokens": 2000}, "max_tokens", "max_tokens: this server gives at most 1024, got 2000"),
+    ({"max_tokens": 600}, None, "which with 600 new ones exceed the 512"),
+    ({"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", "differ: give one"),
+    ({"temperature": 2.1}, "temperature", "temperature: expected at most 2, got 2.1."),
+    ({"top_p": 0}, "top_p", "top_p: expected more than 0, got 0."),
+    ({"stop": ""}, "stop", "stop: expected a text or a list of at most 16 texts"),
+    ({"stop": ["a", 5]}, "stop", "none of them empty, got a list."),
+    (
+        {"stream_options": {"include_usage": True}},
+        "stream_options",
+        "stream_options: allowed only with stream",
+    ),
 ]
 
 
@@ -324,28 +352,59 @@ def test_fields_without_effect_are_accepted(server, more):
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize(("more", "message"), REFUSED)
-def test_unsupported_fields_are_refused(server, more, message):
+@pytest.mark.parametrize(("more", "field", "message"), REFUSED)
+def test_unsupported_fields_are_refused(server, more, field, message):
     answer = http.post(f"{server.url}/v1/chat/completions", json=CHAT | more)
     error = answer.json()["error"]
-    assert (
-        answer.status_code == 400
-        and message in error["message"]
-        and error["type"] == "invalid_request_error"
-    )
+    assert answer.status_code == 400
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error" and error["param"] == field
     assert {*error} == {"message", "type", "param", "code"}
+
+
+def test_a_conversation_takes_the_answers_back(client):
+    """OpenAI's documented idiom sends the message that the server has sent."""
+    messages: Any = [USER]
+    for _ in range(2):
+        answer = client.chat.completions.create(model="base", messages=messages, max_tokens=3)
+        messages.append(answer.choices[0].message)
+        messages.append(answer.choices[0].message.model_dump())
+        messages.append(USER)
+    assert len(messages) == 7
+
+
+def test_developer_and_parts_are_the_prompt_of_system_and_text(client):
+    def prompt_tokens(role: str, content: Any) -> int:
+        messages: Any = [{"role": role, "content": content}, USER]
+        answer = client.chat.completions.create(model="base", messages=messages, max_tokens=1)
+        return answer.usage.prompt_tokens
+
+    parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
+    assert prompt_tokens("developer", parts) == prompt_tokens("system", "be brief")
 
 
 def test_invalid_prompts_are_refused(server):
     for prompt, message in [
         ([999999], "each from 0 to"),
-        ([], "prompt"),
-        ([[]], "prompt"),
-        (["a", 1], "prompt"),
+        ([], "prompt: expected a text, a list of texts, token ids, or a list of lists"),
+        ([[]], "at most 64, got a list."),
+        (["a", 1], "at most 64, got a list."),
+        (5, "at most 64, got a number."),
     ]:
         body = {"model": "base", "prompt": prompt}
         answer = http.post(f"{server.url}/v1/completions", json=body)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    for prompt, field, message in [
+        (5, "prompt", "prompt: expected a text or a list of messages, got a number."),
+        ([USER, {"role": "tool"}], "prompt[1].role", "prompt[1].role: expected 'system'"),
+        ([{"role": "user"}], "prompt[0].content", "prompt[0].content: expected text or a list"),
+    ]:
+        answer = http.post(f"{server.url}/generate", json={"prompt": prompt})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+        assert message in answer.json()["error"]["message"]
+    headers = {"content-type": "application/json"}
+    broken = http.post(f"{server.url}/v1/completions", content='{"model": ', headers=headers)
+    assert broken.json()["error"]["message"].startswith("the body is not valid JSON: ")
     refused = http.post(f"{server.url}/generate", json={"prompt": "a", "adapter": "nobody"})
     assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
 

@@ -24,6 +24,7 @@ QUICK = settings(
 )
 BEYOND = re.compile(
     "exceed the 64|gives at most 2|differ: give one|only with stream|each from 0 to|chat template"
+    "|expected text or a list of parts, got null"
 )
 
 
