@@ -3,7 +3,7 @@
 OpenAI     POST /v1/chat/completions, POST /v1/completions, GET /v1/models
 vLLM       POST /v1/load_lora_adapter, POST /v1/unload_lora_adapter
 minilora   POST /generate
-operators  GET /, GET /healthz, GET /metrics
+operators  GET /, GET /health (also /healthz), GET /metrics
 """
 
 import asyncio
@@ -246,6 +246,7 @@ def _content_security_policy(page: str) -> str:
 def _add_operator_routes(app: FastAPI, desk: Desk, guard: Guard) -> None:
     """Add the health check and the metrics."""
 
+    @app.get("/health")
     @app.get("/healthz")
     async def health() -> JSONResponse:
         if desk.worker.failed:
@@ -280,13 +281,27 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        content = Refused(error.status_code, str(error.detail)).content
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            message = _not_served(request)
+        content = Refused(error.status_code, message).content
         return JSONResponse(content, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
         content = Refused(500, "the server has an internal error: see its log.").content
         return JSONResponse(content, 500)
+
+
+def _not_served(request: Request) -> str:
+    """Return the message for a route that does not exist, which lists those that do."""
+    served = []
+    for route in request.app.routes:
+        if getattr(route, "include_in_schema", False):
+            path = re.sub(r"\{.*\}", "NAME", route.path)
+            served.append(f"{' '.join(route.methods)} {path}")
+    asked = f"{request.method} {request.url.path}"
+    return f"{asked} is not served here. This server has {', '.join(served)}."
 
 
 def _invalid_request(request: Request, error: RequestValidationError) -> Refused:

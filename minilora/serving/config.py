@@ -1,6 +1,7 @@
 """The options of a server, each with a help text and its range."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from minilora.common import check_options, option
@@ -27,6 +28,8 @@ class ServeConfig:
         max_body: limit of a request's body, in bytes.
         drain: time after SIGTERM in which running answers may finish, in seconds.
         allow_no_token: True allows other machines to connect without a token.
+        cors_origins: origins of web pages that may read answers in a browser (CORS), separated by
+            commas, or "*" for all; None allows none except the server's own page.
     """
 
     host: str = option(
@@ -54,9 +57,26 @@ class ServeConfig:
     max_body: int = option(1 << 20, "limit of a request's body, in bytes", low=1)
     drain: float = option(30.0, "seconds after SIGTERM in which running answers may finish", low=0)
     allow_no_token: bool = option(False, "allow other machines to connect without a token")
+    cors_origins: str | None = option(
+        None, "web pages that may read answers (CORS): https://a.example,https://b.example or *"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"cors_origins: expected origins such as https://app.example:3000, separated "
+                    f"by commas, or *, got {origin!r}. An origin has no path and no slash at its "
+                    "end."
+                )
+
+    @property
+    def origins(self) -> list[str]:
+        """The entries of `cors_origins`."""
+        if self.cors_origins is None:
+            return []
+        return [origin.strip() for origin in self.cors_origins.split(",")]
 
     @property
     def is_local(self) -> bool:

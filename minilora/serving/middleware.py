@@ -18,7 +18,8 @@ from typing import Any
 from minilora.serving.config import ServeConfig
 from minilora.serving.metrics import Metrics
 
-PUBLIC = ("/", "/healthz")  # need no token: the page, which asks for it, and the health check
+# These need no token: the page, which asks for it, and the health check.
+PUBLIC = ("/", "/health", "/healthz")
 BODY_SECONDS = 20.0  # time limit for the arrival of a body
 GRACE = 5.0  # seconds after config.timeout, in which the engine's own time-out message is sent
 LOCAL = ("localhost", "127.0.0.1", "::1")

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
 
 from minilora.common.notebook import note
 from minilora.generation.engine import Engine
@@ -99,7 +100,7 @@ def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> 
     worker = Worker(engine)
     guard: Any = create_app(worker, config, name, token)
     settings = uvicorn.Config(
-        guard,
+        _with_cors(guard, config),
         host=config.host,
         port=config.port,
         log_level="warning",
@@ -113,6 +114,19 @@ def build(engine: Engine, config: ServeConfig, name: str, token: str | None) -> 
     server.guard = guard
     server.worker = worker
     return server
+
+
+def _with_cors(guard: Any, config: ServeConfig) -> Any:
+    """Return the application with the headers that let pages of other origins read answers.
+
+    The headers stand outside the middleware: a browser asks for them without the token, and a page
+    must be able to read a refusal too.
+    """
+    if not config.origins:
+        return guard
+    return CORSMiddleware(
+        guard, allow_origins=config.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+    )
 
 
 def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> None:

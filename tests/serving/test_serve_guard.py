@@ -58,7 +58,7 @@ def test_requests_without_the_token_are_refused(model, monkeypatch):
             )
         # hashes are compared, so the time does not depend on the length of the token
         assert compared and all(len(a) == len(b) == 32 for a, b in compared)
-        for path in ("/", "/healthz"):
+        for path in ("/", "/health", "/healthz"):
             assert (
                 http.get(f"{server.url}{path}", headers={"host": "proxy.example"}).status_code
                 == 200
@@ -88,6 +88,42 @@ def test_other_host_names_and_content_types_are_refused(server, url):
         assert refused.status_code == 415 and "application/json" in error(refused)["message"]
 
 
+def test_a_route_that_does_not_exist_is_refused_with_those_that_do(server):
+    for method, path, status in [
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/responses", 404),
+        ("GET", "/v1/chat/completions", 405),
+    ]:
+        refused = http.request(method, f"{server.url}{path}", headers=JSON)
+        message = error(refused)["message"]
+        assert refused.status_code == status
+        assert message.startswith(f"{method} {path} is not served here.")
+        assert "POST /v1/chat/completions, POST /v1/completions, POST /generate" in message
+
+
+def test_only_pages_of_allowed_origins_may_read_answers(model, server, url):
+    origin = "https://app.example"
+    asks = {"origin": origin, "access-control-request-method": "POST"}
+    asks["access-control-request-headers"] = "authorization,content-type"
+    assert http.request("OPTIONS", url, headers=asks).status_code == 405
+    assert "access-control-allow-origin" not in http.post(url, json=SHORT, headers=asks).headers
+    options = {"cors_origins": f"{origin}, https://b.example"}
+    with endless(model, token="s3cret-s3cret", **options) as open_server:
+        route = f"{open_server.url}/v1/completions"
+        allowed = http.request("OPTIONS", route, headers=asks)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == origin
+        assert "authorization" in allowed.headers["access-control-allow-headers"]
+        for token, status in (("s3cret-s3cret", 200), ("wrong", 401)):
+            headers = {"origin": origin, "authorization": f"Bearer {token}"}
+            answer = http.post(route, json=SHORT, headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == origin
+        foreign = http.request("OPTIONS", route, headers=asks | {"origin": "https://c.example"})
+        assert foreign.status_code == 400
+        assert "access-control-allow-origin" not in foreign.headers
+
+
 @pytest.mark.parametrize(
     ("given", "environment", "message"),
     [
@@ -103,6 +139,8 @@ def test_other_host_names_and_content_types_are_refused(server, url):
         ({"adapter_folder": "nowhere"}, {}, "adapter_folder: nowhere is not a folder"),
         ({"port": 70000}, {}, "port: expected >= 0 and <= 65535"),
         ({"timeout": 0.0}, {}, "timeout: expected > 0"),
+        ({"cors_origins": "app.example"}, {}, "cors_origins: expected origins such as https"),
+        ({"cors_origins": "https://a.example/"}, {}, "cors_origins: expected origins such as"),
     ],
 )
 def test_a_server_with_an_unsafe_or_invalid_config_does_not_start(
@@ -175,7 +213,7 @@ def test_a_malformed_body_is_refused_with_400_or_404(url, body):
 
 
 def test_other_methods_and_paths_are_refused(server, url):
-    assert error(http.get(url))["message"] == "Method Not Allowed"
+    assert error(http.get(url))["message"].startswith("GET /v1/completions is not served here.")
     assert error(http.get(f"{server.url}/v2"))["type"] == "not_found_error"
     assert error(http.get(f"{server.url}/v1/models/none"))["code"] == "model_not_found"
 
