@@ -13,6 +13,7 @@ from minilora.evaluation import samples
 from minilora.evaluation.code_execution import pass_at_1
 from minilora.evaluation.evaluate import evaluate
 from minilora.evaluation.scores import ScoredRow, Scores, ScoresComparison
+from minilora.generation.config import GenerationConfig
 from minilora.generation.generate import generate
 from minilora.generation.stream import stream_generate
 from minilora.lora.active import delete_adapter, disable_adapters, list_adapters, set_adapter
@@ -75,6 +76,7 @@ __all__ = [
     "Distill",
     "Environment",
     "ExportComparison",
+    "GenerationConfig",
     "Inspection",
     "KLToBase",
     "LoRAConfig",

@@ -7,7 +7,7 @@ On a GPU a token's step can be one CUDA graph (generation/cuda_graph.py).
 
 stream.py returns the text of one answer in pieces while it grows.
 
-Simplified: unlike transformers' generate, there are no beams and no penalties.
+Simplified: unlike transformers' generate, there are no beams.
 """
 
 import random
@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from minilora.common import order_by_length, unwrap_model
 from minilora.common.progress import ProgressBar
 from minilora.data.chat_template import as_trained
 from minilora.data.prompt import encode_prompt, end_of_turn
+from minilora.generation.config import GenerationConfig, GenerationFields, with_fields
 from minilora.generation.cuda_graph import graphs
-from minilora.generation.sampling import Decoding, pick
+from minilora.generation.sampling import Decoding, next_tokens
 from minilora.generation.single_token import matrix_vector
-from minilora.lora.batched import for_prompts
+from minilora.lora.batched import check_count, for_prompts
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -37,16 +38,11 @@ def generate(
     model: nn.Module,
     tokenizer: Any,
     prompt: Prompt | Sequence[Prompt],
+    config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    stop: str | int | Sequence[str | int] | None = None,
-    seed: int | None = None,
-    batch_size: int = 16,
-    cuda_graph: bool | str = "auto",
     adapters: Sequence[str | None] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    **fields: Unpack[GenerationFields],
 ) -> Any:
     """Generate the model's answer to a prompt, or its answers to several prompts.
 
@@ -57,20 +53,13 @@ def generate(
             training may have) or a text, or a list of these. A text is one user message if the
             tokenizer has a chat template; otherwise, and always as `minilora.data.RawText`, the
             model continues it.
-        max_new_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
-        top_p: probability mass of the nucleus to sample from.
-        stop: strings or token ids before which an answer ends. The model's own end tokens always
-            end it.
-        seed: seed of the sampling; None draws one.
-        batch_size: prompts answered at a time; changes no answer, up to rounding.
-        cuda_graph: on a GPU, start all the work of a token with one call. "auto" does so where the
-            model allows it and it should pay; True raises where the model does not allow it.
-            Changes no answer.
+        config: length, sampling, penalties, stop strings and batches; None takes the defaults.
         adapters: for each prompt the name of the adapter that answers, or None for the base; None
             uses the active adapters for all.
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`. None takes
             those that the answering adapter was trained with.
+        **fields: fields of `GenerationConfig` that replace those of `config`, such as
+            `max_new_tokens=64`, `temperature=0.7` or `stop=["###"]`.
 
     Returns:
         A string for one prompt, a list of strings for a list of prompts.
@@ -82,23 +71,13 @@ def generate(
     model = unwrap_model(model)
     single = is_single(prompt)
     prompts: list[Any] = [prompt] if single else list(prompt)
-    stop_texts, stop_ids = read_stops(stop)
-    rule = Decoding(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        ends=end_tokens(model, tokenizer) | stop_ids,
-        stopped=_stop_test(tokenizer, stop_texts),
-        cuda_graph=cuda_graph,
-    )
+    config = with_fields(config, fields)
+    stop_texts = config.stop_texts
+    rule = config.rule(end_tokens(model, tokenizer), _stop_test(tokenizer, stop_texts))
     check_prompts(prompts)
     names = list(adapters or [])
-    if adapters is not None and len(names) != len(prompts):
-        raise ValueError(
-            f"adapters: expected one name, or None, for each of {len(prompts)} prompts, got {names}."
-        )
+    if adapters is not None:
+        check_count(names, len(prompts))
     readers = {name: as_trained(tokenizer, chat_template_kwargs, model, [name]) for name in names}
     if adapters is None:
         readers[None] = as_trained(tokenizer, chat_template_kwargs, model)
@@ -124,26 +103,6 @@ def is_single(prompt: Any) -> bool:
     if not prompt:
         return False
     return all(isinstance(message, Mapping) for message in prompt)
-
-
-def read_stops(
-    stop: str | int | Sequence[str | int] | None,
-) -> tuple[list[str], set[int]]:
-    """Return the stop strings and the stop tokens among the values of `stop`.
-
-    Args:
-        stop: a stop string, a token id, a list of both, or None.
-
-    Raises:
-        ValueError: a stop string is empty.
-    """
-    if isinstance(stop, str | int):
-        stop = [stop]
-    stops = list(stop or [])
-    texts = [text for text in stops if isinstance(text, str)]
-    if "" in texts:
-        raise ValueError("stop contains an empty string, which every answer contains: remove it")
-    return texts, {token for token in stops if isinstance(token, int)}
 
 
 def _stop_test(tokenizer: Any, words: Sequence[str]) -> Callable[[list[int]], bool] | None:
@@ -276,7 +235,10 @@ def answer_steps(
             logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
             batch_answers = [answers[i] for i in batch]
             batch_draws = [draws[i] for i in batch]
-            for _ in _batch_steps(steps(context), logits, rule, batch_answers, batch_draws):
+            batch_prompts = [prompts[i] for i in batch]
+            for _ in _batch_steps(
+                steps(context), logits, rule, batch_answers, batch_draws, batch_prompts
+            ):
                 yield 0
             yield len(batch)
 
@@ -304,6 +266,7 @@ def _batch_steps(
     rule: Decoding,
     answers: list[list[int]],
     draws: list[random.Random],
+    prompts: list[list[int]],
 ) -> Iterator[None]:
     """Fill the empty `answers` of one batch, and pause after each token.
 
@@ -312,8 +275,10 @@ def _batch_steps(
     active = list(range(len(answers)))  # the answers whose rows are in `context`
     for step in range(rule.max_new_tokens):
         uniform = [draws[i].random() for i in active] if rule.temperature else []
+        read = [prompts[i] for i in active]
+        tokens = next_tokens(logits, rule, uniform, read, [answers[i] for i in active])
         unfinished = []
-        for place, token in enumerate(pick(logits, rule.temperature, rule.top_p, uniform)):
+        for place, token in enumerate(tokens):
             answer = answers[active[place]]
             if token in rule.ends:
                 continue

@@ -5,14 +5,15 @@ holds complete characters only. Text that may be the beginning of a stop string 
 tokens decide (`Text` in sequence.py, which the server uses too).
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping
+from typing import Any, Unpack
 
 from torch import nn
 
 from minilora.common import unwrap_model
 from minilora.data.chat_template import as_trained
 from minilora.data.prompt import encode_prompt
+from minilora.generation.config import GenerationConfig, GenerationFields, with_fields
 from minilora.generation.generate import (
     Prompt,
     answer_steps,
@@ -20,7 +21,6 @@ from minilora.generation.generate import (
     check_prompts,
     end_tokens,
     is_single,
-    read_stops,
 )
 from minilora.generation.sampling import Decoding
 from minilora.generation.sequence import Text
@@ -30,14 +30,10 @@ def stream_generate(
     model: nn.Module,
     tokenizer: Any,
     prompt: Prompt,
+    config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    stop: str | int | Sequence[str | int] | None = None,
-    seed: int | None = None,
-    cuda_graph: bool | str = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    **fields: Unpack[GenerationFields],
 ) -> Generator[str, None, None]:
     """Generate the model's answer to one prompt, piece by piece.
 
@@ -51,15 +47,10 @@ def stream_generate(
         model: the model.
         tokenizer: its tokenizer.
         prompt: a text or a list of messages, as in `generate`.
-        max_new_tokens: longest answer in tokens.
-        temperature: 0 is greedy.
-        top_p: probability mass of the nucleus to sample from.
-        stop: strings or token ids before which the answer ends. The model's own end tokens always
-            end it.
-        seed: seed of the sampling; None draws one.
-        cuda_graph: on a GPU, start all the work of a token with one call, as in `generate`.
+        config: length, sampling, penalties and stop strings; None takes the defaults.
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`. None takes
             those that the active adapter was trained with.
+        **fields: fields of `GenerationConfig` that replace those of `config`.
 
     Returns:
         A generator of texts, none of them empty.
@@ -75,18 +66,11 @@ def stream_generate(
             "Use generate for several prompts."
         )
     check_prompts([prompt])
-    stop_texts, stop_ids = read_stops(stop)
-    rule = Decoding(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        ends=end_tokens(model, tokenizer) | stop_ids,
-        cuda_graph=cuda_graph,
-    )
+    config = with_fields(config, fields)
+    rule = config.rule(end_tokens(model, tokenizer), None)
     ids = encode_prompt(prompt, as_trained(tokenizer, chat_template_kwargs, model))
-    check_lengths(model, [ids], max_new_tokens)
-    return _pieces(model, ids, rule, Text(tokenizer, stop_texts))
+    check_lengths(model, [ids], config.max_new_tokens)
+    return _pieces(model, ids, rule, Text(tokenizer, config.stop_texts))
 
 
 def _pieces(

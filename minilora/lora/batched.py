@@ -74,7 +74,9 @@ class PerRowAdapters:
         used = [name for name in dict.fromkeys(names) if name is not None]
         check_adapters(model, used)
         for name in used:
-            _check_linear_lora(model, name)
+            reason = per_row_obstacle(model, name)
+            if reason is not None:
+                raise ValueError(f"{reason}: use set_adapter.")
 
     def choose(self, names: Sequence[str | None]) -> None:
         """Change the rows.
@@ -197,22 +199,23 @@ class PerRowAdapters:
         return buffer.copy_(torch.stack(factors))
 
 
-def _check_linear_lora(model: nn.Module, name: str) -> None:
-    """Raise ValueError if an adapter is more than linear LoRA."""
+def per_row_obstacle(model: nn.Module, name: str) -> str | None:
+    """Return the reason why an adapter cannot be chosen row by row; None for linear LoRA.
+
+    Args:
+        model: A model with this adapter.
+        name: Name of the adapter.
+    """
     if lora_configs(model).parts.trained.get(name):
-        raise ValueError(
-            f"adapter {name!r} trains whole modules or biases, which all rows share: "
-            "use set_adapter."
-        )
+        return f"adapter {name!r} trains whole modules or biases, which all rows share"
     for path, layer in lora_layers(model).items():
         if name not in layer.adapters:
             continue
         adapter = layer.adapters[name]
         if not isinstance(_as_lora(adapter), LoRAAdapter):
-            raise ValueError(
-                f"{path}: {type(adapter).__name__} cannot be chosen row by row, linear LoRA can: "
-                "use set_adapter."
-            )
+            kind = type(adapter).__name__
+            return f"{path}: {kind} cannot be chosen row by row, linear LoRA can"
+    return None
 
 
 def _as_lora(adapter: Any) -> Any:
@@ -301,13 +304,23 @@ def for_prompts(model: nn.Module, names: Sequence[str | None], count: int, rule:
     Raises:
         ValueError: The number of names differs from `count`, or CUDA graphs are requested.
     """
-    if len(names) != count:
-        raise ValueError(
-            f"adapters: expected one name, or None, for each of {count} prompts, got {names}."
-        )
+    check_count(names, count)
     if rule.cuda_graph is True:
         raise ValueError(
             "cuda_graph=True with adapters: a graph reads the same factors in each row. "
             "Leave one of the two out."
         )
     return per_row_adapters(model, names)
+
+
+def check_count(names: Sequence[str | None], count: int) -> None:
+    """Raise ValueError unless each prompt has one name.
+
+    Args:
+        names: Name of the adapter of each prompt; None is the base alone.
+        count: Number of prompts.
+    """
+    if len(names) != count:
+        raise ValueError(
+            f"adapters: expected one name, or None, for each of {count} prompts, got {names}."
+        )
