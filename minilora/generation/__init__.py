@@ -2,7 +2,10 @@
 
 generate.py         generate: prompts → texts, in batches
 stream.py           stream_generate: one prompt → the pieces of its answer
+config.py           GenerationConfig: the options of generate
 sampling.py         the choice of the next token
+penalties.py        rules that change the logits before
+scores.py           log-probabilities of tokens
 single_token.py     faster products with one token on a CPU
 engine.py           continuous batching: requests join and leave a running batch
 sequence.py         one request and its answer as it grows

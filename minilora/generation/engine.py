@@ -9,6 +9,10 @@ called from one thread, and `step` returns everything that a server sends (engin
 answer depends on its own request alone, up to rounding: the same prompt, adapter, seed and stops
 give `ml.generate`'s text. Per-row adapters: lora/batched.py.
 
+Adapters that are more than linear LoRA (DoRA, embeddings, whole modules) cannot differ from row to
+row. They are answered one at a time: the batch has rows of one such adapter only, and requests for
+others wait until it is empty, in the order of their arrival.
+
 Simplified: unlike vLLM, the cache is dense, as wide as its longest row (no pages), a long prompt is
 read in one pass while the others wait, and a common beginning of prompts is read again each time.
 """
@@ -25,10 +29,11 @@ from torch import Tensor, nn
 
 from minilora.generation.decoding_batch import joined
 from minilora.generation.generate import end_tokens
+from minilora.generation.scores import prompt_scores
 from minilora.generation.sequence import Ask, Piece, Row
 from minilora.generation.single_token import matrix_vector
 from minilora.lora.active import delete_adapter, list_adapters, set_adapter
-from minilora.lora.batched import per_row_adapters
+from minilora.lora.batched import per_row_adapters, per_row_obstacle
 from minilora.lora.files.save_load import load_adapter
 from minilora.models.padded_batch import Context
 
@@ -85,6 +90,7 @@ class Engine:
         self.rows: list[Row] = []  # the rows of the batch, in the order of `context`
         self.waiting: deque[Row] = deque()
         self.context: Context | None = None
+        self.alone: str | None = None  # the adapter of all rows, if it cannot share a batch
         self.leaving: set[str] = set()  # adapters that finish their answers and accept nothing new
         self._open()
 
@@ -133,6 +139,11 @@ class Engine:
         size = len(ask.prompt)
         vocabulary = self.model.config.vocab_size
         unknown_ids = [token for token in ask.prompt if not 0 <= token < vocabulary]
+        unknown_bias = [token for token in ask.logit_bias if token >= vocabulary]
+        if unknown_bias:
+            raise ValueError(
+                f"logit_bias: expected token ids from 0 to {vocabulary - 1}, got {unknown_bias[0]}."
+            )
         if not ask.prompt or unknown_ids:
             raise ValueError(
                 f"prompt: expected at least one token, each from 0 to {vocabulary - 1}."
@@ -168,8 +179,8 @@ class Engine:
         joining = self._admit()
         if joining:
             read = Context(self.model)
-            read.adapters = self.own, [row.ask.adapter for row in joining]
-            pieces += self._advance(joining, read.extend([row.ask.prompt for row in joining]))
+            read.adapters = self._adapters_of(joining)
+            pieces += self._advance(joining, _read_prompts(read, joining))
             self._regroup([(self.context, self.rows), (read, joining)])
         elif any(row.done for row in self.rows):
             self._regroup([(self.context, self.rows)])
@@ -195,6 +206,11 @@ class Engine:
         joining: list[Row] = []
         longest = 0
         while self.waiting and len(joining) < self.batch_size - active:
+            alone = self._alone(self.waiting[0])
+            if alone != self.alone:
+                if active or joining:
+                    break
+                self._change(lambda: None, alone)
             longest = max(longest, len(self.waiting[0].ask.prompt))
             if joining and longest * (len(joining) + 1) > READ:
                 break
@@ -204,13 +220,16 @@ class Engine:
     def _advance(self, rows: Sequence[Row], logits: Tensor) -> list[Piece]:
         """Choose the next token of each unfinished row by its logits (B, V)."""
         likeliest = logits.argmax(-1).tolist()
-        tokens = []
-        for i, row in enumerate(rows):
-            tokens.append(row.choose(logits[i]) if row.ask.temperature else likeliest[i])
         pieces = []
-        for row, token in zip(rows, tokens, strict=True):
-            if not row.done:
-                pieces.append(row.take(token, self.ends))
+        for i, row in enumerate(rows):
+            if row.done:
+                continue
+            if not row.ask.max_tokens:
+                pieces.append(row.end("length"))
+                continue
+            token = likeliest[i] if row.is_plain else row.choose(logits[i], self.ends)
+            row.score(logits[i], token)
+            pieces.append(row.take(token, self.ends))
         return pieces
 
     def _regroup(self, parts: Sequence[tuple[Context | None, list[Row]]]) -> None:
@@ -227,7 +246,17 @@ class Engine:
 
     def _assign_adapters(self) -> None:
         if self.context is not None:
-            self.context.adapters = self.own, [row.ask.adapter for row in self.rows]
+            self.context.adapters = self._adapters_of(self.rows)
+
+    def _adapters_of(self, rows: Sequence[Row]) -> Any:
+        """Return the per-row adapters of some rows, or None if one adapter is active for all."""
+        if self.alone is not None:
+            return None
+        return self.own, [row.ask.adapter for row in rows]
+
+    def _alone(self, row: Row) -> str | None:
+        """Return the adapter of a request if it cannot share a batch, else None."""
+        return row.ask.adapter if row.ask.adapter in self.exclusive else None
 
     # ---- adapters
 
@@ -239,24 +268,17 @@ class Engine:
             folder: the adapter.
 
         Raises:
-            ValueError: the name is taken, load_adapter refuses the folder, or the adapter is not
-                plain linear LoRA, the only kind that can differ from row to row.
+            ValueError: the name is taken, or load_adapter refuses the folder.
         """
         if name in self.loaded:
             state = "is still answering" if name in self.leaving else "is already loaded"
             raise ValueError(
                 f"adapter {name!r} {state}: unload it first, and wait for its last answer."
             )
-        self._change(lambda: self._load(name, folder))
+        self._change(lambda: self._load(name, folder), self.alone)
 
     def _load(self, name: str, folder: str | Path) -> None:
         load_adapter(self.model, folder, name, tokenizer=self.tokenizer)
-        try:
-            with per_row_adapters(self.model, [name]):
-                pass
-        except ValueError:
-            delete_adapter(self.model, name)
-            raise
         set_adapter(self.model, [])
 
     def unload(self, name: str) -> None:
@@ -282,23 +304,50 @@ class Engine:
 
     def _remove(self, name: str) -> None:
         self.leaving.remove(name)
-        self._change(lambda: delete_adapter(self.model, name))
+        alone = None if self.alone == name else self.alone
+        self._change(lambda: delete_adapter(self.model, name), alone)
 
-    def _change(self, change: Callable[[], Any]) -> None:
-        """Run `change` on the model without the per-row forward of its layers."""
+    def _change(self, change: Callable[[], Any], alone: str | None) -> None:
+        """Run `change` on the model without the per-row forward of its layers.
+
+        Afterwards all rows have the adapter `alone`, or each has its own.
+        """
         self.close()
         try:
             change()
         finally:
+            self.alone = alone
             self._open()
             self._assign_adapters()
 
     def _open(self) -> None:
+        """Prepare the model for steps."""
+        self.loaded = list_adapters(self.model)  # kept, because listing walks the whole model
+        # adapters that cannot share a batch with others
+        self.exclusive = [name for name in self.loaded if per_row_obstacle(self.model, name)]
+        if self.exclusive:
+            set_adapter(self.model, [] if self.alone is None else self.alone)
         self.stack = ExitStack()
         self.stack.enter_context(matrix_vector(self.model))
-        self.loaded = list_adapters(self.model)  # kept, because listing walks the whole model
-        self.own = self.stack.enter_context(per_row_adapters(self.model, self.loaded))
+        if self.alone is None:
+            shared = [name for name in self.loaded if name not in self.exclusive]
+            self.own = self.stack.enter_context(per_row_adapters(self.model, shared))
 
     def close(self) -> None:
         """Give the layers their own forward back."""
         self.stack.close()
+
+
+def _read_prompts(context: Context, rows: Sequence[Row]) -> Tensor:
+    """Read the prompts of new rows; return the logits (B, V) of the first token of each answer."""
+    prompts = [row.ask.prompt for row in rows]
+    if not any(row.ask.score_prompt for row in rows):
+        return context.extend(prompts)
+    read = context.extend_all(prompts)  # (B, T, D)
+    for number, row in enumerate(rows):
+        if row.ask.score_prompt:
+            scores = prompt_scores(context, read[number], row.ask.prompt, row.ask.logprobs or 0)
+            row.prompt_scores = tuple(scores)
+    # Only a contiguous tensor keeps the head from copying its weight for each row.
+    last = read[:, -1:].clone(memory_format=torch.contiguous_format)  # (B, 1, D)
+    return context.logits(last)[:, 0]

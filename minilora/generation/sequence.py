@@ -9,25 +9,32 @@ from typing import Any
 
 from torch import Tensor
 
+from minilora.generation.penalties import TokenRules, adjusted
 from minilora.generation.sampling import Decoding, pick
+from minilora.generation.scores import HALF, TokenScore, token_scores
 
-HALF = "\ufffd"  # the decoded form of an incomplete character
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(eq=False, frozen=True)
-class Ask:
-    """A request. Two requests with equal fields are different: identity counts.
+class Ask(TokenRules):
+    """A request, with the rules of TokenRules. Requests with equal fields are different.
 
     Attributes:
         prompt: token ids.
         adapter: name of the adapter; None is the base.
-        max_tokens: longest answer in tokens.
+        max_tokens: longest answer in tokens; 0 only reads the prompt.
         temperature: 0 is greedy.
         top_p: probability mass of the nucleus.
-        top_k: number of likeliest tokens to sample from; 0 is all.
         seed: seed of the sampling; None draws one.
+        row: number of this answer, if a client asks for several with one seed. The random numbers
+            are those of this row of `ml.generate`.
         stop: texts before which the answer ends.
+        stop_ids: tokens before which the answer ends, besides the model's own end tokens.
+        ignore_eos: True gives the model's own end tokens no effect.
+        logprobs: number of likeliest tokens to list with the score of each token of the answer;
+            None computes no scores.
+        score_prompt: True computes the scores of the prompt's tokens too.
         seconds: time limit; None is no limit.
     """
 
@@ -36,18 +43,30 @@ class Ask:
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0
     seed: int | None = None
+    row: int = 0
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    score_prompt: bool = False
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        Decoding(self.max_tokens, self.temperature, self.top_p)  # checks the ranges
-        if self.top_k < 0 or "" in self.stop:
-            raise ValueError(
-                f"expected top_k >= 0 and no empty stop string, got {self.top_k}, "
-                f"{list(self.stop)}."
-            )
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 or more, got {self.max_tokens}")
+        Decoding(1, self.temperature, self.top_p)  # checks the ranges
+        self.check_rules()
+        if "" in self.stop:
+            raise ValueError(f"expected no empty stop string, got {list(self.stop)}.")
+
+    def ends(self, model_ends: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end this answer.
+
+        Args:
+            model_ends: the model's own end tokens.
+        """
+        return self.stop_ids if self.ignore_eos else model_ends | self.stop_ids
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,17 @@ class Piece:
         text: new text.
         tokens: number of new tokens.
         finish: None, or the reason for the end: stop, length, timeout (or error: engine_thread.py).
+        scores: scores of the tokens of the text, if the request asks for them. The token that ends
+            the answer has one too.
+        prompt_scores: in the first piece, scores of the prompt's tokens.
     """
 
     ask: Ask
     text: str = ""
     tokens: int = 0
     finish: str | None = None
+    scores: tuple[TokenScore, ...] = ()
+    prompt_scores: tuple[TokenScore, ...] = ()
 
 
 class Row:
@@ -77,52 +101,100 @@ class Row:
 
     Attributes:
         done: True when the answer is complete or cancelled.
+        waiting: scores of tokens whose text waits.
+        prompt_scores: scores of the prompt's tokens, until a piece takes them.
     """
 
     def __init__(self, ask: Ask, tokenizer: Any, now: float) -> None:
         self.ask = ask
         self.text = Text(tokenizer, ask.stop)
         self.done = False
+        self.waiting: list[TokenScore] = []
+        self.prompt_scores: tuple[TokenScore, ...] = ()
         seed = secrets.randbits(64) if ask.seed is None else ask.seed
-        self.random = random.Random(f"{seed}, row 0")  # the generator of ml.generate's first row
+        self.random = random.Random(f"{seed}, row {ask.row}")  # as in ml.generate
         self.deadline = float("inf") if ask.seconds is None else now + ask.seconds
 
-    def choose(self, logits: Tensor) -> int:
+    @property
+    def is_plain(self) -> bool:
+        """True if the next token is the arg-max of the model's own logits."""
+        return not self.ask.temperature and not self.ask.changes_logits
+
+    def choose(self, logits: Tensor, ends: frozenset[int] = frozenset()) -> int:
         """Return the next token.
 
         Args:
             logits: logits of this row, (V,).
+            ends: the model's own end tokens.
         """
-        uniform = [self.random.random()]
-        if 0 < self.ask.top_k < len(logits):
-            logits, tokens = logits.topk(self.ask.top_k)  # (k,) each
-            place = pick(logits[None], self.ask.temperature, self.ask.top_p, uniform)[0]
-            return int(tokens[place])
-        return pick(logits[None], self.ask.temperature, self.ask.top_p, uniform)[0]
+        ask = self.ask
+        if ask.changes_logits:
+            logits = adjusted(logits, ask, ask.prompt, self.text.ids, ask.ends(ends))
+        uniform = [self.random.random()] if ask.temperature else []
+        return pick(logits[None], ask.temperature, ask.top_p, uniform, ask.top_k, ask.min_p)[0]
+
+    def score(self, logits: Tensor, token: int) -> None:
+        """Compute the score of the next token, if the request asks for scores.
+
+        Args:
+            logits: logits of this row, (V,).
+            token: the chosen token.
+        """
+        if self.ask.logprobs is not None:
+            (score,) = token_scores(logits[None], [token], self.ask.logprobs)
+            self.waiting.append(score._replace(start=self.text.length))
 
     def take(self, token: int, ends: frozenset[int]) -> Piece:
         """Append a token to the answer.
 
         Args:
             token: the token.
-            ends: tokens that end an answer.
+            ends: the model's own end tokens.
 
         Returns:
             The text that becomes visible, and the reason for the end if the answer ends.
         """
-        if token in ends:
-            self.done = True
-            return Piece(self.ask, self.text.rest(), 0, "stop")
+        if token in self.ask.ends(ends):
+            if self.waiting:
+                self.waiting[-1] = self.waiting[-1]._replace(is_end=True)
+            return self.end("stop")
         text, stopped = self.text.push(token)
-        finish = None
         if stopped:
-            finish = "stop"
-        elif len(self.text.ids) == self.ask.max_tokens:
-            finish = "length"
-        if finish is not None:
-            self.done = True
-            text += self.text.rest()
-        return Piece(self.ask, text, 1, finish)
+            # The tokens of the stop string do not belong to the answer.
+            self.waiting = [score for score in self.waiting if score.start < self.text.length]
+            return self.end("stop", text, 1)
+        if len(self.text.ids) == self.ask.max_tokens:
+            return self.end("length", text, 1)
+        return self._piece(text, 1)
+
+    def end(self, reason: str, text: str = "", tokens: int = 0) -> Piece:
+        """End the answer.
+
+        Args:
+            reason: the reason.
+            text: text that has just become visible.
+            tokens: number of new tokens.
+
+        Returns:
+            The last piece.
+        """
+        self.done = True
+        return self._piece(text + self.text.rest(), tokens, reason)
+
+    def _piece(self, text: str, tokens: int, finish: str | None = None) -> Piece:
+        """Return a piece with the scores of its text; the last one takes all that wait."""
+        released = len(self.text.released)
+        scores = []
+        kept = []
+        for score in self.waiting:
+            if finish is not None or score.start < released:
+                scores.append(score)
+            else:
+                kept.append(score)
+        self.waiting = kept
+        of_prompt = self.prompt_scores
+        self.prompt_scores = ()
+        return Piece(self.ask, text, tokens, finish, tuple(scores), of_prompt)
 
 
 class Text:
@@ -161,6 +233,11 @@ class Text:
         text = self._text(self.ids[: self.settled]).rstrip(HALF)
         waiting = _stop_prefix_length(text, self.stops)
         return self._release(text[: len(text) - waiting]), False
+
+    @property
+    def length(self) -> int:
+        """Number of complete characters of the text, also of those that wait."""
+        return len(self._text(self.ids).rstrip(HALF))
 
     def rest(self) -> str:
         """Return the text that still waits, when the answer is complete."""

@@ -86,6 +86,7 @@ def load_model(
     }
     base, adapter = split_source(source)
     path = resolve_base(base, adapter, source, **hub)
+    blocks = (blocksize, double_quant) if quantize else None
     if adapter is not None and quantize is None:
         blocks = _trained_blocks(adapter, path)
     if device is None:

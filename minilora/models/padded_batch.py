@@ -70,6 +70,21 @@ class Context:
         Args:
             rows: new token ids of each row.
         """
+        return self.logits(self._append(rows, keep=1))[:, 0]
+
+    def extend_all(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Read more tokens of every row, as `extend`; return the inputs of `logits` for all tokens.
+
+        Args:
+            rows: new token ids of each row.
+
+        Returns:
+            (B, T, D), right-aligned. The logits of all T tokens would need much more memory.
+        """
+        return self._append(rows, keep=0)
+
+    def _append(self, rows: Sequence[Sequence[int]], keep: int) -> Tensor:
+        """Read more tokens; return the inputs of `logits` for the last `keep` tokens (0: all)."""
         width = max(map(len, rows))
         padded = [[0] * (width - len(row)) + list(row) for row in rows]
         tokens = torch.tensor(padded)  # (B, T)
@@ -81,7 +96,7 @@ class Context:
         self.real = torch.cat([self.real.expand(len(rows), -1), real], dim=1)  # (B, K+T)
         earlier = self.positions.expand(len(rows), -1)
         self.positions = torch.cat([earlier, positions], dim=1)  # (B, K+T)
-        return self._logits(self._read(tokens, positions, None, keep=1))[:, 0]
+        return self._read(tokens, positions, None, keep)
 
     def branch(self, tokens: Tensor, sees: Tensor, nodes: Tensor, nexts: Tensor) -> Tensor:
         """Read a tree of continuations after every row, and forget it.
@@ -111,7 +126,7 @@ class Context:
         chunk = max(1, LOGITS // (size * self.vocabulary))
         log_p = []
         for part, wanted in zip(read.split(chunk), nexts.split(chunk), strict=True):
-            logits = self._logits(part)  # (b, N, V)
+            logits = self.logits(part)  # (b, N, V)
             row = torch.arange(len(part), device=self.device)[:, None]  # (b, 1)
             log_p.append(logits[row, nodes, wanted] - logits.logsumexp(-1)[:, nodes])  # (b, E)
         return torch.cat(log_p)
@@ -133,7 +148,7 @@ class Context:
         return near[:, None]
 
     def _read(self, tokens: Tensor, positions: Tensor, mask: Any, keep: int = 0) -> Tensor:
-        """Run one forward pass; return the input of `_logits` for its last `keep` columns (0: all).
+        """Run one forward pass; return the input of `logits` for its last `keep` columns (0: all).
 
         `mask` is bool (B, 1, T, K+T), or one for each kind of layer; None: every token up to
         itself.
@@ -181,7 +196,12 @@ class Context:
         self.cache = out.past_key_values
         return out.logits[:, -keep:]  # (B, T, V)
 
-    def _logits(self, read: Tensor) -> Tensor:
+    def logits(self, read: Tensor) -> Tensor:
+        """Return logits in fp32.
+
+        Args:
+            read: a result of `extend_all`, or a part of its rows and tokens, (…, D).
+        """
         if self.native:
             read = self.model.get_output_embeddings()(read)
         return read.float()

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from minilora.data.formats import RawText
+from minilora.generation.sequence import Ask
 from minilora.serving.config import ServeConfig
 from minilora.serving.engine_client import Desk, Pieces
 from minilora.serving.engine_thread import Worker
@@ -34,6 +36,7 @@ from minilora.serving.schema import (
     Load,
     Message,
     Sampling,
+    StreamOptions,
     Unload,
 )
 
@@ -82,19 +85,32 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
         max_tokens = _chat_limit(body)
         messages = _plain_messages(body.messages)
         adapter = desk.adapter_of(body.model)
-        ask = await desk.prepare(messages, adapter, body, max_tokens)
-        pieces = await desk.begin([ask])
-        return await _answer(request, pieces, _response_format("chat", body), body.stream)
+        logprobs = _chat_logprobs(body)
+        ask = await desk.prepare(messages, adapter, body, max_tokens, logprobs=logprobs)
+        pieces = await desk.begin(_several([ask], body.n))
+        response_format = _response_format("chat", body)
+        response_format.add_scores(desk.token_texts(), [])
+        return await _answer(request, pieces, response_format, body.stream)
 
     @app.post("/v1/completions", responses=STREAM)
     async def completions(body: Completion, request: Request) -> Response:
         adapter = desk.adapter_of(body.model)
+        logprobs = None if body.logprobs is False else body.logprobs
+        score_prompt = bool(body.echo) and logprobs is not None
+        scores = {"logprobs": logprobs, "score_prompt": score_prompt}
+        prompts = _prompts(body)
         asks = []
-        for prompt in _prompts(body):
-            ask = await desk.prepare(prompt, adapter, body, body.max_tokens, COMPLETION_TOKENS)
-            asks.append(ask)
-        pieces = await desk.begin(asks)
-        return await _answer(request, pieces, _response_format("completion", body), body.stream)
+        for prompt in prompts:
+            limit = body.max_tokens
+            asks.append(
+                await desk.prepare(prompt, adapter, body, limit, COMPLETION_TOKENS, **scores)
+            )
+        n = _answers_to_each(body)
+        echoes = desk.echoes(prompts, asks) if body.echo else []
+        pieces = await desk.begin(_several(asks, n))
+        response_format = _response_format("completion", body)
+        response_format.add_scores(desk.token_texts(), _several_of(echoes, n))
+        return await _answer(request, pieces, response_format, body.stream)
 
     @app.post("/generate", responses=STREAM)
     async def generate(body: Generate, request: Request) -> Response:
@@ -109,6 +125,36 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
         ask = await desk.prepare(prompt, adapter, body, body.max_new_tokens, GENERATE_TOKENS)
         pieces = await desk.begin([ask])
         return await _answer(request, pieces, ResponseFormat("generate", desk.base), body.stream)
+
+
+def _answers_to_each(body: Completion) -> int | None:
+    """Return the number of answers to each prompt of a completion."""
+    if body.best_of not in (None, body.n or 1):
+        message = "best_of: expected the value of n: this server does not rank answers."
+        raise Refused(400, message, "invalid_request", "best_of")
+    return body.n
+
+
+def _several(asks: list[Ask], n: int | None) -> list[Ask]:
+    """Return n requests for each request; with one seed, they have different random numbers."""
+    several = _several_of(asks, n)
+    return [replace(ask, row=number % (n or 1)) for number, ask in enumerate(several)]
+
+
+def _several_of(values: list[Any], n: int | None) -> list[Any]:
+    """Return each value n times."""
+    result = []
+    for value in values:
+        result += [value] * (n or 1)
+    return result
+
+
+def _chat_logprobs(body: Chat) -> int | None:
+    """Return the number of likeliest tokens to list; None without log-probabilities."""
+    if body.top_logprobs and not body.logprobs:
+        message = "top_logprobs: allowed only with logprobs true."
+        raise Refused(400, message, "invalid_request", "top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _plain_messages(messages: list[Message], field: str = "messages") -> list[dict[str, str]]:
@@ -149,11 +195,13 @@ def _prompts(body: Completion) -> list[RawText | list[int]]:
 def _response_format(kind: str, body: Chat | Completion) -> ResponseFormat:
     """Return the format of an answer to one of OpenAI's endpoints."""
     options = body.stream_options
-    include_usage = options is not None and bool(options.include_usage)
+    options = options or StreamOptions()
+    include_usage = bool(options.include_usage)
     if include_usage and not body.stream:
         message = "stream_options: allowed only with stream true."
         raise Refused(400, message, param="stream_options")
-    return ResponseFormat(kind, body.model, include_usage)
+    continuous = include_usage and bool(options.continuous_usage_stats)
+    return ResponseFormat(kind, body.model, include_usage, continuous)
 
 
 async def _answer(

@@ -11,16 +11,29 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from minilora.data.chat_template import as_trained
 from minilora.data.prompt import encode_prompt
 from minilora.generation.engine import Full
+from minilora.generation.scores import TokenTexts
 from minilora.generation.sequence import Ask, Piece
 from minilora.serving.config import ServeConfig
 from minilora.serving.engine_thread import Ended, Worker
 from minilora.serving.metrics import Metrics
 from minilora.serving.middleware import Refused, adapter_path
+
+
+class Echo(NamedTuple):
+    """A prompt as a part of its answer.
+
+    Attributes:
+        text: its text.
+        hidden: number of tokens at its beginning that the text does not show, such as BOS.
+    """
+
+    text: str
+    hidden: int
 
 
 class Desk:
@@ -47,6 +60,7 @@ class Desk:
             self.names[adapter] = adapter
         self.base = name
         self.created = int(time.time())
+        self._token_texts: TokenTexts | None = None  # made when a client needs it
 
     def adapter_of(self, model: str) -> str | None:
         """Return the adapter of a model name.
@@ -73,6 +87,7 @@ class Desk:
         body: Any,
         max_tokens: int | None,
         default_tokens: int | None = None,
+        **scores: Any,
     ) -> Ask:
         """Return the engine's request for a prompt.
 
@@ -82,6 +97,7 @@ class Desk:
             body: the client's sampling options, a model of schema.py.
             max_tokens: the client's limit of the answer; None takes the default.
             default_tokens: the default of that limit; None is all that fits.
+            **scores: the fields `logprobs` and `score_prompt` of the request.
 
         Returns:
             The request.
@@ -94,22 +110,40 @@ class Desk:
             kwargs = getattr(body, "chat_template_kwargs", None)
             token_ids = await self._encode(prompt, adapter, kwargs)
             limit = self._token_limit(len(token_ids), max_tokens, default_tokens)
-            stop = body.stop or []
-            if isinstance(stop, str):
-                stop = [stop]
             return Ask(
                 token_ids,
                 adapter,
                 limit,
                 temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                top_k=max(0, body.top_k or 0),  # -1, all tokens in vLLM, is 0 here
-                seed=body.seed,
-                stop=tuple(stop),
                 seconds=self.config.timeout,
+                **body.rules(),
+                **scores,
             )
         except ValueError as error:
             raise Refused(400, str(error)) from error
+
+    def token_texts(self) -> TokenTexts:
+        """Return the texts of single tokens."""
+        if self._token_texts is None:
+            self._token_texts = TokenTexts(self.worker.engine.tokenizer)
+        return self._token_texts
+
+    def echoes(self, prompts: Sequence[Any], asks: Sequence[Ask]) -> list[Echo]:
+        """Return the prompts as parts of the answers.
+
+        Args:
+            prompts: texts or lists of token ids.
+            asks: their requests.
+        """
+        tokenizer = self.worker.engine.tokenizer
+        echoes = []
+        for prompt, ask in zip(prompts, asks, strict=True):
+            if isinstance(prompt, str):
+                added = len(ask.prompt) - len(tokenizer.encode(prompt, add_special_tokens=False))
+                echoes.append(Echo(str(prompt), max(0, added)))
+            else:
+                echoes.append(Echo(tokenizer.decode(prompt, skip_special_tokens=False), 0))
+        return echoes
 
     async def _encode(
         self, prompt: Any, adapter: str | None, chat_template_kwargs: dict[str, Any] | None
@@ -147,6 +181,10 @@ class Desk:
             Refused: the queue is full (status 429), the engine does not accept a request (400),
                 or the engine has ended (503).
         """
+        most = self.worker.engine.most
+        if len(asks) > most:
+            message = f"n: expected at most {most} answers to all prompts, got {len(asks)}."
+            raise Refused(400, message, param="n")
         pieces = Pieces(self, asks)
         try:
             await self.call(self.worker.submit(asks, pieces.listener()))
@@ -156,7 +194,7 @@ class Desk:
             # The time limit of middleware.py has ended, and the engine may have accepted.
             pieces.close()
             raise
-        self.metrics.tokens["prompt"] += sum(len(ask.prompt) for ask in asks)
+        self.metrics.tokens["prompt"] += pieces.prompt_tokens
         return pieces
 
     def _queue_full(self, error: Full) -> Refused:
@@ -237,6 +275,7 @@ class Pieces:
     Attributes:
         unfinished: request -> its index, for requests whose answer is not complete.
         generated: number of tokens generated so far.
+        prompt_tokens: number of tokens of the prompts; a prompt with several answers counts once.
     """
 
     def __init__(self, desk: Desk, asks: Sequence[Ask]) -> None:
@@ -247,6 +286,7 @@ class Pieces:
         self.without_token = set(asks)
         self.start_time = time.monotonic()
         self.generated = 0
+        self.prompt_tokens = sum(len(ask.prompt) for ask in asks if ask.row == 0)
 
     def listener(self) -> Callable[[Piece], Any]:
         """Return the function that the engine thread calls with each piece."""
@@ -281,11 +321,10 @@ class Pieces:
     @property
     def usage(self) -> dict[str, int]:
         """The number of tokens so far, in OpenAI's fields."""
-        prompt_tokens = sum(len(ask.prompt) for ask in self.asks)
         return {
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.generated,
-            "total_tokens": prompt_tokens + self.generated,
+            "total_tokens": self.prompt_tokens + self.generated,
         }
 
     def close(self) -> None:

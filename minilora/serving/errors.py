@@ -17,6 +17,7 @@ from minilora.common import nearest
 
 # Fields with many alternatives -> what they may be. "generate" is the route of ml.generate.
 ALTERNATIVES = {
+    "logit_bias": "an object of token ids and numbers from -100 to 100",
     "content": "text or a list of parts",
     "prompt": "a text, a list of texts, token ids, or a list of lists of token ids, none of them "
     "empty and at most 64",
@@ -108,6 +109,8 @@ def _client_path(problem: Mapping[str, Any], body: Any) -> Path:
     path: list[str | int] = []
     value = body
     for number, part in enumerate(location):
+        if part == "[key]":  # the name of the field is wrong, so the object is
+            return tuple(path[:-1])
         is_last = number == len(location) - 1
         if isinstance(value, dict) and part in value:
             value = value[part]
@@ -146,7 +149,8 @@ def _sentence(
     for error in errors:
         if error["type"] in RANGES:
             limits = {name: _plain(limit) for name, limit in error.get("ctx", {}).items()}
-            expected.append(RANGES[error["type"]].format(**limits))
+            text = RANGES[error["type"]].format(**limits)
+            expected.append(text.replace("False", "false"))
         else:
             expected.append(KINDS.get(error["type"], "another value"))
     got = kind_of(value)

@@ -12,12 +12,14 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import StreamingResponse
 
-from minilora.serving.engine_client import Pieces
+from minilora.generation.scores import TokenScore, TokenTexts
+from minilora.serving.engine_client import Echo, Pieces
+from minilora.serving.logprobs import CompletionLogprobs, chat_logprobs
 from minilora.serving.middleware import Refused
 
 DONE = "data: [DONE]\n\n"
@@ -25,15 +27,19 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass
 class Answer:
-    """The answer to one request.
+    """The answer to one request, or a part of it.
 
     Attributes:
         text: the text so far.
         finish: the reason for the end; None while the answer grows.
+        scores: the scores of its tokens.
+        prompt_scores: the scores of the prompt's tokens, if they are a part of the answer.
     """
 
     text: str = ""
     finish: str | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
 
 
 class ResponseFormat:
@@ -43,19 +49,43 @@ class ResponseFormat:
         kind: "chat" or "completion" (OpenAI's endpoints), or "generate" (minilora's).
         model: the model name of the request.
         include_usage: True adds a last event with the number of tokens to a stream.
+        continuous_usage: True adds the number of tokens so far to every event.
 
     Attributes:
         head: the fields that all of an answer's events share.
+        token_texts: the texts of single tokens; None without scores.
+        echoes: the prompt of each answer, if it is a part of the answer.
+        begun: indices of the answers of which an event has been sent.
     """
 
-    def __init__(self, kind: str, model: str, include_usage: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        model: str,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+    ) -> None:
         self.kind = kind
         self.include_usage = include_usage
+        self.continuous_usage = continuous_usage
+        self.token_texts: TokenTexts | None = None
+        self.echoes: list[Echo] = []
+        self.begun: set[int] = set()
         self.head: dict[str, Any] = {"created": int(time.time()), "model": model}
         if kind == "chat":
             self.head |= {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
         elif kind == "completion":
             self.head |= {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion"}
+
+    def add_scores(self, token_texts: TokenTexts, echoes: list[Echo]) -> None:
+        """Set what the form of log-probabilities and of prompts in answers needs.
+
+        Args:
+            token_texts: the texts of single tokens.
+            echoes: the prompt of each answer; empty if it is not a part of the answer.
+        """
+        self.token_texts = token_texts
+        self.echoes = echoes
 
     def complete(self, answers: list[Answer], usage: dict[str, int]) -> dict[str, Any]:
         """Return the body of a response without streaming.
@@ -72,7 +102,10 @@ class ResponseFormat:
             return {"text": answer.text, "finish_reason": answer.finish, "usage": usage}
         choices = []
         for index, answer in enumerate(answers):
-            choices.append(self._choice(index, self._message(answer.text), answer.finish))
+            echo = self.echoes[index].text if self.echoes else ""
+            message = self._message(echo + answer.text)
+            logprobs = self._logprobs(index, answer)
+            choices.append(self._choice(index, message, answer.finish, logprobs))
         return self.head | {"choices": choices, "usage": usage}
 
     def opening(self, count: int) -> list[str]:
@@ -92,20 +125,26 @@ class ResponseFormat:
             choices.append(self._choice(index, {"delta": delta}, None))
         return [self._event(choices)]
 
-    def event(self, index: int, text: str, finish: str | None) -> str:
+    def event(self, index: int, part: Answer, usage: dict[str, int]) -> str:
         """Return the event of a piece.
 
         Args:
             index: the index of the request.
-            text: the new text.
-            finish: the reason for the end; None if the answer goes on.
+            part: the new part of the answer; its `finish` is None if the answer goes on.
+            usage: the number of tokens so far, in OpenAI's fields.
 
         Returns:
             The event.
         """
         if self.kind == "generate":
-            return _data({"text": text, "finish_reason": finish})
-        return self._event([self._choice(index, self._delta(text), finish)])
+            return _data({"text": part.text, "finish_reason": part.finish})
+        text = part.text
+        if self.echoes and index not in self.begun:
+            text = self.echoes[index].text + text
+        self.begun.add(index)
+        logprobs = self._logprobs(index, part)
+        choice = self._choice(index, self._delta(text), part.finish, logprobs)
+        return self._event([choice], usage if self.continuous_usage else None)
 
     def closing(self, usage: dict[str, int]) -> list[str]:
         """Return the events after the last piece.
@@ -134,9 +173,30 @@ class ResponseFormat:
             return {"delta": {"content": text} if text else {}}
         return {"text": text}
 
-    def _choice(self, index: int, text: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    def _logprobs(self, index: int, part: Answer) -> dict[str, Any] | None:
+        """Return the log-probabilities of a part of an answer; None without any."""
+        if self.token_texts is None:
+            return None
+        if self.kind == "chat":
+            scores = [score for score in part.scores if not score.is_end]
+            return chat_logprobs(scores, self.token_texts) if scores else None
+        if not part.scores and not part.prompt_scores:
+            return None
+        echo = self.echoes[index] if self.echoes else Echo("", 0)
+        tokens = CompletionLogprobs(self.token_texts)
+        tokens.add_prompt(part.prompt_scores, echo.hidden)
+        tokens.add_answer(part.scores, len(echo.text))
+        return tokens.fields
+
+    def _choice(
+        self,
+        index: int,
+        text: dict[str, Any],
+        finish: str | None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return one element of `choices`."""
-        return {"index": index, **text, "logprobs": None, "finish_reason": finish}
+        return {"index": index, **text, "logprobs": logprobs, "finish_reason": finish}
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
         """Return an event of OpenAI's endpoints."""
@@ -167,8 +227,11 @@ async def collect(pieces: Pieces, response_format: ResponseFormat) -> dict[str, 
         failure = _failure(piece.finish)
         if failure is not None:
             raise failure
-        answers[index].text += piece.text
-        answers[index].finish = piece.finish
+        answer = answers[index]
+        answer.text += piece.text
+        answer.finish = piece.finish
+        answer.scores += piece.scores
+        answer.prompt_scores += piece.prompt_scores
     return response_format.complete(answers, pieces.usage)
 
 
@@ -212,8 +275,10 @@ async def _events(pieces: Pieces, response_format: ResponseFormat) -> AsyncItera
         if failure is not None:
             yield _data(failure.content)
             return
-        if piece.text or piece.finish:
-            yield response_format.event(index, piece.text, piece.finish)
+        if piece.text or piece.finish or piece.scores or piece.prompt_scores:
+            scores = [*piece.scores]
+            part = Answer(piece.text, piece.finish, scores, [*piece.prompt_scores])
+            yield response_format.event(index, part, pieces.usage)
     for event in response_format.closing(pieces.usage):
         yield event
 

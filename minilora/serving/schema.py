@@ -24,34 +24,27 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 # The limits stand at each kind of list: at a union of lists, the JSON schema would lack them.
 Texts = Annotated[list[Text], Field(min_length=1, max_length=64)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # JSON's keys are texts
+LogitBias = dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None
 
 EMPTY: tuple[Any, ...] = (None, [], {}, "auto")  # change nothing in any field
 # Field -> the values with which it changes nothing, as its documentation says (OpenAI, vLLM).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "best_of": (1,),
     "continue_final_message": (False,),
     "early_stopping": (False,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "n": (1,),
-    "presence_penalty": (0,),
     "priority": (0,),
-    "repetition_penalty": (1,),
     "return_token_ids": (False,),
     "service_tier": ("default",),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
-    "top_logprobs": (0,),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -133,14 +126,40 @@ class Sampling(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, description="-1 and 0: all tokens")] | None = None
     seed: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    logit_bias: LogitBias = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: Annotated[bool, Field(description="end tokens do not end an answer")] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16)] | None = None
     stream: bool | None = None
+
+    def rules(self) -> dict[str, Any]:
+        """Return the fields that the client has given, by their names in the engine's request."""
+        names = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        given: dict[str, Any] = {}
+        for name in (*names, "min_tokens", "ignore_eos", "seed"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        given["top_k"] = max(0, self.top_k or 0)  # -1, all tokens in vLLM, is 0 in the engine
+        given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given["stop_ids"] = frozenset(self.stop_token_ids or ())
+        return given
 
 
 class StreamOptions(Strict):
     """The additional contents of a stream."""
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
+
     include_usage: bool | None = None
+    continuous_usage_stats: (
+        Annotated[bool, Field(description="with include_usage: in every event, as vLLM")] | None
+    ) = None
 
 
 class OpenAI(Sampling):
@@ -153,6 +172,7 @@ class OpenAI(Sampling):
         | None
     ) = None
     stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=64, description="answers to each prompt")] | None = None
     # about the client, not the answer
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
@@ -210,6 +230,8 @@ class Chat(OpenAI):
     messages: Annotated[list[Message], Field(min_length=1)]
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: PositiveInt = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: Plain | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -220,6 +242,10 @@ class Completion(OpenAI):
     """The body of POST /v1/completions: texts to continue, or their token ids."""
 
     prompt: Text | TokenIds | Texts | TokenIdLists
+    max_tokens: Annotated[int, Field(ge=0, description="0 only reads the prompt")] | None = None
+    echo: Annotated[bool, Field(description="the prompt is a part of the answer")] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1, description="only the value of n")] | None = None
 
 
 class Generate(Sampling):

@@ -46,8 +46,8 @@ def serve(
         check_base: False accepts adapters that were trained on another base, tokenizer or template.
 
     Raises:
-        ValueError: other machines can reach the address without a token, a name occurs twice, or an
-        adapter is not a LoRA of linear layers. ImportError: the extra is not installed. Exception:
+        ValueError: other machines can reach the address without a token, or a name occurs twice.
+        ImportError: the extra is not installed. Exception:
         an exception that ended the engine, so that a supervisor starts a new process.
     """
     model = unwrap_model(model)
@@ -71,6 +71,12 @@ def serve(
             f"name: {name!r} names the base and an adapter. Give the base another name (--name)."
         )
     note(f"minilora serves {', '.join([name, *engine.adapters])}")
+    if engine.exclusive:
+        note(
+            f"minilora serves {', '.join(engine.exclusive)} one at a time: adapters with more than "
+            "linear LoRA (DoRA, embeddings, whole modules) cannot share a batch with others, so "
+            "their requests wait for each other."
+        )
     run(engine, config, name, token)
 
 

@@ -121,6 +121,14 @@ def test_completions_take_texts_and_ids(client, expect):
     assert usual.usage.completion_tokens == 16  # OpenAI's default
 
 
+def test_every_event_of_a_stream_has_the_usage_if_the_client_wants_it(client):
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    given: Any = {"model": "base", "prompt": [5, 6], "max_tokens": 4, "temperature": 0}
+    chunks = [*client.completions.create(stream=True, stream_options=options, **given)]
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 4 and len(set(counts)) > 2
+
+
 def test_the_generate_route_equals_ml_generate(server, model, expect):
     wanted = expect(chat_ids([{"role": "user", "content": "hello"}]), NAMES[2])
     body = {"prompt": "hello", "adapter": NAMES[2], "max_new_tokens": 12}
@@ -300,11 +308,14 @@ FINE = [
 CONTENT = "messages[0].content: expected text or a list of parts, got"
 # fields, the field that the error names, a part of its message
 REFUSED = [
-    ({"n": 2}, "n", "n: this server does not support this field."),
-    ({"logprobs": True}, "logprobs", "logprobs: this server does not support"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "does not support"),
-    ({"presence_penalty": False}, "presence_penalty", "does not support"),
-    ({"logit_bias": {"5": 1.0}}, "logit_bias", "does not support"),
+    ({"n": 0}, "n", "n: expected at least 1, got 0."),
+    ({"length_penalty": 0.5}, "length_penalty", "length_penalty: this server does not support"),
+    ({"use_beam_search": 0}, "use_beam_search", "does not support"),
+    ({"presence_penalty": False}, "presence_penalty", "expected a number, got false."),
+    ({"presence_penalty": 3}, "presence_penalty", "expected at most 2, got 3."),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "logit_bias.5: expected at most 100, got 101."),
+    ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias: expected an object of token ids and"),
+    ({"logit_bias": {"99999": 1}}, None, "logit_bias: expected token ids from 0 to"),
     ({"tools": [{"type": "function"}]}, "tools", "tools: expected at most 0 element(s)"),
     (
         {"response_format": {"type": "json_object"}},
@@ -344,6 +355,65 @@ REFUSED = [
         "stream_options: allowed only with stream",
     ),
 ]
+
+
+def test_several_answers_are_those_of_several_rows_of_generate(client, model):
+    """The prompt counts once. Without a seed the answers differ too."""
+    given: Any = {"model": "base", "max_tokens": 8, "temperature": 1.5, "seed": 5, "n": 3}
+    texts = ["hello", "hello wo"]
+    prompts = [RawText(text) for text in texts for _ in range(3)]
+    wanted = []
+    for start in (0, 3):
+        rows = prompts[start : start + 3]
+        options = {"max_new_tokens": 8, "temperature": 1.5, "seed": 5}
+        wanted += ml.generate(build(adapters=0), tokenizer(), rows, **options)
+    answer = client.completions.create(prompt=texts, **given)
+    assert [choice.text for choice in answer.choices] == wanted
+    assert [choice.index for choice in answer.choices] == [*range(6)] and len({*wanted}) == 6
+    tokens = sum(len(tokenizer().encode(text)) for text in texts)
+    assert answer.usage.prompt_tokens == tokens
+    chat = client.chat.completions.create(messages=HELLO, **(given | {"seed": None}))
+    assert len({choice.message.content for choice in chat.choices}) == 3
+    assert chat.usage.prompt_tokens == len(chat_ids(HELLO))
+    assert client.completions.create(prompt="a", **given, best_of=3).choices[2].index == 2
+    with pytest.raises(openai.BadRequestError, match="best_of: expected the value of n"):
+        client.completions.create(prompt="a", **given, best_of=4)
+    with pytest.raises(openai.BadRequestError, match="n: expected at most 72 answers"):
+        client.completions.create(prompt=texts, **(given | {"n": 40}))
+
+
+def test_rules_of_a_request_equal_those_of_generate(server):
+    rules = {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "min_p": 0.05,
+        "top_k": 20,
+        "seed": 2,
+    }
+    body = {"model": "base", "prompt": "hello", "max_tokens": 12, "temperature": 0.9} | rules
+    bias = {"60": 3.5}
+    answer = http.post(f"{server.url}/v1/completions", json=body | {"logit_bias": bias}).json()
+    options = rules | {"max_new_tokens": 12, "temperature": 0.9, "logit_bias": {60: 3.5}}
+    wanted = ml.generate(build(adapters=0), tokenizer(), RawText("hello"), **options)
+    assert answer["choices"][0]["text"] == wanted
+    plain = {"max_new_tokens": 12, "temperature": 0.9, "seed": 2}
+    assert wanted != ml.generate(build(adapters=0), tokenizer(), RawText("hello"), **plain)
+
+
+def test_ignore_eos_and_min_tokens_lengthen_an_answer(server):
+    """The bias makes the end token the likeliest one."""
+    end = tokenizer().eos_token_id
+    body = {"model": "base", "prompt": "hello", "max_tokens": 9, "temperature": 0}
+    body["logit_bias"] = {str(end): 100}
+    lengths = {}
+    for more in ({}, {"min_tokens": 4}, {"ignore_eos": True}, {"stop_token_ids": [end]}):
+        answer = http.post(f"{server.url}/v1/completions", json=body | more).json()
+        lengths[str(more)] = answer["usage"]["completion_tokens"]
+    assert [*lengths.values()] == [0, 4, 9, 0]
+    body |= {"ignore_eos": True, "stop_token_ids": [end]}
+    answer = http.post(f"{server.url}/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 0
 
 
 @pytest.mark.parametrize("more", FINE)
