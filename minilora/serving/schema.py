@@ -26,7 +26,9 @@ Texts = Annotated[list[Text], Field(min_length=1, max_length=64)]
 TokenIdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # JSON's keys are texts
-LogitBias = dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None
+Bias = Annotated[float, Field(ge=-100, le=100)]
+OnlyTokenIds = Field(json_schema_extra={"additionalProperties": False})
+LogitBias = Annotated[dict[TokenId, Bias], OnlyTokenIds] | None
 
 EMPTY: tuple[Any, ...] = (None, [], {}, "auto")  # change nothing in any field
 # Field -> the values with which it changes nothing, as its documentation says (OpenAI, vLLM).

@@ -123,10 +123,10 @@ def test_completions_take_texts_and_ids(client, expect):
 
 def test_every_event_of_a_stream_has_the_usage_if_the_client_wants_it(client):
     options: Any = {"include_usage": True, "continuous_usage_stats": True}
-    given: Any = {"model": "base", "prompt": [5, 6], "max_tokens": 4, "temperature": 0}
+    given: Any = {"model": "base", "prompt": "hello", "max_tokens": 12, "temperature": 0}
     chunks = [*client.completions.create(stream=True, stream_options=options, **given)]
     counts = [chunk.usage.completion_tokens for chunk in chunks]
-    assert counts == sorted(counts) and counts[-1] == 4 and len(set(counts)) > 2
+    assert counts == sorted(counts) and counts[-1] == 12 and len(set(counts)) > 2
 
 
 def test_the_generate_route_equals_ml_generate(server, model, expect):

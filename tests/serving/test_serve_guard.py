@@ -33,6 +33,18 @@ def server(model):
 # ---- access
 
 
+def test_serve_names_the_adapters_that_cannot_share_a_batch(monkeypatch, capsys):
+    model = build(adapters=1)
+    for name in ("dora", "rescaled"):
+        ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], use_dora=True), name=name)
+    monkeypatch.setattr("minilora.serving.server.run", lambda engine, *given: engine.close())
+    monkeypatch.delenv("MINILORA_API_KEY", raising=False)
+    ml.serve(model, tokenizer())
+    said = capsys.readouterr().err
+    assert f"minilora serves base, {NAMES[0]}, dora, rescaled" in said
+    assert "minilora serves dora, rescaled one at a time: adapters with more than linear" in said
+
+
 def test_requests_without_the_token_are_refused(model, monkeypatch):
     compared = []
     same = hmac.compare_digest
