@@ -59,7 +59,9 @@ class GenerationConfig:
             raise ValueError(
                 "stop contains an empty string, which every answer contains: remove it"
             )
-        self.rule(frozenset(), None)  # checks the ranges
+        if self.min_new_tokens < 0:
+            raise ValueError(f"min_new_tokens must be 0 or more, got {self.min_new_tokens!r}")
+        self.rule(frozenset(), None)  # checks the other ranges
 
     @property
     def stop_texts(self) -> list[str]:

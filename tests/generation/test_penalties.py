@@ -144,7 +144,7 @@ def test_the_keywords_of_generate_are_the_fields_of_its_config():
         ({"presence_penalty": float("nan")}, "presence_penalty must be finite"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias must give token ids a finite number"),
         ({"logit_bias": {1: float("inf")}}, "logit_bias must give token ids a finite number"),
-        ({"min_new_tokens": -1}, "min_tokens must be 0 or more"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be 0 or more"),
         ({"repetition_penaltie": 2}, "'repetition_penaltie' matches nothing. Nearest: 'repetition"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from helpers.chats import ours
 from helpers.served import build, http, serving, tokenizer
 from helpers.tiny import oracle, twin
+from minilora.generation.engine import Engine
 from minilora.generation.scores import TokenTexts, byte_letters
 
 TOLERANCE = 1e-4  # nats; logits of this model differ by about 1e-6 between the two libraries
@@ -108,9 +109,29 @@ def test_offsets_point_at_the_tokens(client):
         for token, offset in zip(found.tokens, found.text_offset, strict=True):
             if token.startswith("bytes:"):
                 parts += 1
+                if offset < len(text):  # in the prompt, whose characters are complete
+                    letter = choice.text[offset].encode()
+                    assert bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) in letter
             else:
                 assert choice.text[offset : offset + len(token)] == token
         assert parts >= 2, "no character has several tokens"
+
+
+def test_a_bos_that_the_tokenizer_adds_is_a_token_without_text():
+    bos = "<|begin_of_text|>"
+    llama = ours("llama3")
+    model = build(adapters=0, vocab_size=len(llama))
+    body: Any = {"model": "base", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
+    with serving(model, engine=Engine(model, llama)) as server:
+        for prompt, text, offsets in [
+            ("hello wo", "hello wo", [0, 0, 5, 7, 8]),
+            (llama.encode("hello wo"), f"{bos}hello wo", [0, 17, 22, 24, 25]),
+        ]:
+            answer = http.post(f"{server.url}/v1/completions", json=body | {"prompt": prompt})
+            (choice,) = answer.json()["choices"]
+            assert choice["text"].startswith(text) and not choice["text"].startswith(bos + bos)
+            assert choice["logprobs"]["tokens"][:4] == [bos, "hello", " w", "o"]
+            assert choice["logprobs"]["text_offset"] == offsets
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
@@ -177,7 +198,7 @@ def test_tokens_of_a_stop_string_are_left_out(client):
     assert cut.text == free.text.partition(stop)[0]
     tokens = cut.logprobs.tokens
     assert tokens == free.logprobs.tokens[: len(tokens)]
-    assert max(cut.logprobs.text_offset, default=0) <= len(cut.text)
+    assert len(tokens) > 1 and max(cut.logprobs.text_offset) < len(cut.text)
     assert len(tokens) < len(free.logprobs.tokens)
 
 
