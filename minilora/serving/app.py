@@ -86,10 +86,11 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
         messages = _plain_messages(body.messages)
         adapter = desk.adapter_of(body.model)
         logprobs = _chat_logprobs(body)
+        response_format = _response_format("chat", body)
+        if logprobs is not None:
+            response_format.token_texts = desk.token_texts()
         ask = await desk.prepare(messages, adapter, body, max_tokens, logprobs=logprobs)
         pieces = await desk.begin(_several([ask], body.n))
-        response_format = _response_format("chat", body)
-        response_format.add_scores(desk.token_texts(), [])
         return await _answer(request, pieces, response_format, body.stream)
 
     @app.post("/v1/completions", responses=STREAM)
@@ -106,10 +107,12 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
                 await desk.prepare(prompt, adapter, body, limit, COMPLETION_TOKENS, **scores)
             )
         n = _answers_to_each(body)
-        echoes = desk.echoes(prompts, asks) if body.echo else []
-        pieces = await desk.begin(_several(asks, n))
         response_format = _response_format("completion", body)
-        response_format.add_scores(desk.token_texts(), _several_of(echoes, n))
+        if logprobs is not None:
+            response_format.token_texts = desk.token_texts()
+        if body.echo:
+            response_format.echoes = _several_of(desk.echoes(prompts, asks), n)
+        pieces = await desk.begin(_several(asks, n))
         return await _answer(request, pieces, response_format, body.stream)
 
     @app.post("/generate", responses=STREAM)

@@ -53,7 +53,7 @@ class ResponseFormat:
 
     Attributes:
         head: the fields that all of an answer's events share.
-        token_texts: the texts of single tokens; None without scores.
+        token_texts: the texts of single tokens, if the client wants log-probabilities, else None.
         echoes: the prompt of each answer, if it is a part of the answer.
         begun: indices of the answers of which an event has been sent.
     """
@@ -76,16 +76,6 @@ class ResponseFormat:
             self.head |= {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
         elif kind == "completion":
             self.head |= {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion"}
-
-    def add_scores(self, token_texts: TokenTexts, echoes: list[Echo]) -> None:
-        """Set what the form of log-probabilities and of prompts in answers needs.
-
-        Args:
-            token_texts: the texts of single tokens.
-            echoes: the prompt of each answer; empty if it is not a part of the answer.
-        """
-        self.token_texts = token_texts
-        self.echoes = echoes
 
     def complete(self, answers: list[Answer], usage: dict[str, int]) -> dict[str, Any]:
         """Return the body of a response without streaming.
@@ -142,7 +132,9 @@ class ResponseFormat:
         if self.echoes and index not in self.begun:
             text = self.echoes[index].text + text
         self.begun.add(index)
-        logprobs = self._logprobs(index, part)
+        logprobs = None
+        if part.scores or part.prompt_scores:
+            logprobs = self._logprobs(index, part)
         choice = self._choice(index, self._delta(text), part.finish, logprobs)
         return self._event([choice], usage if self.continuous_usage else None)
 
@@ -174,14 +166,12 @@ class ResponseFormat:
         return {"text": text}
 
     def _logprobs(self, index: int, part: Answer) -> dict[str, Any] | None:
-        """Return the log-probabilities of a part of an answer; None without any."""
+        """Return the log-probabilities of a part of an answer, if the client wants them."""
         if self.token_texts is None:
             return None
         if self.kind == "chat":
             scores = [score for score in part.scores if not score.is_end]
-            return chat_logprobs(scores, self.token_texts) if scores else None
-        if not part.scores and not part.prompt_scores:
-            return None
+            return chat_logprobs(scores, self.token_texts)
         echo = self.echoes[index] if self.echoes else Echo("", 0)
         tokens = CompletionLogprobs(self.token_texts)
         tokens.add_prompt(part.prompt_scores, echo.hidden)
