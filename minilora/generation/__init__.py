@@ -10,5 +10,7 @@ single_token.py     faster products with one token on a CPU
 engine.py           continuous batching: requests join and leave a running batch
 sequence.py         one request and its answer as it grows
 decoding_batch.py   the caches of several requests as one
+structured.py       answers that follow a JSON schema
+json_schema.py      the forms of a schema
 cuda_graph.py       a token's step as one CUDA graph
 """

@@ -36,6 +36,8 @@ class GenerationConfig:
         cuda_graph: on a GPU, start all the work of a token with one call. "auto" does so where the
             model allows it and it should pay; True raises where the model does not allow it.
             Changes no answer.
+        schema: a JSON schema (a dict), a pydantic class, or "json" for any JSON object: each answer
+            is then a JSON text that is valid for it (docs/structured.md). None is any text.
     """
 
     max_new_tokens: int = 64
@@ -53,6 +55,7 @@ class GenerationConfig:
     seed: int | None = None
     batch_size: int = 16
     cuda_graph: bool | str = "auto"
+    schema: Any = None
 
     def __post_init__(self) -> None:
         if "" in self.stop_texts:
@@ -78,12 +81,13 @@ class GenerationConfig:
             return [self.stop]
         return [*(self.stop or ())]
 
-    def rule(self, ends: frozenset[int], stopped: Any) -> Decoding:
+    def rule(self, ends: frozenset[int], stopped: Any, grammar: Any = None) -> Decoding:
         """Return the rules that `generate_ids` takes.
 
         Args:
             ends: the model's own end tokens.
             stopped: a function that finds the stop strings in an answer, or None.
+            grammar: the grammar of `schema` (structured.py), or None.
         """
         if self.ignore_eos:
             ends = frozenset()
@@ -103,6 +107,7 @@ class GenerationConfig:
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
             min_tokens=self.min_new_tokens,
+            grammar=grammar,
         )
 
 
@@ -124,6 +129,7 @@ class GenerationFields(TypedDict, total=False):
     seed: int | None
     batch_size: int
     cuda_graph: bool | str
+    schema: Any
 
 
 def with_fields(config: GenerationConfig | None, changes: GenerationFields) -> GenerationConfig:

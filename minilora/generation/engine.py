@@ -32,6 +32,7 @@ from minilora.generation.generate import end_tokens
 from minilora.generation.scores import prompt_scores
 from minilora.generation.sequence import Ask, Piece, Row
 from minilora.generation.single_token import matrix_vector
+from minilora.generation.structured import BrokenGrammar
 from minilora.lora.active import delete_adapter, list_adapters, set_adapter
 from minilora.lora.batched import per_row_adapters, per_row_obstacle
 from minilora.lora.files.save_load import load_adapter
@@ -227,7 +228,11 @@ class Engine:
             if not row.ask.max_tokens:
                 pieces.append(row.end("length"))
                 continue
-            token = likeliest[i] if row.is_plain else row.choose(logits[i], self.ends)
+            try:
+                token = likeliest[i] if row.is_plain else row.choose(logits[i], self.ends)
+            except BrokenGrammar:
+                pieces.append(row.end("grammar"))
+                continue
             row.score(logits[i], token)
             pieces.append(row.take(token, self.ends))
         return pieces

@@ -5,7 +5,8 @@ read once. A finished row leaves its batch. Each row has its own random generato
 answer depends on (seed, row number, prompt), not on the other rows. sampling.py chooses the tokens.
 On a GPU a token's step can be one CUDA graph (generation/cuda_graph.py).
 
-stream.py returns the text of one answer in pieces while it grows.
+stream.py returns the text of one answer in pieces while it grows. With a schema, answers are JSON
+(structured.py).
 
 Simplified: unlike transformers' generate, there are no beams.
 """
@@ -28,6 +29,7 @@ from minilora.generation.config import GenerationConfig, GenerationFields, with_
 from minilora.generation.cuda_graph import graphs
 from minilora.generation.sampling import Decoding, next_tokens
 from minilora.generation.single_token import matrix_vector
+from minilora.generation.structured import check_complete, grammar_of
 from minilora.lora.batched import check_count, for_prompts
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
@@ -66,14 +68,17 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty or exceeds the model's context, a message is wrong or left out
-            by the chat template, a number is out of range, or cuda_graph is True without a GPU.
+            by the chat template, a number is out of range, or cuda_graph is True without a GPU; or
+            the schema cannot be enforced, or an answer reached its largest length before its end.
     """
     model = unwrap_model(model)
     single = is_single(prompt)
     prompts: list[Any] = [prompt] if single else list(prompt)
     config = with_fields(config, fields)
     stop_texts = config.stop_texts
-    rule = config.rule(end_tokens(model, tokenizer), _stop_test(tokenizer, stop_texts))
+    ends = end_tokens(model, tokenizer)
+    grammar = grammar_of(config, tokenizer, ends)
+    rule = config.rule(ends, _stop_test(tokenizer, stop_texts), grammar)
     check_prompts(prompts)
     names = list(adapters or [])
     if adapters is not None:
@@ -86,6 +91,7 @@ def generate(
     for number, (one, name) in enumerate(zip(prompts, names, strict=True)):
         rows.append(encode_prompt(one, readers[name], place=f"prompt {number}"))
     generated = generate_ids(model, rows, rule, adapters)
+    check_complete(generated, rule)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
     for word in stop_texts:
         answers = [answer.partition(word)[0] for answer in answers]
@@ -273,16 +279,22 @@ def _batch_steps(
     `logits` (B, V) are those of the first token.
     """
     active = list(range(len(answers)))  # the answers whose rows are in `context`
+    constraints = [rule.grammar.start() for _ in answers] if rule.grammar is not None else []
     for step in range(rule.max_new_tokens):
         uniform = [draws[i].random() for i in active] if rule.temperature else []
+        masks = [constraints[i] for i in active] if constraints else None
         read = [prompts[i] for i in active]
-        tokens = next_tokens(logits, rule, uniform, read, [answers[i] for i in active])
+        tokens = next_tokens(logits, rule, uniform, read, [answers[i] for i in active], masks)
         unfinished = []
         for place, token in enumerate(tokens):
             answer = answers[active[place]]
             if token in rule.ends:
                 continue
             answer.append(token)
+            if constraints:
+                constraints[active[place]].push(token)
+                if constraints[active[place]].is_finished:
+                    continue
             if rule.stopped is None or not rule.stopped(answer):
                 unfinished.append(place)
         yield

@@ -15,6 +15,7 @@ Nguyen et al. 2024 (min-p), arXiv:2407.01082.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Decoding(TokenRules):
         ends: token ids that end an answer and do not belong to it.
         stopped: a function that returns True for an answer (token ids) that contains a stop string.
         cuda_graph: run each token's step as one CUDA graph: "auto", True or False.
+        grammar: the grammar of structured.py that answers follow, or None.
     """
 
     max_new_tokens: int = 64
@@ -45,6 +47,7 @@ class Decoding(TokenRules):
     ends: frozenset[int] = frozenset()
     stopped: Callable[[list[int]], bool] | None = None
     cuda_graph: bool | str = "auto"
+    grammar: Any = None
 
     def __post_init__(self) -> None:
         self._check("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
@@ -67,8 +70,9 @@ def next_tokens(
     uniform: Sequence[float],
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
+    constraints: Sequence[Any] | None = None,
 ) -> list[int]:
-    """Return the next token of each row, after its penalties.
+    """Return the next token of each row, after its penalties and its constraint.
 
     Args:
         logits: logits of the B rows, (B, V).
@@ -76,11 +80,17 @@ def next_tokens(
         uniform: a number in [0, 1) for each row; not used with temperature 0.
         prompts: the prompt of each row.
         answers: the answer of each row so far.
+        constraints: for each row the `Constraint` of structured.py; None forbids no token.
     """
     if rule.changes_logits:
         rows = []
         for row, prompt, answer in zip(logits, prompts, answers, strict=True):
             rows.append(adjusted(row, rule, prompt, answer, rule.ends))
+        logits = torch.stack(rows)  # (B, V)
+    if constraints is not None:
+        rows = []
+        for row, constraint in zip(logits, constraints, strict=True):
+            rows.append(constraint.masked(row))
         logits = torch.stack(rows)  # (B, V)
     return pick(logits, rule.temperature, rule.top_p, uniform, rule.top_k, rule.min_p)
 

@@ -36,6 +36,7 @@ class Ask(TokenRules):
             None computes no scores.
         score_prompt: True computes the scores of the prompt's tokens too.
         seconds: time limit; None is no limit.
+        grammar: the grammar of structured.py that the answer follows, or None.
     """
 
     prompt: list[int]
@@ -51,6 +52,7 @@ class Ask(TokenRules):
     logprobs: int | None = None
     score_prompt: bool = False
     seconds: float | None = None
+    grammar: Any = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -59,6 +61,10 @@ class Ask(TokenRules):
         self.check_rules()
         if "" in self.stop:
             raise ValueError(f"expected no empty stop string, got {list(self.stop)}.")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError(
+                "a schema decides where the answer ends: leave out min_tokens and ignore_eos."
+            )
 
     def ends(self, model_ends: frozenset[int]) -> frozenset[int]:
         """Return the tokens that end this answer.
@@ -77,7 +83,8 @@ class Piece:
         ask: the request.
         text: new text.
         tokens: number of new tokens.
-        finish: None, or the reason for the end: stop, length, timeout (or error: engine_thread.py).
+        finish: None, or the reason for the end: stop, length, timeout, grammar if it allows no
+            token (or error: engine_thread.py).
         scores: scores of the tokens of the text, if the request asks for them. The token that ends
             the answer has one too.
         prompt_scores: in the first piece, scores of the prompt's tokens.
@@ -111,6 +118,7 @@ class Row:
         self.done = False
         self.waiting: list[TokenScore] = []
         self.prompt_scores: tuple[TokenScore, ...] = ()
+        self.constraint = None if ask.grammar is None else ask.grammar.start()
         seed = secrets.randbits(64) if ask.seed is None else ask.seed
         self.random = random.Random(f"{seed}, row {ask.row}")  # as in ml.generate
         self.deadline = float("inf") if ask.seconds is None else now + ask.seconds
@@ -118,6 +126,8 @@ class Row:
     @property
     def is_plain(self) -> bool:
         """True if the next token is the arg-max of the model's own logits."""
+        if self.constraint is not None:
+            return False
         return not self.ask.temperature and not self.ask.changes_logits
 
     def choose(self, logits: Tensor, ends: frozenset[int] = frozenset()) -> int:
@@ -126,10 +136,15 @@ class Row:
         Args:
             logits: logits of this row, (V,).
             ends: the model's own end tokens.
+
+        Raises:
+            BrokenGrammar: the grammar of the request allows no token.
         """
         ask = self.ask
         if ask.changes_logits:
             logits = adjusted(logits, ask, ask.prompt, self.text.ids, ask.ends(ends))
+        if self.constraint is not None:
+            logits = self.constraint.masked(logits)
         uniform = [self.random.random()] if ask.temperature else []
         return pick(logits[None], ask.temperature, ask.top_p, uniform, ask.top_k, ask.min_p)[0]
 
@@ -159,6 +174,10 @@ class Row:
                 self.waiting[-1] = self.waiting[-1]._replace(is_end=True)
             return self.end("stop")
         text, stopped = self.text.push(token)
+        if self.constraint is not None:
+            self.constraint.push(token)
+            if self.constraint.is_finished:
+                return self.end("stop", text, 1)
         if stopped:
             # The tokens of the stop string do not belong to the answer.
             self.waiting = [score for score in self.waiting if score.start < self.text.length]

@@ -24,6 +24,7 @@ from minilora.generation.generate import (
 )
 from minilora.generation.sampling import Decoding
 from minilora.generation.sequence import Text
+from minilora.generation.structured import check_complete, grammar_of
 
 
 def stream_generate(
@@ -57,7 +58,8 @@ def stream_generate(
 
     Raises:
         ValueError: there are several prompts, or one of the reasons in `generate`. It is raised by
-            the call, before the first piece.
+            the call, before the first piece. With a schema, an answer that reached its largest
+            length before its end raises after the last piece.
     """
     model = unwrap_model(model)
     if not is_single(prompt):
@@ -67,7 +69,8 @@ def stream_generate(
         )
     check_prompts([prompt])
     config = with_fields(config, fields)
-    rule = config.rule(end_tokens(model, tokenizer), None)
+    ends = end_tokens(model, tokenizer)
+    rule = config.rule(ends, None, grammar_of(config, tokenizer, ends))
     ids = encode_prompt(prompt, as_trained(tokenizer, chat_template_kwargs, model))
     check_lengths(model, [ids], config.max_new_tokens)
     return _pieces(model, ids, rule, Text(tokenizer, config.stop_texts))
@@ -94,3 +97,4 @@ def _pieces(
     rest = text.rest()
     if rest:
         yield rest
+    check_complete([answer], rule)

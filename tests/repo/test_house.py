@@ -42,11 +42,9 @@ READING_PATH = (
 )
 READING_PATH_FILES = 50
 PARAMETERS = 8
-# The public functions with the most parameters; all after the model are keyword-only.
+# The public function with the most parameters; all after the model are keyword-only.
 PARAMETERS_OF = {
     "minilora/models/loader.py:load_model": 9,
-    "minilora/generation/generate.py:generate": 12,
-    "minilora/generation/stream.py:stream_generate": 10,
 }
 FOLDER_FILES = 14  # __init__.py and __main__.py not counted
 
