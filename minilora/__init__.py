@@ -6,6 +6,7 @@ are imported by the functions that need them.
 
 from minilora import data, losses
 from minilora.common import __version__ as __version__
+from minilora.data.chat.tool_calls import parse_tool_calls
 from minilora.data.mixture import mix_datasets, train_test_split
 from minilora.data.preview import Preview, preview
 from minilora.data.tokenizer import load_tokenizer
@@ -127,6 +128,7 @@ __all__ = [
     "merge",
     "merge_report",
     "mix_datasets",
+    "parse_tool_calls",
     "pass_at_1",
     "per_row_adapters",
     "plan_memory",

@@ -3,25 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minilora.data.chat.messages import Message, read_messages
+from minilora.data.chat.messages import Message, read_messages, read_tools
 from minilora.data.chat.rendering import Rendering, check_shown
 from minilora.data.formats import Chat, RawText, as_messages
 from minilora.data.read_rows import Row
 from minilora.data.tokenizer import AnyTokenizer
 
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: AnyTokenizer, *, place: str = "prompt") -> list[int]:
     """Return the token ids of a prompt, up to the beginning of the answer.
 
+    A prompt may be a row with `messages` and `tools` (JSON schemas), as a row of training.
     Messages are read as those of a row (chat/messages.py) and go through the chat template, with
     the generation prompt. A str is one user message if
     the tokenizer has a chat template, else plain text. RawText is always plain text: with the
     tokens that the tokenizer puts in front, without EOS.
 
     Args:
-        prompt: messages or a text.
+        prompt: messages, a text, or {"messages": …, "tools": …}.
         tokenizer: the model's tokenizer.
         place: name of the prompt, for errors.
 
@@ -33,9 +34,9 @@ def encode_prompt(prompt: Prompt, tokenizer: AnyTokenizer, *, place: str = "prom
     if isinstance(prompt, str) and is_raw:
         ids = opening_ids(tokenizer) + tokenizer.encode(str(prompt), add_special_tokens=False)
     else:
-        messages = [_user_message(prompt)] if isinstance(prompt, str) else prompt
+        messages, tools = _messages_and_tools(prompt, place)
         messages = read_messages(messages, place)
-        rendering = Rendering(tokenizer, messages, place=place, add_generation_prompt=True)
+        rendering = Rendering(tokenizer, messages, tools, place=place, add_generation_prompt=True)
         check_shown(rendering.left_out())
         ids = tokenizer.encode(rendering.text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
@@ -46,6 +47,20 @@ def encode_prompt(prompt: Prompt, tokenizer: AnyTokenizer, *, place: str = "prom
             f"{place}: it has no tokens, and the model needs at least one to continue from."
         )
     return ids
+
+
+def _messages_and_tools(prompt: Any, place: str) -> tuple[Any, list[dict[str, Any]] | None]:
+    """Return the messages of a prompt, and the schemas of its tools."""
+    if isinstance(prompt, str):
+        return [_user_message(prompt)], None
+    if not isinstance(prompt, Mapping):
+        return prompt, None
+    unknown = sorted(set(prompt) - {"messages", "tools"})
+    if unknown or "messages" not in prompt:
+        raise ValueError(
+            f"{place}: expected a dict of messages and tools, got the keys {sorted(prompt)}."
+        )
+    return prompt["messages"], read_tools(prompt.get("tools"), place)
 
 
 def _user_message(text: str) -> Message:

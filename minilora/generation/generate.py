@@ -33,7 +33,7 @@ from minilora.generation.structured import check_complete, grammar_of
 from minilora.lora.batched import check_count, for_prompts
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
 def generate(
@@ -54,7 +54,8 @@ def generate(
         prompt: a list of messages (`[{"role": "user", "content": ...}]`, in any form that a row of
             training may have) or a text, or a list of these. A text is one user message if the
             tokenizer has a chat template; otherwise, and always as `minilora.data.RawText`, the
-            model continues it.
+            model continues it. Tools go with the messages, {"messages": …, "tools": …}
+            (`ml.parse_tool_calls` reads the answer).
         config: length, sampling, penalties, stop strings and batches; None takes the defaults.
         adapters: for each prompt the name of the adapter that answers, or None for the base; None
             uses the active adapters for all.
@@ -136,7 +137,7 @@ def check_prompts(prompts: Sequence[Any]) -> None:
     if empty:
         raise ValueError(f"prompts {empty[:8]} are empty: give a text or at least one message")
     for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) or (isinstance(prompt, Mapping) and "messages" in prompt):
             continue
         messages = isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
         if not messages:
