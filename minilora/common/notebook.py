@@ -59,6 +59,15 @@ def html_table(
     return "".join(parts)
 
 
+def html_text(text: str) -> str:
+    """Return text in HTML with its line breaks and columns.
+
+    Args:
+        text: The text as it is printed.
+    """
+    return f"<pre>{html.escape(text)}</pre>"
+
+
 def _row(tag: str, cells: Sequence[object]) -> str:
     """Return one row of a table."""
     parts = []

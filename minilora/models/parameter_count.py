@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from minilora.common import unwrap_model
+from minilora.common.notebook import html_table
 from minilora.quant.nf4_linear import NF4Linear
 
 
@@ -28,6 +29,16 @@ class ParameterCount:
             f"{self.trainable:,} trainable of {self.total:,} parameters ({share:.2%}), "
             f"{self.stored_bytes / 1e6:,.1f} MB stored"
         )
+
+    def _repr_html_(self) -> str:
+        share = self.trainable / max(self.total, 1)
+        rows = [
+            ("trainable parameters", f"{self.trainable:,}"),
+            ("all parameters", f"{self.total:,}"),
+            ("share that trains", f"{share:.2%}"),
+            ("stored", f"{self.stored_bytes / 1e6:,.1f} MB"),
+        ]
+        return html_table([], rows)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.common import unwrap_model
+from minilora.common.notebook import html_table
 from minilora.data.packing import join
 from minilora.lora.active import disable_adapters
 from minilora.lora.config import LoRAConfig
@@ -89,6 +90,14 @@ class TrainingCheck:
             figures = f"{check.name:<10}{check.measured:12.2e}{check.bound:12.2e}"
             lines.append(f"{figures}  {verdict}  {check.meaning}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for check in self.checks:
+            verdict = "ok" if check.passed else "FAILED"
+            figures = [f"{check.measured:.2e}", f"{check.bound:.2e}"]
+            rows.append([check.name, *figures, verdict, check.meaning])
+        return html_table(["check", "measured", "bound", "", ""], rows)
 
 
 def check_training(model: nn.Module, tokenizer: Any, *, rows: Any = None) -> TrainingCheck:

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minilora.common.notebook import html_table
 from minilora.data.loss_mask import IGNORE, Example
 from minilora.data.read_rows import read_dataset
 from minilora.data.tokenizer import load_tokenizer
@@ -121,12 +122,24 @@ class ExportComparison:
                 figures = f"{stage.kl:10.2e}{stage.difference:10.2e}{stage.top1:8.1%}"
             line = f"{stage.name:<16}{stage.verdict:<12}{figures}  {stage.note}"
             lines.append(line.rstrip())
+        return "\n".join([*lines, self._summary()])
+
+    def _summary(self) -> str:
         if self.first is None:
             summary = "no stage is different"
         else:
             summary = f"first different: {self.first.name}"
-        lines.append(f"{summary}; {self.tokens} tokens, rounded up to KL = {self.tolerance:g}")
-        return "\n".join(lines)
+        return f"{summary}; {self.tokens} tokens, rounded up to KL = {self.tolerance:g}"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for stage in self.stages:
+            figures = ["", "", ""]
+            if not math.isnan(stage.kl):
+                figures = [f"{stage.kl:.2e}", f"{stage.difference:.2e}", f"{stage.top1:.1%}"]
+            rows.append([stage.name, stage.verdict, *figures, stage.note])
+        header = ["stage", "verdict", "KL, nats", "max |Δ|", "top-1", ""]
+        return html_table(header, rows, [self._summary()])
 
 
 def compare_exports(

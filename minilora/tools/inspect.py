@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from minilora.common import read_json, read_tensors
+from minilora.common.notebook import html_text
 from minilora.lora.config import LoRAConfig
 from minilora.lora.files.adapter_tensors import PREFIX
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config, result_folder
@@ -96,6 +97,9 @@ class Inspection:
         for (name, dtype, shape), count in counts.items():
             lines.append(f"  {count:>4} × {name:<60}{dtype:>5} {shape}")
         return "\n".join(lines + self._layer_lines())
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def _layer_lines(self) -> list[str]:
         """Return the table of layers, or an empty list."""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from minilora.common import column_widths, read_json, unwrap_model
+from minilora.common.notebook import html_text
 from minilora.hub import HUB_ID, download, resolve
 from minilora.lora.config import LoRAConfig
 from minilora.lora.registry import lora_configs
@@ -153,6 +154,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         text = table([self])
         return f"{text}\n{self.verdict}" if self.verdict else text
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
 
     def plot(self, path: str | Path | None = None, *others: "MemoryPlan") -> Any:
         """Draw this plan and others as bars that are stacked by part; see plot.memory.
