@@ -81,6 +81,8 @@ def check_weight(t: Any, weight: ml.NF4Weight, source: Tensor | None) -> None:
         found = reference.double_quantize(value["absmax"])
         assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
         assert torch.equal(value["centred absmax"], absmax - value["offset"])
+        names = list(value)
+        assert names.index("offset") < names.index("centred absmax") < names.index("nested absmax")
     exact = value["level"] * weight.absmax.repeat_interleave(weight.blocksize)[:n].view(shape)
     assert torch.equal(value["error"], exact - source)
 

@@ -1,7 +1,7 @@
 """Steps between a weight and its 4 bits, in the names of the specification (nf4/reference.py).
 
     quantise         block → absmax → normalised → code → nibbles → byte
-    double quantise  absmax → centred absmax → nested absmax → nested code
+    double quantise  absmax → offset → centred absmax → nested absmax → nested code
     dequantise       byte → nibbles → code → level · absmax = W
 
 Stored values can be shown at any time. The values that exist only while quantising (block,
@@ -38,12 +38,15 @@ def weight_rows(weight: NF4Weight, source: Tensor | None) -> Iterator[Row]:
     nibbles = torch.stack([weight.packed >> 4, weight.packed & 0xF], dim=1)  # (⌈n/2⌉, 2)
     code = unpack(weight.packed)[:n]  # (n,)
     if source is not None:
-        yield from _quantisation_rows(weight, source.detach().to(weight.device), code)
+        yield from _quantisation_rows(weight, source, code)
     yield code.view(weight.shape), "code", "number of thresholds below normalised"
     yield nibbles, "nibbles", "pairs of codes"
     yield weight.packed, "byte", "16 · first nibble + second"
     if weight.nested_absmax is not None and weight.offset is not None:
         yield weight.offset, "offset", "mean(absmax)"
+        if source is not None:
+            _, absmax = scaled_blocks(_flat(source, weight), weight.blocksize)  # (K,)
+            yield absmax - weight.offset, "centred absmax", "absmax - offset"
         yield weight.nested_absmax, "nested absmax", "max |absmax - offset| of 256 blocks"
         yield weight.scales, "nested code", "number of midpoints below centred / nested absmax"
         yield weight.absmax, "decoded absmax", "map[nested code] · nested absmax + offset"
@@ -56,13 +59,18 @@ def weight_rows(weight: NF4Weight, source: Tensor | None) -> Iterator[Row]:
         yield error, "error", "level · absmax - the source"
 
 
+def _flat(source: Tensor, weight: NF4Weight) -> Tensor:
+    """Return the dense weight as the quantiser reads it: flat, in fp32."""
+    return source.detach().to(weight.device).reshape(-1).float()
+
+
 def _quantisation_rows(weight: NF4Weight, source: Tensor, code: Tensor) -> Iterator[Row]:
     """Generate the steps that exist only while quantising; refuse a source with other codes."""
     if source.shape != weight.shape:
         raise ValueError(
             f"source: expected the shape {tuple(weight.shape)}, got {tuple(source.shape)}."
         )
-    flat = source.reshape(-1).float()  # (n,)
+    flat = _flat(source, weight)  # (n,)
     B = weight.blocksize
     normalised, absmax = scaled_blocks(flat, B)  # (K, B), (K,)
     source_code = torch.bucketize(normalised, nf4_thresholds().to(flat.device))  # (K, B)
@@ -77,5 +85,3 @@ def _quantisation_rows(weight: NF4Weight, source: Tensor, code: Tensor) -> Itera
     yield block, "block", f"the weight, {B} values a row"
     yield absmax, "absmax", "max |block|"
     yield normalised, "normalised", "block · (1 / absmax)"
-    if weight.offset is not None:
-        yield absmax - weight.offset, "centred absmax", "absmax - offset"
