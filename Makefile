@@ -2,6 +2,7 @@
 #
 #   make demo                    fine-tune a real model, print a table of before and after
 #   make demo TASK=address       the same on US addresses -> JSON
+#   make learn                   open the notebooks in JupyterLab (LAB=--no-browser: print its address)
 #   make test                    lint, types and the fast tests
 #   make test ISA=avx2           the same as on a processor without AVX-512 (or ISA=default: with SSE alone)
 #   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch without CUDA
@@ -11,6 +12,7 @@ VENV ?= .venv
 TASK ?= icd10
 WORKERS ?= 2
 ISA ?=
+LAB ?=
 TORCH_INDEX ?=
 
 TRITONS := 3.3.0 3.9.0
@@ -19,7 +21,7 @@ PIP := $(BIN)/python -m pip
 FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install tritons demo test test-all check-demo lint format types bench pictures notebooks docs clean
+.PHONY: help venv install tritons demo learn test test-all check-demo lint format types bench pictures notebooks docs clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,10 +38,15 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) install -qq -c constraints.txt $(FIND_TORCH) -e '.[gguf]'
 	@touch $@
 
+$(VENV)/.learn: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "setting up $(VENV), once: pip install -c constraints.txt -e '.[learn]' (minutes)"
+	@$(PIP) install -qq -c constraints.txt $(FIND_TORCH) -e '.[learn]'
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "setting up $(VENV), once: pip install -c constraints.txt -e '.[all]' (minutes)"
 	@$(PIP) install -qq -c constraints.txt $(FIND_TORCH) -e '.[all]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.learn
 
 venv: $(BIN)/python  ## python3 -m venv .venv
 
@@ -58,6 +65,12 @@ install: $(VENV)/.all  ## pip install -c constraints.txt -e '.[all]'
 demo: $(VENV)/.demo  ## python examples/demo.py --task icd10 (or address)
 	$(BIN)/python examples/demo.py --task $(TASK)
 
+# A notebook that exists stays as it is, with what a reader wrote in it: remove it to start again.
+learn: $(VENV)/.learn  ## jupytext --to ipynb notebooks/*.py && jupyter lab notebooks
+	@for source in notebooks/*.py; do \
+	  test -e $${source%.py}.ipynb || $(BIN)/jupytext --quiet --to ipynb $$source || exit 1; done
+	$(BIN)/jupyter-lab $(LAB) notebooks
+
 # Each benchmark prints what it leaves out without a GPU or without the other libraries. scale_8b.py
 # writes its 16 GB only if --folder is given. The longest ones are peers.py (a quarter of an hour),
 # qlora_parity.py and bench_train.py.
@@ -72,10 +85,10 @@ pictures: install  ## python benchmarks/docs/pictures.py && python benchmarks/do
 	$(BIN)/python benchmarks/docs/pictures.py
 	$(BIN)/python benchmarks/docs/explorer.py
 
-notebooks: install  ## jupytext --to ipynb --execute notebooks/*.py
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+notebooks: install  ## python docs/site/executed_notebooks.py: execute those that changed, into out/notebooks
+	$(BIN)/python docs/site/executed_notebooks.py
 
-docs: install  ## python docs/site/pages.py && zensical build -s -f out/zensical.toml: build a site in out/site
+docs: notebooks  ## python docs/site/pages.py && zensical build -s -f out/zensical.toml: a site in out/site
 	$(BIN)/python docs/site/pages.py
 	$(BIN)/zensical build -s -f out/zensical.toml
 

@@ -1,9 +1,10 @@
 """Write the pages of the site to out/pages. `make docs` then runs zensical on them.
 
+    python docs/site/executed_notebooks.py  # minutes, the first time
     python docs/site/pages.py && zensical build -s -f out/zensical.toml
 
 README.md, docs/*.md, …     copied to the same paths, so that their links stay valid
-notebooks/N_name.py         text and cells; with outputs and pictures after `make notebooks`
+notebooks/N_name.py         text and cells; with outputs and pictures after executed_notebooks.py
 other linked files          their text as a page, so that links into the code need no network
 docs/reference.md           followed by every public name, from its signature and docstring
 """
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jupytext
+# This folder is on the path: python puts the folder of the script there.
+import executed_notebooks
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 
@@ -41,12 +43,13 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("zensical.toml"), OUT.parent)
+    shutil.copy(Path(__file__).with_name("site.css"), OUT)
     for path in sorted(WRITTEN):
         page = path.read_text(encoding="utf-8")
         if path.name == "reference.md":
             page += "\n" + described_names()
         write(path, page)
-    for path in sorted(ROOT.glob("notebooks/*.py")):
+    for path in executed_notebooks.sources():
         write(path, notebook(path))
     count = len(list(OUT.rglob("*.md")))
     print(f"{count} pages in {os.path.relpath(OUT)}")
@@ -116,10 +119,10 @@ def staged(path: Path) -> Path:
 
 
 def notebook(path: Path) -> str:
-    """Return a notebook as Markdown, with outputs if its .ipynb exists and is not older."""
-    built = path.with_suffix(".ipynb")
-    is_current = built.exists() and built.stat().st_mtime >= path.stat().st_mtime
-    content = jupytext.read(built if is_current else path)
+    """Return a notebook as Markdown, with outputs if its executed form is up to date."""
+    content = executed_notebooks.current(path) or executed_notebooks.read(
+        path, executed_notebooks.repository()
+    )
     page, resources = MarkdownExporter().from_notebook_node(content)
     pictures = staged(path).with_suffix("")
     for name, picture in resources["outputs"].items():

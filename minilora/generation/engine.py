@@ -230,11 +230,10 @@ class Engine:
                 continue
             try:
                 token = likeliest[i] if row.is_plain else row.choose(logits[i], self.ends)
+                row.score(logits[i], token)
+                pieces.append(row.take(token, self.ends))
             except BrokenGrammar:
                 pieces.append(row.end("grammar"))
-                continue
-            row.score(logits[i], token)
-            pieces.append(row.take(token, self.ends))
         return pieces
 
     def _regroup(self, parts: Sequence[tuple[Context | None, list[Row]]]) -> None:
