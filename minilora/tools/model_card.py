@@ -49,6 +49,9 @@ _OUR_GENERATE = (
 )
 _THEIR_IMPORT = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
 _THEIR_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{0}")'
+# transformers reads a GGUF file by the names of its folder and of the file.
+_THEIR_GGUF_MODEL = 'AutoModelForCausalLM.from_pretrained(".", gguf_file="{0}")  # downloaded'
+_THEIR_GGUF_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained(".", gguf_file="{0}")'
 
 Figures = TrainResult | Scores | Mapping[str, Any]
 
@@ -272,12 +275,17 @@ def _adapter_code(base: str, kinds: list[str]) -> list[str]:
         f'ml.load_adapter(model, "{HERE}")\n'
         f"{_OUR_GENERATE.format(base)}"
     )
+    their_base = f'AutoModelForCausalLM.from_pretrained("{base}")'
+    their_tokenizer = _THEIR_TOKENIZER.format(base)
+    if base.endswith(".gguf"):
+        their_base = _THEIR_GGUF_MODEL.format(base)
+        their_tokenizer = _THEIR_GGUF_TOKENIZER.format(base)
     theirs = (
         "from peft import PeftModel\n"
         f"{_THEIR_IMPORT}"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f"base = {their_base}\n"
         f'model = PeftModel.from_pretrained(base, "{HERE}")\n'
-        f"{_THEIR_TOKENIZER.format(base)}"
+        f"{their_tokenizer}"
     )
     return [ours, theirs]
 

@@ -105,6 +105,32 @@ def test_an_adapters_card_states_its_files_and_figures(folder, tmp_path):
         compile(code, "card", "exec")
 
 
+@pytest.mark.slow  # imports transformers and peft
+def test_the_code_for_peft_loads_a_gguf_base(tmp_path, monkeypatch):
+    """Run the code of the card, without its tokenizer, which the toy file does not have."""
+    dense = toy.llama()
+    ml.save_model(dense, tmp_path / "m.gguf", format="gguf")
+    model = ml.load_model(tmp_path / "m.gguf", dtype="float32")
+    toy.lora(model, targets=["q_proj", "down_proj"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    ml.save_adapter(model, tmp_path / "adapter")
+    ml.write_model_card(tmp_path / "adapter")
+    text = read(tmp_path / "adapter")[2]
+    theirs = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "PeftModel" in c)
+    lines = [line for line in theirs.splitlines() if not line.startswith("tokenizer")]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(lines).replace(HERE, "adapter"), names)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids)
+        found = names["model"](ids).logits
+    assert not torch.allclose(expected, dense(ids), rtol=1e-3)  # the adapter has an effect
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_base_weight_in_an_adapter_file_does_not_count_as_trained(folder):
     """PEFT writes one for an adapted embedding or output layer."""
     tensors = read_tensors(folder / "adapter_model.safetensors")
