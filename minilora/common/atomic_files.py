@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,7 +214,12 @@ def _remove(path: Path) -> None:
 
 def _fsync(path: Path) -> None:
     """Wait until the disk has stored a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    flags = os.O_RDONLY
+    if sys.platform == "win32":
+        if path.is_dir():  # Windows opens no folder
+            return
+        flags = os.O_RDWR  # Windows flushes only a file that may be written
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
