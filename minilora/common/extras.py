@@ -14,6 +14,7 @@ EXTRAS = {  # extra of pyproject.toml -> its packages, by the names that are imp
     "track": ("tensorboard", "trackio", "wandb"),
     "sweep": ("optuna",),
     "serve": ("fastapi", "uvicorn"),
+    "structured": ("llguidance",),
     "test": ("bitsandbytes",),  # read by verify and by adapters on layers of bitsandbytes
 }
 

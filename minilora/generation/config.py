@@ -65,6 +65,13 @@ class GenerationConfig:
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens must be 0 or more, got {self.min_new_tokens!r}")
         self.rule(frozenset(), None)  # checks the other ranges
+        if self.schema is None:
+            return
+        if self.stop or self.min_new_tokens or self.ignore_eos:
+            raise ValueError(
+                "schema: the end of the document is the end of the answer. Leave stop, "
+                "min_new_tokens and ignore_eos out."
+            )
 
     @property
     def stop_texts(self) -> list[str]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilora.common.extras import require
 from minilora.data.chat_template import WithTemplateKwargs
 from minilora.generation.config import GenerationConfig
 from minilora.generation.json_schema import schema_of
@@ -126,9 +127,11 @@ def compile_schema(schema: Any, tokenizer: Any, ends: Collection[int]) -> Gramma
     Raises:
         ValueError: the schema is not valid or uses a keyword that cannot be enforced exactly, or
             the tokenizer is of a kind that llguidance does not know.
-        ModuleNotFoundError: llguidance is not installed.
+        ImportError: llguidance is not installed.
     """
-    llguidance = _llguidance()
+    require("an answer that follows a schema", "llguidance")
+    import llguidance
+
     text = json.dumps(schema_of(schema))
     if not ends:
         raise ValueError("schema: the model has no end token, which must follow the document.")
@@ -178,18 +181,6 @@ def check_complete(answers: Sequence[Sequence[int]], rule: Decoding) -> None:
             f"schema: the answers to prompts {numbers[:8]} are not complete after max_new_tokens = "
             f"{rule.max_new_tokens}: raise it, or limit the schema (maxLength, maxItems)."
         )
-
-
-def _llguidance() -> Any:
-    """Return the package, or raise an error with its install line."""
-    try:
-        import llguidance
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "an answer that follows a schema needs the package llguidance: "
-            "pip install -e '.[structured]'"
-        ) from error
-    return llguidance
 
 
 def _unwrapped(tokenizer: Any) -> Any:

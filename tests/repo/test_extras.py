@@ -14,6 +14,7 @@ import minilora as ml
 from helpers.source import ROOT, import_nodes, is_ours, sources, tree
 from minilora.common.extras import EXTRAS, require
 from minilora.data.read_rows import read_dataset
+from minilora.generation.structured import compile_schema
 from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.serving.serve import check as check_server
 from minilora.training.logs.trackers import check_trackers
@@ -37,6 +38,7 @@ def use(package: str, folder: Path) -> None:
         "optuna": lambda: ml.sweep([], {"r": "4,8"}, folder),
         "fastapi": lambda: check_server(ml.ServeConfig()),
         "uvicorn": lambda: check_server(ml.ServeConfig()),
+        "llguidance": lambda: compile_schema("json", None, {0}),
         "bitsandbytes": lambda: ml.verify(folder, against="bitsandbytes"),
     }
     for tracker in EXTRAS["track"]:

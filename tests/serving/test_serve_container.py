@@ -132,6 +132,8 @@ def test_every_option_named_exists(file: str):
         "from",
     }
     known |= {"interval", "timeout", "start-period", "retries"}
+    known |= {"model", "tasks", "limit", "model_args"}  # lm_eval
+    known |= {"backend", "tokenizer", "profile", "constraint"}  # guidellm
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text(file)))
     assert named <= known, f"{file}: no such option: {sorted(named - known)}"
 

@@ -178,7 +178,7 @@ def test_missing_packages_and_adapter_paths_are_named(model, monkeypatch, capsys
     )
     assert (
         main(["serve", "./nowhere", "--adapter", "a"]) == 1
-        and "expected NAME=PATH" in capsys.readouterr().err
+        and "a: no such folder" in capsys.readouterr().err
     )
 
 

@@ -42,9 +42,9 @@ def test_secrets_are_not_shown(monkeypatch):
 
 
 def test_the_user_is_not_named(monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
-    text = "/home/ann/.cache /home/anna /data/ann/hub /home/ann channel ann-x"
-    assert module._without_user(text) == "~/.cache /home/anna /data/USER/hub ~ channel ann-x"
+    monkeypatch.setattr(Path, "home", lambda: Path("/Users/ann"))
+    text = "/Users/ann/.cache /Users/anna /data/ann/hub /Users/ann channel ann-x"
+    assert module._without_user(text) == "~/.cache /Users/anna /data/USER/hub ~ channel ann-x"
 
 
 @pytest.mark.parametrize(
