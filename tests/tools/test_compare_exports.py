@@ -216,7 +216,6 @@ def test_the_command_prints_the_report_and_returns_its_verdict(place, capsys):
     assert main([*run, "--dtype", "float32", "--rows", "2"]) == 1
     assert "first different: 4 bits" in capsys.readouterr().out
     assert main([*run, "--dtype", "float32", "--rows", "2", "--tolerance", "100"]) == 0
-    with pytest.raises(SystemExit):
-        main(run[:3])
+    assert main(run[:3]) == 1
     assert "--adapter" in capsys.readouterr().err
     assert json.loads((place / "rows.jsonl").read_text().splitlines()[0]) == ROWS[0]

@@ -44,6 +44,8 @@ def test_secrets_are_not_shown(monkeypatch):
 def test_the_user_is_not_named(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/Users/ann"))
     text = "/Users/ann/.cache /Users/anna /data/ann/hub /Users/ann channel ann-x"
+    monkeypatch.setenv("HF_HOME", "/Users/ann/hub")
+    assert "HF_HOME               ~/hub" in str(ml.environment())
     assert module._without_user(text) == "~/.cache /Users/anna /data/USER/hub ~ channel ann-x"
 
 
