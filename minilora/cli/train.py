@@ -14,6 +14,7 @@ from minilora.cli.values import CONFIGS, add_fields
 from minilora.common import check_writable
 from minilora.data.read_rows import check_file
 from minilora.lora.files.find import CONFIG_FILE
+from minilora.lora.files.source import split_source
 from minilora.losses import OBJECTIVES
 from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options
@@ -64,6 +65,7 @@ def train(
     for path in (dataset, eval_dataset, general):
         if isinstance(path, str):
             check_file(path)
+    _check_base(model)
     full = train_config.method == "full"
     if full and dtype == "auto":
         dtype = "float32"
@@ -97,6 +99,17 @@ def train(
     else:
         print("To continue, run the same command with --resume_from_checkpoint last.")
     return INTERRUPTED
+
+
+def _check_base(model: str) -> None:
+    """Refuse a run or an adapter as the model of a new run, because `train` adds an adapter."""
+    base, adapter = split_source(model)
+    if adapter is not None:
+        raise ValueError(
+            f"{model} holds an adapter ({adapter}), and train begins from a base: give {base}. To "
+            "continue a run, repeat its command with --resume_from_checkpoint last; to train "
+            "further from its result, merge the adapter first."
+        )
 
 
 def _result_folder(adapter: str | None, config: ml.TrainConfig, check: bool) -> Path:

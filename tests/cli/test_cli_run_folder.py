@@ -93,9 +93,10 @@ def test_a_base_that_is_not_there_is_reported_with_the_remedy(base, place, tmp_p
         (["merge", "{0}/model", "x"], "expected BASE ADAPTER FOLDER"),
         (["merge", "{0}/out", "{0}/model"], "is the base itself"),
         (["merge", "{0}/out", "{0}/out"], "is the base itself"),
+        (["train", "{0}/out", "{0}/rows.jsonl"], "train begins from a base: give {0}/model"),
         (["compare-exports", "{0}/model", "{0}/rows.jsonl"], "needs an adapter"),
     ],
 )
 def test_wrong_combinations_are_refused(arguments, message, place, capsys):
     assert main([word.format(place) for word in arguments]) == 1
-    assert message in capsys.readouterr().err
+    assert message.format(place) in capsys.readouterr().err
