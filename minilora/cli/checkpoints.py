@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from minilora.lora.files.source import split_source
 from minilora.lora.merging.merge import STORAGES
 from minilora.tools.compare_exports import compare_exports as compare_forms
 from minilora.tools.inspect import inspect as inspect_path
-from minilora.tools.merge_report import MergeReport, first_difference, merge_report
+from minilora.tools.merge_report import MergeReport, first_difference, merge_report, merged_as
 from minilora.tools.verify import verify as verify_checkpoint
 
 LEAST_COSINE = 0.5  # of the stored update with ΔW, below which `merge` refuses 4 bits
@@ -50,7 +49,7 @@ def merge(
             merged model.
         folder: where to write the merged model; None after the folder of a run.
         target: storage of the result; None keeps the dtype of the loaded model.
-        data: held-out rows, to measure the loss of each target; None measures errors alone.
+        data: held-out rows, to measure the loss of each target; None measures the weights alone.
         force: write 4 bits even where they lose most of the adapter.
         loading: quantize, dtype and check_base.
 
@@ -82,10 +81,9 @@ def merge(
             source, _ = load(model, adapter, **dense)
     if target is None:
         target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
-    report = merge_report(loaded, source)
-    if data is not None:
-        report = _with_losses(report, loaded, source, tokenizer, data, target)
+    report = merge_report(loaded, source, tokenizer=tokenizer, data=data)
     print(report)
+    _warn_of_lost_loss(report, target)
     cosine = report.total.cosine.get("nf4", 1.0)
     if target == "nf4" and cosine < LEAST_COSINE and not force:
         raise ValueError(
@@ -93,7 +91,7 @@ def merge(
             f"expected {LEAST_COSINE} or more. Serve it unmerged, merge to bfloat16 or original, "
             "or pass --force."
         )
-    merged = _merged(loaded, source, target)
+    merged: Any = merged_as(loaded, source, target)
     del loaded, source
     layout: dict[str, Any] = {"format": "bnb-4bit"} if target == "nf4" else {}
     ml.save_model(merged, folder, tokenizer=tokenizer, **layout)
@@ -101,34 +99,13 @@ def merge(
     print(f"merged into {folder}; read back, every stage gives the same bits")
 
 
-def _with_losses(
-    report: MergeReport, loaded: Any, source: Any, tokenizer: Any, data: str, target: str
-) -> MergeReport:
-    """Return the report with the loss of every target on `data`; warn where `target` raises it."""
-    losses = {"trained": _loss(loaded, tokenizer, data)}
-    targets = dict.fromkeys(
-        [*report.total.error, target]
-    )  # ml.merge refuses a target that the report lacks
-    for name in targets:
-        losses[name] = _loss(_merged(loaded, source, name), tokenizer, data)
-    if losses[target] > LOSS_WARNING * losses["trained"]:
+def _warn_of_lost_loss(report: MergeReport, target: str) -> None:
+    """Warn if the loss was measured and the merge raises it."""
+    if report.losses.get(target, -1.0) > LOSS_WARNING * report.losses.get("trained", 0.0):
         print(
             f"minilora: warning: merging to {target} raises the loss by more than 0.1 %",
             file=sys.stderr,
         )
-    return replace(report, losses=losses)
-
-
-def _merged(loaded: Any, source: Any, target: str) -> Any:
-    """Return the merged model as a target of the report stores it."""
-    if target == "original":
-        return ml.merge(source)
-    merged = ml.merge(loaded, target)
-    return merged if target == "nf4" else merged.to(STORAGES[target])
-
-
-def _loss(model: Any, tokenizer: Any, data: str) -> float:
-    return ml.evaluate(model, tokenizer, data, max_new_tokens=0).loss
 
 
 def _check_written(merged: Any, folder: str) -> None:

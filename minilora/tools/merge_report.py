@@ -13,23 +13,37 @@ The target "original" uses W₁₆, the 16-bit weight that W was quantised from,
 There M = W₁₆ + ΔW keeps ΔW but removes the quantisation error, which was present during training;
 the error of this target is the quantisation error. All norms are Frobenius norms. W + ΔW is
 computed in fp64, and M as `merge` computes it.
+
+The weights alone do not tell what a merge costs: rounding is an error in random directions, which
+may change the loss by nothing. With held-out rows the report therefore measures losses L:
+
+    kept(t) = (L(base) − L(t)) / (L(base) − L(trained))     the share of what the adapter learned
+
+and ends in one sentence a target. Without rows it states what it cannot know.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.common import named_modules, unwrap_model
+from minilora.common.notebook import html_table
+from minilora.common.progress import ProgressBar
+from minilora.data.read_rows import read_dataset
+from minilora.evaluation.evaluate import evaluate
+from minilora.lora.active import disable_adapters
 from minilora.lora.base_layers.dense_weight import dense_dtype, dense_weight, no_dense_weight
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.changes import deltas
-from minilora.lora.merging.merge import STORAGES, check_dense_weights, merged_weight
+from minilora.lora.merging.merge import STORAGES, check_dense_weights, merge, merged_weight
 from minilora.lora.registry import lora_layers
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.tools.merge_conclusions import conclusion_from_weights, measured_conclusion
 from minilora_kernels import dequantize_nf4, quantize_nf4
 
 SHOWN = 10  # layers in the printed table
@@ -59,7 +73,8 @@ class MergeReport:
     Attributes:
         layers: The layers with an effective adapter, largest error first.
         total: All layers as one long vector.
-        losses: Maps a target, or "trained", to a measured loss; empty if no loss was measured.
+        losses: Maps a target, "trained" (with the adapter) or "base" (without it) to a measured
+            loss; empty if no loss was measured.
     """
 
     layers: tuple[LayerReport, ...]
@@ -78,48 +93,125 @@ class MergeReport:
         lines.append(_table_line(self.total, targets))
         for target, loss in self.losses.items():
             lines.append(f"loss {target:<12}{loss:.4f}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._sentences()])
+
+    def _repr_html_(self) -> str:
+        targets = list(self.total.error)
+        rows = []
+        for layer in [*self.layers[:SHOWN], self.total]:
+            rows.append([layer.name, f"{layer.size:.2%}", *_cells(layer, targets)])
+        if self.losses:
+            losses = [_loss_text(self.losses.get(target)) for target in targets]
+            rows.append(["loss", "", *losses])
+        return html_table(["error / cosine", "‖ΔW‖/‖W‖", *targets], rows, self._sentences())
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The share of what the adapter learned that each target keeps.
+
+        Empty if no loss was measured, or if the adapter does not lower the loss on the rows.
+        """
+        base = self.losses.get("base", -math.inf)
+        trained = self.losses.get("trained", math.inf)
+        if not base > trained:
+            return {}
+        shares = {}
+        for target in self.total.error:
+            if target in self.losses:
+                shares[target] = (base - self.losses[target]) / (base - trained)
+        return shares
+
+    @property
+    def conclusions(self) -> dict[str, str]:
+        """One sentence a target: what a merge into it keeps, and what to do."""
+        kept = self.kept
+        sentences = {}
+        for target in self.total.error:
+            if target in kept:
+                sentences[target] = measured_conclusion(kept, target)
+            else:
+                sentences[target] = conclusion_from_weights(
+                    target, self.total.error[target], self.total.cosine[target]
+                )
+        return sentences
+
+    def _sentences(self) -> list[str]:
+        """Return the conclusions as lines, with a remark on losses that say nothing."""
+        lines = []
+        if "base" in self.losses and not self.kept:
+            lines.append(
+                f"The adapter does not lower the loss on these rows ({self.losses['base']:.4f} "
+                f"without it, {self.losses['trained']:.4f} with it), so they cannot show what a "
+                "merge loses. Give rows of the adapter's task."
+            )
+        for target, sentence in self.conclusions.items():
+            lines.append(f"merge into {target}: {sentence}")
+        return lines
 
 
-def _table_line(layer: LayerReport, targets: list[str]) -> str:
-    """Return a layer's line; a cell is empty where the layer lacks the target."""
-    line = f"{layer.name[-33:]:<34}{layer.size:8.2%}"
+def _cells(layer: LayerReport, targets: list[str]) -> list[str]:
+    """Return error and cosine of each target; empty where the layer lacks the target."""
+    cells = []
     for target in targets:
         cell = ""
         if target in layer.error:
             cell = f"{layer.error[target]:.2g} / {layer.cosine[target]:.3f}"
-        line += f"{cell:>16}"
-    return line
+        cells.append(cell)
+    return cells
+
+
+def _loss_text(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _table_line(layer: LayerReport, targets: list[str]) -> str:
+    """Return a layer's line; a cell is empty where the layer lacks the target."""
+    cells = "".join(f"{cell:>16}" for cell in _cells(layer, targets))
+    return f"{layer.name[-33:]:<34}{layer.size:8.2%}{cells}"
 
 
 @torch.no_grad()
-def merge_report(model: nn.Module, original: nn.Module | None = None) -> MergeReport:
+def merge_report(
+    model: nn.Module,
+    original: nn.Module | None = None,
+    *,
+    tokenizer: Any = None,
+    data: Any = None,
+) -> MergeReport:
     """Measure every layer with an active adapter, without changing the model.
 
-    Layers whose ΔW is zero are left out.
+    Layers whose ΔW is zero are left out. With `data` the losses of the base, of the trained model
+    and of each merge are measured too, one merged copy of the model at a time.
 
     Args:
         model: A model with an active adapter.
         original: A model with the same layer names that contains the weights `model` was
-            quantised from; it adds the target "original". None leaves that target out.
+            quantised from; it adds the target "original". None leaves that target out. Its loss
+            is measured if the same adapter is active in it.
+        tokenizer: The model's tokenizer, for `data`.
+        data: Held-out rows of the adapter's task, in any form that `train` accepts. None measures
+            no loss.
 
     Returns:
-        The figures by layer and in total.
+        The figures by layer and in total, and one sentence a target.
 
     Raises:
-        ValueError: No active adapter changes a weight, a dense weight cannot be read, or `original`
-            lacks a layer or contains it in another shape.
+        ValueError: No active adapter changes a weight, a dense weight cannot be read, `original`
+            lacks a layer or contains it in another shape, or `data` has no `tokenizer`.
     """
+    if data is not None and tokenizer is None:
+        raise ValueError("data: the loss of rows needs the tokenizer, which is None: pass it.")
     model = unwrap_model(model)
     check_dense_weights(model)
     sums_by_layer: dict[str, dict[str, Tensor]] = {}
-    for path, layer in lora_layers(model).items():
-        if not layer.active:
-            continue
-        sums = _sums(path, layer, original)
-        delta_square = sums["float32"][0]
-        if delta_square:
-            sums_by_layer[path] = sums
+    active = {path: layer for path, layer in lora_layers(model).items() if layer.active}
+    with ProgressBar("measure", len(active), "layer") as bar:
+        for path, layer in active.items():
+            sums = _sums(path, layer, original)
+            delta_square = sums["float32"][0]
+            if delta_square:
+                sums_by_layer[path] = sums
+            bar.update()
     if not sums_by_layer:
         raise ValueError(
             "no active adapter changes anything: call load_adapter, set_adapter or train first."
@@ -131,7 +223,49 @@ def merge_report(model: nn.Module, original: nn.Module | None = None) -> MergeRe
             total[target] = total.get(target, 0) + values  # (5,)
     layers = [_report(path, sums) for path, sums in sums_by_layer.items()]
     layers.sort(key=lambda layer: -max(layer.error.values()))
-    return MergeReport(tuple(layers), _report("all layers", total))
+    report = MergeReport(tuple(layers), _report("all layers", total))
+    if data is None:
+        return report
+    return replace(report, losses=_losses(model, original, list(total), tokenizer, data))
+
+
+def merged_as(model: nn.Module, original: nn.Module | None, target: str) -> nn.Module:
+    """Return the merged model as a target of the report stores it.
+
+    Args:
+        model: The model with its active adapter.
+        original: The model that was quantised, with the same adapter; for the target "original".
+        target: "original", or a key of STORAGES.
+    """
+    if target == "original":
+        assert original is not None
+        return merge(original)
+    merged = merge(model, target)
+    dtype = STORAGES.get(target)
+    return merged if dtype is None else merged.to(dtype)
+
+
+def _losses(
+    model: nn.Module, original: nn.Module | None, targets: list[str], tokenizer: Any, data: Any
+) -> dict[str, float]:
+    """Return the losses without the adapter, with it, and after each merge."""
+    rows = read_dataset(data)
+
+    def loss(measured: nn.Module) -> float:
+        return evaluate(measured, tokenizer, rows, max_new_tokens=0).loss
+
+    with disable_adapters(model):
+        losses = {"base": loss(model)}
+    losses["trained"] = loss(model)
+    for target in targets:
+        if target == "original" and not _has_active_adapter(original):
+            continue
+        losses[target] = loss(merged_as(model, original, target))
+    return losses
+
+
+def _has_active_adapter(model: nn.Module | None) -> bool:
+    return model is not None and any(layer.active for layer in lora_layers(model).values())
 
 
 @torch.inference_mode()

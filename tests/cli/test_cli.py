@@ -246,7 +246,8 @@ def test_merge_reports_a_damaged_folder_and_a_higher_loss(place, adapter, capsys
     )
     merge = ml.merge
     monkeypatch.setattr(
-        ml, "merge", lambda *given: torch.nn.Module.apply(merge(*given), zero_norms)
+        "minilora.tools.merge_report.merge",
+        lambda *given: torch.nn.Module.apply(merge(*given), zero_norms),
     )
     main([*run, "--data", str(place / "rows.jsonl")])
     assert "raises the loss" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from helpers import tiny
-from helpers.toy import llama, lora
+from helpers.toy import Letters, llama, lora, rows
+from minilora.evaluation.evaluate import evaluate
 from minilora.lora.active import disable_adapters
 from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import inject
@@ -20,7 +21,15 @@ from minilora.lora.merging.merge import merge
 from minilora.lora.registry import lora_layers
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantize_model import quantize_model
-from minilora.tools.merge_report import SHOWN, first_difference, merge_report
+from minilora.tools.merge_report import (
+    SHOWN,
+    LayerReport,
+    MergeReport,
+    first_difference,
+    merge_report,
+)
+from minilora.training.config import TrainConfig
+from minilora.training.loop import train
 from tests.lora.test_merge import TOKENS, model_with_adapter
 
 WIDTH, RANK = 512, 8
@@ -211,6 +220,58 @@ def test_the_first_stage_that_differs_is_named():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     assert first_difference(model, other, TOKENS) == "model.layers.1.mlp.up_proj"
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- conclusions
+
+
+def report_with(losses: dict[str, float]) -> MergeReport:
+    """Return a report of three targets with these losses."""
+    error = {"float32": 1e-6, "bfloat16": 0.4, "nf4": 1.1}
+    cosine = {"float32": 1.0, "bfloat16": 0.9, "nf4": 0.03}
+    return MergeReport((), LayerReport("all layers", 0.01, error, cosine), losses)
+
+
+def test_conclusions_follow_the_measured_losses():
+    measured = report_with(
+        {"base": 3.0, "trained": 1.0, "float32": 1.0, "bfloat16": 1.06, "nf4": 2.08}
+    )
+    assert measured.kept == pytest.approx({"float32": 1.0, "bfloat16": 0.97, "nf4": 0.46})
+    assert measured.conclusions == {
+        "float32": "keeps 100.0% of what the adapter learned; safe.",
+        "bfloat16": "keeps 97.0% of what the adapter learned; a small loss.",
+        "nf4": "loses 54% of what the adapter learned; keep the adapter separate, or merge into "
+        "float32.",
+    }
+    assert "merge into nf4: loses 54%" in str(measured) and "nf4: loses" in measured._repr_html_()
+
+
+def test_conclusions_without_rows_state_what_is_unknown():
+    weights = report_with({}).conclusions
+    assert weights["float32"].endswith("safe.")
+    assert "cannot tell what this costs" in weights["bfloat16"]
+    assert weights["nf4"].startswith("keeps little of the adapter's update (cosine 0.03)")
+    useless = report_with({"base": 1.0, "trained": 1.0, "float32": 1.0})
+    assert useless.kept == {} and "does not lower the loss on these rows" in str(useless)
+
+
+def test_report_with_data_measures_each_merge():
+    model = llama()
+    quantize_model(model)
+    inject(model, LoRAConfig(r=4, target_modules="all-linear"))
+    data = rows(6)
+    train(model, Letters(), data, TrainConfig(max_steps=3, learning_rate=0.02))
+    report = merge_report(model, tokenizer=Letters(), data=data)
+    assert list(report.losses) == ["base", "trained", "float32", "bfloat16", "float16", "nf4"]
+    for target in report.total.error:
+        merged = merge(model, target).float() if target != "nf4" else merge(model, target)
+        loss = evaluate(merged, Letters(), data, max_new_tokens=0).loss
+        # the report computes 16-bit merges in 16 bits
+        assert report.losses[target] == pytest.approx(loss, rel=0.02)
+    trained = evaluate(model, Letters(), data, max_new_tokens=0).loss
+    assert report.losses["trained"] == trained < report.losses["base"]
+    with pytest.raises(ValueError, match="needs the tokenizer"):
+        merge_report(model, data=data)
 
 
 # ---- error
