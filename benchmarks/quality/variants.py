@@ -1,16 +1,18 @@
-"""LoRA, DoRA, PiSSA and LoftQ with one budget.
+"""LoRA, DoRA, PiSSA and LoftQ with one budget, each at its own best learning rate.
 
-    python benchmarks/quality/variants.py
+    python benchmarks/quality/variants.py --learning_rates 1e-4 5e-4 2e-3
 
 All variants have one model (SmolLM2-135M-Instruct), one task (diagnosis -> chapter of ICD-10-CM),
-the same rows in the same order, the same number of steps, r = 16 on every linear layer, one
-learning rate and --seeds seeds. Each run has a separate process.
+the same rows in the same order, the same number of steps, r = 16 on every linear layer, and
+--seeds seeds at each learning rate. Each run has a separate process. At one rate the variants
+cannot be compared: their factors start with different sizes (arXiv:2602.04998).
 
     lora, dora, pissa       a dense base
     qlora, qdora, loftq     a 4-bit base: NF4(W), or the result of LoftQ's iterations on W
 
 Seconds are those of a training step. Loss and exact match are those of held-out rows: means over
-the seeds, ± half their range. The last line is one JSON document.
+the seeds, ± half their range. `best` marks the rate with a variant's lowest mean loss; if it is the
+first or the last one, the best rate may lie outside. The last line is one JSON document.
 """
 
 import argparse
@@ -51,7 +53,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--test_rows", type=int, default=300)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-4, 5e-4, 2e-3])
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of --variant")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--short",
@@ -67,35 +70,43 @@ def main() -> None:
     options = parser.parse_args()
     if options.short:
         options.steps, options.batch, options.test_rows, options.seeds = 2, 2, 4, 1
+        options.learning_rates = options.learning_rates[:1]
     if options.variant:
         print(json.dumps(run(options.variant, options)))
         return
-    given = [
-        f"--{name}={getattr(options, name)}"
-        for name in ("steps", "batch", "test_rows", "learning_rate")
-    ]
+    given = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "test_rows")]
     dtype = compute_dtype(options.dtype)
     document: dict[str, Any] = {"benchmark": "variants", **machine(dtype), "steps": options.steps}
     given.append(f"--dtype={dtype_name(dtype)}")
     if options.short:
         given.append("--short")
-    table = {}
-    print(f"{'':<8}" + "".join(f"{name:>20}" for name in SHOWN))
+    table: dict[str, Any] = {}
+    print(f"{'':<16}" + "".join(f"{name:>20}" for name in SHOWN))
     with tempfile.TemporaryDirectory() as folder:
         model = small_chat_model(Path(folder), dtype) if options.short else options.model
         if model:
             given.append(f"--model={model}")
         for name in VARIANTS:
-            runs = [
-                fresh(__file__, "--variant", name, "--seed", seed, *given)
-                for seed in range(options.seeds)
-            ]
-            table[name] = {key: [found[key] for found in runs] for key in SHOWN}
-            cells = [f"{cell(values):>20}" for values in table[name].values()]
-            print(f"{name:<8}" + "".join(cells), flush=True)
+            table[name] = sweep(name, options.learning_rates, options.seeds, given)
     print(f"{options.steps} steps of {options.batch} rows, ", end="")
     print(f"{options.test_rows} rows held out, {options.seeds} seeds")
     print(json.dumps(document | {"variants": table}))
+
+
+def sweep(variant: str, rates: list[float], seeds: int, given: list[str]) -> dict[str, Any]:
+    """Train a variant at every rate; print a line for each, and return the figures by rate."""
+    found = {}
+    for rate in rates:
+        runs = []
+        for seed in range(seeds):
+            fixed = ("--variant", variant, "--seed", seed, "--learning_rate", rate)
+            runs.append(fresh(__file__, *fixed, *given))
+        found[rate] = {key: [figures[key] for figures in runs] for key in SHOWN}
+        cells = [f"{cell(values):>20}" for values in found[rate].values()]
+        print(f"{variant:<8}{rate:<8g}" + "".join(cells), flush=True)
+    best = min(rates, key=lambda rate: sum(found[rate]["loss"]))
+    print(f"{variant:<8}best: {best:g}", flush=True)
+    return {"best": best, "rates": {f"{rate:g}": figures for rate, figures in found.items()}}
 
 
 def cell(values: list[float]) -> str:

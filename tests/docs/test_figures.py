@@ -42,10 +42,7 @@ FIGURES: dict[str, dict[str, list[str]]] = {
         "Limits": ["given: a setting of minilora/serving/middleware.py"],
     },
     "docs/speed.md": {"Speed and memory": [PEERS]},
-    "docs/variants.md": {
-        "Variants of LoRA": ["log: the variants in the same budget"],
-        "Several adapters": [SERVED],
-    },
+    "docs/variants.md": {"Several adapters": [SERVED]},
     "docs/when.md": dict.fromkeys(
         (
             "Prompt, retrieve or fine-tune?",
@@ -158,7 +155,7 @@ def rows(said: str) -> dict[str, list[str]]:
 
 def test_rows_of_tables_equal_those_of_the_log():
     """Compare whole rows, and the figures of the README with those of docs/speed.md."""
-    pages = {"docs/when.md": 20, "docs/serve.md": 3, "docs/variants.md": 6}  # page -> least rows
+    pages = {"docs/when.md": 20, "docs/serve.md": 3}  # page -> least rows
     for page, least in pages.items():
         found = [
             line for line in text(page).splitlines() if re.match(r"\| [^|]+ \| [\d,.]+ \|", line)
