@@ -221,7 +221,11 @@ def test_transformers_llama_tokenizers_are_taken(tmp_path):
     with pytest.warns(UserWarning, match="first"):
         fields = to_fields(made, len(made))
     assert (fields.model, fields.unk_token_id, fields.token_types[0]) == ("llama", 0, 2)
-    assert Tokenizer(*build(fields, "x")).encode("the object") == made.encode("the object")
+    again = Tokenizer(*build(fields, "x"))
+    assert again.encode("the object") == made.encode("the object")
+    # transformers ignores a leading space; sentencepiece and the file read again do not.
+    assert made.encode(" the object") == made.encode("the object")
+    assert again.encode(" the object") != again.encode("the object")
 
 
 # ---- property
