@@ -237,8 +237,9 @@ def test_addressed_puts_the_repository_into_the_card(folder):
 def test_card_errors(folder, tmp_path):
     with pytest.raises(ValueError, match=r"figures: \['evaluation loss', .* are given twice"):
         ml.write_model_card(folder, result(), result())
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="expected a folder with .safetensors"):
-        ml.write_model_card(tmp_path)
+        ml.write_model_card(tmp_path / "empty")
     with pytest.raises(OSError, match="absent.jsonl"):
         ml.write_model_card(folder, dataset="absent.jsonl")
     assert not (folder / "README.md").exists()

@@ -16,7 +16,7 @@ from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.tools.memory_plan.parts import PARTS
 
-pytest.importorskip("matplotlib", reason="pictures need the extra: pip install 'minilora[plot]'")
+pytest.importorskip("matplotlib", reason="pictures need the extra: pip install -e '.[plot]'")
 
 
 # ---- oracle: the drawn data
@@ -192,5 +192,5 @@ def test_invalid_input_raises_with_the_reason(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="'xyz' is not supported"):
         ml.plot.codebook(path=tmp_path / "a.xyz")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'minilora\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[plot\]'"):
         ml.plot.codebook()

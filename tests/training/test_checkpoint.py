@@ -196,6 +196,7 @@ def test_save_total_limit_keeps_the_newest(tmp_path):
         "checkpoint-6",
         "checkpoint-7",
         "log.jsonl",
+        "run.json",
     ]
 
 
@@ -227,6 +228,7 @@ def test_a_failure_while_saving_leaves_the_checkpoints_before_it(tmp_path, monke
         "checkpoint-1",
         "checkpoint-2",
         "log.jsonl",
+        "run.json",
     ]
     monkeypatch.setattr(checkpoint, stage, real)
     resumed, _ = run(tmp_path, resume_from_checkpoint="last")

@@ -320,6 +320,7 @@ def test_quiet_when_not_a_terminal(capsys, monkeypatch):
             return True
 
     terminal = Terminal()
+    monkeypatch.setattr("minilora.common.progress.DELAY", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     train(lora(), Letters(), rows(), TrainConfig(**FAST))
     shown = terminal.getvalue()

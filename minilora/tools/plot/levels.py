@@ -51,7 +51,7 @@ def _draw_levels(axes: Any) -> None:
     levels = nf4_codebook()  # (16,)
     edges = [-1.2, *nf4_thresholds().tolist(), 1.2]
     for code, level in enumerate(levels):
-        x = torch.linspace(edges[code], edges[code + 1], 9, dtype=torch.float32)  # (9,)
+        x = torch.linspace(edges[code], edges[code + 1], 9, dtype=torch.float64)  # (9,)
         shade = "#dddddd" if code % 2 == 0 else "#f3f3f3"
         axes.fill_between(x, _density(x), color=shade, linewidth=0)
         # the label stands outside the curve: left of it for low codes, right of it for high ones
@@ -69,7 +69,7 @@ def _draw_levels(axes: Any) -> None:
             fontsize=7,
         )
     axes.vlines(levels, 0, _density(levels), colors=line(0)["color"], label="level, with its code")
-    x = torch.linspace(-1.2, 1.2, 97, dtype=torch.float32)  # (97,)
+    x = torch.linspace(-1.2, 1.2, 97, dtype=torch.float64)  # (97,)
     axes.plot(x, _density(x), color="black", linewidth=0.8, label="normal distribution")
     axes.set(
         title="NF4: levels at even quantiles of the normal distribution",
@@ -80,8 +80,12 @@ def _draw_levels(axes: Any) -> None:
 
 
 def _density(x: Tensor) -> Tensor:
-    """Return the density of the normal distribution whose quantile at P_MAX is 1."""
-    sigma = 1 / torch.special.ndtri(torch.tensor(P_MAX, dtype=torch.float32)).item()
+    """Return the density of the normal distribution whose quantile at P_MAX is 1, in fp64.
+
+    In fp32 the last digits of a picture would depend on the instruction set.
+    """
+    x = x.double()
+    sigma = 1 / torch.special.ndtri(torch.tensor(P_MAX, dtype=torch.float32).double()).item()
     return (-0.5 * (x / sigma) ** 2).exp() / (sigma * math.sqrt(2 * math.pi))
 
 
