@@ -9,6 +9,7 @@ from minilora.common import __version__ as __version__
 from minilora.data.chat.tool_calls import parse_tool_calls
 from minilora.data.mixture import mix_datasets, train_test_split
 from minilora.data.preview import Preview, preview
+from minilora.data.sources.load_dataset import load_dataset
 from minilora.data.tokenizer import load_tokenizer
 from minilora.evaluation import samples
 from minilora.evaluation.code_execution import pass_at_1
@@ -122,6 +123,7 @@ __all__ = [
     "inspect",
     "list_adapters",
     "load_adapter",
+    "load_dataset",
     "load_model",
     "load_tokenizer",
     "losses",

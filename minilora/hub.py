@@ -76,6 +76,8 @@ def download(
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool | None = None,
+    *,
+    repo_type: str = "model",
 ) -> Path:
     """Fetch files of a repository that are not in the cache, and return the cached folder.
 
@@ -85,6 +87,7 @@ def download(
         revision: Branch, tag or commit; None is the main branch.
         token: Access token for the Hub; None uses the token of `hf auth login`.
         local_files_only: Use the cache only and never the network.
+        repo_type: "model" or "dataset".
 
     Raises:
         OSError: The Hub does not provide it. The message contains the remedy.
@@ -95,9 +98,36 @@ def download(
         "revision": revision,
         "token": token,
         "local_files_only": bool(local_files_only),
+        "repo_type": repo_type,
     }
     with explained(repo, revision):
         return Path(snapshot_download(repo, allow_patterns=patterns, **options))
+
+
+def list_dataset_files(
+    repo: str, revision: str | None = None, token: str | None = None
+) -> list[str]:
+    """Return the names of the files of a data set; in offline mode, of those in the cache.
+
+    Args:
+        repo: Hub id of the data set.
+        revision: Branch, tag or commit; None is the main branch.
+        token: Access token for the Hub; None uses the token of `hf auth login`.
+
+    Raises:
+        OSError: The Hub does not provide it. The message contains the remedy.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        # A pattern without a file, because huggingface_hub asks for every file of a pattern.
+        folder = download(repo, ["*.absent"], revision, token, True, repo_type="dataset")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return sorted(path.relative_to(folder).as_posix() for path in files)
+    with explained(repo, revision):
+        return sorted(
+            HfApi(token=token).list_repo_files(repo, repo_type="dataset", revision=revision)
+        )
 
 
 def cached_file(repo: str, name: str) -> Path | None:

@@ -10,7 +10,7 @@ text.py          generate, serve
 evaluate.py      evaluate
 checkpoints.py   merge, verify, compare-exports, inspect, push
 plan.py          plan, env
-preview.py       preview, and the lines that train prints about its data
+preview.py       preview, the data options, and the lines that train prints about its data
 plot.py          plot
 runs.py          runs
 """

@@ -17,6 +17,7 @@ from minilora.cli.options import (
     load,
     storage_options,
 )
+from minilora.cli.preview import add_data_options, take_data_options
 from minilora.data.read_rows import check_file
 from minilora.lora.files.source import split_source
 from minilora.lora.merging.merge import STORAGES
@@ -145,12 +146,12 @@ def compare_exports(model: str, dataset: str, adapter: str | None, **options: An
         model: Hub id, folder or .gguf file of the base.
         dataset: rows whose prompts are answered.
         adapter: folder or Hub id of the adapter; None takes the adapter of the run `model`.
-        options: options of ml.compare_exports; None leaves the default.
+        options: options of ml.compare_exports, where None leaves the default, and the data options.
 
     Returns:
         The exit status: 1 if a form differs.
     """
-    check_file(dataset)
+    data = take_data_options(options).load(dataset)
     given = {name: value for name, value in options.items() if value is not None}
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
@@ -160,7 +161,7 @@ def compare_exports(model: str, dataset: str, adapter: str | None, **options: An
         )
     storage = storage_options(base, [folder], given.pop("quantize", None))
     given["quantize"] = storage.get("quantize")
-    report = compare_forms(base, folder, dataset, **given)
+    report = compare_forms(base, folder, data, **given)
     print(report)
     return int(report.first is not None)
 
@@ -237,6 +238,7 @@ def _add_compare_exports(commands: Any) -> None:
     parser.add_argument(
         "--tolerance", type=float, help="KL in nats that counts as rounding (default 0.01)"
     )
+    add_data_options(parser)
 
 
 def _add_push(commands: Any) -> None:

@@ -14,9 +14,9 @@ from minilora.cli.options import (
     base_and_adapter,
     load,
 )
+from minilora.cli.preview import add_data_options, take_data_options
 from minilora.common import check_writable
 from minilora.data.chat_template import as_trained
-from minilora.data.read_rows import check_file
 from minilora.evaluation.metrics import NAMED, SHORT_NAMES, metric_functions
 from minilora.lora.files.save_load import find_adapter
 
@@ -40,19 +40,20 @@ def evaluate(
 
     Args:
         model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
-        dataset: file of rows.
+        dataset: file of rows, or a data set on the Hub.
         adapter: folder or Hub id of an adapter; None uses that of `model`, or the
             base alone.
         compare: "base", or folder or Hub id of another adapter to compare with; None compares
             nothing.
         out: file for the rows with their answers; None writes none.
         show: number of rows with the lowest scores to print.
-        options: quantize, dtype and check_base of loading, and options of ml.evaluate.
+        options: quantize, dtype and check_base of loading, options of ml.evaluate, and the
+            data options.
 
     Raises:
         ValueError: an option is invalid, or has no effect.
     """
-    check_file(dataset)
+    rows = take_data_options(options).load(dataset)
     metric_functions(options["metrics"])
     if out is not None:
         _check_output(Path(out))
@@ -68,10 +69,10 @@ def evaluate(
         check_base = loading["check_base"]
         ml.load_adapter(loaded, other, COMPARED, tokenizer=tokenizer, check_base=check_base)
         ml.set_adapter(loaded, "default")
-    scores = ml.evaluate(loaded, tokenizer, dataset, **options)
+    scores = ml.evaluate(loaded, tokenizer, rows, **options)
     before = None
     if compare is not None:
-        before = _scores_before(loaded, tokenizer, dataset, other, options)
+        before = _scores_before(loaded, tokenizer, rows, other, options)
     if out is not None:
         scores.write(out, before)
     _print(scores, before, (compare or "", adapter or ""), show)
@@ -101,7 +102,7 @@ def _compared_adapter(compare: str | None, adapter: str | None) -> Path | None:
 
 
 def _scores_before(
-    model: Any, tokenizer: Any, dataset: str, other: Path | None, options: dict[str, Any]
+    model: Any, tokenizer: Any, dataset: Any, other: Path | None, options: dict[str, Any]
 ) -> ml.Scores:
     """Return the scores of the base, or of the other adapter, on the same rows."""
     if other is not None:
@@ -136,6 +137,7 @@ def add_commands(commands: Any) -> None:
         commands: the subparsers of the program.
     """
     parser = add_command(commands, evaluate, "model", "dataset")
+    add_data_options(parser)
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])
     parser.add_argument(
         "--compare",

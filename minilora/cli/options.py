@@ -21,7 +21,8 @@ POSITIONAL = {
     "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
     "path": "folder of a model, an adapter or a run, or .gguf file",
     "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, "
-    "prompt/completion or text rows",
+    "prompt/completion or text rows; or a data set on the Hub: owner/name, owner/name:split or "
+    "owner/name:file",
     "prompt": "the prompt to answer; - or none reads it from stdin",
     "adapter": "folder or Hub id of an adapter in PEFT's format, or the folder of a run",
     "folder": "where to write the merged model",

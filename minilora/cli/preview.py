@@ -1,46 +1,235 @@
-"""The command preview, and the lines that `minilora train` prints about its data."""
+"""The command preview, the data options of several commands, and what train prints of its data."""
 
+import argparse
 import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from minilora.cli.options import add_command, add_template_kwargs
+from minilora.cli.values import parse_value
 from minilora.data import dataset_facts
 from minilora.data import preview as show
+from minilora.data.chat.values import present
+from minilora.data.formats import shape_of, unknown_shape
+from minilora.data.read_rows import check_file, iterate_dataset
+from minilora.data.sources.load_dataset import file_of, load_dataset
+from minilora.data.sources.proposal import as_option, mean_length, propose_columns
 from minilora.data.tokenizer import load_tokenizer
 from minilora.losses.sft import SFT
 from minilora.training.config import TrainConfig
 
+SAMPLE = 200  # rows that show the meaning of unknown columns
+SEPARATORS = {"tab": "\t", "\\t": "\t"}  # as written on a command line
+
+
+# ---- data options
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The options of ml.load_dataset, as several commands have them.
+
+    Attributes:
+        columns: key of a known shape → column.
+        system: system message for each conversation.
+        chat: make a conversation of prompt and completion.
+        separator: character between two cells of a .csv file.
+    """
+
+    columns: dict[str, str] | None = None
+    system: str | None = None
+    chat: bool = False
+    separator: str | None = None
+
+    def read(self, dataset: str) -> Any:
+        """Return the rows of a dataset, or its path if no option changes its rows.
+
+        Args:
+            dataset: a file, or a data set on the Hub.
+
+        Raises:
+            ValueError: an option does not fit the rows.
+            OSError: there is no such file or data set.
+        """
+        if self == DataOptions():
+            file = file_of(dataset)
+            if file is not None:
+                check_file(file)
+                return str(file)
+        return load_dataset(
+            dataset,
+            columns=self.columns,
+            system=self.system,
+            chat=self.chat,
+            separator=self.separator,
+        )
+
+    def load(self, dataset: str) -> Any:
+        """Return what `read` returns; raise ValueError for an unknown shape of the rows.
+
+        So this error comes before a model is loaded.
+
+        Args:
+            dataset: a file, or a data set on the Hub.
+
+        Raises:
+            ValueError: the first row has no known shape, or an option does not fit the rows.
+        """
+        loaded = self.read(dataset)
+        sample = first_rows(loaded)
+        if not has_known_shape(sample):
+            raise unknown_shape(sample)
+        return loaded
+
+    def words(self) -> list[str]:
+        """Return the options as words of a command line."""
+        words = []
+        if self.columns:
+            words += ["--columns", as_option(self.columns)]
+        if self.system:
+            words += ["--system", self.system]
+        if self.chat:
+            words += ["--chat", "true"]
+        if self.separator:
+            words += ["--separator", "tab" if self.separator == "\t" else self.separator]
+        return words
+
+
+def first_rows(dataset: Any) -> list[Any]:
+    """Return the first rows of a dataset, at most SAMPLE.
+
+    Args:
+        dataset: rows, or the path of a file.
+    """
+    return list(islice(iterate_dataset(dataset), SAMPLE))
+
+
+def has_known_shape(rows: Sequence[Any]) -> bool:
+    """Return True if the first row has a known shape.
+
+    Args:
+        rows: the first rows of a dataset.
+    """
+    try:
+        shape_of(rows[0])
+    except ValueError:
+        return False
+    return True
+
+
+def take_data_options(given: dict[str, Any]) -> DataOptions:
+    """Remove the data options from the options of a command and return them.
+
+    Args:
+        given: the options by name.
+    """
+    names = ("columns", "system", "chat", "separator")
+    return DataOptions(**{name: given.pop(name) for name in names})
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add --columns, --system, --chat and --separator.
+
+    Args:
+        parser: the command's parser.
+    """
+    group = parser.add_argument_group("the rows (ml.load_dataset)")
+    group.add_argument(
+        "--columns",
+        type=_columns,
+        metavar="KEY=COLUMN,…",
+        help="columns of other names, such as prompt=ticket,completion=answer; also as JSON",
+    )
+    group.add_argument(
+        "--system", metavar="TEXT", help="system message for each conversation that has none"
+    )
+    group.add_argument(
+        "--chat",
+        type=_boolean,
+        default=False,
+        metavar="true|false",
+        help="make conversations of prompt and completion, so that the chat template is used, as "
+        "in generate (default false)",
+    )
+    group.add_argument(
+        "--separator",
+        type=lambda text: SEPARATORS.get(text, text),
+        metavar="TEXT",
+        help="character between two cells of a .csv file; tab for a tabulator (default: read from "
+        "the header)",
+    )
+
+
+def _boolean(text: str) -> bool:
+    """Return True or False, or the error that argparse expects."""
+    try:
+        return parse_value(text, bool)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}") from None
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Return KEY=COLUMN,… or JSON as a dict, or the error that argparse expects."""
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    columns = {}
+    for pair in text.split(","):
+        key, equals, column = pair.partition("=")
+        if not (key and equals and column):
+            raise argparse.ArgumentTypeError(
+                f"expected KEY=COLUMN,… such as prompt=ticket,completion=answer, got {text!r}"
+            )
+        columns[key.strip()] = column.strip()
+    return columns
+
+
+# ---- the command
+
 
 def preview(
     dataset: str,
-    model: str,
+    model: str | None,
     rows: str,
     max_length: int,
     packing: str,
     whole: bool,
     chat_template_kwargs: dict[str, Any] | None,
+    **data: Any,
 ) -> None:
     """Show rows as training reads them, token by token, and the report on all rows.
 
-    Only the tokenizer is loaded.
+    Only the tokenizer is loaded. Without a model, or for columns of unknown names, the command
+    shows the columns and proposes the option --columns.
 
     Args:
-        dataset: file of rows.
-        model: Hub id, folder or .gguf file, for its tokenizer.
+        dataset: file of rows, or a data set on the Hub.
+        model: Hub id, folder or .gguf file, for its tokenizer; None shows the columns alone.
         rows: how many rows to show, or row numbers with commas.
         max_length: longest row in tokens.
         packing: "true" shows packed rows.
         whole: show every token, also within long runs.
         chat_template_kwargs: variables of the chat template.
+        data: the data options.
     """
+    options = take_data_options(data)
+    loaded = options.read(dataset)
+    sample = first_rows(loaded)
+    if model is None or not has_known_shape(sample):
+        print(_columns_text(dataset, sample, options, model))
+        return
     if "," in rows:
         chosen: int | list[int] = [int(number) for number in rows.split(",") if number]
     else:
         chosen = int(rows)
     tokenizer = load_tokenizer(model)
     shown = show.preview(
-        dataset,
+        loaded,
         tokenizer,
         rows=chosen,
         max_length=max_length,
@@ -48,6 +237,35 @@ def preview(
         chat_template_kwargs=chat_template_kwargs,
     )
     print(shown.text(show.on_terminal(), None if whole else show.EDGE))
+
+
+def _columns_text(
+    dataset: str, rows: Sequence[Any], options: DataOptions, model: str | None
+) -> str:
+    """Return the columns of some rows, their shape, and the next command."""
+    names = list(dict.fromkeys(name for row in rows for name in present(row)))
+    lines = [f"{len(rows)} rows read; columns:"]
+    for name in names:
+        values = [row[name] for row in rows if name in present(row)]
+        different = len({str(value) for value in values})
+        lines.append(
+            f"  {name}: {mean_length(values):.0f} characters on average, {different} different "
+            f"of {len(values)}, first {str(values[0])[:48]!r}"
+        )
+    command = ["minilora", "preview", dataset, "--model", model or "MODEL", *options.words()]
+    if has_known_shape(rows):
+        lines.append(f"shape: {shape_of(rows[0])}. Token by token: {shlex.join(command)}")
+        return "\n".join(lines)
+    proposal = propose_columns(rows)
+    if not proposal:
+        raise ValueError("\n".join([*lines, str(unknown_shape(rows))]))
+    command += ["--columns", as_option(proposal)]
+    lines.append(
+        "The columns match no known shape. By their names and contents they may mean this; check "
+        "it, and pass the same option to train:"
+    )
+    lines.append(f"  {shlex.join(command)}")
+    return "\n".join(lines)
 
 
 def add_commands(commands: Any) -> None:
@@ -59,7 +277,8 @@ def add_commands(commands: Any) -> None:
     defaults = TrainConfig()
     parser = add_command(commands, preview, "dataset")
     parser.add_argument(
-        "--model", required=True, help="Hub id, folder or .gguf file, for its tokenizer"
+        "--model",
+        help="Hub id, folder or .gguf file, for its tokenizer (default: show the columns alone)",
     )
     parser.add_argument(
         "--rows", default="3", help="number of rows, or row numbers with commas: 17,204 (default 3)"
@@ -77,15 +296,22 @@ def add_commands(commands: Any) -> None:
         "--whole", action="store_true", help="show every token, also within long runs"
     )
     add_template_kwargs(parser)
+    add_data_options(parser)
 
 
 def before_training(
-    dataset: Any, model: str, tokenizer: Any, config: TrainConfig, objective: Any
+    dataset: str | None,
+    data: DataOptions,
+    model: str,
+    tokenizer: Any,
+    config: TrainConfig,
+    objective: Any,
 ) -> str:
     """Return remarks about the tokenizer, and the command that shows which tokens a run supervises.
 
     Args:
-        dataset: the training data; a mixture, which is not a file, gets no remarks.
+        dataset: file or Hub id of the training data; None, for a mixture, gets no remarks.
+        data: the data options of the run.
         model: Hub id, folder or .gguf file of the model.
         tokenizer: the model's tokenizer.
         config: the run.
@@ -94,7 +320,7 @@ def before_training(
     Returns:
         Lines to print, or the empty string.
     """
-    if not isinstance(dataset, str) or not isinstance(objective, SFT):
+    if dataset is None or not isinstance(objective, SFT):
         return ""
     lines = [f"tokenizer: {remark}" for remark in dataset_facts.remarks(tokenizer, chats=True)]
     command = [
@@ -110,5 +336,6 @@ def before_training(
         command += ["--packing", "true"]
     if config.chat_template_kwargs:
         command += ["--chat_template_kwargs", json.dumps(config.chat_template_kwargs)]
+    command += data.words()
     lines.append(f"token by token: {shlex.join(command)}")
     return "\n".join(lines) + "\n"

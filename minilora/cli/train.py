@@ -9,10 +9,16 @@ import torch
 
 import minilora as ml
 from minilora.cli.options import add_command, add_quantize
-from minilora.cli.preview import before_training
+from minilora.cli.preview import (
+    DataOptions,
+    add_data_options,
+    before_training,
+    take_data_options,
+)
 from minilora.cli.values import CONFIGS, add_fields
 from minilora.common import check_writable
 from minilora.data.read_rows import check_file
+from minilora.data.sources.hub_files import is_hub_dataset
 from minilora.lora.files.find import CONFIG_FILE
 from minilora.lora.files.source import split_source
 from minilora.losses import OBJECTIVES
@@ -20,7 +26,7 @@ from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options
 from minilora.tools.sweep import sweep_table
 from minilora.training.distributed import process_on
-from minilora.training.run import check_options
+from minilora.training.run import check_run_options
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
@@ -39,14 +45,15 @@ def train(
 
     Args:
         model: Hub id, folder or .gguf file.
-        dataset: file of rows.
+        dataset: file of rows, or a data set on the Hub.
         adapter: folder for the trained weights; None chooses "adapter" (or "model", with --method
             full), in output_dir if there is one.
         quantize: "nf4" or None.
         dtype: a dtype's name, or "auto".
         eval_dataset: file of held-out rows.
         objective: a key of minilora.losses.OBJECTIVES.
-        given: the other options: fields of LoRAConfig, TrainConfig and the loss, and the datasets.
+        given: the other options: fields of LoRAConfig, TrainConfig and the loss, the data options
+            and further datasets.
 
     Returns:
         The exit status: 0, or INTERRUPTED after Ctrl-C.
@@ -58,13 +65,17 @@ def train(
     general = given.pop("general_dataset")
     mix = given.pop("mix")
     mix_rows = given.pop("mix_rows")
+    test_size = given.pop("test_size")
+    if mix_rows is not None and not mix:
+        raise ValueError("--mix_rows counts the rows of a mixture, and --mix is missing.")
+    data = take_data_options(given)
     lora_config, train_config, goal = _configs(objective, given)
-    dataset = _mixture(dataset, mix, mix_rows, train_config.seed)
-    held_out = _held_out(eval_dataset, general)
-    check_options(train_config, goal, held_out is not None)
-    for path in (dataset, eval_dataset, general):
-        if isinstance(path, str):
-            check_file(path)
+    evaluates = eval_dataset is not None or test_size is not None
+    check_run_options(train_config, goal, evaluates)
+    rows, held_out = _datasets(dataset, eval_dataset, data, test_size, train_config.seed)
+    rows = _mixture(rows, mix, mix_rows, data, train_config.seed)
+    _check_cache(train_config, rows)
+    held_out = _held_out(held_out, general)
     _check_base(model)
     full = train_config.method == "full"
     if full and dtype == "auto":
@@ -80,17 +91,16 @@ def train(
     if not full:
         ml.inject(loaded, lora_config, seed=train_config.seed)
         print(ml.count_parameters(loaded))
-    print(before_training(dataset, model, tokenizer, train_config, goal), end="")
-    result = ml.train(
-        loaded, tokenizer, dataset, train_config, objective=goal, eval_dataset=held_out
-    )
+    shown = None if mix else dataset
+    print(before_training(shown, data, model, tokenizer, train_config, goal), end="")
+    result = ml.train(loaded, tokenizer, rows, train_config, objective=goal, eval_dataset=held_out)
 
     if ranks.is_main:
         if full:
             ml.save_model(loaded, folder, tokenizer=tokenizer)
         else:
             ml.save_adapter(loaded, folder)
-        ml.write_model_card(folder, result, dataset=dataset)
+        ml.write_model_card(folder, result, dataset=_card_dataset(dataset, rows))
     print(_summary(result, folder))
     if not result.interrupted:
         return 0
@@ -158,19 +168,48 @@ def _take_fields(config: type, given: dict[str, Any]) -> dict[str, Any]:
     return {field.name: given.pop(field.name) for field in fields(config) if field.name in given}
 
 
+def _datasets(
+    dataset: str, eval_dataset: str | None, data: DataOptions, test_size: float | None, seed: int
+) -> tuple[Any, Any]:
+    """Return the rows to train on and the held-out rows, each a path or a list."""
+    if test_size is None:
+        held_out = None if eval_dataset is None else data.load(eval_dataset)
+        return data.load(dataset), held_out
+    if eval_dataset is not None:
+        raise ValueError(
+            "--test_size holds out a part of the dataset, and --eval_dataset names other held-out "
+            "rows: leave one of them out."
+        )
+    return ml.train_test_split(data.load(dataset), test=test_size, seed=seed)
+
+
 def _mixture(
-    dataset: Any, mix: Sequence[tuple[str, str]] | None, mix_rows: int | None, seed: int
+    dataset: Any,
+    mix: Sequence[tuple[str, str]] | None,
+    mix_rows: int | None,
+    data: DataOptions,
+    seed: int,
 ) -> Any:
     """Return the dataset, mixed with those of --mix."""
     if mix:
-        parts = [(dataset, 1.0), *((path, float(weight)) for path, weight in mix)]
+        parts = [(dataset, 1.0)]
+        for path, weight in mix:
+            parts.append((data.load(path), float(weight)))
         return ml.mix_datasets(parts, mix_rows, seed)
-    if mix_rows is not None:
-        raise ValueError("--mix_rows counts the rows of a mixture, and --mix is missing.")
     return dataset
 
 
-def _held_out(eval_dataset: str | None, general: str | None) -> Any:
+def _check_cache(config: ml.TrainConfig, rows: Any) -> None:
+    """Raise ValueError for a cache of rows that are not a file."""
+    if config.dataset_cache is not None and not isinstance(rows, str):
+        raise ValueError(
+            "--dataset_cache keeps the tokens of a dataset file, and --columns, --system, --chat, "
+            "--separator, --test_size and --mix make other rows of it. Leave them or the cache "
+            "out; or write these rows to a .jsonl file first."
+        )
+
+
+def _held_out(eval_dataset: Any, general: str | None) -> Any:
     """Return the evaluation dataset, or a dict of it and the general text."""
     if general is None:
         return eval_dataset
@@ -178,7 +217,15 @@ def _held_out(eval_dataset: str | None, general: str | None) -> Any:
         raise ValueError(
             "--general_dataset is measured together with --eval_dataset, which is missing."
         )
+    check_file(general)
     return {"": eval_dataset, "general": general}
+
+
+def _card_dataset(dataset: str, rows: Any) -> Any:
+    """Return what the model card names as its data: a Hub id, a file, or the number of rows."""
+    if is_hub_dataset(dataset):
+        return dataset.partition(":")[0]
+    return rows
 
 
 def _summary(result: ml.TrainResult, folder: Path) -> str:
@@ -223,7 +270,9 @@ def sweep(
     print(sweep_table(search_options([model, *options], values, folder, **settings)))
 
 
-def check_training(model: str, quantize: str | None, dtype: str, data: str | None) -> int:
+def check_training(
+    model: str, quantize: str | None, dtype: str, data: str | None, **options: Any
+) -> int:
     """Check that a model trains correctly: splits, eval batches, adapter off, frozen base, merging.
 
     Args:
@@ -231,12 +280,17 @@ def check_training(model: str, quantize: str | None, dtype: str, data: str | Non
         quantize: "nf4" or None.
         dtype: a dtype's name, or "auto".
         data: rows to measure with; None takes a few short texts.
+        options: the data options.
 
     Returns:
         The exit status: 1 if a check fails.
     """
+    data_options = take_data_options(options)
+    if data is None and data_options != DataOptions():
+        raise ValueError(f"{data_options.words()[0]} changes the rows of --data, which is missing.")
+    rows = None if data is None else data_options.load(data)
     loaded = ml.load_model(model, quantize=quantize, dtype=dtype)
-    report = measure_training(loaded, ml.load_tokenizer(model), rows=data)
+    report = measure_training(loaded, ml.load_tokenizer(model), rows=rows)
     print(report)
     return int(not report.passed)
 
@@ -251,6 +305,7 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, check_training, "model")
     add_quantize(parser)
     parser.add_argument("--data", help="rows to measure with (default: a few short texts)")
+    add_data_options(parser)
     _add_sweep(commands)
 
 
@@ -266,6 +321,13 @@ def _add_train(commands: Any) -> None:
         "output_dir, if given)",
     )
     parser.add_argument("--eval_dataset", help="held-out rows, measured during training")
+    parser.add_argument(
+        "--test_size",
+        type=_number,
+        metavar="X|N",
+        help="share or number of the rows to hold out, in place of --eval_dataset; the same rows "
+        "for the same seed",
+    )
     parser.add_argument(
         "--general_dataset",
         help="text of another kind, such as prose: its perplexity, measured with eval_dataset, "
@@ -286,12 +348,18 @@ def _add_train(commands: Any) -> None:
         type=int,
         help="rows of the mixture (default: the most that need no repetition)",
     )
+    add_data_options(parser)
     group = parser.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
     for config in CONFIGS:
         add_fields(group, config)
     for name, kind in OBJECTIVES.items():
         if fields(kind):
             add_fields(parser.add_argument_group(f"--objective {name} ({kind.__name__})"), kind)
+
+
+def _number(text: str) -> float:
+    """Return a whole number, or a share."""
+    return int(text) if text.isdigit() else float(text)
 
 
 def _add_sweep(commands: Any) -> None:

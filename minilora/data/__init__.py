@@ -1,6 +1,7 @@
 """Data: from rows to batches.
 
 read_rows.py        datasets and files → rows
+sources/            columns of other names, conversations of two columns, data sets of the Hub
 formats.py          rows of any known shape → conversations or plain text
 chat/               messages in one form; the text of a conversation, and the parts that it lacks
 chat_template.py    conversation → text
@@ -24,6 +25,7 @@ from minilora.data.packing import PackedDataset, pack
 from minilora.data.prompt import encode_prompt, end_of_turn, split_prompt
 from minilora.data.read_rows import read_dataset
 from minilora.data.report import DataReport
+from minilora.data.sources.load_dataset import load_dataset
 from minilora.data.tokenizer import AnyTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "encode_prompt",
     "encode_row",
     "end_of_turn",
+    "load_dataset",
     "load_tokenizer",
     "pack",
     "read_dataset",

@@ -167,6 +167,7 @@ class Encoder:
             "dropped_turns",
             "special_text",
             "empty",
+            "untemplated",
         )
         self.noted: dict[str, list[int]] = {remark: [] for remark in remarks}
         self.special_tokens: set[str] = set()
@@ -193,6 +194,7 @@ class Encoder:
         sample = as_messages(row, example.row)
         special = self._special.in_content(sample, example)
         self.special_tokens |= special
+        has_template = bool(self.tokenizer.chat_template)
         remarks = {
             "truncated": example.truncated,
             "untrained": not example.trained_tokens,
@@ -201,6 +203,7 @@ class Encoder:
             "dropped_turns": example.dropped_turns > 0,
             "special_text": bool(special),
             "empty": _has_empty_answer(sample),
+            "untemplated": isinstance(sample, Text) and sample.prompt and has_template,
         }
         for remark, applies in remarks.items():
             if applies:

@@ -16,6 +16,7 @@ None and NaN count as absent: Arrow and pandas give every row the keys of all ot
 and tools may be JSON text (chat/messages.py). Other keys are not used; the report lists them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from minilora.data.chat.messages import (
 )
 from minilora.data.chat.values import present
 from minilora.data.read_rows import Row
+from minilora.data.sources.proposal import proposal_text
 
 KWARGS = frozenset({"chat_template_kwargs"})  # variables of the chat template for this row
 # shape: the keys that define it, and further keys that are used if present
@@ -106,10 +108,21 @@ def shape_of(row: Row, index: int = 0) -> str:
     for shape, (required, _) in SHAPES.items():
         if required <= keys:
             return shape
+    raise unknown_shape([row], index)
+
+
+def unknown_shape(rows: Sequence[Row], index: int = 0) -> ValueError:
+    """Return a ValueError for a row of no known shape, with a proposal for its columns.
+
+    Args:
+        rows: the row, and further rows of its data set, which make the proposal better.
+        index: number of the row.
+    """
+    keys = sorted(map(str, present(rows[0])))
     known = "; ".join(", ".join(sorted(required)) for required, _ in SHAPES.values())
-    raise ValueError(
-        f"row {index}: keys {sorted(map(str, keys))} match no known shape. "
-        f"Expected one of: {known}."
+    return ValueError(
+        f"row {index}: keys {keys} match no known shape. Expected one of: {known}."
+        f"{proposal_text(rows)}"
     )
 
 

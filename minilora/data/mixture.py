@@ -2,11 +2,13 @@
 
     mix_datasets      set i gets rows · w_i / Σw rows: rounded down; the remaining rows go to the
                       largest remainders
-    train_test_split  a row is held out where hash(seed, content or group) / 2^64 < test
+    train_test_split  a row is held out where hash(seed, content or group) / 2^64 < test; or, for a
+                      number of rows, the rows with the lowest hashes
 
 The hash of a row does not depend on the other rows: held-out rows stay held out when rows are
 added, equal rows are on one side, and so are all rows of a group. Therefore the held-out share is
-`test` on average only.
+`test` on average only. A number of rows is exact, except for equal rows and groups, which stay
+together.
 """
 
 import hashlib
@@ -119,7 +121,7 @@ def train_test_split(
 
     Args:
         dataset: anything that `train` takes.
-        test: held-out share of the rows, or of the groups; between 0 and 1.
+        test: held-out share of the rows, or of the groups, between 0 and 1; or the number of rows.
         by: "hash" decides by a row's content. A key of the rows, or a function of a row, gives its
             group, which is never on both sides.
         seed: seed of the hash.
@@ -130,29 +132,39 @@ def train_test_split(
     Raises:
         ValueError: `test` is out of range, a row lacks the key, or one side is empty.
     """
-    if not 0 < test < 1:
-        raise ValueError(f"train_test_split: test is a share between 0 and 1, got {test}.")
+    is_count = isinstance(test, int) and not isinstance(test, bool) and test >= 1
+    if not is_count and not 0 < test < 1:
+        raise ValueError(
+            f"train_test_split: test is a share between 0 and 1, or a number of rows, got {test}."
+        )
+    rows = read_dataset(dataset)
+    drawn = [_drawn(row, index, by, seed) for index, row in enumerate(rows)]  # each in [0, 1)
+    limit = float(test)  # of the drawn numbers of held-out rows, exclusive
+    if is_count:
+        limit = [*sorted(drawn), 1.0][min(int(test), len(rows))]
     train_rows: list[Row] = []
     test_rows: list[Row] = []
-    for index, row in enumerate(read_dataset(dataset)):
-        group = _group(row, by)
-        if group is None:
-            raise ValueError(
-                f"train_test_split: row {index} has no {by!r}: its keys are {list(row)}."
-            )
-        text = json.dumps([seed, group], sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).digest()
-        drawn = int.from_bytes(digest[:8], "big") / 2**64  # in [0, 1)
-        if drawn < test:
+    for row, value in zip(rows, drawn, strict=True):
+        if value < limit:
             test_rows.append(row)
         else:
             train_rows.append(row)
     if not train_rows or not test_rows:
         raise ValueError(
             f"train_test_split: {len(test_rows)} of {len(test_rows) + len(train_rows)} rows held "
-            "out. Take another test share, seed or by."
+            "out. Take another test share, a number of rows, or another seed or by."
         )
     return train_rows, test_rows
+
+
+def _drawn(row: Row, index: int, by: str | Callable[[Row], Any], seed: int) -> float:
+    """Return the number from 0 to 1 that the hash of a row's content or group gives."""
+    group = _group(row, by)
+    if group is None:
+        raise ValueError(f"train_test_split: row {index} has no {by!r}: its keys are {list(row)}.")
+    text = json.dumps([seed, group], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _group(row: Row, by: str | Callable[[Row], Any]) -> Any:

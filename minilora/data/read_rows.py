@@ -8,27 +8,30 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minilora.common.extras import require
 from minilora.data.chat.values import is_absent
 
 Row = Mapping[str, Any]
+SEPARATORS = (",", ";", "\t")  # between two cells of a .csv file
+FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_dataset(dataset: Any) -> list[Row]:
+def read_dataset(dataset: Any, separator: str | None = None) -> list[Row]:
     """Return the rows of a dataset.
 
     Args:
         dataset: rows, or a path to a file of rows.
+        separator: character between two cells of a .csv file; None reads it from the header.
 
     Raises:
         ValueError: there are no rows, a row is not a dict, or the file is of an unknown kind.
     """
-    return list(iterate_dataset(dataset))
+    return list(iterate_dataset(dataset, separator))
 
 
-def iterate_dataset(dataset: Any) -> Iterator[Row]:
+def iterate_dataset(dataset: Any, separator: str | None = None) -> Iterator[Row]:
     """Yield the rows of a dataset one by one.
 
     Memory holds a few rows of a .jsonl or .csv, a row group of a .parquet, all rows of a .json
@@ -36,6 +39,7 @@ def iterate_dataset(dataset: Any) -> Iterator[Row]:
 
     Args:
         dataset: rows, or a path to a file of rows.
+        separator: character between two cells of a .csv file; None reads it from the header.
 
     Yields:
         The rows.
@@ -44,7 +48,7 @@ def iterate_dataset(dataset: Any) -> Iterator[Row]:
         ValueError: there are no rows, a row is not a dict, or the file is of an unknown kind.
     """
     empty = True
-    for index, row in enumerate(_rows_of(dataset)):
+    for index, row in enumerate(_rows_of(dataset, separator)):
         if not isinstance(row, Mapping):
             raise ValueError(
                 f"row {index}: expected a dict, got {type(row).__name__}: {str(row)[:60]!r}."
@@ -62,11 +66,14 @@ def _without_nan(row: Row) -> Row:
     return {**row, **dict.fromkeys(filled)} if filled else row
 
 
-def _rows_of(dataset: Any) -> Iterable[Any]:
+def _rows_of(dataset: Any, separator: str | None) -> Iterable[Any]:
+    is_csv = isinstance(dataset, str | Path) and Path(dataset).suffix.lower() == ".csv"
+    if separator is not None and not is_csv:
+        raise ValueError(f"separator: it is for .csv files, and the dataset is {dataset!r:.60}.")
     if hasattr(dataset, "iloc") and hasattr(dataset, "columns"):
         return _frame_rows(dataset)
     if isinstance(dataset, str | Path):
-        return _read_file(Path(dataset))
+        return _read_file(Path(dataset), separator)
     if isinstance(dataset, Mapping):
         raise ValueError(
             f"dataset: expected rows, got a {type(dataset).__name__} with keys "
@@ -101,10 +108,10 @@ def check_file(path: str | Path) -> str:
         ImportError: the file is parquet, and pyarrow is not installed.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+    if suffix not in FILE_KINDS:
         raise ValueError(
             f"dataset: expected a path to .jsonl, .json, .csv or .parquet, got {str(path)!r}. "
-            'For a data set of the Hub, pass the result of `datasets.load_dataset(name, split="train")`.'
+            'For a data set of the Hub, pass the rows of `ml.load_dataset("owner/name")`.'
         )
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -115,13 +122,13 @@ def check_file(path: str | Path) -> str:
     return suffix
 
 
-def _read_file(path: Path) -> Iterator[Any]:
+def _read_file(path: Path, separator: str | None) -> Iterator[Any]:
     suffix = check_file(path)
     try:
         if suffix == ".parquet":
             yield from _read_parquet(path)
         else:
-            yield from _read_text(path, suffix)
+            yield from _read_text(path, suffix, separator)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}. Save it as UTF-8.") from error
 
@@ -136,10 +143,10 @@ def _read_parquet(path: Path) -> Iterator[Any]:
                 yield from batch.to_pylist()
 
 
-def _read_text(path: Path, suffix: str) -> Iterator[Any]:
+def _read_text(path: Path, suffix: str, separator: str | None) -> Iterator[Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         if suffix == ".csv":
-            yield from _read_csv(path, file)
+            yield from _read_csv(path, file, separator)
         elif suffix == ".jsonl":
             several = "A .jsonl file has one object a line: write each object on its own line."
             for number, line in enumerate(file, 1):
@@ -155,19 +162,41 @@ def _read_text(path: Path, suffix: str) -> Iterator[Any]:
             yield from rows
 
 
-def _read_csv(path: Path, file: Iterable[str]) -> Iterator[Any]:
+def _read_csv(path: Path, file: TextIO, separator: str | None) -> Iterator[Any]:
     try:
-        for index, row in enumerate(csv.DictReader(file)):
+        separator = separator or _separator(path, file)
+        for index, row in enumerate(csv.DictReader(file, delimiter=separator)):
             # DictReader puts surplus cells under the key None, and None into missing cells.
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{path}: the number of cells of row {index} differs from the header's."
+                    f"{path}: the number of cells of row {index} differs from the header's, with "
+                    f"{separator!r} between two cells. Another separator is set by --separator, or "
+                    "by ml.load_dataset(…, separator=…)."
                 )
             yield row
     except csv.Error as error:
         raise ValueError(
             f"{path}: Python cannot read this CSV: {error}. .jsonl has no such limits."
         ) from error
+
+
+def _separator(path: Path, file: TextIO) -> str:
+    """Return the character that separates the cells of a CSV file's header, and read from there."""
+    counts = dict.fromkeys(SEPARATORS, 1)
+    for separator in SEPARATORS:
+        counts[separator] = len(next(csv.reader(file, delimiter=separator), []))
+        file.seek(0)
+    most = max(counts.values())
+    if most <= 1:
+        return SEPARATORS[0]  # one column: nothing separates
+    best = [separator for separator, count in counts.items() if count == most]
+    if len(best) > 1:
+        raise ValueError(
+            f"{path}: the header has as many columns with {best[0]!r} as with {best[1]!r} between "
+            "two cells. Name the right one with --separator, or with "
+            "ml.load_dataset(…, separator=…)."
+        )
+    return best[0]
 
 
 def _json(text: str, where: str, several: str) -> Any:

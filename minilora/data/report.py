@@ -23,6 +23,8 @@ class DataReport:
         unused_keys: keys that are not read.
         special_text: rows whose content holds the text of a special token.
         special_tokens: those tokens.
+        untemplated: rows of prompt and completion as plain texts, though the tokenizer has a chat
+            template.
         sources: of a mixture: (rows, tokens) of each dataset.
     """
 
@@ -40,6 +42,7 @@ class DataReport:
     unused_keys: tuple[str, ...]
     special_text: tuple[int, ...] = ()
     special_tokens: tuple[str, ...] = ()
+    untemplated: tuple[int, ...] = ()
     sources: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -75,6 +78,11 @@ class DataReport:
                 self.special_text,
                 f"hold the text of special tokens in their content: {', '.join(self.special_tokens)}; "
                 "it is read and trained as the tokens themselves",
+            ),
+            (
+                self.untemplated,
+                "train prompt and completion without the chat template, which generate applies to "
+                "a prompt: --chat true (ml.load_dataset with chat=True) trains with it",
             ),
             (self.empty, "have an empty answer: the model learns to answer nothing"),
         ]

@@ -130,7 +130,7 @@ class Run:
             )
 
 
-def check_options(config: TrainConfig, objective: Objective, evaluates: bool) -> None:
+def check_run_options(config: TrainConfig, objective: Objective, evaluates: bool) -> None:
     """Check what can be known of a run without its model and its data.
 
     The command line calls it before it loads the model.
@@ -186,7 +186,7 @@ def set_up(
     check_callbacks(callbacks)
     tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()
-    check_options(config, objective, eval_dataset is not None)
+    check_run_options(config, objective, eval_dataset is not None)
     run_model = checks.check_wrappers(model, config)
     model = unwrap_model(model)
     parameters = _trained_parameters(model, config)

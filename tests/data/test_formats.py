@@ -161,7 +161,8 @@ def test_parquet_without_pyarrow_names_the_package_to_install(tmp_path, monkeypa
         ("a.json", '{"text": "a"}\n{"text": "b"}', "not JSON: Extra data.*rename the file"),
         ("a.jsonl", '{"text": "a"}{"text": "b"}', "line 1: not JSON: .* each object on its own"),
         ("a.json", '{"text": "a"}', "expected a JSON list of rows, got dict"),
-        ("a.csv", "text,label\na\n", "number of cells of row 0 differs"),
+        ("a.csv", "text,label\na\n", "number of cells of row 0 differs.*',' between.*--separator"),
+        ("a.csv", "a;b,c\n1;2,3\n", "as many columns with ',' as with ';'.*--separator"),
         ("a.csv", "text\na,b\n", "number of cells of row 0 differs"),
         ("a.jsonl", "", "is empty"),
         ("a.csv", "text\n", "is empty"),
@@ -193,7 +194,7 @@ def test_bad_files_raise(tmp_path, name, text, problem):
         ({"train": [{"text": "a"}]}, r"got a dict with keys \['train'\]. Pass one split"),
         (
             "tatsu-lab/alpaca",
-            "For a data set of the Hub, pass the result of `datasets.load_dataset",
+            "For a data set of the Hub, pass the rows of `ml.load_dataset",
         ),
         (7, "expected a list, an iterable or a path, got int"),
         ([{"text": "a"}, "b"], "row 1: expected a dict, got str: 'b'"),

@@ -191,7 +191,7 @@ def test_mix_datasets_refuses_bad_parts(parts, rows, message):
 
 
 def test_train_test_split_refuses_bad_arguments(capsys):
-    for share in (0, 1, -0.1, float("nan")):
+    for share in (0, 1.0, True, -0.1, float("nan")):
         with pytest.raises(ValueError, match="test is a share between 0 and 1"):
             ml.train_test_split(letters("a", 9), test=share)
     with pytest.raises(

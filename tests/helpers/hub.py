@@ -1,6 +1,7 @@
 """Fake Hugging Face Hub, served over HTTP from memory, for the tests of downloads and uploads.
 
-It answers the requests with which huggingface_hub downloads a repository (info, tree, resolve) and
+It answers the requests with which huggingface_hub downloads a repository (info, tree, resolve), of
+a model or a data set, and
 uploads to one (create, validation of the card, preupload, LFS batch and PUT, commit as JSON lines).
 The token determines the permissions.
 """
@@ -37,6 +38,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         type(self).requests.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
+        path = path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
         if found := re.fullmatch(r"/api/models/(\w+/[\w-]+)(?:/(revision|tree)/(\w+))?", path):
             repo, what, revision = found.groups()
             if (files := self.seen(repo, revision)) is None:
