@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import minilora as ml
 from minilora.cli import chat, checkpoints, evaluate, plan, plot, preview, runs, text, train
 from minilora.cli.parser import CommandParser
-from minilora.cli.values import from_toml
+from minilora.cli.values import as_words, read_config
 from minilora.common import __version__
 
 INTERRUPTED = train.INTERRUPTED
 TERMINATED = 128 + signal.SIGTERM
+SAMPLE = "sample:smollm2"  # stands for the result of ml.samples.smollm2()
 GROUPS = (train, text, chat, evaluate, checkpoints, preview, plan, plot, runs)
 
 
@@ -101,18 +103,59 @@ def _run(given: list[str]) -> int:
         parser.print_help()
         return 0
     parser.check_command(given[0])
-    if given[:1] == ["train"] and len(given) > 1 and given[1].endswith(".toml"):
-        train_parser = parser.command("train")
-        known = train_parser.names() + train_parser.destinations()
-        given[1:2] = from_toml(Path(given[1]), known)
-    options, unparsed = parser.parse_known_args(given)
-    if options.run is train.sweep:
-        options.options = unparsed  # sweep passes these on to train
+    if given[0] == "train" and len(given) > 1 and given[1].endswith(".toml"):
+        given.insert(1, "--config")
+    keywords, unparsed = _keywords(parser, given)
+    run = keywords.pop("run")
+    keywords.pop("config", None)
+    if run is train.sweep:
+        keywords["options"] = unparsed  # sweep passes these on to train
     elif unparsed:
         parser.command(given[0]).refuse(unparsed)
-    keywords = vars(options)
-    run = keywords.pop("run")
+    if keywords.get("model") == SAMPLE:
+        keywords["model"] = ml.samples.smollm2()
     return run(**keywords) or 0
+
+
+def _keywords(parser: CommandParser, given: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a command by name, and the arguments that no option takes."""
+    if not any(word.partition("=")[0] == "--config" for word in given[1:]):
+        options, unparsed = parser.parse_known_args(given)
+        return vars(options), unparsed
+    command = parser.command(given[0])
+    known = command.names() + command.destinations()
+    arguments = given[1:]
+    if given[0] == "sweep":
+        train_parser = parser.command("train")
+        known += train_parser.names() + train_parser.destinations()
+        arguments = train_parser.with_equals(arguments)  # no value is taken for a positional
+    on_line, unparsed = command.parse_given(arguments)
+    path = Path(on_line["config"])
+    in_file = read_config(path, known)
+    words = [given[0]]
+    missing = []
+    for name in command.destinations():
+        if name in on_line or name in in_file:
+            words.append(str(on_line.get(name, in_file.pop(name, None))))
+        elif name in command.destinations(required=True):
+            missing.append(name)
+    if missing:
+        raise ValueError(
+            f"{path}: {' and '.join(missing)} missing: add them to the file, or give them on the "
+            "command line."
+        )
+    passed_on = [str(in_file.pop("dataset"))] if "dataset" in in_file else []  # of a sweep
+    for name, value in in_file.items():
+        action = command.option(name)
+        if action is None:
+            train_action = parser.command("train").option(name)
+            assert train_action is not None
+            passed_on += as_words(train_action, name, value)
+        elif action.dest not in on_line:
+            words += as_words(action, name, value)
+    command.require_not(on_line)
+    options, _ = parser.parse_known_args(words)
+    return vars(options) | on_line, passed_on + unparsed
 
 
 def _parser() -> CommandParser:

@@ -70,6 +70,11 @@ def add_command(
     example = f"example: {EXAMPLES[name]}"
     parser = commands.add_parser(name, help=text, description=text, epilog=example)
     parser.set_defaults(run=run)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file of options; those on the command line replace those of the file",
+    )
     for argument in positional:
         parser.add_argument(argument, help=POSITIONAL[argument])
     if "model" in positional:

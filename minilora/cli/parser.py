@@ -7,7 +7,8 @@ positional argument may follow the options, which argparse allows from Python 3.
 """
 
 import argparse
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from minilora.common import nearest
@@ -99,9 +100,69 @@ class CommandParser(argparse.ArgumentParser):
         names = {name.lstrip("-") for name in self._option_string_actions}
         return sorted(names - {"help", "h"})
 
-    def destinations(self) -> list[str]:
-        """Return the names of the positional arguments."""
-        return [action.dest for action in self._actions if not action.option_strings]
+    def destinations(self, required: bool = False) -> list[str]:
+        """Return the names of the positional arguments.
+
+        Args:
+            required: leave out those that may be missing.
+        """
+        positional = [action for action in self._actions if not action.option_strings]
+        if required:
+            positional = [action for action in positional if action.nargs not in ("?", "*")]
+        return [action.dest for action in positional]
+
+    def option(self, name: str) -> argparse.Action | None:
+        """Return the option of a name without dashes, or None.
+
+        Args:
+            name: the name.
+        """
+        return self._option_string_actions.get(f"--{name}")
+
+    def parse_given(self, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Parse the arguments alone: without defaults, and nothing is required.
+
+        Args:
+            args: the arguments.
+
+        Returns:
+            The values that were given, by destination, and the arguments that no option takes.
+        """
+        lenient = copy.deepcopy(self)
+        for action in lenient._actions:
+            action.default = argparse.SUPPRESS
+            action.required = False
+        namespace, unparsed = lenient.parse_known_args(list(args))
+        return vars(namespace), unparsed
+
+    def with_equals(self, args: Sequence[str]) -> list[str]:
+        """Return arguments with `--name value` of this parser's options as `--name=value`.
+
+        Args:
+            args: the arguments.
+        """
+        joined: list[str] = []
+        takes_value = False
+        for argument in args:
+            if takes_value:
+                joined[-1] += f"={argument}"
+                takes_value = False
+                continue
+            joined.append(argument)
+            action = self._option_string_actions.get(self._with_underscores(argument))
+            takes_value = action is not None and action.nargs is None
+        return joined
+
+    def require_not(self, destinations: Iterable[str]) -> None:
+        """Let some options be left out, because their values come from somewhere else.
+
+        Args:
+            destinations: where the options store their values.
+        """
+        destinations = set(destinations)
+        for action in self._actions:
+            if action.option_strings and action.dest in destinations:
+                action.required = False
 
     def commands(self) -> dict[str, "CommandParser"]:
         """Return the parser of each command, by name."""

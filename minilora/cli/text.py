@@ -197,7 +197,6 @@ def _add_generate(commands: Any) -> None:
     add_template_kwargs(parser)
     add_no_check_base(parser)
     add_storage(parser)
-    add_data_options(parser)
 
 
 def _add_serve(commands: Any) -> None:

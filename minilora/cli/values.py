@@ -1,10 +1,9 @@
 """Option values, read by the types of the fields that they set, and options from TOML files.
 
-    minilora train run.toml --learning_rate 1e-4
+    minilora train --config run.toml --learning_rate 1e-4
 
-A TOML file holds the options of `train` under their own names, `model` and `dataset` among them;
-its tables only group the options. Options after the file on the command line replace those of the
-file.
+A TOML file holds the options of a command under their own names, its positional arguments among
+them; its tables only group the options. Options on the command line replace those of the file.
 """
 
 import argparse
@@ -24,6 +23,7 @@ MAPPINGS = (
     "rank_pattern",
     "alpha_pattern",
     "chat_template_kwargs",
+    "columns",
 )  # fields whose value is a table
 
 EXPECTED = {  # the values of a type, for errors
@@ -37,38 +37,55 @@ EXPECTED = {  # the values of a type, for errors
 }
 
 
-def from_toml(path: Path, known: Collection[str]) -> list[str]:
-    """Return the content of a TOML file as arguments of `train`.
+def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """Return the options of a TOML file by name.
 
     Args:
         path: the file.
-        known: the names of the options of `train`.
-
-    Returns:
-        The arguments: model, dataset, then options.
+        known: the names of the command's options and positional arguments.
 
     Raises:
-        ValueError: the file is not TOML, has an unknown name, or lacks `model` or `dataset`.
+        ValueError: the file is not TOML, or has an unknown name.
+        OSError: the file cannot be read.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}.") from error
-    values = _without_tables(content)
-    for name in values:
+    values = {}
+    for written, value in _without_tables(content).items():
+        name = written.replace("-", "_")
         if name not in known:
-            raise unknown_name(f"{path}", name, known)
-    missing = {"model", "dataset"} - values.keys()
-    if missing:
-        raise ValueError(
-            f"{path}: {' and '.join(sorted(missing))} missing: add the model and its dataset."
-        )
-    arguments = [str(values.pop("model")), str(values.pop("dataset"))]
-    for pair in values.pop("mix", ()):
-        arguments += ["--mix", *map(str, pair)]
-    for name, value in values.items():
-        arguments.append(f"--{name}={_as_argument(value)}")
-    return arguments
+            raise unknown_name(f"{path}", written, known)
+        values[name] = value
+    return values
+
+
+def as_words(action: argparse.Action, name: str, value: Any) -> list[str]:
+    """Return an option of a TOML file as words of a command line.
+
+    Args:
+        action: the option.
+        name: its name, without dashes.
+        value: its value in the file.
+
+    Raises:
+        ValueError: the option has no value on the command line, and the file gives one that is
+            neither true nor false.
+    """
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected true or false, got {value!r}.")
+        return [f"--{name}"] if value else []
+    if not isinstance(action, argparse._AppendAction):
+        return [f"--{name}={_as_argument(value)}"]
+    words = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(action.nargs, int):
+            words += [f"--{name}", *map(_as_argument, entry)]
+        else:
+            words.append(f"--{name}={_as_argument(entry)}")
+    return words
 
 
 def _without_tables(content: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +100,8 @@ def _without_tables(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_argument(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, list):

@@ -132,13 +132,14 @@ def test_preview_shows_the_row_as_it_is_trained(capsys, tmp_path):
 
 
 def test_a_toml_file_sets_the_variables(tmp_path):
-    from minilora.cli.values import from_toml
+    from minilora.cli.main import _keywords, _parser
 
     file = tmp_path / "run.toml"
     text = 'model = "m"\ndataset = "d"\n[chat_template_kwargs]\nenable_thinking = false\n'
     file.write_text(text)
-    arguments = from_toml(file, ["model", "dataset", "chat_template_kwargs"])
-    assert arguments == ["m", "d", '--chat_template_kwargs={"enable_thinking": false}']
+    options, _ = _keywords(_parser(), ["train", "--config", str(file)])
+    assert (options["model"], options["dataset"]) == ("m", "d")
+    assert options["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_null_of_arrow_is_absent():
