@@ -9,6 +9,7 @@ chat.py          chat
 text.py          generate, serve
 evaluate.py      evaluate
 checkpoints.py   merge, verify, compare-exports, inspect, push
+export.py        export
 plan.py          plan, env
 preview.py       preview, the data options, and the lines that train prints about its data
 plot.py          plot

@@ -71,6 +71,11 @@ def merge(
         raise ValueError(
             f"{folder} is the base itself, which would be overwritten: give another folder."
         )
+    if Path(folder).suffix.lower() == ".gguf":
+        raise ValueError(
+            f"merge writes a folder, and {folder} is the name of a GGUF file. To write this file: "
+            f"minilora export {model} {folder} --adapter {adapter}"
+        )
     if data is not None:
         check_file(data)
     loaded, tokenizer = load(model, adapter, **loading)

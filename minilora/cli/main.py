@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import minilora as ml
-from minilora.cli import chat, checkpoints, evaluate, plan, plot, preview, runs, text, train
+from minilora.cli import (
+    chat,
+    checkpoints,
+    evaluate,
+    export,
+    plan,
+    plot,
+    preview,
+    runs,
+    text,
+    train,
+)
 from minilora.cli.parser import CommandParser
 from minilora.cli.values import as_words, read_config
 from minilora.common import __version__
@@ -22,7 +33,7 @@ from minilora.common import __version__
 INTERRUPTED = train.INTERRUPTED
 TERMINATED = 128 + signal.SIGTERM
 SAMPLE = "sample:smollm2"  # stands for the result of ml.samples.smollm2()
-GROUPS = (train, text, chat, evaluate, checkpoints, preview, plan, plot, runs)
+GROUPS = (train, text, chat, evaluate, checkpoints, export, preview, plan, plot, runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,6 +39,7 @@ EXAMPLES = {
     "evaluate": "minilora evaluate MODEL held_out.jsonl --adapter out/adapter --compare base --show 5",
     "serve": "minilora serve MODEL --adapter mine=out/adapter",
     "merge": "minilora merge MODEL out/adapter out/merged",
+    "export": "minilora export MODEL model.gguf --adapter out/adapter --dtype q8_0",
     "verify": "minilora verify out/four-bit --source out/dense",
     "compare-exports": "minilora compare-exports MODEL rows.jsonl --adapter out/adapter",
     "inspect": "minilora inspect out/adapter",

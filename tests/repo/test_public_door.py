@@ -27,6 +27,7 @@ IMPORT_SHARE = 0.2  # of torch's import time, which differs between machines in 
 COMMANDS = {
     "chat": "stream_generate",
     "env": "environment",
+    "export": "save_model",
     "plan": "plan_memory",
     "push": "push_to_hub",
     "runs": "compare_runs",

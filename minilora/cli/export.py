@@ -1,0 +1,141 @@
+"""The command export: a model, with an adapter merged into it, as a GGUF file or a folder."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import minilora as ml
+from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_storage, load
+from minilora.common import check_writable
+from minilora.hub import resolve
+
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+FORMATS = {"gguf": "gguf", "dense": "safetensors", "bnb-4bit": "bnb-4bit"}  # name in save_model
+
+
+def export(
+    model: str,
+    out: str,
+    adapter: str | None,
+    format: str | None,
+    dtype: str | None,
+    quantize: str | None,
+    check_base: bool,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp, or as a folder for transformers and vLLM.
+
+    An adapter is merged into the weights first.
+
+    Args:
+        model: Hub id, folder or .gguf file of the base.
+        out: the file or the folder to write; it must not exist.
+        adapter: folder or Hub id of an adapter; None writes the base alone.
+        format: a key of FORMATS; None chooses gguf for a name that ends in .gguf, else dense.
+        dtype: a key of DTYPES; None keeps the dtype of the checkpoint.
+        quantize: "nf4", "none", or None to follow the adapter.
+        check_base: refuse an adapter that was trained on another base.
+
+    Raises:
+        ValueError: the name does not fit the format, `out` exists or is not writable, or the
+            format cannot hold the model.
+    """
+    if format is None:
+        format = "gguf" if _is_gguf(out) else "dense"
+    _check_target(Path(out), format, dtype)
+    if format == "bnb-4bit":
+        if quantize == "none":
+            raise ValueError(
+                "--format bnb-4bit stores 4 bits, and --quantize none makes them dense."
+            )
+        quantize = "nf4"
+    loaded, tokenizer = load(model, adapter, quantize, _stored_dtype(model), check_base)
+    in_four_bits = format == "bnb-4bit"
+    rounds_again = in_four_bits and adapter is not None
+    if rounds_again:
+        print(
+            "The merged weights are rounded to 4 bits again, which loses a part of the adapter: "
+            f"minilora merge {model} {adapter} FOLDER --target nf4 --data ROWS measures how much."
+        )
+    ml.save_model(
+        loaded,
+        out,
+        format=FORMATS[format],
+        merge=adapter is not None or not in_four_bits,
+        requantize=rounds_again,
+        dtype=None if dtype is None else DTYPES[dtype],
+        tokenizer=tokenizer,
+    )
+    print(f"{_written(Path(out))}. Load it with ml.load_model({out!r}).")
+
+
+def _is_gguf(out: str) -> bool:
+    return Path(out).suffix.lower() == ".gguf"
+
+
+def _check_target(out: Path, format: str, dtype: str | None) -> None:
+    """Check that the name, the format and the dtype fit together, and that `out` can be written."""
+    if (format == "gguf") != _is_gguf(str(out)):
+        expected = "a file name that ends in .gguf" if format == "gguf" else "the name of a folder"
+        raise ValueError(f"export: --format {format} needs {expected}, got {out}.")
+    if dtype == "q8_0" and format != "gguf":
+        raise ValueError(
+            f"--dtype q8_0 is a type of GGUF files, and --format is {format}. Give a name that "
+            "ends in .gguf, or another dtype: f32, f16, bf16."
+        )
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"export: {out} exists. Choose another name, or delete it.")
+    check_writable(out.parent if format == "gguf" else out, "export")
+    if format == "gguf":
+        _check_package(out)
+
+
+def _check_package(out: Path) -> None:
+    """Raise ImportError without the gguf package, before the model is loaded."""
+    try:
+        import gguf  # noqa: F401  # the import is the check
+    except ImportError as error:
+        raise ImportError(
+            f"{out}: writing GGUF needs the gguf package: pip install -e '.[gguf]'"
+        ) from error
+
+
+def _stored_dtype(model: str) -> str:
+    """Return the dtype of a checkpoint, in which loading rounds nothing."""
+    config = resolve(model) / "config.json"
+    if not config.is_file():
+        return "float32"  # a .gguf file
+    fields: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    return name if name in ("float32", "float16", "bfloat16") else "float32"
+
+
+def _written(out: Path) -> str:
+    """Return the name and the size of what was written."""
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    return f"wrote {out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command.
+
+    Args:
+        commands: the subparsers of the program.
+    """
+    parser: argparse.ArgumentParser = add_command(commands, export)
+    parser.add_argument("model", help="Hub id, folder or .gguf file")
+    parser.add_argument("out", help="OUT.gguf for a GGUF file, else a folder; must not exist")
+    parser.add_argument("--adapter", help=f"{POSITIONAL['adapter']}, merged into the weights")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="gguf: one file for llama.cpp; dense: a folder of safetensors; bnb-4bit: a folder in "
+        "bitsandbytes' format (default: gguf for a name that ends in .gguf, else dense)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="type of the matrices; q8_0, 8 bits, for GGUF only (default: that of the checkpoint)",
+    )
+    add_no_check_base(parser)
+    add_storage(parser)
