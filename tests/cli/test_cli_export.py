@@ -19,7 +19,7 @@ def place(tmp_path_factory):
     ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
     for layer in model.modules():
         if isinstance(layer, ml.LoRALayer):
-            torch.nn.init.normal_(layer.adapters["default"].lora_B, std=0.05)
+            torch.nn.init.normal_(layer.get_parameter("adapters.default.lora_B"), std=0.05)
     ml.save_adapter(model, folder / "adapter")
     return folder
 

@@ -15,8 +15,8 @@ import minilora as ml
 from helpers.chats import ours
 from helpers.hub import serve
 from helpers.tiny import python
-from minilora.data import as_messages, encode_dataset
-from minilora.data.formats import SHAPES
+from minilora.data import Chat, as_messages, encode_dataset
+from minilora.data.formats import SHAPES, shape_of
 from minilora.data.sources.columns import known_keys
 from minilora.data.sources.hub_files import is_hub_dataset
 from minilora.data.sources.proposal import propose_columns
@@ -91,6 +91,13 @@ def test_a_wrong_mapping_names_the_columns(columns, problem):
 # ---- conversations
 
 
+def turns(row) -> list[tuple[str, str]]:
+    """Return role and content of the messages of a row."""
+    chat = as_messages(row)
+    assert isinstance(chat, Chat)
+    return [(message["role"], message["content"]) for message in chat.messages]
+
+
 @pytest.mark.parametrize(
     ("row", "conversation"),
     [
@@ -108,12 +115,12 @@ def test_a_wrong_mapping_names_the_columns(columns, problem):
 def test_chat_and_system_make_a_conversation_of_every_shape(row, conversation):
     before = json.dumps(row)
     (plain,) = ml.load_dataset([row], chat=True)
-    assert [(m["role"], m["content"]) for m in as_messages(plain).messages] == conversation
+    assert turns(plain) == conversation
     (led,) = ml.load_dataset([row], chat=True, system="s")
     expected = [("system", "s"), *conversation]
-    assert [(m["role"], m["content"]) for m in as_messages(led).messages] == expected
+    assert turns(led) == expected
     (again,) = ml.load_dataset([led], system="another")  # it has its own system message
-    assert [(m["role"], m["content"]) for m in as_messages(again).messages] == expected
+    assert turns(again) == expected
     assert json.dumps(row) == before
 
 
@@ -226,7 +233,7 @@ def test_a_proposal_maps_names_and_contents_on_a_shape(rows, columns):
     assert propose_columns(rows) == columns
     if columns:
         (first, *_) = ml.load_dataset(rows, columns=columns)
-        assert ml.data.formats.shape_of(first) in SHAPES
+        assert shape_of(first) in SHAPES
 
 
 @given(st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.integers()), min_size=1))
