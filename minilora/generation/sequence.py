@@ -37,6 +37,7 @@ class Ask(TokenRules):
         score_prompt: True computes the scores of the prompt's tokens too.
         seconds: time limit; None is no limit.
         grammar: the grammar of structured.py that the answer follows, or None.
+        shown: special tokens that the text has: the marks of tool calls.
     """
 
     prompt: list[int]
@@ -53,6 +54,7 @@ class Ask(TokenRules):
     score_prompt: bool = False
     seconds: float | None = None
     grammar: Any = None
+    shown: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -114,7 +116,7 @@ class Row:
 
     def __init__(self, ask: Ask, tokenizer: Any, now: float) -> None:
         self.ask = ask
-        self.text = Text(tokenizer, ask.stop)
+        self.text = Text(tokenizer, ask.stop, ask.shown)
         self.done = False
         self.waiting: list[TokenScore] = []
         self.prompt_scores: tuple[TokenScore, ...] = ()
@@ -227,9 +229,13 @@ class Text:
     Args:
         tokenizer: the model's tokenizer.
         stops: texts before which the answer ends.
+        shown: special tokens that the text has.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str], shown: frozenset[int] = frozenset()
+    ) -> None:
+        self.shown = shown
         self.tokenizer = tokenizer
         self.stops = stops
         self.ids: list[int] = []
@@ -263,7 +269,14 @@ class Text:
         return self._release(self._text(self.ids))
 
     def _text(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = ""
+        start = 0  # of the tokens after the last special token that is shown
+        for place, token in enumerate(ids if self.shown else ()):
+            if token in self.shown:
+                text += self.tokenizer.decode(ids[start:place], skip_special_tokens=True)
+                text += self.tokenizer.decode([token], skip_special_tokens=False)
+                start = place + 1
+        text += self.tokenizer.decode(ids[start:], skip_special_tokens=True)
         for word in self.stops:
             text = text.partition(word)[0]
         return text

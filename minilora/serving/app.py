@@ -39,6 +39,7 @@ from minilora.serving.schema import (
     StreamOptions,
     Unload,
 )
+from minilora.serving.structured import ToolUse, grammar_of
 
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
@@ -89,8 +90,13 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
         response_format = _response_format("chat", body)
         if logprobs is not None:
             response_format.token_texts = desk.token_texts()
-        ask = await desk.prepare(messages, adapter, body, max_tokens, logprobs=logprobs)
-        pieces = await desk.begin(_several([ask], body.n))
+        engine = desk.worker.engine
+        tools = ToolUse.of(body, engine.tokenizer)
+        response_format.tools = tools
+        grammar = await grammar_of(body.response_format, tools, engine)
+        fields = {"logprobs": logprobs, "grammar": grammar, "shown": tools.shown}
+        ask = await desk.prepare(tools.prompt(messages), adapter, body, max_tokens, **fields)
+        pieces = await desk.begin(_several([tools.opened(ask, engine.max_length)], body.n))
         return await _answer(request, pieces, response_format, body.stream)
 
     @app.post("/v1/completions", responses=STREAM)
@@ -98,7 +104,8 @@ def _add_answer_routes(app: FastAPI, desk: Desk) -> None:
         adapter = desk.adapter_of(body.model)
         logprobs = None if body.logprobs is False else body.logprobs
         score_prompt = bool(body.echo) and logprobs is not None
-        scores = {"logprobs": logprobs, "score_prompt": score_prompt}
+        grammar = await grammar_of(body.response_format, None, desk.worker.engine)
+        scores = {"logprobs": logprobs, "score_prompt": score_prompt, "grammar": grammar}
         prompts = _prompts(body)
         asks = []
         for prompt in prompts:
@@ -160,7 +167,7 @@ def _chat_logprobs(body: Chat) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _plain_messages(messages: list[Message], field: str = "messages") -> list[dict[str, str]]:
+def _plain_messages(messages: list[Message], field: str = "messages") -> list[dict[str, Any]]:
     """Return messages in the form of chat templates, or raise Refused."""
     plain = []
     for number, message in enumerate(messages):

@@ -21,6 +21,7 @@ from minilora.generation.scores import TokenScore, TokenTexts
 from minilora.serving.engine_client import Echo, Pieces
 from minilora.serving.logprobs import CompletionLogprobs, chat_logprobs
 from minilora.serving.middleware import Refused
+from minilora.serving.structured import ToolUse
 
 DONE = "data: [DONE]\n\n"
 
@@ -55,6 +56,7 @@ class ResponseFormat:
         head: the fields that all of an answer's events share.
         token_texts: the texts of single tokens, if the client wants log-probabilities, else None.
         echoes: the prompt of each answer, if it is a part of the answer.
+        tools: the tools of a chat, whose calls are read from the answer.
         begun: indices of the answers of which an event has been sent.
     """
 
@@ -70,6 +72,7 @@ class ResponseFormat:
         self.continuous_usage = continuous_usage
         self.token_texts: TokenTexts | None = None
         self.echoes: list[Echo] = []
+        self.tools: ToolUse | None = None
         self.begun: set[int] = set()
         self.head: dict[str, Any] = {"created": int(time.time()), "model": model}
         if kind == "chat":
@@ -94,8 +97,11 @@ class ResponseFormat:
         for index, answer in enumerate(answers):
             echo = self.echoes[index].text if self.echoes else ""
             message = self._message(echo + answer.text)
+            finish = answer.finish
+            if self.tools is not None and self.tools.active:
+                message, finish = self.tools.message(answer.text, finish)
             logprobs = self._logprobs(index, answer)
-            choices.append(self._choice(index, message, answer.finish, logprobs))
+            choices.append(self._choice(index, message, finish, logprobs))
         return self.head | {"choices": choices, "usage": usage}
 
     def opening(self, count: int) -> list[str]:
@@ -135,7 +141,11 @@ class ResponseFormat:
         logprobs = None
         if part.scores or part.prompt_scores:
             logprobs = self._logprobs(index, part)
-        choice = self._choice(index, self._delta(text), part.finish, logprobs)
+        delta = self._delta(text)
+        finish = part.finish
+        if self.tools is not None and self.tools.active:
+            delta, finish = self.tools.delta(index, text, finish)
+        choice = self._choice(index, delta, finish, logprobs)
         return self._event([choice], usage if self.continuous_usage else None)
 
     def closing(self, usage: dict[str, int]) -> list[str]:
@@ -278,6 +288,9 @@ def _failure(finish: str | None) -> Refused | None:
     if finish == "timeout":
         message = "the answer was not complete at the time limit: ask for fewer tokens."
         return Refused(504, message, "timeout")
+    if finish == "grammar":
+        message = "response_format: the schema allows no further token: simplify it."
+        return Refused(400, message, "invalid_request", "response_format")
     if finish == "error":
         return Refused(503, "the server has stopped: send the request again.", "ended")
     return None

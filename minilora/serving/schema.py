@@ -164,6 +164,22 @@ class StreamOptions(Strict):
     ) = None
 
 
+class JSONSchema(Strict):
+    """The JSON schema of an answer."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}  # any JSON value
+    strict: Annotated[bool, Field(description="no effect: answers always obey")] | None = None
+
+
+class AnswerFormat(Strict):
+    """The format of an answer: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
 class OpenAI(Sampling):
     """The fields that OpenAI's two endpoints share."""
 
@@ -175,6 +191,7 @@ class OpenAI(Sampling):
     ) = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=64, description="answers to each prompt")] | None = None
+    response_format: AnswerFormat | None = None
     # about the client, not the answer
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
@@ -190,15 +207,33 @@ class Part(Strict):
     text: str
 
 
+class CalledFunction(Strict):
+    """The function of a tool call, with its arguments as JSON text."""
+
+    name: Text
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A tool call in an earlier turn of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: Annotated[int, Field(ge=0, description="from a stream; no effect")] | None = None
+
+
 class Message(Strict):
     """One turn of a conversation. Only the content of an assistant may be null."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(min_length=1)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """Return the message in the form of chat templates, with its parts joined.
 
         `developer` is OpenAI's newer name of the role `system`.
@@ -212,18 +247,43 @@ class Message(Strict):
         if isinstance(content, list):
             content = "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": content or ""}
-        for field in ("name", "reasoning_content"):
+        message: dict[str, Any] = {"role": role, "content": content or ""}
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
+        for field in ("name", "reasoning_content", "tool_call_id"):
             value = getattr(self, field)
             if value is not None:
                 message[field] = value
         return message
 
 
-class Plain(Strict):
-    """The only supported format of an answer."""
+class Function(Strict):
+    """A function that the model may call; `parameters` is a JSON schema."""
 
-    type: Literal["text"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool of the client."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    """The name of a function."""
+
+    name: Text
+
+
+class NamedTool(Strict):
+    """The tool that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Chat(OpenAI):
@@ -234,9 +294,8 @@ class Chat(OpenAI):
     max_completion_tokens: PositiveInt = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: Plain | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -316,18 +316,14 @@ REFUSED = [
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "logit_bias.5: expected at most 100, got 101."),
     ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias: expected an object of token ids and"),
     ({"logit_bias": {"99999": 1}}, None, "logit_bias: expected token ids from 0 to"),
-    ({"tools": [{"type": "function"}]}, "tools", "tools: expected at most 0 element(s)"),
-    (
-        {"response_format": {"type": "json_object"}},
-        "response_format.type",
-        "response_format.type: expected 'text', got \"json_object\".",
-    ),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "this field is required"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", 'got "xml".'),
     (
         {"temprature": 0.1},
         "temprature",
         "temprature: this server does not support this field. Remove it, or write temperature.",
     ),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "'assistant'"),
+    ({"messages": [{"role": "critic", "content": "a"}]}, "messages[0].role", "'assistant'"),
     ({"messages": [USER, USER | {"nom": "me"}]}, "messages[1].nom", "does not support"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", f"{CONTENT} a number."),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", f"{CONTENT} null."),
@@ -466,7 +462,7 @@ def test_invalid_prompts_are_refused(server):
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
     for prompt, field, message in [
         (5, "prompt", "prompt: expected a text or a list of messages, got a number."),
-        ([USER, {"role": "tool"}], "prompt[1].role", "prompt[1].role: expected 'system'"),
+        ([USER, {"role": "critic"}], "prompt[1].role", "prompt[1].role: expected 'system'"),
         ([{"role": "user"}], "prompt[0].content", "prompt[0].content: expected text or a list"),
     ]:
         answer = http.post(f"{server.url}/generate", json={"prompt": prompt})
