@@ -119,6 +119,9 @@ def test_generate_applies_the_rules():
     assert generate(config, logit_bias={letter: 1000.0}) == "b" * 10
     answer = generate(config, logit_bias={letter: 1000.0}, frequency_penalty=10000.0)
     assert answer.count("b") == 1
+    rules = {"logit_bias": {letter: 1000.0}, "frequency_penalty": 10000.0}
+    pieces = ml.stream_generate(model, tokenizer, RawText("hello"), config, **rules)
+    assert "".join(pieces) == answer
     ended = {"logit_bias": {tokenizer.eos_token_id: 1000.0}}
     assert generate(config, **ended) == ""
     assert generate(config, **ended, min_new_tokens=3) == generate(max_new_tokens=3)
