@@ -122,8 +122,28 @@ def execute(path: Path) -> Any:
     notebook = read(path, repository())
     folder = {"metadata": {"path": str(path.parent)}}
     ExecutePreprocessor(timeout=None, kernel_name="python3").preprocess(notebook, folder)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = shown(cell.outputs)
     notebook.metadata[KEY] = key(path)
     return notebook
+
+
+def shown(outputs: list[Any]) -> list[Any]:
+    """Return outputs without stderr, whose messages are about this machine: its paths and network.
+
+    The printed lines between two messages become one output.
+    """
+    kept: list[Any] = []
+    for output in outputs:
+        kind = output.get("name")
+        if kind == "stderr":
+            continue
+        if kind == "stdout" and kept and kept[-1].get("name") == "stdout":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 if __name__ == "__main__":
