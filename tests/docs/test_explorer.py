@@ -114,6 +114,21 @@ def test_a_block_is_quantised_bit_for_bit():
 
 
 @needs_node
+def test_an_outlier_ruins_the_other_weights_of_its_block():
+    """The page states the error of the other 63 weights, which the library gives too."""
+    block = torch.tensor([explorer.embedded()["block"]["values"]])
+    block[0, 0] = 20 * block.abs().max()
+    levels, thresholds = explorer.embedded()["levels"], explorer.embedded()["thresholds"]
+    script = """const [block, levels, thresholds] = given;
+        return errorOfOthers(block, quantise(block, thresholds), levels);"""
+    found = node(MATHS + script, block[0].tolist(), levels, thresholds)
+    again = ml.dequantize_nf4(ml.quantize_nf4(block, 64, double_quant=False))
+    assert again[0, 0] == block[0, 0]
+    expected = (again - block)[0, 1:].norm() / block[0, 1:].norm()
+    assert found == pytest.approx(expected.item(), rel=1e-5) and found > 0.5
+
+
+@needs_node
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 def test_parameters_are_counted_as_the_library_counts_them(targets):
     held, lora = explorer.embedded()["models"], ml.LoRAConfig(r=12, target_modules=targets)
@@ -191,10 +206,10 @@ def test_controls_and_pictures_have_labels():
     controls = [
         a for tag, a in elements if tag in ("input", "select") and a.get("type") != "checkbox"
     ]
-    assert len(controls) == 5 and all(a["id"] in named for a in controls)
+    assert len(controls) == 6 and all(a["id"] in named for a in controls)
     pictures = [a for tag, a in elements if tag == "svg"]
     titles = {a.get("id") for tag, a in elements if tag == "title"}
-    assert len(pictures) == 3 and all(
+    assert len(pictures) == 4 and all(
         a["role"] == "img" and a["aria-labelledby"] in titles for a in pictures
     )
     ids = [a["id"] for _, a in elements if "id" in a]
@@ -250,7 +265,7 @@ def test_sliders_redraw_the_page_and_no_text_is_cut_off(width: int, tmp_path):
     assert (
         "model=Llama-3-8B" in said["hash"] and "b=4096" in said["hash"] and "w=-300" in said["hash"]
     )
-    assert all(said["live"]) and len(said["live"]) == 3
+    assert all(said["live"]) and len(said["live"]) == 4
     assert said["boxes"] >= 1  # the last checked layer stays checked
     assert said["right"] <= width, "the page is wider than its window"
     assert not said["cut"] and not said["met"]
