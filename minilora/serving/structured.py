@@ -54,7 +54,7 @@ async def grammar_of(
         return None
     try:
         return await asyncio.to_thread(compile_schema, schema, engine.tokenizer, engine.ends)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ImportError) as error:
         reason = str(error).removeprefix("schema: ")
         raise Refused(400, f"{field}: {reason}", "invalid_request", field) from error
 
