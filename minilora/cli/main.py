@@ -141,6 +141,7 @@ def _keywords(parser: CommandParser, given: list[str]) -> tuple[dict[str, Any], 
         known += train_parser.names() + train_parser.destinations()
         arguments = train_parser.with_equals(arguments)  # no value is taken for a positional
     on_line, unparsed = command.parse_given(arguments)
+    known = [name for name in known if name != "config"]
     path = Path(on_line["config"])
     in_file = read_config(path, known)
     words = [given[0]]
@@ -155,7 +156,9 @@ def _keywords(parser: CommandParser, given: list[str]) -> tuple[dict[str, Any], 
             f"{path}: {' and '.join(missing)} missing: add them to the file, or give them on the "
             "command line."
         )
-    passed_on = [str(in_file.pop("dataset"))] if "dataset" in in_file else []  # of a sweep
+    passed_on = []
+    if given[0] == "sweep" and "dataset" in in_file:
+        passed_on.append(str(in_file.pop("dataset")))
     for name, value in in_file.items():
         action = command.option(name)
         if action is None:

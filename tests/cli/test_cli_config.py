@@ -95,6 +95,8 @@ def test_sweep_passes_options_of_train_on(tmp_path):
         ("generate", 'model = "m"\nprompt = "p"\nadaptr = "a"', "Nearest: 'adapter'"),
         ("generate", 'model = "m"', "prompt missing: add them to the file, or give them on the"),
         ("merge", "model = ", "not TOML"),
+        ("inspect", 'path = "a"\nconfig = "b"', "'config' matches nothing"),
+        ("sweep", 'model = "m"\nconfig = "b"', "'config' matches nothing"),
         (
             "push",
             'folder = "f"\nrepo_id = "r"\nprivate = "yes"',
