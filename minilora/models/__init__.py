@@ -4,6 +4,7 @@ decoder.py              Llama, Mistral, Qwen and Gemma 3 in one file
 config.py               the shape of a decoder, from config.json
 families.py             Llama, Mistral, Qwen, Gemma: their differences
 rope_config.py          rotary positions and their frequencies
+masks.py                the attention mask of each kind of layer
 kv_cache.py             keys and values of earlier tokens
 padded_batch.py         rows of different lengths, read into a cache
 loader.py               load_model: tensor by tensor, quantised on the way

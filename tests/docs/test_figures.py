@@ -32,6 +32,10 @@ FIGURES: dict[str, dict[str, list[str]]] = {
         "What the demo shows": ["test: test_demo.py"],
         "Reading order": ["test: test_pages.py"],
     },
+    "docs/cli.md": {
+        "Data options": ["given: an example of an option"],
+        "chat": ["given: defaults of minilora/cli/chat.py"],
+    },
     "docs/distributed.md": {"When something fails": ["given: torch's own time limits"]},
     "docs/glossary.md": {"A weight, by hand": ["test: test_pages.py"]},
     "docs/gpu.md": {"What to expect": ["given: what is known of memory in general"]},
