@@ -181,7 +181,11 @@ def test_a_full_disk_ends_a_run_with_what_was_saved_before(tmp_path):
         folder = tmp_path / file
         named = errors[file].rpartition("/")[2].strip(".'").removesuffix(".tmp")
         assert "ile too large" in errors[file] and named == file, errors[file]
-        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "log.jsonl"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "checkpoint-1",
+            "log.jsonl",
+            "run.json",
+        ]
         resume(folder, tmp_path / method, 7, method)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         # after the resume only every 10th step is logged

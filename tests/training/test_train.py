@@ -16,6 +16,7 @@ from torch import nn
 
 from helpers.tiny import python
 from helpers.toy import FAST, Letters, Wrapped, adapters, alone, llama, lora, relative, rows
+from minilora.common import progress
 from minilora.data import encode_dataset
 from minilora.lora.layer import LoRALayer
 from minilora.losses.sft import SFT, mean_loss, padded, token_loss, trained_tokens
@@ -310,7 +311,7 @@ print(subprocess.check_output([sys.executable, "-c", {child!r}], text=True))
     assert 50e6 < int(python(code)) < 2**30
 
 
-def test_quiet_when_not_a_terminal(capsys, monkeypatch):
+def test_short_run_is_quiet_and_a_long_one_has_a_bar(capsys, monkeypatch):
     train(lora(), Letters(), rows(), TrainConfig(**FAST), eval_dataset=rows(4))
     out, err = capsys.readouterr()
     assert err == "" and out.startswith("train: 24 rows") and "\neval: 4 rows" in out
@@ -322,6 +323,7 @@ def test_quiet_when_not_a_terminal(capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("minilora.common.progress.DELAY", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "DELAY", 0.0)
     train(lora(), Letters(), rows(), TrainConfig(**FAST))
     shown = terminal.getvalue()
     assert all(word in shown for word in ("loss=", "lr=", "tok/s=", "5/5"))

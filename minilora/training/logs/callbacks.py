@@ -27,7 +27,7 @@ class StepInfo:
         step: Number of the step, from 1.
         total_steps: Steps of the run.
         loss: Loss of this step.
-        learning_rate: Peak learning rate of this step's update.
+        learning_rate: Learning rate of this step's update, without the ratio of LoRA+.
         grad_norm: Norm of the gradients before clipping.
         tokens: Tokens read since the start of the run, without padding.
         seconds: Duration of the step.
