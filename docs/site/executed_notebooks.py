@@ -32,7 +32,7 @@ OUT = ROOT / "out" / "notebooks"
 KEY = "minilora_key"  # of a notebook's metadata
 BRANCH = "notebooks"  # .github/workflows/pages.yml pushes the written notebooks to this branch
 LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}  # nbconvert highlights by it
-EXTRAS = "gguf,plot"  # a notebook needs these packages in addition to minilora's own
+EXTRAS = "gguf,plot,structured"  # a notebook needs these packages in addition to minilora's own
 INSTALL = """\
 # This cell installs minilora on Google Colab. On another machine it changes nothing.
 import sys
@@ -58,8 +58,13 @@ def main() -> None:
 
 
 def sources() -> list[Path]:
-    """Return the paths of all notebooks in their order."""
-    return sorted(ROOT.glob("notebooks/*.py"))
+    """Return the paths of all notebooks in the order of their numbers."""
+    return sorted(ROOT.glob("notebooks/*.py"), key=number)
+
+
+def number(path: Path) -> int:
+    """Return the number at the beginning of a notebook's name."""
+    return int(path.name.partition("_")[0])
 
 
 def written(path: Path) -> Path:

@@ -70,3 +70,8 @@ def test_the_address_is_that_of_pyproject_or_of_github_actions(monkeypatch):
     monkeypatch.setenv("GITHUB_SERVER_URL", "https://github.com")
     urls = (site.ROOT / "pyproject.toml").read_text().partition("[project.urls]")[2]
     assert urls or site.repository() == "https://github.com/owner/name"
+
+
+def test_notebooks_are_in_the_order_of_their_numbers():
+    numbers = [site.number(path) for path in site.sources()]
+    assert numbers == list(range(1, len(numbers) + 1))

@@ -187,9 +187,9 @@ def found_today(path: str) -> bool:
     A notebook may have another number.
     """
     folder, _, name = path.partition("/")
-    name = re.sub(r"^\d_", "", name.rpartition("/")[2])
+    name = re.sub(r"^\d+_", "", name.rpartition("/")[2])
     name = RENAMED.get(name, name)
-    return any(re.sub(r"^\d_", "", file.name) == name for file in (ROOT / folder).rglob("*.py"))
+    return any(re.sub(r"^\d+_", "", file.name) == name for file in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("title", entries())

@@ -51,7 +51,9 @@ def test_the_readme_numbers_the_reading_order():
     for _, name, link in steps:
         assert name == link and name in ALL_FILES, f"{name} does not exist"
     notebooks = [name for _, name, _ in steps if name.startswith("notebooks/")]
-    assert notebooks == sorted(path for path in ALL_FILES if path.startswith("notebooks/"))
+    expected = [path for path in ALL_FILES if path.startswith("notebooks/")]
+    expected.sort(key=lambda path: int(re.findall(r"\d+", path)[0]))
+    assert notebooks == expected
 
 
 def test_every_claim_about_peers_cites_its_test():
