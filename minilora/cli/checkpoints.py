@@ -18,7 +18,6 @@ from minilora.cli.options import (
     storage_options,
 )
 from minilora.cli.preview import add_data_options, take_data_options
-from minilora.data.read_rows import check_file
 from minilora.lora.files.source import split_source
 from minilora.lora.merging.merge import STORAGES
 from minilora.tools.compare_exports import compare_exports as compare_forms
@@ -52,7 +51,7 @@ def merge(
         target: storage of the result; None keeps the dtype of the loaded model.
         data: held-out rows, to measure the loss of each target; None measures the weights alone.
         force: write 4 bits even where they lose most of the adapter.
-        loading: quantize, dtype and check_base.
+        loading: quantize, dtype and check_base, and the data options.
 
     Raises:
         ValueError: the folder is the base, 4 bits would lose the adapter, or the folder differs
@@ -76,8 +75,8 @@ def merge(
             f"merge writes a folder, and {folder} is the name of a GGUF file. To write this file: "
             f"minilora export {model} {folder} --adapter {adapter}"
         )
-    if data is not None:
-        check_file(data)
+    data_options = take_data_options(loading)
+    rows = None if data is None else data_options.load(data)
     loaded, tokenizer = load(model, adapter, **loading)
     source = None
     if target == "original":
@@ -87,7 +86,7 @@ def merge(
             source, _ = load(model, adapter, **dense)
     if target is None:
         target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
-    report = merge_report(loaded, source, tokenizer=tokenizer, data=data)
+    report = merge_report(loaded, source, tokenizer=tokenizer, data=rows)
     print(report)
     _warn_of_lost_loss(report, target)
     cosine = report.total.cosine.get("nf4", 1.0)
@@ -218,6 +217,7 @@ def _add_merge(commands: Any) -> None:
         "before it was quantised (default: the dtype of the loaded model)",
     )
     parser.add_argument("--data", help="held-out rows: measures the loss of every target")
+    add_data_options(parser)
     parser.add_argument(
         "--force", action="store_true", help="write 4 bits even where they lose most of the adapter"
     )
