@@ -119,11 +119,30 @@ def unknown_shape(rows: Sequence[Row], index: int = 0) -> ValueError:
         index: number of the row.
     """
     keys = sorted(map(str, present(rows[0])))
+    missing = _missing_keys(keys)
+    if missing and index > 0:  # the rows before it have a known shape, so the columns have names
+        return ValueError(
+            f"row {index}: {' and '.join(missing)} missing or empty, next to the keys {keys}. "
+            "Complete this row, or remove it."
+        )
     known = "; ".join(", ".join(sorted(required)) for required, _ in SHAPES.values())
     return ValueError(
         f"row {index}: keys {keys} match no known shape. Expected one of: {known}."
         f"{proposal_text(rows)}"
     )
+
+
+def _missing_keys(keys: Sequence[str]) -> list[str]:
+    """Return what completes some keys to the nearest shape; nothing if they have no part of one."""
+    missing: list[str] = []
+    most = 0
+    for required, optional in SHAPES.values():
+        present_keys = required & set(keys)
+        matching = len((required | optional) & set(keys))
+        if present_keys and matching > most:
+            most = matching
+            missing = sorted(required - present_keys)
+    return missing
 
 
 def extra_keys(row: Row, index: int = 0) -> set[str]:

@@ -57,7 +57,7 @@ def iterate_dataset(dataset: Any, separator: str | None = None) -> Iterator[Row]
         yield _without_nan(row)
     if empty:
         name = dataset if isinstance(dataset, str | Path) else type(dataset).__name__
-        raise ValueError(f"dataset: {name} is empty.")
+        raise ValueError(f"dataset: {name} is empty. Expected at least one row.")
 
 
 def _without_nan(row: Row) -> Row:
@@ -111,7 +111,8 @@ def check_file(path: str | Path) -> str:
     if suffix not in FILE_KINDS:
         raise ValueError(
             f"dataset: expected a path to .jsonl, .json, .csv or .parquet, got {str(path)!r}. "
-            'For a data set of the Hub, pass the rows of `ml.load_dataset("owner/name")`.'
+            'Write plain text as rows such as {"text": …} in a .jsonl file. For a data set of the '
+            'Hub, pass the rows of `ml.load_dataset("owner/name")`.'
         )
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -157,7 +158,8 @@ def _read_text(path: Path, suffix: str, separator: str | None) -> Iterator[Any]:
             rows = _json(file.read(), str(path), several)
             if not isinstance(rows, list):
                 raise ValueError(
-                    f"{path}: expected a JSON list of rows, got {type(rows).__name__}."
+                    f"{path}: expected a JSON list of rows, got {type(rows).__name__}. Write "
+                    "[ROW, ROW, …], or one row a line in a .jsonl file."
                 )
             yield from rows
 
@@ -204,7 +206,10 @@ def _json(text: str, where: str, several: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = ""
+        remedy = "Correct this place, or write the file with a JSON library."
         if error.msg == "Extra data":
-            hint = f" {several}"
-        raise ValueError(f"{where}: not JSON: {error}.{hint}") from error
+            remedy = several
+        place = f"line {error.lineno} column {error.colno}"
+        if "\n" not in text.strip():
+            place = f"character {error.pos + 1}"
+        raise ValueError(f"{where}: not JSON: {error.msg} at {place}. {remedy}") from error
