@@ -27,6 +27,7 @@ from minilora.tools.sweep import sweep as search_options
 from minilora.tools.sweep import sweep_table
 from minilora.training.distributed import process_on
 from minilora.training.run import check_run_options
+from minilora.training.run_folder import check_resumable
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
@@ -72,6 +73,7 @@ def train(
     lora_config, train_config, goal = _configs(objective, given)
     evaluates = eval_dataset is not None or test_size is not None
     check_run_options(train_config, goal, evaluates)
+    check_resumable(train_config.output_dir, train_config.resume_from_checkpoint)
     rows, held_out = _datasets(dataset, eval_dataset, data, test_size, train_config.seed)
     rows = _mixture(rows, mix, mix_rows, data, train_config.seed)
     _check_cache(train_config, rows)

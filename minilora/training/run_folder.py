@@ -248,9 +248,32 @@ def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:
             print(f"resume_from_checkpoint: {error}")
     missing = "undamaged checkpoint" if steps else "checkpoint"
     raise ValueError(
-        f'resume_from_checkpoint="last": {output_dir} holds no {missing}. Leave it None to start a '
+        f'resume_from_checkpoint="last": {output_dir} holds no {missing}. Leave it out to start a '
         "new run."
     )
+
+
+def check_resumable(output_dir: str | None, resume: str | None) -> None:
+    """Check that a checkpoint exists for a run to resume, or that a new run overwrites none.
+
+    The command line calls it before it loads the model. Damage is found when the run begins.
+
+    Args:
+        output_dir: Folder of the run's checkpoints.
+        resume: A checkpoint, "last", or None for a new run.
+
+    Raises:
+        ValueError: If there is nothing to resume, or `output_dir` contains an earlier run.
+    """
+    folder = None if output_dir is None else Path(output_dir)
+    if resume is None or (resume == "last" and not checkpoint_steps(folder)):
+        find_checkpoint(folder, resume)  # raises, unless the run is new and its folder free
+    elif resume != "last" and not Path(resume).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: there is no folder {resume}. Expected the folder of a "
+            f"checkpoint, such as {Path(output_dir or 'OUTPUT_DIR', 'checkpoint-100')}, or "
+            '"last".'
+        )
 
 
 def checkpoint_steps(output_dir: Path | None) -> list[int]:
