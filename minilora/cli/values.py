@@ -46,10 +46,15 @@ def read_config(path: Path, known: Collection[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is not TOML, or has an unknown name.
-        OSError: the file cannot be read.
+        OSError: the file does not exist or cannot be read.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--config: {path} does not exist. Expected a .toml file of options; paths begin at "
+            f"{Path.cwd()}."
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML: {error}.") from error
     values = {}
