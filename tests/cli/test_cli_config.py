@@ -93,7 +93,7 @@ def test_sweep_passes_options_of_train_on(tmp_path):
             "'lr' matches nothing. Nearest: 'learning_r",
         ),
         ("generate", 'model = "m"\nprompt = "p"\nadaptr = "a"', "Nearest: 'adapter'"),
-        ("generate", 'model = "m"', "prompt missing: add them to the file, or give them on the"),
+        ("evaluate", 'model = "m"', "dataset missing: add them to the file, or give them on the"),
         ("merge", "model = ", "not TOML"),
         ("inspect", 'path = "a"\nconfig = "b"', "'config' matches nothing"),
         ("sweep", 'model = "m"\nconfig = "b"', "'config' matches nothing"),
@@ -117,7 +117,7 @@ def test_a_value_of_a_wrong_type_names_the_option(tmp_path, capsys):
     file.write_text('model = "m"\ndataset = "d"\nr = "many"')
     with pytest.raises(SystemExit):
         main(["train", "--config", str(file)])
-    assert "--r: expected int, got 'many'" in capsys.readouterr().err
+    assert "--r: expected a whole number, got 'many'" in capsys.readouterr().err
 
 
 # ---- examples/configs
