@@ -111,8 +111,11 @@ def svg_curves(curves: Mapping[str, Points]) -> str:
         parts.append(f"<polyline {line}/><text {place}>{html.escape(name)}</text>")
     parts.append(f'<text x="{WIDTH + 6}" y="8" fill="currentColor">{high:.4g}</text>')
     parts.append(f'<text x="{WIDTH + 6}" y="{HEIGHT}" fill="currentColor">{low:.4g}</text>')
-    size = f'width="{WIDTH + 90}" height="{HEIGHT + 4}" font-size="11" font-family="sans-serif"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+    width = WIDTH + 90
+    height = HEIGHT + 4
+    box = f'viewBox="0 0 {width} {height}" style="width:{width}px;max-width:100%"'
+    font = 'font-size="11" font-family="sans-serif"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box} {font}>{"".join(parts)}</svg>'
 
 
 def thinned(points: Points, most: int) -> list[tuple[float, float]]:
