@@ -7,6 +7,7 @@ from typing import Any
 from minilora.cli.options import add_command
 from minilora.cli.values import add_fields
 from minilora.lora.config import LoRAConfig
+from minilora.lora.files.source import split_source
 from minilora.tools.environment import environment
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory, table
 from minilora.training.config import TrainConfig
@@ -54,13 +55,14 @@ def plan(
     """Compute the memory of training, by part, from config.json alone, and the run that fits.
 
     Args:
-        model: Hub id, folder or .gguf file.
+        model: Hub id, folder or .gguf file, or the folder of a run, whose base is planned for.
         dtype: dtype of dense weights, or "auto".
         quantize: "nf4" or None.
         card: memory of a GPU, such as "24GB"; None gives no verdict.
         plot: file of a picture; None draws nothing.
         given: fields of LoRAConfig and TrainConfig.
     """
+    model = str(split_source(model)[0])
     lora = {f.name: given[f.name] for f in fields(LoRAConfig) if f.name in given}
     training = {f.name: given[f.name] for f in fields(TrainConfig) if f.name in given}
     plans: list[MemoryPlan] = []

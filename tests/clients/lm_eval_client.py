@@ -8,7 +8,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 url, folder = sys.argv[1:]
 PAIRS = [("hello", " world"), ("the answer is", " b"), ("a b", " c d e"), ("a hello wo", "rld")]
-TOLERANCE = 1e-3  # nats, of a continuation
+TOLERANCE = 1e-4  # nats, of a continuation; both compute in fp32
 
 
 def requests(kind, pairs):

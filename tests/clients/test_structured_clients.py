@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from helpers.chats import real
+from helpers.environment import environment
 from helpers.served import build, serving, tokenizer
 from minilora.generation.engine import Engine
 
-CLIENTS = {"openai_structured": "openai", "instructor": "instructor", "pydantic_ai": "pydantic_ai"}
-PYTHON = os.environ.get("STRUCTURED_CLIENTS_PYTHON", sys.executable)
+CLIENTS = ("openai_structured", "instructor", "pydantic_ai")
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +26,27 @@ def server():
         yield server
 
 
+@pytest.fixture(scope="module")
+def other_packages(tmp_path_factory):
+    """Variables of a process with the packages of structured_requirements.txt."""
+    requirements = str(Path(__file__).parent / "structured_requirements.txt")
+    folder = tmp_path_factory.mktemp("packages")
+    return environment(folder, ["-r", requirements], dependencies=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("client", CLIENTS)
-def test_client_gets_objects_of_its_class(client, server):
-    python = sys.executable if CLIENTS[client] == "openai" else PYTHON
-    if subprocess.run([python, "-c", f"import {CLIENTS[client]}"], capture_output=True).returncode:
-        pytest.skip(
-            f"{CLIENTS[client]} is not installed: tests/clients/structured_requirements.txt"
-        )
+def test_client_gets_objects_of_its_class(client, server, request):
+    if client == "openai_structured":  # the version of constraints.txt
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    else:
+        variables = request.getfixturevalue("other_packages")
     script = Path(__file__).parent / f"{client}_client.py"
-    environment = os.environ | {"NO_PROXY": "127.0.0.1"}
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [python, script, server.url], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, script, server.url],
+        env=variables | {"NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

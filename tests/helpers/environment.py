@@ -6,19 +6,23 @@ import sys
 from pathlib import Path
 
 
-def environment(folder: Path, requirements: list[str]) -> dict[str, str]:
+def environment(
+    folder: Path, requirements: list[str], dependencies: bool = False
+) -> dict[str, str]:
     """Install packages into a folder and return the variables of a process that prefers them.
 
-    Every package that is not in `requirements`, such as torch, comes from the environment of the
-    tests.
+    Every other package, such as torch, comes from the environment of the tests.
 
     Args:
         folder: where to install.
-        requirements: packages with exact versions; their dependencies are not installed.
+        requirements: packages with exact versions, or options of pip.
+        dependencies: install the packages that these need, too.
 
     Returns:
         The variables of this process with another PYTHONPATH.
     """
-    install = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(folder)]
+    install = [sys.executable, "-m", "pip", "install", "-qq", "--target", str(folder)]
+    if not dependencies:
+        install.append("--no-deps")
     subprocess.run([*install, *requirements], check=True)
     return os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
