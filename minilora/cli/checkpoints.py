@@ -71,9 +71,10 @@ def merge(
             f"{folder} is the base itself, which would be overwritten: give another folder."
         )
     if Path(folder).suffix.lower() == ".gguf":
+        option = "" if adapter is None else f" --adapter {adapter}"
         raise ValueError(
             f"merge writes a folder, and {folder} is the name of a GGUF file. To write this file: "
-            f"minilora export {model} {folder} --adapter {adapter}"
+            f"minilora export {model} {folder}{option}"
         )
     data_options = take_data_options(loading)
     rows = None if data is None else data_options.load(data)

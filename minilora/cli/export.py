@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import minilora as ml
-from minilora.cli.options import POSITIONAL, add_command, add_no_check_base, add_storage, load
+from minilora.cli.options import (
+    POSITIONAL,
+    add_command,
+    add_no_check_base,
+    add_storage,
+    base_and_adapter,
+    load,
+)
 from minilora.common import check_writable
 from minilora.hub import resolve
 
@@ -28,9 +35,9 @@ def export(
     An adapter is merged into the weights first.
 
     Args:
-        model: Hub id, folder or .gguf file of the base.
+        model: Hub id, folder or .gguf file of the base, or the folder of a run or an adapter.
         out: the file or the folder to write; it must not exist.
-        adapter: folder or Hub id of an adapter; None writes the base alone.
+        adapter: folder or Hub id of an adapter; None uses that of `model`, or writes the base alone.
         format: a key of FORMATS; None chooses gguf for a name that ends in .gguf, else dense.
         dtype: a key of DTYPES; None keeps the dtype of the checkpoint.
         quantize: "nf4", "none", or None to follow the adapter.
@@ -49,13 +56,15 @@ def export(
                 "--format bnb-4bit stores 4 bits, and --quantize none makes them dense."
             )
         quantize = "nf4"
-    loaded, tokenizer = load(model, adapter, quantize, _stored_dtype(model), check_base)
+    base, folder = base_and_adapter(model, adapter)
+    adapter = None if folder is None else str(folder)
+    loaded, tokenizer = load(base, adapter, quantize, _stored_dtype(base), check_base)
     in_four_bits = format == "bnb-4bit"
     rounds_again = in_four_bits and adapter is not None
     if rounds_again:
         print(
             "The merged weights are rounded to 4 bits again, which loses a part of the adapter: "
-            f"minilora merge {model} {adapter} FOLDER --target nf4 --data ROWS measures how much."
+            f"minilora merge {base} {adapter} FOLDER --target nf4 --data ROWS measures how much."
         )
     ml.save_model(
         loaded,
@@ -123,7 +132,7 @@ def add_commands(commands: Any) -> None:
         commands: the subparsers of the program.
     """
     parser: argparse.ArgumentParser = add_command(commands, export)
-    parser.add_argument("model", help="Hub id, folder or .gguf file")
+    parser.add_argument("model", help=POSITIONAL["model"])
     parser.add_argument("out", help="OUT.gguf for a GGUF file, else a folder; must not exist")
     parser.add_argument("--adapter", help=f"{POSITIONAL['adapter']}, merged into the weights")
     parser.add_argument(

@@ -16,8 +16,7 @@ from minilora.models.loader import is_four_bit
 from minilora.quant.storage import common_storage, describe
 
 POSITIONAL = {
-    "model": "Hub id, folder, .gguf file, or the folder of a run or an adapter, which names its "
-    "base; for train also a .toml file that holds all options",
+    "model": "Hub id, folder, .gguf file, or the folder of a run or an adapter, which names its base",
     "checkpoint": "folder of safetensors files in bitsandbytes' 4-bit format",
     "path": "folder of a model, an adapter or a run, or .gguf file",
     "dataset": ".jsonl, .json, .csv or .parquet file of messages, instructions, "

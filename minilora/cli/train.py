@@ -313,7 +313,9 @@ def add_commands(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     parser = add_command(commands, train, "model", "dataset")
-    parser.usage = "minilora train MODEL DATASET [OPTIONS]"
+    parser.usage = (
+        "minilora train MODEL DATASET [OPTIONS]\n       minilora train RUN.toml [OPTIONS]"
+    )
     add_quantize(parser)
     parser.add_argument(
         "--adapter",

@@ -15,13 +15,16 @@ from minilora.cli.main import main
 def place(tmp_path_factory):
     """Folder with a model, its tokenizer, and an adapter that changes it."""
     folder = furnish(tmp_path_factory.mktemp("place"))
-    model = ml.load_model(folder / "model", dtype="float32")
+    save_random_adapter(ml.load_model(folder / "model", dtype="float32"), folder / "adapter")
+    return folder
+
+
+def save_random_adapter(model, folder):
     ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
     for layer in model.modules():
         if isinstance(layer, ml.LoRALayer):
             torch.nn.init.normal_(layer.get_parameter("adapters.default.lora_B"), std=0.05)
-    ml.save_adapter(model, folder / "adapter")
-    return folder
+    ml.save_adapter(model, folder)
 
 
 def merged(place, quantize=None, storage=None):
@@ -94,6 +97,20 @@ def test_bnb_4bit_is_the_model_in_nf4(place, capsys, adapter):
     assert all(torch.equal(value, found[key]) for key, value in expected.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [[], ["--format", "bnb-4bit"]])
+@pytest.mark.filterwarnings("ignore:.*was trained on a base that was dense")
+def test_the_folder_of_an_adapter_is_exported_like_its_base_and_adapter(place, tmp_path, options):
+    base = tmp_path / "base"
+    model = ml.load_model(place / "model", dtype="bfloat16")
+    ml.save_model(model, base, tokenizer=ml.load_tokenizer(place / "model"))
+    save_random_adapter(ml.load_model(base, dtype="bfloat16"), tmp_path / "adapter")
+    both = ["export", str(base), str(tmp_path / "both"), "--adapter", str(tmp_path / "adapter")]
+    assert main([*both, *options]) == 0
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "one"), *options]) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("both", "one")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,6 +133,8 @@ def test_merge_makes_no_folder_with_the_name_of_a_gguf_file(place, capsys):
     said = capsys.readouterr().err
     assert f"minilora export {place / 'model'} {place / 'm.gguf'} --adapter {adapter}" in said
     assert not (place / "m.gguf").exists()
+    assert main(["merge", adapter, str(place / "m.gguf")]) == 1
+    assert f"minilora export {adapter} {place / 'm.gguf'}\n" in capsys.readouterr().err
 
 
 def test_without_the_gguf_package_export_names_it(place, capsys, monkeypatch):
