@@ -89,7 +89,7 @@ def is_ready(port: int) -> bool:
 def test_the_commands_of_the_tutorial_run_in_order(tmp_path, monkeypatch, capsys):
     model = furnish(tmp_path) / "model"
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "tickets.csv", 24)
+    write_rows(tmp_path / "diagnoses.csv", 24)
     write_rows(tmp_path / "held_out.csv", 6)
     assert CONFIG
     (tmp_path / "data.toml").write_text(CONFIG[1])
