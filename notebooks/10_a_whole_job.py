@@ -14,10 +14,10 @@
 # # A whole job, from a CSV file to a GGUF file
 #
 # **Question:** you have 800 rows in a CSV file, and a model should learn to answer as these rows
-# do. Which steps lead from the file to a model that a program can use, and how do you know after
-# each step that it worked?
+# do. Which steps lead from the file to a model that a program can use? How can you check each
+# step?
 #
-# The other notebooks explain the method. This one does the work with it: read the file, look at the
+# The other notebooks explain the method. This notebook applies it: read the file, look at the
 # rows, train, stop and resume, measure, compare two runs, merge, export, and use the result. A cell
 # with an assert follows each claim.
 
@@ -99,8 +99,8 @@ except ValueError as error:
 # ## 2. Rows to train on, and held-out rows
 #
 # Many diagnoses differ in one word only, such as "left eye" and "right eye". If one is in the
-# training rows and the other in the held-out rows, the score measures memory. So rows that begin
-# with the same two words form a group, and a group is never on both sides.
+# training rows and the other in the held-out rows, the score measures what was memorised. So rows
+# that begin with the same two words form a group, and a group is never on both sides.
 
 
 # %%
@@ -145,7 +145,7 @@ assert not preview.report.untrained
 # %% [markdown]
 # ## 3. The scores before training
 #
-# Without these scores, a score after training says little. The same rows will be measured again.
+# A score after training means little without these scores. The same rows will be measured again.
 # The share of the most frequent chapter is the score of an answer that never changes.
 
 
@@ -247,8 +247,8 @@ assert result.losses[:STOP_AT] == stopped.losses
 # ## 5. Before and after, row by row
 #
 # The comparison counts the rows that became better and those that became worse. The mean alone
-# does not show this. Then read the worst rows: they tell more than the mean about what is missing
-# in the training rows.
+# does not show this. Then read the worst rows: they show better than the mean what is missing in
+# the training rows.
 
 # %%
 after = measure(model)
@@ -267,8 +267,8 @@ if not SHORT:
 # ## 6. A second run
 #
 # Is the learning rate right? Change one option, train again, and compare the two folders. The table
-# shows the options that differ and the last figures. `ml.sweep` does the same for many values, one
-# process a trial.
+# shows the options that differ and the last figures. `ml.sweep` tries many values, each in
+# a new process.
 
 # %%
 rival = ml.load_model(source)
@@ -289,8 +289,8 @@ ml.plot.runs([folder / "fast", folder / "slow"])
 # ## 7. Merge, and measure it first
 #
 # Some programs need one model without an adapter. A merge rounds the sum of weight and update.
-# `merge_report` measures the loss of each storage format on held-out rows before a file is written,
-# and ends in one sentence a format. [Notebook 8](8_merging_measured.py) explains the figures.
+# `merge_report` measures the loss of each storage format on held-out rows before a file is written.
+# It ends in one sentence for each format. [Notebook 8](8_merging_measured.py) explains the figures.
 
 # %%
 ml.save_adapter(model, folder / "adapter")
@@ -300,11 +300,11 @@ assert report.losses["trained"] < report.losses["base"]
 assert report.kept["float16"] > 0.95
 
 # %% [markdown]
-# fp16 keeps the adapter in half the bytes of fp32. So the folder is written in fp16: transformers
-# loads it, and so does every program that reads its format. The GGUF file is for llama.cpp and
-# Ollama. Its matrices have 8 bits. Then both are loaded again and measured: what matters is the
-# score of the file, not of the model that it was made from. `dtype="float32"` computes with the
-# values as they are stored.
+# fp16 keeps the adapter, and needs half the bytes of fp32. So the folder is written in fp16.
+# Programs that read the format of transformers load it. The GGUF file is for llama.cpp and Ollama.
+# Its matrices have 8 bits. Then both are loaded again and measured, because the score of the file
+# counts, not the score of the model in memory. `dtype="float32"` computes with the values as they
+# are stored.
 
 # %%
 ml.save_model(model, folder / "dense", merge=True, dtype="float16", tokenizer=tokenizer)
@@ -349,9 +349,9 @@ print()
 assert "".join(pieces) == ml.generate(loaded, reader, prompt, max_new_tokens=8)
 
 # %% [markdown]
-# A program that reads the answer wants JSON. With `schema`, tokens that break the schema are
-# forbidden at each step, so every answer parses, and the chapter is one of the known ones. The
-# schema guarantees the form. Whether the chapter is right depends on the model, as before.
+# A program that reads the answer needs JSON. With `schema`, tokens that break the schema are
+# forbidden at each step. So every answer parses, and the chapter is one of the known chapters. The
+# schema guarantees the form only: the chapter may still be wrong.
 
 # %%
 schema = {
