@@ -117,12 +117,16 @@ class Engine:
         """
         for ask in asks:
             self.check(ask)
-        if len(self.rows) + len(self.waiting) + len(asks) > self.most:
+        number = len(self.rows) + len(self.waiting) + len(asks)
+        if number > self.most:
             raise Full(
                 f"{len(self.rows)} requests are being answered and {len(self.waiting)} wait: "
                 "ask again later."
             )
-        self.waiting += [Row(ask, self.tokenizer, self.clock()) for ask in asks]
+        rows = []
+        for ask in asks:
+            rows.append(Row(ask, self.tokenizer, self.clock()))
+        self.waiting += rows
 
     def check(self, ask: Ask) -> None:
         """Raise ValueError for a request that cannot be answered.
@@ -173,8 +177,7 @@ class Engine:
             The new parts of the answers.
         """
         pieces = self._time_out()
-        unfinished = [row for row in self.rows if not row.done]
-        if self.context is not None and unfinished:
+        if self.context is not None and _count_unfinished(self.rows):
             last_tokens = [[row.text.ids[-1]] for row in self.rows]
             pieces += self._advance(self.rows, self.context.extend(last_tokens))
         joining = self._admit()
@@ -183,11 +186,11 @@ class Engine:
             read.adapters = self._adapters_of(joining)
             pieces += self._advance(joining, _read_prompts(read, joining))
             self._regroup([(self.context, self.rows), (read, joining)])
-        elif any(row.done for row in self.rows):
+        elif _count_unfinished(self.rows) < len(self.rows):
             self._regroup([(self.context, self.rows)])
-        unused = [name for name in self.leaving if not self._used(name)]
-        for name in unused:
-            self._remove(name)
+        for name in list(self.leaving):
+            if not self._used(name):
+                self._remove(name)
         return pieces
 
     def _time_out(self) -> list[Piece]:
@@ -203,7 +206,7 @@ class Engine:
     def _admit(self) -> list[Row]:
         """Take the requests that this step reads from the queue."""
         self.waiting = deque(row for row in self.waiting if not row.done)
-        active = sum(not row.done for row in self.rows)
+        active = _count_unfinished(self.rows)
         joining: list[Row] = []
         longest = 0
         while self.waiting and len(joining) < self.batch_size - active:
@@ -213,7 +216,8 @@ class Engine:
                     break
                 self._change(lambda: None, alone)
             longest = max(longest, len(self.waiting[0].ask.prompt))
-            if joining and longest * (len(joining) + 1) > READ:
+            padded_size = longest * (len(joining) + 1)
+            if joining and padded_size > READ:
                 break
             joining.append(self.waiting.popleft())
         return joining
@@ -229,7 +233,9 @@ class Engine:
                 pieces.append(row.end("length"))
                 continue
             try:
-                token = likeliest[i] if row.is_plain else row.choose(logits[i], self.ends)
+                token = likeliest[i]
+                if not row.is_plain:
+                    token = row.choose(logits[i], self.ends)
                 row.score(logits[i], token)
                 pieces.append(row.take(token, self.ends))
             except BrokenGrammar:
@@ -256,11 +262,13 @@ class Engine:
         """Return the per-row adapters of some rows, or None if one adapter is active for all."""
         if self.alone is not None:
             return None
-        return self.own, [row.ask.adapter for row in rows]
+        names = [row.ask.adapter for row in rows]
+        return self.own, names
 
     def _alone(self, row: Row) -> str | None:
         """Return the adapter of a request if it cannot share a batch, else None."""
-        return row.ask.adapter if row.ask.adapter in self.exclusive else None
+        adapter = row.ask.adapter
+        return adapter if adapter in self.exclusive else None
 
     # ---- adapters
 
@@ -279,11 +287,12 @@ class Engine:
             raise ValueError(
                 f"adapter {name!r} {state}: unload it first, and wait for its last answer."
             )
-        self._change(lambda: self._load(name, folder), self.alone)
 
-    def _load(self, name: str, folder: str | Path) -> None:
-        load_adapter(self.model, folder, name, tokenizer=self.tokenizer)
-        set_adapter(self.model, [])
+        def read() -> None:
+            load_adapter(self.model, folder, name, tokenizer=self.tokenizer)
+            set_adapter(self.model, [])
+
+        self._change(read, self.alone)
 
     def unload(self, name: str) -> None:
         """Refuse new requests for an adapter; remove it after its last answer.
@@ -328,13 +337,19 @@ class Engine:
         """Prepare the model for steps."""
         self.loaded = list_adapters(self.model)  # kept, because listing walks the whole model
         # adapters that cannot share a batch with others
-        self.exclusive = [name for name in self.loaded if per_row_obstacle(self.model, name)]
+        self.exclusive: list[str] = []
+        shared = []
+        for name in self.loaded:
+            if per_row_obstacle(self.model, name):
+                self.exclusive.append(name)
+            else:
+                shared.append(name)
         if self.exclusive:
-            set_adapter(self.model, [] if self.alone is None else self.alone)
+            active = [] if self.alone is None else self.alone
+            set_adapter(self.model, active)
         self.stack = ExitStack()
         self.stack.enter_context(matrix_vector(self.model))
         if self.alone is None:
-            shared = [name for name in self.loaded if name not in self.exclusive]
             self.own = self.stack.enter_context(per_row_adapters(self.model, shared))
 
     def close(self) -> None:
@@ -342,16 +357,26 @@ class Engine:
         self.stack.close()
 
 
+def _count_unfinished(rows: Sequence[Row]) -> int:
+    count = 0
+    for row in rows:
+        if not row.done:
+            count += 1
+    return count
+
+
 def _read_prompts(context: Context, rows: Sequence[Row]) -> Tensor:
     """Read the prompts of new rows; return the logits (B, V) of the first token of each answer."""
     prompts = [row.ask.prompt for row in rows]
-    if not any(row.ask.score_prompt for row in rows):
+    scored = [number for number, row in enumerate(rows) if row.ask.score_prompt]
+    if not scored:
         return context.extend(prompts)
     read = context.extend_all(prompts)  # (B, T, D)
-    for number, row in enumerate(rows):
-        if row.ask.score_prompt:
-            scores = prompt_scores(context, read[number], row.ask.prompt, row.ask.logprobs or 0)
-            row.prompt_scores = tuple(scores)
+    for number in scored:
+        ask = rows[number].ask
+        top = ask.logprobs or 0
+        scores = prompt_scores(context, read[number], ask.prompt, top)
+        rows[number].prompt_scores = tuple(scores)
     # Only a contiguous tensor keeps the head from copying its weight for each row.
     last = read[:, -1:].clone(memory_format=torch.contiguous_format)  # (B, 1, D)
     return context.logits(last)[:, 0]

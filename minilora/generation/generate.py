@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from minilora.lora.batched import check_count, for_prompts
 from minilora.models.padded_batch import Context, inference, shared_prefix
 
 Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+T = TypeVar("T")
 
 
 def generate(
@@ -84,7 +85,9 @@ def generate(
     names = list(adapters or [])
     if adapters is not None:
         check_count(names, len(prompts))
-    readers = {name: as_trained(tokenizer, chat_template_kwargs, model, [name]) for name in names}
+    readers = {}
+    for name in names:
+        readers[name] = as_trained(tokenizer, chat_template_kwargs, model, [name])
     if adapters is None:
         readers[None] = as_trained(tokenizer, chat_template_kwargs, model)
         names = [None] * len(prompts)
@@ -93,9 +96,12 @@ def generate(
         rows.append(encode_prompt(one, readers[name], place=f"prompt {number}"))
     generated = generate_ids(model, rows, rule, adapters)
     check_complete(generated, rule)
-    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in generated]
-    for word in stop_texts:
-        answers = [answer.partition(word)[0] for answer in answers]
+    answers = []
+    for ids in generated:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        for word in stop_texts:
+            text, _, _ = text.partition(word)
+        answers.append(text)
     return answers[0] if single else answers
 
 
@@ -109,7 +115,15 @@ def is_single(prompt: Any) -> bool:
         return True
     if not prompt:
         return False
-    return all(isinstance(message, Mapping) for message in prompt)
+    return _are_messages(prompt)
+
+
+def _are_messages(prompt: Any) -> bool:
+    """Return True if every element is a mapping."""
+    for message in prompt:
+        if not isinstance(message, Mapping):
+            return False
+    return True
 
 
 def _stop_test(tokenizer: Any, words: Sequence[str]) -> Callable[[list[int]], bool] | None:
@@ -119,7 +133,10 @@ def _stop_test(tokenizer: Any, words: Sequence[str]) -> Callable[[list[int]], bo
 
     def stopped(answer: list[int]) -> bool:
         text = tokenizer.decode(answer, skip_special_tokens=False)
-        return any(word in text for word in words)
+        for word in words:
+            if word in text:
+                return True
+        return False
 
     return stopped
 
@@ -137,10 +154,11 @@ def check_prompts(prompts: Sequence[Any]) -> None:
     if empty:
         raise ValueError(f"prompts {empty[:8]} are empty: give a text or at least one message")
     for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or (isinstance(prompt, Mapping) and "messages" in prompt):
+        if isinstance(prompt, str):
             continue
-        messages = isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
-        if not messages:
+        if isinstance(prompt, Mapping) and "messages" in prompt:
+            continue
+        if not isinstance(prompt, Sequence) or not _are_messages(prompt):
             raise ValueError(
                 f"prompt {number}: expected a text or a list of messages (dicts), "
                 f"got {prompt!r:.80}"
@@ -226,28 +244,45 @@ def answer_steps(
     if adapters is not None:
         row_adapters = for_prompts(model, adapters, len(prompts), rule)
         rule = replace(rule, cuda_graph=False)
-    seed = secrets.randbits(64) if rule.seed is None else rule.seed
-    draws = [random.Random(f"{seed}, row {number}") for number in range(len(prompts))]
+    draws = _random_generators(rule.seed, len(prompts))
     order = order_by_length(prompts)
     steps = step_by_step(model, rule, len(prompts))
     with inference(model), matrix_vector(model), row_adapters or nullcontext() as loaded:
         # A prefix is shared only if one adapter reads all prompts.
-        prefix, size = shared_prefix(model, prompts if adapters is None else [])
+        sharing = prompts if adapters is None else []
+        prefix, size = shared_prefix(model, sharing)
         for start in range(0, len(order), rule.batch_size):
             batch = order[start : start + rule.batch_size]
             context = prefix.select([0] * len(batch))
             context.adapters = None
             if adapters is not None:
-                context.adapters = (loaded, [adapters[i] for i in batch])
-            logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
-            batch_answers = [answers[i] for i in batch]
-            batch_draws = [draws[i] for i in batch]
-            batch_prompts = [prompts[i] for i in batch]
+                batch_adapters = _take(adapters, batch)
+                context.adapters = (loaded, batch_adapters)
+            batch_prompts = _take(prompts, batch)
+            rests = [prompt[size:] for prompt in batch_prompts]
+            logits = context.extend(rests)  # (B, V)
+            batch_answers = _take(answers, batch)
+            batch_draws = _take(draws, batch)
             for _ in _batch_steps(
                 steps(context), logits, rule, batch_answers, batch_draws, batch_prompts
             ):
                 yield 0
             yield len(batch)
+
+
+def _random_generators(seed: int | None, rows: int) -> list[random.Random]:
+    """Return a generator for each row, which depends on the seed and the number of the row."""
+    if seed is None:
+        seed = secrets.randbits(64)
+    generators = []
+    for number in range(rows):
+        generators.append(random.Random(f"{seed}, row {number}"))
+    return generators
+
+
+def _take(values: Sequence[T], indices: Sequence[int]) -> list[T]:
+    """Return the values at some indices."""
+    return [values[index] for index in indices]
 
 
 def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Context], Any]:
@@ -261,10 +296,13 @@ def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Conte
     Returns:
         A function of the context: its result is the context, or the context as CUDA graphs.
     """
-    on_gpu = next(model.parameters()).is_cuda
-    if rule.cuda_graph is False or (rule.cuda_graph == "auto" and not on_gpu):
+    use_graphs = rule.cuda_graph
+    if use_graphs == "auto" and not next(model.parameters()).is_cuda:
+        use_graphs = False
+    if use_graphs is False:
         return lambda context: context
-    return graphs(model, rule.cuda_graph, min(rule.batch_size, rows), rule.max_new_tokens)
+    largest_batch = min(rule.batch_size, rows)
+    return graphs(model, use_graphs, largest_batch, rule.max_new_tokens)
 
 
 def _batch_steps(
@@ -280,21 +318,28 @@ def _batch_steps(
     `logits` (B, V) are those of the first token.
     """
     active = list(range(len(answers)))  # the answers whose rows are in `context`
-    constraints = [rule.grammar.start() for _ in answers] if rule.grammar is not None else []
+    constraints = []
+    if rule.grammar is not None:
+        constraints = [rule.grammar.start() for _ in answers]
     for step in range(rule.max_new_tokens):
-        uniform = [draws[i].random() for i in active] if rule.temperature else []
-        masks = [constraints[i] for i in active] if constraints else None
-        read = [prompts[i] for i in active]
-        tokens = next_tokens(logits, rule, uniform, read, [answers[i] for i in active], masks)
+        uniform = []
+        if rule.temperature:
+            uniform = [draws[i].random() for i in active]
+        masks = None
+        if constraints:
+            masks = _take(constraints, active)
+        active_prompts = _take(prompts, active)
+        active_answers = _take(answers, active)
+        tokens = next_tokens(logits, rule, uniform, active_prompts, active_answers, masks)
         unfinished = []
         for place, token in enumerate(tokens):
-            answer = answers[active[place]]
+            answer = active_answers[place]
             if token in rule.ends:
                 continue
             answer.append(token)
-            if constraints:
-                constraints[active[place]].push(token)
-                if constraints[active[place]].is_finished:
+            if masks is not None:
+                masks[place].push(token)
+                if masks[place].is_finished:
                     continue
             if rule.stopped is None or not rule.stopped(answer):
                 unfinished.append(place)
@@ -303,8 +348,9 @@ def _batch_steps(
             return
         if len(unfinished) < len(active):
             context = context.select(unfinished)
-            active = [active[place] for place in unfinished]
-        logits = context.extend([answers[i][-1:] for i in active])  # (B, V)
+            active = _take(active, unfinished)
+        last_tokens = [answers[i][-1:] for i in active]
+        logits = context.extend(last_tokens)  # (B, V)
 
 
 def check_lengths(model: nn.Module, prompts: Sequence[list[int]], new_tokens: int) -> None:
@@ -319,10 +365,12 @@ def check_lengths(model: nn.Module, prompts: Sequence[list[int]], new_tokens: in
         ValueError: a prompt is empty, or prompt and answer exceed the context.
     """
     context_length = getattr(model.config, "max_position_embeddings", None)
+    if context_length is None:
+        context_length = float("inf")
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty: a model needs at least one token")
-        if context_length is not None and len(prompt) + new_tokens > context_length:
+        if len(prompt) + new_tokens > context_length:
             raise ValueError(
                 f"prompt {number} has {len(prompt)} tokens, which with {new_tokens} new ones "
                 f"exceed the model's context of {context_length}: shorten it or lower max_new_tokens"

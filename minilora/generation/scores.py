@@ -5,6 +5,7 @@
 l are the logits of the model, before temperature and penalties, in fp32.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from minilora.models.padded_batch import LOGITS, Context
 
+_BYTE_FALLBACK = re.compile(r"<0x..>", re.DOTALL)
 HALF = "\ufffd"  # the decoded form of an incomplete character
 
 
@@ -45,11 +47,13 @@ def token_scores(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenS
     log_p = logits.float().log_softmax(-1)  # (T, V)
     chosen = torch.tensor(tokens, device=log_p.device)[:, None]  # (T, 1)
     values = log_p.gather(-1, chosen).squeeze(-1).tolist()
-    likeliest = log_p.topk(min(top, log_p.shape[-1]), dim=-1)  # (T, top) each
+    listed = min(top, log_p.shape[-1])
+    likeliest = log_p.topk(listed, dim=-1)  # (T, top) each
     rows = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     scores = []
     for token, value, (ids, best) in zip(tokens, values, rows, strict=True):
-        scores.append(TokenScore(token, value, tuple(zip(ids, best, strict=True))))
+        pairs = tuple(zip(ids, best, strict=True))
+        scores.append(TokenScore(token, value, pairs))
     return scores
 
 
@@ -103,7 +107,8 @@ class TokenTexts:
             text = shown.removeprefix(self.anchor_text)
             raw = text.encode()
             if HALF in text:
-                raw = _raw_bytes(self.tokenizer.convert_ids_to_tokens(token)) or raw
+                entry = self.tokenizer.convert_ids_to_tokens(token)
+                raw = _raw_bytes(entry) or raw
             self.known[token] = raw
         return self.known[token]
 
@@ -127,12 +132,15 @@ def _raw_bytes(entry: str | None) -> bytes:
     """
     if entry is None:
         return b""
-    if len(entry) == 6 and entry.startswith("<0x") and entry.endswith(">"):
+    if _BYTE_FALLBACK.fullmatch(entry):
         return bytes.fromhex(entry[3:5])
     alphabet = byte_letters()
-    if all(letter in alphabet for letter in entry):
-        return bytes(alphabet[letter] for letter in entry)
-    return b""
+    raw = bytearray()
+    for letter in entry:
+        if letter not in alphabet:
+            return b""
+        raw.append(alphabet[letter])
+    return bytes(raw)
 
 
 def byte_letters() -> dict[str, int]:
@@ -140,9 +148,13 @@ def byte_letters() -> dict[str, int]:
 
     Source: https://github.com/openai/gpt-2, src/encoder.py, bytes_to_unicode.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    for number, byte in enumerate(others):
-        letters[chr(0x100 + number)] = byte
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters = {}
+    number = 0
+    for byte in range(256):
+        if byte in printable:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(0x100 + number)] = byte
+            number += 1
     return letters
