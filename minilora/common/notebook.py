@@ -6,6 +6,7 @@ to stdout there. All texts in HTML are escaped.
 
 import builtins
 import html
+import math
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -14,18 +15,17 @@ Points = Sequence[tuple[float, float]]
 CURVE_POINTS = 200  # of a drawn curve; a longer one is averaged in groups
 WIDTH = 480  # of the picture, in pixels
 HEIGHT = 120
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "currentColor",
-)  # of Okabe and Ito: readable for colour-blind people
+# Of Okabe and Ito, for colour-blind readers; then the colour of the text.
+COLOURS = ("#0072b2", "#d55e00", "currentColor")
 
 
 def in_notebook() -> bool:
     """Return True if the code runs in a cell of Jupyter or of a service like it."""
     # IPython defines this function for the cells; a terminal's IPython has no kernel.
     get_shell = getattr(builtins, "get_ipython", None)
-    return get_shell is not None and hasattr(get_shell(), "kernel")
+    if get_shell is None:
+        return False
+    return hasattr(get_shell(), "kernel")
 
 
 def note(text: str) -> None:
@@ -53,9 +53,11 @@ def html_table(
     if header:
         parts.append(f"<thead>{_row('th', header)}</thead>")
     parts.append("<tbody>")
-    parts += [_row("td", cells) for cells in rows]
+    for cells in rows:
+        parts.append(_row("td", cells))
     parts.append("</tbody></table>")
-    parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks]
+    for remark in remarks:
+        parts.append(f"<p>{html.escape(remark)}</p>")
     return "".join(parts)
 
 
@@ -73,7 +75,8 @@ def _row(tag: str, cells: Sequence[object]) -> str:
     parts = []
     for number, cell in enumerate(cells):
         side = "right" if number else "left"
-        parts.append(f'<{tag} style="text-align:{side}">{html.escape(str(cell))}</{tag}>')
+        text = html.escape(str(cell))
+        parts.append(f'<{tag} style="text-align:{side}">{text}</{tag}>')
     return f"<tr>{''.join(parts)}</tr>"
 
 
@@ -88,34 +91,49 @@ def svg_curves(curves: Mapping[str, Points]) -> str:
     """
     drawn = {}
     for name, points in curves.items():
-        finite = [(x, y) for x, y in points if abs(y) < float("inf")]
+        finite = [(x, y) for x, y in points if math.isfinite(y)]
         if len(finite) > 1:
             drawn[name] = thinned(finite, CURVE_POINTS)
     if not drawn:
         return ""
-    every = [point for points in drawn.values() for point in points]
-    left = min(x for x, _ in every)
-    right = max(x for x, _ in every)
-    low = min(y for _, y in every)
-    high = max(y for _, y in every)
+    xs = []
+    ys = []
+    for points in drawn.values():
+        xs += [x for x, _ in points]
+        ys += [y for _, y in points]
+    low = min(ys)
+    high = max(ys)
+    x_range = (min(xs), max(xs))
+    margin = WIDTH + 6
     parts = []
     for number, (name, points) in enumerate(drawn.items()):
         colour = COLOURS[number % len(COLOURS)]
-        corners = []
-        for x, y in points:
-            across = WIDTH * (x - left) / ((right - left) or 1)
-            down = HEIGHT * (high - y) / ((high - low) or 1)
-            corners.append(f"{across:.1f},{down:.1f}")
-        line = f'points="{" ".join(corners)}" fill="none" stroke="{colour}" stroke-width="1.5"'
-        place = f'x="{WIDTH + 6}" y="{HEIGHT / 2 + 14 * number:.0f}" fill="{colour}"'
+        corners = _corners(points, x_range, (low, high))
+        line = f'points="{corners}" fill="none" stroke="{colour}" stroke-width="1.5"'
+        height = HEIGHT / 2 + 14 * number
+        place = f'x="{margin}" y="{height:.0f}" fill="{colour}"'
         parts.append(f"<polyline {line}/><text {place}>{html.escape(name)}</text>")
-    parts.append(f'<text x="{WIDTH + 6}" y="8" fill="currentColor">{high:.4g}</text>')
-    parts.append(f'<text x="{WIDTH + 6}" y="{HEIGHT}" fill="currentColor">{low:.4g}</text>')
+    parts.append(f'<text x="{margin}" y="8" fill="currentColor">{high:.4g}</text>')
+    parts.append(f'<text x="{margin}" y="{HEIGHT}" fill="currentColor">{low:.4g}</text>')
     width = WIDTH + 90
     height = HEIGHT + 4
     box = f'viewBox="0 0 {width} {height}" style="width:{width}px;max-width:100%"'
     font = 'font-size="11" font-family="sans-serif"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box} {font}>{"".join(parts)}</svg>'
+
+
+def _corners(points: Points, x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+    """Return the places of some points in the picture, as SVG writes them: "0.0,120.0 4.8,110.2"."""
+    left, right = x_range
+    low, high = y_range
+    width = (right - left) or 1
+    height = (high - low) or 1
+    corners = []
+    for x, y in points:
+        across = WIDTH * (x - left) / width
+        down = HEIGHT * (high - y) / height
+        corners.append(f"{across:.1f},{down:.1f}")
+    return " ".join(corners)
 
 
 def thinned(points: Points, most: int) -> list[tuple[float, float]]:
@@ -129,7 +147,7 @@ def thinned(points: Points, most: int) -> list[tuple[float, float]]:
     means = []
     for start in range(0, len(points), size):
         group = points[start : start + size]
-        x = sum(x for x, _ in group) / len(group)
-        y = sum(y for _, y in group) / len(group)
-        means.append((x, y))
+        x_sum = sum(x for x, _ in group)
+        y_sum = sum(y for _, y in group)
+        means.append((x_sum / len(group), y_sum / len(group)))
     return means

@@ -9,8 +9,8 @@ Everything goes to stderr, except for the HTML. Nothing appears in the first two
 inside another one has no bar of its own: the bar of the outer task shows both. In a process group
 only the first process shows anything. TQDM_DISABLE=1 in the environment hides all of it.
 
-Simplified: the bars of one thread are closed in the order in which they were opened, reversed, as
-`with` blocks are.
+Simplified: the bars of one thread must be closed in the reverse order of their opening, as `with`
+blocks do.
 """
 
 import html
@@ -113,7 +113,7 @@ class ProgressBar:
             self._shown_on().show(self, "", is_step=True)
 
     def _shown_on(self) -> Any:
-        """Return the display, which is chosen when it is needed first."""
+        """Return the display, which is chosen at its first use."""
         if self._display is None:
             if in_notebook():
                 self._display = _NotebookDisplay()
@@ -160,7 +160,7 @@ class _TerminalDisplay:
     """A bar of tqdm."""
 
     def __init__(self, bar: ProgressBar):
-        from tqdm import tqdm  # here: `import minilora` stays light
+        from tqdm import tqdm  # a late import keeps `import minilora` light
 
         self.tqdm = tqdm(
             desc=bar.title,

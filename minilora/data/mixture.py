@@ -54,36 +54,63 @@ def mix_datasets(
     Raises:
         ValueError: there are no datasets, a weight is not above 0, or a share rounds to no row.
     """
-    pairs = list(parts.items() if isinstance(parts, Mapping) else parts)
-    weights = [Fraction(str(weight)) for _, weight in pairs if 0 < weight < float("inf")]
-    if not pairs or len(weights) < len(pairs):
-        given = [weight for _, weight in pairs]
-        raise ValueError(
-            f"mix_datasets: expected (dataset, weight) pairs with weights above 0, got {given}."
-        )
-    datasets = [read_dataset(dataset) for dataset, _ in pairs]
-    names = [_name(dataset, number) for number, (dataset, _) in enumerate(pairs)]
+    pairs = list(parts.items()) if isinstance(parts, Mapping) else list(parts)
+    weights = _fractions([weight for _, weight in pairs])
+    datasets = []
+    names = []
+    for number, (dataset, _) in enumerate(pairs):
+        datasets.append(read_dataset(dataset))
+        names.append(_name(dataset, number))
     if rows is None:
-        rows = _most_rows([len(dataset) for dataset in datasets], weights)
+        sizes = [len(dataset) for dataset in datasets]
+        rows = _most_rows(sizes, weights)
     counts = shares(rows, weights)
-    if min(counts) < 1:
-        name = names[counts.index(min(counts))]
+    smallest = min(counts)
+    if smallest < 1:
+        name = names[counts.index(smallest)]
         raise ValueError(
             f"mix_datasets: {name} has no share in {rows} rows: raise rows, or leave it out."
         )
     mixed = []
-    for index, (dataset, count, name) in enumerate(zip(datasets, counts, names, strict=True)):
-        rng = random.Random(f"{seed} {index}")
-        while count > 0:
-            chosen = rng.sample(dataset, min(count, len(dataset)))
-            mixed += [SourcedRow(row, name) for row in chosen]
-            count -= len(dataset)
+    for index, dataset in enumerate(datasets):
+        chosen = _choose(dataset, counts[index], random.Random(f"{seed} {index}"))
+        for row in chosen:
+            mixed.append(SourcedRow(row, names[index]))
     random.Random(seed).shuffle(mixed)
     return mixed
 
 
+def _fractions(weights: Sequence[float]) -> list[Fraction]:
+    """Return the weights as exact fractions.
+
+    Raises:
+        ValueError: there are no weights, or one is not above 0 and finite.
+    """
+    fractions = []
+    for weight in weights:
+        if 0 < weight < float("inf"):
+            fractions.append(Fraction(str(weight)))
+    if not weights or len(fractions) < len(weights):
+        raise ValueError(
+            f"mix_datasets: expected (dataset, weight) pairs with weights above 0, got {weights}."
+        )
+    return fractions
+
+
+def _choose(dataset: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
+    """Return `count` random rows; a dataset with fewer rows is repeated."""
+    chosen: list[Row] = []
+    while count > 0:
+        size = min(count, len(dataset))
+        chosen += rng.sample(dataset, size)
+        count -= len(dataset)
+    return chosen
+
+
 def _name(dataset: Any, number: int) -> str:
-    return str(dataset) if isinstance(dataset, str | Path) else f"set {number}"
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+    return f"set {number}"
 
 
 def _most_rows(sizes: Sequence[int], weights: Sequence[Fraction]) -> int:
@@ -105,11 +132,15 @@ def shares(total: int, weights: Sequence[Fraction]) -> list[int]:
     Returns:
         The shares; of equal remainders the first one counts.
     """
-    exact = [total * weight / sum(weights) for weight in weights]
-    counts = [int(share) for share in exact]
-    rounded_down_by = [share - count for share, count in zip(exact, counts, strict=True)]
-    order = sorted(range(len(weights)), key=rounded_down_by.__getitem__, reverse=True)
-    for index in order[: total - sum(counts)]:
+    counts = []
+    remainders = []
+    for weight in weights:
+        share = total * weight / sum(weights)
+        counts.append(int(share))
+        remainders.append(share - int(share))
+    order = sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)
+    missing = total - sum(counts)
+    for index in order[:missing]:
         counts[index] += 1
     return counts
 
@@ -138,10 +169,14 @@ def train_test_split(
             f"train_test_split: test is a share between 0 and 1, or a number of rows, got {test}."
         )
     rows = read_dataset(dataset)
-    drawn = [_drawn(row, index, by, seed) for index, row in enumerate(rows)]  # each in [0, 1)
-    limit = float(test)  # of the drawn numbers of held-out rows, exclusive
+    drawn = []  # a number in [0, 1) for each row
+    for index, row in enumerate(rows):
+        drawn.append(_drawn(row, index, by, seed))
+    limit = float(test)  # held-out rows have a drawn number below the limit
     if is_count:
-        limit = [*sorted(drawn), 1.0][min(int(test), len(rows))]
+        limits = [*sorted(drawn), 1.0]
+        held_out = min(int(test), len(rows))
+        limit = limits[held_out]
     train_rows: list[Row] = []
     test_rows: list[Row] = []
     for row, value in zip(rows, drawn, strict=True):

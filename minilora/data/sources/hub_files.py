@@ -5,8 +5,8 @@
     owner/name:main/test            a split among several configurations: the files in the folder main
     owner/name:data/rows.jsonl      one file
 
-A file belongs to a split if the split's name stands in its path, as datasets on the Hub have it:
-data/train-00000-of-00002.parquet, test.jsonl. Several files must be parts of one (numbered) file.
+A file belongs to a split if the split's name is in its path, as is usual on the Hub:
+data/train-00000-of-00002.parquet, test.jsonl. Several files must be numbered parts of one file.
 """
 
 import re
@@ -30,7 +30,10 @@ def is_hub_dataset(name: str) -> bool:
     repo, colon, _ = name.partition(":")
     if Path(name).exists() or not _HUB_ID.fullmatch(repo):
         return False
-    return bool(colon) or Path(repo).suffix.lower() not in FILE_KINDS
+    if colon:
+        return True
+    suffix = Path(repo).suffix
+    return suffix.lower() not in FILE_KINDS
 
 
 def hub_files(name: str, revision: str | None = None, token: str | None = None) -> list[Path]:
@@ -52,7 +55,8 @@ def hub_files(name: str, revision: str | None = None, token: str | None = None) 
         if path.suffix.lower() in FILE_KINDS and path.name not in DESCRIPTIONS:
             existing.append(file)
     chosen = _choose(existing, part)
-    if not chosen or len({re.sub(r"\d+", "#", file) for file in chosen}) > 1:
+    without_numbers = {re.sub(r"\d+", "#", file) for file in chosen}
+    if len(without_numbers) != 1:
         found = "fits" if not chosen else "fits alone"
         shown = ", ".join(existing[:12]) or "none of .jsonl, .json, .csv or .parquet"
         raise ValueError(
@@ -70,12 +74,22 @@ def _choose(files: Sequence[str], part: str) -> list[str]:
     folder, _, split = part.rpartition("/")
     if folder:
         files = [file for file in files if file.startswith(f"{folder}/")]
-    chosen = [file for file in files if _has_split(file, split or "train")]
-    if not chosen and not part and not any(_has_split(f, s) for f in files for s in SPLITS):
-        return list(files)  # a data set without splits
-    return chosen
+    if not part and not _have_splits(files):
+        return list(files)
+    wanted = split or "train"
+    return [file for file in files if _has_split(file, wanted)]
+
+
+def _have_splits(files: Sequence[str]) -> bool:
+    """Return True if the name of a known split is in one of the paths."""
+    for file in files:
+        for split in SPLITS:
+            if _has_split(file, split):
+                return True
+    return False
 
 
 def _has_split(file: str, split: str) -> bool:
-    """Return True if the name of a split stands in a path, between marks such as / and -."""
-    return re.search(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)", file) is not None
+    """Return True if the name of a split is in a path, between marks such as / and -."""
+    pattern = rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)"
+    return re.search(pattern, file) is not None

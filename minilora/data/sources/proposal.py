@@ -25,7 +25,7 @@ NAMES = {  # key of a known shape -> words in the names of columns that mean it
     ),
 }
 NO_CONTENT = {"id", "uuid", "url", "date", "time", "index", "split", "idx", "timestamp", "lang"}
-LABEL_SHARE = 0.5  # of different values, up to which a column is taken for labels
+LABEL_SHARE = 0.5  # largest share of different values in a column that is taken for labels
 
 
 def propose_columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, str]:
@@ -39,21 +39,28 @@ def propose_columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, str]:
         text or messages.
     """
     columns = _columns(rows)
-    lists = [name for name, values in columns.items() if all(map(_is_messages, values))]
-    texts = [name for name, values in columns.items() if _is_text(name, values)]
-    texts = [name for name in texts if name not in lists]
-    meanings = _by_name(lists if len(lists) > 1 else texts)
+    lists = []
+    texts = []
+    for name, values in columns.items():
+        if _are_messages(values):
+            lists.append(name)
+        elif _is_text(name, values):
+            texts.append(name)
+    candidates = lists if len(lists) > 1 else texts
+    meanings = _by_name(candidates)
     if {"chosen", "rejected"} <= meanings.keys():
         wanted = ["chosen", "rejected"]
         if lists:
             meanings["prompt"] = ""  # conversations hold their prompt
         elif "prompt" not in meanings:
-            meanings["prompt"] = _longest(columns, _others(texts, meanings.values()))
+            rest = _others(texts, meanings.values())
+            meanings["prompt"] = _longest(columns, rest)
         if meanings["prompt"]:
             wanted.insert(0, "prompt")
     elif lists:
-        key = _messages_key(columns[lists[0]][0])
-        meanings = {key: lists[0]}
+        name = lists[0]
+        key = _messages_key(columns[name][0])
+        meanings = {key: name}
         wanted = [key]
     elif len(texts) == 1:
         meanings = {"text": texts[0]}
@@ -72,7 +79,8 @@ def as_option(columns: Mapping[str, str]) -> str:
     Args:
         columns: key of a known shape → column.
     """
-    return ",".join(f"{key}={column}" for key, column in columns.items())
+    parts = [f"{key}={column}" for key, column in columns.items()]
+    return ",".join(parts)
 
 
 def proposal_text(rows: Sequence[Mapping[Any, Any]]) -> str:
@@ -85,7 +93,7 @@ def proposal_text(rows: Sequence[Mapping[Any, Any]]) -> str:
     if not columns:
         return ""
     return (
-        f" If the columns mean that, map them with --columns {as_option(columns)!r}, or in Python "
+        f" If the columns have these meanings, map them with --columns {as_option(columns)!r}, or in Python "
         f"with ml.load_dataset(…, columns={columns})."
     )
 
@@ -99,11 +107,24 @@ def _columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[Any]]:
     return columns
 
 
+def _are_messages(values: Sequence[Any]) -> bool:
+    """Return True if every value is a list of messages or its JSON text."""
+    for value in values:
+        if not _is_messages(value):
+            return False
+    return True
+
+
 def _is_messages(value: Any) -> bool:
     """Return True for a list of messages or its JSON text."""
     if not isinstance(value, list | tuple) or not value:
         return is_message_list(value)
-    return all(isinstance(entry, Mapping) and {"role", "from"} & entry.keys() for entry in value)
+    for entry in value:
+        if not isinstance(entry, Mapping):
+            return False
+        if "role" not in entry and "from" not in entry:
+            return False
+    return True
 
 
 def _messages_key(value: Any) -> str:
@@ -112,16 +133,24 @@ def _messages_key(value: Any) -> str:
 
 
 def _is_text(name: str, values: Sequence[Any]) -> bool:
-    """Return True for a column of texts that is not an id, a date or the like.
+    """Return True for a column of texts that does not hold ids, dates or the like.
 
-    A column without letters is one only by its name, such as an answer that is a number.
+    A column without letters counts only if its name is known, as for answers that are numbers.
     """
     words = _words(name)
-    if words & NO_CONTENT or not all(isinstance(value, str) for value in values):
+    if words & NO_CONTENT:
         return False
-    if any(words & set(known) for known in NAMES.values()):
-        return True
-    return any(character.isalpha() for value in values for character in value)
+    for value in values:
+        if not isinstance(value, str):
+            return False
+    for known in NAMES.values():
+        if words.intersection(known):
+            return True
+    return _has_letter("".join(values))
+
+
+def _has_letter(text: str) -> bool:
+    return any(character.isalpha() for character in text)
 
 
 def _words(name: str) -> set[str]:
@@ -136,11 +165,20 @@ def _by_name(names: Iterable[str]) -> dict[str, str]:
     meanings: dict[str, str] = {}
     for key, known in NAMES.items():
         for word in known:
-            named = [n for n in names if word in _words(n) and n not in meanings.values()]
-            if named:
-                meanings[key] = named[0]
+            unused = _others(names, meanings.values())
+            column = _first_with_word(unused, word)
+            if column is not None:
+                meanings[key] = column
                 break
     return meanings
+
+
+def _first_with_word(names: Sequence[str], word: str) -> str | None:
+    """Return the first name that contains a word, or None."""
+    for name in names:
+        if word in _words(name):
+            return name
+    return None
 
 
 def _prompt_and_answer(
@@ -148,12 +186,17 @@ def _prompt_and_answer(
 ) -> dict[str, str]:
     """Return the columns of the prompt and the answer among at least two columns of text."""
     if "completion" not in meanings:
-        rest = _others(texts, [meanings.get("prompt", "")])
-        few = min(reversed(rest), key=lambda name: _share_of_different(columns[name]))
-        is_label = _share_of_different(columns[few]) <= LABEL_SHARE
-        meanings["completion"] = few if is_label else rest[-1]
-    if meanings.get("prompt") in (None, meanings["completion"]):
-        meanings["prompt"] = _longest(columns, _others(texts, [meanings["completion"]]))
+        prompt = meanings.get("prompt", "")
+        rest = _others(texts, [prompt])
+        different = {name: _share_of_different(columns[name]) for name in rest}
+        fewest = min(different.values())
+        if fewest <= LABEL_SHARE:
+            rest = [name for name in rest if different[name] == fewest]
+        meanings["completion"] = rest[-1]
+    completion = meanings["completion"]
+    if meanings.get("prompt") in (None, completion):
+        rest = _others(texts, [completion])
+        meanings["prompt"] = _longest(columns, rest)
     return meanings
 
 
@@ -165,7 +208,14 @@ def _others(names: Iterable[str], taken: Iterable[str]) -> list[str]:
 
 def _longest(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
     """Return the column with the most characters a row, or the empty string without a column."""
-    return max(names, key=lambda name: mean_length(columns[name]), default="")
+    longest = ""
+    most = -1.0
+    for name in names:
+        length = mean_length(columns[name])
+        if length > most:
+            longest = name
+            most = length
+    return longest
 
 
 def mean_length(values: Sequence[Any]) -> float:
@@ -174,8 +224,14 @@ def mean_length(values: Sequence[Any]) -> float:
     Args:
         values: the values of a column.
     """
-    return sum(len(str(value)) for value in values) / max(1, len(values))
+    if not values:
+        return 0.0
+    total = 0
+    for value in values:
+        total += len(str(value))
+    return total / len(values)
 
 
 def _share_of_different(values: Sequence[Any]) -> float:
-    return len(set(values)) / len(values)
+    different = set(values)
+    return len(different) / len(values)
