@@ -3,7 +3,8 @@
 `quantize_model` and `inject` with "all-linear" work on layers: modules that multiply by one matrix.
 Other modules hold matrices too, and a model can have most of its bytes in them. Mixtral, Qwen3-MoE,
 OLMoE and gpt-oss in transformers 5 hold all experts of a layer in one parameter (experts, out, in),
-which is no layer. Embeddings, convolutions and vectors are not counted: nobody expects them here.
+which is not a layer. Embeddings, convolutions and vectors are not counted, because these steps do
+not work on them.
 """
 
 import re
@@ -60,26 +61,34 @@ def left_out(model: nn.Module, covered: Iterable[str], chosen: Iterable[str]) ->
         if inside or isinstance(module, _NOT_COUNTED):
             continue
         for name, tensor in _matrices(module).items():
-            found[f"{path}.{name}" if path else name] = tensor
-            is_due = is_due or _is_layer(module) or _is_stack(tensor)
-    share = sum(tensor.nbytes for tensor in found.values()) / max(1, _all_bytes(model))
-    if not found or not (is_due or share >= SMALL_SHARE):
+            full_name = f"{path}.{name}" if path else name
+            found[full_name] = tensor
+            if _is_layer(module) or _is_stack(tensor):
+                is_due = True
+    if not found:
         return None
-    return LeftOut(tuple(_grouped(found)), share)
+    all_tensors = [*model.parameters(), *model.buffers()]  # a shared one counts once
+    share = _count_bytes(found.values()) / max(1, _count_bytes(all_tensors))
+    if share < SMALL_SHARE and not is_due:
+        return None
+    names = _grouped(found)
+    return LeftOut(tuple(names), share)
 
 
 def _grouped(tensors: dict[str, Tensor]) -> list[str]:
     """Return a line for each group of equal names, largest first: "2 × layers.*.up (4, 8, 8)"."""
     groups: dict[str, list[str]] = {}
     for name in tensors:
-        groups.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
-    sizes = {key: sum(tensors[name].nbytes for name in names) for key, names in groups.items()}
-    lines = []
-    for key in sorted(groups, key=lambda key: -sizes[key]):
-        first = groups[key][0]
-        label = first if len(groups[key]) == 1 else f"{len(groups[key])} × {key}"
-        lines.append(f"{label} {tuple(tensors[first].shape)}")
-    return lines
+        pattern = re.sub(r"\b\d+\b", "*", name)
+        groups.setdefault(pattern, []).append(name)
+    sized_lines = []
+    for pattern, names in groups.items():
+        members = [tensors[name] for name in names]
+        label = names[0] if len(names) == 1 else f"{len(names)} × {pattern}"
+        shape = tuple(members[0].shape)
+        sized_lines.append((_count_bytes(members), f"{label} {shape}"))
+    sized_lines.sort(key=lambda pair: pair[0], reverse=True)
+    return [line for _, line in sized_lines]
 
 
 def _matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -91,17 +100,20 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if _is_layer(module):
         tensors |= dict(module.named_buffers(recurse=False))
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1
-    }
+    matrices = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() >= 2 and min(tensor.shape[-2:]) > 1:
+            matrices[name] = tensor
+    return matrices
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Return True for a module with the sizes of a linear layer."""
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) for size in sizes)
+    for name in ("in_features", "out_features"):
+        size = getattr(module, name, None)
+        if not isinstance(size, int):
+            return False
+    return True
 
 
 def _is_stack(tensor: Tensor) -> bool:
@@ -109,9 +121,8 @@ def _is_stack(tensor: Tensor) -> bool:
     return tensor.dim() >= 3 and tensor.shape[0] > 1
 
 
-def _all_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers; a shared one counts once."""
+def _count_bytes(tensors: Iterable[Tensor]) -> int:
     total = 0
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in tensors:
         total += tensor.nbytes
     return total

@@ -38,22 +38,28 @@ class Labels:
     """
 
     def __init__(self, ids: Sequence[Sequence[int]]) -> None:
-        self.sizes = torch.tensor([len(label) for label in ids])  # (L,)
-        longest = max(map(len, ids))
-        self.padded = torch.tensor(
-            [[*label, *[0] * (longest - len(label))] for label in ids]
-        )  # (L, J)
+        sizes = [len(label) for label in ids]
+        self.sizes = torch.tensor(sizes)  # (L,)
+        longest = max(sizes)
+        padded = []
         beginnings: set[tuple[int, ...]] = set()
         for label in ids:
-            beginnings.update(tuple(label[:length]) for length in range(1, len(label)))
+            padding = [0] * (longest - len(label))
+            padded.append([*label, *padding])
+            for length in range(1, len(label)):
+                beginnings.add(tuple(label[:length]))
+        self.padded = torch.tensor(padded)  # (L, J)
         heads = sorted(beginnings)
         number = {head: i for i, head in enumerate(heads)}
-        self.tokens = torch.tensor([[head[-1] for head in heads]])  # (1, N)
-        self.sees = torch.tensor([_beginnings(head, heads) for head in heads])  # (N, N)
+        last_tokens = [head[-1] for head in heads]
+        self.tokens = torch.tensor([last_tokens])  # (1, N)
+        sees = [_beginnings(head, heads) for head in heads]
+        self.sees = torch.tensor(sees)  # (N, N)
         edges = []
         for owner, label in enumerate(ids):
             for j in range(1, len(label)):
-                edges.append((owner, number[tuple(label[:j])], label[j]))
+                head = tuple(label[:j])
+                edges.append((owner, number[head], label[j]))
         columns = torch.tensor(edges, dtype=torch.long).view(-1, 3).T  # (3, E)
         self.owner, self.nodes, self.nexts = columns
 
@@ -64,7 +70,9 @@ class Labels:
             context: the KV caches of the B prompts.
             first: log-probabilities of the labels' first tokens, (B, L).
         """
-        tails = context.branch(self.tokens, self.sees, self.nodes, self.nexts[None]).cpu()  # (B, E)
+        nexts = self.nexts[None]  # (1, E)
+        tails = context.branch(self.tokens, self.sees, self.nodes, nexts)  # (B, E)
+        tails = tails.cpu()
         return first.index_add(1, self.owner, tails)  # (B, L)
 
     def score_of(self, picked: Tensor, context: Context, first: Tensor) -> Tensor:
@@ -77,12 +85,14 @@ class Labels:
         """
         tokens = self.padded[picked]  # (B, J)
         width = self.padded.shape[1] - 1
+        places = torch.arange(width)  # (J-1,)
         line = torch.ones(width, width, dtype=torch.bool).tril()  # (J-1, J-1)
-        tails = context.branch(
-            tokens[:, :-1], line, torch.arange(width), tokens[:, 1:]
-        ).cpu()  # (B, J-1)
-        inside = torch.arange(width) < self.sizes[picked, None] - 1  # (B, J-1)
-        return first.gather(1, picked[:, None])[:, 0] + tails.where(inside, 0).sum(-1)  # (B,)
+        tails = context.branch(tokens[:, :-1], line, places, tokens[:, 1:])  # (B, J-1)
+        tails = tails.cpu()
+        sizes = self.sizes[picked, None]  # (B, 1)
+        tails = tails.where(places < sizes - 1, 0)  # (B, J-1)
+        heads = first.gather(1, picked[:, None])  # (B, 1)
+        return heads[:, 0] + tails.sum(-1)  # (B,)
 
 
 def _beginnings(head: tuple[int, ...], heads: Sequence[tuple[int, ...]]) -> list[bool]:
@@ -104,7 +114,8 @@ def choose(
     Returns:
         One index a prompt; the first of equal labels.
     """
-    check_lengths(model, prompts, max(map(len, labels)))
+    longest = max(map(len, labels))
+    check_lengths(model, prompts, longest)
     table = Labels(labels)
     best = [0] * len(prompts)
     order = order_by_length(prompts)
@@ -113,9 +124,12 @@ def choose(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             context = prefix.select([0] * len(batch))
-            logits = context.extend([prompts[i][size:] for i in batch])  # (B, V)
-            first = logits.log_softmax(-1).cpu()[:, table.padded[:, 0]]  # (B, L)
-            for i, label in zip(batch, _likeliest(context, first, table), strict=True):
+            rests = [prompts[i][size:] for i in batch]
+            logits = context.extend(rests)  # (B, V)
+            log_p = logits.log_softmax(-1).cpu()  # (B, V)
+            first = log_p[:, table.padded[:, 0]]  # (B, L)
+            likeliest = _likeliest(context, first, table)
+            for i, label in zip(batch, likeliest, strict=True):
                 best[i] = label
             bar.update(len(batch))
     return best
@@ -126,8 +140,11 @@ def _likeliest(context: Context, first: Tensor, labels: Labels) -> list[int]:
     bound, best = first.max(-1)  # (B,), (B,)
     if labels.padded.shape[1] > 1:
         bound = labels.score_of(best, context, first)  # (B,)
-        rivals = (first >= bound[:, None]).scatter(1, best[:, None], False)  # (B, L)
+        rivals = first >= bound[:, None]  # (B, L)
+        rivals = rivals.scatter(1, best[:, None], False)  # (B, L)
         rows = rivals.any(-1).nonzero()[:, 0]  # (b,)
         if len(rows):
-            best[rows] = labels.scores(context.select(rows.tolist()), first[rows]).argmax(-1)
+            context = context.select(rows.tolist())
+            scores = labels.scores(context, first[rows])  # (b, L)
+            best[rows] = scores.argmax(-1)
     return best.tolist()
