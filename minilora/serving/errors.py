@@ -70,8 +70,10 @@ def invalid_fields(
     Returns:
         Pairs of the field, such as "messages[0].content", and the sentence.
     """
-    if any(problem["type"] == "json_invalid" for problem in problems):
-        reason = problems[0].get("ctx", {}).get("error", "a syntax error")
+    types = [problem["type"] for problem in problems]
+    if "json_invalid" in types:
+        context = problems[0].get("ctx", {})
+        reason = context.get("error", "a syntax error")
         return [("body", f"the body is not valid JSON: {reason}.")]
     found: dict[Path, list[Mapping[str, Any]]] = {}
     for problem in problems:
@@ -81,11 +83,20 @@ def invalid_fields(
         found.setdefault(path, []).append(problem)
     sentences = []
     for path, errors in found.items():
-        deeper = any(len(other) > len(path) and other[: len(path)] == path for other in found)
-        if not deeper:
-            name = show_path(path)
-            sentences.append((name, f"{name}: {_sentence(path, errors, body, known, route)}"))
+        if _has_deeper(path, found):
+            continue
+        name = show_path(path)
+        sentence = _sentence(path, errors, body, known, route)
+        sentences.append((name, f"{name}: {sentence}"))
     return sentences
+
+
+def _has_deeper(path: Path, others: Iterable[Path]) -> bool:
+    """Return True if one of the other paths continues this one."""
+    for other in others:
+        if len(other) > len(path) and other[: len(path)] == path:
+            return True
+    return False
 
 
 def show_path(path: Sequence[str | int]) -> str:
@@ -108,10 +119,10 @@ def _client_path(problem: Mapping[str, Any], body: Any) -> Path:
     location = problem["loc"][1:]
     path: list[str | int] = []
     value = body
-    for number, part in enumerate(location):
+    for number, part in enumerate(location, start=1):
         if part == "[key]":  # the name of the field is wrong, so the object is
             return tuple(path[:-1])
-        is_last = number == len(location) - 1
+        is_last = number == len(location)
         if isinstance(value, dict) and part in value:
             value = value[part]
             path.append(part)
@@ -142,13 +153,15 @@ def _sentence(
     for part in path:
         value = value[part]
     field = _field(path)
-    alternatives = ALTERNATIVES.get(f"{route}.{field}", ALTERNATIVES.get(field))
+    alternatives = ALTERNATIVES.get(field)
+    alternatives = ALTERNATIVES.get(f"{route}.{field}", alternatives)
     if alternatives is not None:
         return f"expected {alternatives}, got {kind_of(value)}."
     expected = []
     for error in errors:
         if error["type"] in RANGES:
-            limits = {name: _plain(limit) for name, limit in error.get("ctx", {}).items()}
+            limits = error.get("ctx", {})
+            limits = {name: _plain(limit) for name, limit in limits.items()}
             text = RANGES[error["type"]].format(**limits)
             expected.append(text.replace("False", "false"))
         else:
@@ -156,7 +169,8 @@ def _sentence(
     got = kind_of(value)
     if types & RANGES.keys():
         got = _shown(value)
-    return f"expected {' or '.join(dict.fromkeys(expected))}, got {got}."
+    distinct = dict.fromkeys(expected)
+    return f"expected {' or '.join(distinct)}, got {got}."
 
 
 def _plain(limit: Any) -> Any:
@@ -170,8 +184,9 @@ def _unknown_field(path: Path, known: Iterable[str]) -> str:
     """Return the sentence about a field that the server does not support."""
     sentence = "this server does not support this field. Remove it"
     if len(path) == 1:
-        similar = nearest(str(path[0]), known, 1)
-        if similar and similar[0][:2] == str(path[0])[:2]:
+        name = str(path[0])
+        similar = nearest(name, known, 1)
+        if similar and similar[0][:2] == name[:2]:
             return f"{sentence}, or write {similar[0]}."
     return f"{sentence}."
 

@@ -31,7 +31,7 @@ OnlyTokenIds = Field(json_schema_extra={"additionalProperties": False})
 LogitBias = Annotated[dict[TokenId, Bias], OnlyTokenIds] | None
 
 EMPTY: tuple[Any, ...] = (None, [], {}, "auto")  # change nothing in any field
-# Field -> the values with which it changes nothing, as its documentation says (OpenAI, vLLM).
+# Field -> the values with which it changes nothing, by the documentation of OpenAI and vLLM.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
@@ -87,10 +87,18 @@ class Strict(BaseModel):
             return body
         kept = {}
         for name, value in body.items():
-            values = (*EMPTY, *cls.neutral.get(name, ()))
-            if name in cls.model_fields or not any(_is_same(value, other) for other in values):
+            if name in cls.model_fields or not cls._changes_nothing(name, value):
                 kept[name] = value
         return kept
+
+    @classmethod
+    def _changes_nothing(cls, name: str, value: Any) -> bool:
+        """Return True if a field that the model does not have changes nothing with this value."""
+        neutral = (*EMPTY, *cls.neutral.get(name, ()))
+        for other in neutral:
+            if _is_same(value, other):
+                return True
+        return False
 
     @field_validator("*", mode="before")
     @classmethod
@@ -147,8 +155,10 @@ class Sampling(Strict):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)
         given["top_k"] = max(0, self.top_k or 0)  # -1, all tokens in vLLM, is 0 in the engine
-        given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        biases = self.logit_bias or {}
+        given["logit_bias"] = {int(token): bias for token, bias in biases.items()}
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        given["stop"] = tuple(stop or ())
         given["stop_ids"] = frozenset(self.stop_token_ids or ())
         return given
 
