@@ -1,9 +1,9 @@
 """The sentences that end a merge report: what a merge keeps, and what to do."""
 
-SAFE_SHARE = 0.99  # of what the adapter learned; a merge that keeps it is called safe
-FAIR_SHARE = 0.95  # a merge that keeps less is advised against
-SAFE_ERROR = 0.02  # of ‖ΔW‖; an update that is stored so exactly is safe without a measurement
-LITTLE_COSINE = 0.5  # below it most of the update's direction is lost
+SAFE_SHARE = 0.99  # smallest share of what the adapter learned that a safe merge keeps
+FAIR_SHARE = 0.95  # the report advises against a merge that keeps a smaller share
+SAFE_ERROR = 0.02  # largest error, relative to ‖ΔW‖, that is safe without a measurement
+LITTLE_COSINE = 0.5  # below this cosine, most of the update's direction is lost
 
 
 def measured_conclusion(kept: dict[str, float], target: str) -> str:

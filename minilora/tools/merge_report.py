@@ -14,12 +14,12 @@ There M = W₁₆ + ΔW keeps ΔW but removes the quantisation error, which was 
 the error of this target is the quantisation error. All norms are Frobenius norms. W + ΔW is
 computed in fp64, and M as `merge` computes it.
 
-The weights alone do not tell what a merge costs: rounding is an error in random directions, which
-may change the loss by nothing. With held-out rows the report therefore measures losses L:
+The weights alone do not show what a merge costs: rounding is an error in random directions, which
+may leave the loss unchanged. With held-out rows the report therefore measures losses L:
 
     kept(t) = (L(base) − L(t)) / (L(base) − L(trained))     the share of what the adapter learned
 
-and ends in one sentence a target. Without rows it states what it cannot know.
+and ends in one sentence a target. Without rows it states that the cost is unknown.
 """
 
 import math
