@@ -23,7 +23,8 @@ from minilora.training.run_folder import checkpoint_steps
 from tests.cli.test_cli_interrupted import process
 
 PAGE = text("docs/tutorial.md")
-COMMANDS = re.findall(r"^minilora .*$", PAGE, flags=re.M)
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, flags=re.M | re.S)
+COMMANDS = re.findall(r"^minilora .*$", "".join(BLOCKS), flags=re.M)
 CONFIG = re.search(r"^```toml\n(.*?)^```", PAGE, flags=re.M | re.S)
 CLIENT = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)[-1]
 SHORTER = {
