@@ -58,7 +58,8 @@ def export(
         quantize = "nf4"
     base, folder = base_and_adapter(model, adapter)
     adapter = None if folder is None else str(folder)
-    loaded, tokenizer = load(base, adapter, quantize, _stored_dtype(base), check_base)
+    storage = _stored_dtype(base)
+    loaded, tokenizer = load(base, adapter, quantize, storage, check_base)
     in_four_bits = format == "bnb-4bit"
     rounds_again = in_four_bits and adapter is not None
     if rounds_again:
@@ -66,36 +67,42 @@ def export(
             "The merged weights are rounded to 4 bits again, which loses a part of the adapter: "
             f"minilora merge {base} {adapter} FOLDER --target nf4 --data ROWS measures how much."
         )
+    saved_dtype = None if dtype is None else DTYPES[dtype]
     ml.save_model(
         loaded,
         out,
         format=FORMATS[format],
         merge=adapter is not None or not in_four_bits,
         requantize=rounds_again,
-        dtype=None if dtype is None else DTYPES[dtype],
+        dtype=saved_dtype,
         tokenizer=tokenizer,
     )
-    print(f"{_written(Path(out))}. Load it with ml.load_model({out!r}).")
+    size = _count_bytes(Path(out)) / 1e6
+    print(f"wrote {out}: {size:.1f} MB. Load it with ml.load_model({out!r}).")
 
 
 def _is_gguf(out: str) -> bool:
-    return Path(out).suffix.lower() == ".gguf"
+    suffix = Path(out).suffix
+    return suffix.lower() == ".gguf"
 
 
 def _check_target(out: Path, format: str, dtype: str | None) -> None:
     """Check that the name, the format and the dtype fit together, and that `out` can be written."""
-    if (format == "gguf") != _is_gguf(str(out)):
-        expected = "a file name that ends in .gguf" if format == "gguf" else "the name of a folder"
+    is_file = format == "gguf"
+    if is_file != _is_gguf(str(out)):
+        expected = "a file name that ends in .gguf" if is_file else "the name of a folder"
         raise ValueError(f"export: --format {format} needs {expected}, got {out}.")
-    if dtype == "q8_0" and format != "gguf":
+    if dtype == "q8_0" and not is_file:
         raise ValueError(
             f"--dtype q8_0 is a type of GGUF files, and --format is {format}. Give a name that "
             "ends in .gguf, or another dtype: f32, f16, bf16."
         )
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    is_empty_folder = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty_folder:
         raise ValueError(f"export: {out} exists. Choose another name, or delete it.")
-    check_writable(out.parent if format == "gguf" else out, "export")
-    if format == "gguf":
+    folder = out.parent if is_file else out
+    check_writable(folder, "export")
+    if is_file:
         _check_package(out)
 
 
@@ -116,13 +123,20 @@ def _stored_dtype(model: str) -> str:
         return "float32"  # a .gguf file
     fields: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     name = fields.get("dtype") or fields.get("torch_dtype")
-    return name if name in ("float32", "float16", "bfloat16") else "float32"
+    if name in ("float32", "float16", "bfloat16"):
+        return name
+    return "float32"
 
 
-def _written(out: Path) -> str:
-    """Return the name and the size of what was written."""
-    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
-    return f"wrote {out}: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+def _count_bytes(out: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    if out.is_file():
+        return out.stat().st_size
+    total = 0
+    for path in out.rglob("*"):
+        if path.is_file():
+            total += path.stat().st_size
+    return total
 
 
 def add_commands(commands: Any) -> None:

@@ -33,8 +33,10 @@ class ScoredRow:
     scores: dict[str, float]
 
     def __str__(self) -> str:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
-        lines = [f"row {self.row}: {values}", f"  prompt    {_short(_question(self.prompt))}"]
+        values = [f"{name} {value:.4g}" for name, value in self.scores.items()]
+        question = _question(self.prompt)
+        lines = [f"row {self.row}: {', '.join(values)}"]
+        lines.append(f"  prompt    {_short(question)}")
         lines.append(f"  expected  {_short(self.expected)}")
         if self.got is not None:
             lines.append(f"  got       {_short(self.got)}")
@@ -44,15 +46,20 @@ class ScoredRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values, without the figures that were not measured."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {}
+        for attribute in fields(self):
+            value = getattr(self, attribute.name)
+            if value is not None:
+                values[attribute.name] = value
+        return values
 
 
 def _question(prompt: Any) -> str:
     """Return the last message of a prompt, or the raw text."""
     if isinstance(prompt, str):
         return prompt
-    return str(prompt[-1].get("content"))
+    last_message = prompt[-1]
+    return str(last_message.get("content"))
 
 
 def _short(text: str) -> str:
@@ -103,8 +110,8 @@ class Scores:
     def as_dict(self) -> dict[str, int | float]:
         """Return the measured figures, flat and ready for JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        flat = {**values, **self.metrics}
-        return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+        values |= self.metrics
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
     def interval(self, rate: float) -> float:
         """Return half the width of the 95 % interval of a rate: 1.96 √(p (1 - p) / n).
@@ -112,7 +119,8 @@ class Scores:
         Args:
             rate: a share p of the `answers` rows.
         """
-        return 1.96 * math.sqrt(rate * (1 - rate) / self.answers)
+        variance = rate * (1 - rate) / self.answers
+        return 1.96 * math.sqrt(variance)
 
     def worst(self, count: int = 5, by: str | None = None) -> list[ScoredRow]:
         """Return the rows with the lowest scores, the worst first.
@@ -129,9 +137,12 @@ class Scores:
             raise unknown_name("by", by, self.rows[0].scores)
 
         def rank(row: ScoredRow) -> list[float]:
-            return list(row.scores.values()) if by is None else [row.scores[by]]
+            if by is None:
+                return list(row.scores.values())
+            return [row.scores[by]]
 
-        return sorted(self.rows, key=rank)[:count]
+        ranked = sorted(self.rows, key=rank)
+        return ranked[:count]
 
     def compare(
         self, before: "Scores", names: tuple[str, str] = ("before", "after")
@@ -160,10 +171,10 @@ class Scores:
             record = row.to_dict()
             if compared is not None:
                 other = compared.rows[number].to_dict()
-                record["compared"] = {
-                    name: other[name] for name in ("got", "choice", "scores") if name in other
-                }
-            lines.append(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                answers = ("got", "choice", "scores")
+                record["compared"] = {name: other[name] for name in answers if name in other}
+            line = json.dumps(record, ensure_ascii=False, default=str)
+            lines.append(f"{line}\n")
         write_text(Path(path), "".join(lines))
 
     def _table(self) -> list[tuple[str, str, str]]:
@@ -174,13 +185,15 @@ class Scores:
             margin = ""
             if rates.get(name) is not None:
                 margin = f"± {self.interval(value):.4f}"
-            cells.append((name.replace("_", " "), _number(value), margin))
+            label = name.replace("_", " ")
+            cells.append((label, _number(value), margin))
         return cells
 
     def __str__(self) -> str:
         lines = []
         for name, value, margin in self._table():
-            lines.append(f"{name:<16}{value:>12}  {margin}".rstrip())
+            line = f"{name:<16}{value:>12}  {margin}"
+            lines.append(line.rstrip())
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -222,8 +235,11 @@ class ScoresComparison:
         better = 0
         worse = 0
         for row, other in zip(self.after.rows, self.before.rows, strict=True):
-            better += row.scores[metric] > other.scores[metric]
-            worse += row.scores[metric] < other.scores[metric]
+            change = row.scores[metric] - other.scores[metric]
+            if change > 0:
+                better += 1
+            if change < 0:
+                worse += 1
         return better, worse
 
     def _table(self) -> list[list[str]]:
@@ -234,17 +250,23 @@ class ScoresComparison:
         for name, value in self.after.as_dict().items():
             if name not in before or isinstance(value, int):
                 continue
-            line = [name.replace("_", " "), _number(before[name]), _number(value)]
-            line.append(f"{value - before[name]:+.4f}")
-            changed = [str(count) for count in self.changed(name)] if name in measured else ["", ""]
-            cells.append(line + changed)
+            label = name.replace("_", " ")
+            first = before[name]
+            change = f"{value - first:+.4f}"
+            changed = ["", ""]
+            if name in measured:
+                changed = [str(count) for count in self.changed(name)]
+            cells.append([label, _number(first), _number(value), change, *changed])
         return cells
 
     def __str__(self) -> str:
         lines = []
         for cells in self._table():
             name, *values = cells
-            lines.append((f"{name:<16}" + "".join(f"{value:>13}" for value in values)).rstrip())
+            line = f"{name:<16}"
+            for value in values:
+                line += f"{value:>13}"
+            lines.append(line.rstrip())
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -254,4 +276,6 @@ class ScoresComparison:
 
 def _number(value: float) -> str:
     """Return a whole number with separators, any other number with four digits."""
-    return f"{value:,d}" if isinstance(value, int) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,d}"
+    return f"{value:.4f}"
