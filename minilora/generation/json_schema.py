@@ -4,15 +4,15 @@
     a dict              the schema itself
     a pydantic class    the schema of the class
 
-An object whose schema lists its properties and is silent about others may have others. A model
-would invent them, often without an end, so such an object is closed: `additionalProperties` becomes
-false, as OpenAI demands it. A closed answer is valid for the open schema too. Schemas that combine
-objects (`allOf` of several, or properties next to `anyOf`, `oneOf` and `$ref`) stay as they are,
-because each part would forbid the properties of the others.
+If the schema of an object lists properties and does not mention others, the object may have others.
+A model would invent such properties, often without end. Therefore the object is closed:
+`additionalProperties` becomes false, as OpenAI requires it. A closed answer is valid for the open
+schema too. Schemas that combine objects (`allOf` of several, or properties next to `anyOf`, `oneOf`
+and `$ref`) stay as they are, because each part would forbid the properties of the others.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
@@ -47,11 +47,17 @@ def schema_of(schema: Any) -> dict[str, Any] | bool:
     except (TypeError, ValueError) as error:
         raise ValueError(f"schema: it has a value that is not JSON: {error}.") from error
     parts = list(_subschemas(copied))
-    if not any(_combines(part) for part in parts):
-        for part in parts:
-            if "properties" in part and not any(key in part for key in OTHER_PROPERTIES):
-                part["additionalProperties"] = False
+    if any(_combines(part) for part in parts):
+        return copied
+    for part in parts:
+        if "properties" in part and not _has_any(part, OTHER_PROPERTIES):
+            part["additionalProperties"] = False
     return copied
+
+
+def _has_any(schema: dict[str, Any], keys: Sequence[str]) -> bool:
+    """Return True if a schema has one of the keys."""
+    return any(key in schema for key in keys)
 
 
 def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
@@ -75,4 +81,4 @@ def _combines(schema: dict[str, Any]) -> bool:
     parts = schema.get("allOf")
     if isinstance(parts, list) and len(parts) > 1:
         return True
-    return "properties" in schema and any(key in schema for key in COMBINATIONS)
+    return "properties" in schema and _has_any(schema, COMBINATIONS)

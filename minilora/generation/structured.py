@@ -61,7 +61,10 @@ class Grammar:
             ids: token ids of the answer, without end tokens.
         """
         matcher = self._matcher.deep_copy()
-        return all(matcher.consume_token(token) for token in ids) and matcher.is_accepting()
+        for token in ids:
+            if not matcher.consume_token(token):
+                return False
+        return matcher.is_accepting()
 
 
 class Constraint:
