@@ -25,8 +25,8 @@ from minilora.tools.inspect import inspect as inspect_path
 from minilora.tools.merge_report import MergeReport, first_difference, merge_report, merged_as
 from minilora.tools.verify import verify as verify_checkpoint
 
-LEAST_COSINE = 0.5  # of the stored update with ΔW, below which `merge` refuses 4 bits
-LOSS_WARNING = 1.001  # factor of the loss above which `merge` warns
+LEAST_COSINE = 0.5  # `merge` refuses 4 bits if the cosine of the stored update and ΔW is lower
+LOSS_WARNING = 1.001  # `merge` warns if the loss grows by a larger factor
 
 
 def merge(
@@ -63,7 +63,7 @@ def merge(
         if split_source(model)[1] is None:
             raise ValueError(
                 f"merge {model} {folder}: expected BASE ADAPTER FOLDER, or the folder of a run and "
-                f"FOLDER. {model} is no folder with an adapter."
+                f"FOLDER. {model} is not a folder with an adapter."
             )
     base, _ = split_source(model)
     if Path(folder).resolve() in (Path(model).resolve(), Path(base).resolve()):

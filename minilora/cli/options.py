@@ -308,7 +308,7 @@ def base_and_adapters(model: str, items: Sequence[str]) -> tuple[str, dict[str, 
 
 
 def _adapter_name(path: Path) -> str:
-    """Return the name of an adapter that has none: out for out/adapter, mine for me/mine."""
+    """Return the name of an adapter from its path: out for out/adapter, mine for me/mine."""
     if path.exists():
         path = path.resolve()
     if path.name == RUN_ADAPTER:

@@ -120,7 +120,7 @@ class CommandParser(argparse.ArgumentParser):
         return self._option_string_actions.get(f"--{name}")
 
     def parse_given(self, args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """Parse the arguments alone: without defaults, and nothing is required.
+        """Parse the arguments without defaults and without required arguments.
 
         Args:
             args: the arguments.

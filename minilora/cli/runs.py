@@ -1,4 +1,4 @@
-"""The command runs."""
+"""The command `runs`, which compares training runs."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -98,9 +98,9 @@ def adjusted(
         logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
     if answer and (rules.presence_penalty or rules.frequency_penalty):
         counts = Counter(answer)
-        said = _index(counts, logits)  # (S,)
+        used = _index(counts, logits)  # (S,)
         count = torch.tensor([*counts.values()], dtype=logits.dtype, device=logits.device)  # (S,)
-        logits[said] -= count * rules.frequency_penalty + rules.presence_penalty
+        logits[used] -= count * rules.frequency_penalty + rules.presence_penalty
     if rules.logit_bias:
         biased = _index(rules.logit_bias, logits)  # (S,)
         bias = [*rules.logit_bias.values()]

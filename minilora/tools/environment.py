@@ -228,13 +228,13 @@ def _folder_size(folder: Path) -> str:
     size = 0
     for root, _, files in os.walk(folder):
         for file in files:
-            with suppress(OSError):  # deleted while we look
+            with suppress(OSError):  # the file was deleted after the folder was listed
                 size += os.lstat(os.path.join(root, file)).st_size
     return f"{folder} ({size / 1e9:.3f} GB)"
 
 
 def _variables(values: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that change what minilora does; secrets are only said to be set."""
+    """Return the variables that change what minilora does; of a secret, only that it is set."""
     facts = {}
     for name in sorted(values):
         if name not in VARIABLES and not name.startswith(PREFIXES):

@@ -9,8 +9,8 @@
     DeepSeek-V3                       <｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME ```json {…} ```
     Granite, Phi-4-mini               <|tool_call|>[{"name": …, "arguments": {…}}]
 
-The marker in the template decides the form. A text that does not have the form is no call, and
-stays content.
+The marker in the template decides the form. A text that does not have this form is not a call: it
+stays in the content.
 """
 
 import json
