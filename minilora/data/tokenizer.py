@@ -39,42 +39,34 @@ class AnyTokenizer(Protocol):
     @property
     def bos_token_id(self) -> Any:
         """Id of BOS, or None."""
-        ...
 
     @property
     def eos_token_id(self) -> Any:
         """Id of EOS, or None."""
-        ...
 
     @property
     def pad_token_id(self) -> Any:
         """Id of the padding token, or None."""
-        ...
 
     @property
     def chat_template(self) -> Any:
         """Jinja template, {name: template}, or None."""
-        ...
 
     @property
     def encode(self) -> Any:
         """Function: text -> token ids."""
-        ...
 
     @property
     def decode(self) -> Any:
         """Function: token ids -> text."""
-        ...
 
     @property
     def apply_chat_template(self) -> Any:
         """Function: messages -> text or token ids."""
-        ...
 
     @property
     def save_pretrained(self) -> Any:
         """Function: write the files of the tokenizer."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -253,8 +245,8 @@ class Tokenizer:
             )
         raise ValueError(
             "this tokenizer has no chat template, as is usual for base models. Set one: "
-            "`tokenizer.chat_template = <Jinja text>`, for example "
-            "minilora.data.ALPACA_TEMPLATE, or use the template of the instruct model; or train on plain texts "
+            "`tokenizer.chat_template = <Jinja text>`, for example minilora.data.ALPACA_TEMPLATE, "
+            "or use the template of the instruct model; or train on plain texts "
             "(`prompt`/`completion` or `text` rows)."
         )
 
