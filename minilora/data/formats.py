@@ -125,11 +125,18 @@ def unknown_shape(rows: Sequence[Row], index: int = 0) -> ValueError:
             f"row {index}: {' and '.join(missing)} missing or empty, next to the keys {keys}. "
             "Complete this row, or remove it."
         )
-    known = "; ".join(", ".join(sorted(required)) for required, _ in SHAPES.values())
     return ValueError(
-        f"row {index}: keys {keys} match no known shape. Expected one of: {known}."
+        f"row {index}: keys {keys} match no known shape. Expected one of: {known_shapes()}."
         f"{proposal_text(rows)}"
     )
+
+
+def known_shapes() -> str:
+    """Return the required keys of every shape, as text."""
+    shapes = []
+    for required, _ in SHAPES.values():
+        shapes.append(", ".join(sorted(required)))
+    return "; ".join(shapes)
 
 
 def _missing_keys(keys: Sequence[str]) -> list[str]:

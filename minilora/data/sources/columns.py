@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from minilora.common import unknown_name
 from minilora.data.chat.values import present
-from minilora.data.formats import SHAPES
+from minilora.data.formats import SHAPES, known_shapes
 from minilora.data.read_rows import Row
 
 # The forms of preference data have the keys of other shapes next to their two answers.
@@ -44,7 +44,10 @@ def map_columns(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
             raise unknown_name("columns: the key", key, keys)
     if len(set(columns.values())) < len(columns):
         raise ValueError(f"columns: {dict(columns)} maps one column to two keys.")
-    existing = list(dict.fromkeys(str(name) for row in rows for name in row))
+    distinct: dict[str, None] = {}
+    for row in rows:
+        distinct |= dict.fromkeys(map(str, row))
+    existing = list(distinct)
     for key, column in columns.items():
         if column not in existing:
             raise ValueError(
@@ -64,10 +67,9 @@ def _keys_of_shape(columns: Mapping[str, str], existing: Sequence[str]) -> froze
             keys |= PREFERENCE
         if columns.keys() <= keys and required <= names:
             return keys
-    shapes = "; ".join(", ".join(sorted(required)) for required, _ in SHAPES.values())
     raise ValueError(
         f"columns: with the keys {', '.join(columns)} and the columns {', '.join(existing)}, the "
-        f"rows match no known shape. Expected one of: {shapes}."
+        f"rows match no known shape. Expected one of: {known_shapes()}."
     )
 
 

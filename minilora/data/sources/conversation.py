@@ -35,7 +35,8 @@ def as_conversation(row: Row, index: int) -> Row:
         return row
     answers = [key for key in ANSWERS if key in present(row)]
     texts = [key for key in answers if isinstance(row[key], str)]
-    if not texts or all(is_message_list(row[key]) for key in answers):
+    are_messages = [is_message_list(row[key]) for key in answers]
+    if not texts or all(are_messages):
         return row
     changed: dict[Any, Any] = dict(row)
     for key in texts:
@@ -76,7 +77,8 @@ def _preference_with_system(row: Row, text: str, index: int) -> Row:
     """Return a row whose answers are messages, with a system message before the prompt."""
     prompt = row.get("prompt")
     chosen = row["chosen"]
-    if isinstance(chosen, list | str) and (prompt is None or _is_text(prompt)):
+    is_separate = prompt is not None and not _is_text(prompt)
+    if isinstance(chosen, list | str) and not is_separate:
         first = read_messages(chosen, f"row {index}", "chosen")[0]
         if first["role"] != "assistant":  # both answers repeat the whole conversation
             return _with_message(row, ["chosen", "rejected"], text, index)
