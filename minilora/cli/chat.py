@@ -80,8 +80,7 @@ class Conversation:
     def answer(self, text: str) -> Generator[str, None, None]:
         """Generate the answer to a message, and keep both in the conversation.
 
-        Of an answer that is stopped, the part so far is kept. A message without any answer is not
-        kept.
+        If the answer is stopped, the part so far is kept. A message without any answer is not kept.
 
         Args:
             text: the user's message.
@@ -190,7 +189,8 @@ def chat(model: str, adapter: Sequence[str] | None, system: str | None, **option
         _enable_line_editing()
         print(f"{base}; adapters: {', '.join(adapters) or 'none'}. /help lists the commands.")
     prompt = "> " if interactive and sys.stdout.isatty() else ""
-    talk(Conversation(loaded, tokenizer, system, **options), lambda: input(prompt), interactive)
+    conversation = Conversation(loaded, tokenizer, system, **options)
+    talk(conversation, lambda: input(prompt), interactive)
 
 
 def talk(conversation: Conversation, read: Callable[[], str], interactive: bool) -> None:

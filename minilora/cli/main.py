@@ -130,7 +130,8 @@ def _run(given: list[str]) -> int:
 
 def _keywords(parser: CommandParser, given: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the options of a command by name, and the arguments that no option takes."""
-    if not any(word.partition("=")[0] == "--config" for word in given[1:]):
+    names = [word.partition("=")[0] for word in given[1:]]
+    if "--config" not in names:
         options, unparsed = parser.parse_known_args(given)
         return vars(options), unparsed
     command = parser.command(given[0])
