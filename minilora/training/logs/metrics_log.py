@@ -32,7 +32,7 @@ class Log:
     """
 
     def __init__(self, progress: Progress, total: int, config: TrainConfig, is_main: bool = True):
-        """Open the log; cut an earlier one behind the step that the run continues from.
+        """Open the log; cut an earlier log after the step that the run continues from.
 
         Args:
             progress: The run as it starts.
@@ -40,7 +40,9 @@ class Log:
             config: The run.
             is_main: False in processes other than the main one, which write and show nothing.
         """
-        self.path = Path(config.output_dir) / "log.jsonl" if config.output_dir and is_main else None
+        self.path: Path | None = None
+        if config.output_dir and is_main:
+            self.path = Path(config.output_dir) / "log.jsonl"
         self.tokens = 0
         self.seconds = 0.0
         self.records: list[dict[str, Any]] = []

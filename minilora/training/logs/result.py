@@ -95,7 +95,8 @@ class TrainResult:
         return shown
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<24}{value}" for name, value in self.figures().items())
+        lines = [f"{name:<24}{value}" for name, value in self.figures().items()]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return html_table([], list(self.figures().items()))
