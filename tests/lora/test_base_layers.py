@@ -147,7 +147,8 @@ def test_a_quantised_transformers_model_merges_into_an_ordinary_one(tmp_path, bi
     with torch.no_grad():
         assert torch.equal(again(ids).logits, merged(ids).logits)
         if bits == 4:
-            close(merged(ids).logits, model(ids).logits, 1e-5)
+            # In training mode bitsandbytes does not change the layout of the codes.
+            close(merged(ids).logits, model.train()(ids).logits, 1e-5)
     assert model.config.quantization_config is not None  # the given model is unchanged
 
 

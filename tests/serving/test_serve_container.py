@@ -110,7 +110,7 @@ def test_compose_follows_its_schema_and_gives_no_extra_rights():
 
 @pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "docs/serve.md"])
 def test_every_option_named_exists(file: str):
-    known = OPTIONS | {"adapter", "quantize", "dtype", "no_check_base"}
+    known = OPTIONS | {"adapter", "quantize", "dtype", "no_check_base", "output_dir"}
     known |= {
         "help",
         "data",
