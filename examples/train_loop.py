@@ -80,7 +80,7 @@ def main():
 
     # 2. Conversations as token ids, in batches of eight.
     batch_size = 8
-    steps = 2 if os.environ.get("MINILORA_SHORT") else 60
+    steps = 5 if os.environ.get("MINILORA_SHORT") else 60
     task = ml.samples.icd10(train_rows=steps * batch_size)
     examples = [encode(tokenizer, row["messages"]) for row in task.train]
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
