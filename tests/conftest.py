@@ -6,6 +6,7 @@
 import gc
 import os
 import platform
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -133,6 +134,14 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     runtime.gc = SimpleNamespace(collect=gc.collect, freeze=Mock(), unfreeze=Mock())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def later_imports() -> Iterator[None]:
+    """Hide the libraries that the tests of a module imported, as `pytest_collection_finish`."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -148,9 +148,9 @@ def run(engine: Engine, config: ServeConfig, name: str, token: str | None) -> No
         http_thread.add_done_callback(lambda _: server.worker.stop())
         try:
             server.worker.run()
-        except Exception:
-            # The traceback is printed here because the command line prints none for some
-            # exceptions. The server stops at its next tick.
+        except Exception:  # of any kind: its traceback is printed, and the exception goes on
+            # The command line prints no traceback for some exceptions. The server stops at its
+            # next tick.
             traceback.print_exc()
             raise
     http_thread.result()  # raises the error that kept the server from listening

@@ -259,7 +259,6 @@ def test_peers_document_has_every_job_and_side():
 
 
 def test_documents_of_one_measurement_join_and_the_svg_stores_them(tmp_path):
-    pytest.importorskip("matplotlib", reason="pictures need the extra: pip install -e '.[plot]'")
     pieces = []
     for kind in ("length", "batch"):
         points = [

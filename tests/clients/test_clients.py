@@ -54,7 +54,7 @@ def server(folder):
 @pytest.mark.parametrize("client", CLIENTS)
 def test_client_works_with_the_server(client, server, folder, tmp_path):
     if find_spec(CLIENTS[client]) is None:
-        pytest.skip(f"{CLIENTS[client]} is not installed: pip install -e '.[clients]'")
+        pytest.fail(f"{CLIENTS[client]} is not installed: pip install -e '.[clients]'")
     script = Path(__file__).parent / f"{client}_client.py"
     arguments = {"lm_eval": [folder], "guidellm": [folder, tmp_path]}.get(client, [])
     done = subprocess.run(

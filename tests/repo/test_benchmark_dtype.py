@@ -92,7 +92,6 @@ def test_no_side_is_called_bf16_in_an_fp32_benchmark(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_picture_names_the_dtype_of_its_document(tmp_path, dtype: str):
-    pytest.importorskip("matplotlib", reason="pictures need the extra: pip install -e '.[plot]'")
     found = pictures.document(str(ROOT / "docs" / "speed.svg"))
     pictures.save(found | {"dtype": dtype}, tmp_path / "speed.svg")
     drawn = (tmp_path / "speed.svg").read_text()

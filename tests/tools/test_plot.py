@@ -16,8 +16,6 @@ from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.tools.memory_plan.parts import PARTS
 
-pytest.importorskip("matplotlib", reason="pictures need the extra: pip install -e '.[plot]'")
-
 
 # ---- oracle: the drawn data
 

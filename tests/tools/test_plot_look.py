@@ -17,8 +17,6 @@ from helpers.source import ROOT
 from minilora.tools.memory_plan.plan import PARTS
 from minilora.tools.plot import style
 
-pytest.importorskip("matplotlib", reason="pictures need the extra: pip install -e '.[plot]'")
-
 
 # ---- property: readable
 
