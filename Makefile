@@ -4,6 +4,7 @@
 #   make demo TASK=address       the same on US addresses -> JSON
 #   make learn                   open the notebooks in JupyterLab (LAB=--no-browser: print its address)
 #   make test                    lint, types and the fast tests
+#   make test ROOM=lora          the fast tests of one folder of tests/
 #   make test ISA=avx2           the same as on a processor without AVX-512 (or ISA=default: with SSE alone)
 #   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu    torch without CUDA
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TASK ?= icd10
 WORKERS ?= 2
+ROOM ?=
 ISA ?=
 LAB ?=
 TORCH_INDEX ?=
@@ -108,14 +110,15 @@ UNDER_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRU
 UNDER_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MINILORA_MARCH=x86-64
 UNDER = $(if $(ISA),$(or $(UNDER_$(ISA)),$(error ISA must be avx2 or default, got $(ISA))))
 
-test: lint types  ## pytest -n 2 -m "not slow and not gpu"
-	$(UNDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10
+# ROOM=lora runs tests/lora alone, without lint and types.
+test: $(if $(ROOM),install,lint types)  ## pytest -n 2 -m "not slow and not gpu"
+	$(UNDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10 $(ROOM:%=tests/%)
 
 test-all: install tritons  ## pytest -n 2 -m "(slow or gpu) and not demo": the real model, the wheel, examples, notebooks
 	$(UNDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "(slow or gpu) and not demo" --durations=20
 
-# These tests train a real model for minutes on every core. CI runs their short forms.
-check-demo: install  ## pytest -m demo: the demo in full, and planned against measured memory
+# These tests take minutes on every core. CI runs their short forms.
+check-demo: install tritons  ## pytest -m demo: the demo in full, planned against measured memory, every kernel in older Tritons
 	$(BIN)/python -m pytest -q -m demo --durations=5
 
 format: install  ## ruff check --fix . && ruff format .

@@ -6,11 +6,13 @@
 import gc
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 # Threads of the tokenizers package conflict with pytest-xdist's processes.
@@ -20,7 +22,8 @@ import hypothesis
 import pytest
 import torch
 
-from helpers.source import constraints
+from helpers.cpu_budget import cpu_seconds, over_budget, room_of, table
+from helpers.source import ROOT, constraints
 from minilora.training import runtime
 
 # Machines are shared, so there is no deadline and no health check of speed. The examples are the
@@ -31,7 +34,12 @@ hypothesis.settings.register_profile(
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("house")
+# Triton's interpreter runs a kernel hundreds of times slower than a processor.
+hypothesis.settings.register_profile(
+    "few", parent=hypothesis.settings.get_profile("house"), max_examples=20
+)
+IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+hypothesis.settings.load_profile("few" if IN_INTERPRETER else "house")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one core per worker, even if OMP_NUM_THREADS is not set
@@ -53,7 +61,7 @@ def off_the_pin() -> str:
 
 # Tests of kernels in Triton's interpreter. tests/gpu/test_interpreter.py runs them in a process
 # with TRITON_INTERPRET=1.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["gpu/interpreted"]
+collect_ignore = [] if IN_INTERPRETER else ["gpu/interpreted"]
 
 
 def processor() -> str:
@@ -97,10 +105,44 @@ def pytest_terminal_summary(
     """
     if config.get_verbosity() < 0:
         terminalreporter.write_line(processor())
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if SPENT:
+        terminalreporter.write_line(table(SPENT))
+    for sentence in over_budget(SPENT):
+        terminalreporter.write_line(sentence, red=True)
+    if IN_INTERPRETER:
         import triton
 
         terminalreporter.write_line(f"in the interpreter of triton {triton.__version__}")
+
+
+# CPU seconds of the fast tests by folder; in the main process those of all workers.
+SPENT: Counter[str] = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Note the CPU seconds of a fast test, with its fixtures."""
+    before = cpu_seconds()
+    result = yield
+    room = room_of(item.path, ROOT)
+    if room is not None and not item.get_closest_marker("slow"):
+        SPENT[room] += cpu_seconds() - before
+    return result
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the CPU seconds of a worker."""
+    SPENT.update(getattr(node, "workeroutput", {}).get("spent", {}))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the CPU seconds of a worker; in the main process a folder over its budget is a failure."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["spent"] = dict(SPENT)
+    elif over_budget(SPENT) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 # Time limit of a slow test that sets no limit itself. pyproject.toml has the limit of fast tests.

@@ -1,6 +1,5 @@
 """Comparison of real tokenizers, read and written by minilora, with the packages they come from.
 
-    pip install sentencepiece            # the oracle of the SentencePiece models
     python benchmarks/quality/real_tokenizers.py [--gemma]
 
 The script downloads pinned files: from PyPI `mistral-common` (five SentencePiece models of Mistral
@@ -205,12 +204,8 @@ def all_texts() -> list[str]:
 
 def comparisons() -> Any:
     """Yield name, oracle, and the two functions to compare: text -> ids."""
+    import sentencepiece
     from transformers import AutoTokenizer
-
-    try:
-        import sentencepiece  # pyright: ignore[reportMissingImports] not a dependency
-    except ImportError as error:
-        raise ImportError("The oracle is missing: pip install sentencepiece") from error
 
     for name in SENTENCEPIECE:
         model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file(name)))

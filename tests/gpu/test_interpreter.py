@@ -3,8 +3,8 @@
 A separate process runs tests/gpu/interpreted/, which tests each kernel, and the ordinary tests of
 NF4 with MINILORA_NF4=triton. So the tests of the CPU path (bits and files of bitsandbytes,
 autograd, torch.compile) also run with Triton. The fast tests run a few cases of each test.
-`make test-all` runs every case, and repeats tests/gpu/interpreted/ with the versions of Triton that
-the Makefile names.
+`make test-all` runs every case, and a few of tests/gpu/interpreted/ with the versions of Triton that
+the Makefile names; `make check-demo` runs every case with those too.
 """
 
 import json
@@ -93,7 +93,11 @@ def test_kernels_in_the_interpreter(path: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", TRITONS)
-def test_kernels_in_another_triton(version: str):
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param("not slow", id="few"), pytest.param("", id="all", marks=pytest.mark.demo)],
+)
+def test_kernels_in_another_triton(version: str, cases: str):
     folder = Path(sys.prefix) / f"triton-{version}"
     if not folder.exists():
         pytest.skip(
@@ -102,7 +106,7 @@ def test_kernels_in_another_triton(version: str):
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     # conftest.py prints the version
     assert f"triton {version}" in interpreted(
-        "tests/gpu/interpreted", PYTHONPATH=path, MINILORA_NF4="triton"
+        "tests/gpu/interpreted", "-m", cases, PYTHONPATH=path, MINILORA_NF4="triton"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT), str(ROOT / "kernels")])}
     command = [

@@ -1,7 +1,6 @@
 """Tests that llama.cpp loads our GGUF files and computes our token ids and logits.
 
-Oracle: llama.cpp through `llama-cpp-python`, which is not a pinned dependency; docs/LOG.md
-describes its build and the results. Without it these tests skip. Its cache is fp32 here (its
+Oracle: llama.cpp, from the package xllamacpp (helpers/llama_cpp.py). Its cache is fp32 here (its
 default is fp16). Before a matrix of 16 or 8 bits, most of its kernels also round the activations to
 the matrix's type; `ours` does the same on demand.
 """
@@ -15,15 +14,13 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import minilora as ml
+from helpers.llama_cpp import Llama
 from helpers.tiny import LLAMA3, oracle, tokens, twin
 from minilora.data import load_tokenizer
 from minilora.models.gguf.tokenizer import WORDS
 from minilora.models.save import save_model
 from tests.models.test_gguf_sentencepiece import FORMS, file_of, texts
 
-llama_cpp = pytest.importorskip(
-    "llama_cpp", reason="llama-cpp-python is not installed: llama.cpp is NOT compared"
-)
 pytestmark = pytest.mark.slow
 MODELS = {
     "llama": {},
@@ -45,30 +42,10 @@ ENGLISH = (
 )
 
 
-@pytest.fixture(autouse=True)
-def plain_kernels(monkeypatch) -> None:
-    """Keep the file's weight layout: kernels that change it (AMX) stop on some virtual machines."""
-    defaults = llama_cpp.llama_cpp.llama_model_default_params
-
-    def plain():
-        parameters = defaults()
-        parameters.use_extra_bufts = False
-        return parameters
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain)
-
-
-def opened(path: Path, **options):
-    return llama_cpp.Llama(str(path), n_ctx=512, n_batch=512, n_threads=1, verbose=False, **options)
-
-
 def theirs(path: Path, ids: list[int]) -> Tensor:
     """Return logits (tokens, vocabulary) of llama.cpp."""
-    llama = opened(path, logits_all=True, type_k=0, type_v=0, flash_attn=False)  # 0: fp32
-    llama.eval(ids)
-    logits = torch.tensor(llama.scores[: len(ids)])
-    llama.close()
-    return logits
+    with Llama(path) as llama:
+        return llama.logits(ids)
 
 
 def ours(path: Path, ids: list[int], dtype: str = "float32") -> Tensor:
@@ -133,9 +110,9 @@ def test_logits_equal_those_of_llama_cpp(tmp_path, kind, dtype):
 @pytest.mark.parametrize("kind", [*FORMS, *WORDS])
 def test_token_ids_equal_those_of_llama_cpp(tmp_path, kind):
     path = file_of(kind, tmp_path)
-    llama, mine = opened(path, vocab_only=True), load_tokenizer(path)
-    assert (llama.token_bos(), llama.token_eos()) == (1, 2)
-    assert llama.metadata["tokenizer.chat_template"] == mine.chat_template
+    llama, mine = Llama(path, vocab_only=True), load_tokenizer(path)
+    assert llama.ends == (1, 2)
+    assert llama.chat_template == mine.chat_template
 
     @settings(max_examples=300)
     @given(texts)
@@ -143,14 +120,13 @@ def test_token_ids_equal_those_of_llama_cpp(tmp_path, kind):
         if kind == "qwen2":  # llama.cpp omits Qwen's normaliser
             text = unicodedata.normalize("NFC", text)
         for special in (True, False):
-            ids = llama.tokenize(text.encode(), add_bos=special, special=True)
+            ids = llama.tokenize(text, add_special=special)
             assert ids == mine.encode(text, add_special_tokens=special)
 
     holds()
     for text in ("a</s>b <tool>  c<unk>", "<s>", " </s> ", "<0x41>"):
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == mine.encode(
-            text, add_special_tokens=False
-        )
+        ids = mine.encode(text, add_special_tokens=False)
+        assert llama.tokenize(text, add_special=False) == ids
 
 
 def test_smollm2_ids_and_logits_equal_those_of_llama_cpp(smollm2, tmp_path):
@@ -158,8 +134,7 @@ def test_smollm2_ids_and_logits_equal_those_of_llama_cpp(smollm2, tmp_path):
     model = ml.load_model(smollm2, dtype="float32", device="cpu")
     save_model(model, path, format="gguf", dtype="float16", tokenizer=tokenizer)
     ids = tokenizer.encode(ENGLISH)
-    assert (
-        opened(path, vocab_only=True).tokenize(ENGLISH.encode(), add_bos=True, special=True) == ids
-    )
+    with Llama(path, vocab_only=True) as llama:
+        assert llama.tokenize(ENGLISH, add_special=True) == ids
     found, plain = check(path, ids, "SmolLM2", "float16")
     assert torch.equal(found.argmax(-1), plain.argmax(-1))

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slow
 
 
 def test_real_tokenizers_give_the_ids_of_their_packages():
-    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed: NOT compared")
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: real tokenizers are NOT compared")
     texts = all_texts()[::5]

@@ -1,10 +1,11 @@
 """Proves that bins and one comparison (torch_cpu.py) find the codes of a full threshold search.
 
-The comparison covers every number that occurs: all fp32 values of [-1, 1], plus or minus one ulp,
-once for the weights and once for the scales.
+The slow test takes 1,025 fp32 values of each of the 65,536 that share their first 16 bits, in [-1,
+1] plus or minus one ulp. The code of a scale can change only at a threshold or between two of these
+groups, and the code of a weight only at a threshold or between two bins, which are 1/16 wide. The
+fast test takes thresholds, the edges of these bins, and their neighbours.
 
-Oracle: torch.bucketize on the thresholds, as in reference.py. The fast test takes thresholds and
-their neighbours.
+Oracle: torch.bucketize on the thresholds, as in reference.py.
 """
 
 import pytest
@@ -33,7 +34,8 @@ def check(kind: str, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", THRESHOLDS)
 def test_thresholds_and_their_neighbours(kind):
     ends = torch.tensor([-1.0, -0.0, 0.0, 1.0])
-    near = [torch.cat([THRESHOLDS[kind], ends])]
+    edges = torch.arange(-31, 32, 2) / 32  # between the bins of weights
+    near = [torch.cat([THRESHOLDS[kind], ends, edges])]
     for way in (torch.inf, -torch.inf):
         for _ in range(3):
             near.append(torch.nextafter(near[-1], torch.tensor(way)))
@@ -42,13 +44,15 @@ def test_thresholds_and_their_neighbours(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", THRESHOLDS)
-def test_every_value(kind):
-    low = torch.arange(1 << 16)
+def test_values_of_all_sizes(kind):
+    low = torch.cat([torch.arange(0, 1 << 16, 64), torch.tensor([0xFFFF])])  # (1025,)
     seen = 0
-    for high in torch.arange(1 << 16).split(256):
+    for high in torch.arange(1 << 16).split(4096):
         x = (high[:, None] << 16 | low).flatten().to(torch.int32).view(torch.float32)
         x = x[x.abs() <= 1 + 2**-23]
-        x = x[: len(x) // 2 * 2]
-        check(kind, x) if len(x) else None
         seen += len(x)
-    assert seen == 2 * (0x3F800001 + 1)  # bit patterns of 0 .. 1 + ulp, with both signs
+        x = torch.cat([x, x[: len(x) % 2]])  # an even number: two codes share a byte
+        if len(x):
+            check(kind, x)
+    # The first 16 bits of 0 to 1 are 0 to 0x3F80; of the last group only 1.0 is in the range.
+    assert seen == 2 * (0x3F80 * len(low) + 1)
