@@ -16,8 +16,8 @@ from ctypes import (
     c_bool,
     c_char_p,
     c_float,
-    c_int32,
     c_int8,
+    c_int32,
     c_uint32,
     c_void_p,
 )

@@ -16,7 +16,6 @@ from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
 from minilora.tools.memory_plan.parts import PARTS
 
-
 # ---- oracle: the drawn data
 
 

@@ -17,7 +17,6 @@ from helpers.source import ROOT
 from minilora.tools.memory_plan.plan import PARTS
 from minilora.tools.plot import style
 
-
 # ---- property: readable
 
 
