@@ -125,7 +125,13 @@ def test_every_operation_rounds_once_to_nearest():
 def test_the_unsigned_map_is_bitsandbytes():
     from bitsandbytes.functional import create_dynamic_map
 
-    assert torch.equal(dynamic_map(signed=False), create_dynamic_map(signed=False))
+    theirs = create_dynamic_map(signed=False)
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        # torch.linspace, which bitsandbytes calls, rounds twice without fused multiply-add: by an
+        # ulp of the decade's largest value, which is up to 10 times the value.
+        torch.testing.assert_close(dynamic_map(signed=False), theirs, rtol=10 * 2**-23, atol=0)
+    else:
+        assert torch.equal(dynamic_map(signed=False), theirs)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])

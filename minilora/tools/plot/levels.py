@@ -31,7 +31,9 @@ def codebook(others: Mapping[str, Tensor] | None = None, path: str | Path | None
         ValueError: If the levels of a codebook do not ascend.
     """
     if others is None:
-        others = {"Int4: 15 even steps": torch.linspace(-1, 1, 15, dtype=torch.float32)}
+        # In fp64, whose rounding does not depend on the processor, as in `dynamic_map`.
+        even_steps = torch.linspace(-1, 1, 15, dtype=torch.float64).float()  # (15,)
+        others = {"Int4: 15 even steps": even_steps}
     for name, levels in others.items():
         ascending = levels.dim() == 1 and len(levels) > 1 and bool((levels.diff() > 0).all())
         if not ascending:
