@@ -1,4 +1,4 @@
-"""Tokens a second of greedy decoding, one row at a time, in minilora and transformers.
+"""Tokens a second of greedy decoding, one row at a time: minilora, transformers, llama.cpp.
 
     python benchmarks/inference/bench_generate.py [--rounds 5] [--prompt 64] [--new 64]
         [--dtype auto]
@@ -12,8 +12,12 @@ includes the prompt. The contenders take turns:
             every weight for each token. "minilora, dense" is the 4-bit model within
             `ml.dequantized_weights`: dequantised once and dense in memory
 
-The script first checks that the contenders of a kind begin with the same tokens. The last line is
-one JSON document.
+            "llama.cpp, Q4_0" is llama.cpp on the same model in 4 bits of another kind, with 32
+            weights a scale and 8 bits for the head
+
+The script first checks that the contenders of a kind begin with the same tokens, except for
+llama.cpp, whose weights are rounded otherwise. A token reads every weight once, so the speed is also
+printed as GB of weights a second, which the memory limits. The last line is one JSON document.
 """
 
 import argparse
@@ -48,6 +52,7 @@ from benchmarks._lib.steps import four_bit
 # The first tokens that all contenders must share. Later ones may differ where two tokens are almost
 # equally likely.
 SAME = 4
+LLAMA_CPP = "llama.cpp, Q4_0"
 
 
 def main() -> None:
@@ -69,7 +74,7 @@ def main() -> None:
     if options.side:
         side, kind, folder = options.side
         prompt = json.loads((Path(folder) / "prompt.json").read_text())
-        run = ours if side == "minilora" else theirs
+        run = {"minilora": ours, "transformers": theirs, LLAMA_CPP: llama_cpp}[side]
         return run(kind, Path(folder) / "base", prompt, options.new, dtype)
     if options.short:
         options.rounds, options.prompt, options.new = 2, 8, 8
@@ -83,8 +88,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         rows = checkpoint(Path(name) / "base", options.short, 1, options.prompt, dtype)
         (Path(name) / "prompt.json").write_text(json.dumps(rows[0]))
-        for kind in ("dense", "nf4"):
-            found[kind] = compare(kind, sides, Path(name), options, dtype)
+        found["dense"] = compare("dense", sides, Path(name), options, dtype)
+        if missing_peers("xllamacpp"):
+            print(f"without llama.cpp: {missing_peers('xllamacpp')}")
+        else:
+            write_q4_0(Path(name))
+            sides = (*sides, LLAMA_CPP)
+        found["nf4"] = compare("nf4", sides, Path(name), options, dtype)
     print(json.dumps(found))
 
 
@@ -101,7 +111,7 @@ def compare(
     found = take_turns(contenders, options.rounds)
     for contender in contenders.values():
         contender.close()
-    answers = {side: one[0]["tokens"] for side, one in found.items()}
+    answers = {side: one[0]["tokens"] for side, one in found.items() if side != LLAMA_CPP}
     shared = 0  # tokens that all answers share at their start
     for tokens in zip(*answers.values(), strict=True):
         if len(set(tokens)) > 1:
@@ -112,8 +122,11 @@ def compare(
         raise SystemExit(f"{kind}: the contenders generate different tokens: {answers}")
     rows = report(f"{kind}: seconds for {options.new} tokens", found, "seconds", "minilora")
     for side, row in rows.items():
-        row["tokens_per_second"] = round(options.new / row["seconds"]["median"], 1)
-        print(f"{side:22}{row['tokens_per_second']:10.1f} tokens/s")
+        per_second = options.new / row["seconds"]["median"]
+        row["tokens_per_second"] = round(per_second, 1)
+        row["weights_gb_per_second"] = round(per_second * found[side][0]["weight_bytes"] / 1e9, 2)
+        print(f"{side:22}{row['tokens_per_second']:10.1f} tokens/s", end="")
+        print(f"{row['weights_gb_per_second']:10.2f} GB/s of weights")
     return rows
 
 
@@ -125,7 +138,8 @@ def ours(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtyp
 
     model = ml.load_model(folder, quantize=None if kind == "dense" else "nf4", dtype=dtype)
     with ml.dequantized_weights(model) if kind == "made dense" else nullcontext():
-        serve(timed(lambda: generate_ids(model, [prompt], Decoding(new))[0]))
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        serve(timed(lambda: generate_ids(model, [prompt], Decoding(new))[0], size))
 
 
 def theirs(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtype) -> None:
@@ -147,16 +161,35 @@ def theirs(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dt
     def generate() -> list[int]:
         return model.generate(ids, **settings)[0, len(prompt) :].tolist()
 
-    serve(timed(generate))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    serve(timed(generate, size))
 
 
-def timed(call: Callable[[], list[int]]) -> Callable[[], dict[str, Any]]:
-    """Return a function that runs `call` and returns its seconds and its tokens."""
+def write_q4_0(folder: Path) -> None:
+    """Write the base as a GGUF file in Q4_0."""
+    import minilora as ml
+
+    model = ml.load_model(folder / "base", dtype=torch.float32)
+    ml.save_model(model, folder / "q4_0.gguf", format="gguf", dtype="q4_0")
+
+
+def llama_cpp(kind: str, folder: Path, prompt: list[int], new: int, dtype: torch.dtype) -> None:
+    """Serve greedy decoding in llama.cpp, without an end token."""
+    from benchmarks._lib.llama_cpp import Llama
+
+    with Llama(folder.parent / "q4_0.gguf") as llama:
+        generate = llama.greedy(torch.get_num_threads())
+        serve(timed(lambda: generate(prompt, new), llama.weight_bytes))
+
+
+def timed(call: Callable[[], list[int]], weight_bytes: int) -> Callable[[], dict[str, Any]]:
+    """Return a function that runs `call` and returns its seconds, its tokens and a constant."""
 
     def step() -> dict[str, Any]:
         begun = time.perf_counter()
         tokens = call()
-        return {"seconds": time.perf_counter() - begun, "tokens": tokens}
+        seconds = time.perf_counter() - begun
+        return {"seconds": seconds, "tokens": tokens, "weight_bytes": weight_bytes}
 
     return step
 

@@ -17,7 +17,7 @@ from minilora.cli.options import (
 from minilora.common import check_writable
 from minilora.hub import resolve
 
-DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}
 FORMATS = {"gguf": "gguf", "dense": "safetensors", "bnb-4bit": "bnb-4bit"}  # name in save_model
 
 
@@ -92,9 +92,9 @@ def _check_target(out: Path, format: str, dtype: str | None) -> None:
     if is_file != _is_gguf(str(out)):
         expected = "a file name that ends in .gguf" if is_file else "the name of a folder"
         raise ValueError(f"export: --format {format} needs {expected}, got {out}.")
-    if dtype == "q8_0" and not is_file:
+    if dtype in ("q8_0", "q4_0") and not is_file:
         raise ValueError(
-            f"--dtype q8_0 is a type of GGUF files, and --format is {format}. Give a name that "
+            f"--dtype {dtype} is a type of GGUF files, and --format is {format}. Give a name that "
             "ends in .gguf, or another dtype: f32, f16, bf16."
         )
     is_empty_folder = out.is_dir() and not any(out.iterdir())
@@ -158,7 +158,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="type of the matrices; q8_0, 8 bits, for GGUF only (default: that of the checkpoint)",
+        help="type of the matrices; q8_0 and q4_0, 8 and 4 bits, for GGUF only (default: that of the checkpoint)",
     )
     add_no_check_base(parser)
     add_storage(parser)

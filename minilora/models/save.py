@@ -70,8 +70,8 @@ def save_model(
             second copy of these layers in memory.
         dtype: Dtype of all dense tensors. The default is the dtype that each tensor had before it
             was trained, and for a 4-bit layer the dtype that it was made from. For "gguf", the
-            type of the matrices: a dtype or "q8_0"; the default is the embedding's, and vectors
-            are always fp32.
+            type of the matrices: a dtype, "q8_0" or "q4_0" (8 or 4 bits and a scale for 32
+            values); the default is the embedding's, and vectors are always fp32.
         tokenizer: Tokenizer to save with the model (by its `save_pretrained`), or to store in the
             GGUF file. The default writes none.
         shard_bytes: Size in bytes above which the weights are split into several files. GGUF is

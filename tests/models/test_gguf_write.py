@@ -27,6 +27,8 @@ from minilora.models.gguf.write import permute
 from minilora.models.save import save_model
 
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+KINDS |= {"q4_0": "Q4_0"}
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def written(path: Path, model: nn.Module, **options) -> Path:
@@ -93,11 +95,12 @@ def test_llama3_scaling_is_found_again(tmp_path):
     assert torch.equal(logits(again, **far), logits(model, **far))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "q8_0", None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, "q8_0", "q4_0", None], ids=str)
 def test_each_type_rounds_as_its_definition_says(tmp_path, dtype):
     """F16 and BF16 round by half a unit, 2^-11 and 2^-8.
 
-    Q8_0 rounds by half a step of max/127 per block, and rounds that scale to fp16.
+    Q8_0 rounds by half a step of max/127 per block, and rounds that scale to fp16. Q4_0 has steps of
+    max/8, and codes to 7 on the side opposite to the largest value, where it loses up to a step.
     """
     model = twin(oracle(intermediate_size=128))
     path = written(tmp_path, model, dtype=dtype)
@@ -107,11 +110,13 @@ def test_each_type_rounds_as_its_definition_says(tmp_path, dtype):
         assert torch.equal(again[name], reference[name]), name
         if value.dim() == 1 or dtype is None:
             bound = torch.zeros(())
-        elif dtype == "q8_0":
+        elif dtype in ("q8_0", "q4_0"):
             largest = (
                 value.view(value.shape[0], -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32)
             )
-            bound = largest.reshape(value.shape) * (0.5 / 127 + 2**-11) * 1.001
+            in_8_bits = dtype == "q8_0" or name in VOCABULARY
+            step = 0.5 / 127 if in_8_bits else 1 / 8
+            bound = largest.reshape(value.shape) * (step + 2**-11) * 1.001
         else:
             bound = value.abs() * 2.0 ** (-11 if dtype == torch.float16 else -8) + 2**-25
         assert ((again[name] - value).abs() <= bound).all(), name
@@ -120,13 +125,9 @@ def test_each_type_rounds_as_its_definition_says(tmp_path, dtype):
         for tensor in gguf.GGUFReader(path).tensors
     }
     assert len(types) == 3 * 9 + 3
+    ends = {types.pop("output.weight"), types.pop("token_embd.weight")}
+    assert ends == {("Q8_0" if dtype == "q4_0" else name_of_type, 2)}
     assert all(kind == ("F32" if dims == 1 else name_of_type) for kind, dims in types.values())
-    assert (
-        types["blk.2.ffn_down.weight"][0]
-        == types["output.weight"][0]
-        == types["token_embd.weight"][0]
-        == name_of_type
-    )
 
 
 def test_f16_logits_equal_those_of_weights_rounded_to_fp16(tmp_path):
@@ -139,11 +140,12 @@ def test_f16_logits_equal_those_of_weights_rounded_to_fp16(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_rows_that_q8_0_does_not_fit_are_fp16(tmp_path):
-    path = written(tmp_path, twin(oracle(intermediate_size=100)), dtype="q8_0")
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_rows_that_blocks_do_not_fit_are_fp16(tmp_path, dtype):
+    path = written(tmp_path, twin(oracle(intermediate_size=100)), dtype=dtype)
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert {types[f"blk.{i}.ffn_down.weight"] for i in range(3)} == {"F16"}  # rows of 100
-    assert types["blk.0.ffn_up.weight"] == "Q8_0"  # rows of 64
+    assert types["blk.0.ffn_up.weight"] == KINDS[dtype]  # rows of 64
     assert torch.isfinite(logits(mine(path))).all()
 
 
@@ -280,7 +282,7 @@ def test_unsupported_options_and_non_finite_values_are_refused(tmp_path):
         (twin(oracle(family="mistral", sliding_window=5)), "would ignore sliding_window 5", {}),
         (
             twin(oracle()),
-            "must be one of float32, float16, bfloat16, q8_0, got 'q4_k'",
+            "must be one of float32, float16, bfloat16, q8_0, q4_0, got 'q4_k'",
             {"dtype": "q4_k"},
         ),
         (twin(oracle()), "got 'float64'", {"dtype": torch.float64}),
@@ -292,6 +294,7 @@ def test_unsupported_options_and_non_finite_values_are_refused(tmp_path):
         (70000.0, "float16"),
         (float("nan"), "float32"),
         (1e7, "q8_0"),
+        (1e6, "q4_0"),
         (3.4e38, "bfloat16"),
     ):
         model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value

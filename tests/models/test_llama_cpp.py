@@ -1,6 +1,6 @@
 """Tests that llama.cpp loads our GGUF files and computes our token ids and logits.
 
-Oracle: llama.cpp, from the package xllamacpp (helpers/llama_cpp.py). Its cache is fp32 here (its
+Oracle: llama.cpp, from the package xllamacpp (benchmarks/_lib/llama_cpp.py). Its cache is fp32 here (its
 default is fp16). Before a matrix of 16 or 8 bits, most of its kernels also round the activations to
 the matrix's type; `ours` does the same on demand.
 """
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 import minilora as ml
-from helpers.llama_cpp import Llama
+from benchmarks._lib.llama_cpp import Llama
 from helpers.tiny import LLAMA3, oracle, tokens, twin
 from minilora.data import load_tokenizer
 from minilora.models.gguf.tokenizer import WORDS
@@ -35,7 +35,9 @@ MODELS = {
     "qwen2": {"family": "qwen2"},
     "qwen2 tied": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
 }
-UNITS = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 0.5 / 127}  # half a unit
+# Half a unit of the activations' type; with weights in Q4_0 they are rounded to Q8_0.
+UNITS = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8, "q8_0": 0.5 / 127}
+UNITS |= {"q4_0": 0.5 / 127}
 ENGLISH = (
     "The committee met on Tuesday to discuss the new library. Most members agreed that the old building, put up in "
     "1974, was too small, and that its roof would not last another winter. They asked for 3 offers by the 15th of May."
@@ -61,7 +63,7 @@ def ours(path: Path, ids: list[int], dtype: str = "float32") -> Tensor:
 def rounded(x: Tensor, dtype: str) -> Tensor:
     import gguf
 
-    if dtype != "q8_0":
+    if dtype not in ("q8_0", "q4_0"):
         return x.to(getattr(torch, dtype)).float()
     kind = gguf.GGMLQuantizationType.Q8_0
     return torch.from_numpy(gguf.dequantize(gguf.quantize(x.numpy(), kind), kind).copy())

@@ -39,9 +39,18 @@ from minilora.models.gguf.config import (
 from minilora.models.gguf.read import TokenizerFields
 from minilora.models.rope_config import Rope, frequencies
 
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-_Q8_BLOCK = 32  # values that share a scale in Q8_0
-_Q8_MAX = 127  # Q8_0's scale is the largest magnitude of a block / 127, stored in fp16
+KINDS = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "q8_0": "Q8_0",
+    "q4_0": "Q4_0",
+}
+_BLOCK = 32  # values that share a scale in Q8_0 and Q4_0
+# The scale of a block is its largest magnitude / 127 in Q8_0, / 8 in Q4_0, stored in fp16.
+_DIVISORS = {"Q8_0": 127, "Q4_0": 8}
+# The vocabulary's matrices keep 8 bits in a file of 4 bits, as llama.cpp's own tool keeps more bits.
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 # Hugging Face name, shape, and the function that computes the tensor
 Source = tuple[str, tuple[int, ...], Callable[[], Tensor]]
@@ -78,7 +87,7 @@ def write_gguf(
         try:
             _add_fields(writer, config, KINDS[dtype])
             _add_tokenizer(writer, config, tokenizer)
-            kinds = [gguf.GGMLQuantizationType[_kind(shape, dtype)] for _, shape, _ in sources]
+            kinds = [gguf.GGMLQuantizationType[_kind(name, shape, dtype)] for name, shape, _ in sources]
             _add_records(writer, config, sources, kinds)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -194,21 +203,22 @@ def _add_records(
         writer.add_tensor_info(stored_name, shape, dtype, nbytes, raw_dtype=kind)
 
 
-def _kind(shape: tuple[int, ...], dtype: str) -> str:
-    """Return the name of the GGUF type for a tensor of this shape."""
+def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Return the name of the GGUF type for a tensor of this name and shape."""
     if len(shape) < 2:
         return "F32"
-    if dtype == "q8_0" and shape[-1] % _Q8_BLOCK != 0:
+    if KINDS[dtype] in _DIVISORS and shape[-1] % _BLOCK != 0:
         return "F16"
+    if dtype == "q4_0" and name in _VOCABULARY:
+        return "Q8_0"
     return KINDS[dtype]
 
 
 def _check_range(name: str, tensor: Tensor, kind: str) -> None:
     """Check that every value is finite in the stored type."""
     stored_dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
-    stored_dtype = stored_dtypes.get(kind, torch.float16)  # of Q8_0's scales too
-    divisor = _Q8_MAX if kind == "Q8_0" else 1
-    largest = tensor.abs().max() / divisor  # ()
+    stored_dtype = stored_dtypes.get(kind, torch.float16)  # of scales too
+    largest = tensor.abs().max() / _DIVISORS.get(kind, 1)  # ()
     if not largest.to(stored_dtype).isfinite():
         raise ValueError(f"{name} holds NaN or infinity in {kind}: nothing was written.")
 

@@ -1,4 +1,4 @@
-"""Reads GGUF files with llama.cpp: token ids and logits.
+"""Runs GGUF files in llama.cpp: token ids, logits, greedy text.
 
 The package xllamacpp contains llama.cpp as one library and exports its C functions. ctypes calls
 them here, because the package's own Python functions return no logits.
@@ -21,6 +21,7 @@ from ctypes import (
     c_uint32,
     c_void_p,
 )
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,6 +136,9 @@ FUNCTIONS = {
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_model_size": (ctypes.c_uint64, [c_void_p]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
 }
 
@@ -219,33 +223,76 @@ class Llama:
         assert count >= 0, count
         return list(ids[:count])
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, as stored."""
+        return self.lib.llama_model_size(self.model)
+
     def logits(self, ids: list[int]) -> Tensor:
         """Return the logits after every token, (T, V), with keys and values stored in fp32.
 
         Args:
             ids: the token ids, at most CONTEXT.
         """
+        context = self._context(threads=1, exact=True)
+        self._read(context, ids, 0, every=True)
+        rows = [self._logits_at(context, place).copy() for place in range(len(ids))]
+        self.lib.llama_free(context)
+        return torch.from_numpy(np.stack(rows))
+
+    def greedy(self, threads: int) -> Callable[[list[int], int], list[int]]:
+        """Return a function that generates tokens with the library's defaults for attention.
+
+        Args:
+            threads: threads of the library.
+
+        Returns:
+            A function of the prompt and the number of new tokens. It ends at no token.
+        """
+        context = self._context(threads, exact=False)
+
+        def generate(prompt: list[int], new: int) -> list[int]:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(context), True)
+            answer: list[int] = []
+            unread = prompt
+            place = 0
+            while len(answer) < new:
+                self._read(context, unread, place, every=False)
+                place += len(unread)
+                last = self._logits_at(context, len(unread) - 1)
+                unread = [int(last.argmax())]
+                answer += unread
+            return answer
+
+        return generate
+
+    def _context(self, threads: int, exact: bool) -> int:
+        """Return a context; `exact` keeps keys and values in fp32 and uses plain attention."""
         params = self.lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = CONTEXT
-        params.n_threads = params.n_threads_batch = 1
-        params.type_k = params.type_v = F32
-        params.flash_attn_type = FLASH_OFF
+        params.n_threads = params.n_threads_batch = threads
+        if exact:
+            params.type_k = params.type_v = F32
+            params.flash_attn_type = FLASH_OFF
         context = self.lib.llama_init_from_model(self.model, params)
         assert context, "llama.cpp makes no context"
+        return context
+
+    def _read(self, context: int, ids: list[int], start: int, every: bool) -> None:
+        """Read tokens from position `start`; keep the logits of every one, or of the last."""
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for place, token in enumerate(ids):
             batch.token[place] = token
-            batch.pos[place] = place
+            batch.pos[place] = start + place
             batch.n_seq_id[place] = 1
             batch.seq_id[place][0] = 0
-            batch.logits[place] = 1
+            batch.logits[place] = every or place == len(ids) - 1
         status = self.lib.llama_decode(context, batch)
         assert status == 0, status
-        rows = []
-        for place in range(len(ids)):
-            row = self.lib.llama_get_logits_ith(context, place)
-            rows.append(np.ctypeslib.as_array(row, shape=(self.size,)).copy())
         self.lib.llama_batch_free(batch)
-        self.lib.llama_free(context)
-        return torch.from_numpy(np.stack(rows))
+
+    def _logits_at(self, context: int, place: int) -> np.ndarray:
+        """Return the logits of a token of the last batch, (V,), in the library's memory."""
+        row = self.lib.llama_get_logits_ith(context, place)
+        return np.ctypeslib.as_array(row, shape=(self.size,))
