@@ -253,6 +253,30 @@ def load(
     return loaded, tokenizer
 
 
+def load_base(model: str, quantize: str | None, dtype: str) -> tuple[Any, Any]:
+    """Load the base that a command's argument means, without the adapter.
+
+    Args:
+        model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
+        quantize: "nf4"; "none" for a dense base; None for the storage that the adapter states.
+        dtype: a dtype's name, or "auto".
+
+    Returns:
+        The base and its tokenizer.
+    """
+    base, adapter = split_source(model)
+    adapters = []
+    if adapter is not None:
+        resolve_base(base, adapter, model, weights=False)
+        adapters.append(adapter)
+        print(
+            f"minilora: {model} holds an adapter; its base {base} is used, without the adapter.",
+            file=sys.stderr,
+        )
+    storage = storage_options(str(base), adapters, quantize)
+    return ml.load_model(base, dtype=dtype, **storage), ml.load_tokenizer(base)
+
+
 def base_and_adapter(model: str, adapter: str | None) -> tuple[str, Path | None]:
     """Return the base and the adapter's local folder that a command's arguments mean.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import minilora as ml
-from minilora.cli.options import add_command, add_quantize
+from minilora.cli.options import add_command, add_quantize, add_storage, load_base
 from minilora.cli.preview import (
     DataOptions,
     add_data_options,
@@ -278,8 +278,9 @@ def check_training(
     """Check that a model trains correctly: splits, eval batches, adapter off, frozen base, merging.
 
     Args:
-        model: Hub id, folder or .gguf file.
-        quantize: "nf4" or None.
+        model: Hub id, folder or .gguf file, or the folder of a run or an adapter, whose base is
+            checked.
+        quantize: "nf4", "none", or None to store the base as in the run's training.
         dtype: a dtype's name, or "auto".
         data: rows to measure with; None takes a few short texts.
         options: the data options.
@@ -291,8 +292,8 @@ def check_training(
     if data is None and data_options != DataOptions():
         raise ValueError(f"{data_options.words()[0]} changes the rows of --data, which is missing.")
     rows = None if data is None else data_options.load(data)
-    loaded = ml.load_model(model, quantize=quantize, dtype=dtype)
-    report = measure_training(loaded, ml.load_tokenizer(model), rows=rows)
+    loaded, tokenizer = load_base(model, quantize, dtype)
+    report = measure_training(loaded, tokenizer, rows=rows)
     print(report)
     return int(not report.passed)
 
@@ -305,7 +306,7 @@ def add_commands(commands: Any) -> None:
     """
     _add_train(commands)
     parser = add_command(commands, check_training, "model")
-    add_quantize(parser)
+    add_storage(parser)
     parser.add_argument("--data", help="rows to measure with (default: a few short texts)")
     add_data_options(parser)
     _add_sweep(commands)

@@ -72,6 +72,18 @@ def test_serve_names_the_adapter_after_the_run(place, monkeypatch):
     assert served == dict.fromkeys(["out", "b"], place / "out" / "adapter")
 
 
+def test_check_training_checks_the_base_of_a_run_as_it_was_stored(place, capsys):
+    reports = []
+    for given in ([place / "out"], [place / "model", "--quantize", "nf4"]):
+        assert run("check-training", *given) == 0
+        printed = capsys.readouterr()
+        reports.append([line.split()[0] for line in printed.out.splitlines()[1:]])
+        if given == [place / "out"]:
+            assert f"its base {place / 'model'} is used, without the adapter" in printed.err
+            assert "the base is loaded in NF4" in printed.err
+    assert reports[0] == reports[1]
+
+
 # ---- error
 
 
