@@ -208,6 +208,9 @@ def add_commands(commands: Any) -> None:
 
 def _add_merge(commands: Any) -> None:
     parser = add_command(commands, merge, "model", "adapter")
+    parser.usage = (
+        "minilora merge MODEL ADAPTER FOLDER [OPTIONS]\n       minilora merge RUN FOLDER [OPTIONS]"
+    )
     parser.add_argument("folder", nargs="?", help=POSITIONAL["folder"])
     add_no_check_base(parser)
     add_storage(parser)

@@ -24,11 +24,12 @@ POSITIONAL = {
     "owner/name:file",
     "prompt": "the prompt to answer; - or none reads it from stdin",
     "adapter": "folder or Hub id of an adapter in PEFT's format, or the folder of a run",
-    "folder": "where to write the merged model",
+    "folder": "where to write the merged model; the second argument after the folder of a run, which "
+    "holds its adapter",
 }
 
 
-# The last line of each command's help.
+# The last lines of each command's help: one example a line.
 EXAMPLES = {
     "train": "minilora train MODEL rows.jsonl --quantize nf4 --r 16 --output_dir out",
     "check-training": "minilora check-training MODEL --quantize nf4",
@@ -37,7 +38,7 @@ EXAMPLES = {
     "chat": "minilora chat out --system 'Answer in one sentence.'",
     "evaluate": "minilora evaluate MODEL held_out.jsonl --adapter out/adapter --compare base --show 5",
     "serve": "minilora serve MODEL --adapter mine=out/adapter",
-    "merge": "minilora merge MODEL out/adapter out/merged",
+    "merge": "minilora merge MODEL out/adapter out/merged\nminilora merge out out/merged",
     "export": "minilora export MODEL model.gguf --adapter out/adapter --dtype q8_0",
     "verify": "minilora verify out/four-bit --source out/dense",
     "compare-exports": "minilora compare-exports MODEL rows.jsonl --adapter out/adapter",
@@ -67,8 +68,11 @@ def add_command(
     """
     name = run.__name__.replace("_", "-")
     text = summary(run)
-    example = f"example: {EXAMPLES[name]}"
-    parser = commands.add_parser(name, help=text, description=text, epilog=example)
+    examples = EXAMPLES[name].splitlines()
+    epilog = f"example: {examples[0]}"
+    if len(examples) > 1:
+        epilog = "\n".join(["examples:", *examples])
+    parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
     parser.set_defaults(run=run)
     parser.add_argument(
         "--config",

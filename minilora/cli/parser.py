@@ -14,11 +14,19 @@ from typing import Any, NoReturn
 from minilora.common import nearest
 
 
+class HelpLines(argparse.HelpFormatter):
+    """Help texts whose line breaks stay; argparse joins the lines of a text."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(fill(line, width, indent) for line in text.splitlines())
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser whose option names are exact, with hyphens or underscores."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=HelpLines, **settings)
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] typeshed's overloads
         self, args: Any = None, namespace: Any = None

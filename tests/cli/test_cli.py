@@ -434,8 +434,24 @@ def test_help_shows_each_command_with_types_choices_and_an_example(capsys):
     assert shown.count("usage:") == 1
 
 
+def test_merge_help_shows_both_forms_with_an_example_each(capsys):
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    shown = capsys.readouterr().out
+    for line in (
+        "usage: minilora merge MODEL ADAPTER FOLDER [OPTIONS]",
+        "       minilora merge RUN FOLDER [OPTIONS]",
+        "examples:",
+        "minilora merge MODEL out/adapter out/merged",
+        "minilora merge out out/merged",
+    ):
+        assert line in shown.splitlines()
+
+
 def test_each_example_of_the_help_is_a_command():
-    for example in EXAMPLES.values():
+    examples = [line for text in EXAMPLES.values() for line in text.splitlines()]
+    assert len(examples) > len(EXAMPLES)
+    for example in examples:
         words = shlex.split(example)[1:]
         _, unknown = _parser().parse_known_args(words)
         assert not unknown, example
