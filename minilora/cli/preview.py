@@ -256,7 +256,7 @@ def _columns_text(
             f"  {name}: {mean_length(values):.0f} characters on average, {different} different "
             f"of {len(values)}, first {str(values[0])[:48]!r}"
         )
-    command = ["minilora", "preview", dataset, "--model", model or "MODEL", *options.words()]
+    command = [*_command(dataset, model or "MODEL"), *options.words()]
     if has_known_shape(rows):
         lines.append(f"shape: {shape_of(rows[0])}. Token by token: {shlex.join(command)}")
         return "\n".join(lines)
@@ -270,6 +270,11 @@ def _columns_text(
     )
     lines.append(f"  {shlex.join(command)}")
     return "\n".join(lines)
+
+
+def _command(dataset: str, model: str) -> list[str]:
+    """Return the words of the command that shows a dataset token by token."""
+    return ["minilora", "preview", dataset, "--model", model]
 
 
 def add_commands(commands: Any) -> None:
@@ -327,15 +332,7 @@ def before_training(
     if dataset is None or not isinstance(objective, SFT):
         return ""
     lines = [f"tokenizer: {remark}" for remark in dataset_facts.remarks(tokenizer, chats=True)]
-    command = [
-        "minilora",
-        "preview",
-        dataset,
-        "--model",
-        model,
-        "--max_length",
-        str(config.max_length),
-    ]
+    command = [*_command(dataset, model), "--max_length", str(config.max_length)]
     if config.packing:
         command += ["--packing", "true"]
     if config.chat_template_kwargs:
