@@ -23,6 +23,10 @@ from minilora.training.config import TrainConfig
 
 SAMPLE = 200  # rows that show the meaning of unknown columns
 CHECKED = 10_000  # rows whose shape is known before the model is loaded, in about 0.1 s
+CHAT_REMARK = (
+    "If MODEL has a chat template, add --chat true: generate puts a prompt through the template, "
+    "and training then does the same."
+)
 SEPARATORS = {"tab": "\t", "\\t": "\t"}  # as written on a command line
 
 
@@ -209,7 +213,8 @@ def preview(
     """Show rows as training reads them, token by token, and the report on all rows.
 
     Only the tokenizer is loaded. Without a model, or for columns of unknown names, the command
-    shows the columns and proposes the option --columns.
+    shows the columns and proposes the option --columns, with --chat true for a tokenizer that has a
+    chat template.
 
     Args:
         dataset: file of rows, or a data set on the Hub.
@@ -259,15 +264,22 @@ def _columns_text(
     command = [*_command(dataset, model or "MODEL"), *options.words()]
     if has_known_shape(rows):
         lines.append(f"shape: {shape_of(rows[0])}. Token by token: {shlex.join(command)}")
+        if model is None and not options.chat and shape_of(rows[0]) == "prompt/completion":
+            lines.append(CHAT_REMARK)
         return "\n".join(lines)
     proposal = propose_columns(rows)
     if not proposal:
         raise ValueError("\n".join([*lines, str(unknown_shape(rows))]))
     command += ["--columns", as_option(proposal)]
     lines.append(
-        "The columns match no known shape. By their names and contents they may mean this; check "
-        "it, and pass the same option to train:"
+        "The columns match no known shape. By their names and contents they may mean the following. "
+        "Check it, and pass the same options to train."
     )
+    if "prompt" in proposal or "completion" in proposal:
+        if model is None:
+            lines.append(CHAT_REMARK)
+        elif load_tokenizer(model).chat_template:
+            command += ["--chat", "true"]
     lines.append(f"  {shlex.join(command)}")
     return "\n".join(lines)
 

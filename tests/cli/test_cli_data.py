@@ -14,6 +14,7 @@ import torch
 import minilora as ml
 from helpers.chats import furnish
 from minilora.cli.main import main
+from minilora.data import Tokenizer
 
 TICKETS = [
     {"id": f"n{n}", "ticket": f"What is {n} plus 1?", "answer": f"{n + 1}"} for n in range(12)
@@ -120,6 +121,35 @@ def test_preview_proposes_a_command_that_train_accepts(place, tmp_path, capsys):
     said = capsys.readouterr().err
     assert words[-1] == "prompt=ticket,completion=answer"
     assert re.search(f"row 0: keys .* match no known shape.*--columns '{words[-1]}'", said)
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_preview_proposes_chat_if_the_tokenizer_has_a_template(
+    place, tmp_path, capsys, has_template
+):
+    tokenizer = ml.load_tokenizer(place / "model")
+    if not has_template:
+        tokenizer = Tokenizer(tokenizer.backend, tokenizer.special_tokens, None)
+    tokenizer.save_pretrained(tmp_path)
+    command = ["preview", str(place / "tickets.jsonl"), "--model", str(tmp_path)]
+    assert main(command) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    expected = ["--columns", "prompt=ticket,completion=answer"]
+    if has_template:
+        expected += ["--chat", "true"]
+    assert words[5:] == expected
+    assert main(words[1:]) == 0
+    assert "without the chat template" not in capsys.readouterr().out
+
+
+def test_preview_without_a_model_mentions_chat_for_prompts_only(place, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "completion": "b"}\n')
+    for path in (pairs, place / "tickets.jsonl"):
+        assert main(["preview", str(path)]) == 0
+        assert "If MODEL has a chat template, add --chat true" in capsys.readouterr().out
+    assert main(["preview", str(place / "messages.jsonl")]) == 0
+    assert "--chat" not in capsys.readouterr().out
 
 
 def test_preview_without_a_model_names_the_shape(place, capsys):
