@@ -64,7 +64,8 @@ def resolve(
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(str(source)):
         raise ValueError(
             f"there is no folder or .gguf file {str(source)!r}, and it is not a Hub id "
-            "(owner/name) either."
+            f"(owner/name) either. Check the path, which begins at {Path.cwd()}."
+            f"{_similar_here(str(source))}"
         )
     patterns = TOKENIZER + MODEL if weights else TOKENIZER
     return download(str(source), patterns, revision, token, local_files_only)
@@ -146,6 +147,21 @@ def cached_file(repo: str, name: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None  # not a string: known to be absent
 
 
+def missing_path(path: str | Path, expected: str) -> FileNotFoundError:
+    """Return the error for a path that does not exist, of a function that reads local files only.
+
+    Args:
+        path: The path.
+        expected: The folders or files that the function reads.
+    """
+    return FileNotFoundError(
+        f"{path} is neither a folder nor a file here; paths begin at {Path.cwd()}. Expected "
+        f"{expected}. Download a repository of the Hub first, "
+        f"`hf download OWNER/NAME --local-dir FOLDER`, and give this folder."
+        f"{_similar_here(str(path))}"
+    )
+
+
 @contextmanager
 def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors of huggingface_hub in the `with` block into an OSError with a remedy.
@@ -177,16 +193,15 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise OSError(
-            f"{subject} is neither a folder here nor a repository that the Hub shows to you. "
-            "Check the spelling; for a private one pass token= or run `hf auth login`."
+            f"{subject} is neither a folder nor a file here, nor a repository that the Hub shows to "
+            "you. Check the spelling; for a private one pass token= or run `hf auth login`."
             f"{_similar_here(repo)}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise OSError(
-            f"{subject} is neither a folder here nor in the cache, and the Hub was not asked or "
-            "did not answer "
-            "(offline mode, local_files_only, or no network). "
-            "Load it once with a network, or give a local folder."
+            f"{subject} is neither a folder nor a file here, nor in the cache, and the Hub was not "
+            "asked or did not answer (offline mode, local_files_only, or no network). "
+            "Check the spelling. Load it once with a network, or give a local folder."
             f"{_similar_here(repo)}"
         ) from error
     except errors.OfflineModeIsEnabled as error:

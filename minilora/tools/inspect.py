@@ -29,6 +29,7 @@ from torch import Tensor
 
 from minilora.common import read_json, read_tensors
 from minilora.common.notebook import html_text
+from minilora.hub import missing_path
 from minilora.lora.config import LoRAConfig
 from minilora.lora.files.adapter_tensors import PREFIX
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, read_config, result_folder
@@ -271,13 +272,14 @@ def _inspect_model(folder: Path, tensors: Shapes, sizes: dict[str, Any]) -> Insp
 
 def _safetensors_files(folder: Path) -> list[Path]:
     """Return the files of the first pattern that matches any."""
+    expected = "a folder with .safetensors files (or, to inspect, a .gguf file)"
+    if not folder.exists():
+        raise missing_path(folder, expected)
     for pattern in (WEIGHTS_FILE, "model.safetensors", "model-*.safetensors", "*.safetensors"):
         files = sorted(folder.glob(pattern))
         if files:
             return files
-    raise FileNotFoundError(
-        f"{folder}: expected a folder with .safetensors files (or, to inspect, a .gguf file)."
-    )
+    raise FileNotFoundError(f"{folder}: expected {expected}.")
 
 
 def _shown(facts: dict[str, Any]) -> dict[str, Any]:

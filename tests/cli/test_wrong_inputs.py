@@ -5,6 +5,7 @@ traceback. Where the mistake can be known from the command and its files, the mo
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -107,6 +108,16 @@ BEFORE_LOADING = {
         "--system needs a chat template",
     ),
 }
+# every command that reads a path which does not exist; the misspelt name is like "model"
+for command in (
+    ["inspect", "modle"],
+    ["verify", "modle"],
+    ["generate", "modle", "Hi"],
+    ["inspect", "./modle"],
+    ["verify", "./modle"],
+    ["generate", "./modle", "Hi"],
+):
+    BEFORE_LOADING[" ".join(command)] = (command, "Similar names here: model")
 for command in (
     ["generate", "model", "Hi"],
     ["evaluate", "model", "rows.jsonl"],
@@ -179,6 +190,19 @@ def test_a_wrong_input_is_refused_before_the_model_is_loaded(name, place, capfd,
     check(arguments, remedy, capfd)
     after = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize("path", ["nosuch", "./nosuch", "me/nosuch"])
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["generate", "Hi"]])
+def test_a_missing_path_is_named_with_what_it_is_not(command, path, place, capfd, monkeypatch):
+    monkeypatch.chdir(place)
+    name, *others = command
+    assert main([name, path, *others]) == 1
+    said = capfd.readouterr().err
+    assert "nosuch" in said and len(said.splitlines()) <= MOST_LINES
+    assert re.search("neither a folder nor a file here|there is no folder or .gguf file", said)
+    assert "Hub" in said
+    assert re.search("hf download|Check the", said)
 
 
 @pytest.mark.parametrize("name", WHILE_LOADING)

@@ -92,20 +92,21 @@ def test_hub_id_is_downloaded_once_then_cached_and_offline(hub):
 def test_hub_errors_name_the_cause(hub):
     online, offline, *_ = hub
     assert online["nothing"].startswith(
-        "OSError: 'tiny/nothing' is neither a folder here nor a repository that the Hub"
+        "OSError: 'tiny/nothing' is neither a folder nor a file here, nor a repository"
     )
     assert online["gated"].startswith("OSError: 'tiny/gated' is gated: accept its licence")
     assert online["revision"].startswith(
         "OSError: 'tiny/llama' at revision 'other': the Hub has no such revision"
     )
     assert online["local"].startswith(
-        "OSError: 'tiny/other' is neither a folder here nor in the cache"
+        "OSError: 'tiny/other' is neither a folder nor a file here, nor in the cache"
     )
     assert offline["nothing"].startswith(
-        "OSError: 'tiny/nothing' is neither a folder here nor in the cache"
+        "OSError: 'tiny/nothing' is neither a folder nor a file here, nor in the cache"
     )
     for wrong in ("path", "folder", "gguf"):
         assert online[wrong].startswith("ValueError: there is no folder or .gguf file"), wrong
+        assert "Check the path, which begins at /" in online[wrong]
 
 
 def test_a_misspelt_folder_is_answered_with_similar_names(tmp_path, monkeypatch):

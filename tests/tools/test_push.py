@@ -248,7 +248,7 @@ REFUSALS = {
     "not private": "ValueError: 'tiny/base' exists and is public",
     "no revision": "OSError: 'me/adapter' at revision 'absent': the Hub has no such revision",
     "no repository": (
-        "OSError: 'me/absent' at revision 'branch' is neither a folder here nor a repository"
+        "OSError: 'me/absent' at revision 'branch' is neither a folder nor a file here, nor a repository"
     ),
     "gated": "OSError: 'me/gated' at revision 'branch' is gated",
     "nothing": "ValueError: .* holds neither an adapter .* nor a model",
@@ -256,10 +256,10 @@ REFUSALS = {
     "bad id": "HFValidationError: Repo id must be in the form",
     "offline": "OSError: 'merged': the Hub is not asked in offline mode",
     "unreachable": "OSError: 'me/other': no answer from the Hub",
-    "load absent": "OSError: 'me/absent' is neither a folder here nor a repository",
+    "load absent": "OSError: 'me/absent' is neither a folder nor a file here, nor a repository",
     "load gated": "OSError: 'me/gated' is gated: accept its licence",
     "load revision": "OSError: 'me/adapter' at revision 'absent': the Hub has no such revision",
-    "load private": "OSError: 'tiny/hidden' is neither a folder here nor a repository",
+    "load private": "OSError: 'tiny/hidden' is neither a folder nor a file here, nor a repository",
     "load no adapter": "FileNotFoundError: .*adapter_config.json: no such file",
 }
 

@@ -166,5 +166,5 @@ def test_nothing_to_compare_raises(place, capsys):
         verify(place / "plain", source=place / "nested")
     assert (
         main(["verify", "./nowhere"]) == 1
-        and "expected a folder with .safetensors" in capsys.readouterr().err
+        and "Expected a folder with .safetensors" in capsys.readouterr().err
     )
