@@ -172,16 +172,18 @@ def chat(model: str, adapter: Sequence[str] | None, system: str | None, **option
         options: quantize, dtype and check_base, and the options of ml.stream_generate.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or a number is out of range.
     """
+    loading = {name: options.pop(name) for name in ("quantize", "dtype", "check_base")}
+    sampling = {name: value for name, value in options.items() if name != "chat_template_kwargs"}
+    ml.GenerationConfig(**sampling)  # checked before the model is loaded
     base, adapters = base_and_adapters(model, adapter or ())
     tokenizer = ml.load_tokenizer(base)
     template_check(base, "chat")(tokenizer)
-    check_base = options.pop("check_base")
-    storage = storage_options(base, list(adapters.values()), options.pop("quantize"))
-    loaded = ml.load_model(base, dtype=options.pop("dtype"), **storage)
+    storage = storage_options(base, list(adapters.values()), loading["quantize"])
+    loaded = ml.load_model(base, dtype=loading["dtype"], **storage)
     for name, folder in adapters.items():
-        ml.load_adapter(loaded, folder, name, tokenizer=tokenizer, check_base=check_base)
+        ml.load_adapter(loaded, folder, name, tokenizer=tokenizer, check_base=loading["check_base"])
     if adapters:
         ml.set_adapter(loaded, next(iter(adapters)))
     interactive = sys.stdin.isatty()

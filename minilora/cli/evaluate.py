@@ -17,6 +17,7 @@ from minilora.cli.options import (
 from minilora.cli.preview import add_data_options, take_data_options
 from minilora.common import check_writable
 from minilora.data.chat_template import as_trained
+from minilora.evaluation.evaluate import check_arguments
 from minilora.evaluation.metrics import NAMED, SHORT_NAMES, metric_functions
 from minilora.lora.files.save_load import find_adapter
 
@@ -55,6 +56,7 @@ def evaluate(
     """
     rows = take_data_options(options).load(dataset)
     metric_functions(options["metrics"])
+    check_arguments(options["metrics"], options["max_new_tokens"], options["batch_size"])
     if out is not None:
         _check_output(Path(out))
     base, folder = base_and_adapter(model, adapter)

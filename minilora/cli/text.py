@@ -47,7 +47,8 @@ def generate(
         options: quantize, dtype and check_base (`load`), and the options of ml.generate.
 
     Raises:
-        ValueError: there is no prompt, or two; or the tokenizer has no chat template for `system`.
+        ValueError: there is no prompt, or two; a number is out of range; or the tokenizer has no
+            chat template for `system`.
     """
     prompts = [_with_system(each, system) for each in _prompts(prompt, messages)]
     if stream and len(prompts) > 1:
@@ -55,6 +56,8 @@ def generate(
     if stream is None:
         stream = sys.stdout.isatty() and len(prompts) == 1
     loading = {name: options.pop(name) for name in ("quantize", "dtype", "check_base")}
+    template_kwargs = options.pop("chat_template_kwargs")
+    config = ml.GenerationConfig(**options)  # checked before the model is loaded
     needs_template = "--messages" if messages is not None else None
     if system is not None:
         needs_template = "--system"
@@ -62,9 +65,12 @@ def generate(
         model, adapter, **loading, check_tokenizer=template_check(model, needs_template)
     )
     if stream:
-        print_pieces(ml.stream_generate(loaded, tokenizer, prompts[0], **options))
+        pieces = ml.stream_generate(
+            loaded, tokenizer, prompts[0], config, chat_template_kwargs=template_kwargs
+        )
+        print_pieces(pieces)
         return
-    answers = ml.generate(loaded, tokenizer, prompts, **options)
+    answers = ml.generate(loaded, tokenizer, prompts, config, chat_template_kwargs=template_kwargs)
     if len(prompts) == 1:
         print(answers[0])
         return

@@ -75,7 +75,7 @@ def evaluate(
     model = unwrap_model(model)
     rows = read_dataset(dataset)
     measured = metric_functions(metrics)
-    _check_arguments(metrics, max_new_tokens, batch_size)
+    check_arguments(metrics, max_new_tokens, batch_size)
     tokenizer = as_trained(tokenizer, chat_template_kwargs, model)
     examples = _encode(model, tokenizer, rows)
     loss, tokens = mean_loss(model, examples, batch_size)
@@ -210,7 +210,19 @@ class _Question:
         return answer.strip().removeprefix(added), self.answer
 
 
-def _check_arguments(metrics: Any, max_new_tokens: int, batch_size: int) -> None:
+def check_arguments(metrics: Any, max_new_tokens: int, batch_size: int) -> None:
+    """Check what can be known of an evaluation without its model and its rows.
+
+    The command line calls it before it loads the model.
+
+    Args:
+        metrics: as in `evaluate`.
+        max_new_tokens: longest answer in tokens.
+        batch_size: rows in one pass.
+
+    Raises:
+        ValueError: a number is out of range, or a metric has the name of a field of Scores.
+    """
     taken = set()
     if isinstance(metrics, Mapping):
         taken = {field.name for field in fields(Scores)} & metrics.keys()

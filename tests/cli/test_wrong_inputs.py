@@ -80,6 +80,17 @@ BEFORE_LOADING = {
     "value for --card": (["plan", "model", "--card", "lots"], "expected a size such as 24GB"),
     "port": (["serve", "model", "--port", "99999999"], "<= 65535"),
     "search without values": (["sweep", "model", "rows.jsonl", "--search", "r=4"], "low:high"),
+    # numbers of a text
+    "no new token": (["generate", "model", "Hi", "--max_new_tokens", "0"], "be at least 1, got 0"),
+    "negative temperature": (
+        ["generate", "model", "Hi", "--temperature", "-1"],
+        "must be 0 (greedy) or more, got -1.0",
+    ),
+    "top_p in a chat": (["chat", "model", "--top_p", "2"], "above 0 and at most 1, got 2.0"),
+    "rows at a time": (
+        ["evaluate", "model", "rows.jsonl", "--batch_size", "0"],
+        "expected batch_size >= 1",
+    ),
     # folders and files
     "misspelt model to plan": (["plan", "modle"], "Similar names here: model"),
     "output_dir is a file": ([*TRAIN, "--output_dir", "a_file"], "Choose another folder"),
