@@ -58,7 +58,10 @@ def verify(
     if against not in (None, "bitsandbytes"):
         raise ValueError(f"against: expected None or 'bitsandbytes', got {against!r}.")
     if against and source is not None:
-        raise ValueError("source and against are two comparisons: give one of them at a time.")
+        raise ValueError(
+            "source and against (--source and --against) are two comparisons: give one of them at "
+            "a time."
+        )
     if against is not None:
         require("verify against bitsandbytes", "bitsandbytes")
     headers = safetensors_headers(Path(checkpoint))
@@ -84,7 +87,8 @@ def verify(
     if not verdicts:
         raise ValueError(
             f"{checkpoint} holds no weight in 4 bits. "
-            "To check a dense checkpoint, pass against='bitsandbytes'."
+            "To check a dense checkpoint, compare it with bitsandbytes: --against bitsandbytes "
+            "(against='bitsandbytes' in Python)."
         )
     return verdicts
 

@@ -110,6 +110,11 @@ BEFORE_LOADING = {
         "minilora export model out.gguf --adapter trained",
     ),
     "export to an existing file": (["export", "model", "taken.gguf"], "Choose another name"),
+    "verify a dense model": (["verify", "model"], "--against bitsandbytes"),
+    "verify against two": (
+        ["verify", "model", "--source", "model", "--against", "bitsandbytes"],
+        "--source and --against",
+    ),
     "log missing": (["plot", "nowhere"], "output_dir of a run"),
     # a base model, whose tokenizer has no chat template
     "chat without a template": (["chat", "plain"], "Use an instruct model"),
