@@ -23,10 +23,11 @@ MODEL = [
     "model.safetensors.index.json",
 ]
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+LOG_IN = "run `hf auth login`, set HF_TOKEN, or in Python pass token="
 _REMEDIES = {  # by HTTP status
-    401: "The Hub does not know this token: pass another as token=, or run `hf auth login`.",
-    403: "This token may not do that: pass one with access, or write access to push, "
-    "or use a repository of yours.",
+    401: f"The Hub does not know this token. For another one {LOG_IN}.",
+    403: "This token may not do that. For one with access (to push: write access) "
+    f"{LOG_IN}. Or use a repository of yours.",
     429: "Too many requests: wait, then try again.",
 }
 
@@ -184,8 +185,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise OSError(
-            f"{subject} is gated: accept its licence on the Hub, "
-            "then pass token= or run `hf auth login`."
+            f"{subject} is gated: accept its licence on the Hub, then {LOG_IN}."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise OSError(
@@ -194,7 +194,7 @@ def explained(repo: str, revision: str | None = None) -> Iterator[None]:
     except errors.RepositoryNotFoundError as error:
         raise OSError(
             f"{subject} is neither a folder nor a file here, nor a repository that the Hub shows to "
-            "you. Check the spelling; for a private one pass token= or run `hf auth login`."
+            f"you. Check the spelling. For a private one {LOG_IN}."
             f"{_similar_here(repo)}"
         ) from error
     except errors.LocalEntryNotFoundError as error:

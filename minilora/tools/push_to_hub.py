@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from minilora.common.notebook import note
-from minilora.hub import TOKENIZER, explained
+from minilora.hub import LOG_IN, TOKENIZER, explained
 from minilora.lora.active import list_adapters
 from minilora.lora.files.find import CONFIG_FILE, WEIGHTS_FILE, result_folder
 from minilora.lora.files.save_load import save_adapter
@@ -112,9 +112,7 @@ def _push_folder(
     files = _files_to_upload(folder)
     token = token or get_token()
     if not token:
-        raise ValueError(
-            "not logged in to the Hub: pass token=, set HF_TOKEN, or run `hf auth login`."
-        )
+        raise ValueError(f"not logged in to the Hub: {LOG_IN}.")
     card = folder / CARD
     has_card = card.is_file()
     card_text = card.read_text(encoding="utf-8") if has_card else render(folder)

@@ -236,10 +236,10 @@ def test_the_command_prints_the_address(monkeypatch, capsys):
 
 REFUSALS = {
     "no token": (
-        "ValueError: not logged in to the Hub: pass token=, set HF_TOKEN, or run `hf auth login`"
+        "ValueError: not logged in to the Hub: run `hf auth login`, set HF_TOKEN, or in Python"
     ),
-    "stranger": "OSError: 'me/other': .*401.* The Hub does not know this token",
-    "reader": "OSError: 'me/other': .*403.* This token may not do that",
+    "stranger": "OSError: 'me/other': .*401.* The Hub does not know this token. .* `hf auth login`",
+    "reader": "OSError: 'me/other': .*403.* This token may not do that. .* `hf auth login`",
     "broken": "OSError: 'broken/adapter': .*500.* Try again later",
     "full": (
         "OSError: 'me/full': Error while uploading 'adapter_model.safetensors' to the Hub. "
@@ -257,9 +257,12 @@ REFUSALS = {
     "offline": "OSError: 'merged': the Hub is not asked in offline mode",
     "unreachable": "OSError: 'me/other': no answer from the Hub",
     "load absent": "OSError: 'me/absent' is neither a folder nor a file here, nor a repository",
-    "load gated": "OSError: 'me/gated' is gated: accept its licence",
+    "load gated": "OSError: 'me/gated' is gated: accept its licence on the Hub, then run `hf auth login`",
     "load revision": "OSError: 'me/adapter' at revision 'absent': the Hub has no such revision",
-    "load private": "OSError: 'tiny/hidden' is neither a folder nor a file here, nor a repository",
+    "load private": (
+        "OSError: 'tiny/hidden' is neither a folder nor a file here, nor a repository.*"
+        "For a private one run `hf auth login`"
+    ),
     "load no adapter": "FileNotFoundError: .*adapter_config.json: no such file",
 }
 
