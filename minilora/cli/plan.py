@@ -1,6 +1,6 @@
 """The commands about a machine: plan (the memory of a training run) and env."""
 
-from argparse import SUPPRESS
+from argparse import SUPPRESS, ArgumentTypeError
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,6 +9,7 @@ from minilora.cli.values import add_fields
 from minilora.lora.config import LoRAConfig
 from minilora.lora.files.source import split_source
 from minilora.tools.environment import environment
+from minilora.tools.memory_plan.fit import parse_bytes
 from minilora.tools.memory_plan.plan import MemoryPlan, plan_memory, table
 from minilora.training.config import TrainConfig
 
@@ -50,7 +51,7 @@ class _Method:
 
 
 def plan(
-    model: str, dtype: str, quantize: str | None, card: str | None, plot: str | None, **given: Any
+    model: str, dtype: str, quantize: str | None, card: int | None, plot: str | None, **given: Any
 ) -> None:
     """Compute the memory of training, by part, from config.json alone, and the run that fits.
 
@@ -58,7 +59,7 @@ def plan(
         model: Hub id, folder or .gguf file, or the folder of a run, whose base is planned for.
         dtype: dtype of dense weights, or "auto".
         quantize: "nf4" or None.
-        card: memory of a GPU, such as "24GB"; None gives no verdict.
+        card: memory of a GPU in bytes; None gives no verdict.
         plot: file of a picture; None draws nothing.
         given: fields of LoRAConfig and TrainConfig.
     """
@@ -100,6 +101,14 @@ def _methods(quantize: str | None, training: dict[str, Any]) -> list[_Method]:
     return [_Method("nf4"), _Method(None), _Method(None, full)]
 
 
+def _size(text: str) -> int:
+    """Return a size in bytes, or the error that argparse expects."""
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a size such as 24GB or 16GiB, got {text!r}") from None
+
+
 def env() -> None:
     """Print versions, processor, GPUs and settings, to copy into a bug report."""
     print(environment())
@@ -120,6 +129,8 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument(
         "--card",
+        type=_size,
+        metavar="SIZE",
         help="memory of the GPU, such as 24GB (10^9 bytes) or 80GiB: prints the run that fits",
     )
     parser.add_argument(

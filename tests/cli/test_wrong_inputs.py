@@ -77,7 +77,11 @@ BEFORE_LOADING = {
     "file of options missing": (["train", "--config", "no.toml"], "no.toml does not exist"),
     "unknown command": (["trian", "model", "rows.jsonl"], "Nearest: train."),
     "no arguments": (["train"], "required: model, dataset"),
-    "value for --card": (["plan", "model", "--card", "lots"], "expected a size such as 24GB"),
+    "value for --card": (
+        ["plan", "model", "--card", "lots"],
+        "--card: expected a size such as 24GB",
+    ),
+    "--card without a unit": (["plan", "model", "--card", "24"], "--card: expected a size such as"),
     "port": (["serve", "model", "--port", "99999999"], "<= 65535"),
     "search without values": (["sweep", "model", "rows.jsonl", "--search", "r=4"], "low:high"),
     # numbers of a text
