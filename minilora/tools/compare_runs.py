@@ -5,7 +5,10 @@
     out-b   16          0.0002     100   1.187       1.295      44.0
 
 The options come from run.json, or for a run of an earlier version from the first line of log.jsonl.
-The figures are those of the last step and of the last evaluation in log.jsonl.
+The figures are those of the last step and of the last evaluation in log.jsonl. A line of the log
+holds the mean loss of `logging_steps` steps. If the last line with a loss is not about the last
+step, its step follows in brackets: 1.204 (step 90). A run that ended before its first such line
+shows the loss of its last step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +23,6 @@ from minilora.training.logs.run_facts import read_run
 
 # Options that name a run or its output, and do not change its result.
 IGNORED = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "dataset_cache"}
-STEP_FIGURES = ("loss",)
 TOTALS = ("steps", "tokens", "seconds")
 
 
@@ -33,12 +35,25 @@ class RunSummary:
         options: Value of each option.
         figures: Value of each figure; a run that has not ended has no "seconds".
         state: "done", "interrupted" or "not ended".
+        loss_step: Step of the logged loss; None if no loss is logged.
     """
 
     name: str
     options: dict[str, Any]
     figures: dict[str, float]
     state: str
+    loss_step: int | None = None
+
+    def figure_text(self, name: str) -> str:
+        """Return a figure as the text of a cell; a loss of an earlier step names its step.
+
+        Args:
+            name: Name of the figure.
+        """
+        text = _text(self.figures.get(name))
+        if name == "loss" and self.loss_step not in (None, self.figures.get("steps")):
+            text += f" (step {self.loss_step})"
+        return text
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class RunComparison:
         for run in self.runs:
             line = [run.name]
             line += [_text(run.options.get(name)) for name in self.differing]
-            line += [_text(run.figures.get(name)) for name in figures]
+            line += [run.figure_text(name) for name in figures]
             cells.append(line)
         if has_state:
             states = ["state", *(run.state for run in self.runs)]
@@ -141,15 +156,21 @@ def _summary(folder: Path) -> RunSummary:
         facts = {"config": records[0].get("config", {})}
     figures: dict[str, float] = {}
     state = "not ended"
+    loss_step = None
     for record in records:
         if "step" in record:
             figures["steps"] = record["step"]
-            figures |= {name: record[name] for name in STEP_FIGURES if name in record}
+            if "loss" in record:
+                figures["loss"] = record["loss"]
+                loss_step = record["step"]
             figures |= {name: value for name, value in record.items() if name.startswith("eval_")}
         elif "seconds" in record:
             figures |= {name: record[name] for name in TOTALS}
             state = "interrupted" if record["interrupted"] else "done"
-    return RunSummary(str(folder), _options(facts), figures, state)
+            if loss_step is None and "last_loss" in record:
+                figures["loss"] = record["last_loss"]
+                loss_step = record["steps"]
+    return RunSummary(str(folder), _options(facts), figures, state, loss_step)
 
 
 def _options(facts: Mapping[str, Any]) -> dict[str, Any]:

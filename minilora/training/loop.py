@@ -337,12 +337,7 @@ def _finish(run: Run, log: Log, interrupted: bool) -> None:
     with uninterrupted():
         with run.parallel.full_tensors(run.optimizer, permanently=True):
             saved = run.checkpoints.save(run.progress, best)
-        log.write(
-            steps=run.progress.step,
-            tokens=run.progress.tokens,
-            seconds=log.seconds,
-            interrupted=interrupted,
-        )
+        log.totals(run.progress, interrupted)
         if run.config.load_best_model_at_end and best is not None and not interrupted:
             run.checkpoints.restore(int(best["step"]))
     _call_on_save(run, saved)

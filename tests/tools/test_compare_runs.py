@@ -55,5 +55,30 @@ def test_run_that_was_killed_and_an_earlier_version_are_read(place, tmp_path):
     assert str(comparison).splitlines()[2].endswith("not ended")
 
 
+@pytest.mark.parametrize(
+    "logging_steps, shown_steps, remark",
+    [(1, [3], ""), (2, [1, 2], " (step 2)"), (10, [3], "")],
+)
+def test_loss_is_shown_at_any_logging_steps(tmp_path, logging_steps, shown_steps, remark):
+    model = llama()
+    ml.inject(model, ml.LoRAConfig(r=2))
+    fields = FAST | {"max_steps": 3, "logging_steps": logging_steps}
+    config = ml.TrainConfig(output_dir=tmp_path, **fields)
+    result = ml.train(model, Letters(), rows(8), config)
+    expected = sum(result.losses[step - 1] for step in shown_steps) / len(shown_steps)
+    line = str(ml.compare_runs([tmp_path])).splitlines()[1]
+    assert f"  3  {expected:.4g}{remark}  " in line
+
+
+def test_a_run_stopped_before_a_step_shows_no_loss(place, tmp_path):
+    totals = '{"steps": 0, "tokens": 0, "seconds": 0.0, "interrupted": true}\n'
+    for name, end in (("started", ""), ("stopped", totals)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text('{"config": {}}\n' + end)
+    paths = [tmp_path / "started", tmp_path / "stopped"]
+    assert "loss" not in str(ml.compare_runs(paths))
+    assert "not ended" in str(ml.compare_runs([place / "a", *paths]))
+
+
 def test_equal_runs_are_called_equal(place):
     assert "All options are equal." in str(ml.compare_runs([place / "a", place / "a"]))

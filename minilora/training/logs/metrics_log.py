@@ -2,9 +2,9 @@
 
 log.jsonl holds one JSON object a line. The first line holds the config. Lines with "step", "loss",
 "learning_rate", ... follow every `logging_steps`, and lines with "step" and "eval_loss" after each
-evaluation. The last line holds the totals. Lines with a step also go to the trackers of
-`report_to`. A resumed run keeps the lines up to its checkpoint and continues the file, so that
-every step occurs once.
+evaluation. The last line holds the totals, and the loss of the last step as "last_loss". Lines with
+a step also go to the trackers of `report_to`. A resumed run keeps the lines up to its checkpoint and
+continues the file, so that every step occurs once.
 """
 
 import json
@@ -104,6 +104,18 @@ class Log:
     def tokens_per_second(self) -> float:
         """Tokens per second of this session's steps; 0 before the first."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def totals(self, progress: Progress, interrupted: bool) -> None:
+        """Write the last line of a run: its totals, and the loss of its last step.
+
+        Args:
+            progress: The run at its end.
+            interrupted: True if Ctrl-C ended the run.
+        """
+        record: dict[str, Any] = {"steps": progress.step, "tokens": progress.tokens}
+        if progress.losses:
+            record["last_loss"] = progress.losses[-1]
+        self.write(**record, seconds=self.seconds, interrupted=interrupted)
 
     def write(self, **record: Any) -> None:
         """Write one line; the numbers of a step also go to the trackers.
