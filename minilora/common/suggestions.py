@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-# Names of other libraries and programs -> ours
+# Names of other libraries, programs and models -> ours
 FOREIGN_NAMES = {
     "accumulate_grad_batches": "gradient_accumulation_steps",
     "alpha": "lora_alpha",
@@ -26,6 +26,7 @@ FOREIGN_NAMES = {
     "gradient_clipping": "max_grad_norm",
     "grad_clip": "max_grad_norm",
     "iters": "max_steps",
+    "key": "k_proj",
     "load_in_4bit": "quantize",
     "lora_modules": "target_modules",
     "lora_r": "r",
@@ -48,6 +49,7 @@ FOREIGN_NAMES = {
     "qlora": "quantize",
     "quantization": "quantize",
     "quantization_bit": "quantize",
+    "query": "q_proj",
     "random_seed": "seed",
     "rank": "r",
     "rslora": "use_rslora",
@@ -67,6 +69,7 @@ FOREIGN_NAMES = {
     "val_set_size": "test_size",
     "val_size": "test_size",
     "validation_split": "test_size",
+    "value": "v_proj",
     "wd": "weight_decay",
 }
 
@@ -82,14 +85,14 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
         n: Largest number of results.
     """
     candidates = list(dict.fromkeys(candidates))
+    last_parts = list(dict.fromkeys(candidate.rpartition(".")[2] for candidate in candidates))
     ours = FOREIGN_NAMES.get(name.lower().replace("-", "_"))
-    if ours in candidates:
+    if ours in last_parts:
         return [ours]
     similar = difflib.get_close_matches(name, candidates, n)
     if similar:
         return similar
-    last_parts = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-    return difflib.get_close_matches(name, last_parts, n) or sorted(last_parts)[:n]
+    return difflib.get_close_matches(name, last_parts, n, cutoff=0.0)  # the best, however far
 
 
 def unknown_name(kind: str, name: str, candidates: Iterable[str]) -> ValueError:

@@ -156,7 +156,9 @@ WHILE_LOADING = {
     "model not in the cache": (["train", "nobody/nothing", "rows.jsonl"], "Load it once with a"),
     "misspelt model": (["train", "modle", "rows.jsonl"], "Similar names here: model"),
     "misspelt model to serve": (["serve", "modle"], "Similar names here: model"),
-    "unknown target_modules": ([*TRAIN, "--target_modules", "query"], "Nearest: "),
+    "query for q_proj": ([*TRAIN, "--target_modules", "query"], "Nearest: 'q_proj'."),
+    "value for v_proj": ([*TRAIN, "--target_modules", "q_proj,value"], "Nearest: 'v_proj'."),
+    "another name": ([*TRAIN, "--target_modules", "upwards"], "Nearest: 'up_proj', "),
     "misspelt target_modules": ([*TRAIN, "--target_modules", "q_prj,v_proj"], "'q_proj'"),
     "much too high learning rate": ([*TRAIN, "--learning_rate", "1e30"], "lower learning_rate"),
     "adapter of another base": (
