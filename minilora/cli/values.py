@@ -129,11 +129,14 @@ def add_fields(group: Any, config: type, names: Collection[str] | None = None) -
         if names is not None and field.name not in names:
             continue
         text = field.metadata["help"].replace("%", "%%")
+        shown = field.metadata.get("shown")
+        if not shown:
+            shown = _value_text(hints[field.name], field.metadata.get("choices", ()))
         group.add_argument(
             f"--{field.name}",
             type=partial(_read, hint=hints[field.name]),
             default=argparse.SUPPRESS,
-            metavar=_value_text(hints[field.name], field.metadata.get("choices", ())),
+            metavar=shown,
             help=f"{text} ({_default_text(field)})",
         )
 

@@ -32,6 +32,7 @@ def option(
     above: float = -math.inf,
     below: float = math.inf,
     choices: tuple = (),
+    shown: str = "",
 ) -> Any:
     """Return a dataclass field with a help text and the values that it may have.
 
@@ -45,12 +46,13 @@ def option(
         above: Every value is larger than this.
         below: Every value is smaller than this.
         choices: The only values; empty allows any value.
+        shown: The values, as the help of the command line shows them; empty shows the type.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
     start: dict[str, Any] = {"default": default}
     if default == {}:
         start = {"default_factory": dict}
-    return field(**start, metadata={"help": help} | bounds)
+    return field(**start, metadata={"help": help, "shown": shown} | bounds)
 
 
 class Options:

@@ -77,6 +77,7 @@ class LoRAConfig(Options):
         'initial values. True: A uniform, B zero. "gaussian": A normal with deviation 1/r, B zero. '
         '"pissa" or "pissa_niter_N": s B A is the best approximation of W, found exactly or in N '
         'iterations. "loftq": s B A approximates the error of quantising W to 4 bits',
+        shown="true|gaussian|pissa|pissa_niter_N|loftq",
     )
     loftq_config: dict[str, int] = option(
         {}, 'settings of "loftq": {"loftq_bits": 4, "loftq_iter": 1}', low=1

@@ -428,6 +428,7 @@ def test_help_shows_each_command_with_types_choices_and_an_example(capsys):
         "--learning_rate X ",
         "--optim {adamw_torch,adamw_8bit,paged_adamw_8bit} ",
         "--use_dora true|false ",
+        "--init_lora_weights true|gaussian|pissa|pissa_niter_N|loftq ",
         "example: minilora train MODEL",
     ):
         assert part in shown
