@@ -8,6 +8,7 @@ nothing is written twice.
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ GROUPS = (train, text, chat, evaluate, checkpoints, export, preview, plan, plot,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Errors that a user can correct are printed to stderr without a traceback.
+    Errors that a user can correct are printed to stderr without a traceback, and warnings without
+    their place in the code.
 
     Args:
         arguments: the command and its options; None reads sys.argv.
@@ -48,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for an error, 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _termination_as_interrupt(given[:1] not in (["serve"], ["chat"])) as terminations:
+    ends_on_signal = given[:1] not in (["serve"], ["chat"])
+    with _plain_warnings(), _termination_as_interrupt(ends_on_signal) as terminations:
         try:
             status = _run(given)
         except KeyboardInterrupt:
@@ -69,6 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings as sentences: their place in the code helps no user of a command."""
+
+    def sentence(message: Warning | str, *place: Any) -> str:
+        return f"minilora: warning: {message}\n"
+
+    previous = warnings.formatwarning
+    warnings.formatwarning = sentence
+    try:
+        yield
+    finally:
+        warnings.formatwarning = previous
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 
 import minilora as ml
 from helpers.chats import furnish
+from helpers.tiny import python
 from minilora.cli.main import _parser, main
 from minilora.cli.options import EXAMPLES
 from minilora.cli.values import parse_value
@@ -290,6 +291,26 @@ def test_another_chat_template_is_refused_unless_forced(place, tmp_path, capsys)
             and said.count("\n") == 1
         )
         assert main([*use, "--dtype", "float32", "--no_check_base"]) == 0
+
+
+WARN = """
+import sys, warnings
+from minilora.cli import plan
+from minilora.cli.main import main
+
+def environment():
+    warnings.warn("this is a sentence.", stacklevel=2)
+    return "printed"
+
+sys.stderr = sys.stdout
+plan.environment = environment
+before = warnings.formatwarning
+assert main(["env"]) == 0 and warnings.formatwarning is before
+"""
+
+
+def test_a_warning_of_a_command_is_a_plain_sentence():
+    assert python(WARN) == "minilora: warning: this is a sentence.\nprinted\n"
 
 
 # ---- property
