@@ -74,6 +74,8 @@ def train(
     evaluates = eval_dataset is not None or test_size is not None
     check_run_options(train_config, goal, evaluates)
     check_resumable(train_config.output_dir, train_config.resume_from_checkpoint)
+    ranks = process_on(torch.device("cpu"), train_config.fsdp)
+    folder = _result_folder(adapter, train_config, ranks.is_main)
     rows, held_out = _datasets(dataset, eval_dataset, data, test_size, train_config.seed)
     rows = _mixture(rows, mix, mix_rows, data, train_config.seed)
     _check_cache(train_config, rows)
@@ -82,8 +84,6 @@ def train(
     full = train_config.method == "full"
     if full and dtype == "auto":
         dtype = "float32"
-    ranks = process_on(torch.device("cpu"), train_config.fsdp)
-    folder = _result_folder(adapter, train_config, ranks.is_main)
     device = "cpu" if ranks.fsdp else None  # FSDP moves only the shards to the GPUs
 
     loaded = ml.load_model(model, quantize=quantize, dtype=dtype, device=device)

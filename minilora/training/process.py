@@ -183,9 +183,13 @@ def full(tensor: Any) -> Tensor:
 @contextmanager
 def main_speaks() -> Iterator[None]:
     """Suppress prints outside the main process, inside the block or the decorated function."""
-    is_main = not in_process_group() or dist.get_rank() == 0
-    with redirect_stdout(sys.stdout if is_main else None):
+    with redirect_stdout(sys.stdout if is_main_process() else None):
         yield
+
+
+def is_main_process() -> bool:
+    """Return True in the process that writes and prints: the only one, or rank 0 of a group."""
+    return not in_process_group() or dist.get_rank() == 0
 
 
 def in_process_group() -> bool:

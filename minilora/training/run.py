@@ -32,7 +32,7 @@ from minilora.training.optim.lr_schedule import check_schedule, refuse_schedule,
 from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.process import Process
-from minilora.training.run_folder import Checkpoints
+from minilora.training.run_folder import Checkpoints, check_folder
 from minilora.training.runtime import reset_peak_memory, uninterrupted
 from minilora.training.validation import Evaluation, metric_names
 
@@ -183,6 +183,7 @@ def set_up(
         ValueError: If training would be meaningless, or the checkpoint belongs to another run.
     """
     config = config or TrainConfig()
+    check_folder(config)
     check_callbacks(callbacks)
     tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()

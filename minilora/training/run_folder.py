@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.common import check_writable
 from minilora.training.checkpoint import (
     Progress,
     load_checkpoint,
@@ -20,7 +21,7 @@ from minilora.training.checkpoint import (
 )
 from minilora.training.config import TrainConfig
 from minilora.training.optim.lr_schedule import learning_rate
-from minilora.training.process import Process
+from minilora.training.process import Process, is_main_process
 
 # The options that each update depends on. A run is resumed with the same ones.
 OPTIMISATION = (
@@ -251,6 +252,22 @@ def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:
         f'resume_from_checkpoint="last": {output_dir} holds no {missing}. Leave it out to start a '
         "new run."
     )
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Check the folder of a run before anything is loaded or encoded.
+
+    Args:
+        config: The options of the run; without an `output_dir` only the checkpoint to resume from
+            is checked.
+
+    Raises:
+        ValueError: If the folder cannot be written, contains an earlier run that is not resumed, or
+            there is nothing to resume.
+    """
+    if config.output_dir is not None and is_main_process():
+        check_writable(Path(config.output_dir), "output_dir")
+    check_resumable(config.output_dir, config.resume_from_checkpoint)
 
 
 def check_resumable(output_dir: str | None, resume: str | None) -> None:

@@ -98,6 +98,10 @@ BEFORE_LOADING = {
     # folders and files
     "misspelt model to plan": (["plan", "modle"], "Similar names here: model"),
     "output_dir is a file": ([*TRAIN, "--output_dir", "a_file"], "Choose another folder"),
+    "output_dir is a file, before the rows are read": (
+        ["train", "model", "empty.jsonl", "--output_dir", "a_file"],
+        "Choose another folder",
+    ),
     "output_dir in /proc": ([*TRAIN, "--output_dir", "/proc/x"], "Choose another folder"),
     "adapter of an earlier run": ([*TRAIN, "--adapter", "trained"], "Choose another folder"),
     "checkpoints of an earlier run": ([*TRAIN, "--output_dir", "stopped"], "Continue it with"),
