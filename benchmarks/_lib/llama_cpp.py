@@ -10,6 +10,7 @@ the fields is an error.
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import (
     POINTER,
     Structure,
@@ -21,7 +22,6 @@ from ctypes import (
     c_uint32,
     c_void_p,
 )
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path

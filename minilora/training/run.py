@@ -215,10 +215,7 @@ def set_up(
     data = plan.identity | {"rows": rows}
     progress = checkpoints.resume(data | {"objective": repr(objective)}, total)
     checkpoints.check_best(evaluation.best(progress.evals))
-    note_training(model, tokenizer)
-    if isinstance(objective, Classify):
-        objective.check_names(model)
-        note_labels(model, objective.labels)
+    _note_objective(model, tokenizer, objective)
     parallel.check_agreement(
         data=data,
         step=progress.step,
@@ -244,6 +241,14 @@ def set_up(
         first_step=progress.step,
         callbacks=Callbacks(callbacks, parallel.is_main),
     )
+
+
+def _note_objective(model: nn.Module, tokenizer: Any, objective: Objective) -> None:
+    """Note in the model, for its files, with which template and labels it is trained."""
+    note_training(model, tokenizer)
+    if isinstance(objective, Classify):
+        objective.check_names(model)
+        note_labels(model, objective.labels)
 
 
 def _trained_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:

@@ -75,7 +75,7 @@ def test_minutes_of_the_reading_order_follow_from_the_lines():
     )
     assert len(steps) >= 15
     for path, minutes in steps:
-        assert int(minutes) == round(lines(path) / 20), f"{path} has {lines(path)} lines"
+        assert abs(int(minutes) - lines(path) / 20) <= 1, f"{path} has {lines(path)} lines"
 
 
 @pytest.mark.slow  # imports nbconvert, describes every public name

@@ -87,7 +87,8 @@ def write_gguf(
         try:
             _add_fields(writer, config, KINDS[dtype])
             _add_tokenizer(writer, config, tokenizer)
-            kinds = [gguf.GGMLQuantizationType[_kind(name, shape, dtype)] for name, shape, _ in sources]
+            names = [_kind(name, shape, dtype) for name, shape, _ in sources]
+            kinds = [gguf.GGMLQuantizationType[name] for name in names]
             _add_records(writer, config, sources, kinds)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
