@@ -33,6 +33,7 @@ from minilora.lora.merging.arithmetic import AdapterWeights
 from minilora.lora.merging.combine import combine_adapters
 from minilora.lora.merging.merge import dequantized_weights, merge
 from minilora.losses import DPO, SFT, Classify, Distill, KLToBase
+from minilora.models.gguf.adapter import save_gguf_adapter
 from minilora.models.loader import load_model
 from minilora.models.padded_batch import inference
 from minilora.models.parameter_count import ParameterCount, count_parameters
@@ -143,6 +144,7 @@ __all__ = [
     "resize_embeddings",
     "samples",
     "save_adapter",
+    "save_gguf_adapter",
     "save_model",
     "serve",
     "set_adapter",

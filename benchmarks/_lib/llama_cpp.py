@@ -136,6 +136,11 @@ FUNCTIONS = {
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (
+        c_int32,
+        [c_void_p, POINTER(c_void_p), ctypes.c_size_t, POINTER(c_float)],
+    ),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_model_size": (ctypes.c_uint64, [c_void_p]),
@@ -228,13 +233,19 @@ class Llama:
         """Bytes of all weights, as stored."""
         return self.lib.llama_model_size(self.model)
 
-    def logits(self, ids: list[int]) -> Tensor:
+    def logits(self, ids: list[int], adapter: Path | None = None) -> Tensor:
         """Return the logits after every token, (T, V), with keys and values stored in fp32.
 
         Args:
             ids: the token ids, at most CONTEXT.
+            adapter: a GGUF file of an adapter; None uses the base alone.
         """
         context = self._context(threads=1, exact=True)
+        if adapter is not None:
+            loaded = self.lib.llama_adapter_lora_init(self.model, str(adapter).encode())
+            assert loaded, f"llama.cpp does not load {adapter}"
+            scale = (c_float * 1)(1.0)
+            self.lib.llama_set_adapters_lora(context, (c_void_p * 1)(loaded), 1, scale)
         self._read(context, ids, 0, every=True)
         rows = [self._logits_at(context, place).copy() for place in range(len(ids))]
         self.lib.llama_free(context)

@@ -1,4 +1,4 @@
-"""The command export: a model, with an adapter merged into it, as a GGUF file or a folder."""
+"""The command export: a merged model as a GGUF file or a folder, or an adapter as a GGUF file."""
 
 import argparse
 import json
@@ -19,6 +19,7 @@ from minilora.hub import resolve
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0", "q4_0": "q4_0"}
 FORMATS = {"gguf": "gguf", "dense": "safetensors", "bnb-4bit": "bnb-4bit"}  # name in save_model
+ADAPTER = "gguf-adapter"  # the adapter alone
 
 
 def export(
@@ -32,13 +33,14 @@ def export(
 ) -> None:
     """Write a model as a GGUF file for llama.cpp, or as a folder for transformers and vLLM.
 
-    An adapter is merged into the weights first.
+    An adapter is merged into the weights first, or written alone for llama.cpp's --lora.
 
     Args:
         model: Hub id, folder or .gguf file of the base, or the folder of a run or an adapter.
         out: the file or the folder to write; it must not exist.
         adapter: folder or Hub id of an adapter; None uses that of `model`, or writes the base alone.
-        format: a key of FORMATS; None chooses gguf for a name that ends in .gguf, else dense.
+        format: a key of FORMATS, or "gguf-adapter" for the adapter alone; None chooses gguf for a
+            name that ends in .gguf, else dense.
         dtype: a key of DTYPES; None keeps the dtype of the checkpoint.
         quantize: "nf4", "none", or None to follow the adapter.
         check_base: refuse an adapter that was trained on another base.
@@ -58,8 +60,18 @@ def export(
         quantize = "nf4"
     base, folder = base_and_adapter(model, adapter)
     adapter = None if folder is None else str(folder)
+    if format == ADAPTER and adapter is None:
+        raise ValueError(
+            f"export: --format {ADAPTER} writes an adapter, and {model} has none. Give the folder of "
+            "a run or an adapter, or --adapter."
+        )
     storage = _stored_dtype(base)
     loaded, tokenizer = load(base, adapter, quantize, storage, check_base)
+    if format == ADAPTER:
+        ml.save_gguf_adapter(loaded, out)
+        size = _count_bytes(Path(out)) / 1e6
+        print(f"wrote {out}: {size:.1f} MB. Use it with llama-server -m BASE.gguf --lora {out}.")
+        return
     in_four_bits = format == "bnb-4bit"
     rounds_again = in_four_bits and adapter is not None
     if rounds_again:
@@ -88,7 +100,9 @@ def _is_gguf(out: str) -> bool:
 
 def _check_target(out: Path, format: str, dtype: str | None) -> None:
     """Check that the name, the format and the dtype fit together, and that `out` can be written."""
-    is_file = format == "gguf"
+    is_file = format in ("gguf", ADAPTER)
+    if format == ADAPTER and dtype is not None:
+        raise ValueError(f"export: --format {ADAPTER} stores fp32. Leave --dtype out.")
     if is_file != _is_gguf(str(out)):
         expected = "a file name that ends in .gguf" if is_file else "the name of a folder"
         raise ValueError(f"export: --format {format} needs {expected}, got {out}.")
@@ -151,9 +165,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--adapter", help=f"{POSITIONAL['adapter']}, merged into the weights")
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=(*FORMATS, ADAPTER),
         help="gguf: one file for llama.cpp; dense: a folder of safetensors; bnb-4bit: a folder in "
-        "bitsandbytes' format (default: gguf for a name that ends in .gguf, else dense)",
+        "bitsandbytes' format; gguf-adapter: the adapter alone, for llama.cpp (default: gguf for a "
+        "name that ends in .gguf, else dense)",
     )
     parser.add_argument(
         "--dtype",

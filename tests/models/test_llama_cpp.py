@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import minilora as ml
 from benchmarks._lib.llama_cpp import Llama
+from helpers.kinds import shake
 from helpers.tiny import LLAMA3, oracle, tokens, twin
 from minilora.data import load_tokenizer
 from minilora.models.gguf.tokenizer import WORDS
@@ -107,6 +108,32 @@ def test_logits_equal_those_of_llama_cpp(tmp_path, kind, dtype):
     if dtype == "float32":
         with torch.no_grad():  # our reader returns the written model
             assert torch.equal(plain, model(torch.tensor([ids]))[0])
+
+
+ADAPTERS = {
+    "plain": {},
+    "rank-stabilised": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("kind", ["llama", "tied, wide heads", "qwen2"])
+def test_adapters_give_llama_cpp_the_logits_of_the_model_with_its_adapter(tmp_path, kind, fields):
+    """The bound is that of `check`; without the adapter the logits differ by far more."""
+    model, ids = twin(oracle(**MODELS[kind])), tokens(1, 200)[0].tolist()
+    save_model(model, tmp_path / "m.gguf", format="gguf", dtype="float32")
+    ml.inject(model, ml.LoRAConfig(r=4, lora_alpha=16, target_modules="all-linear", **fields))
+    shake(model)
+    ml.save_gguf_adapter(model, tmp_path / "a.gguf")
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0]
+    with Llama(tmp_path / "m.gguf") as llama:
+        found = llama.logits(ids, tmp_path / "a.gguf")
+        alone = llama.logits(ids)
+    assert (found - expected).abs().max() <= 5e-4
+    assert (alone - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", [*FORMS, *WORDS])

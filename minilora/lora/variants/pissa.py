@@ -91,7 +91,7 @@ class PiSSAAdapter(AdapterBase):
     def plain(self) -> LoRAAdapter:
         """Return the same change as a plain adapter of rank 2r.
 
-        Only its A and B are meaningful: its α is set by the config that is stored with it.
+        It has the scaling s of this adapter. Its α is set by the config that is stored with it.
 
         Raises:
             ValueError: 2r is larger than the layer allows.
@@ -101,6 +101,7 @@ class PiSSAAdapter(AdapterBase):
         adapter = LoRAAdapter(in_features, out_features, 2 * r, 2 * r)
         A = self.lora_A.detach()
         B = self.lora_B.detach()
+        adapter.scaling = self.scaling
         adapter.lora_A.data = torch.cat([A, self.first_A.detach()])  # (2r, in)
         adapter.lora_B.data = torch.cat([B, -self.first_B.detach()], dim=1)  # (out, 2r)
         return adapter

@@ -1,7 +1,8 @@
 """GGUF, the file format of llama.cpp: reading and writing.
 
-These modules are imported only for a .gguf file.
+These modules are imported only for a .gguf file, except adapter.py.
 
+adapter.py           an adapter as one file, without its base
 architectures.py     names, row order and norms of each architecture
 config.py            the decoder config of a file
 header.py            the pairs and records before a file's data
