@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.quant.nf4_linear import NF4Linear
+from minilora_kernels.c.bindings import token_product
 from minilora_kernels.ops.mode import plain_now
 
 
@@ -20,10 +21,11 @@ from minilora_kernels.ops.mode import plain_now
 def matrix_vector(model: nn.Module) -> Iterator[None]:
     """Let the layers of a model on a CPU take a single token fast, inside the context.
 
-    Dense bf16 layers: where the processor has AMX, one token goes through `torch.mv`, because
-    F.linear's product with one row fills AMX's tiles of 16. Without AMX, F.linear is the faster of
-    the two (benchmarks/training/choices.py, docs/LOG.md). 4-bit layers look up the addresses of
-    their codes only once.
+    Dense bf16 layers: compiled code reads each weight once (linear_token.c). F.linear, made for
+    matrices, takes up to three times as long for the layers of a small model. Without a compiler, a
+    processor with AMX takes `torch.mv`, because F.linear's product with one row fills AMX's tiles
+    of 16 (benchmarks/training/choices.py, docs/LOG.md). 4-bit layers look up the addresses of their
+    codes only once.
 
     Args:
         model: the model; its layers get their own `forward` until the context ends.
@@ -45,11 +47,12 @@ def _fast_forwards(model: nn.Module) -> list[tuple[Any, Callable[[Tensor], Tenso
     """Return the layers that have a faster forward, with it."""
     layers: list[Any] = [m for m in model.modules() if "forward" not in vars(m)]
     fast: list[tuple[Any, Callable[[Tensor], Tensor]]] = []
-    if torch.cpu._is_amx_tile_supported():
-        for layer in layers:
-            dense = type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
-            if dense and layer.weight.is_cpu:
-                fast.append((layer, partial(_one_token, layer)))
+    for layer in layers:
+        dense = type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
+        if dense and layer.weight.is_cpu:
+            product = _dense_product(layer)
+            if product is not None:
+                fast.append((layer, partial(_one_token, layer, product)))
     sharded = any(hasattr(m, "unshard") for m in model.modules())  # FSDP's weights change address
     if plain_now() or sharded or torch.is_autocast_enabled("cpu"):
         return fast
@@ -59,10 +62,26 @@ def _fast_forwards(model: nn.Module) -> list[tuple[Any, Callable[[Tensor], Tenso
     return fast
 
 
-def _one_token(layer: nn.Linear, x: Tensor) -> Tensor:
+def _dense_product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """Return the fastest product of one token with a dense layer; None if that is F.linear."""
+    compiled = None
+    if not plain_now() and not torch.is_autocast_enabled("cpu") and layer.weight.is_contiguous():
+        compiled = token_product(layer)
+    if compiled is None and torch.cpu._is_amx_tile_supported():
+        return partial(_vector_product, layer)
+    return compiled
+
+
+def _one_token(layer: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return nn.Linear's output, (…, in) -> (…, out)."""
-    if x.numel() != layer.in_features:
+    is_token = x.numel() == layer.in_features == x.shape[-1]
+    if not is_token or x.dtype != layer.weight.dtype:
         return F.linear(x, layer.weight, layer.bias)
+    return product(x)
+
+
+def _vector_product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return the output for one token by torch's product of a matrix and a vector."""
     token = x.reshape(-1)  # (in,)
     if layer.bias is None:
         y = torch.mv(layer.weight, token)  # (out,)

@@ -202,3 +202,20 @@ x = torch.ones(2, 8)
 print(bindings.gated(x, x, False), torch.equal(gated(x, x), plain_gated(x, x)))
 """
     assert python(code, CC="nowhere").split() == ["None", "True"]
+
+
+@given(st.integers(1, 70), st.integers(1, 300), st.booleans(), st.sampled_from(DTYPES))
+def test_one_token_through_a_dense_layer_of_any_size(rows, inner, with_bias, dtype):
+    """A sum of n products in fp32 is off by at most n units of Σ |w x|, then rounded once."""
+    torch.manual_seed(rows)  # an example must have the same weights when it is repeated
+    layer = torch.nn.Linear(inner, rows, bias=with_bias).to(dtype)
+    x = values(1, 1, inner, dtype=dtype)
+    product = bindings.token_product(layer)
+    with torch.no_grad():
+        found = product(x)
+        double = layer.double()
+        exact = double(x.double())
+        size = x.double().abs() @ double.weight.abs().T  # (1, 1, out)
+    assert found.shape == exact.shape and found.dtype == dtype
+    bound = (inner + 1) * 2**-24 * (size + exact.abs()) + EPS[dtype] * exact.abs() + 1e-36
+    assert ((found.double() - exact).abs() <= 1.01 * bound).all()

@@ -9,6 +9,8 @@ Token-for-token equality in fp32 needs an arg-max that rounding cannot change. `
 the models here.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -193,12 +195,17 @@ def test_a_sampled_row_does_not_depend_on_other_rows():
     assert cold == generate_ids(mine, prompts, Decoding(12))
 
 
-def test_matrix_vector_with_amx_uses_a_vector_product_for_one_token(monkeypatch):
+@pytest.mark.parametrize("way", ["compiled", "amx"])
+def test_one_token_takes_a_vector_product_through_dense_layers(monkeypatch, way):
     """The fp32 sum of 576 products is rounded once to bf16, by at most 2^-8 of it."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    with matrix_vector(plain := torch.nn.Linear(8, 8, dtype=torch.bfloat16)):
-        assert "forward" not in vars(plain)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    if way == "compiled" and shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc): torch multiplies")
+    if way == "amx":
+        monkeypatch.setenv("MINILORA_STEPS", "torch")
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        with matrix_vector(plain := torch.nn.Linear(8, 8, dtype=torch.bfloat16)):
+            assert "forward" not in vars(plain)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     for bias in (True, False):
         layer = torch.nn.Linear(576, 96, bias=bias, dtype=torch.bfloat16)
         x = torch.randn(1, 1, 576).bfloat16()

@@ -8,6 +8,7 @@ compiler's speed; `begin` starts it earlier. MINILORA_STEPS=torch switches the c
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from minilora_kernels import allocator
 from minilora_kernels.c.compiler import Library
 
 _FOLDER = Path(__file__).parent
-_NAMES = ("attention", "cross_entropy", "rms_norm", "rope", "swiglu")
+_NAMES = ("attention", "cross_entropy", "linear_token", "rms_norm", "rope", "swiglu")
 _SOURCES = [_FOLDER / f"{name}.c" for name in _NAMES]
 _HEADERS = [_FOLDER / "numbers.h"]
 _FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
@@ -216,6 +217,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
     if not _run("rotate", x, cos, sin, y, *sizes, sign):
         return None
     return y
+
+
+def token_product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """Return a function that takes one token through a dense layer.
+
+    Sums are in fp32, and a sum with the bias is rounded once.
+
+    Args:
+        layer: A layer with a weight (out, in) and a bias or none, all of one dtype.
+
+    Returns:
+        A function from x (…, in), of one token and of the layer's dtype, to W x + bias (…, out);
+        or None where no compiled code fits.
+    """
+    weight = layer.weight
+    bias = layer.bias
+    if not weight.is_cpu or not wanted() or weight.dtype not in _LIBRARIES:
+        return None
+    library = _LIBRARIES[weight.dtype].loaded(wait=True)
+    if library is None:
+        return None
+    function = library.linear_token
+    function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2]
+
+    def multiply(x: Tensor) -> Tensor:
+        x_32 = x.reshape(-1).float()  # (in,)
+        y = x.new_empty((*x.shape[:-1], len(weight)))  # (…, out)
+        bias_address = None if bias is None else bias.data_ptr()
+        function(weight.data_ptr(), x_32.data_ptr(), bias_address, y.data_ptr(), *weight.shape)
+        return y
+
+    return multiply
 
 
 def _run(name: str, first: Tensor, *arguments: Any) -> bool:
