@@ -27,7 +27,7 @@ from minilora.tools.sweep import sweep as search_options
 from minilora.tools.sweep import sweep_table
 from minilora.training.distributed import process_on
 from minilora.training.run import check_run_options
-from minilora.training.run_folder import check_resumable
+from minilora.training.run_folder import checked_folder
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 
@@ -73,8 +73,8 @@ def train(
     lora_config, train_config, goal = _configs(objective, given)
     evaluates = eval_dataset is not None or test_size is not None
     check_run_options(train_config, goal, evaluates)
-    check_resumable(train_config.output_dir, train_config.resume_from_checkpoint)
     ranks = process_on(torch.device("cpu"), train_config.fsdp)
+    _check_output_dir(train_config, ranks.is_main)
     folder = _result_folder(adapter, train_config, ranks.is_main)
     rows, held_out = _datasets(dataset, eval_dataset, data, test_size, train_config.seed)
     rows = _mixture(rows, mix, mix_rows, data, train_config.seed)
@@ -124,6 +124,14 @@ def _check_base(model: str) -> None:
         )
 
 
+def _check_output_dir(config: ml.TrainConfig, is_main: bool) -> None:
+    """Refuse a folder that cannot be written, is in use, or holds an earlier run."""
+    if is_main and config.output_dir is not None:
+        check_writable(Path(config.output_dir), "--output_dir")
+    with checked_folder(config):
+        pass  # ml.train checks and locks the folder again, after the model is loaded
+
+
 def _result_folder(adapter: str | None, config: ml.TrainConfig, check: bool) -> Path:
     """Return the folder for the trained weights; if asked, check that it is free and writable."""
     is_full = config.method == "full"
@@ -137,8 +145,6 @@ def _result_folder(adapter: str | None, config: ml.TrainConfig, check: bool) -> 
             f"--adapter: {folder} holds the weights of an earlier run. Choose another folder, or "
             "delete it."
         )
-    if config.output_dir is not None:
-        check_writable(Path(config.output_dir), "--output_dir")
     check_writable(folder, "--adapter")
     return folder
 

@@ -8,7 +8,8 @@
     precision      autocast and the loss scaler
     runtime        context managers for the run: modes, Ctrl-C, memory
     checkpoint     one checkpoint: write and read it
-    run_folder     the checkpoints of a run: find, keep, delete
+    run_folder     the folder of a run and its checkpoints: find, keep, delete
+    folder_lock    one run at a time in a folder
     validation     evaluation during training, the best step, early stopping
     process        the process of a run, where there is only one
     distributed    several processes: DDP and FSDP2

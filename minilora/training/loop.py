@@ -50,6 +50,7 @@ from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.optim.neftune import noisy_embeddings
 from minilora.training.process import Process, full, main_speaks
 from minilora.training.run import Run, set_up
+from minilora.training.run_folder import checked_folder
 from minilora.training.runtime import (
     memory_explained,
     peak_memory,
@@ -93,25 +94,27 @@ def train(
     Raises:
         ValueError: If training would be meaningless: no parameter requires grad, no token is
             supervised, the forward pass cuts an adapter off from its gradient, or a loss is not
-            finite.
+            finite. If `config.output_dir` cannot be written, another run is writing to it, or it
+            holds an earlier run that is not resumed.
         OSError: If a checkpoint or the log cannot be written, as on a full disk. Earlier
             checkpoints stay valid.
     """
     started = time.perf_counter()
-    run = set_up(model, tokenizer, dataset, config, objective, eval_dataset, callbacks)
-    config = run.config
-    model = unwrap_model(model)  # the run itself goes through the wrappers
-    _write_facts(run, model, dataset, eval_dataset)
-    with (
-        Log(run.progress, run.total_steps, config, run.parallel.is_main) as log,
-        memory_explained(model, config),
-        training_mode(run.parallel.model, config.gradient_checkpointing),
-        noisy_embeddings(run.parallel.model, config.neftune_noise_alpha),
-        run.parallel.interruptible(),
-    ):
-        with run.last_step_saved():
-            interrupted = _run_steps(run, log)
-        _finish(run, log, interrupted)
+    config = config or TrainConfig()
+    with checked_folder(config):
+        run = set_up(model, tokenizer, dataset, config, objective, eval_dataset, callbacks)
+        model = unwrap_model(model)  # the run itself goes through the wrappers
+        _write_facts(run, model, dataset, eval_dataset)
+        with (
+            Log(run.progress, run.total_steps, config, run.parallel.is_main) as log,
+            memory_explained(model, config),
+            training_mode(run.parallel.model, config.gradient_checkpointing),
+            noisy_embeddings(run.parallel.model, config.neftune_noise_alpha),
+            run.parallel.interruptible(),
+        ):
+            with run.last_step_saved():
+                interrupted = _run_steps(run, log)
+            _finish(run, log, interrupted)
     return _result(run, log, interrupted, started)
 
 

@@ -32,7 +32,7 @@ from minilora.training.optim.lr_schedule import check_schedule, refuse_schedule,
 from minilora.training.optim.param_groups import new_optimizer
 from minilora.training.precision import precision_of
 from minilora.training.process import Process
-from minilora.training.run_folder import Checkpoints, check_folder
+from minilora.training.run_folder import Checkpoints
 from minilora.training.runtime import reset_peak_memory, uninterrupted
 from minilora.training.validation import Evaluation, metric_names
 
@@ -160,7 +160,7 @@ def set_up(
     model: nn.Module,
     tokenizer: Any,
     dataset: Any,
-    config: TrainConfig | None,
+    config: TrainConfig,
     objective: Objective | None,
     eval_dataset: Any,
     callbacks: Sequence[Any],
@@ -171,7 +171,7 @@ def set_up(
         model: The model to be trained.
         tokenizer: The model's tokenizer.
         dataset: The rows, or a path.
-        config: The options of the run; None takes the defaults.
+        config: The options of the run.
         objective: The loss; None is supervised fine-tuning.
         eval_dataset: Held-out rows, or a dict of such by name; None evaluates nothing.
         callbacks: Objects with methods of `Callback`.
@@ -182,8 +182,6 @@ def set_up(
     Raises:
         ValueError: If training would be meaningless, or the checkpoint belongs to another run.
     """
-    config = config or TrainConfig()
-    check_folder(config)
     check_callbacks(callbacks)
     tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()

@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from minilora.training.checkpoint import (
     write_progress,
 )
 from minilora.training.config import TrainConfig
+from minilora.training.folder_lock import folder_lock
 from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.process import Process, is_main_process
 
@@ -254,26 +256,34 @@ def find_checkpoint(output_dir: Path | None, resume: str | None) -> Path | None:
     )
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Check the folder of a run before anything is loaded or encoded.
+@contextmanager
+def checked_folder(config: TrainConfig) -> Iterator[None]:
+    """Check the folder of a run, and keep other runs out of it inside the block.
+
+    With several processes, the main one holds the lock.
 
     Args:
         config: The options of the run; without an `output_dir` only the checkpoint to resume from
             is checked.
 
     Raises:
-        ValueError: If the folder cannot be written, contains an earlier run that is not resumed, or
-            there is nothing to resume.
+        ValueError: If the folder cannot be written, another run is writing to it, it contains an
+            earlier run that is not resumed, or there is nothing to resume.
     """
+    lock = nullcontext()
     if config.output_dir is not None and is_main_process():
-        check_writable(Path(config.output_dir), "output_dir")
-    check_resumable(config.output_dir, config.resume_from_checkpoint)
+        folder = Path(config.output_dir)
+        check_writable(folder, "output_dir")
+        lock = folder_lock(folder)
+    with lock:
+        check_resumable(config.output_dir, config.resume_from_checkpoint)
+        yield
 
 
 def check_resumable(output_dir: str | None, resume: str | None) -> None:
     """Check that a checkpoint exists for a run to resume, or that a new run overwrites none.
 
-    The command line calls it before it loads the model. Damage is found when the run begins.
+    Damage is found when the run begins.
 
     Args:
         output_dir: Folder of the run's checkpoints.
