@@ -12,6 +12,7 @@ from minilora.cli.options import (
     POSITIONAL,
     add_command,
     add_no_check_base,
+    add_rounding,
     add_storage,
     base_and_adapter,
     load,
@@ -22,10 +23,10 @@ from minilora.lora.files.source import split_source
 from minilora.lora.merging.merge import STORAGES
 from minilora.tools.compare_exports import compare_exports as compare_forms
 from minilora.tools.inspect import inspect as inspect_path
-from minilora.tools.merge_report import MergeReport, first_difference, merge_report, merged_as
+from minilora.tools.merge_figures import FOUR_BITS
+from minilora.tools.merge_report import ROWS, MergeReport, first_difference, merge_report, merged_as
 from minilora.tools.verify import verify as verify_checkpoint
 
-LEAST_COSINE = 0.5  # `merge` refuses 4 bits if the cosine of the stored update and ΔW is lower
 LOSS_WARNING = 1.001  # `merge` warns if the loss grows by a larger factor
 
 
@@ -50,12 +51,14 @@ def merge(
         folder: where to write the merged model; None after the folder of a run.
         target: storage of the result; None keeps the dtype of the loaded model.
         data: held-out rows, to measure the loss of each target; None measures the weights alone.
-        force: write 4 bits even where they lose most of the adapter.
-        loading: quantize, dtype and check_base, and the data options.
+        force: write 4 bits even where they lose a part of the adapter.
+        loading: quantize, dtype and check_base, the data options, and three that may be None: rows
+            (of `data`, from the first; ROWS of them), rounding (of the target nf4; stochastic) and
+            seed (of its draws; 0).
 
     Raises:
-        ValueError: the folder is the base, 4 bits would lose the adapter, or the folder differs
-            from the merged model.
+        ValueError: the folder is the base, 4 bits would lose a part of the adapter, an option does
+            not fit the target, or the folder differs from the merged model.
     """
     if folder is None:
         folder = str(adapter)
@@ -76,33 +79,57 @@ def merge(
             f"merge writes a folder, and {folder} is the name of a GGUF file. To write this file: "
             f"minilora export {model} {folder}{option}"
         )
+    drawing = _take_drawing(target, loading)
+    rows = loading.pop("rows")
+    if rows is not None and data is None:
+        raise ValueError("--rows counts the rows of --data, which is missing: give it too.")
     data_options = take_data_options(loading)
-    rows = None if data is None else data_options.load(data)
+    dataset = None if data is None else data_options.load(data)
     loaded, tokenizer = load(model, adapter, **loading)
     source = None
-    if target == "original":
+    if target in ("original", "original-nf4"):
         dense: dict[str, Any] = {**loading, "quantize": "none"}
         with warnings.catch_warnings():  # this target is another storage
             warnings.filterwarnings("ignore", message=".*was trained on a base that was")
             source, _ = load(model, adapter, **dense)
     if target is None:
         target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
-    report = merge_report(loaded, source, tokenizer=tokenizer, data=rows)
+    report = merge_report(
+        loaded,
+        source,
+        tokenizer=tokenizer,
+        data=dataset,
+        rows=ROWS if rows is None else rows,
+        **drawing,
+    )
     print(report)
     _warn_of_lost_loss(report, target)
-    cosine = report.total.cosine.get("nf4", 1.0)
-    if target == "nf4" and cosine < LEAST_COSINE and not force:
+    reason = report.refusal(target)
+    if reason is not None and not force:
         raise ValueError(
-            f"4 bits would keep little of the adapter: cosine {cosine:.2f}, "
-            f"expected {LEAST_COSINE} or more. Serve it unmerged, merge to bfloat16 or original, "
-            "or pass --force."
+            f"4 bits would lose a part of the adapter: {reason}. Serve it unmerged, merge to "
+            "bfloat16 or original, or pass --force."
         )
-    merged: Any = merged_as(loaded, source, target)
+    merged: Any = merged_as(loaded, source, target, **drawing)
     del loaded, source
-    layout: dict[str, Any] = {"format": "bnb-4bit"} if target == "nf4" else {}
+    layout: dict[str, Any] = {"format": "bnb-4bit"} if target in FOUR_BITS else {}
     ml.save_model(merged, folder, tokenizer=tokenizer, **layout)
     _check_written(merged, folder)
     print(f"merged into {folder}; read back, every stage gives the same bits")
+
+
+def _take_drawing(target: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Remove rounding and seed from the options, and return them as options of ml.merge.
+
+    Raise ValueError if one of them would change nothing.
+    """
+    rounding = given.pop("rounding")
+    seed = given.pop("seed")
+    if rounding is not None and target != "nf4":
+        raise ValueError(f"--rounding is for --target nf4, and the target is {target}.")
+    if seed is not None and (target != "nf4" or rounding == "nearest"):
+        raise ValueError("--seed is for --target nf4 with stochastic rounding.")
+    return {"rounding": rounding or "stochastic", "seed": seed or 0}
 
 
 def _warn_of_lost_loss(report: MergeReport, target: str) -> None:
@@ -216,14 +243,21 @@ def _add_merge(commands: Any) -> None:
     add_storage(parser)
     parser.add_argument(
         "--target",
-        choices=[*STORAGES, "original"],
-        help="storage of the result: a dtype, nf4 (4 bits again), or original: merge into the base "
-        "before it was quantised (default: the dtype of the loaded model)",
+        choices=[*STORAGES, "original", "original-nf4"],
+        help="storage of the result: a dtype, nf4 (4 bits again), original: merge into the base "
+        "before it was quantised, or original-nf4: and quantise it then (default: the dtype of the "
+        "loaded model)",
     )
     parser.add_argument("--data", help="held-out rows: measures the loss of every target")
+    parser.add_argument(
+        "--rows", type=int, help=f"number of rows of --data, from the first (default {ROWS})"
+    )
+    add_rounding(parser, "--target nf4")
     add_data_options(parser)
     parser.add_argument(
-        "--force", action="store_true", help="write 4 bits even where they lose most of the adapter"
+        "--force",
+        action="store_true",
+        help="write 4 bits even where they lose a part of the adapter",
     )
 
 

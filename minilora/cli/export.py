@@ -10,6 +10,7 @@ from minilora.cli.options import (
     POSITIONAL,
     add_command,
     add_no_check_base,
+    add_rounding,
     add_storage,
     base_and_adapter,
     load,
@@ -30,6 +31,7 @@ def export(
     dtype: str | None,
     quantize: str | None,
     check_base: bool,
+    **drawing: Any,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp, or as a folder for transformers and vLLM.
 
@@ -44,10 +46,12 @@ def export(
         dtype: a key of DTYPES; None keeps the dtype of the checkpoint.
         quantize: "nf4", "none", or None to follow the adapter.
         check_base: refuse an adapter that was trained on another base.
+        drawing: rounding of a merge into bnb-4bit (None is stochastic), and seed of its draws (None
+            is 0).
 
     Raises:
-        ValueError: the name does not fit the format, `out` exists or is not writable, or the
-            format cannot hold the model.
+        ValueError: an option or the name does not fit the format, `out` exists or is not writable,
+            or the format cannot hold the model.
     """
     if format is None:
         format = "gguf" if _is_gguf(out) else "dense"
@@ -66,18 +70,26 @@ def export(
             "a run or an adapter, or --adapter."
         )
     storage = _stored_dtype(base)
+    in_four_bits = format == "bnb-4bit"
+    rounds_again = in_four_bits and adapter is not None
+    rounding = drawing["rounding"]
+    seed = drawing["seed"]
+    if not rounds_again and (rounding is not None or seed is not None):
+        raise ValueError("--rounding and --seed are for --format bnb-4bit with an adapter.")
+    if seed is not None and rounding == "nearest":
+        raise ValueError("--seed is for stochastic rounding, and --rounding is nearest.")
     loaded, tokenizer = load(base, adapter, quantize, storage, check_base)
     if format == ADAPTER:
         ml.save_gguf_adapter(loaded, out)
         size = _count_bytes(Path(out)) / 1e6
         print(f"wrote {out}: {size:.1f} MB. Use it with llama-server -m BASE.gguf --lora {out}.")
         return
-    in_four_bits = format == "bnb-4bit"
-    rounds_again = in_four_bits and adapter is not None
     if rounds_again:
+        rounding = rounding or "stochastic"
+        lost = "loses a small adapter" if rounding == "nearest" else "adds noise to the adapter"
         print(
-            "The merged weights are rounded to 4 bits again, which loses a part of the adapter: "
-            f"minilora merge {base} {adapter} FOLDER --target nf4 --data ROWS measures how much."
+            f"The merged weights are rounded to 4 bits again ({rounding}), which {lost}: "
+            f"minilora merge {base} {adapter} FOLDER --target nf4 --data ROWS measures the cost."
         )
     saved_dtype = None if dtype is None else DTYPES[dtype]
     ml.save_model(
@@ -85,7 +97,8 @@ def export(
         out,
         format=FORMATS[format],
         merge=adapter is not None or not in_four_bits,
-        requantize=rounds_again,
+        requantize=rounding or False,
+        seed=seed or 0,
         dtype=saved_dtype,
         tokenizer=tokenizer,
     )
@@ -175,5 +188,6 @@ def add_commands(commands: Any) -> None:
         choices=DTYPES,
         help="type of the matrices; q8_0 and q4_0, 8 and 4 bits, for GGUF only (default: that of the checkpoint)",
     )
+    add_rounding(parser, "--format bnb-4bit with an adapter")
     add_no_check_base(parser)
     add_storage(parser)

@@ -12,6 +12,7 @@ from minilora.cli.values import parse_value
 from minilora.hub import resolve
 from minilora.lora.files.find import RUN_ADAPTER, find_adapter
 from minilora.lora.files.source import resolve_base, split_source, trained_storage
+from minilora.lora.merging.four_bits import ROUNDINGS
 from minilora.models.loader import is_four_bit
 from minilora.quant.storage import common_storage, describe
 
@@ -124,6 +125,22 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
         help="keep the base in 4 bits, or dense (default: as the adapter was trained; dense "
         "without an adapter)",
     )
+
+
+def add_rounding(parser: argparse.ArgumentParser, needed: str) -> None:
+    """Add the options --rounding and --seed of a merge into 4 bits.
+
+    Args:
+        parser: the command's parser.
+        needed: the option that makes the result 4-bit.
+    """
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        help=f"of {needed}: stochastic draws one of the two neighbouring levels and keeps the "
+        "adapter on average; nearest loses a small adapter (default stochastic)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of stochastic rounding (default 0)")
 
 
 def add_no_check_base(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,13 @@ With merge=True each layer is made dense when it is written:
 
 A second model is never in memory: beyond the model, saving needs the memory of one layer's W and
 B A: models/safetensors_writer.py makes, writes and frees one tensor after the other. In the format
-"bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys. models/gguf/write.py writes
-GGUF files.
+"bnb-4bit" the 4-bit layers stay as they are, under bitsandbytes' keys, or are rounded again with an
+adapter (lora/merging/four_bits.py). models/gguf/write.py writes GGUF files.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from minilora.common import get_submodule, named_modules, unwrap_model, write_te
 from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.files.save_load import CONFIG_FILE
 from minilora.lora.layer import LoRALayer
+from minilora.lora.merging.four_bits import check_rounding, four_bit_weight
 from minilora.lora.merging.merge import merged_bias, merged_from, merged_weight
 from minilora.lora.registry import lora_configs
 from minilora.lora.trained_parts.trained_tokens import merged_tokens
@@ -33,7 +34,7 @@ from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.gguf.write import check_options, write_gguf
 from minilora.models.safetensors_writer import Entry, remove_stale_weights, write_weights
 from minilora.quant.nf4_linear import NF4Linear
-from minilora_kernels import quantize_nf4
+from minilora.quant.storage import bitsandbytes_config
 
 _DTYPES = {
     "float64": torch.float64,
@@ -45,13 +46,23 @@ _FORMATS = ("safetensors", "bnb-4bit", "gguf")
 _BIAS_FIELDS = {"self_attn": "attention_bias", "mlp": "mlp_bias"}  # of the config, by parent module
 
 
+@dataclass(frozen=True)
+class _Storage:
+    """The format of a file, and how merged layers are rounded to 4 bits in it."""
+
+    format: str
+    rounding: str = "stochastic"
+    seed: int = 0
+
+
 def save_model(
     model: nn.Module,
     folder: str | Path,
     *,
     format: str = "safetensors",
     merge: bool = False,
-    requantize: bool = False,
+    requantize: bool | str = False,
+    seed: int = 0,
     dtype: torch.dtype | str | None = None,
     tokenizer: Any = None,
     shard_bytes: int = 5_000_000_000,
@@ -66,8 +77,10 @@ def save_model(
             bitsandbytes does; "gguf" writes one file for llama.cpp.
         merge: Fold the active adapters into the weights and, unless the format is "bnb-4bit", make
             4-bit layers dense. Without it, a model that has either is an error.
-        requantize: With merge, let "bnb-4bit" round merged layers to 4 bits again. This holds a
-            second copy of these layers in memory.
+        requantize: With merge, let "bnb-4bit" round merged layers to 4 bits again. "stochastic" (or
+            True) keeps the adapter on average, and "nearest" loses a small adapter: see `merge`.
+            "nearest" computes new scales, and holds a second copy of the 4-bit layers in memory.
+        seed: Seed of the draws of `requantize`; each layer's draws depend on its name too.
         dtype: Dtype of all dense tensors. The default is the dtype that each tensor had before it
             was trained, and for a 4-bit layer the dtype that it was made from. For "gguf", the
             type of the matrices: a dtype, "q8_0" or "q4_0" (8 or 4 bits and a scale for 32
@@ -78,8 +91,8 @@ def save_model(
             always one file.
 
     Raises:
-        ValueError: If the format cannot represent the model, an option does not fit the model, or
-            a value is not finite in `dtype`.
+        ValueError: If the format cannot represent the model, an option does not fit the model, a
+            value is not finite in `dtype`, or the scales of a 4-bit base cannot hold an update.
     """
     model = unwrap_model(model)
     if not isinstance(model, CausalLM):
@@ -90,20 +103,24 @@ def save_model(
         )
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {format!r}.")
-    _check_layers(model, format, merge, requantize)
+    rounding = "stochastic" if requantize is True else requantize
+    if isinstance(rounding, str):
+        check_rounding(rounding)
+    _check_layers(model, format, merge, bool(rounding))
+    storage = _Storage(format, rounding or "stochastic", seed)
     with merged_tokens(model):
         config = _saved_config(model)
         if format == "gguf":
             _save_gguf(model, config, Path(folder), dtype, tokenizer)
         else:
-            _save_folder(model, config, Path(folder), format, dtype, tokenizer, shard_bytes)
+            _save_folder(model, config, Path(folder), storage, dtype, tokenizer, shard_bytes)
 
 
 def _save_folder(
     model: CausalLM,
     config: DecoderConfig,
     folder: Path,
-    format: str,
+    storage: "_Storage",
     dtype: torch.dtype | str | None,
     tokenizer: Any,
     shard_bytes: int,
@@ -114,14 +131,14 @@ def _save_folder(
         raise ValueError(
             f"{folder} holds an adapter, which transformers would load too: give another folder."
         )
-    entries = _all_entries(model, config, dtype, format)
+    entries = _all_entries(model, config, dtype, storage)
     if dtype is None:
         original_dtypes = _dtypes_before_training(model)
         entries = [
             replace(entry, dtype=original_dtypes.get(entry.name, entry.dtype)) for entry in entries
         ]
     file_names = write_weights(folder, entries, shard_bytes)
-    _write_config(model, config, folder, entries, format)
+    _write_config(model, config, folder, entries, storage.format)
     remove_stale_weights(folder, file_names)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -177,9 +194,9 @@ def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -
     if rounded and not requantize:
         raise ValueError(
             f"merging into {len(rounded)} 4-bit layers (first {rounded[0]}) rounds them to 4 bits "
-            "again, which loses most of a small adapter. Pass requantize=True if that is wanted. "
-            "format='safetensors' keeps the adapter, in dense weights, and ml.save_adapter next to "
-            "the 4-bit model loses nothing."
+            "again, which adds noise to the adapter. Pass requantize=True if that is wanted, after "
+            "ml.merge_report with held-out rows. format='safetensors' keeps the adapter in dense "
+            "weights, and ml.save_adapter next to the 4-bit model loses nothing."
         )
     if requantize and not rounded:
         raise ValueError(
@@ -264,45 +281,18 @@ def _write_config(
     dtype_name = str(embedding.dtype).removeprefix("torch.")
     fields = replace(config, dtype=dtype_name).to_hf()
     if format == "bnb-4bit":
-        fields["quantization_config"] = _quantization_config(model, dtype_name)
+        fields["quantization_config"] = bitsandbytes_config(model, dtype_name)
     write_text(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def _quantization_config(model: CausalLM, dtype: str) -> dict[str, Any]:
-    """Return the fields of transformers' BitsAndBytesConfig.
-
-    A list of exceptions replaces transformers' default, which is the head alone.
-    """
-    dense = set()
-    double_quant = False
-    for name, module in named_modules(model):
-        if isinstance(module, nn.Linear):
-            dense.add(name.removesuffix(".base_layer"))
-        elif isinstance(module, NF4Linear) and module.weight.double_quant:
-            double_quant = True
-    skip = None
-    if dense - {"lm_head"}:
-        skip = sorted({*dense, "lm_head"})
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skip,
-    }
 
 
 # The tensors
 
 
 def _all_entries(
-    model: CausalLM, config: DecoderConfig, dtype: torch.dtype | None, format: str
+    model: CausalLM, config: DecoderConfig, dtype: torch.dtype | None, storage: _Storage
 ) -> list[Entry]:
     """Return the tensors that a model of `config` has: no tied head, and zeros for new biases."""
-    entries = {entry.name: entry for entry in _entries(model, "", dtype, format)}
+    entries = {entry.name: entry for entry in _entries(model, "", dtype, storage)}
     if config.tie_word_embeddings:
         del entries["lm_head.weight"]
     for path in sorted(_biased_layers(config)):
@@ -316,28 +306,27 @@ def _all_entries(
 
 
 def _entries(
-    module: nn.Module, prefix: str, dtype: torch.dtype | None, format: str
+    module: nn.Module, prefix: str, dtype: torch.dtype | None, storage: _Storage
 ) -> Iterator[Entry]:
     """Yield every tensor of a module and its children under its plain name, adapters merged."""
     if isinstance(module, LoRALayer | NF4Linear):
-        yield from _layer_entries(module, prefix, dtype, format)
+        yield from _layer_entries(module, prefix, dtype, storage)
         return
     for name, child in module.named_children():
-        yield from _entries(unwrap_model(child), f"{prefix}{name}.", dtype, format)
+        yield from _entries(unwrap_model(child), f"{prefix}{name}.", dtype, storage)
     for name, value in module.named_parameters(recurse=False, remove_duplicate=False):
         shape = tuple(value.shape)
         yield Entry(f"{prefix}{name}", shape, dtype or value.dtype, value.detach)
 
 
 def _layer_entries(
-    layer: LoRALayer | NF4Linear, prefix: str, dtype: torch.dtype | None, format: str
+    layer: LoRALayer | NF4Linear, prefix: str, dtype: torch.dtype | None, storage: _Storage
 ) -> Iterator[Entry]:
     """Yield the weight and bias of a layer, dense, or in bitsandbytes' parts for "bnb-4bit"."""
     base: Any = unwrapped(layer)
     layer_dtype = _layer_dtype(base)
-    if format == "bnb-4bit" and isinstance(base, NF4Linear):
-        for name, part in _four_bit_state(layer, base, f"{prefix}weight").items():
-            yield Entry(name, tuple(part.shape), part.dtype, part.detach)
+    if storage.format == "bnb-4bit" and isinstance(base, NF4Linear):
+        yield from _four_bit_entries(layer, base, prefix, storage)
     else:
         shape = tuple(base.weight.shape)
         make = partial(merged_weight, layer)
@@ -358,13 +347,29 @@ def _layer_dtype(base: Any) -> torch.dtype:
     return base.weight.dtype
 
 
-def _four_bit_state(layer: nn.Module, base: NF4Linear, name: str) -> dict[str, Tensor]:
-    """Return bitsandbytes' tensors of a 4-bit weight, quantised again if an adapter is merged."""
+def _four_bit_entries(
+    layer: nn.Module, base: NF4Linear, prefix: str, storage: _Storage
+) -> Iterator[Entry]:
+    """Yield bitsandbytes' tensors of a 4-bit weight, rounded again if an adapter is merged."""
     weight = base.weight
+    codes = weight.packed.detach
     if isinstance(layer, LoRALayer) and layer.active:
-        merged = quantize_nf4(merged_weight(layer), weight.blocksize, weight.double_quant)
-        weight = replace(merged, dtype=weight.dtype)
-    return weight.state_dict(name)
+        path = prefix.removesuffix(".")
+        if storage.rounding == "nearest":
+            weight = four_bit_weight(layer, path, "nearest", storage.seed)
+            codes = weight.packed.detach
+        else:
+            # The scales are those of the base: only the codes are made when the file reaches them.
+            codes = partial(_drawn_codes, layer, path, storage.seed)
+    key = f"{prefix}weight"
+    for name, part in weight.state_dict(key).items():
+        make = codes if name == key else part.detach
+        yield Entry(name, tuple(part.shape), part.dtype, make)
+
+
+def _drawn_codes(layer: LoRALayer, path: str, seed: int) -> Tensor:
+    """Return the codes of a merged layer by stochastic rounding."""
+    return four_bit_weight(layer, path, "stochastic", seed).packed
 
 
 @torch.no_grad()
@@ -376,7 +381,7 @@ def _save_gguf(
     dtype_name = str(dtype).removeprefix("torch.")
     check_options(config, dtype_name)  # before the tokenizer, whose errors say how to go on
     sources = []
-    for entry in _all_entries(model, config, None, "gguf"):
+    for entry in _all_entries(model, config, None, _Storage("gguf")):
         sources.append((entry.name, entry.shape, entry.make))
     fields = None
     if tokenizer is not None:

@@ -140,3 +140,34 @@ def remedy(storage: Storage) -> str:
         f'Load the base with quantize="nf4", {options} (ml.load_model), or call '
         f"ml.quantize_model(model, {options}) before load_adapter."
     )
+
+
+def bitsandbytes_config(model: nn.Module, dtype: str) -> dict[str, Any]:
+    """Return the fields of transformers' BitsAndBytesConfig.
+
+    A list of exceptions replaces transformers' default, which is the head alone.
+
+    Args:
+        model: A model with 4-bit layers.
+        dtype: Name of the dtype of the computation, such as "bfloat16".
+    """
+    dense = set()
+    double_quant = False
+    for name, module in named_modules(model):
+        if isinstance(module, nn.Linear):
+            dense.add(name.removesuffix(".base_layer"))
+        elif isinstance(module, NF4Linear) and module.weight.double_quant:
+            double_quant = True
+    skip = None
+    if dense - {"lm_head"}:
+        skip = sorted({*dense, "lm_head"})
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skip,
+    }

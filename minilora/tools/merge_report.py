@@ -1,29 +1,18 @@
-"""Measurement of the loss from merging, on the weights, before anything is written.
+"""Measurement of the loss from merging, before anything is written.
 
-Let W be the weight that the adapter was trained on, ΔW = Σ s · B A, and M(t) the weight that a
-merge would store at target t:
+The weights alone do not show what a merge costs (merge_figures.py). With held-out rows the report
+therefore measures losses L, in nats per token:
 
-    size       ‖ΔW‖ / ‖W‖                      the size of the update relative to the weight
-    error(t)   ‖M(t) − (W + ΔW)‖ / ‖ΔW‖         distance from the trained model; at 1 it is as large
-                                               as the adapter's whole effect
-    cosine(t)  of M(t) − base(t) with ΔW       the share of ΔW's direction that remains
+    recovery(t) = (L(base) − L(t)) / (L(base) − L(trained))    the share of what the adapter learned
+    nats(t)     = L(t) − L(trained)                            the cost of the merge
 
-The targets float32, bfloat16, float16 and nf4 (4-bit bases only) round W + ΔW, with base(t) = W.
-The target "original" uses W₁₆, the 16-bit weight that W was quantised from, with base(t) = W₁₆.
-There M = W₁₆ + ΔW keeps ΔW but removes the quantisation error, which was present during training;
-the error of this target is the quantisation error. All norms are Frobenius norms. W + ΔW is
-computed in fp64, and M as `merge` computes it.
-
-The weights alone do not show what a merge costs: rounding is an error in random directions, which
-may leave the loss unchanged. With held-out rows the report therefore measures losses L:
-
-    kept(t) = (L(base) − L(t)) / (L(base) − L(trained))     the share of what the adapter learned
-
-and ends in one sentence a target. Without rows it states that the cost is unknown.
+L(trained) is the loss with the adapter unmerged, and L(base) the loss without it, of a base in the
+same storage: for the target "original" the base before its quantisation. The report ends in one
+sentence a target. Without rows it states how much of the update is stored, and that the cost is
+unknown.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,34 +25,26 @@ from minilora.common.progress import ProgressBar
 from minilora.data.read_rows import read_dataset
 from minilora.evaluation.evaluate import evaluate
 from minilora.lora.active import disable_adapters
-from minilora.lora.base_layers.dense_weight import dense_dtype, dense_weight, no_dense_weight
-from minilora.lora.embedding_conv import unwrapped
-from minilora.lora.layer import LoRALayer
-from minilora.lora.merging.changes import deltas
-from minilora.lora.merging.merge import STORAGES, check_dense_weights, merge, merged_weight
+from minilora.lora.merging.four_bits import check_rounding
+from minilora.lora.merging.merge import STORAGES, check_dense_weights, merge
 from minilora.lora.registry import lora_layers
-from minilora.quant.nf4_linear import NF4Linear
-from minilora.tools.merge_conclusions import conclusion_from_weights, measured_conclusion
-from minilora_kernels import dequantize_nf4, quantize_nf4
+from minilora.tools.merge_conclusions import (
+    Measured,
+    conclusion_from_weights,
+    measured_conclusion,
+    refusal,
+)
+from minilora.tools.merge_figures import (
+    FOUR_BITS,
+    LayerReport,
+    Rounding,
+    layer_report,
+    layer_sums,
+)
 
+ROWS = 64  # whose losses differ by the merge alone: each target is measured on the same rows
+ORIGINAL_BASE = "original base"  # key of the loss of the original without the adapter
 SHOWN = 10  # layers in the printed table
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """The figures of one layer, or of all layers as one long vector.
-
-    Attributes:
-        name: Path of the layer in the model, or "all layers".
-        size: ‖ΔW‖ / ‖W‖.
-        error: Maps a target to its error.
-        cosine: Maps a target to its cosine.
-    """
-
-    name: str
-    size: float
-    error: dict[str, float]
-    cosine: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -73,26 +54,37 @@ class MergeReport:
     Attributes:
         layers: The layers with an effective adapter, largest error first.
         total: All layers as one long vector.
-        losses: Maps a target, "trained" (with the adapter) or "base" (without it) to a measured
-            loss; empty if no loss was measured.
+        losses: Maps a target, "trained" (with the adapter), "base" (without it) or "original base"
+            to a measured loss in nats per token; empty if no loss was measured.
+        refused: Maps a target to the reason why `merge` refuses it; only for measured losses.
+        rows: Number of rows of the losses.
     """
 
     layers: tuple[LayerReport, ...]
     total: LayerReport
     losses: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
 
     def __str__(self) -> str:
         targets = list(self.total.error)
         columns = "".join(f"{target:>16}" for target in targets)
-        lines = [f"{'error / cosine, by target':<34}‖ΔW‖/‖W‖{columns}"]
+        lines = [f"{'error / projection, by target':<34}‖ΔW‖/‖W‖{columns}"]
         for layer in self.layers[:SHOWN]:
             lines.append(_table_line(layer, targets))
         omitted = len(self.layers) - SHOWN
         if omitted > 0:
             lines.append(f"… {omitted} layers with a smaller error")
         lines.append(_table_line(self.total, targets))
-        for target, loss in self.losses.items():
-            lines.append(f"loss {target:<12}{loss:.4f}")
+        measured = self.measured
+        for name, loss in self.losses.items():
+            line = f"loss {name:<14}{loss:.4f}"
+            if name in measured:
+                line += f"   recovery {measured[name].recovery:.4f}"
+                line += f"   {measured[name].nats:+.4f} nats"
+            lines.append(line)
+        if self.rows:
+            lines.append(f"losses of {self.rows} held-out rows, in nats per token")
         return "\n".join([*lines, *self._sentences()])
 
     def _repr_html_(self) -> str:
@@ -101,44 +93,79 @@ class MergeReport:
         for layer in [*self.layers[:SHOWN], self.total]:
             rows.append([layer.name, f"{layer.size:.2%}", *_cells(layer, targets)])
         if self.losses:
-            losses = [_loss_text(self.losses.get(target)) for target in targets]
+            losses = [_number(self.losses.get(target)) for target in targets]
             rows.append(["loss", "", *losses])
-        return html_table(["error / cosine", "‖ΔW‖/‖W‖", *targets], rows, self._sentences())
+        measured = self.measured
+        if measured:
+            recovery = [_number(self.recovery.get(target)) for target in targets]
+            rows.append(["recovery", "", *recovery])
+        return html_table(["error / projection", "‖ΔW‖/‖W‖", *targets], rows, self._sentences())
 
     @property
-    def kept(self) -> dict[str, float]:
-        """The share of what the adapter learned that each target keeps.
+    def measured(self) -> dict[str, Measured]:
+        """Recovery and nats of each target with a measured loss.
 
-        Empty if no loss was measured, or if the adapter does not lower the loss on the rows.
+        Empty if no loss was measured; without a target whose base has no higher loss than the
+        trained model, because such rows do not show what the adapter learned.
         """
-        base = self.losses.get("base", -math.inf)
         trained = self.losses.get("trained", math.inf)
-        if not base > trained:
-            return {}
-        shares = {}
+        figures = {}
         for target in self.total.error:
-            if target in self.losses:
-                shares[target] = (base - self.losses[target]) / (base - trained)
-        return shares
+            base = self.losses.get("base", -math.inf)
+            if target == "original":
+                base = self.losses.get(ORIGINAL_BASE, base)
+            if target in self.losses and base > trained:
+                loss = self.losses[target]
+                recovery = (base - loss) / (base - trained)
+                figures[target] = Measured(recovery, loss - trained)
+        return figures
+
+    @property
+    def recovery(self) -> dict[str, float]:
+        """The share of what the adapter learned that each measured target keeps."""
+        return {target: figures.recovery for target, figures in self.measured.items()}
 
     @property
     def conclusions(self) -> dict[str, str]:
         """One sentence a target: what a merge into it keeps, and what to do."""
-        kept = self.kept
+        measured = self.measured
+        total = self.total
         sentences = {}
-        for target in self.total.error:
-            if target in kept:
-                sentences[target] = measured_conclusion(kept, target)
+        for target in total.error:
+            if target in self.refused:
+                sentences[target] = f"is refused. {self.refused[target]}"
+            elif target in measured:
+                sentences[target] = measured_conclusion(measured, target)
             else:
                 sentences[target] = conclusion_from_weights(
-                    target, self.total.error[target], self.total.cosine[target]
+                    target, total.error[target], total.projection[target], total.size
                 )
         return sentences
+
+    @property
+    def preferred(self) -> str | None:
+        """The target in 4 bits with the lowest loss; None unless several were measured."""
+        measured = [target for target in FOUR_BITS if target in self.losses]
+        if len(measured) < 2:
+            return None
+        return min(measured, key=self.losses.__getitem__)
+
+    def refusal(self, target: str) -> str | None:
+        """Return why a merge into 4 bits should not be written; None if it may be.
+
+        Args:
+            target: A target of the report. Targets in 16 and 32 bits are never refused.
+        """
+        if target not in FOUR_BITS or target not in self.total.projection:
+            return None
+        if target in self.refused:
+            return self.refused[target]
+        return refusal(target, self.measured, self.total.projection[target])
 
     def _sentences(self) -> list[str]:
         """Return the conclusions as lines, with a remark on losses that say nothing."""
         lines = []
-        if "base" in self.losses and not self.kept:
+        if "base" in self.losses and not self.measured:
             lines.append(
                 f"The adapter does not lower the loss on these rows ({self.losses['base']:.4f} "
                 f"without it, {self.losses['trained']:.4f} with it), so they cannot show what a "
@@ -146,22 +173,24 @@ class MergeReport:
             )
         for target, sentence in self.conclusions.items():
             lines.append(f"merge into {target}: {sentence}")
+        if self.preferred is not None:
+            lines.append(f"in 4 bits, {self.preferred} has the lowest loss.")
         return lines
 
 
 def _cells(layer: LayerReport, targets: list[str]) -> list[str]:
-    """Return error and cosine of each target; empty where the layer lacks the target."""
+    """Return error and projection of each target; empty where the layer lacks the target."""
     cells = []
     for target in targets:
         cell = ""
         if target in layer.error:
-            cell = f"{layer.error[target]:.2g} / {layer.cosine[target]:.3f}"
+            cell = f"{layer.error[target]:.2g} / {layer.projection[target]:.3f}"
         cells.append(cell)
     return cells
 
 
-def _loss_text(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.4f}"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _table_line(layer: LayerReport, targets: list[str]) -> str:
@@ -177,6 +206,9 @@ def merge_report(
     *,
     tokenizer: Any = None,
     data: Any = None,
+    rows: int | None = ROWS,
+    rounding: str = "stochastic",
+    seed: int = 0,
 ) -> MergeReport:
     """Measure every layer with an active adapter, without changing the model.
 
@@ -186,28 +218,49 @@ def merge_report(
     Args:
         model: A model with an active adapter.
         original: A model with the same layer names that contains the weights `model` was
-            quantised from; it adds the target "original". None leaves that target out. Its loss
-            is measured if the same adapter is active in it.
+            quantised from; it adds the targets "original" and, of a 4-bit base, "original-nf4".
+            None leaves them out. The loss of "original" is measured if the same adapter is active
+            in it.
         tokenizer: The model's tokenizer, for `data`.
         data: Held-out rows of the adapter's task, in any form that `train` accepts. None measures
             no loss.
+        rows: Number of rows of `data`, from the first; None takes all.
+        rounding: How the target "nf4" rounds, as in `merge`.
+        seed: Seed of the draws of the target "nf4".
 
     Returns:
         The figures by layer and in total, and one sentence a target.
 
     Raises:
         ValueError: No active adapter changes a weight, a dense weight cannot be read, `original`
-            lacks a layer or contains it in another shape, or `data` has no `tokenizer`.
+            lacks a layer or contains it in another shape, `data` has no `tokenizer`, the rounding
+            is unknown, or `rows` is below 1.
     """
     if data is not None and tokenizer is None:
         raise ValueError("data: the loss of rows needs the tokenizer, which is None: pass it.")
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows: expected at least 1, or None for all, got {rows}.")
+    check_rounding(rounding)
     model = unwrap_model(model)
     check_dense_weights(model)
+    four_bit_rounding = Rounding(rounding, seed)
+    report = _report_of_weights(model, original, four_bit_rounding)
+    if data is None:
+        return report
+    measured_rows = read_dataset(data)[:rows]
+    losses = _Losses(model, original, tokenizer, measured_rows, four_bit_rounding)
+    return losses.added_to(report)
+
+
+def _report_of_weights(
+    model: nn.Module, original: nn.Module | None, rounding: Rounding
+) -> MergeReport:
+    """Return the report without losses."""
     sums_by_layer: dict[str, dict[str, Tensor]] = {}
     active = {path: layer for path, layer in lora_layers(model).items() if layer.active}
     with ProgressBar("measure", len(active), "layer") as bar:
         for path, layer in active.items():
-            sums = _sums(path, layer, original)
+            sums = layer_sums(path, layer, original, rounding)
             delta_square = sums["float32"][0]
             if delta_square:
                 sums_by_layer[path] = sums
@@ -216,56 +269,86 @@ def merge_report(
         raise ValueError(
             "no active adapter changes anything: call load_adapter, set_adapter or train first."
         )
-
     total: dict[str, Tensor] = {}
     for sums in sums_by_layer.values():
         for target, values in sums.items():
             total[target] = total.get(target, 0) + values  # (5,)
-    layers = [_report(path, sums) for path, sums in sums_by_layer.items()]
+    layers = [layer_report(path, sums) for path, sums in sums_by_layer.items()]
     layers.sort(key=lambda layer: -max(layer.error.values()))
-    report = MergeReport(tuple(layers), _report("all layers", total))
-    if data is None:
-        return report
-    return replace(report, losses=_losses(model, original, list(total), tokenizer, data))
+    return MergeReport(tuple(layers), layer_report("all layers", total))
 
 
-def merged_as(model: nn.Module, original: nn.Module | None, target: str) -> nn.Module:
+def merged_as(
+    model: nn.Module,
+    original: nn.Module | None,
+    target: str,
+    rounding: str = "stochastic",
+    seed: int = 0,
+) -> nn.Module:
     """Return the merged model as a target of the report stores it.
 
     Args:
         model: The model with its active adapter.
-        original: The model that was quantised, with the same adapter; for the target "original".
-        target: "original", or a key of STORAGES.
+        original: The model that was quantised, for the targets "original", for which the same
+            adapter is active in it, and "original-nf4".
+        target: "original", "original-nf4", or a key of STORAGES.
+        rounding: How the target "nf4" rounds, as in `merge`.
+        seed: Seed of the draws of the target "nf4".
     """
     if target == "original":
         assert original is not None
         return merge(original)
+    if target == "original-nf4":
+        assert original is not None
+        return merge(model, "nf4", original=original)
+    if target == "nf4":
+        return merge(model, "nf4", rounding=rounding, seed=seed)
     merged = merge(model, target)
     dtype = STORAGES.get(target)
     return merged if dtype is None else merged.to(dtype)
 
 
-def _losses(
-    model: nn.Module, original: nn.Module | None, targets: list[str], tokenizer: Any, data: Any
-) -> dict[str, float]:
-    """Return the losses without the adapter, with it, and after each merge."""
-    rows = read_dataset(data)
+@dataclass(frozen=True)
+class _Losses:
+    """The models and rows whose losses are measured."""
 
-    def loss(measured: nn.Module) -> float:
-        return evaluate(measured, tokenizer, rows, max_new_tokens=0).loss
+    model: nn.Module
+    original: nn.Module | None
+    tokenizer: Any
+    rows: Any
+    rounding: Rounding
 
-    with disable_adapters(model):
-        losses = {"base": loss(model)}
-    losses["trained"] = loss(model)
-    for target in targets:
-        if target == "original" and not _has_active_adapter(original):
-            continue
-        losses[target] = loss(merged_as(model, original, target))
-    return losses
+    def added_to(self, report: MergeReport) -> MergeReport:
+        """Return the report with the losses without the adapter, with it, and after each merge."""
+        with disable_adapters(self.model):
+            losses = {"base": self._loss(self.model)}
+        losses["trained"] = self._loss(self.model)
+        refused = {}
+        for target in report.total.error:
+            if target == "original":
+                if self.original is None or not _has_active_adapter(self.original):
+                    continue
+                with disable_adapters(self.original):
+                    losses[ORIGINAL_BASE] = self._loss(self.original)
+            try:
+                merged = merged_as(
+                    self.model, self.original, target, self.rounding.name, self.rounding.seed
+                )
+            except ValueError as error:  # the scales of the base cannot hold the update
+                if target not in FOUR_BITS:
+                    raise
+                refused[target] = str(error)
+                continue
+            losses[target] = self._loss(merged)
+        return replace(report, losses=losses, refused=refused, rows=len(self.rows))
+
+    def _loss(self, measured: nn.Module) -> float:
+        """Return the loss on the rows, in nats per supervised token."""
+        return evaluate(measured, self.tokenizer, self.rows, max_new_tokens=0).loss
 
 
-def _has_active_adapter(model: nn.Module | None) -> bool:
-    return model is not None and any(layer.active for layer in lora_layers(model).values())
+def _has_active_adapter(model: nn.Module) -> bool:
+    return any(layer.active for layer in lora_layers(model).values())
 
 
 @torch.inference_mode()
@@ -287,76 +370,6 @@ def first_difference(model: nn.Module, other: nn.Module, *inputs: Tensor) -> str
         if name != other_name or not torch.equal(output, other_output):
             return name
     return None
-
-
-def _sums(path: str, layer: LoRALayer, original: nn.Module | None) -> dict[str, Tensor]:
-    """Return by target the fp64 sums that the figures need; they add up over layers.
-
-    The five sums are ‖ΔW‖², ‖M − W − ΔW‖², ‖M − base‖², ⟨M − base, ΔW⟩ and ‖W‖².
-    """
-    W = merged_weight(layer.base_layer).double()  # (out, in)
-    delta = sum(deltas(layer, torch.float64))  # (out, in)
-    assert isinstance(delta, Tensor)
-    sums = {}
-    for target, M, base in _targets(path, layer, W, original):
-        stored = M - base  # (out, in)
-        error = M - W - delta  # (out, in)
-        values = [
-            _inner(delta, delta),
-            _inner(error, error),
-            _inner(stored, stored),
-            _inner(stored, delta),
-            _inner(W, W),
-        ]
-        sums[target] = torch.stack(values).cpu()  # (5,)
-    return sums
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of two tensors of one shape."""
-    return a.flatten() @ b.flatten()
-
-
-def _targets(
-    path: str, layer: LoRALayer, W: Tensor, original: nn.Module | None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (target, M, base) in fp64; only a layer in 4 bits has the target "nf4"."""
-    merged = merged_weight(layer)  # (out, in)
-    base = layer.base_layer
-    for target, dtype in STORAGES.items():
-        if dtype is not None:
-            yield target, merged.to(dtype).double(), W
-        elif isinstance(base, NF4Linear):
-            quantized = quantize_nf4(merged, base.blocksize, base.weight.double_quant)
-            yield target, dequantize_nf4(quantized, torch.float32).double(), W
-    if original is None:
-        return
-    module = dict(named_modules(original, remove_duplicate=False)).get(path)
-    if module is not None:
-        module = unwrapped(module)  # the same adapter may be loaded there
-    if module is None or no_dense_weight(module) or dense_weight(module).shape != W.shape:
-        raise ValueError(
-            f"original: expected a dense weight of shape {tuple(W.shape)} at {path}, got {module}. "
-            "Pass the model in 16 or 32 bits."
-        )
-    original_weight = dense_weight(module)  # (out, in)
-    merged_original = sum(deltas(layer, torch.float32), original_weight)  # (out, in)
-    stored = merged_original.to(dense_dtype(module) or torch.float32)  # (out, in)
-    yield "original", stored.double(), original_weight.double()
-
-
-def _report(name: str, sums: dict[str, Tensor]) -> LayerReport:
-    """Compute the figures from the sums of `_sums`."""
-    error = {}
-    cosine = {}
-    for target, values in sums.items():
-        delta_square, error_square, stored_square, stored_delta, _ = values
-        error[target] = math.sqrt(error_square / delta_square)
-        norms = (delta_square * stored_square).sqrt()
-        cosine[target] = (stored_delta / norms).nan_to_num(0).item()
-    delta_square, _, _, _, weight_square = sums["float32"]
-    size = (delta_square / weight_square).sqrt().item()
-    return LayerReport(name, size, error, cosine)
 
 
 def _leaf_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, Tensor]]:

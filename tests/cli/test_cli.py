@@ -169,7 +169,7 @@ def test_merge_writes_the_target_and_reports_its_error(place, adapter, capsys, t
     )
     said = capsys.readouterr().out
     report = merge_report(model, dense if target == "original" else None)
-    assert f"{report.total.error[target]:.2g} / {report.total.cosine[target]:.3f}" in said
+    assert f"{report.total.error[target]:.2g} / {report.total.projection[target]:.3f}" in said
     for name, scored in (("trained", model), (target, expected)):
         loss = ml.evaluate(scored, chat, ROWS, max_new_tokens=0).loss
         assert re.search(rf"loss {name} +{loss:.4f}", said)
@@ -177,55 +177,56 @@ def test_merge_writes_the_target_and_reports_its_error(place, adapter, capsys, t
 
 
 def test_merge_refuses_4_bits_that_lose_the_adapter(place, adapter, capsys):
-    run = [
-        "merge",
-        str(place / "model"),
-        adapter,
-        str(place / "small4"),
-        "--dtype",
-        "float32",
-        "--target",
-        "nf4",
-    ]
-    assert main([*run, "--quantize", "nf4"]) == 1
+    source, rows = str(place / "model"), str(place / "rows.jsonl")
+    folder = place / "small4"
+    run = ["merge", source, adapter, str(folder), "--dtype", "float32", "--target", "nf4"]
+    assert main([*run, "--quantize", "nf4", "--rounding", "nearest"]) == 1
     out, said = capsys.readouterr()
-    assert (
-        "all layers" in out
-        and re.search(r"cosine -?0\.[01]\d, expected 0\.5", said)
-        and "--force" in said
-    )
-    assert not (place / "small4").exists()
-    for more in ([], ["--data", str(place / "rows.jsonl")]):
+    assert "all layers" in out and "--force" in said
+    assert re.search(r"projection -?0\.\d\d on the update, expected 0\.9", said)
+    assert not folder.exists()
+    for more in ([], ["--data", rows]):
         assert (
             main([*run, *more, "--quantize", "none"]) == 1
             and "no layer with an active adapter is in 4 bits" in capsys.readouterr().err
         )
-    assert main(["merge", str(place / "model"), adapter, str(place / "x" / ".." / "model")]) == 1
+    assert main(["merge", source, adapter, str(place / "x" / ".." / "model")]) == 1
     assert "is the base itself" in capsys.readouterr().err
 
 
-def test_merge_writes_4_bits_when_forced(place, adapter, capsys):
-    source, folder = str(place / "model"), str(place / "forced4")
-    run = [
-        "merge",
-        source,
-        adapter,
-        folder,
-        "--dtype",
-        "float32",
-        "--quantize",
-        "nf4",
-        "--target",
-        "nf4",
-        "--force",
-    ]
-    assert main(run) == 0 and "every stage gives the same bits" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounding", "nearest"], "--rounding is for --target nf4"),
+        (["--target", "nf4", "--rounding", "nearest", "--seed", "1"], "--seed is for"),
+        (["--seed", "1"], "--seed is for"),
+        (["--rows", "3"], "--rows counts the rows of --data"),
+    ],
+)
+def test_merge_refuses_options_that_would_change_nothing(place, adapter, capsys, options, message):
+    run = ["merge", str(place / "model"), adapter, str(place / "none"), "--dtype", "float32"]
+    assert main([*run, *options]) == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["drawn", "nearest", "original-nf4"])
+def test_merge_writes_4_bits(place, adapter, capsys, target):
+    """Draws keep the update and are written; the nearest levels are written when forced."""
+    source, folder = str(place / "model"), str(place / f"4-bits-{target}")
+    run = ["merge", source, adapter, folder, "--dtype", "float32", "--quantize", "nf4"]
+    options: dict = {"seed": 3}
+    given = ["--target", "nf4", "--seed", "3"]
+    if target == "nearest":
+        options = {"rounding": "nearest"}
+        given = ["--target", "nf4", "--rounding", "nearest", "--force"]
+    if target == "original-nf4":
+        options = {"original": ml.load_model(source, dtype="float32")}
+        given = ["--target", "original-nf4"]
+    assert main([*run, *given]) == 0
+    assert "every stage gives the same bits" in capsys.readouterr().out
     model = ml.load_model(source, quantize="nf4", dtype="float32")
     ml.load_adapter(model, adapter)
-    expected, written = (
-        ml.merge(model, "nf4").state_dict(),
-        ml.load_model(folder, dtype="float32").state_dict(),
-    )
+    expected = ml.merge(model, "nf4", **options).state_dict()
+    written = ml.load_model(folder, dtype="float32").state_dict()
     assert all(torch.equal(value, written[key]) for key, value in expected.items())
 
 
@@ -248,7 +249,7 @@ def test_merge_reports_a_damaged_folder_and_a_higher_loss(place, adapter, capsys
     merge = ml.merge
     monkeypatch.setattr(
         "minilora.tools.merge_report.merge",
-        lambda *given: torch.nn.Module.apply(merge(*given), zero_norms),
+        lambda *given, **options: torch.nn.Module.apply(merge(*given, **options), zero_norms),
     )
     main([*run, "--data", str(place / "rows.jsonl")])
     assert "raises the loss" in capsys.readouterr().err

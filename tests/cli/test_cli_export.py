@@ -92,9 +92,25 @@ def test_bnb_4bit_is_the_model_in_nf4(place, capsys, adapter):
             expected = merged(place, "nf4", "nf4")
         else:
             expected = ml.load_model(place / "model", dtype="float32", quantize="nf4")
-    assert ("loses a part of the adapter" in capsys.readouterr().out) == adapter
+    assert ("(stochastic), which adds noise to the adapter" in capsys.readouterr().out) == adapter
     found = ml.load_model(out, dtype="float32").state_dict()
     assert all(torch.equal(value, found[key]) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [(["--seed", "7"], {"seed": 7}), (["--rounding", "nearest"], {"rounding": "nearest"})],
+)
+@pytest.mark.filterwarnings("ignore:.*was trained on a base that was")
+def test_bnb_4bit_is_rounded_as_asked(place, tmp_path, given, options):
+    out = tmp_path / "four"
+    run = ["export", str(place / "model"), str(out), "--adapter", str(place / "adapter")]
+    assert main([*run, "--format", "bnb-4bit", *given]) == 0
+    model = ml.load_model(place / "model", dtype="float32", quantize="nf4")
+    ml.load_adapter(model, place / "adapter", check_base=False)
+    expected = ml.merge(model, "nf4", **options).state_dict()
+    found = ml.load_model(out, dtype="float32").state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
 @pytest.mark.parametrize("options", [[], ["--format", "bnb-4bit"]])
@@ -120,6 +136,12 @@ def test_the_folder_of_an_adapter_is_exported_like_its_base_and_adapter(place, t
         (["m", "{place}/a", "--dtype", "q8_0"], "q8_0 is a type of GGUF files"),
         (["m", "{place}/model/config.json/a"], "is not writable"),
         (["m", "{place}/a", "--format", "bnb-4bit", "--quantize", "none"], "makes them dense"),
+        (["{place}/model", "{place}/a", "--seed", "1"], "are for --format bnb-4bit with an"),
+        (
+            ["{place}/adapter", "{place}/a", "--format", "bnb-4bit", "--seed", "1"]
+            + ["--rounding", "nearest"],
+            "--seed is for stochastic rounding",
+        ),
     ],
 )
 def test_the_target_is_checked_before_the_model_is_loaded(place, capsys, arguments, message):

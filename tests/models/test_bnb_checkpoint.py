@@ -301,16 +301,38 @@ def test_adapters_are_merged_and_rounded_again_only_when_asked_for(nested, tmp_p
         with pytest.raises(ValueError, match=message):
             saved(model, tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
-    merged = ml.merge(model)
-    again = mine(saved(model, tmp_path / "yes", merge=True, requantize=True))
-    for name in layers(again):
-        weight = again.get_submodule(name).weight
-        if name.endswith(("q_proj", "up_proj")):
-            expected = ml.quantize_nf4(merged.get_submodule(name).weight.detach())
-        else:
-            expected = model.get_submodule(name).weight
-        assert torch.equal(weight.packed, expected.packed), name
-        assert torch.equal(weight.absmax, expected.absmax), name
+    for name in ("stochastic", "nearest"):
+        folder = saved(model, tmp_path / name, merge=True, requantize=name)
+        merged = ml.merge(model, "nf4", rounding=name)
+        assert equal(merged.state_dict(), mine(folder).state_dict()), name
+    default = saved(model, tmp_path / "default", merge=True, requantize=True)
+    assert equal(stored(default), stored(tmp_path / "stochastic"))
+    other = saved(model, tmp_path / "seed", merge=True, requantize=True, seed=1)
+    assert not equal(stored(default), stored(other))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bitsandbytes_reads_merged_codes_to_the_same_values(tmp_path, double_quant):
+    """Only the codes differ from the base's file: scales and settings have equal bytes."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    save(tmp_path / "base", **WIDE)
+    model = mine(tmp_path / "base", quantize="nf4", double_quant=double_quant)
+    base = stored(saved(model, tmp_path / "four"))
+    ml.inject(model, ml.LoRAConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    folder = saved(model, tmp_path / "merged", merge=True, requantize=True)
+    changed = {key for key, value in stored(folder).items() if not torch.equal(value, base[key])}
+    assert len(changed) == 6
+    assert all(key.endswith(("q_proj.weight", "up_proj.weight")) for key in changed)
+    reference = theirs(folder, torch.float32).train()
+    merged = ml.merge(model, "nf4")
+    for name in layers(merged):
+        weight = reference.get_submodule(name).weight
+        expected = ml.dequantize_nf4(merged.get_submodule(name).weight)
+        assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), expected), name
 
 
 def test_an_adapter_on_a_dense_layer_needs_no_rounding(tmp_path):

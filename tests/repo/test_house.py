@@ -42,9 +42,10 @@ READING_PATH = (
 )
 READING_PATH_FILES = 50
 PARAMETERS = 8
-# The public function with the most parameters; all after the model are keyword-only.
+# The public functions with the most parameters; all after the model or folder are keyword-only.
 PARAMETERS_OF = {
     "minilora/models/loader.py:load_model": 9,
+    "minilora/models/save.py:save_model": 9,
 }
 FOLDER_FILES = 14  # __init__.py and __main__.py not counted
 

@@ -3,7 +3,7 @@
     W' = W + Σ s · B A,    b' = b + Σ s · b_A
 
 The sum is computed in fp32 and rounded once, to the dtype of the base. A 4-bit base becomes dense,
-and so does a base of bitsandbytes.
+and so does a base of bitsandbytes. The storage "nf4" keeps a 4-bit base in 4 bits (four_bits.py).
 Merging cannot be undone: rounding loses the values that it would need (in bf16, PEFT's merge and
 unmerge change weights of the base). Layers that share a weight still share it after merging if they
 share their adapters too (tie="shared"). Otherwise the tie ends, and the config states it.
@@ -13,7 +13,6 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -37,11 +36,15 @@ from minilora.lora.base_layers.dense_weight import (
 from minilora.lora.embedding_conv import active_adapters, unwrapped
 from minilora.lora.layer import LoRALayer, linear_features
 from minilora.lora.merging.changes import deltas
+from minilora.lora.merging.four_bits import (
+    check_rounding,
+    four_bit_weight,
+    requantized_original,
+)
 from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
 from minilora.lora.trained_parts.trained_state import remove_hooks
 from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 from minilora.quant.nf4_linear import NF4Linear
-from minilora_kernels import quantize_nf4
 
 STORAGES = {
     "float32": torch.float32,
@@ -135,22 +138,35 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return plain.train(layer.training)
 
 
-def _quantized(layer: LoRALayer) -> nn.Module:
-    """Return the merged layer, quantised again with the settings of its base if that is 4-bit."""
+def _quantized(
+    path: str, layer: LoRALayer, rounding: str, seed: int, original: nn.Module | None
+) -> nn.Module:
+    """Return the merged layer, in 4 bits with the settings of its base if that is 4-bit."""
     base = layer.base_layer
     if not isinstance(base, NF4Linear):
         return dense(layer)
-    weight = quantize_nf4(merged_weight(layer), base.blocksize, base.weight.double_quant)
+    if original is None:
+        weight = four_bit_weight(layer, path, rounding, seed)
+    else:
+        weight = requantized_original(layer, path, original)
     bias = merged_bias(layer)
     if bias is not None:
         bias = bias.to(base.dtype, copy=True)
-    return NF4Linear(replace(weight, dtype=base.dtype), bias).train(layer.training)
+    # deepcopy: the scales of `weight` may be those of the base
+    return NF4Linear(copy.deepcopy(weight), bias).train(layer.training)
 
 
 # ---- a whole model
 
 
-def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
+def merge(
+    model: nn.Module,
+    storage: str | None = None,
+    *,
+    rounding: str = "stochastic",
+    seed: int = 0,
+    original: nn.Module | None = None,
+) -> nn.Module:
     """Return a new model without adapters that computes the same. `model` is not changed.
 
     The new model has no wrappers, such as those of torch.compile. A warning reports biases that a
@@ -161,18 +177,33 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
         storage: Storage of the layers that have an active adapter or are quantised: "float32",
             "bfloat16" or "float16"; None is the dtype from which each weight was made, or for 8-bit
             layers of bitsandbytes, which do not know it, the dtype of the rest of the model. "nf4"
-            quantises merged layers of a 4-bit base again, which costs most of a small adapter:
-            measure it first (`merge_report`).
+            keeps merged layers of a 4-bit base in 4 bits: measure it first (`merge_report`).
+        rounding: Rounding to "nf4". "stochastic" draws one of the two neighbouring levels, so that
+            the update is kept on average, with the scales of the base. "nearest" computes new
+            scales and takes the nearest level; it returns the base if the adapter is small, and is
+            for comparison and for updates as large as the gap between two levels.
+        seed: Seed of the draws. They depend on it and on the names of the layers only.
+        original: The model in 16 or 32 bits that the base was quantised from. With "nf4", merged
+            layers are then W₁₆ + Σ s · B A, quantised as the base was, without draws.
 
     Raises:
-        ValueError: No adapter is active, the storage is unknown, "nf4" is requested without a 4-bit
-            layer under an active adapter, an adapter of a convolution with groups is active, or the
-            dense weight of a layer with an active adapter cannot be read.
+        ValueError: No adapter is active, the storage or the rounding is unknown, "nf4" is requested
+            without a 4-bit layer under an active adapter, an adapter of a convolution with groups
+            is active, the dense weight of a layer with an active adapter cannot be read, the scales
+            of the base cannot hold half of an update, or `original` is given without "nf4" or lacks
+            a layer.
     """
     model = unwrap_model(model)
+    paths = {id(layer): path for path, layer in lora_layers(model).items()}
     layers = list(lora_layers(model).values())
     active = [layer for layer in layers if layer.active]
     _check_storage(active, storage)
+    check_rounding(rounding)
+    if original is not None and storage != "nf4":
+        raise ValueError(
+            f"original: expected storage='nf4' with it, got {storage!r}. To merge into the original "
+            "in 16 bits, load the adapter into it and merge that model."
+        )
     check_dense_weights(model)
     # Replacements by the id of the module that they replace. As the memo of deepcopy below, they
     # become the modules' copies.
@@ -184,7 +215,9 @@ def merge(model: nn.Module, storage: str | None = None) -> nn.Module:
     with ProgressBar("merge", len(modules), "layer") as bar:
         for module in modules:
             if storage == "nf4":
-                replaced[id(module)] = _quantized(cast(LoRALayer, module))
+                layer = cast(LoRALayer, module)
+                path = paths[id(module)]
+                replaced[id(module)] = _quantized(path, layer, rounding, seed, original)
             else:
                 own_dtype = dense_dtype(unwrapped(module)) or _dtype_of_the_rest(model)
                 replaced[id(module)] = dense(module, dtype or own_dtype)
