@@ -43,6 +43,7 @@ SCRIPTS = {
     "bench_serve": (["--short"], "sides"),
     "variants": (["--short"], "variants"),
     "studies": (["--short"], "studies"),
+    "merging": (["--short"], "forms"),
 }
 # Scripts that compare with peer libraries and must also run without them.
 ALONE = (
