@@ -84,11 +84,11 @@ def print_inspection(adapter: Path) -> None:
 
 
 def print_merge_errors(model) -> None:
-    """Print the error of merging for each storage format, before any file is written."""
-    report = ml.merge_report(model)
-    print("\nerror of storing W + ΔW, relative to ΔW:")
-    for target, error in report.total.error.items():
-        print(f"  {target}: {error:.2g}")
+    """Print what each storage format keeps of the update, before any file is written."""
+    total = ml.merge_report(model).total
+    print("\nprojection of the stored change on ΔW, and error relative to ΔW:")
+    for target, error in total.error.items():
+        print(f"  {target}: {total.projection[target]:.3f}, {error:.2g}")
 
 
 def print_table(table: dict[str, dict]) -> None:

@@ -297,7 +297,7 @@ ml.save_adapter(model, folder / "adapter")
 report = ml.merge_report(model, tokenizer=tokenizer, data=test_rows[:32])
 print(report)
 assert report.losses["trained"] < report.losses["base"]
-assert report.kept["float16"] > 0.95
+assert report.recovery["float16"] > 0.95
 
 # %% [markdown]
 # fp16 keeps the adapter, and needs half the bytes of fp32. So the folder is written in fp16.

@@ -5,7 +5,8 @@ The comparison uses the logits of one dataset, stage by stage:
     trained          the base with the adapter, as in training; the reference
     merged           W + ΔW as one weight, in memory; differs by rounding only
     merged folder    a transformers folder, written and read back, with its tokenizer
-    4 bits           that folder quantised, written in bitsandbytes' format and read back
+    4 bits           in bitsandbytes' format, read back: the codes of a 4-bit base rounded again as
+                     `merge` does, or the merged folder quantised
     gguf             one file, with its own tokenizer
     served           many prompts in one batch, token by token from a cache, one adapter per row
 
@@ -43,18 +44,19 @@ from minilora.data.tokenizer import load_tokenizer
 from minilora.lora.batched import per_row_adapters
 from minilora.lora.files.save_load import load_adapter
 from minilora.lora.merging.merge import merge
+from minilora.lora.registry import lora_layers
 from minilora.losses.sft import SFT
 from minilora.models.loader import load_model
 from minilora.models.padded_batch import Context, inference
 from minilora.models.save import save_model
+from minilora.quant.nf4_linear import NF4Linear
 
 STAGES = ("trained", "merged", "merged folder", "4 bits", "gguf", "served")
 MAX_TOKENS = 512  # of answers: their logits over the vocabulary are kept in memory
 _ADAPTER = "default"
 _TOKENS_AT_ONCE = 64  # whose logits are converted to fp64 at the same time
 _FOUR_BIT_NOTE = (
-    "4 bits keep little of a small ΔW (minilora merge measures it): "
-    "keep the adapter separate from the base"
+    "4 bits add noise to ΔW (minilora merge measures it): keep the adapter separate from the base"
 )
 
 
@@ -219,10 +221,21 @@ def _folder_stages(
         yield "merged folder", result
 
         four_bit_folder = Path(folder) / "4"
-        quantized = load_model(merged_folder, quantize="nf4", dtype=dtype)
-        save_model(quantized, four_bit_folder, format="bnb-4bit")
-        del quantized
+        if _adapts_four_bits(trained):
+            save_model(trained, four_bit_folder, format="bnb-4bit", merge=True, requantize=True)
+        else:
+            quantized = load_model(merged_folder, quantize="nf4", dtype=dtype)
+            save_model(quantized, four_bit_folder, format="bnb-4bit")
+            del quantized
         yield "4 bits", _read_back("4 bits", four_bit_folder, dtype, tokenizer, rows, answers)
+
+
+def _adapts_four_bits(model: Any) -> bool:
+    """Return True if an active adapter is on a 4-bit layer."""
+    return any(
+        layer.active and isinstance(layer.base_layer, NF4Linear)
+        for layer in lora_layers(model).values()
+    )
 
 
 def _gguf_stage(

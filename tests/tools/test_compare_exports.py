@@ -107,6 +107,14 @@ def test_a_base_in_4_bits_and_a_tolerance(place):
     report, stages = compared(place, quantize="nf4", tolerance=10.0, rows=2)
     assert report.first is None and stages["merged"].kl < 1e-9 < stages["4 bits"].kl
     assert "no stage is different" in str(report)
+    # the 4-bit form is the one that `merge` and `export` write
+    trained = ml.load_model(place / "model", quantize="nf4", dtype="float32")
+    ml.load_adapter(trained, place / "adapter", check_base=False)
+    answers = answers_of(place, 2)
+    expected = _compare(
+        "4 bits", _logits(trained, answers), _logits(ml.merge(trained, "nf4"), answers), 10.0
+    )
+    assert stages["4 bits"].kl == pytest.approx(expected.kl, rel=1e-3)
     assert report.tokens == sum(len(answer.tokens) for answer in answers_of(place, 2))
 
 
