@@ -9,12 +9,13 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = ("minilora", "kernels/minilora_kernels")
+LIBRARY = ("minilora", "kernels/minilora_kernels", "kernels/minilora_ptx")
 STORIES = ("examples", "notebooks", "benchmarks")
 
 # A package imports only from lower floors. A new package needs a line here.
 FLOORS: dict[str, int] = {
     "minilora_kernels": 0,
+    "minilora_ptx": 1,
     "minilora.common": 1,
     "minilora.hub": 1,
     "minilora.quant": 2,
@@ -126,7 +127,7 @@ def imports(path: str, typed: bool = True) -> set[str]:
 
 def is_ours(name: str) -> bool:
     """Return True if a dotted name belongs to the library."""
-    return name.partition(".")[0] in ("minilora", "minilora_kernels")
+    return name.partition(".")[0] in ("minilora", "minilora_kernels", "minilora_ptx")
 
 
 def floor(module: str) -> int | None:
