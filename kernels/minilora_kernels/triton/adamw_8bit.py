@@ -70,9 +70,10 @@ def _codes(y, midpoints_ptr, SIGNED: tl.constexpr):
         )
         place = tl.minimum(place, line)
     # near 2^13 the lowest ten bits of the mantissa are the fraction, the eight above the integer
-    bin = (place.to(tl.int32, bitcast=True) >> 10) & 255
+    bin = place.to(tl.int32, bitcast=True) >> 10
     if SIGNED:  # 0, 1, 2, ... upwards from zero, -1, -2, -3, ... downwards
         bin = (bin ^ (y.to(tl.int32, bitcast=True) >> 31)) + 128
+    bin = bin & 255  # last, so that a NaN reads inside the table too
     entries = tl.load(midpoints_ptr + tl.arange(0, 256))
     midpoint = lookup(midpoints_ptr, entries, bin)
     # y > midpoint is the sign of midpoint - y, which needs no predicate: shift it down and subtract
