@@ -55,12 +55,14 @@ class Settings:
         counting: Count sectors, lines and bank passes.
         alter: Function that changes the PTX before it runs, for mutation tests.
         observer: Function called after each instruction, see `Machine`.
+        ctas: Numbers of the CTAs to run, None for all.
     """
 
     races: bool = True
     counting: bool = False
     alter: Callable[[str], str] | None = None
     observer: Observer | None = None
+    ctas: list[int] | None = None
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -172,7 +174,7 @@ def _run(
     # the last parameters are pointers to scratch memory, which these kernels do not use
     values = values + [0] * (len(kernel.parameters) - len(values))
     started = perf_counter()
-    machine.run(values, memory)
+    machine.run(values, memory, settings.ctas)
     return Launch(name, text, machine, grid, perf_counter() - started)
 
 

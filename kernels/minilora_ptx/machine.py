@@ -86,12 +86,18 @@ class Machine:
         self._leaders = {*kernel.labels.values()}
         self._handlers = [self._handler(instruction) for instruction in kernel.instructions]
 
-    def run(self, arguments: Sequence[int | float], memory: GlobalMemory) -> None:
-        """Run all CTAs.
+    def run(
+        self,
+        arguments: Sequence[int | float],
+        memory: GlobalMemory,
+        ctas: Sequence[int] | None = None,
+    ) -> None:
+        """Run the CTAs.
 
         Args:
             arguments: Value of each parameter: an address, an integer or a float.
             memory: The arrays that the kernel may access.
+            ctas: Numbers of the CTAs to run, None for all of the grid.
 
         Raises:
             Fault: At an access out of bounds or misaligned.
@@ -103,12 +109,11 @@ class Machine:
                 f"{self.kernel.name} has {len(self.kernel.parameters)} parameters, "
                 f"got {len(arguments)} arguments"
             )
-        total = int(np.prod(self.grid))
+        chosen = np.arange(int(np.prod(self.grid))) if ctas is None else np.array(ctas)
         at_once = max(1, LANES // self.threads)
         with np.errstate(all="ignore"):
-            for first in range(0, total, at_once):
-                ctas = np.arange(first, min(first + at_once, total))
-                self._run_ctas(ctas, arguments, memory)
+            for first in range(0, len(chosen), at_once):
+                self._run_ctas(chosen[first : first + at_once], arguments, memory)
 
     def _run_ctas(
         self, ctas: Array, arguments: Sequence[int | float], memory: GlobalMemory

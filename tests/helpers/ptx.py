@@ -2,9 +2,10 @@
 
 import importlib.util
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import numpy as np
+import pytest
 
 from helpers.source import ROOT
 from minilora_ptx import GlobalMemory, Machine, parse
@@ -70,6 +71,31 @@ def interpreted_tests(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def fast_cases(function: Callable) -> Callable:
+    """Return a copy of a test with those of its cases that are not slow."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    marks = []
+    for mark in getattr(function, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, values = mark.args
+            fast = [v for v in values if not any(m.name == "slow" for m in getattr(v, "marks", ()))]
+            mark = pytest.mark.parametrize(names, fast).mark
+        marks.append(mark)
+    copy.pytestmark = marks
+    return copy
+
+
+def shared_cases(cases: dict[str, list[str]]) -> dict[str, Callable]:
+    """Return the tests with these names, by module of tests/gpu/interpreted/."""
+    found = {}
+    for module_name, names in cases.items():
+        module = interpreted_tests(module_name)
+        found |= {name: fast_cases(getattr(module, name)) for name in names}
+    return found
 
 
 def without(text: str, number: int, opcode: str = "bar.sync") -> str:
