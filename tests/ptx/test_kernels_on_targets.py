@@ -50,10 +50,7 @@ globals().update(shared_cases(CASES))
 @pytest.fixture(autouse=True, params=["sm_75", "sm_86", "sm_90", "sm_120"])
 def on_the_machine(request):
     target = request.param
-    if (
-        target == "sm_75"
-        and "few_tokens" in request.node.name + request.function.__globals__["__name__"]
-    ):
+    if target == "sm_75" and request.function.__name__ in CASES["test_few_tokens"]:
         pytest.skip("sm_75 does not use this kernel")
     torch.manual_seed(0)
     with ptx_machine(target) as launches:

@@ -1,0 +1,5 @@
+"""The entry of `python -m minilora_ptx`."""
+
+from minilora_ptx.command import main
+
+main()
