@@ -2,23 +2,21 @@
 
 Reading order:
 
-    parse.py            text -> instructions
-    numbers.py          number formats and exact rounding
-    arithmetic.py       opcode -> numpy function
-    conversions.py      cvt
-    lanes.py            the threads and their registers
-    machine.py          branches, barriers, the loop over instructions
-    memory.py           extents, and who used which byte
-    access.py           loads and stores
-    warp.py             shuffles, votes, matrices
-    fragments.py        where the lanes hold the values of a matrix
-    wgmma.py            the matrix product of four warps
-    findings.py         races, divergent barriers, uninitialised reads
-    counts.py           instructions, sectors, lines and bank passes
-    from_triton.py      the launches of Triton's kernels
+    parse.py         text -> instructions
+    numbers.py       number formats and exact rounding
+    instructions/    opcode -> numpy function; shuffles and matrices
+    lanes.py         the threads and their registers
+    machine.py       branches, barriers, the loop over instructions
+    memory.py        extents, and who used which byte
+    access.py        loads and stores
+    findings.py      races, divergent barriers, uninitialised reads
+    counts.py        instructions, sectors, lines and bank passes
+    from_triton.py   the launches of Triton's kernels
+    examples.py      one launch of each kernel of minilora, with the result of its reference
+    command.py       python -m minilora_ptx run, step, count
 
-The package needs numpy; from_triton.py imports torch and Triton where it needs them. The library
-does not import it.
+The machine needs numpy; from_triton.py imports Triton where it needs it. The library does not
+import this package, and the wheel does not contain it.
 """
 
 from minilora_ptx.findings import Fault, Finding

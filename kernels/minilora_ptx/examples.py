@@ -61,11 +61,12 @@ def _random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _weight(rows: int, inner: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def _weight(rows: int, inner: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the parts of a weight in NF4 with double quantisation, and the dense weight in fp32."""
     packed, absmax = reference.quantize(_random(rows, inner, dtype=torch.float32), 64)
-    parts = (packed, *reference.double_quantize(absmax))
-    scales = reference.double_dequantize(*parts[1:])
+    codes, nested, offset = reference.double_quantize(absmax)
+    parts = (packed, codes, nested, offset)
+    scales = reference.double_dequantize(codes, nested, offset)
     dense = torch.empty(rows, inner)
     reference.dequantize(packed, scales, 64, dense)
     return parts, dense
@@ -90,10 +91,13 @@ def _quantize(launcher: Callable[..., tuple[Tensor, Tensor]]) -> list[Result]:
 def _double_quantize() -> list[Result]:
     """Quantise scales."""
     scales = _random(1000, dtype=torch.float32).abs()
-    found = nf4_quantize.double_quantize(scales)
+    codes, nested, offset = nf4_quantize.double_quantize(scales)
     expected = reference.double_quantize(scales)
-    names = ("codes", "nested absmax", "offset")
-    return [Result(*both) for both in zip(names, found, expected, strict=True)]
+    return [
+        Result("codes", codes, expected[0]),
+        Result("nested absmax", nested, expected[1]),
+        Result("offset", offset, expected[2]),
+    ]
 
 
 def _gemv(launcher: Callable[..., Tensor]) -> list[Result]:
@@ -159,10 +163,11 @@ def _rms_norm() -> list[Result]:
 def _norm_gradients() -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """Return x, w, r and dy of a norm, and the gradients of x and w in fp64."""
     x, w, dy = _random(5, 300), _random(300), _random(300, 5).T.contiguous()
-    exact = [t.double().requires_grad_() for t in (x, w)]
-    y = plain_rms_norm(*exact, 1e-5)
+    exact_x = x.double().requires_grad_()
+    exact_w = w.double().requires_grad_()
+    y = plain_rms_norm(exact_x, exact_w, 1e-5)
     r = 1 / (x.float().square().mean(1, keepdim=True) + 1e-5).sqrt()
-    return x, w, r, dy, torch.autograd.grad(y, exact, dy.double())
+    return x, w, r, dy, torch.autograd.grad(y, (exact_x, exact_w), dy.double())
 
 
 def _rms_norm_backward() -> list[Result]:
@@ -195,12 +200,14 @@ def _gated() -> list[Result]:
 def _gated_backward() -> list[Result]:
     """Compute the gradients of SwiGLU."""
     gate, up, dy = _random(3, 500), _random(500, 3).T.contiguous(), _random(3, 500, 1)[:, :, 0]
-    found = swiglu.gated_backward(gate, up, dy.contiguous(), False)
-    exact = [t.double().requires_grad_() for t in (gate, up)]
-    expected = torch.autograd.grad(plain_gated(*exact), exact, dy.double())
+    dgate, dup = swiglu.gated_backward(gate, up, dy.contiguous(), False)
+    exact_gate = gate.double().requires_grad_()
+    exact_up = up.double().requires_grad_()
+    y = plain_gated(exact_gate, exact_up)
+    expected = torch.autograd.grad(y, (exact_gate, exact_up), dy.double())
     return [
-        Result(name, *both, 2.0**-7)
-        for name, *both in zip(("dgate", "dup"), found, expected, strict=True)
+        Result("dgate", dgate, expected[0], 2.0**-7),
+        Result("dup", dup, expected[1], 2.0**-7),
     ]
 
 

@@ -22,15 +22,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from minilora_ptx.access import MemoryAccess
-from minilora_ptx.arithmetic import TABLE, Operation
-from minilora_ptx.conversions import conversion
 from minilora_ptx.counts import Counts
 from minilora_ptx.findings import Fault, Findings
+from minilora_ptx.instructions.arithmetic import TABLE, Operation
+from minilora_ptx.instructions.conversions import conversion
+from minilora_ptx.instructions.warp import WARP_OPERATIONS
 from minilora_ptx.lanes import WARP, Lanes
 from minilora_ptx.memory import SYNC, GlobalMemory
 from minilora_ptx.numbers import KINDS, Array
 from minilora_ptx.parse import Instruction, Kernel, PTXError, Register, Symbol, Vector
-from minilora_ptx.warp import WARP_OPERATIONS
 
 LANES = 4096  # that run at the same time: more need memory, fewer spend their time in Python
 
@@ -187,7 +187,7 @@ class Machine:
         if operation is None:
             raise PTXError(
                 f"the opcode {opcode} is not known: {instruction.where()}; add it to TABLE in "
-                "arithmetic.py, or to warp.py"
+                "instructions/arithmetic.py, or to warp.py"
             )
         return self._computation(operation)
 

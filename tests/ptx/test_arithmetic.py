@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from minilora_ptx.arithmetic import TABLE
-from minilora_ptx.conversions import conversion
+from minilora_ptx.instructions.arithmetic import TABLE
+from minilora_ptx.instructions.conversions import conversion
 from minilora_ptx.numbers import fma_f32, from_bf16, to_bf16, to_f16
 
 

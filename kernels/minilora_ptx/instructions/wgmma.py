@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minilora_ptx.findings import Fault
-from minilora_ptx.fragments import COLUMN, ROW, a_fragment
+from minilora_ptx.instructions.fragments import COLUMN, ROW, a_fragment
 from minilora_ptx.numbers import Array, from_bf16, to_f32
 from minilora_ptx.parse import Immediate, Instruction, Operand, Register, Vector
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minilora_ptx.fragments import COLUMN, LANE, ROW, a_fragment, values_of
+from minilora_ptx.instructions.fragments import COLUMN, LANE, ROW, a_fragment, values_of
+from minilora_ptx.instructions.wgmma import make_wgmma
 from minilora_ptx.numbers import Array, halves, joined, to_f32
 from minilora_ptx.parse import Instruction, Operand, Register, Vector
-from minilora_ptx.wgmma import make_wgmma
 
 if TYPE_CHECKING:
     from minilora_ptx.lanes import Lanes

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minilora_ptx.arithmetic import Operation
+from minilora_ptx.instructions.arithmetic import Operation
 from minilora_ptx.numbers import KINDS, Array, canonical, from_bf16, joined, to_bf16, to_f16
 
 ROUNDINGS = {"rn", "rni", "rzi", "rmi", "rpi"}
