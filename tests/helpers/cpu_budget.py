@@ -27,6 +27,7 @@ BUDGET = {
     "models": 60,
     "nf4": 15,
     "ops": 15,
+    "ptx": 40,
     "quant": 5,
     "repo": 70,
     "serving": 30,
