@@ -5,6 +5,7 @@ verify.py             compare a 4-bit checkpoint tensor by tensor
 compare_exports.py    compare a trained model in all its forms
 compare_runs.py       a table of several runs
 check_training.py     check that a model trains correctly
+merge_figures.py      the figures of a merge, from the weights
 merge_report.py       the error of merging into each storage
 merge_conclusions.py  the sentence that ends the report of a merge
 model_card.py         write the model card

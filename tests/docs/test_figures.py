@@ -93,7 +93,6 @@ FIGURES: dict[str, dict[str, list[str]]] = {
             'cell: assert abs(small.error["original"] * 0.003 - 0.092) < 0.005',
             "cell: assert shares[1] < 0.001",
         ],
-        "3. A model that learned something": ["given: a limit of minilora/cli/checkpoints.py"],
     },
 }
 
