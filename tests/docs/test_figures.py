@@ -92,6 +92,9 @@ FIGURES: dict[str, dict[str, list[str]]] = {
             'cell: assert 0.4 < small.error["bfloat16"] < 0.65',
             'cell: assert abs(small.error["original"] * 0.003 - 0.092) < 0.005',
             "cell: assert shares[1] < 0.001",
+            "cell: assert 0.039 < gaps.min() / 2 < 0.041",
+            'cell: assert 0.85 < reports[0].projection["original"] < 0.98',
+            "cell: assert 2.5 < noise[2] / noise[0] < 3.8",
         ],
     },
 }
