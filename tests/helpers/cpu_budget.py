@@ -27,7 +27,7 @@ BUDGET = {
     "models": 60,
     "nf4": 15,
     "ops": 15,
-    "ptx": 40,
+    "ptx": 20,
     "quant": 5,
     "repo": 70,
     "serving": 30,
