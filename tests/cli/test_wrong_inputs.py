@@ -16,6 +16,7 @@ from helpers.chats import furnish, ours
 from helpers.tiny import save
 from minilora.cli.main import main
 from minilora.data import Tokenizer
+from minilora.training.folder_lock import folder_lock
 
 MOST_LINES = 5
 SHORT = ["--max_steps", "5", "--dtype", "float32"]
@@ -216,6 +217,14 @@ def test_a_wrong_input_is_refused_before_the_model_is_loaded(name, place, capfd,
     check(arguments, remedy, capfd)
     after = {path: path.stat().st_mtime_ns for path in Path().rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_loaded(place, capfd, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(ml, "load_model", None)
+    with folder_lock(Path("busy")):
+        check([*TRAIN, "--output_dir", "busy"], "another run is writing to busy. Wait", capfd)
+    assert not Path("busy").exists()
 
 
 @pytest.mark.parametrize("path", ["nosuch", "./nosuch", "me/nosuch"])
