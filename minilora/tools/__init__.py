@@ -7,6 +7,7 @@ compare_runs.py       a table of several runs
 check_training.py     check that a model trains correctly
 merge_figures.py      the figures of a merge, from the weights
 merge_report.py       the error of merging into each storage
+merge_figures.py      the figures of a merge that the weights show
 merge_conclusions.py  the sentence that ends the report of a merge
 model_card.py         write the model card
 push_to_hub.py        upload a folder to the Hub
