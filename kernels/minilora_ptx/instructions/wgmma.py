@@ -56,14 +56,16 @@ def make_wgmma(instruction: Instruction) -> "Callable[[Machine, Instruction, Arr
         lanes = machine.lanes
         d, a, b, scale = instruction.operands[:4]
         assert isinstance(d, Vector)
-        if not lanes.by_warp(executing).all():
+        groups = executing.reshape(-1, GROUP)
+        if (groups.any(1) != groups.all(1)).any():
             raise Fault(f"a part of a warpgroup executes {instruction.where()}")
         if isinstance(a, Vector):
             registers = [lanes.by_warp(lanes.read(item, "b32")) for item in a.items]
             A = a_fragment(registers, kind)  # (warps, 16, 16)
         else:
-            A = _matrix(machine, instruction, a, (64, kind, transposed[-2])).reshape(-1, 16, 16)
-        B = _matrix(machine, instruction, b, (width, kind, transposed[-1]))
+            A = _matrix(machine, instruction, a, (64, kind, transposed[-2]), executing)
+            A = A.reshape(-1, 16, 16)
+        B = _matrix(machine, instruction, b, (width, kind, transposed[-1]), executing)
         B = np.repeat(B.swapaxes(1, 2), 4, axis=0)  # (warps, 16, N)
         keep = np.broadcast_to(lanes.read(scale, "pred"), lanes.count)
         D = A @ B
@@ -72,7 +74,7 @@ def make_wgmma(instruction: Instruction) -> "Callable[[Machine, Instruction, Arr
             row = ROW + 8 * (i // 2 % 2)
             column = COLUMN + i % 2 + 8 * (i // 4)
             before = np.zeros(lanes.count)
-            if keep.any():
+            if keep[executing].any():
                 before = np.where(keep, lanes.read(item, "f32"), np.float32(0))
             total = D[:, row, column].reshape(-1) + before.astype(np.float64)
             lanes.write(item.name, to_f32(total), executing)
@@ -87,12 +89,20 @@ def _constants(instruction: Instruction) -> tuple[list[int], list[int]]:
 
 
 def _matrix(
-    machine: "Machine", instruction: Instruction, operand: Operand, form: tuple[int, str, int]
+    machine: "Machine",
+    instruction: Instruction,
+    operand: Operand,
+    form: tuple[int, str, int],
+    executing: Array,
 ) -> Array:
-    """Return the matrix (warpgroups, n, 16) in fp64 that a descriptor states."""
+    """Return the matrix (warpgroups, n, 16) in fp64 that a descriptor states.
+
+    It is zero for a group that does not execute the instruction.
+    """
     width, kind, transposed = form
     lanes = machine.lanes
-    descriptor = np.broadcast_to(lanes.read(operand, "b64"), lanes.count)[::GROUP]  # (groups,)
+    active = np.flatnonzero(executing[::GROUP])  # groups
+    descriptor = np.broadcast_to(lanes.read(operand, "b64"), lanes.count)[::GROUP][active]
     mode = int(descriptor[0] >> np.uint64(62))
     if mode not in SWIZZLE_BYTES:
         raise Fault(f"a matrix without swizzle is not known: {instruction.where()}")
@@ -113,10 +123,12 @@ def _matrix(
     address = address ^ (((address >> 7) & mask) << 4)
     if address.max() + 2 > lanes.shared.size:
         raise Fault(f"out of bounds: a matrix ends past the shared memory. {instruction.where()}")
-    ctas = np.arange(len(descriptor)) * GROUP // lanes.threads
+    ctas = active * GROUP // lanes.threads
     place = address + ctas[:, None, None] * lanes.shared.size
     if machine.races and (lanes.shared.shadow.writer[place] < 0).any():
         machine.findings.add("uninitialised read", instruction, "a matrix in shared memory")
     bits = lanes.shared.views[2][place // 2]
     values = from_bf16(bits) if kind == "bf16" else bits.view(np.float16)
-    return values.astype(np.float64)
+    matrix = np.zeros((lanes.count // GROUP, width, 16))
+    matrix[active] = values
+    return matrix
