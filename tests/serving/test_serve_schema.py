@@ -25,7 +25,7 @@ QUICK = settings(
 BEYOND = re.compile(
     "exceed the 64|gives at most 2|differ: give one|only with stream|each from 0 to|chat template"
     "|expected text or a list of parts, got null|best_of: expected the value of n"
-    "|response_format|tool_choice: |tools: "
+    "|is a text, and it is not JSON|response_format|tool_choice: |tools: "
     "|n: expected at most|top_logprobs: allowed only|logit_bias: expected token ids from"
 )
 
