@@ -31,14 +31,16 @@ ABSENT = (
 )
 C_SOURCES = (
     "attention",
+    "attention_backward",
     "cross_entropy",
+    "linear_token",
     "nf4_dequantize",
     "nf4_gemv",
     "rms_norm",
     "rope",
     "swiglu",
 )
-C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h"}
+C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h", "tile.h"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
