@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.bounds import attention_sizes
 from helpers.tiny import python
 from helpers.toy import llama, lora, noise
 from minilora_kernels.c import bindings
@@ -129,54 +128,6 @@ def test_weights_of_attention(N, size, start, G):
         P, dS = att._weights(*wide, start, G)
     assert (scores - P).abs().max() <= 1e-6 and (dP - dS).abs().max() <= 1e-5
     assert torch.equal(scores == 0, P == 0)  # no attention to later tokens
-
-
-@given(
-    T=st.integers(1, 130),
-    d=st.sampled_from([32, 64, 96]),
-    kv_heads=st.integers(1, 2),
-    G=st.integers(1, 3),
-    laid_out=st.booleans(),
-)
-def test_backward_of_attention_in_tiles(T, d, kv_heads, G, laid_out):
-    """The gradients are those of fp64, within the rounding of their own sums (bounds.py)."""
-    q, k, v, dy = (
-        values(2, heads, T, d, dtype=torch.float32, seed=seed)
-        for seed, heads in enumerate((kv_heads * G, kv_heads, kv_heads, kv_heads * G))
-    )
-    if laid_out:  # as a model does it: heads next to each other
-        q, k, v, dy = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dy))
-    wide_q, wide_k, wide_v = (x.double().requires_grad_() for x in (q, k, v))
-    wide = att.plain_attention(wide_q, wide_k, wide_v)
-    exact = torch.autograd.grad(wide, (wide_q, wide_k, wide_v), dy.double())
-    found = bindings.attention_backward(q, k, v, dy, d**-0.5)
-    assert found is not None
-    bounds = attention_sizes(q, k, v, dy)[1:]
-    for gradient, wanted, bound in zip(found, exact, bounds, strict=True):
-        assert gradient.shape == wanted.shape
-        assert ((gradient - wanted).abs() <= EPS[torch.float32] * bound).all()
-
-
-def test_backward_of_attention_is_left_to_torch():
-    """The tiles take fp32 and heads of whole tiles only."""
-    x = values(1, 2, 9, 64, dtype=torch.float32)
-    assert bindings.attention_backward(x, x, x, x.bfloat16(), 1.0) is None
-    assert bindings.attention_backward(x, x, x, x.mT.contiguous().mT, 1.0) is None
-    narrow = x[..., :20].contiguous()
-    assert bindings.attention_backward(narrow, narrow, narrow, narrow, 1.0) is None
-
-
-def test_threads_do_not_change_a_bit_of_attention():
-    x = values(2, 3, 100, 64, dtype=torch.float32)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(bindings.attention_backward(x, x, x, x, 0.125))
-    finally:
-        torch.set_num_threads(before)
-    for found in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
 
 
 def test_threads_do_not_change_a_bit():

@@ -31,7 +31,6 @@ ABSENT = (
 )
 C_SOURCES = (
     "attention",
-    "attention_backward",
     "cross_entropy",
     "linear_token",
     "nf4_dequantize",
@@ -40,7 +39,7 @@ C_SOURCES = (
     "rope",
     "swiglu",
 )
-C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h", "tile.h"}
+C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

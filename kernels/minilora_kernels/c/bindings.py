@@ -28,13 +28,6 @@ _LIBRARIES = {
     torch.float32: Library("operations", _SOURCES, _HEADERS, _FLAGS),
     torch.bfloat16: Library("operations", _SOURCES, _HEADERS, [*_FLAGS, "-DBF16"]),
 }
-# Tiles of products in fp32; a product and a sum are one instruction.
-_TILES = Library(
-    "attention_backward",
-    [_FOLDER / "attention_backward.c"],
-    [_FOLDER / "numbers.h", _FOLDER / "tile.h"],
-    [*_FLAGS, "-ffp-contract=fast"],
-)
 _TENSOR_TYPES = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -46,8 +39,6 @@ def begin(dtype: torch.dtype) -> None:
     """
     if dtype in _LIBRARIES and wanted():
         _LIBRARIES[dtype].begin()
-    if dtype == torch.float32 and wanted():
-        _TILES.begin()
 
 
 def wanted() -> bool:
@@ -201,41 +192,6 @@ def attention_weights(scores: Tensor, dP: Tensor, start: int, G: int) -> bool:
     return _run("attention_weights", scores, dP, *scores.shape, start, G)
 
 
-def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the gradients of causal attention of T queries on the same T keys, in fp32.
-
-    Args:
-        q: Queries of shape (B, heads, T, d).
-        k: Keys of shape (B, kv_heads, T, d).
-        v: Values with the shape of k.
-        dy: Gradient of the output, with the shape of q.
-        scale: Factor on the scores.
-
-    Returns:
-        dq, a view of a contiguous (B, T, heads, d), and dk and dv with the shape of k; or None.
-    """
-    tensors = (q, k, v, dy)
-    for x in tensors:
-        if x.dtype != torch.float32 or x.stride(-1) != 1:
-            return None
-    B, heads, T, d = q.shape
-    dq = allocator.empty((B, T, heads, d), q.dtype, q.device).transpose(1, 2)  # (B, heads, T, d)
-    dk = allocator.empty(q.shape, q.dtype, q.device)  # (B, heads, T, d)
-    dv = allocator.empty(q.shape, q.dtype, q.device)  # (B, heads, T, d)
-    done = torch.ones(1, dtype=torch.int64)
-    G = heads // k.shape[1]
-    steps = [x.stride()[:3] for x in (*tensors, dq)]
-    arguments = (*tensors[1:], dq, dk, dv, q.shape, G, *steps, scale, done)
-    if not _run("attention_backward", q, *arguments, library=_TILES) or not done.item():
-        return None
-    if G > 1:  # the query heads of a key head
-        dk = dk.unflatten(1, (-1, G)).sum(2)  # (B, kv_heads, T, d)
-        dv = dv.unflatten(1, (-1, G)).sum(2)  # (B, kv_heads, T, d)
-    return dq, dk, dv
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
     """Rotate each head by the angles of its position.
 
@@ -295,17 +251,17 @@ def token_product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     return multiply
 
 
-def _run(name: str, first: Tensor, *arguments: Any, library: Library | None = None) -> bool:
+def _run(name: str, first: Tensor, *arguments: Any) -> bool:
     """Call a C function; return False where no compiled code fits the first tensor."""
     if not first.is_cpu or type(first) not in _TENSOR_TYPES or first.dtype not in _LIBRARIES:
         return False
     if not wanted():
         return False
-    loaded = (library or _LIBRARIES[first.dtype]).loaded(wait=True)
-    if loaded is None:
+    library = _LIBRARIES[first.dtype].loaded(wait=True)
+    if library is None:
         return False
     if type(first) is not FakeTensor:  # a fake tensor has no values, nor have its results
-        function = getattr(loaded, name)
+        function = getattr(library, name)
         function(*map(_as_c, (first, *arguments)))
     return True
 
