@@ -143,7 +143,7 @@ def train_and_adapt(
     """
 
     def perplexity(kind: str) -> float:
-        return ml.evaluate(model, tokenizer, rows[kind], batch_size=32).perplexity
+        return ml.evaluate(model, tokenizer, rows[kind]).perplexity
 
     shared = {"max_steps": 150, "per_device_train_batch_size": 32, "warmup_ratio": 0.1}
     if SHORT:

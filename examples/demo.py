@@ -49,14 +49,12 @@ class Measurement:
     """Figures of the model at one time.
 
     Attributes:
-        scores: figures on the held-out rows.
+        scores: figures on the held-out rows, and the answers to them.
         perplexity: perplexity of general prose.
-        answers: answers to the printed questions.
     """
 
     scores: ml.Scores
     perplexity: float
-    answers: list[str]
 
 
 def icd10_settings(short: bool) -> Settings:
@@ -65,7 +63,7 @@ def icd10_settings(short: bool) -> Settings:
     batch_size = 12
     test_rows = 40 if short else 500
     rows = ml.samples.icd10(test_rows=test_rows, train_rows=steps * batch_size)
-    scoring = {"labels": rows.labels, "max_new_tokens": 4, "batch_size": 64}
+    scoring = {"labels": rows.labels, "max_new_tokens": 4}
     return Settings(rows, scoring, training_options(4 if short else steps, batch_size))
 
 
@@ -74,7 +72,7 @@ def address_settings(short: bool) -> Settings:
     steps = 4 if short else 140
     rows = ml.samples.address(test_rows=20 if short else 200)
     metrics = {"json_valid": ml.samples.json_valid, "field_f1": ml.samples.field_f1}
-    scoring = {"metrics": metrics, "max_new_tokens": 96, "batch_size": 64}
+    scoring = {"metrics": metrics, "max_new_tokens": 96}
     return Settings(rows, scoring, training_options(steps, batch_size=6))
 
 
@@ -141,21 +139,18 @@ def print_table(figures: dict[str, tuple], baselines: dict[str, float], scores: 
     print(f"{scores.answers} rows held out, 95 % interval ± {interval:.3f}")
 
 
-def print_answers(rows: list, before: Measurement, after: Measurement) -> None:
+def print_answers(before: ml.Scores, after: ml.Scores) -> None:
     """Print some questions with their answers before and after training.
 
     Args:
-        rows: the held-out rows of the questions.
         before: figures and answers before training.
         after: figures and answers after training.
     """
-    for row, old_answer, new_answer in zip(rows, before.answers, after.answers, strict=True):
-        question = row["messages"][-2]["content"]
-        reference = row["messages"][-1]["content"]
-        print(f"\n{question}")
-        print(f"  before: {old_answer!r}")
-        print(f"  after:  {new_answer!r}")
-        print(f"  answer: {reference!r}")
+    for old, new in zip(before.rows[:PROMPTS], after.rows[:PROMPTS], strict=True):
+        print(f"\n{new.prompt[-1]['content']}")
+        print(f"  before: {old.got!r}")
+        print(f"  after:  {new.got!r}")
+        print(f"  answer: {new.expected!r}")
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -167,6 +162,7 @@ def main(arguments: list[str] | None = None) -> dict:
         shutil.rmtree(folder, ignore_errors=True)  # remove the output of an earlier demo
 
     # 1. Load a model in 4 bits, a task with held-out rows, and text of another kind.
+    print("Loading SmolLM2-135M in 4 bits.", flush=True)
     source = ml.samples.smollm2()
     short = bool(os.environ.get("MINILORA_SHORT"))
     load_settings = {"icd10": icd10_settings, "address": address_settings}[options.task]
@@ -177,17 +173,16 @@ def main(arguments: list[str] | None = None) -> dict:
     tokenizer = ml.load_tokenizer(source)
     print(f"{rows.name}: {len(rows.train)} training rows, {len(rows.test)} held-out rows.")
     print(rows.source)
-    prompts = [row["messages"][:-1] for row in rows.test[:PROMPTS]]
-    answer_tokens = settings.scoring["max_new_tokens"]
 
-    def measure() -> Measurement:
+    def measure(name: str) -> Measurement:
+        print(f"Measuring the {name} on the held-out rows.", flush=True)
         scores = ml.evaluate(model, tokenizer, rows.test, **settings.scoring)
-        perplexity = ml.evaluate(model, tokenizer, prose, batch_size=4).perplexity
-        answers = ml.generate(model, tokenizer, prompts, max_new_tokens=answer_tokens)
-        return Measurement(scores, perplexity, answers)
+        print(f"Measuring the {name} on {len(prose)} texts of general prose.", flush=True)
+        perplexity = ml.evaluate(model, tokenizer, prose).perplexity
+        return Measurement(scores, perplexity)
 
     # 2. Measure the base model.
-    before = measure()
+    before = measure("base model")
 
     # 3. Train an adapter on every linear layer.
     ml.inject(model, ml.LoRAConfig(r=16, lora_alpha=16, target_modules="all-linear"))
@@ -205,7 +200,7 @@ def main(arguments: list[str] | None = None) -> dict:
         )
 
     # 4. Measure the trained model.
-    after = measure()
+    after = measure("trained model")
 
     # 5. Save the adapter alone (20 MB), and load it into a fresh base model.
     ml.save_adapter(model, folder / "adapter")
@@ -222,7 +217,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "nearest_neighbour": ml.samples.nearest_neighbour(rows.train, rows.test),
     }
     print_table(figures, baselines, after.scores)
-    print_answers(rows.test[:PROMPTS], before, after)
+    print_answers(before.scores, after.scores)
     document = {
         "model": "SmolLM2-135M-Instruct",
         "source": Path(source).name,

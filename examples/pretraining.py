@@ -63,7 +63,7 @@ def main() -> dict:
         perplexities = {}
         with ml.dequantized_weights(model):
             for name, rows in texts.items():
-                perplexities[name] = ml.evaluate(model, tokenizer, rows, batch_size=8).perplexity
+                perplexities[name] = ml.evaluate(model, tokenizer, rows).perplexity
         return perplexities
 
     # 2. Measure, train on packed rows, measure again.

@@ -152,7 +152,7 @@ assert not preview.report.untrained
 # %%
 def measure(model: torch.nn.Module) -> ml.Scores:
     """Return the scores of a model on the held-out rows."""
-    return ml.evaluate(model, tokenizer, test_rows, labels=labels, max_new_tokens=4, batch_size=32)
+    return ml.evaluate(model, tokenizer, test_rows, labels=labels, max_new_tokens=4)
 
 
 model = ml.load_model(source)

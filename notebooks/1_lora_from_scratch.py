@@ -314,7 +314,7 @@ start = weight.detach().clone()
 
 def held_out_loss() -> float:
     """Return the loss on held-out rows, in nats per token of the answer."""
-    scores = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0, batch_size=32)
+    scores = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0)
     return scores.loss
 
 

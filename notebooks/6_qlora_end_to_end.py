@@ -107,7 +107,7 @@ def measure() -> tuple[ml.Scores, float, list[str]]:
     scores = ml.evaluate(
         model, tokenizer, task.test, labels=task.labels, max_new_tokens=4, batch_size=64
     )
-    perplexity = ml.evaluate(model, tokenizer, prose, batch_size=4).perplexity
+    perplexity = ml.evaluate(model, tokenizer, prose).perplexity
     answers = ml.generate(model, tokenizer, QUESTIONS, max_new_tokens=ANSWER_TOKENS)
     return scores, perplexity, answers
 
@@ -395,8 +395,8 @@ with torch.no_grad():
 # ```python
 # for layer in layers.values():
 #     layer.adapters["default"].scaling *= 0.5
-# half_loss = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0, batch_size=64).loss
-# half_prose = ml.evaluate(model, tokenizer, prose, batch_size=4).perplexity
+# half_loss = ml.evaluate(model, tokenizer, task.test, max_new_tokens=0).loss
+# half_prose = ml.evaluate(model, tokenizer, prose).perplexity
 # print(f"0.0 ΔW: loss {before.loss:.3f}, perplexity on prose {prose_before:.2f}")
 # print(f"0.5 ΔW: loss {half_loss:.3f}, perplexity on prose {half_prose:.2f}")
 # print(f"1.0 ΔW: loss {after.loss:.3f}, perplexity on prose {prose_after:.2f}")

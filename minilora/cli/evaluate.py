@@ -171,8 +171,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--batch_size",
         type=int,
-        default=16,
-        help="rows in one pass; changes no result (default %(default)s)",
+        help="rows of the greatest length in one pass; changes no result (default: rows of 4,096 "
+        "tokens together)",
     )
     add_template_kwargs(parser)
     add_no_check_base(parser)

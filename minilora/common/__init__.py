@@ -5,7 +5,7 @@ suggestions.py    errors with the nearest names
 options.py        checked fields of a dataclass
 modules.py        modules of a model and their paths
 left_out.py       the matrices that a step over a whole model leaves out
-sequences.py      types and lengths of sequences; widths of columns
+sequences.py      types and lengths of sequences, batches of them; widths of columns
 extras.py         errors for optional packages that are missing
 notebook.py       output in notebooks: notes, tables, curves
 progress.py       progress of long tasks: on a terminal, in a notebook, in a log file
@@ -33,6 +33,8 @@ from minilora.common.modules import (
 )
 from minilora.common.options import Options, check_options, option
 from minilora.common.sequences import (
+    batch_tokens,
+    batches_by_tokens,
     column_widths,
     comma_separated,
     is_list_of,
@@ -55,6 +57,8 @@ __all__ = [
     "Options",
     "atomic_write",
     "atomic_writes",
+    "batch_tokens",
+    "batches_by_tokens",
     "check_options",
     "check_writable",
     "column_widths",

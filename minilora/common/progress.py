@@ -5,9 +5,10 @@
     elsewhere         lines of text, as in the log file of a job: one every ten seconds, or one
                       every `line_every` units
 
-Everything goes to stderr, except for the HTML. Nothing appears in the first two seconds. A task
-inside another one has no bar of its own: the bar of the outer task shows both. In a process group
-only the first process shows anything. TQDM_DISABLE=1 in the environment hides all of it.
+Everything goes to stderr, except for the HTML. Nothing appears in the first two seconds. Then the
+task is shown, by a timer if its first unit takes longer. A task inside another one has no bar of
+its own: the bar of the outer task shows both. In a process group only the first process shows
+anything. TQDM_DISABLE=1 in the environment hides all of it.
 
 Simplified: the bars of one thread must be closed in the reverse order of their opening, as `with`
 blocks do.
@@ -16,6 +17,7 @@ blocks do.
 import html
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -79,6 +81,10 @@ class ProgressBar:
         self.hidden = hidden or _is_hidden()
         self._started = time.monotonic()
         self._display: Any = None
+        self._timer = threading.Timer(DELAY, self._show_first)
+        self._timer.daemon = True
+        self._lock = threading.RLock()  # of the display, which the timer's thread may create
+        self._closed = False
 
     def update(self, count: int = 1, figures: Mapping[str, str] | None = None) -> None:
         """Add units, and show the new state if it is time.
@@ -104,13 +110,21 @@ class ProgressBar:
         if self.outer is not None:
             self.outer.show_inner(text)
         elif not self.hidden and self.elapsed() >= DELAY:
-            self._shown_on().show(self, text, is_step=False)
+            with self._lock:
+                self._shown_on().show(self, text, is_step=False)
 
     def _show(self) -> None:
         """Show the state; a task that ends before anything was shown stays silent."""
-        is_late = self.elapsed() >= DELAY and self.done < self.total
-        if self._display is not None or is_late:
-            self._shown_on().show(self, "", is_step=True)
+        with self._lock:
+            is_late = self.elapsed() >= DELAY and self.done < self.total
+            if self._display is not None or is_late:
+                self._shown_on().show(self, "", is_step=True)
+
+    def _show_first(self) -> None:
+        """Show the state if nothing was shown before."""
+        with self._lock:
+            if self._display is None and self.done < self.total and not self._closed:
+                self._shown_on().show(self, "", is_step=False)
 
     def _shown_on(self) -> Any:
         """Return the display, which is chosen at its first use."""
@@ -148,12 +162,17 @@ class ProgressBar:
         self.outer = _innermost.get()
         _innermost.set(self)
         self._started = time.monotonic()
+        if self.outer is None and not self.hidden:
+            self._timer.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         _innermost.set(self.outer)
-        if self._display is not None:
-            self._display.close(self)
+        self._timer.cancel()
+        with self._lock:
+            self._closed = True
+            if self._display is not None:
+                self._display.close(self)
 
 
 class _TerminalDisplay:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence, Sized
 from typing import Any
 
+BATCH_TOKENS = 4096  # of a batch whose number of rows is not given
+MOST_ROWS = 256  # of a batch of short rows: each row needs memory for the logits of one token
+
 
 def is_list_of(value: Any, kind: Any) -> bool:
     """Return True for a list in which every item has a type. An empty list counts.
@@ -31,6 +34,39 @@ def order_by_length(rows: Sequence[Sized], longest_first: bool = True) -> list[i
         return len(rows[index])
 
     return sorted(range(len(rows)), key=length_of, reverse=longest_first)
+
+
+def batches_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Return the numbers of the rows in batches of similar length, the longest rows first.
+
+    A batch has many short rows or few long ones.
+
+    Args:
+        lengths: Tokens of each row.
+        most: Largest number of tokens of a batch that is padded to its longest row. A longer row is
+            a batch of its own.
+    """
+    batches: list[list[int]] = []
+    width = 0  # tokens of the longest row of the last batch
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        rows = len(batches[-1]) if batches else MOST_ROWS
+        if rows == MOST_ROWS or (rows + 1) * width > most:
+            batches.append([])
+            width = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def batch_tokens(lengths: Sequence[int], rows: int | None) -> int:
+    """Return the largest number of tokens of a batch, for `batches_by_tokens`.
+
+    Args:
+        lengths: Tokens of each row.
+        rows: Number of rows of the greatest length that fit. None stands for 4,096 tokens.
+    """
+    if rows is None:
+        return BATCH_TOKENS
+    return rows * max(lengths, default=0)
 
 
 def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -4,6 +4,8 @@ loss           = Σ over supervised tokens of -log p(token) / their number
 perplexity     = exp(loss)
 label_accuracy = share of rows whose label of highest likelihood is the reference
 
+A row with a prompt is read once for all three (read_once.py). A plain text has a loss only.
+
 An answer is compared with the text that training would supervise for its row. A chat template may
 write more than the row's answer, as Qwen3 does: `<think>\n\n</think>\n\nyes` for "yes". The metrics
 see answer and reference without the template's additions at the beginning.
@@ -23,14 +25,16 @@ from minilora.data.formats import Chat, RawText, as_messages
 from minilora.data.loss_mask import IGNORE, Example, encode_row
 from minilora.data.prompt import encode_prompt, split_prompt
 from minilora.data.read_rows import read_dataset
-from minilora.evaluation.likeliest_label import choose
+from minilora.evaluation.likeliest_label import Labels
 from minilora.evaluation.metrics import Metric, exact_match, metric_functions
+from minilora.evaluation.read_once import PromptedRow, Readings, can_forget, read_once
 from minilora.evaluation.scores import ScoredRow, Scores
 from minilora.generation.generate import check_lengths, end_tokens, generate_ids
 from minilora.generation.sampling import Decoding
 from minilora.losses.sft import mean_loss
 
 MAX_NEW_TOKENS = 32  # default length of an answer
+RECURRENT_ROWS = 16  # default of rows at a time, for answers of a model with a recurrent state
 OWN_FIELDS = ("label_accuracy", "exact_match", "token_f1")  # metrics that are fields of Scores
 
 
@@ -41,7 +45,7 @@ def evaluate(
     *,
     labels: Sequence[str] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     metrics: Mapping[str, Metric] | Sequence[str] | str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Scores:
@@ -57,7 +61,8 @@ def evaluate(
             of them. None leaves it out.
         max_new_tokens: longest greedy answer in tokens; 0 generates no answers, and so measures no
             exact match, F1 or `metrics`.
-        batch_size: rows in one forward pass; changes no result.
+        batch_size: rows of the greatest length in one forward pass, and more of shorter ones. None
+            takes rows of 4,096 tokens together. It changes no result.
         metrics: metrics of the greedy answers. None measures exact match and token F1. Names, in a
             list or separated by commas ("exact_match", "token_f1" or "f1", "json_valid",
             "pass_at_1"), measure these alone. A dict adds functions (prediction, reference) ->
@@ -78,34 +83,42 @@ def evaluate(
     check_arguments(metrics, max_new_tokens, batch_size)
     tokenizer = as_trained(tokenizer, chat_template_kwargs, model)
     examples = _encode(model, tokenizer, rows)
-    loss, tokens = mean_loss(model, examples, batch_size)
     questions = _questions(rows, examples, tokenizer)
     if not questions and (labels is not None or metrics):
         raise ValueError(
             "labels and metrics need rows with a prompt and an answer, and these are plain texts"
         )
-    prompts = [question.ids for question in questions]
+    table = None
+    if labels is not None:
+        first = questions[0]
+        ids = label_table(labels, first.tokenizer, first.prompt, len(first.ids))
+        _check_references(questions, ids, labels, tokenizer)
+        table = Labels(ids)
+    rule = None
+    if max_new_tokens:
+        ends = end_tokens(model, tokenizer)
+        rule = Decoding(max_new_tokens, ends=ends, batch_size=batch_size or RECURRENT_ROWS)
+    asked = []
+    if labels is not None or max_new_tokens:
+        asked = questions
+    read = _read(model, examples, asked, batch_size, table, rule)
     figures: dict[str, Any] = {}
     values: dict[str, list[float]] = {}  # of each row, by metric
     if labels is not None:
-        first = questions[0]
-        table = label_table(labels, first.tokenizer, first.prompt, len(first.ids))
-        _check_references(questions, table, labels, tokenizer)
-        choices = [labels[index] for index in choose(model, prompts, table, batch_size)]
+        choices = [labels[index] for index in read.choices]
         figures["choices"] = choices
         pairs = [(choice, q.answer) for choice, q in zip(choices, questions, strict=True)]
         values["label_accuracy"] = [exact_match(*pair) for pair in pairs]
     if max_new_tokens and questions:
-        rule = Decoding(max_new_tokens, batch_size=batch_size, ends=end_tokens(model, tokenizer))
-        generated = generate_ids(model, prompts, rule)
-        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in read.answers]
         figures["predictions"] = answers
         pairs = [q.compared(answer) for q, answer in zip(questions, answers, strict=True)]
         for name, metric in measured.items():
             values[name] = [metric(*pair) for pair in pairs]
+    loss = read.loss_sum / read.tokens
     return Scores(
         n=len(rows),
-        tokens=tokens,
+        tokens=read.tokens,
         loss=loss,
         perplexity=math.exp(loss),
         answers=len(questions),
@@ -114,6 +127,35 @@ def evaluate(
         **figures,
         **_means(values),
     )
+
+
+def _read(
+    model: Any,
+    examples: Sequence[Example],
+    asked: Sequence["_Question"],
+    batch_size: int | None,
+    labels: Labels | None,
+    rule: Decoding | None,
+) -> Readings:
+    """Read every row once: the `asked` ones in a KV cache, the others for their loss only.
+
+    A model with a recurrent state reads a row twice: it cannot forget a reference.
+    """
+    readings = Readings()
+    if asked and labels is None and not can_forget(model):
+        if rule is not None:
+            readings.answers = generate_ids(model, [question.ids for question in asked], rule)
+        asked = []
+    if asked:
+        prompted = [PromptedRow.of(question.example, question.ids) for question in asked]
+        readings = read_once(model, prompted, batch_size, labels, rule)
+    numbers = {question.example.row for question in asked}
+    others = [example for example in examples if example.row not in numbers]
+    if others:
+        loss, tokens = mean_loss(model, others, batch_size)
+        readings.loss_sum += loss * tokens
+        readings.tokens += tokens
+    return readings
 
 
 def _means(values: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -210,7 +252,7 @@ class _Question:
         return answer.strip().removeprefix(added), self.answer
 
 
-def check_arguments(metrics: Any, max_new_tokens: int, batch_size: int) -> None:
+def check_arguments(metrics: Any, max_new_tokens: int, batch_size: int | None) -> None:
     """Check what can be known of an evaluation without its model and its rows.
 
     The command line calls it before it loads the model.
@@ -218,7 +260,7 @@ def check_arguments(metrics: Any, max_new_tokens: int, batch_size: int) -> None:
     Args:
         metrics: as in `evaluate`.
         max_new_tokens: longest answer in tokens.
-        batch_size: rows in one pass.
+        batch_size: rows in one pass, or None.
 
     Raises:
         ValueError: a number is out of range, or a metric has the name of a field of Scores.
@@ -228,7 +270,8 @@ def check_arguments(metrics: Any, max_new_tokens: int, batch_size: int) -> None:
         taken = {field.name for field in fields(Scores)} & metrics.keys()
     if taken:
         raise ValueError(f"metrics: {sorted(taken)} are measured already; choose other names")
-    if batch_size < 1 or max_new_tokens < 0 or (metrics and not max_new_tokens):
+    too_small = batch_size is not None and batch_size < 1
+    if too_small or max_new_tokens < 0 or (metrics and not max_new_tokens):
         raise ValueError(
             "expected batch_size >= 1 and max_new_tokens >= 0 (>= 1 with metrics), got "
             f"{batch_size}, {max_new_tokens}"

@@ -234,7 +234,7 @@ def answer_steps(
         adapters: as in `generate_ids`.
 
     Yields:
-        The number of answers that ended with the batch; 0 before the batch ends.
+        The number of answers that ended with the token.
 
     Raises:
         ValueError: as in `generate_ids`.
@@ -246,7 +246,7 @@ def answer_steps(
         rule = replace(rule, cuda_graph=False)
     draws = _random_generators(rule.seed, len(prompts))
     order = order_by_length(prompts)
-    steps = step_by_step(model, rule, len(prompts))
+    steps = step_by_step(model, rule, min(rule.batch_size, len(prompts)))
     with inference(model), matrix_vector(model), row_adapters or nullcontext() as loaded:
         # A prefix is shared only if one adapter reads all prompts.
         sharing = prompts if adapters is None else []
@@ -263,11 +263,9 @@ def answer_steps(
             logits = context.extend(rests)  # (B, V)
             batch_answers = _take(answers, batch)
             batch_draws = _take(draws, batch)
-            for _ in _batch_steps(
-                steps(context), logits, rule, batch_answers, batch_draws, batch_prompts
-            ):
-                yield 0
-            yield len(batch)
+            yield from continue_answers(
+                steps(context), logits, rule, batch_answers, batch_prompts, batch_draws
+            )
 
 
 def _random_generators(seed: int | None, rows: int) -> list[random.Random]:
@@ -290,8 +288,8 @@ def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Conte
 
     Args:
         model: the model.
-        rule: its `cuda_graph` and `batch_size` decide.
-        rows: number of prompts.
+        rule: its `cuda_graph` decides.
+        rows: rows of the largest batch.
 
     Returns:
         A function of the context: its result is the context, or the context as CUDA graphs.
@@ -301,27 +299,36 @@ def step_by_step(model: nn.Module, rule: Decoding, rows: int) -> Callable[[Conte
         use_graphs = False
     if use_graphs is False:
         return lambda context: context
-    largest_batch = min(rule.batch_size, rows)
-    return graphs(model, use_graphs, largest_batch, rule.max_new_tokens)
+    return graphs(model, use_graphs, rows, rule.max_new_tokens)
 
 
-def _batch_steps(
-    context: Context,
+def continue_answers(
+    context: Any,
     logits: Tensor,
     rule: Decoding,
-    answers: list[list[int]],
-    draws: list[random.Random],
-    prompts: list[list[int]],
-) -> Iterator[None]:
-    """Fill the empty `answers` of one batch, and pause after each token.
+    answers: Sequence[list[int]],
+    prompts: Sequence[list[int]],
+    draws: Sequence[random.Random] = (),
+) -> Iterator[int]:
+    """Continue the answers of one batch to their ends, and pause after each token.
 
-    `logits` (B, V) are those of the first token.
+    Args:
+        context: prompts and answers so far, a Context or its CUDA graphs.
+        logits: logits of the next token of each answer, (B, V).
+        rule: rules for choosing tokens and ending answers; a grammar starts here.
+        answers: tokens of each answer so far, fewer than `max_new_tokens`. They receive the new
+            tokens.
+        prompts: token ids of each prompt.
+        draws: random generator of each answer; none are needed for greedy answers.
+
+    Yields:
+        The number of answers that ended with the token.
     """
     active = list(range(len(answers)))  # the answers whose rows are in `context`
     constraints = []
     if rule.grammar is not None:
         constraints = [rule.grammar.start() for _ in answers]
-    for step in range(rule.max_new_tokens):
+    while True:
         uniform = []
         if rule.temperature:
             uniform = [draws[i].random() for i in active]
@@ -341,10 +348,10 @@ def _batch_steps(
                 masks[place].push(token)
                 if masks[place].is_finished:
                     continue
-            if rule.stopped is None or not rule.stopped(answer):
+            if not rule.is_complete(answer):
                 unfinished.append(place)
-        yield
-        if not unfinished or step == rule.max_new_tokens - 1:
+        yield len(active) - len(unfinished)
+        if not unfinished:
             return
         if len(unfinished) < len(active):
             context = context.select(unfinished)

@@ -63,6 +63,16 @@ class Decoding(TokenRules):
         if not valid:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
+    def is_complete(self, answer: list[int]) -> bool:
+        """Return True for an answer that needs no further token.
+
+        Args:
+            answer: token ids without an end token.
+        """
+        if len(answer) == self.max_new_tokens:
+            return True
+        return self.stopped is not None and self.stopped(answer)
+
 
 def next_tokens(
     logits: Tensor,

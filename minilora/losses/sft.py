@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.common import output_layer, unwrap_model
+from minilora.common import batch_tokens, batches_by_tokens, output_layer, unwrap_model
 from minilora.common.progress import ProgressBar
 from minilora.common.wrappers import is_compiled
 from minilora.data import IGNORE, EncodedDataset, Example, collate, encode_dataset
 from minilora.lora.layer import LoRALayer
-from minilora.models.padded_batch import inference
+from minilora.models.padded_batch import check_positions, inference
 from minilora_kernels.ops.cross_entropy import head_cross_entropy
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "document_ids")
@@ -259,13 +259,7 @@ def _run_transformers(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, nn
         # A model that passed `check_packing` separates packed documents by position_ids.
         options["use_cache"] = False
     logits = model(**inputs, **options).logits  # (B, T, V)
-    tokens = inputs["input_ids"].shape[1]
-    if logits.shape[1] != tokens:  # as with PEFT's prompt tuning
-        raise ValueError(
-            f"{type(model).__name__} returns logits at {logits.shape[1]} positions for {tokens} "
-            "tokens, so labels would meet the wrong ones. Use a model without additional tokens "
-            "before the text."
-        )
+    check_positions(model, logits, inputs["input_ids"])
     return logits, nn.Identity()
 
 
@@ -296,7 +290,7 @@ def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
 def mean_loss(
     model: nn.Module,
     examples: Sequence[Any],
-    batch_size: int,
+    batch_size: int | None,
     objective: Objective | None = None,
 ) -> tuple[float, int]:
     """Return the mean loss of some examples.
@@ -306,13 +300,16 @@ def mean_loss(
     Args:
         model: The model.
         examples: Examples of the objective.
-        batch_size: Examples in one forward pass.
+        batch_size: Examples of the greatest length in one forward pass. Of shorter ones a pass has
+            more, with as many tokens. None: examples of 4,096 tokens together.
         objective: The objective; None is supervised fine-tuning.
 
     Returns:
         The loss per unit (supervised token), and the number of units.
     """
-    figures, count = means(model, examples, batch_size, objective or SFT())
+    lengths = lengths_of(examples)
+    batches = batches_by_tokens(lengths, batch_tokens(lengths, batch_size))
+    figures, count = _means(model, examples, batches, objective or SFT())
     return figures["loss"], count
 
 
@@ -320,6 +317,9 @@ def means(
     model: nn.Module, examples: Sequence[Any], batch_size: int, objective: Objective
 ) -> tuple[dict[str, float], int]:
     """Return the means of an objective's sums over some examples.
+
+    The number of forward passes depends on the number of examples alone, so it is the same in all
+    processes of FSDP2.
 
     Args:
         model: The model.
@@ -330,14 +330,24 @@ def means(
     Returns:
         The mean of "loss" and of each further sum, and the number of units they are means over.
     """
-    sums: dict[str, float] = {}
-    count = 0
     lengths = lengths_of(examples)
     # Longest first: examples of similar length share a batch, which saves padding.
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    with inference(model), ProgressBar("loss", len(order), "row") as bar:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return _means(model, examples, batches, objective)
+
+
+def _means(
+    model: nn.Module,
+    examples: Sequence[Any],
+    batches: Sequence[Sequence[int]],
+    objective: Objective,
+) -> tuple[dict[str, float], int]:
+    """Return the means of `means`, over batches of the numbers of examples."""
+    sums: dict[str, float] = {}
+    count = 0
+    with inference(model), ProgressBar("loss", len(examples), "row") as bar:
+        for indices in batches:
             batch = objective.collate([examples[index] for index in indices])
             loss, other_sums = objective.loss(model, batch)
             for name, value in {"loss": loss, **other_sums}.items():

@@ -46,6 +46,7 @@ class Context:
         positions: position of each key in the cache, (B, K).
         real: False at padding, (B, K).
         adapters: per-row adapters (lora/batched.py) and the adapter of each row, or None.
+        window: number of tokens that layers with a sliding window see, or None.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +55,8 @@ class Context:
         self.native = hasattr(model, "hidden")
         self.vocabulary: int = self.model.config.vocab_size
         self.cache: Any = KVCache() if self.native else None
-        if not self.native and getattr(self.model.config, "sliding_window", None):
+        self.window: int | None = getattr(self.model.config, "sliding_window", None)
+        if not self.native and self.window:
             # The model's own cache would drop keys, and `real` and `branch` need all of them.
             from transformers import DynamicCache
 
@@ -72,16 +74,18 @@ class Context:
         """
         return self.logits(self._append(rows, keep=1))[:, 0]
 
-    def extend_all(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Read more tokens of every row, as `extend`; return the inputs of `logits` for all tokens.
+    def extend_all(self, rows: Sequence[Sequence[int]], keep: int = 0) -> Tensor:
+        """Read more tokens of every row, as `extend`; return the inputs of `logits`.
 
         Args:
             rows: new token ids of each row.
+            keep: number of tokens of each row, the last ones, for which they are returned; 0 is
+                all.
 
         Returns:
-            (B, T, D), right-aligned. The logits of all T tokens would need much more memory.
+            (B, keep, D), right-aligned. The logits of all tokens would need much more memory.
         """
-        return self._append(rows, keep=0)
+        return self._append(rows, keep)
 
     def _append(self, rows: Sequence[Sequence[int]], keep: int) -> Tensor:
         """Read more tokens; return the inputs of `logits` for the last `keep` tokens (0: all)."""
@@ -98,50 +102,81 @@ class Context:
         self.positions = torch.cat([earlier, positions], dim=1)  # (B, K+T)
         return self._read(tokens, positions, None, keep)
 
-    def branch(self, tokens: Tensor, sees: Tensor, nodes: Tensor, nexts: Tensor) -> Tensor:
+    def branch_all(self, tokens: Tensor, sees: Tensor) -> Tensor:
         """Read a tree of continuations after every row, and forget it.
 
         Args:
             tokens: token of each of the tree's N nodes, (B or 1, N).
-            sees: (N, N), bool: the nodes to which a node attends: those on its path and itself. It
-                attends to its row's tokens too, as far as the model's window reaches.
-            nodes: node before each of E edges, (E,).
+            sees: (N, N) or (B, N, N), bool: the nodes to which a node attends: those on its path
+                and itself. It attends to its row's tokens too, as far as the model's window
+                reaches.
+
+        Returns:
+            The inputs of `logits`, (B, N, D).
+        """
+        depth = sees.sum(-1) - 1  # (N,) or (B, N)
+        positions = self.lengths[:, None] + depth  # (B, N)
+        rows, size = positions.shape
+        mask = self._tree_mask(sees, positions)
+        read = self._read(tokens.expand(rows, -1), positions, mask)  # (B, N, D or V)
+        if self.native:
+            self.cache.truncate(self.real.shape[1])
+            return read
+        if not self.can_forget:
+            raise ValueError(
+                f"{type(self.model).__name__} has recurrent layers, whose state cannot forget "
+                "tokens, so labels cannot be read after one prompt. Leave the labels out."
+            )
+        self.cache.crop(-size)
+        return read
+
+    @property
+    def can_forget(self) -> bool:
+        """True if `branch` can forget its tokens; known after the first read.
+
+        A recurrent state (of linear attention or a convolution) cannot.
+        """
+        if self.native:
+            return True
+        recurrent = [layer for layer in self.cache.layers if hasattr(layer, "conv_states")]
+        return not recurrent
+
+    def branch(self, tokens: Tensor, sees: Tensor, nodes: Tensor, nexts: Tensor) -> Tensor:
+        """Read a tree of continuations after every row, and return the likelihood of its edges.
+
+        Args:
+            tokens: as in `branch_all`.
+            sees: as in `branch_all`.
+            nodes: node before each of E edges, (E,) or (B, E).
             nexts: token after each edge, (B or 1, E).
 
         Returns:
             log p(nexts[e] | row, path to nodes[e]), (B, E).
         """
-        depth = sees.sum(-1) - 1  # (N,)
-        positions = self.lengths[:, None] + depth  # (B, N)
-        rows = len(positions)
-        size = len(sees)
-        mask = self._tree_mask(sees, positions)
-        read = self._read(tokens.expand(rows, -1), positions, mask)  # (B, N, D or V)
-        if self.native:
-            self.cache.truncate(self.real.shape[1])
-        else:
-            self.cache.crop(-size)
-        nodes = nodes.to(self.device)  # (E,)
+        read = self.branch_all(tokens, sees)  # (B, N, D or V)
+        rows, size = read.shape[:2]
+        nodes = nodes.expand(rows, -1).to(self.device)  # (B, E)
         nexts = nexts.expand(rows, -1).to(self.device)  # (B, E)
         chunk = max(1, LOGITS // (size * self.vocabulary))
+        parts = zip(read.split(chunk), nodes.split(chunk), nexts.split(chunk), strict=True)
         log_p = []
-        for part, wanted in zip(read.split(chunk), nexts.split(chunk), strict=True):
+        for part, node, token in parts:
             logits = self.logits(part)  # (b, N, V)
             row = torch.arange(len(part), device=self.device)[:, None]  # (b, 1)
-            log_p.append(logits[row, nodes, wanted] - logits.logsumexp(-1)[:, nodes])  # (b, E)
+            totals = logits.logsumexp(-1)  # (b, N)
+            log_p.append(logits[row, node, token] - totals.gather(1, node))  # (b, E)
         return torch.cat(log_p)
 
     def _tree_mask(self, sees: Tensor, positions: Tensor) -> Any:
         """Return the mask (B, 1, N, K+N) of a tree, or one for each kind of layer."""
         rows = len(positions)
-        size = len(sees)
+        size = sees.shape[-1]
         earlier = self.real[:, None].expand(-1, size, -1)  # (B, N, K)
         mask = torch.cat([earlier, sees.expand(rows, -1, -1)], dim=2)  # (B, N, K+N)
-        window = getattr(self.model.config, "sliding_window", None)
-        if not window:
+        if not self.window:
             return mask[:, None]
         keys = torch.cat([self.positions, positions], dim=1)  # (B, K+N)
-        near = mask & (positions[:, :, None] - keys[:, None] < window)  # (B, N, K+N)
+        near = mask & (positions[:, :, None] - keys[:, None] < self.window)  # (B, N, K+N)
         kinds = set(getattr(self.model.config, "layer_types", None) or ())
         if len(kinds) > 1:  # only some layers have a window
             return {"full_attention": mask[:, None], "sliding_attention": near[:, None]}
@@ -164,9 +199,8 @@ class Context:
     def _read_native(self, tokens: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
         documents = None  # plain causal attention, the fast path, if there is no padding
         if mask is None and not self.real.all():
-            documents = torch.where(self.real, 0, PAD)[:, -tokens.shape[1] :].to(
-                self.device
-            )  # (B, T)
+            real = self.real[:, -tokens.shape[1] :]  # (B, T)
+            documents = torch.where(real, 0, PAD).to(self.device)  # (B, T)
         if mask is not None:
             mask = _each(mask, lambda one: one.to(self.device))
         hidden = self.model.hidden(tokens, positions, documents, self.cache, mask)  # (B, T, D)
@@ -193,6 +227,8 @@ class Context:
             use_cache=True,
             **options,
         )
+        if not options:
+            check_positions(self.model, out.logits, tokens)
         self.cache = out.past_key_values
         return out.logits[:, -keep:]  # (B, T, V)
 
@@ -224,8 +260,27 @@ class Context:
             chosen.cache = self.cache.select(index.to(self.device))
         elif self.cache is not None:
             chosen.cache = copy.deepcopy(self.cache)
-            chosen.cache.batch_select_indices(index.to(self.device))
+            chosen.cache.reorder_cache(index.to(self.device))
         return chosen
+
+
+def check_positions(model: nn.Module, logits: Tensor, tokens: Tensor) -> None:
+    """Raise ValueError for a model that returns logits at more positions than it has tokens.
+
+    Args:
+        model: a model of transformers.
+        logits: its logits, (B, T, V).
+        tokens: its tokens, (B, T).
+
+    Raises:
+        ValueError: the numbers differ, as with PEFT's prompt tuning.
+    """
+    if logits.shape[1] != tokens.shape[1]:
+        raise ValueError(
+            f"{type(model).__name__} returns logits at {logits.shape[1]} positions for "
+            f"{tokens.shape[1]} tokens, so labels would meet the wrong ones. Use a model without "
+            "additional tokens before the text."
+        )
 
 
 def _each(mask: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -262,9 +317,10 @@ def inference(model: nn.Module) -> Iterator[None]:
 def shared_prefix(model: nn.Module, rows: Sequence[list[int]]) -> tuple[Context, int]:
     """Read the tokens with which all rows begin (a system prompt) once.
 
-    At least the last token of each row is left over, because its logits predict the next token. A
-    sliding window counts columns, padding included; with a window nothing is shared, so that
-    padding stays on the left.
+    At least the last token of each row is left over, because its logits predict the next token.
+
+    Nothing is shared in two cases, so that padding stays on the left of a row's first token: a
+    sliding window counts columns, padding included, and a recurrent state reads the padding.
 
     Args:
         model: the model.
@@ -275,10 +331,12 @@ def shared_prefix(model: nn.Module, rows: Sequence[list[int]]) -> tuple[Context,
     """
     context = Context(model)
     size = 0
-    if len(rows) > 1 and not getattr(context.model.config, "sliding_window", None):
+    if len(rows) > 1 and not context.window:
         size = _common_length(min(rows), max(rows), min(map(len, rows)) - 1)
     if size:
         context.extend([rows[0][:size]])
+        if not context.can_forget:
+            return Context(model), 0
     return context, size
 
 

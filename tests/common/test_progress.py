@@ -65,6 +65,24 @@ def test_short_task_shows_nothing(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_task_is_shown_while_its_first_unit_runs(monkeypatch, capsys):
+    """A timer shows it. A task that has ended, or that is inside another, stays silent."""
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(progress, "DELAY", 0.01)
+    with ProgressBar("read", 3, "row") as bar:
+        bar.update(0, {"reading": "prompts"})
+        bar._timer.join(60)
+    assert capsys.readouterr().err == "read: 0/3 rows, 0 s, reading prompts\n"
+    monkeypatch.setattr(progress, "DELAY", 60)
+    with ProgressBar("read", 3, "row") as bar:
+        with ProgressBar("inner", 3, "row") as inner:
+            assert not inner._timer.is_alive()
+        assert bar._timer.is_alive()
+    bar._timer.join(60)
+    bar._show_first()
+    assert capsys.readouterr().err == ""
+
+
 def test_lines_come_every_ten_seconds(clock, capsys):
     steps(clock, 100, 1.0)
     out, err = capsys.readouterr()
@@ -148,8 +166,9 @@ def test_curve_is_inside_the_picture_and_keeps_its_mean():
     assert len(few) == 200
     mean = sum(y for _, y in points[:1000]) / 1000
     assert sum(y for _, y in few) / 200 == pytest.approx(mean, rel=1e-12)
-    corners = re.search(r'points="([^"]*)"', svg_curves({"loss": points}))[1].split()
-    numbers = [tuple(map(float, corner.split(","))) for corner in corners]
+    drawn = re.search(r'points="([^"]*)"', svg_curves({"loss": points}))
+    assert drawn is not None
+    numbers = [tuple(map(float, corner.split(","))) for corner in drawn[1].split()]
     assert all(0 <= x <= 480 and 0 <= y <= 120 for x, y in numbers)
     assert svg_curves({"loss": points[:1]}) == ""
 

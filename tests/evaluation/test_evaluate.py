@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minilora.evaluation.evaluate as evaluate_module
+import minilora.evaluation.likeliest_label as label_module
 import minilora.models.padded_batch as context_module
 from helpers.chats import chat, ours, theirs
-from helpers.tiny import oracle, tokens, twin
+from helpers.tiny import RECURRENT, oracle, tokens, twin
 from minilora.data import encode_dataset, encode_prompt, split_prompt
 from minilora.evaluation.evaluate import evaluate, label_table
-from minilora.evaluation.likeliest_label import Labels, choose
+from minilora.evaluation.likeliest_label import Labels
 from minilora.evaluation.metrics import exact_match, json_valid, token_f1
+from minilora.evaluation.read_once import Readings
 from minilora.evaluation.scores import ScoredRow, Scores
 from minilora.generation.generate import generate
 from minilora.models.padded_batch import Context, inference
@@ -102,6 +104,19 @@ def test_text_rows_have_a_loss_only():
 # ---- greedy answers
 
 
+def test_a_recurrent_model_reads_its_answers_apart_from_its_loss():
+    """Its state cannot forget a reference, so a row is not read once."""
+    model = oracle(vocab_size=VOCABULARY, max_position_embeddings=256, **RECURRENT)
+    prompts = [split_prompt(row)[0] for row in ROWS]
+    scores = evaluate(model, TOKENIZER, ROWS, max_new_tokens=6, batch_size=2)
+    assert scores.loss == pytest.approx(evaluate(model, TOKENIZER, ROWS, max_new_tokens=0).loss)
+    assert scores.predictions == generate(model, TOKENIZER, prompts, max_new_tokens=6)
+    alone = [generate(model, TOKENIZER, prompt, max_new_tokens=6) for prompt in prompts]
+    assert scores.predictions == alone
+    with pytest.raises(ValueError, match="recurrent layers.*Leave the labels out"):
+        evaluate(model, TOKENIZER, ROWS, labels=LABELS)
+
+
 @pytest.mark.parametrize(
     "tokenizer", [TOKENIZER, theirs("chatml")], ids=["minilora", "transformers"]
 )
@@ -140,7 +155,7 @@ def test_an_answer_is_compared_with_what_was_trained(monkeypatch, answer, score)
     """Qwen3's template writes an empty block of thoughts in front of the last answer."""
     tokenizer = ours("qwen3")
     ids = tokenizer.encode(answer)
-    monkeypatch.setattr(evaluate_module, "generate_ids", lambda *given: [ids])
+    monkeypatch.setattr(evaluate_module, "read_once", lambda *given: Readings(1.0, 1, [], [ids]))
     row = {"messages": chat("is it?", "yes")}
     seen = []
     metrics = {"seen": lambda *pair: seen.append(pair) or 0.0}
@@ -154,7 +169,7 @@ def test_an_answer_is_compared_with_what_was_trained(monkeypatch, answer, score)
 def test_json_of_a_thinking_template_is_valid(monkeypatch):
     tokenizer = ours("qwen3")
     ids = tokenizer.encode('<think>\n\n</think>\n\n{"a": 1}')
-    monkeypatch.setattr(evaluate_module, "generate_ids", lambda *given: [ids])
+    monkeypatch.setattr(evaluate_module, "read_once", lambda *given: Readings(1.0, 1, [], [ids]))
     row = {"messages": chat("is it?", '{"a": 1}')}
     scores = evaluate(MINE, tokenizer, [row], metrics={"valid": json_valid})
     assert scores.metrics == {"valid": 1.0} and scores.token_f1 == 1
@@ -165,7 +180,8 @@ def test_thoughts_of_the_row_belong_to_its_reference(monkeypatch):
     messages = chat("is it?", "yes")
     messages[1]["reasoning_content"] = "hm"
     trained = "<think>\nhm\n</think>\n\nyes"
-    monkeypatch.setattr(evaluate_module, "generate_ids", lambda *given: [tokenizer.encode(trained)])
+    ids = tokenizer.encode(trained)
+    monkeypatch.setattr(evaluate_module, "read_once", lambda *given: Readings(1.0, 1, [], [ids]))
     scores = evaluate(MINE, tokenizer, [{"messages": messages}])
     assert scores.exact_match == 1 and scores.references == [trained]
 
@@ -279,69 +295,82 @@ def test_choices_are_the_argmax_of_full_sequence_likelihoods(model):
 LABEL = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple)
 
 
+def in_context(prompts: list[list[int]], labels) -> tuple[Labels, Context, torch.Tensor]:
+    """Return the tree of labels, the prompts that were read, and the labels' first tokens there."""
+    table = Labels([list(label) for label in labels])
+    context = Context(MINE)
+    logits = context.extend(prompts)  # (B, V)
+    return table, context, logits.log_softmax(-1)[:, table.first]
+
+
 @settings(max_examples=25)
-@given(st.lists(LABEL, min_size=2, max_size=9, unique=True), st.integers(0, 99), st.integers(1, 4))
-def test_every_score_is_the_likelihood_of_the_full_sequence(labels, seed, batch_size):
-    """The tree and the single label give the same likelihood, and `choose` takes its arg-max."""
+@given(st.lists(LABEL, min_size=2, max_size=9, unique=True), st.integers(0, 99), st.integers(0, 99))
+def test_every_score_is_the_likelihood_of_the_full_sequence(labels, seed, known):
+    """A tree of any labels gives their likelihoods, and `likeliest` takes the arg-max of all."""
     prompts = [tokens(1, n, seed=seed + n)[0].tolist() for n in (3, 9, 4, 1)]
     expected = torch.stack([plain_scores(MINE, prompt, labels) for prompt in prompts])  # (B, L)
+    wanted = torch.rand(expected.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    wanted[0, 0] = True
+    given_label = (torch.arange(4) + known) % len(labels)
+    given_score = expected[torch.arange(4), given_label]
     with inference(MINE):
-        table, context = Labels(labels), Context(MINE)
-        logits = context.extend(prompts)
-        first = logits.log_softmax(-1)[:, table.padded[:, 0]]
-        if max(map(len, labels)) > 1:
-            torch.testing.assert_close(table.scores(context, first), expected, atol=1e-4, rtol=0)
-            picked = torch.arange(4) % len(labels)
-            one = table.score_of(picked, context, first)
-            torch.testing.assert_close(one, expected[torch.arange(4), picked], atol=1e-4, rtol=0)
-    chosen = choose(MINE, prompts, [list(label) for label in labels], batch_size)
+        table, context, first = in_context(prompts, labels)
+        scores = table.scores(context, first, wanted)
+        chosen = table.likeliest(context, first, given_label, given_score)
+    torch.testing.assert_close(scores[wanted], expected[wanted], atol=1e-4, rtol=0)
+    assert (scores[~wanted] == -math.inf).all()
     best = expected.max(-1).values
     assert (expected[torch.arange(4), chosen] >= best - 1e-4).all()
 
 
-def test_a_clearly_likeliest_label_is_scored_without_the_tree(monkeypatch):
-    """The shortcut skips the tree if the likeliest label is certain, and only then."""
+def test_only_labels_that_may_be_likelier_than_the_reference_are_read(monkeypatch):
+    """The bound of a label is its first token. The best rival is read before the others."""
     prompts = [tokens(1, 6, seed=seed)[0].tolist() for seed in range(40)]
-    order = MINE(torch.tensor(prompts)).detach()[:, -1].argsort(descending=True)  # (B, V)
-    trees = []
-    tree = Labels.scores
+    read = []
+    branch = Context.branch
     monkeypatch.setattr(
-        Labels, "scores", lambda *args: (trees.append(len(args[2])), tree(*args))[1]
+        Context, "branch", lambda self, *tree: (read.append(tree[0]), branch(self, *tree))[1]
     )
-    with torch.no_grad():
-        follow = MINE(
-            torch.tensor([[*p, t] for p, t in zip(prompts, order[:, 0].tolist(), strict=True)])
-        )[:, -1].argmax(-1)
-    clear = 0
-    for prompt, likely, after in zip(prompts, order, follow.tolist(), strict=True):
-        labels = [[int(likely[0]), after], [int(likely[-1]), 3], [int(likely[-2]), 4]]
-        trees.clear()
-        assert choose(MINE, [prompt], labels, 1) == [
-            int(plain_scores(MINE, prompt, labels).argmax())
-        ]
-        clear += not trees
-    assert clear > 30  # a label of the likeliest tokens against two of the least likely tokens
-    unlikely = [
-        [
-            int(order[0, 0]),
-            int(MINE(torch.tensor([[*prompts[0], int(order[0, 0])]]))[0, -1].argmin()),
-        ]
-    ]
-    trees.clear()
-    assert choose(MINE, prompts[:1], [*unlikely, [int(order[0, 1]), 3]], 1) == [1] or trees
-    # The label with the likeliest first token has an unlikely second one, so the tree is needed.
-    assert trees == [1]
+    with inference(MINE):
+        order = MINE(torch.tensor(prompts))[:, -1].argsort(descending=True)  # (B, V)
+        for prompt, likely in zip(prompts, order.tolist(), strict=True):
+            # Nodes: the first, the third and the least likely token.
+            labels = [[likely[0], 3], [likely[2], 3, 4], [likely[-1], 5], [likely[1]]]
+            expected = plain_scores(MINE, prompt, labels)
+            table, context, first = in_context([prompt], labels)
+            for known in range(len(labels)):
+                read.clear()
+                score = expected[known : known + 1]
+                choice = table.likeliest(context, first, torch.tensor([known]), score)
+                assert choice == [int(expected.argmax())]
+                rivals = [i for i in range(len(labels)) if i != known and first[0, i] >= score]
+                nodes = 0
+                if rivals:
+                    best = max(rivals, key=lambda i: first[0, i])
+                    bound = max(score, expected[best])
+                    nodes = len(labels[best]) - 1
+                    for i in rivals:
+                        if i != best and first[0, i] >= bound:
+                            nodes += len(labels[i]) - 1
+                assert sum(tree.numel() for tree in read) == nodes
 
 
-def test_choices_do_not_depend_on_the_rows_of_logits_at_a_time(monkeypatch):
+def test_choices_do_not_depend_on_the_rows_of_a_pass(monkeypatch):
     """The tree computes logits for a few rows at a time, which bounds its memory."""
-    prompts, labels = (
-        [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 4)],
-        [[1, 2, 3], [1, 4, 5], [2, 6]],
-    )
-    whole = choose(MINE, prompts, labels, 3)
-    monkeypatch.setattr(context_module, "LOGITS", 1)
-    assert choose(MINE, prompts, labels, 3) == whole
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 4)]
+    labels = [[1, 2, 3], [1, 4, 5], [2, 6]]
+    known = torch.tensor([0, 1, 2])
+    score = torch.tensor([-99.0, -99.0, -99.0])
+    with inference(MINE):
+        table, context, first = in_context(prompts, labels)
+        whole = table.scores(context, first, torch.ones(3, 3, dtype=torch.bool))
+        monkeypatch.setattr(context_module, "LOGITS", 1)
+        parts = table.scores(context, first, torch.ones(3, 3, dtype=torch.bool))
+        monkeypatch.setattr(label_module, "batches_by_tokens", lambda sizes, most: [[0], [2], [1]])
+        choices = table.likeliest(context, first, known, score)
+    torch.testing.assert_close(parts, whole, atol=2e-5, rtol=0)
+    whole[torch.arange(3), known] = score
+    assert choices == whole.argmax(-1).tolist()
 
 
 # ---- errors

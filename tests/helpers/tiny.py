@@ -23,6 +23,12 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+RECURRENT = {  # a model of transformers alone, whose convolutions have a state
+    "family": "lfm2",
+    "num_hidden_layers": 2,
+    "layer_types": ["conv", "full_attention"],
+    "eos_token_id": None,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

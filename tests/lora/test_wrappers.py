@@ -27,6 +27,7 @@ from helpers.toy import FAST, Letters, llama, rows
 from minilora.common import named_modules, unwrap_model
 from minilora.lora.files.find import WEIGHTS_FILE
 from minilora.losses.sft import token_loss
+from minilora.models.padded_batch import Context
 
 TOKENS = tokens(2, 9)
 CONFIG = ml.LoRAConfig(
@@ -269,6 +270,8 @@ def test_a_model_with_tokens_of_its_own_has_no_labels():
     assert unwrap_model(theirs) is theirs
     with pytest.raises(ValueError, match="logits at 12 positions for 9 tokens"):
         token_loss(theirs, {"input_ids": TOKENS, "labels": TOKENS})
+    with pytest.raises(ValueError, match="logits at 12 positions for 9 tokens"):
+        Context(theirs).extend(TOKENS.tolist())
 
 
 # ---- errors

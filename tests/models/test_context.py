@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.prompts import pair, ragged
-from helpers.tiny import KINDS, oracle, twin
+from helpers.tiny import KINDS, RECURRENT, oracle, twin
 from minilora.generation.generate import generate_ids
 from minilora.generation.sampling import Decoding
 from minilora.models.padded_batch import Context, inference, shared_prefix
@@ -124,3 +124,13 @@ def test_the_model_is_left_as_it_was():
         table = 2 * torch.ones(3)
     # Gradients pass through a tensor that was made inside.
     (table * torch.ones(3, requires_grad=True)).sum().backward()
+
+
+def test_a_recurrent_state_refuses_a_branch():
+    """It cannot forget the branch, and the next tokens would follow it without an error."""
+    model = oracle(**RECURRENT)
+    with inference(model), pytest.raises(ValueError, match="recurrent layers.*Leave the"):
+        context = Context(model)
+        context.extend([[1, 2, 3]])
+        assert not context.can_forget
+        context.branch_all(torch.tensor([[4]]), torch.ones(1, 1, dtype=torch.bool))

@@ -29,8 +29,8 @@ EXCEPTIONS = {  # with the function that a body must call instead
     "SFT.loss": "token_loss",
     "losses.answer_logprobs": "labelled_positions",
     "losses.token_loss": "labelled_positions",
-    "losses.mean_loss": "means",
-    "losses.means": "objective.loss",
+    "losses.mean_loss": "_means",
+    "losses.means": "_means",
     # They pass the model on to a function of this file.
     "AdapterWeights.of": "contents",
     "AdapterWeights.put": "put_contents",
