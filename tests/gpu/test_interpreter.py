@@ -70,15 +70,11 @@ def fast_here() -> str:
     return f"not ({' or '.join(left_out)})"
 
 
-def test_few_cases_of_the_kernels_in_the_interpreter():
-    interpreted("tests/gpu/interpreted", "-m", "not slow", MINILORA_NF4="triton")
-
-
-def test_few_ordinary_cases_in_the_interpreter():
-    """The tests in SLOW_HERE exist, and every case of the other tests runs."""
-    found = interpreted(
-        *ORDINARY, "-m", "not slow", "-k", fast_here(), "-vv", MINILORA_NF4="triton"
-    )
+def test_few_cases_in_the_interpreter():
+    """One process for both kinds. The tests in SLOW_HERE exist, and the other tests run whole."""
+    options = ["-m", "not slow", "-k", fast_here(), "-vv"]
+    found = interpreted("tests/gpu/interpreted", *ORDINARY, *options, MINILORA_NF4="triton")
+    assert "::test_gemv_of_a_one_hot_x_gives_a_column[" in found
     for name, cases in SLOW_HERE.items():
         assert any(f"def {name}(" in (ROOT / path).read_text() for path in ORDINARY), name
         ran = len(re.findall(rf"::{name}(?:\[| )", found))

@@ -82,10 +82,8 @@ def test_an_unknown_set_is_refused():
 
 
 @x86
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param([], id="header", marks=pytest.mark.slow), pytest.param(["-q"], id="quiet")],
-)
+@pytest.mark.slow  # tests/repo/test_cpu_budget.py has a run with -q
+@pytest.mark.parametrize("options", [[], ["-q"]], ids=["header", "quiet"])
 def test_a_run_reports_its_instruction_set_once(options, tmp_path, monkeypatch):
     """The header reports it, or the end of the run where -q leaves out the header."""
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
