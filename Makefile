@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip
 FIND_TORCH := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install tritons demo learn test test-all check-demo lint format types bench pictures notebooks docs clean
+.PHONY: help venv install tritons demo learn test fast-tests test-all check-demo lint format types bench pictures notebooks docs clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -111,7 +111,10 @@ UNDER_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE
 UNDER = $(if $(ISA),$(or $(UNDER_$(ISA)),$(error ISA must be avx2 or default, got $(ISA))))
 
 # ROOM=lora runs tests/lora alone, without lint and types.
-test: $(if $(ROOM),install,lint types)  ## pytest -n 2 -m "not slow and not gpu"
+test: $(if $(ROOM),,lint)  ## pytest -n 2 -m "not slow and not gpu", and basedpyright at the same time
+	@$(MAKE) --no-print-directory -j 2 fast-tests $(if $(ROOM),,types)
+
+fast-tests: install
 	$(UNDER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" --durations=10 $(ROOM:%=tests/%)
 
 test-all: install tritons  ## pytest -n 2 -m "(slow or gpu) and not demo": the real model, the wheel, examples, notebooks

@@ -58,7 +58,9 @@ def process(number: int, command: list[str], ctrl_c: str = "heard") -> subproces
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_the_step_and_sets_the_status(place, tmp_path, number):
     out = tmp_path / "out"
     done = process(number, arguments(place, "--output_dir", str(out)))
