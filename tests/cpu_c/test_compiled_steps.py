@@ -6,6 +6,8 @@ reference implementations.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.bounds import attention_sizes
 from helpers.tiny import python
 from helpers.toy import llama, lora, noise
 from minilora_kernels.c import bindings
@@ -30,6 +33,17 @@ sizes = st.integers(1, 300)
 
 def values(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
     return (noise(*shape, seed=seed).detach() * scale).to(dtype)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def close(found: Tensor, exact: Tensor, ulps: float, of: Tensor | None = None) -> bool:
@@ -130,19 +144,67 @@ def test_weights_of_attention(N, size, start, G):
     assert torch.equal(scores == 0, P == 0)  # no attention to later tokens
 
 
+@given(
+    T=st.integers(1, 130),
+    d=st.sampled_from([32, 64, 96]),
+    kv_heads=st.integers(1, 2),
+    G=st.integers(1, 3),
+    laid_out=st.booleans(),
+)
+def test_backward_of_attention_in_tiles(T, d, kv_heads, G, laid_out):
+    """The gradients are those of fp64, within the rounding of their own sums (bounds.py)."""
+    q, k, v, dy = (
+        values(2, heads, T, d, dtype=torch.float32, seed=seed)
+        for seed, heads in enumerate((kv_heads * G, kv_heads, kv_heads, kv_heads * G))
+    )
+    if laid_out:  # as a model does it: heads next to each other
+        q, k, v, dy = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dy))
+    wide_q, wide_k, wide_v = (x.double().requires_grad_() for x in (q, k, v))
+    wide = att.plain_attention(wide_q, wide_k, wide_v)
+    exact = torch.autograd.grad(wide, (wide_q, wide_k, wide_v), dy.double())
+    with threads(2):
+        found = bindings.attention_backward(q, k, v, dy, d**-0.5)
+    assert found is not None
+    bounds = attention_sizes(q, k, v, dy)[1:]
+    for gradient, wanted, bound in zip(found, exact, bounds, strict=True):
+        assert gradient.shape == wanted.shape
+        assert ((gradient - wanted).abs() <= EPS[torch.float32] * bound).all()
+
+
+def test_backward_of_attention_is_left_to_torch():
+    """The tiles take fp32 and heads of whole tiles only, and enough heads for the threads."""
+    x = values(1, 2, 9, 64, dtype=torch.float32)
+    narrow = x[..., :20].contiguous()
+    with threads(2):
+        assert bindings.attention_backward(x, x, x, x, 1.0) is not None
+        assert bindings.attention_backward(x, x, x, x.bfloat16(), 1.0) is None
+        assert bindings.attention_backward(x, x, x, x.mT.contiguous().mT, 1.0) is None
+        assert bindings.attention_backward(narrow, narrow, narrow, narrow, 1.0) is None
+    with threads(3):  # two key heads would keep two of the three threads busy
+        assert bindings.attention_backward(x, x, x, x, 1.0) is None
+
+
+def test_threads_do_not_change_a_bit_of_attention():
+    x = values(2, 3, 100, 64, dtype=torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(bindings.attention_backward(x, x, x, x, 0.125))
+    for found in results[1:]:
+        for gradient, wanted in zip(found, results[0], strict=True):
+            assert torch.equal(gradient, wanted)
+
+
 def test_threads_do_not_change_a_bit():
     x, w = values(700, 333, dtype=torch.bfloat16), values(333, dtype=torch.bfloat16)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
             found = bindings.rms_norm(x, w, 1e-5, False)
             assert found is not None
             back = bindings.rms_norm_backward(x, w, found[1], x, True, False)
             assert back is not None and back[1] is not None
             results.append([*found, back[0], back[1]])
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -31,6 +31,7 @@ ABSENT = (
 )
 C_SOURCES = (
     "attention",
+    "attention_backward",
     "cross_entropy",
     "linear_token",
     "nf4_dequantize",
@@ -39,7 +40,7 @@ C_SOURCES = (
     "rope",
     "swiglu",
 )
-C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h"}
+C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h", "tile.h"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

@@ -7,6 +7,7 @@ compiler's speed; `begin` starts it earlier. MINILORA_STEPS=torch switches the c
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,16 @@ _LIBRARIES = {
     torch.float32: Library("operations", _SOURCES, _HEADERS, _FLAGS),
     torch.bfloat16: Library("operations", _SOURCES, _HEADERS, [*_FLAGS, "-DBF16"]),
 }
+# Tiles of products in fp32; a product and a sum are one instruction.
+_TILES = Library(
+    "attention_backward",
+    [_FOLDER / "attention_backward.c"],
+    [_FOLDER / "numbers.h", _FOLDER / "tile.h"],
+    [*_FLAGS, "-ffp-contract=fast"],
+)
+_TILE_COLUMNS = 32  # a multiple of COLUMNS of tile.h, on every processor
+_BLOCK_ROWS = 48  # ROWS of attention_backward.c
+_BUSY = 0.75  # smallest share of its threads that attention_backward keeps busy
 _TENSOR_TYPES = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -39,6 +50,8 @@ def begin(dtype: torch.dtype) -> None:
     """
     if dtype in _LIBRARIES and wanted():
         _LIBRARIES[dtype].begin()
+    if dtype == torch.float32 and wanted():
+        _TILES.begin()
 
 
 def wanted() -> bool:
@@ -192,6 +205,47 @@ def attention_weights(scores: Tensor, dP: Tensor, start: int, G: int) -> bool:
     return _run("attention_weights", scores, dP, *scores.shape, start, G)
 
 
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the gradients of causal attention of T queries on the same T keys, in fp32.
+
+    A thread works on whole key heads. Where they would leave threads idle, the result is None.
+
+    Args:
+        q: Queries of shape (B, heads, T, d).
+        k: Keys of shape (B, kv_heads, T, d).
+        v: Values with the shape of k.
+        dy: Gradient of the output, with the shape of q.
+        scale: Factor on the scores.
+
+    Returns:
+        dq, a view of a contiguous (B, T, heads, d), and dk and dv with the shape of k; or None.
+    """
+    tensors = (q, k, v, dy)
+    for x in tensors:
+        if x.dtype != torch.float32 or x.stride(-1) != 1:
+            return None
+    B, heads, T, d = q.shape
+    kv_heads = k.shape[1]
+    threads = torch.get_num_threads()
+    rounds = math.ceil(B * kv_heads / threads)
+    if d % _TILE_COLUMNS != 0 or B * kv_heads < _BUSY * rounds * threads:
+        return None
+    width = math.ceil(T / _TILE_COLUMNS) * _TILE_COLUMNS  # T, rounded up
+    part = 2 * width * d + 2 * _BLOCK_ROWS * width + _BLOCK_ROWS * d
+    memory = allocator.empty((threads, part), q.dtype, q.device)
+    dq = allocator.empty((B, T, heads, d), q.dtype, q.device).transpose(1, 2)  # (B, heads, T, d)
+    dk = allocator.empty((B, kv_heads, T, d), q.dtype, q.device)
+    dv = allocator.empty((B, kv_heads, T, d), q.dtype, q.device)
+    steps = [x.stride()[:3] for x in (*tensors, dq)]
+    outputs = (dq, dk, dv, memory)
+    sizes = (tuple(q.shape), heads // kv_heads, *steps, scale, threads, part)
+    if not _run("attention_backward", q, k, v, dy, *outputs, *sizes, library=_TILES):
+        return None
+    return dq, dk, dv
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor | None:
     """Rotate each head by the angles of its position.
 
@@ -251,17 +305,17 @@ def token_product(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     return multiply
 
 
-def _run(name: str, first: Tensor, *arguments: Any) -> bool:
+def _run(name: str, first: Tensor, *arguments: Any, library: Library | None = None) -> bool:
     """Call a C function; return False where no compiled code fits the first tensor."""
     if not first.is_cpu or type(first) not in _TENSOR_TYPES or first.dtype not in _LIBRARIES:
         return False
     if not wanted():
         return False
-    library = _LIBRARIES[first.dtype].loaded(wait=True)
-    if library is None:
+    loaded = (library or _LIBRARIES[first.dtype]).loaded(wait=True)
+    if loaded is None:
         return False
     if type(first) is not FakeTensor:  # a fake tensor has no values, nor have its results
-        function = getattr(library, name)
+        function = getattr(loaded, name)
         function(*map(_as_c, (first, *arguments)))
     return True
 

@@ -14,7 +14,9 @@ document, with the queries and keys of that document only. The second way needs 
 of n equal documents costs an n-th of its T x T scores.
 
 Backward keeps Q, K and V and computes the weights again. PyTorch's own backward is slow on a CPU.
-There `_Causal` works on blocks of queries, each with the keys up to the end of the block.
+There `_Causal` works on blocks of queries, each with the keys up to the end of the block. In fp32
+compiled C works on smaller blocks of one head, which stay in the cache (c/attention_backward.c);
+in bf16 the products of PyTorch are faster, where the processor multiplies bf16.
 
 Shapes: q (B, heads, T, d), k and v (B, kv_heads, S, d), mask bool (B or 1, 1, T, S), output
 (B, heads, T, d).
@@ -289,8 +291,10 @@ class _Causal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] decorated
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = _causal_backward(q, k, v, grads[0], ctx.scale)
-        return dq, dk, dv, None
+        gradients = bindings.attention_backward(q, k, v, grads[0], ctx.scale)
+        if gradients is None:
+            gradients = _causal_backward(q, k, v, grads[0], ctx.scale)
+        return *gradients, None
 
 
 def _causal_backward(
