@@ -40,6 +40,7 @@ SCRIPTS = {
     "packing": (["--tokens", "256", "--rounds", "1"], "ratios"),
     "qlora_parity": (["--steps", "2", "--seeds", "1", "--test_rows", "4"], "agree"),
     "many_adapters": (["--short"], "by_row"),
+    "bench_evaluate": (["--short"], "rounds"),
     "bench_serve": (["--short"], "sides"),
     "variants": (["--short"], "variants"),
     "studies": (["--short"], "studies"),
