@@ -21,8 +21,10 @@ from minilora.cli.options import (
     template_check,
 )
 from minilora.cli.values import add_fields, parse_value
+from minilora.common.extras import require
 from minilora.data.formats import Chat, as_messages
 from minilora.data.read_rows import check_file, read_dataset
+from minilora.generation.json_schema import schema_of
 from minilora.serving.serve import check as check_server
 
 
@@ -32,6 +34,7 @@ def generate(
     messages: str | None,
     system: str | None,
     stream: bool | None,
+    schema: str | None,
     adapter: str | None,
     **options: Any,
 ) -> None:
@@ -43,6 +46,8 @@ def generate(
         messages: file of conversations to answer instead of a prompt; None answers the prompt.
         system: text of a system message to put in front; None adds none.
         stream: print the answer while it grows; None does so on a terminal.
+        schema: file of a JSON schema that the answers follow, or "json" for any JSON object; None
+            allows any text.
         adapter: folder or Hub id of an adapter; None uses that of `model`, or the base alone.
         options: quantize, dtype and check_base (`load`), and the options of ml.generate.
 
@@ -57,6 +62,8 @@ def generate(
         stream = sys.stdout.isatty() and len(prompts) == 1
     loading = {name: options.pop(name) for name in ("quantize", "dtype", "check_base")}
     template_kwargs = options.pop("chat_template_kwargs")
+    if schema is not None:
+        options["schema"] = _schema(schema)
     config = ml.GenerationConfig(**options)  # checked before the model is loaded
     needs_template = "--messages" if messages is not None else None
     if system is not None:
@@ -76,6 +83,21 @@ def generate(
         return
     for answer in answers:
         print(json.dumps({"answer": answer}, ensure_ascii=False))
+
+
+def _schema(text: str) -> Any:
+    """Return the schema of a file, or "json"; check it before a model is loaded."""
+    require("an answer that follows a schema", "llguidance")
+    schema: Any = text
+    if text != "json":
+        if check_file(text) != ".json":
+            raise ValueError(f"--schema: expected a .json file or the word json, got {text}.")
+        try:
+            schema = json.loads(Path(text).read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"--schema: {text} is not JSON: {error}.") from error
+    schema_of(schema)
+    return schema
 
 
 def _prompts(prompt: str | None, messages: str | None) -> list[Any]:
@@ -197,6 +219,11 @@ def _add_generate(commands: Any) -> None:
         type=lambda value: parse_value(value, bool),
         metavar="true|false",
         help="print the answer while it grows (default: if the output is a terminal)",
+    )
+    parser.add_argument(
+        "--schema",
+        metavar="FILE",
+        help="a JSON schema, in a .json file, that every answer follows; json allows any JSON object",
     )
     add_sampling(parser, max_new_tokens=64, temperature=0.0)
     parser.add_argument("--adapter", help=POSITIONAL["adapter"])

@@ -6,6 +6,7 @@ and a system message for a base without chat template.
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -42,6 +43,46 @@ def write(folder, name: str, *values: object) -> str:
 
 
 # ---- oracle
+
+
+SCHEMA = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_an_answer_follows_the_schema_of_a_file(stream, place, tmp_path, capsys):
+    path = write(tmp_path, "schema.json", SCHEMA)
+    assert run(place, "hello", "--schema", path, "--max_new_tokens", 20, "--stream", stream) == 0
+    found = capsys.readouterr().out
+    model = ml.load_model(place / "model", dtype="float32")
+    tokenizer = ml.load_tokenizer(place / "model")
+    expected = ml.generate(model, tokenizer, "hello", max_new_tokens=20, schema=SCHEMA)
+    assert found == expected + "\n"
+    assert json.loads(found)["x"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "--schema: .*schema.json|schema.json does not exist"),
+        ("{", "--schema: .* is not JSON"),
+        ("[1]", "schema: expected 'json', a JSON schema"),
+    ],
+)
+def test_a_bad_schema_is_found_before_loading(
+    content, message, place, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "schema.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr("minilora.load_model", None)
+    assert run(place, "hello", "--schema", path) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_schema_is_a_json_file(place, tmp_path, capsys):
+    path = write(tmp_path, "rows.jsonl", SCHEMA)
+    assert run(place, "hello", "--schema", path) == 1
+    assert "--schema: expected a .json file or the word json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["-"]])
