@@ -1,6 +1,6 @@
 """The decoder, and loading and saving of checkpoints.
 
-decoder.py              Llama, Mistral, Qwen and Gemma 3 in one file
+decoder.py              Llama, Mistral, Qwen, SmolLM3 and Gemma 3 in one file
 config.py               the shape of a decoder, from config.json
 families.py             Llama, Mistral, Qwen, Gemma: their differences
 rope_config.py          rotary positions and their frequencies

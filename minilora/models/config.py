@@ -1,4 +1,4 @@
-"""The shape of a decoder (Llama, Mistral, Qwen, Gemma 3), read from and written to config.json.
+"""The shape of a decoder (Llama, Mistral, Qwen, SmolLM3, Gemma 3), read from and written to config.json.
 
 Both spellings are read: transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5
 (rope_parameters, dtype). The spelling of 4 is written, which every reader (transformers 4 and 5,
@@ -6,8 +6,8 @@ vLLM, llama.cpp) understands. An unknown field that is set raises an error, beca
 the computation; fields that never change it are kept and written back.
 """
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from minilora.models.families import FAMILIES, FULL, SLIDING, Family
@@ -44,6 +44,8 @@ class DecoderConfig:
         sliding_window: in layers of kind SLIDING, a token attends to itself and the
             sliding_window - 1 tokens before it; None is no window.
         layer_types: kind of each layer; () is SLIDING for all layers if there is a window.
+        no_rope_layers: of each layer, 1 if it rotates q and k and 0 if not; () is 1 for all layers.
+            The name is that of transformers.
         rope_local_base_freq: θ of the rotation in SLIDING layers, unscaled; None is `rope`.
         query_pre_attn_scalar: scores are divided by its root; None is head_dim.
         attention_bias: biases on q, k, v and o.
@@ -69,6 +71,7 @@ class DecoderConfig:
     rope: Rope = Rope()
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    no_rope_layers: tuple[int, ...] = ()
     rope_local_base_freq: float | None = None
     query_pre_attn_scalar: float | None = None
     attention_bias: bool = False
@@ -100,6 +103,7 @@ class DecoderConfig:
                 "of query heads."
             )
         self._set_layer_types()
+        self._check_rotated_layers()
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of channels.")
 
@@ -120,6 +124,16 @@ class DecoderConfig:
                 f"or (with a sliding_window; it is {window}) {SLIDING}; got {list(kinds)}."
             )
 
+    def _check_rotated_layers(self) -> None:
+        """Derive and check which layers rotate q and k."""
+        rotated = self.no_rope_layers or (1,) * self.num_hidden_layers
+        object.__setattr__(self, "no_rope_layers", rotated)
+        if len(rotated) != self.num_hidden_layers or set(rotated) - {0, 1}:
+            raise ValueError(
+                f"no_rope_layers must have a 1 (the layer rotates q and k) or a 0 for each of "
+                f"{self.num_hidden_layers} layers, got {list(rotated)}."
+            )
+
     @property
     def family(self) -> Family:
         """Family of the model."""
@@ -134,6 +148,19 @@ class DecoderConfig:
         if kind == SLIDING and self.rope_local_base_freq:
             return Rope(self.rope_local_base_freq)
         return self.rope
+
+    def of_layers(self, numbers: Sequence[int]) -> "DecoderConfig":
+        """Return the config of a model that has some of the layers.
+
+        Args:
+            numbers: the numbers of the layers, in their new order.
+        """
+        return replace(
+            self,
+            num_hidden_layers=len(numbers),
+            layer_types=tuple(self.layer_types[i] for i in numbers),
+            no_rope_layers=tuple(self.no_rope_layers[i] for i in numbers),
+        )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
@@ -162,6 +189,8 @@ class DecoderConfig:
             )
         _reject_unknown(config, known, family)
         _check_sizes(values)
+        if family.skips_rope:
+            values["no_rope_layers"] = _rotated_layers(config, values["num_hidden_layers"])
         values |= _windows(config, values)
         max_positions = values.get("max_position_embeddings", cls.max_position_embeddings)
         values["rope"] = _rope(config, family, max_positions)
@@ -180,6 +209,7 @@ class DecoderConfig:
             if f.name not in ("rope", "extra", "dtype"):
                 values[f.name] = getattr(self, f.name)
         values["layer_types"] = list(self.layer_types)
+        values["no_rope_layers"] = list(self.no_rope_layers)
         values["use_sliding_window"] = self.sliding_window is not None
         # For readers older than layer_types.
         values["max_window_layers"] = self.layer_types.count(FULL)
@@ -289,7 +319,8 @@ def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     """Return `sliding_window` and `layer_types`.
 
     Qwen has a switch for the window, and no window below layer max_window_layers. In Gemma 3 every
-    sixth layer (or as sliding_window_pattern states) has no window.
+    sixth layer (or as sliding_window_pattern states) has no window. In SmolLM3 the layers that do
+    not rotate have one, if the switch is on.
     """
     family = FAMILIES[config["model_type"]]
     window = values.get("sliding_window")
@@ -297,6 +328,7 @@ def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     if "use_sliding_window" in family.own:
         if not config.get("use_sliding_window"):
             window = None
+    if "max_window_layers" in family.own:
         first = config.get("max_window_layers", 28)
         if type(first) is not int:
             first = -1  # refused below
@@ -315,6 +347,8 @@ def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     for layer in range(values["num_hidden_layers"]):
         if family.gemma:
             windowed = (layer + 1) % every != 0
+        elif family.skips_rope:
+            windowed = window is not None and not values["no_rope_layers"][layer]
         else:
             windowed = window is not None and layer >= first
         kinds.append(SLIDING if windowed else FULL)
@@ -324,6 +358,20 @@ def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
             f"config field layer_types is {given}: a {config['model_type']} model has {kinds[0]} only."
         )
     return {"sliding_window": window, "layer_types": tuple(given)}
+
+
+def _rotated_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Return for each layer 1 if it rotates q and k, else 0: in SmolLM3 every fourth one is 0."""
+    given = config.get("no_rope_layers")
+    if given is not None:
+        return tuple(given[:layers])
+    interval = config.get("no_rope_layer_interval", 4)
+    if type(interval) is not int or not 1 <= interval <= MOST_LAYERS or layers > MOST_LAYERS:
+        raise ValueError(
+            f"config fields no_rope_layer_interval {interval!r} and num_hidden_layers {layers}: "
+            f"expected numbers from 1 to {MOST_LAYERS}."
+        )
+    return tuple(int((layer + 1) % interval != 0) for layer in range(layers))
 
 
 def _one_rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma 3 (text).
+r"""One decoder on one page: Llama 2/3, SmolLM2/3, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma 3 (text).
 
     x = embed(tokens)
     for each layer:
@@ -9,10 +9,10 @@ r"""One decoder on one page: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3,
 
 A switch of the config (config.py) selects each difference of a family: biases and norms of q and k
 in Qwen; more norms, another activation and scaled embeddings in Gemma; a window and another
-rotation by the kind of layer (layer_types). Modules have Hugging Face's names, so their paths are
-the keys of a checkpoint. Every rounding is at the same place as in transformers. In 16 bits the
-values are therefore equal, bit for bit if the environment has MINILORA_STEPS=torch; compiled
-operations add in another order.
+rotation by the kind of layer (layer_types); no rotation in some layers of SmolLM3. Modules have
+Hugging Face's names, so their paths are the keys of a checkpoint. Every rounding is at the same
+place as in transformers. In 16 bits the values are therefore equal, bit for bit if the environment
+has MINILORA_STEPS=torch; compiled operations add in another order.
 
 Simplified: unlike transformers, there are no labels, losses, dropout, attention-mask argument or
 output classes. document_ids states which tokens attend to each other; padding has the id -1.
@@ -101,7 +101,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         mask: LayerMask,
         cache: KVCache | None,
     ) -> Tensor:
@@ -109,15 +109,18 @@ class Attention(nn.Module):
 
         Args:
             x: activations, (B, T, D).
-            rope: cos and sin of the rotation, (B or 1, 1, T, d) each.
+            rope: cos and sin of the rotation, (B or 1, 1, T, d) each; None rotates nothing.
             mask: None for plain causal attention, a mask (B or 1, 1, T, S), or Documents.
             cache: keys and values of earlier tokens, or None.
         """
         q = self._heads(self.q_proj(x))  # (B, H, T, d)
         k = self._heads(self.k_proj(x))  # (B, kv_heads, T, d)
         v = self._heads(self.v_proj(x))  # (B, kv_heads, T, d)
-        q = rotate(self.q_norm(q), *rope)
-        k = rotate(self.k_norm(k), *rope)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if rope is not None:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.index, k, v)  # (B, kv_heads, S, d)
         out = attention(q, k, v, mask, self.scale)  # (B, H, T, d)
@@ -179,7 +182,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         mask: LayerMask,
         cache: KVCache | None,
     ) -> Tensor:
@@ -187,7 +190,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: activations, (B, T, D).
-            rope: cos and sin of the rotation.
+            rope: cos and sin of the rotation, or None.
             mask: the attention mask.
             cache: keys and values of earlier tokens, or None.
         """
@@ -308,8 +311,11 @@ class CausalLM(nn.Module):
             omega = self._frequencies(kind, x.device, cache)  # (d/2,)
             ropes[kind] = rotation(omega, position_ids, x.dtype)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for layer, kind in zip(self.model.layers, self.config.layer_types, strict=True):
-            inputs = (x, ropes[kind], masks[kind], cache)
+        config = self.config
+        layers = zip(self.model.layers, config.layer_types, config.no_rope_layers, strict=True)
+        for layer, kind, rotates in layers:
+            rope = ropes[kind] if rotates else None
+            inputs = (x, rope, masks[kind], cache)
             if recompute:
                 x = checkpoint(layer, *inputs, use_reentrant=False)  # (B, T, D)
             else:

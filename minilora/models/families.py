@@ -19,6 +19,7 @@ class Family:
         fixed: fields for which the decoder implements one value only.
         qkv_bias: biases on q, k and v, always, and none on o_proj.
         qk_norm: norms of q and k.
+        skips_rope: some layers do not rotate q and k (no_rope_layers).
         gemma: norms by 1 + w, also after each block; GeGLU; scaled embeddings; a RoPE for each kind
             of layer.
     """
@@ -29,6 +30,7 @@ class Family:
     fixed: dict[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
     qkv_bias: bool = False
     qk_norm: bool = False
+    skips_rope: bool = False
     gemma: bool = False
 
 
@@ -53,6 +55,30 @@ FAMILIES = {
         _QWEN | {"head_dim": 128},
         _QWEN_WINDOW | {"attention_bias"},
         qk_norm=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "pad_token_id": 128004,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+        frozenset(
+            {
+                "attention_bias",
+                "mlp_bias",
+                "sliding_window",
+                "layer_types",
+                "use_sliding_window",
+                "no_rope_layers",
+                "no_rope_layer_interval",
+            }
+        ),
+        skips_rope=True,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",

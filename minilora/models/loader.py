@@ -47,7 +47,7 @@ def load_model(
     token: str | None = None,
     local_files_only: bool | None = None,
 ) -> CausalLM:
-    """Load a model of the families Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text), in eval mode.
+    """Load a model of Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Gemma 3 (text), in eval mode.
 
     The folder of an adapter, or of a run that trained one, gives the base that the adapter states,
     in the storage that it was trained on, with the adapter "default" active. To choose the base or

@@ -51,6 +51,12 @@ GEMMA = {
     },
     **{"eos_token_id": None, "bos_token_id": None, "hidden_size": 80},  # √80 is not a 16-bit number
 }
+SMOLLM3 = {
+    "family": "smollm3",
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 KINDS = {  # fields of `oracle`, for every option of a config
     "llama": {},
     "one head each": {"num_key_value_heads": 4},
@@ -102,6 +108,11 @@ KINDS = {  # fields of `oracle`, for every option of a config
     "qwen3 window between": {
         **{"family": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 5},
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "smollm3": SMOLLM3 | {"num_hidden_layers": 4},
+    "smollm3 window, untied, biases": {
+        **SMOLLM3 | {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": False},
+        **{"use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
     },
     "gemma3": GEMMA,
     "gemma3 untied, biases, linear": {

@@ -26,6 +26,7 @@ VARIED = {
         "qwen2",
         "qwen2 window above",
         "qwen3 window between",
+        "smollm3 window, untied, biases",
         "gemma3",
     )
 }
@@ -78,8 +79,14 @@ def test_gradients_equal_transformers(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"rope_parameters": LLAMA3, "attention_bias": True}, KINDS["qwen2"], KINDS["qwen3"], GEMMA],
-    ids=["llama", "qwen2", "qwen3", "gemma3"],
+    [
+        {"rope_parameters": LLAMA3, "attention_bias": True},
+        KINDS["qwen2"],
+        KINDS["qwen3"],
+        KINDS["smollm3"],
+        GEMMA,
+    ],
+    ids=["llama", "qwen2", "qwen3", "smollm3", "gemma3"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_rounds_where_transformers_rounds(fields, dtype):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import minilora as ml
 from helpers.bounds import UNIT, assert_rounded, rounding
-from helpers.tiny import GEMMA, LLAMA3, oracle, tokens, twin
+from helpers.tiny import GEMMA, LLAMA3, SMOLLM3, oracle, tokens, twin
 from minilora.models.config import DecoderConfig
 from minilora.models.families import FULL, SLIDING
 from minilora.models.gguf.config import read_config
@@ -122,8 +122,19 @@ def test_gemma3_file_trains_and_is_quantised(tmp_path):
         (CASES["qwen3"] | {"attention_bias": True}, "no biases of attention in qwen3 files"),
         (CASES["qwen3"] | {"rope_parameters": LLAMA3}, "ignore the llama3 scaling"),
         ({"family": "qwen2", "rope_parameters": LLAMA3}, "ignore the llama3 scaling"),
+        (SMOLLM3 | {"no_rope_layers": [0, 1, 1]}, "rotates q and k in three of four layers"),
+        (SMOLLM3 | {"mlp_bias": True}, "no biases in smollm3 files"),
     ],
-    ids=["layers", "scalar", "gemma3 bias", "qwen3 bias", "qwen3 rope", "qwen2 rope"],
+    ids=[
+        "layers",
+        "scalar",
+        "gemma3 bias",
+        "qwen3 bias",
+        "qwen3 rope",
+        "qwen2 rope",
+        "smollm3",
+        "smollm3 bias",
+    ],
 )
 def test_models_that_llama_cpp_computes_otherwise_are_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=f"llama.cpp.*{message}"):

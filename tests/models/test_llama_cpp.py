@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import minilora as ml
 from benchmarks._lib.llama_cpp import Llama
 from helpers.kinds import shake
-from helpers.tiny import LLAMA3, oracle, tokens, twin
+from helpers.tiny import LLAMA3, SMOLLM3, oracle, tokens, twin
 from minilora.data import load_tokenizer
 from minilora.models.gguf.tokenizer import WORDS
 from minilora.models.save import save_model
@@ -33,6 +33,7 @@ MODELS = {
         "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "factor": 32.0}
     },
     "mistral": {"family": "mistral", "sliding_window": None},
+    "smollm3": SMOLLM3 | {"num_hidden_layers": 5},
     "qwen2": {"family": "qwen2"},
     "qwen2 tied": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
 }

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import minilora as ml
-from helpers.tiny import oracle, tokens, twin
+from helpers.tiny import SMOLLM3, oracle, tokens, twin
 from minilora.lora.files.save_load import WEIGHTS_FILE
+from minilora.lora.targets import DEFAULT_TARGETS
 from minilora.models.config import FAMILIES
 from minilora.models.gguf.write import ARCHITECTURES
 
@@ -54,6 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2-tied-window": TIED | WINDOW | {"family": "qwen2"},
     "qwen3-biases-window": BIASED | WINDOW | {"family": "qwen3", "head_dim": 32},
     "qwen3-tied": TIED | {"family": "qwen3", "head_dim": 16, "num_key_value_heads": 1},
+    "smollm3-tied": TIED | SMOLLM3,
     "gemma3-tied": TIED | GEMMA,
     "gemma3-biases": {**BIASED, **GEMMA, "tie_word_embeddings": False},
 }
@@ -67,7 +69,7 @@ NO_BIAS, SHARED, NO_TIE = (
 # Name -> fields of LoRAConfig, and the error for each trait of a family (see `traits`) that refuses
 # them.
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "defaults": ({}, {}),
+    "defaults": ({}, {"no default": "no default for model type"}),
     "all-linear": ({"target_modules": "all-linear", "r": 4, "lora_alpha": 3}, {}),
     "rslora": (SOME | {"use_rslora": True}, {}),
     "patterns": (
@@ -150,9 +152,12 @@ def traits(kind: str) -> set[str]:
     """Return the traits of a family that may refuse a feature."""
     given = KINDS[kind]
     biased = given.get("attention_bias") or given.get("family") == "qwen2"
-    return {"tied" if given.get("tie_word_embeddings") else "untied"} | (
-        set() if biased else {"no bias"}
-    )
+    found = {"tied" if given.get("tie_word_embeddings") else "untied"}
+    if not biased:
+        found.add("no bias")
+    if given.get("family", "llama") not in DEFAULT_TARGETS:  # PEFT has no default either
+        found.add("no default")
+    return found
 
 
 @cache
@@ -247,12 +252,13 @@ def saved(model: nn.Module, path: Path, format: str) -> bool:
     If the format does not support the model, check the error and return False.
     """
     config, message = model.config, None
-    if config.model_type != "llama" and any(
-        "lora_B.bias" in key for key in ml.adapter_state_dict(model)
-    ):
+    with_bias = any("lora_B.bias" in key for key in ml.adapter_state_dict(model))
+    if config.model_type not in ("llama", "smollm3") and with_bias:
         message = "has a bias .lora_bias., for which the config of a"
     elif format == "gguf" and config.model_type not in ARCHITECTURES:
         message = "model_type of a GGUF file must be one of"
+    elif format == "gguf" and config.model_type == "smollm3" and with_bias:
+        message = "has no biases in smollm3 files"
     elif format == "gguf" and config.model_type == "gemma3_text" and config.attention_bias:
         message = "has no biases of attention"
     elif format == "gguf" and config.sliding_window and config.model_type != "gemma3_text":

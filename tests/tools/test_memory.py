@@ -178,7 +178,9 @@ FULL_MATRIX = [
     ("llama", lora, checkpointing) for lora in ("full", *LORAS) for checkpointing in (False, True)
 ]
 FULL_MATRIX += [
-    (kind, lora, False) for kind in ("qwen3 window between", "gemma3") for lora in ("full", "all")
+    (kind, lora, False)
+    for kind in ("qwen3 window between", "smollm3", "gemma3")
+    for lora in ("full", "all")
 ]
 STEPS = with_slow(
     [

@@ -3,7 +3,7 @@
 llama.cpp's converter changes a Hugging Face checkpoint in three ways that depend on the family.
 
 1. The tensors have other names. In Gemma 3 four norms of a layer have names of their own.
-2. In llama files the rows of q_proj and k_proj have another order.
+2. In llama and smollm3 files the rows of q_proj and k_proj have another order.
 3. Gemma normalises by 1 + w. Its checkpoints store w, a GGUF file stores 1 + w in fp32. The sum is
    rounded, so w returns from a file with an absolute error of up to 2^-24.
 """
@@ -18,14 +18,17 @@ ARCHITECTURES = {  # model_type -> GGUF's
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "smollm3": "smollm3",
     "gemma3_text": "gemma3",
 }
 MODEL_TYPES = {  # GGUF's -> model_type
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "smollm3": "smollm3",
     "gemma3": "gemma3_text",
 }
+LIKE_LLAMA = ("llama", "smollm3")  # architectures whose rows of q and k llama.cpp reorders
 ROPE_FACTORS = "rope_freqs.weight"
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _NAMES = {  # GGUF -> Hugging Face, the part of the name after the layer
@@ -118,9 +121,9 @@ def permuted_heads(config: DecoderConfig) -> dict[str, int]:
         config: The model's config.
 
     Returns:
-        Heads by module name; empty for architectures other than llama, whose rows keep their order.
+        Heads by module name; empty for architectures whose rows keep their order.
     """
-    if ARCHITECTURES[config.model_type] != "llama":
+    if ARCHITECTURES[config.model_type] not in LIKE_LLAMA:
         return {}
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 

@@ -7,7 +7,8 @@ change the model's result, so it is an error.
 
 Gemma 3 files do not list the kind of each layer. llama.cpp gives every sixth layer full attention,
 or every p-th if the file has attention.sliding_window_pattern = p. The other layers have a window
-and their own θ: 10,000, or rope.freq_base_swa.
+and their own θ: 10,000, or rope.freq_base_swa. In SmolLM3 files every fourth layer does not rotate
+q and k: llama.cpp has this number in its code.
 """
 
 from dataclasses import replace
@@ -78,7 +79,7 @@ def read_config(
     if arch not in MODEL_TYPES:
         raise ValueError(
             f"{path}: unknown GGUF architecture {arch!r}; minilora reads llama (Llama, Mistral, "
-            "SmolLM2), qwen2, qwen3 and gemma3. Other models: load with transformers and call "
+            "SmolLM2), smollm3, qwen2, qwen3 and gemma3. Other models: load with transformers and call "
             "ml.inject(model, ...) on them."
         )
     if fields.get("split.count", 0) not in (0, 1):
@@ -99,7 +100,7 @@ def read_config(
     config["head_dim"] = head_dim
     config["rms_norm_eps"] = keys[_NORM_EPS]
     config["tie_word_embeddings"] = "output.weight" not in records
-    if arch == "llama":  # qwen2 has biases in fixed places
+    if arch == "llama":  # qwen2 has biases in fixed places, the others none
         config["attention_bias"] = "blk.0.attn_q.bias" in records
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in records
     if arch == "gemma3":
@@ -141,6 +142,15 @@ def _head_dim(path: Path, keys: dict[str, Any], hidden_size: int, heads: int) ->
             "not supported."
         )
     return head_dim
+
+
+def rotated_layers(config: DecoderConfig) -> tuple[int, ...]:
+    """Return for each layer 1 if llama.cpp rotates q and k in a SmolLM3 file, else 0.
+
+    Args:
+        config: The model's config.
+    """
+    return tuple(int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers))
 
 
 def attention_scalar(layers: int, hidden_size: int, heads: int, head_dim: int) -> int:

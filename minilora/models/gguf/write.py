@@ -35,6 +35,7 @@ from minilora.models.gguf.config import (
     WINDOW_PERIOD,
     attention_scalar,
     layer_kinds,
+    rotated_layers,
 )
 from minilora.models.gguf.read import TokenizerFields
 from minilora.models.rope_config import Rope, frequencies
@@ -150,6 +151,10 @@ def check_options(config: DecoderConfig, dtype: str) -> None:
         )
     arch = ARCHITECTURES[config.model_type]
     problem = None
+    if config.family.skips_rope and config.no_rope_layers != rotated_layers(config):
+        problem = "rotates q and k in three of four layers, always,"
+    if config.family.skips_rope and (config.attention_bias or config.mlp_bias):
+        problem = "has no biases"
     if arch != "llama" and config.rope.kind == "llama3":
         problem = "would ignore the llama3 scaling of the rotation"
     if config.family.qk_norm and config.attention_bias:

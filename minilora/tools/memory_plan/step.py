@@ -194,12 +194,13 @@ def _layer_kinds(model: CausalLM) -> list[int]:
     first: dict[Any, int] = {}
     kinds = []
     sort_before = -1
-    layers = zip(model.model.layers, model.config.layer_types, strict=True)
-    for number, (layer, layer_type) in enumerate(layers):
+    config = model.config
+    layers = zip(model.model.layers, config.layer_types, config.no_rope_layers, strict=True)
+    for number, (layer, layer_type, rotates) in enumerate(layers):
         parts = tuple(
             (name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()
         )
-        sort = first.setdefault((layer_type, trains_below, parts), number)
+        sort = first.setdefault((layer_type, rotates, trains_below, parts), number)
         kinds.append(first.setdefault((sort_before, sort), number))
         trains_below = trains_below or _is_trainable(layer)
         sort_before = sort
@@ -218,8 +219,7 @@ def _sample(model: CausalLM, numbers: list[int]) -> CausalLM:
     small.model = copy.copy(model.model)
     small.model._modules = dict(model.model._modules)
     small.model.layers = nn.ModuleList(model.model.layers[i] for i in numbers)
-    layer_types = tuple(model.config.layer_types[i] for i in numbers)
-    small.config = replace(model.config, num_hidden_layers=len(numbers), layer_types=layer_types)
+    small.config = model.config.of_layers(numbers)
     return copy.deepcopy(small)
 
 
