@@ -61,6 +61,7 @@ from minilora.training.config import TrainConfig
 from minilora.training.logs.callbacks import Callback, StepInfo
 from minilora.training.logs.result import TrainResult
 from minilora.training.loop import train
+from minilora.training.session import TrainingSession
 from minilora_kernels import NF4Weight, dequantize_nf4, quantize_nf4
 from minilora_kernels.ops.mode import reference_ops
 
@@ -103,6 +104,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingCheck",
+    "TrainingSession",
     "adapter_state_dict",
     "base_state_dict",
     "check_training",

@@ -1,6 +1,7 @@
 """Training: the loop and its parts, one file each.
 
     loop           `train`: steps, evaluation, checkpoints
+    session        `TrainingSession`: the verbs of a step, on which the loop stands
     run            the parts of a run and its set-up
     config         `TrainConfig`, with the names of TrainingArguments
     batch_sampler  the samples of each step
@@ -14,7 +15,7 @@
     process        the process of a run, where there is only one
     distributed    several processes: DDP and FSDP2
     logs/          log.jsonl, run.json, the progress bar, trackers and callbacks
-    optim/         parameter groups, learning rate, 8-bit AdamW, NEFTune
+    optim/         the gradient of a step, parameter groups, learning rate, 8-bit AdamW, NEFTune
 
 Begin with `loop`; it names the others in the order in which they are used.
 """

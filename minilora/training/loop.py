@@ -1,54 +1,34 @@
 """The training loop.
 
-    L = (1/N) Σ_m Σ_{t in m} −log p(token_t)        g = ∂L/∂parameter
-
-A step consists of micro-batches m. N is the number of supervised tokens of the whole step, over all
-micro-batches and all processes (for DPO: the number of pairs, and so on for other objectives).
-
-The objective returns the *sum* over the tokens of one micro-batch. `_backward` multiplies it by two
-factors:
-
-    weight / N    The division by N. N is counted before the first forward pass, so every
-                  micro-batch is divided by the same number. weight is 1; it is 0 for a micro-batch
-                  that only keeps a process in step with the others (training/distributed.py).
-    world size    DDP and FSDP2 average the gradients over the processes, and L is a sum over them.
-                  The factor undoes the division of the average; it is 1 in a single process.
-
-Every micro-batch is divided by the N of the step, not by its own number of tokens. The gradients of
-the micro-batches therefore add up to g, and the split of a step into micro-batches does not matter.
-Two things limit this: the sums are rounded in another order, and dropout draws other numbers.
+The loop is written on the verbs of a session (training/session.py): `accumulate` adds the gradient
+of a step, `optim_step` clips it and updates the parameters. training/optim/gradients.py has the
+equation of the loss, and the number that it is divided by.
 
 The parameters that require grad are trained: the adapters, which are stored in fp32 and cast to the
 dtype of x in the forward pass. The order of the data and the dropout of a step are functions of
 (seed, step, micro-batch), so a resumed run equals one that was never stopped.
 
 `train` shows the order of the parts: set up (training/run.py), go through the steps (save,
-evaluate, step), finish. In fp16 a third factor, the loss scale, multiplies L during the backward
-pass and is taken off before the update (training/precision.py).
+evaluate, step), finish.
 """
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minilora.common import unwrap_model
 from minilora.losses.sft import Objective
 from minilora.training import checks
-from minilora.training.batch_sampler import seed_of
-from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
 from minilora.training.logs.callbacks import StepInfo
 from minilora.training.logs.metrics_log import Log
 from minilora.training.logs.result import TrainResult
 from minilora.training.logs.run_facts import describe_run, write_run
-from minilora.training.optim.lr_schedule import learning_rate
 from minilora.training.optim.neftune import noisy_embeddings
-from minilora.training.process import Process, full, main_speaks
+from minilora.training.process import main_speaks
 from minilora.training.run import Run, set_up
 from minilora.training.run_folder import checked_folder
 from minilora.training.runtime import (
@@ -57,6 +37,7 @@ from minilora.training.runtime import (
     training_mode,
     uninterrupted,
 )
+from minilora.training.session import Update
 
 
 @main_speaks()
@@ -193,55 +174,36 @@ def _call_on_save(run: Run, saved: Path | None) -> None:
 def _step(run: Run, log: Log) -> None:
     """Make one optimiser step: gradients, checks, update, log."""
     started = time.perf_counter()
+    session = run.session
     step = run.progress.step + 1
-    rate = learning_rate(run.config, run.progress.step, run.total_steps)
     samples = _samples(run, run.progress.step)
-    run.optimizer.zero_grad()
-    losses, metrics = _backward(
-        run.parallel,
-        run.objective,
-        samples,
-        run.autocast,
-        run.scaler,
-        seed=(run.config.seed, "dropout", step),
-    )
-    norm = _clip_gradients(run)
-    checks.check_finite(step, losses, norm, run.scaler.get_scale(), samples)
+    session.accumulate(samples, run.objective)
     run.check_gradients(step, samples)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate * group["lr_ratio"]
-
-    with uninterrupted():  # weights, moments and the step number change together or not at all
-        run.updating = True
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        tokens = _count_tokens(samples)
-        _record(run.progress, tokens, losses, metrics)
-        run.updating = False
+    with uninterrupted():  # a step that is counted is logged
+        update = session.optim_step()
         seconds = time.perf_counter() - started
         log.step(
             run.progress,
-            tokens,
+            update.tokens,
             seconds=seconds,
-            learning_rate=rate,
-            grad_norm=norm.item(),
+            learning_rate=update.learning_rate,
+            grad_norm=update.grad_norm,
             peak_memory=peak_memory(run.parallel.device),
         )
-    _call_on_step(run, seconds, rate, norm.item())
+    _call_on_step(run, update, seconds)
 
 
-def _call_on_step(run: Run, seconds: float, rate: float, norm: float) -> None:
+def _call_on_step(run: Run, update: Update, seconds: float) -> None:
     """Give the figures of the last step to the callbacks."""
-    progress = run.progress
     info = StepInfo(
-        step=progress.step,
+        step=update.step,
         total_steps=run.total_steps,
-        loss=progress.losses[-1],
-        learning_rate=rate,
-        grad_norm=norm,
-        tokens=progress.tokens,
+        loss=update.loss,
+        learning_rate=update.learning_rate,
+        grad_norm=update.grad_norm,
+        tokens=run.progress.tokens,
         seconds=seconds,
-        metrics={name: values[-1] for name, values in progress.metrics.items()},
+        metrics=update.metrics,
     )
     run.callbacks.call("on_step", info)
 
@@ -254,81 +216,6 @@ def _samples(run: Run, step: int) -> list[list[Any]]:
     return samples
 
 
-def _count_tokens(samples: list[list[Any]]) -> int:
-    """Return the number of tokens of a step, without padding."""
-    return sum(len(example) for micro_batch in samples for example in micro_batch)
-
-
-def _backward(
-    parallel: Process,
-    objective: Objective,
-    samples: list[list[Any]],
-    autocast: AbstractContextManager,
-    scaler: torch.amp.GradScaler,
-    seed: tuple[Any, ...] = (),
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add ∂L/∂parameter of one step to the gradients.
-
-    Returns the contribution of each micro-batch to L, (M,), and the means of the objective's other
-    sums.
-    """
-    assigned = parallel.micro_batches(len(samples))  # [(number, weight)]
-    batches = [objective.collate(samples[number]) for number, _ in assigned]
-    count = _step_count(parallel, objective, assigned, batches)  # N
-    losses = torch.zeros(len(samples), dtype=torch.float32, device=parallel.device)  # (M,)
-    sums: dict[str, Tensor] = {}
-    for index, (number, weight) in enumerate(assigned):
-        torch.manual_seed(seed_of(*seed, number))
-        is_last = index == len(assigned) - 1
-        with parallel.gradient_sync(last=is_last):
-            with autocast:
-                loss_sum, other_sums = parallel.loss(batches[index])
-            # The factor world_size undoes the average over processes (see the module docstring).
-            factor = weight * parallel.world_size / count
-            # L += loss_sum · weight / N
-            scaler.scale(loss_sum * factor).backward()
-        losses[number] += loss_sum.detach() * (weight / count)
-        for name, value in other_sums.items():
-            sums[name] = sums.get(name, 0.0) + value.detach() * weight
-    means = {name: parallel.sum(value) / count for name, value in sums.items()}
-    return parallel.sum(losses), means
-
-
-def _step_count(
-    parallel: Process,
-    objective: Objective,
-    assigned: list[tuple[int, int]],
-    batches: list[dict[str, Tensor]],
-) -> float:
-    """Return N of the whole step; end the run if Ctrl-C was pressed in any process."""
-    count = 0
-    for (_, weight), batch in zip(assigned, batches, strict=True):
-        count += weight * objective.weight(batch)
-    local = torch.tensor([count, parallel.interrupt_requested], dtype=torch.float64)  # (2,)
-    total, interrupt_requested = parallel.sum(local).tolist()
-    if interrupt_requested:
-        raise KeyboardInterrupt
-    return total
-
-
-def _clip_gradients(run: Run) -> Tensor:
-    """Undo the loss scale and clip the gradients; return their norm before clipping."""
-    run.scaler.unscale_(run.optimizer)
-    largest = run.config.max_grad_norm or float("inf")
-    # g ← g · min(1, max_grad_norm / |g|)
-    norm = nn.utils.clip_grad_norm_(run.parallel.parameters.values(), largest)
-    return full(norm)
-
-
-def _record(progress: Progress, tokens: int, losses: Tensor, metrics: dict[str, Tensor]) -> None:
-    """Add a step to the progress."""
-    progress.step += 1
-    progress.tokens += tokens
-    progress.losses.append(losses.sum().item())
-    for name, value in metrics.items():
-        progress.metrics.setdefault(name, []).append(value.item())
-
-
 # ---- the end
 
 
@@ -338,7 +225,7 @@ def _finish(run: Run, log: Log, interrupted: bool) -> None:
     if not interrupted and run.parallel.is_main:
         checks.warn_of_rising_loss(run.progress.losses)
     with uninterrupted():
-        with run.parallel.full_tensors(run.optimizer, permanently=True):
+        with run.parallel.full_tensors(run.session.optimizer, permanently=True):
             saved = run.checkpoints.save(run.progress, best)
         log.totals(run.progress, interrupted)
         if run.config.load_best_model_at_end and best is not None and not interrupted:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.common import unknown_name, unwrap_model
-from minilora.data.chat_template import as_trained
+from minilora.common import unknown_name
 from minilora.data.dataset import content_hash
 from minilora.data.packing import pack
 from minilora.lora.files.base_check import note_training
@@ -23,17 +22,15 @@ from minilora.losses.classification import Classify
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
 from minilora.training import checks
 from minilora.training.batch_sampler import BatchPlan
-from minilora.training.checkpoint import Progress, trainable_parameters
+from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
-from minilora.training.distributed import process_on
 from minilora.training.logs.callbacks import Callbacks, check_callbacks
 from minilora.training.logs.trackers import check_trackers
 from minilora.training.optim.lr_schedule import check_schedule, refuse_schedule, total_steps
-from minilora.training.optim.param_groups import new_optimizer
-from minilora.training.precision import precision_of
 from minilora.training.process import Process
 from minilora.training.run_folder import Checkpoints
-from minilora.training.runtime import reset_peak_memory, uninterrupted
+from minilora.training.runtime import uninterrupted
+from minilora.training.session import TrainingSession
 from minilora.training.validation import Evaluation, metric_names
 
 
@@ -42,40 +39,54 @@ class Run:
     """The parts of a run, which stay the same over its steps, and its progress.
 
     Attributes:
-        config: The options of the run.
+        session: The model, its optimiser and the verbs of a step.
         objective: The loss.
-        parallel: This process of the run; it also holds the model that is run.
         examples: The encoded samples, by index.
         plan: The samples of each step.
         evaluation: The held-out sets.
-        total_steps: Number of optimiser steps.
-        optimizer: The optimiser over the trainable parameters.
-        autocast: Context of the forward passes.
-        scaler: Loss scaler, enabled in fp16 only.
-        checkpoints: The checkpoints of the run.
-        progress: Steps done, losses and figures.
         gradients: The trained parts that have had no gradient yet.
         first_step: Number of steps that were done when the run began or was resumed.
         callbacks: The caller's code that follows the run.
-        updating: True while weights, moments and progress change together.
     """
 
-    config: TrainConfig
+    session: TrainingSession
     objective: Objective
-    parallel: Process
     examples: Any
     plan: BatchPlan
     evaluation: Evaluation
-    total_steps: int
-    optimizer: torch.optim.Optimizer
-    autocast: AbstractContextManager
-    scaler: torch.amp.GradScaler
-    checkpoints: Checkpoints
-    progress: Progress
     gradients: checks.GradientCheck
     first_step: int
     callbacks: Callbacks
-    updating: bool = False
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options of the run."""
+        return self.session.config
+
+    @property
+    def parallel(self) -> Process:
+        """This process of the run; it also holds the model that is run."""
+        return self.session.parallel
+
+    @property
+    def autocast(self) -> AbstractContextManager:
+        """Context of the forward passes."""
+        return self.session.autocast
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of the run."""
+        return self.session.checkpoints
+
+    @property
+    def progress(self) -> Progress:
+        """Steps done, losses and figures."""
+        return self.session.progress
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimiser steps."""
+        return self.session.total_steps
 
     def check_gradients(self, step: int, samples: list[list[Any]]) -> None:
         """Look for trained parts without a gradient, for one pass over the data.
@@ -109,7 +120,11 @@ class Run:
         try:
             yield
         except Exception as error:  # of any kind: the step is saved, and the error goes on
-            if not self.updating and self.progress.step and self.checkpoints.folder is not None:
+            if (
+                not self.session.updating
+                and self.progress.step
+                and self.checkpoints.folder is not None
+            ):
                 self._save_after(error)
             raise
 
@@ -183,14 +198,12 @@ def set_up(
         ValueError: If training would be meaningless, or the checkpoint belongs to another run.
     """
     check_callbacks(callbacks)
-    tokenizer = as_trained(tokenizer, config.chat_template_kwargs, model)
     objective = objective or SFT()
     check_run_options(config, objective, eval_dataset is not None)
-    run_model = checks.check_wrappers(model, config)
-    model = unwrap_model(model)
-    parameters = _trained_parameters(model, config)
-    parallel = process_on(next(iter(parameters.values())).device, config.fsdp)
-    reset_peak_memory(parallel.device)
+    session = TrainingSession(model, tokenizer, config)
+    model = session.model
+    tokenizer = session.tokenizer
+    parallel = session.parallel
 
     examples, evaluation = _encode(parallel, tokenizer, dataset, eval_dataset, objective, config)
     sets = {"train": (objective, examples), **evaluation.sets}
@@ -207,34 +220,25 @@ def set_up(
     plan = BatchPlan(lengths, config, parallel.world_size)
     total = total_steps(config, len(plan))
     check_schedule(config, total)
-    optimizer = new_optimizer(model, parameters, config)
-    autocast, scaler = precision_of(model, config, parallel.device)
-    checkpoints = Checkpoints(model, optimizer, scaler, config, parallel)
     data = plan.identity | {"rows": rows}
-    progress = checkpoints.resume(data | {"objective": repr(objective)}, total)
-    checkpoints.check_best(evaluation.best(progress.evals))
+    session.resume(data | {"objective": repr(objective)}, total)
+    progress = session.progress
+    session.checkpoints.check_best(evaluation.best(progress.evals))
     _note_objective(model, tokenizer, objective)
     parallel.check_agreement(
         data=data,
         step=progress.step,
         evaluation=str(evaluation),
         config=config,
-        model={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        model={name: tuple(parameter.shape) for name, parameter in session.trained.items()},
     )
-    parallel.wrap(run_model, objective, optimizer)
+    session.wrap(objective)
     return Run(
-        config=config,
+        session=session,
         objective=objective,
-        parallel=parallel,
         examples=examples,
         plan=plan,
         evaluation=evaluation,
-        total_steps=total,
-        optimizer=optimizer,
-        autocast=autocast,
-        scaler=scaler,
-        checkpoints=checkpoints,
-        progress=progress,
         gradients=checks.GradientCheck(parallel.model, parallel.parameters),
         first_step=progress.step,
         callbacks=Callbacks(callbacks, parallel.is_main),
@@ -247,14 +251,6 @@ def _note_objective(model: nn.Module, tokenizer: Any, objective: Objective) -> N
     if isinstance(objective, Classify):
         objective.check_names(model)
         note_labels(model, objective.labels)
-
-
-def _trained_parameters(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Check that model and config fit together; return the trainable parameters."""
-    checks.check_causal(model)
-    if config.method == "full":
-        checks.unfreeze(model)
-    return trainable_parameters(model)
 
 
 def _encode(

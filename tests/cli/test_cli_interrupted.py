@@ -22,16 +22,16 @@ import os, signal, sys
 # A shell's background jobs ignore SIGINT: both cases are set here.
 handlers = {"heard": signal.default_int_handler, "ignored": signal.SIG_IGN}
 signal.signal(signal.SIGINT, handlers[sys.argv[2]])
-import minilora.training.loop as loop
+import minilora.training.session as session
 from minilora.cli.main import main
 number = int(sys.argv[1])
-backward, steps = loop._backward, []
+backward, steps = session.backward, []
 def stop(*arguments, **keywords):
     steps.append(1)
     if len(steps) == 3:
         os.kill(os.getpid(), number)
     return backward(*arguments, **keywords)
-loop._backward = stop
+session.backward = stop
 sys.exit(main(sys.argv[3:]))
 """
 

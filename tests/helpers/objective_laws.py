@@ -15,9 +15,9 @@ import torch
 from helpers.toy import FAST, Letters, adapters, alone
 from minilora.lora.layer import LoRALayer
 from minilora.losses.sft import Objective, means
-from minilora.training import loop
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
+from minilora.training.optim.gradients import backward
 
 
 def stirred(model: Any) -> Any:
@@ -36,7 +36,7 @@ def check_splits(model: Any, objective: Objective, rows: list) -> None:
         samples = [examples[i : i + size] for i in range(0, len(examples), size)]
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses, further = loop._backward(
+        losses, further = backward(
             alone(model, objective),
             objective,
             samples,

@@ -10,7 +10,7 @@ import torch
 from helpers.toy import Letters, llama, lora, rows
 from minilora import check_training
 from minilora.quant.quantize_model import quantize_model
-from minilora.training import run
+from minilora.training import session
 
 
 def failed(model, **options):
@@ -75,14 +75,14 @@ def test_a_wrong_merge_is_found(monkeypatch):
 
 
 def test_a_matrix_that_did_not_move_is_found(monkeypatch):
-    real = run.new_optimizer
+    real = session.new_optimizer
 
     def forgetful(model, parameters, config):
         return real(
             model, {name: p for name, p in parameters.items() if "layers.1." not in name}, config
         )
 
-    monkeypatch.setattr(run, "new_optimizer", forgetful)
+    monkeypatch.setattr(session, "new_optimizer", forgetful)
     report = check_training(llama(), Letters())
     (check,) = (check for check in report.checks if not check.passed)
     assert (

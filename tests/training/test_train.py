@@ -20,10 +20,10 @@ from minilora.common import progress
 from minilora.data import encode_dataset
 from minilora.lora.layer import LoRALayer
 from minilora.losses.sft import SFT, mean_loss, padded, token_loss, trained_tokens
-from minilora.training import loop
 from minilora.training.batch_sampler import BatchPlan
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
+from minilora.training.optim.gradients import backward
 from minilora.training.optim.lr_schedule import learning_rate
 
 # ---- oracle
@@ -89,7 +89,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(kind):
         samples = [examples[i : i + size] for i in range(0, 12, size)]
         model.zero_grad()
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses, _ = loop._backward(
+        losses, _ = backward(
             alone(model), SFT(), samples, torch.autocast("cpu", enabled=False), scaler
         )
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -18,7 +18,7 @@ from minilora.lora.config import LoRAConfig
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
 from minilora.losses.classification import Classify
-from minilora.training import checks, run
+from minilora.training import checks, session
 from minilora.training.batch_sampler import BatchPlan
 from minilora.training.config import TrainConfig
 from minilora.training.loop import train
@@ -77,7 +77,7 @@ def test_the_loss_scaler_skips_an_overflow_and_goes_on(monkeypatch):
 
     model = lora(llama().half())
     before = adapters(model)
-    monkeypatch.setattr(run, "precision_of", huge)
+    monkeypatch.setattr(session, "precision_of", huge)
     train(model, Letters(), rows(), TrainConfig(**FAST))
     assert scalers[0].get_scale() == 2.0**115
     # every step overflowed, so no weight changed
