@@ -32,7 +32,16 @@ from minilora.lora.layer import LoRALayer
 from minilora.lora.merging.arithmetic import AdapterWeights
 from minilora.lora.merging.combine import combine_adapters
 from minilora.lora.merging.merge import dequantized_weights, merge
-from minilora.losses import DPO, SFT, Classify, Distill, KLToBase
+from minilora.losses import (
+    DPO,
+    GRPO,
+    SFT,
+    Classify,
+    Distill,
+    KLToBase,
+    OnPolicyDistill,
+    RewardModel,
+)
 from minilora.models.gguf.adapter import save_gguf_adapter
 from minilora.models.loader import load_model
 from minilora.models.padded_batch import inference
@@ -80,6 +89,7 @@ __all__ = [
     "Distill",
     "Environment",
     "ExportComparison",
+    "GRPO",
     "GenerationConfig",
     "Inspection",
     "KLToBase",
@@ -90,8 +100,10 @@ __all__ = [
     "MergeReport",
     "NF4Linear",
     "NF4Weight",
+    "OnPolicyDistill",
     "ParameterCount",
     "Preview",
+    "RewardModel",
     "RunComparison",
     "SFT",
     "ScoredRow",

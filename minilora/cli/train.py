@@ -15,7 +15,7 @@ from minilora.cli.preview import (
     before_training,
     take_data_options,
 )
-from minilora.cli.values import CONFIGS, add_fields
+from minilora.cli.values import CONFIGS, add_fields, add_objectives
 from minilora.common import check_writable
 from minilora.data.read_rows import check_file
 from minilora.data.sources.hub_files import is_hub_dataset
@@ -88,7 +88,7 @@ def train(
 
     loaded = ml.load_model(model, quantize=quantize, dtype=dtype, device=device)
     tokenizer = ml.load_tokenizer(model)
-    if isinstance(goal, ml.Classify):
+    if isinstance(goal, ml.Classify | ml.RewardModel):
         goal.add_head(loaded, train_config.seed)
     if not full:
         ml.inject(loaded, lora_config, seed=train_config.seed)
@@ -166,7 +166,7 @@ def _configs(objective: str, given: dict[str, Any]) -> tuple[ml.LoRAConfig, ml.T
     for field in fields(OBJECTIVES[objective]):
         if field.default is MISSING and field.name not in learned:
             raise ValueError(f"--objective {objective} needs --{field.name}.")
-    if objective == "classify":
+    if objective in ("classify", "reward_model"):
         lora = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} | lora
     return ml.LoRAConfig(**lora), train_config, OBJECTIVES[objective](**learned)
 
@@ -363,9 +363,7 @@ def _add_train(commands: Any) -> None:
     group = parser.add_argument_group("the adapter (LoRAConfig) and the run (TrainConfig)")
     for config in CONFIGS:
         add_fields(group, config)
-    for name, kind in OBJECTIVES.items():
-        if fields(kind):
-            add_fields(parser.add_argument_group(f"--objective {name} ({kind.__name__})"), kind)
+    add_objectives(parser, OBJECTIVES)
 
 
 def _number(text: str) -> float:

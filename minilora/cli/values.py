@@ -9,7 +9,7 @@ them; its tables only group the options. Options on the command line replace tho
 import argparse
 import json
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,9 @@ def _as_argument(value: Any) -> str:
     return str(value)
 
 
-def add_fields(group: Any, config: type, names: Collection[str] | None = None) -> None:
+def add_fields(
+    group: Any, config: type, names: Collection[str] | None = None
+) -> dict[str, argparse.Action]:
     """Add one option for each field of a configuration.
 
     The options have no default: an option that is not given is not passed on.
@@ -123,8 +125,12 @@ def add_fields(group: Any, config: type, names: Collection[str] | None = None) -
         group: a parser or an argument group.
         config: a dataclass whose fields have a help text in their metadata.
         names: the fields to add; None adds all.
+
+    Returns:
+        The added options, by the name of the field.
     """
     hints = get_type_hints(config)
+    added = {}
     for field in fields(config):
         if names is not None and field.name not in names:
             continue
@@ -132,13 +138,47 @@ def add_fields(group: Any, config: type, names: Collection[str] | None = None) -
         shown = field.metadata.get("shown")
         if not shown:
             shown = _value_text(hints[field.name], field.metadata.get("choices", ()))
-        group.add_argument(
+        added[field.name] = group.add_argument(
             f"--{field.name}",
             type=partial(_read, hint=hints[field.name]),
             default=argparse.SUPPRESS,
             metavar=shown,
             help=f"{text} ({_default_text(field)})",
         )
+    return added
+
+
+def add_objectives(parser: argparse.ArgumentParser, objectives: Mapping[str, type]) -> None:
+    """Add one option for each field of the objectives.
+
+    A field that several objectives have is one option. Its help names the later ones, and the
+    objective that is chosen checks its value.
+
+    Args:
+        parser: the parser of the command.
+        objectives: a dataclass for each name of `--objective`.
+    """
+    added: dict[str, argparse.Action] = {}
+    for name, kind in objectives.items():
+        new = [field.name for field in fields(kind) if field.name not in added]
+        for field in fields(kind):
+            if field.name in added:
+                _share(added[field.name], name, field)
+        if new:
+            group = parser.add_argument_group(f"--objective {name} ({kind.__name__})")
+            added |= add_fields(group, kind, new)
+
+
+def _share(action: argparse.Action, name: str, field: Field) -> None:
+    """Add the help and the choices of another objective's field to an option."""
+    text = field.metadata["help"].replace("%", "%%")
+    if text not in (action.help or ""):
+        action.help = f"{action.help}; with {name}: {text} ({_default_text(field)})"
+    known = str(action.metavar).strip("{}").split(",")
+    further = [str(choice) for choice in field.metadata.get("choices", ())]
+    if further:
+        choices = dict.fromkeys([*known, *further])
+        action.metavar = "{" + ",".join(choices) + "}"
 
 
 def _value_text(hint: Any, choices: Collection[str]) -> str:

@@ -12,5 +12,6 @@ sequence.py         one request and its answer as it grows
 decoding_batch.py   the caches of several requests as one
 structured.py       answers that follow a JSON schema
 json_schema.py      the forms of a schema
+rollouts.py         groups of sampled answers to each prompt, with log p
 cuda_graph.py       a token's step as one CUDA graph
 """

@@ -70,16 +70,8 @@ class Classify:
         Raises:
             ValueError: If the model has a layer `score` already.
         """
+        add_score_head(model, len(self.labels), seed)
         model = unwrap_model(model)
-        if hasattr(model, "score"):
-            raise ValueError(
-                f"{type(model).__name__} has a layer `score` already: continue with that layer."
-            )
-        weight = model.get_input_embeddings().weight  # (V, D)
-        head = nn.Linear(weight.shape[1], len(self.labels), bias=False)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(head.weight, std=0.02, generator=generator)
-        model.score = head.to(weight.device, weight.dtype).requires_grad_(False)
         model.label_names = list(self.labels)
 
     def encode(self, dataset: Any, tokenizer: Any, max_length: int | None) -> Encoded:
@@ -170,24 +162,7 @@ class Classify:
         Raises:
             ValueError: If the model has no head, or one with another number of outputs.
         """
-        wrapped = model
-        model = unwrap_model(model)
-        if not hasattr(model, "score"):
-            raise ValueError(
-                f"{type(model).__name__} has no layer `score`: call objective.add_head(model) "
-                "before ml.inject."
-            )
-        device = next(model.parameters()).device
-        ids = batch["input_ids"].to(device)  # (B, T)
-        mask = batch["attention_mask"].to(device)  # (B, T)
-        if hasattr(model, "hidden"):
-            hidden = run_hidden(wrapped, ids)  # (B, T, D)
-        else:  # a transformers model: its part below `score`
-            decoder = getattr(model, model.base_model_prefix)
-            hidden = decoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
-        rows = torch.arange(len(ids), device=device)  # (B,)
-        last = hidden[rows, mask.sum(1) - 1]  # (B, D)
-        logits = model.score(last).float()  # (B, L)
+        logits = last_token_scores(model, batch)  # (B, L)
         if logits.shape[1] != len(self.labels):
             raise ValueError(
                 f"labels: the model's `score` has {logits.shape[1]} outputs, and there are "
@@ -286,6 +261,62 @@ class Classify:
                 f"objective has {self.labels}: an output would get the name of another class. Use "
                 f"minilora.Classify({names})."
             )
+
+
+def add_score_head(model: Any, outputs: int, seed: int = 0) -> None:
+    """Add a head `score` without bias, drawn from N(0, 0.02²), to a model.
+
+    Args:
+        model: A model without a head `score`.
+        outputs: Number of outputs.
+        seed: Seed of the head's weights.
+
+    Raises:
+        ValueError: If the model has a layer `score` already.
+    """
+    model = unwrap_model(model)
+    if hasattr(model, "score"):
+        raise ValueError(
+            f"{type(model).__name__} has a layer `score` already: continue with that layer."
+        )
+    weight = model.get_input_embeddings().weight  # (V, D)
+    head = nn.Linear(weight.shape[1], outputs, bias=False)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(head.weight, std=0.02, generator=generator)
+    model.score = head.to(weight.device, weight.dtype).requires_grad_(False)
+
+
+def last_token_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Return the outputs of the head `score` at the last token of each row.
+
+    Args:
+        model: A minilora or transformers model with a head `score`.
+        batch: `input_ids` and `attention_mask`, both (B, T).
+
+    Returns:
+        fp32 (B, outputs).
+
+    Raises:
+        ValueError: If the model has no head.
+    """
+    wrapped = model
+    model = unwrap_model(model)
+    if not hasattr(model, "score"):
+        raise ValueError(
+            f"{type(model).__name__} has no layer `score`: call objective.add_head(model) "
+            "before ml.inject."
+        )
+    device = next(model.parameters()).device
+    ids = batch["input_ids"].to(device)  # (B, T)
+    mask = batch["attention_mask"].to(device)  # (B, T)
+    if hasattr(model, "hidden"):
+        hidden = run_hidden(wrapped, ids)  # (B, T, D)
+    else:  # a transformers model: its part below `score`
+        decoder = getattr(model, model.base_model_prefix)
+        hidden = decoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
+    rows = torch.arange(len(ids), device=device)  # (B,)
+    last = hidden[rows, mask.sum(1) - 1]  # (B, D)
+    return model.score(last).float()  # (B, outputs)
 
 
 @dataclass(frozen=True)

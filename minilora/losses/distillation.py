@@ -125,7 +125,7 @@ class Distill(SFT):
         with inference(teacher):
             target = labelled_positions(teacher, batch)
         student = labelled_positions(model, batch)
-        kl, nll = _divergences(
+        kl, nll = divergences(
             student, target, self.kind, self.temperature, self.top_k, self.token_range
         )
         # alpha · t² · D + (1 − alpha) · (−log q_1)
@@ -169,12 +169,12 @@ class KLToBase(SFT):
         with inference(model), disable_adapters(model):
             base = labelled_positions(model, batch)
         adapted = labelled_positions(model, batch)
-        kl, nll = _divergences(adapted, base, "reverse")
+        kl, nll = divergences(adapted, base, "reverse")
         # −log q(token) + kl_weight · KL(q ‖ p_base)
         return nll + self.kl_weight * kl, {"kl": kl.detach(), "cross_entropy": nll.detach()}
 
 
-def _divergences(
+def divergences(
     student: LabelledPositions,
     teacher: LabelledPositions,
     kind: str,
@@ -184,8 +184,17 @@ def _divergences(
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of D and of −log q_1(token) over the positions; only q has gradients.
 
-    `token_range` holds the smallest and the largest size of a head that fits the tokenizer; None
-    allows no difference in size.
+    Args:
+        student: The student's output.
+        teacher: The teacher's output at the same tokens.
+        kind: "forward" or "reverse".
+        temperature: t.
+        top_k: Number of the teacher's most likely tokens that are compared; None: all.
+        token_range: Smallest and largest size of a head that fits the tokenizer; None allows no
+            difference in size.
+
+    Returns:
+        Both sums, fp32 scalars.
     """
 
     def chunk_values(student_hidden: Tensor, teacher_hidden: Tensor, tokens: Tensor) -> Tensor:

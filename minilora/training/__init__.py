@@ -14,6 +14,7 @@
     validation     evaluation during training, the best step, early stopping
     process        the process of a run, where there is only one
     distributed    several processes: DDP and FSDP2
+    on_policy/     training on answers that the model samples: GRPO
     logs/          log.jsonl, run.json, the progress bar, trackers and callbacks
     optim/         the gradient of a step, parameter groups, learning rate, 8-bit AdamW, NEFTune
 

@@ -14,6 +14,7 @@ evaluate, step), finish.
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from minilora.training.logs.callbacks import StepInfo
 from minilora.training.logs.metrics_log import Log
 from minilora.training.logs.result import TrainResult
 from minilora.training.logs.run_facts import describe_run, write_run
+from minilora.training.on_policy.report import answer_table, step_line
 from minilora.training.optim.neftune import noisy_embeddings
 from minilora.training.process import main_speaks
 from minilora.training.run import Run, set_up
@@ -172,24 +174,29 @@ def _call_on_save(run: Run, saved: Path | None) -> None:
 
 
 def _step(run: Run, log: Log) -> None:
-    """Make one optimiser step: gradients, checks, update, log."""
+    """Make one optimiser step: samples, gradients, checks, update, log."""
     started = time.perf_counter()
     session = run.session
     step = run.progress.step + 1
-    samples = _samples(run, run.progress.step)
-    session.accumulate(samples, run.objective)
-    run.check_gradients(step, samples)
-    with uninterrupted():  # a step that is counted is logged
-        update = session.optim_step()
-        seconds = time.perf_counter() - started
-        log.step(
-            run.progress,
-            update.tokens,
-            seconds=seconds,
-            learning_rate=update.learning_rate,
-            grad_norm=update.grad_norm,
-            peak_memory=peak_memory(run.parallel.device),
-        )
+    samples, figures = _samples(run, step)
+    repeats = 0 if run.rollouts is None else run.rollouts.objective.num_iterations - 1
+    with uninterrupted() if repeats else nullcontext():  # all updates of a step, or none
+        for _ in range(repeats):
+            session.accumulate(samples, run.objective)
+            session.optim_step(counts=False)
+        session.accumulate(samples, run.objective)
+        run.check_gradients(step, samples)
+        with uninterrupted():  # a step that is counted is logged
+            update = session.optim_step(figures=figures)
+            seconds = time.perf_counter() - started
+            log.step(
+                run.progress,
+                update.tokens,
+                seconds=seconds,
+                learning_rate=update.learning_rate,
+                grad_norm=update.grad_norm,
+                peak_memory=peak_memory(run.parallel.device),
+            )
     _call_on_step(run, update, seconds)
 
 
@@ -208,12 +215,23 @@ def _call_on_step(run: Run, update: Update, seconds: float) -> None:
     run.callbacks.call("on_step", info)
 
 
-def _samples(run: Run, step: int) -> list[list[Any]]:
-    """Return the examples of each micro-batch of a step."""
+def _samples(run: Run, step: int) -> tuple[list[list[Any]], dict[str, float]]:
+    """Return the examples of each micro-batch of a step, and figures of them.
+
+    With an objective on sampled answers, the examples of the plan are prompts, and the answers to
+    them are sampled here.
+    """
     samples = []
-    for indices in run.plan[step]:
+    for indices in run.plan[step - 1]:
         samples.append([run.examples[index] for index in indices])
-    return samples
+    if run.rollouts is None:
+        return samples, {}
+    rollout = run.rollouts.collect(samples[0], step)
+    print(step_line(step, rollout.figures))
+    every = run.rollouts.objective.log_completions_steps
+    if every is not None and step % every == 0:
+        print(answer_table(rollout.groups))
+    return rollout.samples, rollout.figures
 
 
 # ---- the end
@@ -222,7 +240,7 @@ def _samples(run: Run, step: int) -> list[list[Any]]:
 def _finish(run: Run, log: Log, interrupted: bool) -> None:
     """Save the last step, write the totals, and load the best weights if the config asks for it."""
     best = run.evaluation.best(run.progress.evals)
-    if not interrupted and run.parallel.is_main:
+    if not interrupted and run.parallel.is_main and run.rollouts is None:
         checks.warn_of_rising_loss(run.progress.losses)
     with uninterrupted():
         with run.parallel.full_tensors(run.session.optimizer, permanently=True):

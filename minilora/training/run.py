@@ -7,7 +7,7 @@ the moments of the optimiser.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from minilora.data.packing import pack
 from minilora.lora.files.base_check import note_training
 from minilora.lora.files.label_names import note_labels
 from minilora.losses.classification import Classify
+from minilora.losses.on_policy import OnPolicy
 from minilora.losses.sft import SFT, Objective, check_supervised, lengths_of
 from minilora.training import checks
 from minilora.training.batch_sampler import BatchPlan
@@ -26,6 +27,7 @@ from minilora.training.checkpoint import Progress
 from minilora.training.config import TrainConfig
 from minilora.training.logs.callbacks import Callbacks, check_callbacks
 from minilora.training.logs.trackers import check_trackers
+from minilora.training.on_policy.rollouts import Rollouts, prompts_per_step
 from minilora.training.optim.lr_schedule import check_schedule, refuse_schedule, total_steps
 from minilora.training.process import Process
 from minilora.training.run_folder import Checkpoints
@@ -47,6 +49,7 @@ class Run:
         gradients: The trained parts that have had no gradient yet.
         first_step: Number of steps that were done when the run began or was resumed.
         callbacks: The caller's code that follows the run.
+        rollouts: The sampler of an objective on sampled answers, else None.
     """
 
     session: TrainingSession
@@ -57,6 +60,7 @@ class Run:
     gradients: checks.GradientCheck
     first_step: int
     callbacks: Callbacks
+    rollouts: Rollouts | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -161,6 +165,8 @@ def check_run_options(config: TrainConfig, objective: Objective, evaluates: bool
         ImportError: If the package of a tracker is not installed.
     """
     check_trackers(config)
+    if isinstance(objective, OnPolicy):
+        prompts_per_step(objective, config)
     check_supervised(objective, {"packing": config.packing, "dataset_cache": config.dataset_cache})
     metric_names(config)
     ranks_steps = config.load_best_model_at_end or config.early_stopping_patience is not None
@@ -205,7 +211,9 @@ def set_up(
     tokenizer = session.tokenizer
     parallel = session.parallel
 
+    rollouts = _rollouts(session, objective)
     examples, evaluation = _encode(parallel, tokenizer, dataset, eval_dataset, objective, config)
+    evaluation.rollouts = rollouts
     sets = {"train": (objective, examples), **evaluation.sets}
     checks.check_vocabulary(model, tokenizer, sets)
     evaluation.check_answers(model)
@@ -217,7 +225,7 @@ def set_up(
         lengths = examples.lengths
         print(f"packing: {examples}")
 
-    plan = BatchPlan(lengths, config, parallel.world_size)
+    plan = BatchPlan(lengths, _plan_config(config, objective), parallel.world_size)
     total = total_steps(config, len(plan))
     check_schedule(config, total)
     data = plan.identity | {"rows": rows}
@@ -242,7 +250,30 @@ def set_up(
         gradients=checks.GradientCheck(parallel.model, parallel.parameters),
         first_step=progress.step,
         callbacks=Callbacks(callbacks, parallel.is_main),
+        rollouts=rollouts,
     )
+
+
+def _rollouts(session: TrainingSession, objective: Objective) -> Rollouts | None:
+    """Return the sampler of an objective on sampled answers; None for other objectives."""
+    if not isinstance(objective, OnPolicy):
+        return None
+    if session.parallel.world_size > 1:
+        raise ValueError(
+            f"{type(objective).__name__} runs in one process, and there are "
+            f"{session.parallel.world_size}: start it without torchrun."
+        )
+    return Rollouts(
+        session.run_model, session.tokenizer, objective, session.config, session.autocast
+    )
+
+
+def _plan_config(config: TrainConfig, objective: Objective) -> TrainConfig:
+    """Return the config whose batches are those of the rows: prompts, where answers are sampled."""
+    if not isinstance(objective, OnPolicy):
+        return config
+    prompts = prompts_per_step(objective, config)
+    return replace(config, per_device_train_batch_size=prompts, gradient_accumulation_steps=1)
 
 
 def _note_objective(model: nn.Module, tokenizer: Any, objective: Objective) -> None:

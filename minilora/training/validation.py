@@ -2,6 +2,8 @@
 
     eval_loss, eval_accuracy, ...          the objective's figures on the eval rows; each sum is
                                            divided once, so the batch size changes nothing
+    eval_reward                            with GRPO: mean reward of one greedy answer to each
+                                           prompt; eval_loss is its negative
     eval_exact_match, eval_token_f1, ...   figures of greedy answers to the first `eval_answers`
                                            rows, if `eval_metrics` asks for them
     eval_NAME_loss, eval_NAME_perplexity   figures of further sets, {"": rows, "general": prose},
@@ -24,8 +26,10 @@ from minilora.common import comma_separated, unknown_name
 from minilora.data.read_rows import iterate_dataset
 from minilora.evaluation.evaluate import check_rows, evaluate
 from minilora.evaluation.metrics import json_valid
+from minilora.losses.on_policy import OnPolicy
 from minilora.losses.sft import SFT, Objective, means
 from minilora.training.config import TrainConfig
+from minilora.training.on_policy.rollouts import Rollouts, held_out_figures
 from minilora.training.process import Process
 
 ANSWERS = ("exact_match", "token_f1", "json_valid")
@@ -39,6 +43,7 @@ class Evaluation:
         sets: For each name ("eval", "eval_NAME"), the objective and the encoded examples.
         metrics: Names of the figures of greedy answers.
         rows: The rows that are answered for `metrics`.
+        rollouts: The sampler of an objective on sampled answers, else None.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Evaluation:
         self.tokenizer = tokenizer
         self.config = config
         self.metrics = metric_names(config)
+        self.rollouts: Rollouts | None = None
         named = _named_datasets(dataset)
         self.rows: list[Any] = []
         if self.metrics and named:
@@ -148,6 +154,9 @@ class Evaluation:
     def _means(self, examples: Sequence[Any], objective: Objective) -> tuple[Figures, int]:
         """Return the objective's figures of some examples, and the number they are means over."""
         batch_size = self.config.per_device_eval_batch_size
+        if isinstance(objective, OnPolicy):
+            assert self.rollouts is not None
+            return held_out_figures(self.rollouts, examples), len(examples)
         return means(self.parallel.model, examples, batch_size, objective)
 
     def _answers(self, rows: Sequence[Any]) -> tuple[Figures, int]:

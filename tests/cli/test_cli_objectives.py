@@ -127,6 +127,35 @@ def test_distill_loads_the_teacher_and_full_saves_the_model(place):
     assert not torch.equal(model(tokens), base(tokens))
 
 
+def test_grpo_takes_its_reward_from_a_file_and_continues(place, capsys):
+    rewards = place / "rewards.py"
+    rewards.write_text("def length(prompt, answer, row):\n    return len(answer) % 7\n")
+    run = ["train", str(place / "model"), str(place / "pairs.jsonl"), "--dtype", "float32"]
+    run += ["--objective", "grpo", "--reward", f"{rewards}:length", "--num_generations", "4"]
+    run += ["--max_completion_length", "5", "--loss_type", "dr_grpo", "--max_steps", "2"]
+    run += ["--output_dir", str(place / "grpo"), "--save_steps", "1"]
+    assert main(run) == 0
+    assert "step 2: reward" in capsys.readouterr().out
+    trained = ml.load_model(place / "model", dtype="float32")
+    ml.load_adapter(trained, place / "grpo" / "adapter")
+    resumed = [*run, "--resume_from_checkpoint", str(place / "grpo" / "checkpoint-1")]
+    assert main([*resumed, "--adapter", str(place / "again")]) == 0
+    again = ml.load_model(place / "model", dtype="float32")
+    ml.load_adapter(again, place / "again")
+    ours, theirs = ml.adapter_state_dict(trained), ml.adapter_state_dict(again)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_reward_model_saves_its_head(place):
+    run = ["train", str(place / "model"), str(place / "pairs.jsonl"), "--dtype", "float32"]
+    run += ["--objective", "reward_model", "--max_steps", "1", "--adapter", str(place / "rater")]
+    assert main(run) == 0
+    model = ml.load_model(place / "model", dtype="float32")
+    ml.RewardModel().add_head(model)
+    ml.load_adapter(model, place / "rater")
+    assert "base_model.model.score.weight" in ml.adapter_state_dict(model)
+
+
 # ---- property
 
 
@@ -153,6 +182,15 @@ def test_every_field_of_an_objective_is_an_option_with_its_help(capsys):
             "--kl_weight has no effect with --objective dpo",
         ),
         (["--objective", "distill"], "--objective distill needs --teacher"),
+        (["--objective", "grpo"], "--objective grpo needs --reward"),
+        (
+            ["--objective", "grpo", "--reward", "nowhere.py:reward"],
+            "there is no file nowhere.py",
+        ),
+        (
+            ["--objective", "grpo", "--reward", f"{__file__}:no_such_function"],
+            "no_such_function",
+        ),
         (["--objective", "dpo", "--beta", "0"], "beta: expected > 0"),
         (["--method", "full", "--r", "4"], "--r has no effect with --objective sft --method full"),
     ],

@@ -27,6 +27,8 @@ EXCEPTIONS = {  # with the function that a body must call instead
     "Distill.loss": "labelled_positions",
     "KLToBase.loss": "labelled_positions",
     "SFT.loss": "token_loss",
+    "GRPO.loss": "labelled_positions",
+    "OnPolicyDistill.loss": "labelled_positions",
     "losses.answer_logprobs": "labelled_positions",
     "losses.token_loss": "labelled_positions",
     "losses.mean_loss": "_means",
@@ -35,7 +37,12 @@ EXCEPTIONS = {  # with the function that a body must call instead
     "AdapterWeights.of": "contents",
     "AdapterWeights.put": "put_contents",
     "Classify.loss": "self.logits",
+    "Classify.logits": "last_token_scores",
     "Classify.predict": "self.logits",
+    "RewardModel.add_head": "add_score_head",
+    "RewardModel.loss": "_rewards",
+    "RewardModel.score": "_rewards",
+    "RewardModel.reward_function": "self.score",
 }
 # Files that may walk modules as torch does, with the reason.
 WALKERS = {
