@@ -58,7 +58,9 @@ def sample_groups(
         ValueError: a prompt is empty or exceeds the model's context.
     """
     check_lengths(model, prompts, rule.max_new_tokens)
-    groups = [[Sampled() for _ in range(size)] for _ in prompts]
+    groups: list[list[Sampled]] = []
+    for _ in prompts:
+        groups.append([Sampled() for _ in range(size)])
     order = order_by_length(prompts)
     prompts_at_a_time = max(1, rule.batch_size // size)
     bar = ProgressBar("sample", len(prompts) * size, "answer")
@@ -67,9 +69,13 @@ def sample_groups(
         for start in range(0, len(order), prompts_at_a_time):
             numbers = order[start : start + prompts_at_a_time]  # P prompts
             context = prefix.select([0] * len(numbers))
-            logits = context.extend([prompts[number][shared:] for number in numbers])  # (P, V)
-            repeated = [place for place in range(len(numbers)) for _ in range(size)]
-            answers = [answer for number in numbers for answer in groups[number]]
+            rests = [prompts[number][shared:] for number in numbers]
+            logits = context.extend(rests)  # (P, V)
+            repeated: list[int] = []
+            answers: list[Sampled] = []
+            for place, number in enumerate(numbers):
+                repeated += [place] * size
+                answers += groups[number]
             draws = _random_generators(rule.seed, numbers, size)
             _fill(context.select(repeated), logits[repeated], rule, answers, draws)
             bar.update(len(answers))
@@ -110,7 +116,8 @@ def _fill(
         if len(unfinished) < len(active):
             context = context.select(unfinished)
             active = [active[place] for place in unfinished]
-        logits = context.extend([answers[number].tokens[-1:] for number in active])  # (B, V)
+        last_tokens = [answers[number].tokens[-1:] for number in active]
+        logits = context.extend(last_tokens)  # (B, V)
 
 
 def _draw(
@@ -126,4 +133,5 @@ def _draw(
         # The running sum ends near 1, not at 1.
         chosen = torch.searchsorted(running, u * running[:, -1:], right=True)  # (B, 1)
         chosen = chosen.clamp_max(logits.shape[-1] - 1)
-    return chosen.squeeze(-1).tolist(), log_p.gather(-1, chosen).squeeze(-1).tolist()
+    log_p = log_p.gather(-1, chosen)  # (B, 1)
+    return chosen.squeeze(-1).tolist(), log_p.squeeze(-1).tolist()

@@ -111,7 +111,9 @@ class GRPO(OnPolicy):
 
     def __post_init__(self):
         super().__post_init__()
-        name = self.reward if isinstance(self.reward, str) else reward_name(self.reward)
+        name = self.reward
+        if not isinstance(name, str):
+            name = reward_name(name)
         object.__setattr__(self, "reward_name", name)  # run.json stores it
         object.__setattr__(self, "reward", load_reward(self.reward))
         if self.num_generations < 2:
@@ -180,9 +182,11 @@ class GRPO(OnPolicy):
         if not isinstance(examples[0], Answer):
             return batch
         batch["advantages"] = torch.tensor([answer.advantage for answer in examples])  # (B,)
-        kept = [not (self.mask_truncated_completions and a.truncated) for a in examples]
-        batch["kept"] = torch.tensor(kept, dtype=torch.float32)  # (B,)
-        for name in ("old_logprobs", "base_logprobs", "sampler_logprobs"):
+        batch["kept"] = torch.ones(len(examples))  # (B,)
+        if self.mask_truncated_completions:
+            truncated = [answer.truncated for answer in examples]
+            batch["kept"][torch.tensor(truncated)] = 0.0
+        for name in _TOKEN_VALUES:
             if getattr(examples[0], name):
                 batch[name] = answer_tensor(examples, name)  # (N,)
         return batch
@@ -215,7 +219,7 @@ class GRPO(OnPolicy):
         log_p = token_logprobs(positions, self.temperature)  # (N,)
         row = positions.sample  # (N,): the answer of each token
         length = row.bincount(minlength=len(batch["labels"]))  # (B,)
-        values = {key: batch[key].to(log_p.device) for key in batch if key not in _INPUTS}
+        values = {key: batch[key].to(log_p.device) for key in _VALUES if key in batch}
         advantage = values["advantages"][row]  # (N,)
         old = values.get("old_logprobs", log_p.detach())  # (N,)
 
@@ -226,7 +230,7 @@ class GRPO(OnPolicy):
             log_ratio = (_row_sums(log_ratio, row, length) / length)[row]  # (N,)
         ratio = log_ratio.exp()  # (N,)
         # l_t = −min(r_t A, clip(r_t, 1 − epsilon, 1 + epsilon_high) A)
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        high = self.epsilon_high or self.epsilon
         clipped = ratio.clamp(1 - self.epsilon, 1 + high)  # (N,)
         losses = -torch.minimum(ratio * advantage, clipped * advantage)  # (N,)
         if self.importance_cap is not None:
@@ -241,8 +245,9 @@ class GRPO(OnPolicy):
 
         is_clipped = (clipped * advantage < ratio * advantage).float()  # (N,)
         weight = self._token_weights(row, length) * values["kept"][row]  # (N,)
-        shares = is_clipped / length[row] if self.loss_type != "dapo" else is_clipped  # (N,)
-        clip_ratio = (shares * values["kept"][row]).sum()
+        if self.loss_type != "dapo":  # the mean over the answers, not over the tokens
+            is_clipped = is_clipped / length[row]
+        clip_ratio = (is_clipped * values["kept"][row]).sum()
         return (losses * weight).sum(), {"clip_ratio": clip_ratio.detach()}
 
     def _token_weights(self, row: Tensor, length: Tensor) -> Tensor:
@@ -257,7 +262,12 @@ class GRPO(OnPolicy):
         return torch.ones_like(row, dtype=torch.float32)
 
 
-_INPUTS = ("input_ids", "labels", "attention_mask")
+_TOKEN_VALUES = ("old_logprobs", "base_logprobs", "sampler_logprobs")
+_VALUES = (
+    "advantages",
+    "kept",
+    *_TOKEN_VALUES,
+)  # the tensors of a batch that the model does not read
 
 
 def group_advantages(rewards: Tensor, scale_rewards: str) -> Tensor:

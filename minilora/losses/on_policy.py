@@ -171,14 +171,19 @@ def encode_prompt_row(row: Mapping[str, Any], tokenizer: Any, index: int) -> Pro
     place = f"row {index}"
     prompt, tools = _prompt_of(row, index)
     reader = with_template_kwargs(tokenizer, row.get("chat_template_kwargs"), f"{place}: ")
-    given = prompt if tools is None else {"messages": prompt, "tools": tools}
+    given = prompt
+    if tools is not None:
+        given = {"messages": prompt, "tools": tools}
     ids = encode_prompt(given, reader, place=place)
-    content = hashlib.blake2b(repr(sorted(row.items())).encode(), digest_size=8).hexdigest()
+    if isinstance(prompt, str):
+        prompt = str(prompt)
+    written = repr(sorted(row.items()))
+    content = hashlib.blake2b(written.encode(), digest_size=8).hexdigest()
     return PromptRow(
         ids,
         [IGNORE] * len(ids),
         row=index,
-        prompt=str(prompt) if isinstance(prompt, str) else prompt,
+        prompt=prompt,
         source=row,
         content=content,
     )
@@ -190,7 +195,9 @@ def _prompt_of(row: Mapping[str, Any], index: int) -> tuple[Any, Any]:
     if prompt is not None and row.get("completion") is None:
         if is_message_list(prompt):
             prompt = parse(prompt, f"row {index}")
-        return (RawText(prompt) if isinstance(prompt, str) else prompt), row.get("tools")
+        if isinstance(prompt, str):
+            prompt = RawText(prompt)
+        return prompt, row.get("tools")
     sample = as_messages(row, index)
     if not isinstance(sample, Chat):
         if not sample.prompt:

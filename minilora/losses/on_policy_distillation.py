@@ -106,15 +106,16 @@ class OnPolicyDistill(OnPolicy):
             ValueError: If a row has no prompt, the teacher is known to have another tokenizer, or
                 the base is the teacher of every prompt and reads nothing else than the student.
         """
-        teachers = None if self.teacher is None else teacher_tokenizer(self.teacher)
+        teachers = None
+        if self.teacher is not None:
+            teachers = teacher_tokenizer(self.teacher)
         known = teachers is not None and check_same_tokens(teachers, tokenizer)
         padding = sys.maxsize if known else PADDING
         object.__setattr__(self, "token_range", (len(tokenizer), len(tokenizer) + padding))
         prompts = super().encode(dataset, tokenizer, max_length)
         taught = [self._taught(prompt, tokenizer) for prompt in prompts]
-        if self.teacher is None and all(
-            list(prompt.teacher_ids) == prompt.input_ids for prompt in taught
-        ):
+        different = [p for p in taught if list(p.teacher_ids) != p.input_ids]
+        if self.teacher is None and not different:
             raise ValueError(
                 "teacher: the base reads the same prompts as the student and would only undo its "
                 "adapter. Give a teacher model, teacher_system, or rows with teacher_prompt."
@@ -132,8 +133,9 @@ class OnPolicyDistill(OnPolicy):
         if shown is None:
             ids = prompt.input_ids
         else:
-            plain = RawText(shown) if isinstance(shown, str) else shown
-            ids = encode_prompt(plain, tokenizer, place=f"row {prompt.row}, the teacher's prompt")
+            if isinstance(shown, str):
+                shown = RawText(shown)
+            ids = encode_prompt(shown, tokenizer, place=f"row {prompt.row}, the teacher's prompt")
         return TaughtPrompt(
             prompt.input_ids,
             prompt.labels,
@@ -157,8 +159,10 @@ class OnPolicyDistill(OnPolicy):
         batch = padded(examples)
         if not isinstance(examples[0], Answer):
             return batch
-        taught = padded([_for_teacher(answer) for answer in examples])
-        return batch | {PREFIX + name: tensor for name, tensor in taught.items()}
+        taught = [_for_teacher(answer) for answer in examples]
+        for name, tensor in padded(taught).items():
+            batch[PREFIX + name] = tensor
+        return batch
 
     def weight(self, batch: dict[str, Tensor]) -> int:
         """Return the number of sampled tokens in a batch.
@@ -185,8 +189,11 @@ class OnPolicyDistill(OnPolicy):
         for name, tensor in batch.items():
             if name.startswith(PREFIX):
                 taught[name.removeprefix(PREFIX)] = tensor
-        teacher: Any = model if self.teacher is None else self.teacher
-        base = disable_adapters(model) if self.teacher is None else nullcontext()
+        teacher: Any = self.teacher
+        base = nullcontext()
+        if teacher is None:
+            teacher = model
+            base = disable_adapters(model)
         with inference(teacher), base:
             target = labelled_positions(teacher, taught)
         student = labelled_positions(model, batch)

@@ -33,7 +33,9 @@ def load_reward(source: Reward | str) -> Reward:
     Raises:
         ValueError: If the file or the function does not exist, or takes other arguments.
     """
-    function: Any = _from_file(source) if isinstance(source, str) else source
+    function: Any = source
+    if isinstance(source, str):
+        function = _from_file(source)
     if not callable(cast(Any, function)):
         raise ValueError(f"reward: expected a function {FORM}, got {function!r:.80}.")
     try:

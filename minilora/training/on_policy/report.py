@@ -8,6 +8,7 @@ All figures are also in log.jsonl, in the trackers and in `TrainResult.metrics`.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from minilora.losses.on_policy import Answer
 
@@ -48,10 +49,13 @@ def answer_table(groups: Sequence[Sequence[Answer]]) -> str:
     for group in groups[:SHOWN]:
         first = group[0]
         assert first.prompt is not None
-        lines.append(f"  row {first.row}: {_short(_prompt_text(first.prompt.prompt))}")
+        asked = _prompt_text(first.prompt.prompt)
+        lines.append(f"  row {first.row}: {_short(asked)}")
         lines.append(f"  {'reward':>8}{'advantage':>11}  answer")
-        for answer in sorted(group, key=lambda answer: -answer.reward):
-            end = " (truncated)" if answer.truncated else ""
+        for answer in sorted(group, key=attrgetter("reward"), reverse=True):
+            end = ""
+            if answer.truncated:
+                end = " (truncated)"
             shown = _short(answer.text)
             lines.append(f"  {answer.reward:8.3g}{answer.advantage:+11.3f}  {shown}{end}")
     return "\n".join(lines)
@@ -68,5 +72,7 @@ def _prompt_text(prompt: object) -> str:
 
 def _short(text: str) -> str:
     """Return a text on one line, cut to WIDTH characters."""
-    line = text.encode("unicode_escape").decode("ascii") if "\n" in text else text
-    return line if len(line) <= WIDTH else line[:WIDTH] + "…"
+    line = text.replace("\n", "\\n")
+    if len(line) > WIDTH:
+        line = line[:WIDTH] + "…"
+    return line

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.common import unwrap_model
+from minilora.common import order_by_length, unwrap_model
 from minilora.generation.generate import end_tokens
 from minilora.generation.rollouts import sample_groups
 from minilora.generation.sampling import Decoding
@@ -121,19 +121,22 @@ class Rollouts:
         answers = self.sample(prompts, step)
         answers, figures = self.objective.judge(answers)
         size = self.config.per_device_train_batch_size
-        order = sorted(range(len(answers)), key=lambda number: len(answers[number]))
+        order = order_by_length(answers)
         read: list[Tensor] = []
         samples = []
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
-            micro_batch, values = self._read([answers[number] for number in numbers])
+            chosen = [answers[number] for number in numbers]
+            micro_batch, values = self._read(chosen)
             read.append(values)
             samples.append(micro_batch)
             for number, answer in zip(numbers, micro_batch, strict=True):
                 answers[number] = answer
         figures |= self._figures(samples, torch.cat(read))
         G = self.objective.num_generations
-        groups = [answers[start : start + G] for start in range(0, len(answers), G)]
+        groups = []
+        for start in range(0, len(answers), G):
+            groups.append(answers[start : start + G])
         return Rollout(samples, groups, figures)
 
     def sample(
@@ -165,7 +168,9 @@ class Rollouts:
         answers = []
         for prompt, group in zip(prompts, groups, strict=True):
             for sampled in group:
-                words = sampled.tokens[:-1] if sampled.ended else sampled.tokens
+                words = list(sampled.tokens)
+                if sampled.ended:
+                    words.pop()
                 text = self.tokenizer.decode(words, skip_special_tokens=True)
                 answer = with_answer(
                     prompt,
@@ -205,16 +210,12 @@ class Rollouts:
     def _figures(self, samples: list[list[Answer]], values: Tensor) -> dict[str, float]:
         """Return the figures of a step; `values` (N, 4) are those of the tokens in `samples`."""
         answers = [answer for micro_batch in samples for answer in micro_batch]
-        lengths = [len(answer.sampler_logprobs) for answer in answers]
-        truncated = [answer.truncated for answer in answers]
-        figures = {
-            "truncated": sum(truncated) / len(answers),
-            "length": sum(lengths) / len(answers),
-            "entropy": values[:, 1].mean().item(),
-        }
+        figures = _shape_of(answers)
+        figures["entropy"] = values[:, 1].mean().item()
         old = _joined(answers, "old_logprobs")  # (N,)
         if self.has_base:
-            figures["kl"] = kl_estimate(old, _joined(answers, "base_logprobs")).mean().item()
+            base = _joined(answers, "base_logprobs")  # (N,)
+            figures["kl"] = kl_estimate(old, base).mean().item()
         difference = (_joined(answers, "sampler_logprobs") - old).abs()  # (N,)
         figures["sampler_mean"] = difference.mean().item()
         figures["sampler_max"] = difference.amax().item()
@@ -246,15 +247,19 @@ def held_out_figures(rollouts: Rollouts, prompts: Sequence[PromptRow]) -> dict[s
         size = rollouts.config.per_device_eval_batch_size
         return means(rollouts.run_model, answers, size, objective)[0]
     answers = rollouts.sample(prompts, 0, size=1, temperature=0.0)
-    reward = sum(objective.rewards(answers)) / len(answers)
-    tokens = sum(len(answer.sampler_logprobs) for answer in answers)
-    truncated = sum(answer.truncated for answer in answers)
-    return {
-        "loss": -reward,
-        "reward": reward,
-        "length": tokens / len(answers),
-        "truncated": truncated / len(answers),
-    }
+    rewards = objective.rewards(answers)
+    reward = sum(rewards) / len(answers)
+    return {"loss": -reward, "reward": reward} | _shape_of(answers)
+
+
+def _shape_of(answers: Sequence[Answer]) -> dict[str, float]:
+    """Return the share of truncated answers, and the mean length in tokens."""
+    truncated = 0
+    tokens = 0
+    for answer in answers:
+        truncated += answer.truncated
+        tokens += len(answer.sampler_logprobs)
+    return {"truncated": truncated / len(answers), "length": tokens / len(answers)}
 
 
 def _joined(answers: Sequence[Answer], name: str) -> Tensor:
@@ -273,18 +278,22 @@ def rounding_bound(model: Any, autocast: AbstractContextManager, values: Tensor)
         autocast: Context of its forward passes.
         values: The figures of N tokens, (N, 4), from `token_figures`.
     """
-    weight = next(p for p in model.parameters() if p.is_floating_point())
+    weight = model.get_input_embeddings().weight
+    device = weight.device.type
     dtype = weight.dtype
     with autocast:
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
     u = torch.finfo(dtype).eps / 2
     u32 = torch.finfo(torch.float32).eps / 2
     k = 2 * ROUNDINGS * getattr(model.config, "num_hidden_layers", 1)
-    largest = math.sqrt(2 * math.log(max(len(values), 2)))
+    tokens = max(len(values), 2)
+    largest = math.sqrt(2 * math.log(tokens))
     log_p, _, spread, size = values.abs().amax(0).tolist()
-    # sqrt(2) · sqrt(2 ln N) · sqrt(4 L) · u · s + 4 · u · max |z| + 4 · u₃₂ · max |log p|
-    return math.sqrt(2) * largest * math.sqrt(k) * u * spread + 4 * u * size + 4 * u32 * log_p
+    # sqrt(2) · sqrt(2 ln N) · sqrt(4 L) · u · s
+    random_part = math.sqrt(2 * k) * largest * u * spread
+    # 4 · u · max |z| + 4 · u₃₂ · max |log p|
+    return random_part + 4 * u * size + 4 * u32 * log_p
 
 
 def check_on_policy(model: nn.Module, objective: OnPolicy, config: TrainConfig) -> None:
