@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import minilora as ml
+from helpers.chats import chat, ours
 from helpers.objective_laws import check_resume, stirred
+from helpers.tiny import oracle
 from helpers.toy import Letters, llama, lora
+from minilora.data.prompt import encode_prompt
 from minilora.losses.on_policy import answer_tensor, token_logprobs
 from minilora.losses.sft import labelled_positions
 from minilora.training.config import TrainConfig
@@ -168,6 +171,38 @@ def test_further_updates_on_the_same_answers_clip():
     assert result.steps == 2 and result.metrics["clip_ratio"][-1] > 0.1
     once = train(lora(), Letters(), ROWS, config, objective=grpo(epsilon=1e-3))
     assert once.metrics["clip_ratio"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["transformers", "nf4", "gradient checkpointing"])
+def test_other_models_have_a_ratio_of_exactly_one(kind):
+    if kind == "transformers":
+        model = oracle(vocab_size=len(Letters()), max_position_embeddings=64)
+    else:
+        model = llama()
+    if kind == "nf4":
+        ml.quantize_model(model)
+    model = stirred(lora(model))
+    config = TrainConfig(
+        max_steps=2, gradient_checkpointing=kind == "gradient checkpointing", **FIELDS
+    )
+    goal = grpo(epsilon=1e-7)  # a ratio that is not exactly 1 is clipped
+    result = train(model, Letters(), ROWS, config, objective=goal)
+    assert result.metrics["clip_ratio"] == [0.0, 0.0]
+    assert result.metrics["sampler_max"] < result.metrics["sampler_bound"]
+
+
+def test_a_conversation_is_answered_behind_its_template():
+    tokenizer = ours("chatml")
+    asked = chat("What?", system="Be brief.")
+    rows = [
+        {"messages": [*asked, {"role": "assistant", "content": "That."}], "note": 1},
+        {"messages": asked},
+        {"prompt": asked},
+    ]
+    prompts = grpo().encode(rows, tokenizer, None)
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert prompt.input_ids == encode_prompt(asked, tokenizer)
+        assert prompt.prompt == asked and prompt.source == row
 
 
 # ---- round trip
