@@ -18,8 +18,10 @@ the installed wheel. The figures are those of a thread with full work (sass.py):
 
 In the JSON, `load_bits` is the widest load and `store_bits` the narrowest store, 0 without any; the
 fp32 absmax of a quantiser keeps the latter at 32 or below. The roofline is the model of roofline.py
-on these counts: an estimate, not a measurement. AMD's targets are compiled and not counted. The
-last line of stdout is one JSON document.
+on these counts: an estimate, not a measurement. The load and store
+unit (lsu) of our kernels counts by executed addresses (executed.py), whole launches included;
+bitsandbytes ships no PTX to execute, so its addresses are ideal. `lsu_ideal` is the same for ours.
+AMD's targets are compiled and not counted. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -38,6 +40,7 @@ import triton
 # The root of the repository: benchmarks import each other by their full names.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.gpu_model.executed import executed
 from benchmarks.gpu_model.imaginary import Launch, imaginary_gpu
 from benchmarks.gpu_model.report_jobs import ADAMW_BYTES, BLOCKSIZE, SCALES_BYTES, Job, jobs
 from benchmarks.gpu_model.roofline import (
@@ -144,6 +147,9 @@ def rows(targets: Iterable[str], names: Iterable[str] | None = None) -> list[dic
                 | resources(counts, target, launch.metadata.shared, threads)
                 | {"bytes_per_element": job.bytes}
             )
+            pipes = found[-1]["pipes"]
+            found[-1]["lsu_ideal"] = pipes["lsu"]
+            pipes["lsu"] = executed(name, target)["lsu_cycles"]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The jobs of kernel_report.py: launchers of our kernels on tensors whose values are never read."""
+"""The jobs of kernel_report.py and executed.py: launchers of our kernels on tensors of a layer."""
 
 import math
 from collections.abc import Callable
@@ -43,26 +43,53 @@ class Job:
     trip: Callable[[], int] = int
 
 
-def jobs() -> dict[str, Job]:
-    """Return a job for each of our kernels, by name. The values of the tensors are never read."""
+Make = Callable[..., Tensor]  # sizes, dtype -> tensor
+
+
+DRAWN = 2**20  # random values; longer tensors repeat them
+
+
+def drawn(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return random values: all codes of an integer dtype, normal values of another."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    n = math.prod(sizes)
+    first = min(n, DRAWN)
+    if dtype.is_floating_point:
+        values = torch.randn(first, generator=generator).to(dtype)
+    else:
+        values = torch.randint(0, 256, (first,), dtype=dtype, generator=generator)
+    return values.repeat(math.ceil(n / first))[:n].view(sizes)
+
+
+def jobs(make: Make = torch.empty) -> dict[str, Job]:
+    """Return a job for each of our kernels, by name.
+
+    `make` returns a tensor. kernel_report.py reads no values; executed.py needs those of `drawn`.
+    """
     shape, small = (4096, 4096), (1536, 576)
     n = math.prod(shape)
-    dense, absmax = torch.empty(shape, dtype=torch.bfloat16), torch.empty(n // BLOCKSIZE)
-    p = torch.empty(n)
-    moments = [torch.empty(n // 256, 256, dtype=torch.uint8), torch.empty(n // 256)] * 2
+    dense, absmax = make(*shape, dtype=torch.bfloat16), make(n // BLOCKSIZE).abs_()
+    p = make(n)
+    moments = [make(n // 256, 256, dtype=torch.uint8), make(n // 256).abs_()] * 2
 
     def dequantize(run: Callable[..., object], double: bool) -> Job:
         bytes = HALF + (WEIGHT_DOUBLE_QUANT if double else WEIGHT)
-        return Job(lambda: run(*_parts(n, double), BLOCKSIZE, dense), n, bytes)
+        return Job(lambda: run(*_parts(n, double, make), BLOCKSIZE, dense), n, bytes)
 
     def multiply(
-        run: Callable[..., object], shape: tuple[int, int], tile: str, weights: int, *tokens: int
+        run: Callable[..., object],
+        shape: tuple[int, int],
+        tile: str,
+        weights: int,
+        *tokens: int,
+        double: bool = True,
     ) -> Job:
         def trip() -> int:
             return weights * math.prod(size for _, size in tile_for(tile).constants)
 
-        n, x = math.prod(shape), torch.empty(*tokens, shape[1], dtype=torch.bfloat16)
-        return Job(lambda: run(x, *_parts(n, True), shape, BLOCKSIZE), n, WEIGHT_DOUBLE_QUANT, trip)
+        n, x = math.prod(shape), make(*tokens, shape[1], dtype=torch.bfloat16)
+        bytes = WEIGHT_DOUBLE_QUANT if double else WEIGHT
+        return Job(lambda: run(x, *_parts(n, double, make), shape, BLOCKSIZE), n, bytes, trip)
 
     def head(logits: Tensor, labels: Tensor) -> Job:
         def trip() -> int:
@@ -85,6 +112,7 @@ def jobs() -> dict[str, Job]:
         "double_quantize_nf4": Job(
             lambda: nf4_quantize.double_quantize(absmax), len(absmax), SCALES_BYTES
         ),
+        "gemv_nf4": multiply(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK, double=False),
         "gemv_nf4_double_quant": multiply(nf4_gemv.gemv, shape, "gemv_nf4", nf4_gemv.CHUNK),
         "gemv_nf4_double_quant_small": multiply(
             nf4_gemv.gemv, small, "gemv_nf4_small", nf4_gemv.CHUNK
@@ -97,24 +125,22 @@ def jobs() -> dict[str, Job]:
         "matmul_nf4_64_tokens": multiply(
             nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 64
         ),
-        "cross_entropy": head(
-            torch.empty(512, 2**17, dtype=dense.dtype), torch.empty(512, dtype=torch.int64)
-        ),
+        "cross_entropy": head(make(512, 2**17, dtype=dense.dtype), make(512, dtype=torch.int64)),
         "adamw_8bit": Job(lambda: adamw_8bit.step(p, p, moments, (0.5,) * 8), n, ADAMW_BYTES),
-        **_steps(dense),
+        **_steps(dense, make),
     }
 
 
-def _steps(x: Tensor) -> dict[str, Job]:
+def _steps(x: Tensor, make: Make) -> dict[str, Job]:
     """Return the jobs of a layer's steps on x (tokens, D) in bf16.
 
     Each tensor of x's size is read or written once.
     """
     w = x[0]  # (D,)
-    r = torch.empty(len(x), 1)  # (tokens, 1)
+    r = make(len(x), 1)  # (tokens, 1)
     n = x.numel()
     q = x.view(1, len(x), -1, 128).transpose(1, 2)  # (1, heads, tokens, 128)
-    angle = torch.empty(1, 1, len(x), 128, dtype=x.dtype)  # (1, 1, tokens, 128)
+    angle = make(1, 1, len(x), 128, dtype=x.dtype)  # (1, 1, tokens, 128)
 
     def strip() -> int:
         return math.prod(size for _, size in tile_for("rms_norm_weight").constants)
@@ -133,14 +159,12 @@ def _steps(x: Tensor) -> dict[str, Job]:
     }
 
 
-def _parts(n: int, double: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return packed, scales, nested_absmax and offset of n weights."""
-    packed, blocks = torch.empty(n // 2, dtype=torch.uint8), n // BLOCKSIZE
+def _parts(n: int, double: bool, make: Make) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return packed, scales, nested_absmax and offset of n weights.
+
+    The codes of scales are uniform: with real scales, fewer lines of their map are read.
+    """
+    packed, blocks = make(n // 2, dtype=torch.uint8), n // BLOCKSIZE
     if not double:
-        return packed, torch.empty(blocks), None, None
-    return (
-        packed,
-        torch.empty(blocks, dtype=torch.uint8),
-        torch.empty(math.ceil(blocks / 256)),
-        torch.empty(1),
-    )
+        return packed, make(blocks), None, None
+    return packed, make(blocks, dtype=torch.uint8), make(math.ceil(blocks / 256)), make(1)

@@ -5,11 +5,12 @@
     binding(times), max(times.values())        # ("DRAM", 41.9): the slowest resource is the limit
 
 A kernel moves bytes and executes instructions. Every resource (memory, issue slots, each kind of
-lane) has a rate, and therefore a least time; the largest of these times is the bound. The model
-leaves out effects that make real kernels slower: latency, the launch, and the 8 to 15 % of the
-datasheet's bandwidth that DRAM never reaches. The L2 cache can make a kernel look faster if it
-holds the data. The ratio of the other resources to DRAM is the useful figure: below 1, fewer
-instructions save no time, and only fewer bytes do.
+lane) has a rate, and therefore a least time; the largest of these times is the bound. Addresses are
+part of the model: executed.py counts the cycles of the load and store unit by those of an executed
+launch. The model leaves out effects that make real kernels slower: latency, the launch, and the 8
+to 15 % of the datasheet's bandwidth that DRAM never reaches. The L2 cache can make a kernel look
+faster if it holds the data. The ratio of the other resources to DRAM is the useful figure: below 1,
+fewer instructions save no time, and only fewer bytes do.
 """
 
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ CARDS = {
 
 # Thread instructions that an SM starts in a clock, from the throughput table of the CUDA C++
 # Programming Guide. Four schedulers issue one warp each. LSU works in passes of 32 bits a thread,
-# shuffles included; XU are conversions and MUFU.
+# shuffles included; a request takes one for each line that it touches or pass that it needs. XU are
+# conversions and MUFU.
 LANES = {"issue": 128, "alu": 64, "fma": 128, "lsu": 32, "xu": 16}
 LANES_OF = {"sm_75": {"fma": 64, "lsu": 16}, "sm_80": {"fma": 64}}  # targets that differ
 

@@ -149,7 +149,7 @@ class MemoryAccess:
         """
         size, count = shape
         self._check_alignment(instruction, addresses, size * count, executing)
-        self.counts.access(self.lanes, instruction, space, addresses, size * count, executing)
+        self._count(instruction, space, addresses, size * count, executing)
         self.last_addresses = addresses
         words = np.empty((len(addresses), count), UNSIGNED[size])
         for part, place, view, shadow in self._parts(
@@ -180,7 +180,7 @@ class MemoryAccess:
         """
         size, count = words.itemsize, words.shape[1]
         self._check_alignment(instruction, addresses, size * count, executing)
-        self.counts.access(self.lanes, instruction, space, addresses, size * count, executing)
+        self._count(instruction, space, addresses, size * count, executing)
         self.last_addresses = addresses
         for part, place, view, shadow in self._parts(
             instruction, space, addresses, size * count, executing
@@ -228,6 +228,14 @@ class MemoryAccess:
             place = (addresses[part] - np.uint64(extent.base)).astype(np.int64)
             parts.append((part, place, extent.views, extent.shadow() if self.races else None))
         return parts
+
+    def _count(
+        self, instruction: Instruction, space: str, addresses: Array, size: int, executing: Array
+    ) -> None:
+        """Count an access."""
+        if space == "global" and self.counts.detailed:
+            addresses = self.memory.as_allocated(addresses)
+        self.counts.access(self.lanes, instruction, space, addresses, size, executing)
 
     # ---- checks
 

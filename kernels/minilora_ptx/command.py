@@ -179,7 +179,7 @@ def _value(value: np.generic, opcode: str) -> str:
 def _count(options: argparse.Namespace) -> None:
     """Print a table of counts."""
     print(f"counts of the examples on {options.target}, sums over all warps")
-    heads = ("instructions", "requests", "sectors", "lines", "bytes", "shared", "passes")
+    heads = ("instructions", "requests", "sectors", "lines", "bytes", "shared", "passes", "cycles")
     print(f"{'kernel':25}" + "".join(f"{head:>13}" for head in heads))
     for name in _chosen(options):
         with ptx_machine(options.target, races=False, counting=True) as launches:
@@ -199,4 +199,5 @@ def _row(counts: Counts) -> list[int]:
         memory.bytes,
         shared.requests,
         shared.passes,
+        counts.cycles(),
     ]

@@ -7,6 +7,8 @@ A *request* is one memory instruction of one warp.
     shared      passes over the 32 banks, each 4 bytes wide. Lanes that use different words of one
                 bank need one pass each. A request of 8 bytes a lane is handled by half warps, one
                 of 16 bytes by quarters.
+    cycles      of the load and store unit of an SM, which handles one line, one pass, or 128 bytes
+                of registers in a cycle: the largest of these for each request. A shuffle takes one.
 
 The rules for sectors and banks come from NVIDIA's CUDA C++ Programming Guide and Best Practices
 Guide; PTX does not state them.
@@ -38,6 +40,7 @@ class Requests:
     sectors: int = 0
     lines: int = 0
     passes: int = 0
+    cycles: int = 0
 
 
 class Counts:
@@ -78,7 +81,8 @@ class Counts:
             lanes: The lanes.
             instruction: The instruction.
             space: "global" or "shared".
-            addresses: Address of each lane that executes it.
+            addresses: Address of each lane that executes it; in global memory as if each
+                allocation began at a multiple of 256.
             size: Bytes of each lane.
             executing: True for each of these lanes.
         """
@@ -91,9 +95,13 @@ class Counts:
         total.bytes += len(addresses) * size
         if space == "global":
             total.sectors += len(_different(warp, addresses // SECTOR))
-            total.lines += len(_different(warp, addresses // LINE))
+            lines = np.bincount(_different(warp, addresses // LINE))  # of each warp
+            total.lines += int(lines.sum())
+            total.cycles += int(np.maximum(lines, -(-np.bincount(warp) * size // LINE)).sum())
         else:
-            total.passes += _passes(lane, addresses.astype(np.int64), size)
+            passes = _passes(lane, addresses.astype(np.int64), size)
+            total.passes += passes
+            total.cycles += passes
 
     def opcodes(self) -> Counter[str]:
         """Return the warps that executed each opcode."""
@@ -101,6 +109,11 @@ class Counts:
         for number, warps in self.issued.items():
             total[self.kernel.instructions[number].opcode] += warps
         return total
+
+    def cycles(self) -> int:
+        """Return the cycles of the load and store unit."""
+        shuffles = sum(n for name, n in self.opcodes().items() if name.startswith("shfl."))
+        return shuffles + sum(requests.cycles for requests in self.requests.values())
 
     def total(self, space: str) -> Requests:
         """Return the sums over all instructions of a space.

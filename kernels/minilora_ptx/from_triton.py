@@ -186,7 +186,8 @@ def _bind(types: Sequence[Any], arguments: Sequence[Any]) -> tuple[list[int | fl
         if kind == "constexpr":
             continue  # compiled into the code
         if hasattr(argument, "data_ptr"):
-            memory.add(argument.data_ptr(), _span(argument))
+            origin = argument.untyped_storage().data_ptr()
+            memory.add(argument.data_ptr(), _span(argument), origin)
             values.append(argument.data_ptr())
         elif kind in ("fp16", "bf16", "fp32", "fp64"):
             values.append(float(argument))

@@ -22,6 +22,7 @@ LARGEST_SHADOW = 2**28  # bytes of an extent; races are not searched in larger o
 NOBODY = -1
 MANY = -(2**31)  # several warps read the byte
 SYNC = 2**16  # the clock counts barriers in units of SYNC, and bar.warp.sync in units of 1
+ALIGNED = 256  # a GPU's allocations begin at a multiple of it
 GARBAGE = 0xDB  # value of shared memory before it is written
 
 
@@ -126,10 +127,17 @@ def _races(
 
 
 class Extent:
-    """One array in global memory."""
+    """One array in global memory.
 
-    def __init__(self, start: int, size: int):
+    Args:
+        start: Address of its first byte.
+        size: Number of bytes.
+        shift: Distance of its allocation from a multiple of ALIGNED.
+    """
+
+    def __init__(self, start: int, size: int, shift: int = 0):
         self.start = start
+        self.shift = shift
         self.end = start + size
         self.base = start // 16 * 16  # views of 2, 4 and 8 bytes begin at an aligned address
         length = -(-(self.end - self.base) // 16) * 16
@@ -155,13 +163,15 @@ class GlobalMemory:
         self.extents: list[Extent] = []
         self._starts = np.zeros(0, np.uint64)
         self._ends = np.zeros(0, np.uint64)
+        self._shifts = np.zeros(0, np.uint64)
 
-    def add(self, address: int, size: int) -> None:
+    def add(self, address: int, size: int, origin: int = 0) -> None:
         """Make an array accessible; arrays that overlap become one extent.
 
         Args:
             address: Address of its first byte.
             size: Number of bytes, 0 for none.
+            origin: Address of the first byte of its allocation, which a GPU aligns.
         """
         if size == 0:
             return
@@ -173,9 +183,11 @@ class GlobalMemory:
                 end = max(end, extent.end)
             else:
                 apart.append(extent)
-        self.extents = sorted([*apart, Extent(start, end - start)], key=lambda e: e.start)
+        joined = Extent(start, end - start, origin % ALIGNED)
+        self.extents = sorted([*apart, joined], key=lambda e: e.start)
         self._starts = np.array([extent.start for extent in self.extents], np.uint64)
         self._ends = np.array([extent.end for extent in self.extents], np.uint64)
+        self._shifts = np.array([extent.shift for extent in self.extents], np.uint64)
 
     def add_array(self, array: Array) -> int:
         """Make a contiguous numpy array accessible and return its address.
@@ -185,7 +197,7 @@ class GlobalMemory:
         """
         if not array.flags.c_contiguous:
             raise PTXError("an array is not contiguous: give a kernel numpy.ascontiguousarray(it)")
-        self.add(array.ctypes.data, array.nbytes)
+        self.add(array.ctypes.data, array.nbytes, array.ctypes.data)
         return array.ctypes.data
 
     def find(self, addresses: Array, size: int) -> tuple[Array, Array]:
@@ -204,6 +216,15 @@ class GlobalMemory:
             return known, np.zeros(len(addresses), bool)
         end = addresses + np.uint64(size)
         return known, (number >= 0) & (end <= self._ends[known]) & (end > addresses)
+
+    def as_allocated(self, addresses: Array) -> Array:
+        """Return the addresses as if each allocation began at a multiple of ALIGNED.
+
+        Args:
+            addresses: Addresses of this process, uint64.
+        """
+        number = np.searchsorted(self._starts, addresses, side="right") - 1
+        return addresses - self._shifts[np.maximum(number, 0)] if self.extents else addresses
 
     def nearest(self, address: int) -> str:
         """Return text that states the extent next to an address.

@@ -38,7 +38,12 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     },
     "docs/distributed.md": {"When something fails": ["given: torch's own time limits"]},
     "docs/glossary.md": {"A weight, by hand": ["test: test_pages.py"]},
-    "docs/gpu.md": {"What to expect": ["given: what is known of memory in general"]},
+    "docs/gpu.md": {
+        "What to expect": [
+            "given: what is known of memory in general",
+            "given: what bitsandbytes publishes",
+        ]
+    },
     "docs/memory.md": {"Will it fit?": ["given: sizes of cards"]},
     "docs/reference.md": {"Public functions and classes": ["given: weights in an example"]},
     "docs/serve.md": {

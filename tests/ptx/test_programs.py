@@ -263,3 +263,36 @@ def test_counts_of_sectors_and_bank_passes(stride, sectors, passes):
     load = next(n for n, r in counts.requests.items() if r.sectors and n > 6)
     assert counts.requests[load].sectors == sectors
     assert counts.total("shared").passes == passes
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "cycles"),
+    [("b32", 4, 1), ("b32", 128, 32), ("b32", 0, 1), ("v4.b32", 16, 4), ("v4.b32", 64, 16),
+     ("v4.b32", 0, 4)],
+)  # fmt: skip
+def test_cycles_of_a_request_are_its_lines_or_its_registers(width, stride, cycles):
+    """A line a cycle, and 128 bytes of registers a cycle even if all lanes read one address."""
+    target = "{%r2, %r3, %r4, %r5}" if width.startswith("v4") else "%r2"
+    body = f"""
+        mul.wide.u32 %rd6, %r0, {stride};
+        add.s64 %rd7, %rd1, %rd6;
+        ld.global.{width} {target}, [%rd7];
+        shfl.sync.bfly.b32 %r6, %r2, 1, 31, -1;
+    """
+    memory = np.zeros(1040, np.uint32)
+    memory = memory[-memory.ctypes.data % 16 // 4 :]
+    text = program(START + body + FINISH)
+    counts = execute(text, memory, np.zeros(32, np.uint32), counting=True).counts
+    # the first load, the store and the shuffle take a cycle each
+    assert counts.cycles() == cycles + 3
+
+
+def test_lines_are_counted_from_the_beginning_of_an_allocation():
+    """numpy aligns to 16 bytes only; a GPU aligns allocations to 256."""
+    room = np.zeros(256, np.uint32)
+    found = set()
+    for start in range(0, 64, 4):
+        x, y = room[start : start + 32], np.zeros(32, np.uint32)
+        counts = execute(program(START + FINISH.replace("%r2", "%r1")), x, y, counting=True).counts
+        found.add(counts.total("global").lines)
+    assert found == {2}
