@@ -101,16 +101,19 @@ def _double_quantize() -> list[Result]:
 
 
 def _gemv(launcher: Callable[..., Tensor]) -> list[Result]:
-    """Multiply a vector, and a one-hot vector, which gives a column exactly."""
+    """Multiply a vector, and one-hot vectors, which give a column exactly."""
+    short_parts, short_dense = _weight(3, 1056)  # rows shorter than a step
     parts, dense = _weight(9, 2112)
     x = _random(2112)
     one = torch.zeros(2112, dtype=BF16)
     one[1001] = 1
     y = launcher(x, *parts, (9, 2112), 64)
     column = launcher(one, *parts, (9, 2112), 64)
+    short = launcher(one[1:1057].clone(), *short_parts, (3, 1056), 64)
     return [
         Result("y", y, dense.double() @ x.double(), 2.0**-8),
         Result("column 1001", column, dense[:, 1001].to(BF16)),
+        Result("column 1000", short, short_dense[:, 1000].to(BF16)),
     ]
 
 

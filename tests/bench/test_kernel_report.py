@@ -58,6 +58,9 @@ MOST = {
     "gated_gelu": 25,
     "gated_gelu_backward": 37,
 }
+# The most cycles of the load and store unit for 32 values, by executed addresses. DRAM takes 2.28 on
+# an RTX 3060 and 2.45 on an RTX 3090 for 32 weights.
+MOST_LSU = {"gemv_nf4_double_quant": 2.0}
 # The fast tests count every kernel function once, on one target.
 # The slow tests count all of MOST on all TARGETS.
 FAST_TARGET = "sm_86"
@@ -131,6 +134,7 @@ def reaches_its_goals(kernel: str, row: dict) -> None:
     assert row["instructions_per_element"] <= MOST[kernel], row
     assert row["spills"] == 0, row
     assert row["load_bits"] >= 32, row
+    assert row["pipes"]["lsu"] <= MOST_LSU.get(kernel, 100), row
     assert kernel != "cross_entropy" or row["occupancy"] == 1 and row["load_bits"] == 128, row
     assert kernel != "adamw_8bit" or row["store_bits"] >= 32 and row["shared_bytes"] <= 1024, row
     if kernel in STEPS:
@@ -140,7 +144,7 @@ def reaches_its_goals(kernel: str, row: dict) -> None:
     if kernel.startswith("dequantize"):
         assert row["store_bits"] == 128, row
     if kernel.startswith("gemv"):
-        assert row["occupancy"] >= 0.5, row
+        assert row["load_bits"] == 128 and row["occupancy"] >= 0.43, row
     if kernel.startswith("matmul"):
         assert row["load_bits"] == 128 and row["occupancy"] >= (0.25 if "64" in kernel else 0.43), (
             row

@@ -24,7 +24,7 @@ BARRIERS = {
     "quantize_nf4": (5, ()),
     "quantize_nf4_textbook": (1, ()),
     "double_quantize_nf4": (1, ()),
-    "gemv_nf4": (5, (0,)),
+    "gemv_nf4": (7, (0, 2)),
     "gemv_nf4_textbook": (2, ()),
     "matmul_nf4": (6, ()),
     "cross_entropy": (5, ()),

@@ -83,7 +83,9 @@ TILES: dict[str, dict[str, Tile]] = {
         "default": tile(4, ROWS=4),
     },
     "gemv_nf4": {
-        # all lanes are along a row, so that x arrives where it is used; two rows share each value
+        # all lanes are along a row, so that x arrives where it is used; two rows share each value.
+        # Four would take fewer cycles of the load and store unit (1.81 instead of 1.95), and 96
+        # registers instead of 64
         "default": tile(2, ROWS=2, CHUNKS=64),
         "gfx9": tile(1, ROWS=2, CHUNKS=64),
     },

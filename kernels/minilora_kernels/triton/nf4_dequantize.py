@@ -52,16 +52,17 @@ def absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NEST
 
     Args:
         block_idx: Numbers of blocks, of any shape.
-        mask: True for the blocks to read, of the same shape.
+        mask: True for the blocks to read, of the same shape; None for all.
         scales_ptr: fp32 scales (K,), or uint8 codes (K,) if NESTED.
         nested_ptr: fp32 scales of the codes (ceil(K/256),), not read unless NESTED.
         offset_ptr: fp32 offset (1,), not read unless NESTED.
         map_ptr: fp32 values of the codes (256,), not read unless NESTED.
         NESTED: The scales are quantised (double quantisation).
     """
-    scale = tl.load(scales_ptr + block_idx, mask=mask, other=0)
+    other = None if mask is None else 0
+    scale = tl.load(scales_ptr + block_idx, mask=mask, other=other)
     if NESTED:
-        nested = tl.load(nested_ptr + block_idx // 256, mask=mask, other=0)
+        nested = tl.load(nested_ptr + block_idx // 256, mask=mask, other=other)
         value = tl.load(map_ptr + scale.to(tl.int32))
         absmax = value * nested + tl.load(offset_ptr)  # rounds twice, as the reference does
     else:

@@ -59,11 +59,11 @@ def _add(opcode: str, function: Callable[..., Array], sources: str, result: str)
 
 def _wide(x: Array) -> Array:
     """Return 32-bit values in 64 bits, with the same sign."""
-    return x.astype(np.int64 if x.dtype == np.int32 else np.uint64)
+    return x.astype(np.int64 if x.dtype.kind == "i" else np.uint64)
 
 
 def _mul_wide(a: Array, b: Array) -> Array:
-    """Return all 64 bits of a product."""
+    """Return all bits of a product."""
     return _wide(a) * _wide(b)
 
 
@@ -177,6 +177,7 @@ for _bits in ("16", "32", "64"):
     _add(f"shl.b{_bits}", _shift_left, f"b{_bits} u32", f"b{_bits}")
 for _sign in "us":
     _add(f"mul.wide.{_sign}32", _mul_wide, f"{_sign}32 {_sign}32", f"{_sign}64")
+    _add(f"mul.wide.{_sign}16", _mul_wide, f"{_sign}16 {_sign}16", f"{_sign}32")
     _add(f"mul.hi.{_sign}32", _mul_hi, f"{_sign}32 {_sign}32", f"{_sign}32")
     _add(f"mad.wide.{_sign}32", _mad_wide, f"{_sign}32 {_sign}32 {_sign}64", f"{_sign}64")
 _add("popc.b32", _popc, "b32", "u32")

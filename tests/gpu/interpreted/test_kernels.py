@@ -246,6 +246,7 @@ def test_a_launch_never_fuses_multiply_and_add(monkeypatch):
         (nf4_quantize, "_quantize_textbook"),
         (nf4_quantize, "_double_quantize"),
         (nf4_gemv, "_gemv_fast"),
+        (nf4_gemv, "_gemv_small"),
         (nf4_gemv, "_gemv_textbook"),
         (adamw_8bit, "_adamw_8bit"),
         (cross_entropy, "_cross_entropy"),
