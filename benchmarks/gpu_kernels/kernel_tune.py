@@ -80,6 +80,9 @@ def tiles(lanes: int) -> dict[str, list[Tile]]:
             tile(max(1, r * n // lanes), ROWS=r, CHUNKS=n) for r in (8, 16, 32) for n in (1, 2, 4)
         ],
         "matmul_nf4": [
+            tile(w, ROWS=16 * w * r, CHUNKS=n) for w in (4, 8) for r in (1, 2) for n in (2, 4)
+        ],
+        "matmul_nf4_many": [
             tile(w, ROWS=16 * w * r, CHUNKS=n) for w in (2, 4, 8) for r in (1, 2) for n in (1, 2, 4)
         ],
         "cross_entropy": [
@@ -173,6 +176,9 @@ def calls_of(device: torch.device, clock: Clock) -> dict[str, Call]:
         "gemv_nf4": large[GEMV],
         "gemv_nf4_small": small[GEMV],
         "matmul_nf4": lambda turn: nf4_matmul.matmul(few, *weights[turn % 2], LARGE, BLOCKSIZE),
+        "matmul_nf4_many": lambda turn: nf4_matmul.matmul(
+            x[0][:64], *weights[turn % 2], LARGE, BLOCKSIZE
+        ),
         "cross_entropy": lambda turn: cross_entropy.cross_entropy(
             logits[turn % 2], labels, scales[0], True, 1.0
         ),

@@ -123,7 +123,7 @@ def jobs(make: Make = torch.empty) -> dict[str, Job]:
         ),
         "matmul_nf4": multiply(nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 16),
         "matmul_nf4_64_tokens": multiply(
-            nf4_matmul.matmul, shape, "matmul_nf4", nf4_gemv.CHUNK, 64
+            nf4_matmul.matmul, shape, "matmul_nf4_many", nf4_gemv.CHUNK, 64
         ),
         "cross_entropy": head(make(512, 2**17, dtype=dense.dtype), make(512, dtype=torch.int64)),
         "adamw_8bit": Job(lambda: adamw_8bit.step(p, p, moments, (0.5,) * 8), n, ADAMW_BYTES),

@@ -45,7 +45,7 @@ MOST = {
     "dequantize_nf4_double_quant": 8.5,
     "quantize_nf4": 20.5,
     "gemv_nf4_double_quant": 6.5,
-    "matmul_nf4": 7,
+    "matmul_nf4": 6.5,
     "matmul_nf4_64_tokens": 8.5,
     "cross_entropy": 32,
     "adamw_8bit": 135,
@@ -60,7 +60,7 @@ MOST = {
 }
 # The most cycles of the load and store unit for 32 values, by executed addresses. DRAM takes 2.28 on
 # an RTX 3060 and 2.45 on an RTX 3090 for 32 weights.
-MOST_LSU = {"gemv_nf4_double_quant": 2.0}
+MOST_LSU = {"gemv_nf4_double_quant": 2.0, "matmul_nf4": 2.05}
 # The fast tests count every kernel function once, on one target.
 # The slow tests count all of MOST on all TARGETS.
 FAST_TARGET = "sm_86"
@@ -146,9 +146,8 @@ def reaches_its_goals(kernel: str, row: dict) -> None:
     if kernel.startswith("gemv"):
         assert row["load_bits"] == 128 and row["occupancy"] >= 0.43, row
     if kernel.startswith("matmul"):
-        assert row["load_bits"] == 128 and row["occupancy"] >= (0.25 if "64" in kernel else 0.43), (
-            row
-        )
+        # 12 warps an SM with 64 bytes of codes a lane on the way
+        assert row["load_bits"] == 128 and row["occupancy"] >= 0.18, row
 
 
 @pytest.mark.strict

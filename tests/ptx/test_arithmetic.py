@@ -102,6 +102,7 @@ def test_a_result_that_is_nan_has_the_bits_of_the_manual():
     [
         ("mul.hi.u32", (np.uint32([0xFFFFFFFF]), np.uint32([0xFFFFFFFF])), 0xFFFFFFFE),
         ("mul.wide.s16", (np.int16([-3]), np.int16([2**15 - 1])), -3 * (2**15 - 1)),
+        ("mad.wide.u16", (*2 * [np.uint16([0xFFFF])], np.uint32([1])), 0xFFFE0002),
         ("mul.wide.u16", (np.uint16([0xFFFF]), np.uint16([0xFFFF])), 0xFFFE0001),
         ("mul.wide.s32", (np.int32([-3]), np.int32([2**31 - 1])), -3 * (2**31 - 1)),
         ("div.s32", (np.int32([-7]), np.int32([2])), -3),

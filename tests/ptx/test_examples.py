@@ -26,7 +26,7 @@ BARRIERS = {
     "double_quantize_nf4": (1, ()),
     "gemv_nf4": (7, (0, 2)),
     "gemv_nf4_textbook": (2, ()),
-    "matmul_nf4": (6, ()),
+    "matmul_nf4": (11, ()),
     "cross_entropy": (5, ()),
     "adamw_8bit": (25, (10, 15)),
     "rms_norm": (6, ()),
@@ -58,7 +58,7 @@ def test_each_kernel_has_the_result_of_its_reference(name, target):
 
 
 def test_there_is_an_example_for_every_kernel():
-    tiles = {*launch.TILES} - {"gemv_nf4_small"}  # the same kernel with other constants
+    tiles = {*launch.TILES} - {"gemv_nf4_small", "matmul_nf4_many"}  # for other sizes
     assert {*EXAMPLES} == tiles and len(EXAMPLES) == 16
 
 

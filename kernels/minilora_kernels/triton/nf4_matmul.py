@@ -14,9 +14,14 @@ smallest tile is 16 tokens; fewer tokens are padded. All tokens are in one tile,
 decoded once.
 
 Values should stay in the threads that loaded them. The eight codes of a word are joined in the
-order of k. A thread therefore keeps the 32 weights of its 128-bit load, with their one scale, until
-it passes them on, 128 bits at a time. A reshape to the same order would move each weight
-separately, for twice the instructions.
+order of k, so that a thread keeps the 32 weights of its 128-bit load, with their one scale.
+
+For up to 16 tokens they stay until they are multiplied. A thread of the tensor cores holds 32
+values of a row in steps of 128 along k, at places that differ from those of its load. A sum has no
+order: the kernel renames k, and the rows, so that both are the same places, and gives x the same
+names. Then no weight passes through shared memory. 128 rows share a load of x. For more tokens,
+whose sums leave no registers for 128 weights a thread, the weights pass through shared memory, 128
+bits at a time.
 
 A layer with few rows is also cut along k, into parts whose sums are added in a fixed order.
 """
@@ -38,10 +43,12 @@ from minilora_kernels.triton.launch import (
     rounded,
     run,
 )
-from minilora_kernels.triton.nf4_dequantize import absmax_of, lookup, tables
+from minilora_kernels.triton.nf4_dequantize import lookup, tables
 
 STEPS = 8  # chunks: a multiple of the step of every tile, and the smallest size of a part
-ENOUGH = 2**15  # rows, counted once for each part: 512 programs of 64 rows, for the largest cards
+ENOUGH = (
+    2**15
+)  # rows, counted once for each part: 512 programs of 64 rows or 256 of 128, for the largest cards
 
 
 @triton.jit
@@ -80,8 +87,49 @@ def _load_weights(
     word_offsets = word_offsets + tl.arange(0, 4)[None, None, :]
     words = tl.load(words_ptr + word_offsets, mask=mask[:, :, None], other=0)
     block_idx = (first_chunk + chunk_offsets).to(tl.uint32) // (BLOCKSIZE // 32)
-    absmax = absmax_of(block_idx, mask, scales_ptr, nested_ptr, offset_ptr, map_ptr, NESTED)
+    scale = tl.load(scales_ptr + block_idx, mask=mask, other=0)
+    if NESTED:
+        # as absmax_of, but the map is read from shared memory: the codes of a request are in 6 of
+        # its 8 lines, and take 2 to 3 passes over the banks
+        nested = tl.load(nested_ptr + block_idx // 256, mask=mask, other=0)
+        map = tl.load(map_ptr + tl.arange(0, 256))
+        absmax = lookup(map_ptr, map, scale.to(tl.int32)) * nested + tl.load(offset_ptr)
+    else:
+        absmax = scale
     return words, absmax
+
+
+# The next three functions belong together. Bit by bit, a thread of four warps holds of a weight
+# tile with 4 chunks a row
+#
+#     after its load        row: 8 lanes, 4 warps, registers      k: 4 lanes (chunks), 5 registers
+#     to multiply           row: 8 lanes, register, 4 warps, …    k: register, 4 lanes, 4 registers
+#
+# from the lowest bit on. Both have the same lanes and warps, so that the second is the first with
+# other names for rows and k. With another number of warps, Triton exchanges the values.
+
+
+@triton.jit
+def _named_weights(W, ROWS: tl.constexpr):
+    """Return W (ROWS, 4, 4, 2, 2, 2) as (ROWS, 128), with the names that the tensor cores use."""
+    W = tl.reshape(W, [ROWS // 64, 2, 4, 8, 4, 4, 2, 2, 2])
+    W = tl.permute(W, [0, 2, 1, 3, 5, 6, 7, 4, 8])
+    return tl.reshape(W, [ROWS, 128])
+
+
+@triton.jit
+def _named_x(x, TOKENS: tl.constexpr):
+    """Return x (128, TOKENS) with the same names of k."""
+    x = tl.reshape(x, [4, 4, 2, 2, 2, TOKENS])
+    x = tl.permute(x, [1, 2, 3, 0, 4, 5])
+    return tl.reshape(x, [128, TOKENS])
+
+
+@triton.jit
+def _in_order_of_rows(total, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Return the sums (ROWS, TOKENS) in the order of the rows in memory."""
+    total = tl.reshape(total, [ROWS // 64, 4, 2, 8, TOKENS])
+    return tl.reshape(tl.permute(total, [0, 2, 1, 3, 4]), [ROWS, TOKENS])
 
 
 @triton.jit
@@ -108,6 +156,7 @@ def _matmul(
 ):
     """Multiply one part of ROWS rows of W by all tokens."""
     # a row past the last one repeats the last row, and is not stored
+    NAMED: tl.constexpr = CHUNKS == 4 and ROWS % 64 == 0 and TOKENS == 16
     n_tiles = tl.cdiv(n_rows, ROWS)
     row_idx = tl.program_id(0) % n_tiles * ROWS + tl.arange(0, ROWS)
     begin = tl.program_id(0) // n_tiles * part_chunks
@@ -128,6 +177,8 @@ def _matmul(
         k = start * 32 + tl.arange(0, CHUNKS * 32)[:, None]
         x_mask = (k < n_chunks * 32) & (token_idx < n_tokens)[None, :]
         x = tl.load(x_ptr + k, mask=x_mask, other=0)  # (INNER, TOKENS)
+        if NAMED:
+            x = _named_x(x, TOKENS)
         codes = _codes(words)  # (ROWS, CHUNKS, 4, 2, 2, 2)
         scale = absmax  # (ROWS, CHUNKS)
         words, absmax = _load_weights(
@@ -138,12 +189,18 @@ def _matmul(
         # compute: one gather for all codes, one rounding, and the tensor cores
         W = lookup(levels_ptr, levels, codes)  # (ROWS, CHUNKS, 4, 2, 2, 2)
         W = W * scale[:, :, None, None, None, None]
-        W = tl.reshape(nearest(W, dtype), [ROWS, CHUNKS * 32])  # (ROWS, INNER)
+        W = nearest(W, dtype)
+        if NAMED:
+            W = _named_weights(W, ROWS)
+        else:
+            W = tl.reshape(W, [ROWS, CHUNKS * 32])  # (ROWS, INNER)
         if BY_HAND:  # the interpreter multiplies bf16 as the integers in which it stores them
             total += tl.dot(W.to(tl.float32), x.to(tl.float32), input_precision="ieee")
         else:
             total = tl.dot(W, x, total, input_precision="ieee")
     # store
+    if NAMED:
+        total = _in_order_of_rows(total, ROWS, TOKENS)
     if BIAS:
         bias = tl.load(bias_ptr + row_idx, mask=row_idx < n_rows, other=0)
         total += bias.to(tl.float32)[:, None]
@@ -240,7 +297,10 @@ def matmul(
     with rounded(sums) as target:
         weight = (words, scales, nested_absmax, offset, *tables(x.device))
         sizes = (tokens, rows, chunks, part_chunks)
-        run("matmul_nf4", _matmul, programs, x, *weight, bias, target, *sizes, **options)
+        # the products of fp32 need the registers
+        few = tokens <= 16 and x.dtype != torch.float32
+        name = "matmul_nf4" if few else "matmul_nf4_many"
+        run(name, _matmul, programs, x, *weight, bias, target, *sizes, **options)
     if parts == 1:
         return y
     total = sums.sum(0)  # (M, out)

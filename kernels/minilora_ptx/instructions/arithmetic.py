@@ -58,7 +58,7 @@ def _add(opcode: str, function: Callable[..., Array], sources: str, result: str)
 
 
 def _wide(x: Array) -> Array:
-    """Return 32-bit values in 64 bits, with the same sign."""
+    """Return values in 64 bits, with the same sign."""
     return x.astype(np.int64 if x.dtype.kind == "i" else np.uint64)
 
 
@@ -178,6 +178,7 @@ for _bits in ("16", "32", "64"):
 for _sign in "us":
     _add(f"mul.wide.{_sign}32", _mul_wide, f"{_sign}32 {_sign}32", f"{_sign}64")
     _add(f"mul.wide.{_sign}16", _mul_wide, f"{_sign}16 {_sign}16", f"{_sign}32")
+    _add(f"mad.wide.{_sign}16", _mad_wide, f"{_sign}16 {_sign}16 {_sign}32", f"{_sign}32")
     _add(f"mul.hi.{_sign}32", _mul_hi, f"{_sign}32 {_sign}32", f"{_sign}32")
     _add(f"mad.wide.{_sign}32", _mad_wide, f"{_sign}32 {_sign}32 {_sign}64", f"{_sign}64")
 _add("popc.b32", _popc, "b32", "u32")

@@ -58,18 +58,25 @@ def test_matmul_of_few_tokens_writes_only_its_result(shape, tokens, enough, monk
     guarded.check()
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize(
-    "tile", [launch.tile(8, ROWS=128, CHUNKS=4), launch.tile(2, ROWS=32, CHUNKS=1)]
+    "tile",
+    [
+        launch.tile(8, ROWS=128, CHUNKS=4),
+        launch.tile(4, ROWS=64, CHUNKS=4),
+        launch.tile(2, ROWS=32, CHUNKS=1),
+    ],
 )
-def test_other_tiles_give_the_same_columns(tile):
+def test_other_tiles_give_the_same_columns(tile, few):
     """Read columns at each position in a word and in a chunk of codes."""
     shape = (70, 352)
     parts = parts_of(normal(*shape), 32, True)
-    ones = torch.eye(352, dtype=torch.float16)[5::6].contiguous()  # 58 of them
-    with launch.overridden("matmul_nf4", tile):
+    step = 23 if few else 6  # for 15 tokens or 58
+    ones = torch.eye(352, dtype=torch.float16)[5::step].contiguous()
+    with launch.overridden("matmul_nf4" if few else "matmul_nf4_many", tile):
         assert torch.equal(
             nf4_matmul.matmul(ones, *parts, shape, 32),
-            dense(parts, 32, shape, ones.dtype)[:, 5::6].T,
+            dense(parts, 32, shape, ones.dtype)[:, 5::step].T,
         )
 
 
