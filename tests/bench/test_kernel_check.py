@@ -98,7 +98,7 @@ from minilora_kernels.triton import nf4_dequantize, nf4_quantize
 from minilora_kernels.triton import adamw_8bit, cross_entropy, swiglu, rms_norm, rope
 
 up = lambda table: torch.nextafter(table, torch.full_like(table, 2))
-bits_up = lambda table: table + (1 << 32)
+bits_up = lambda table: table + (torch.arange(64) < 32)  # the thresholds, not the counts
 for module, constant, bend, kernels in (
     (nf4_quantize, "_bin_table", bits_up, ["quantize_nf4"]),
     (nf4_quantize, "nf4_thresholds", up, ["quantize_nf4_textbook"]),

@@ -21,7 +21,7 @@ OTHER_TARGETS = [pytest.param(t, marks=pytest.mark.slow) for t in ("sm_75", "sm_
 # are not read (adamw_8bit).
 BARRIERS = {
     "dequantize_nf4": (1, ()),
-    "quantize_nf4": (5, ()),
+    "quantize_nf4": (3, ()),
     "quantize_nf4_textbook": (1, ()),
     "double_quantize_nf4": (1, ()),
     "gemv_nf4": (7, (0, 2)),

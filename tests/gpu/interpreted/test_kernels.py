@@ -95,7 +95,7 @@ def test_quantize_at_every_bin_edge():
     steps = [edges, *(torch.nextafter(edges, torch.full_like(edges, s)) for s in (-2.0, 2.0))]
     x = torch.cat([torch.ones(1), *steps]).clamp(-1, 1)
     assert torch.equal(nf4_quantize.quantize(x, 128)[0], reference.quantize(x, 128)[0])
-    bins = nf4_quantize._bin_table() >> 32
+    bins = nf4_quantize._bin_table()[:32]
     # 15 bins have a threshold, so no threshold is missing
     assert (bins != torch.tensor(torch.inf).view(torch.int32)).sum() == 15
 
