@@ -11,7 +11,7 @@ import pytest
 
 from helpers.source import ROOT
 
-DOORS = ("minilora", "minilora_kernels")
+DOORS = ("minilora", "minilora_kernels", "minilora_ptx")
 STUDIED = (
     "minilora_kernels.nf4",
     "minilora_kernels.nf4.reference",
