@@ -93,7 +93,8 @@ def merge(
             warnings.filterwarnings("ignore", message=".*was trained on a base that was")
             source, _ = load(model, adapter, **dense)
     if target is None:
-        target = str(next(loaded.parameters()).dtype).removeprefix("torch.")
+        dtype = next(p.dtype for p in loaded.parameters() if p.is_floating_point())
+        target = str(dtype).removeprefix("torch.")
     report = merge_report(
         loaded,
         source,

@@ -44,7 +44,7 @@ def export(
         format: a key of FORMATS, or "gguf-adapter" for the adapter alone; None chooses gguf for a
             name that ends in .gguf, else dense.
         dtype: a key of DTYPES; None keeps the dtype of the checkpoint.
-        quantize: "nf4", "none", or None to follow the adapter.
+        quantize: "nf4", "keep", "none", or None to follow the adapter.
         check_base: refuse an adapter that was trained on another base.
         drawing: rounding of a merge into bnb-4bit (None is stochastic), and seed of its draws (None
             is 0).
@@ -57,9 +57,9 @@ def export(
         format = "gguf" if _is_gguf(out) else "dense"
     _check_target(Path(out), format, dtype)
     if format == "bnb-4bit":
-        if quantize == "none":
+        if quantize in ("none", "keep"):
             raise ValueError(
-                "--format bnb-4bit stores 4 bits, and --quantize none makes them dense."
+                f"--format bnb-4bit stores NF4, and --quantize {quantize} loads another storage."
             )
         quantize = "nf4"
     base, folder = base_and_adapter(model, adapter)

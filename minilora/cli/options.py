@@ -14,7 +14,7 @@ from minilora.lora.files.find import RUN_ADAPTER, find_adapter
 from minilora.lora.files.source import resolve_base, split_source, trained_storage
 from minilora.lora.merging.four_bits import ROUNDINGS
 from minilora.models.loader import is_four_bit
-from minilora.quant.storage import common_storage, describe
+from minilora.quant.storage import Storage, common_storage, describe
 
 POSITIONAL = {
     "model": "Hub id, folder, .gguf file, or the folder of a run or an adapter, which names its base",
@@ -102,7 +102,9 @@ def summary(function: Callable[..., Any]) -> str:
 
 
 def add_quantize(
-    parser: argparse.ArgumentParser, text: str = "keep the base in 4 bits (QLoRA)"
+    parser: argparse.ArgumentParser,
+    text: str = "nf4 rounds the base to 4 bits (QLoRA); keep trains on the bytes of a quantised GGUF "
+    "file",
 ) -> None:
     """Add the option --quantize.
 
@@ -110,7 +112,7 @@ def add_quantize(
         parser: the command's parser.
         text: its help text.
     """
-    parser.add_argument("--quantize", choices=["nf4"], help=text)
+    parser.add_argument("--quantize", choices=["nf4", "keep"], help=text)
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
@@ -121,9 +123,9 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         "--quantize",
-        choices=["nf4", "none"],
-        help="keep the base in 4 bits, or dense (default: as the adapter was trained; dense "
-        "without an adapter)",
+        choices=["nf4", "keep", "none"],
+        help="the base in 4 bits, in the bytes of its GGUF file, or dense (default: as the adapter "
+        "was trained; dense without an adapter)",
     )
 
 
@@ -255,7 +257,8 @@ def load(
         model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
         adapter: folder or Hub id of an adapter; None loads the base alone, or the adapter of
             `model`.
-        quantize: "nf4"; "none" for a dense base; None for the storage that the adapter states.
+        quantize: "nf4" or "keep"; "none" for a dense base; None for the storage that the adapter
+            states.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
         check_tokenizer: a function that may refuse the tokenizer before the model is loaded.
@@ -279,7 +282,8 @@ def load_base(model: str, quantize: str | None, dtype: str) -> tuple[Any, Any]:
 
     Args:
         model: Hub id, folder or .gguf file, or the folder of a run or an adapter.
-        quantize: "nf4"; "none" for a dense base; None for the storage that the adapter states.
+        quantize: "nf4" or "keep"; "none" for a dense base; None for the storage that the adapter
+            states.
         dtype: a dtype's name, or "auto".
 
     Returns:
@@ -370,18 +374,27 @@ def storage_options(model: str, adapters: Sequence[Path], quantize: str | None) 
     Args:
         model: Hub id, folder or .gguf file.
         adapters: local folders of the adapters that the base is for.
-        quantize: "nf4"; "none" for a dense base; None to follow the adapters.
+        quantize: "nf4" or "keep"; "none" for a dense base; None to follow the adapters.
     """
     if quantize == "none":
         return {}
     trained = common_storage([trained_storage(folder) for folder in adapters])
-    if trained is None or trained["quantize"] != "nf4" or is_four_bit(resolve(model)):
+    if trained is not None and trained["quantize"] == "keep" and quantize is None:
+        _report_storage(trained)
+        return {"quantize": "keep"}
+    in_nf4 = trained is not None and trained["quantize"] == "nf4"
+    if quantize == "keep" or trained is None or not in_nf4 or is_four_bit(resolve(model)):
         return {"quantize": quantize}
     if quantize is None:
-        print(
-            f"minilora: the base is loaded {describe(trained)}, because the adapter was trained on "
-            "it so. --quantize none keeps it dense.",
-            file=sys.stderr,
-        )
+        _report_storage(trained)
     double_quant = trained["double_quant"] is not False
     return {"quantize": "nf4", "blocksize": trained["blocksize"], "double_quant": double_quant}
+
+
+def _report_storage(storage: Storage) -> None:
+    """Print the storage in which a base is loaded because its adapters were trained on it."""
+    print(
+        f"minilora: the base is loaded {describe(storage)}, because the adapter was trained on it "
+        "so. --quantize none keeps it dense.",
+        file=sys.stderr,
+    )

@@ -42,7 +42,7 @@ class _Method:
     """A way to train that the table compares.
 
     Attributes:
-        quantize: "nf4" or None.
+        quantize: "nf4", "keep" or None.
         training: fields of TrainConfig that the method sets itself.
     """
 
@@ -58,7 +58,7 @@ def plan(
     Args:
         model: Hub id, folder or .gguf file, or the folder of a run, whose base is planned for.
         dtype: dtype of dense weights, or "auto".
-        quantize: "nf4" or None.
+        quantize: "nf4", "keep" or None.
         card: memory of a GPU in bytes; None gives no verdict.
         plot: file of a picture; None draws nothing.
         given: fields of LoRAConfig and TrainConfig.
@@ -124,8 +124,9 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, plan, "model")
     parser.add_argument(
         "--quantize",
-        choices=["nf4"],
-        help="QLoRA alone; without this and --method: QLoRA, LoRA and full fine-tuning (bf16)",
+        choices=["nf4", "keep"],
+        help="QLoRA alone, in NF4 or in the bytes of a .gguf file; without this and --method: "
+        "QLoRA, LoRA and full fine-tuning (bf16)",
     )
     parser.add_argument(
         "--card",

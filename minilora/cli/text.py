@@ -177,7 +177,7 @@ def serve(
         model: Hub id, folder or .gguf file, or the folder of a run or an adapter, which is served
             under the folder's name.
         adapter: adapters as NAME=PATH.
-        quantize: "nf4", "none", or None to follow the adapter.
+        quantize: "nf4", "keep", "none", or None to follow the adapter.
         dtype: a dtype's name, or "auto".
         check_base: refuse an adapter that was trained on another base.
         options: fields of ServeConfig.

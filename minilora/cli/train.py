@@ -49,7 +49,7 @@ def train(
         dataset: file of rows, or a data set on the Hub.
         adapter: folder for the trained weights; None chooses "adapter" (or "model", with --method
             full), in output_dir if there is one.
-        quantize: "nf4" or None.
+        quantize: "nf4", "keep" or None.
         dtype: a dtype's name, or "auto".
         eval_dataset: file of held-out rows.
         objective: a key of minilora.losses.OBJECTIVES.
@@ -286,7 +286,7 @@ def check_training(
     Args:
         model: Hub id, folder or .gguf file, or the folder of a run or an adapter, whose base is
             checked.
-        quantize: "nf4", "none", or None to store the base as in the run's training.
+        quantize: "nf4", "keep", "none", or None to store the base as in the run's training.
         dtype: a dtype's name, or "auto".
         data: rows to measure with; None takes a few short texts.
         options: the data options.

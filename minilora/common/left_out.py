@@ -58,7 +58,7 @@ def left_out(model: nn.Module, covered: Iterable[str], chosen: Iterable[str]) ->
     is_due = False
     for path, module in named_modules(model):
         inside = path in same_paths or path.startswith(prefixes)
-        if inside or isinstance(module, _NOT_COUNTED):
+        if inside or isinstance(module, _NOT_COUNTED) or hasattr(module, "num_embeddings"):
             continue
         for name, tensor in _matrices(module).items():
             full_name = f"{path}.{name}" if path else name

@@ -69,7 +69,8 @@ def tied_modules(
     paths_of_weight: dict[int, list[str]] = {}
     for path, module in named_modules(model, remove_duplicate=False):
         module = (originals or {}).get(path, module)
-        weight = module._parameters.get("weight")
+        parameters = module._parameters
+        weight = parameters.get("weight", parameters.get("blocks"))  # blocks: of a GGUF file
         if weight is not None:
             path = path.removesuffix(".base_layer")
             paths = paths_of_weight.setdefault(id(weight), [])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 from minilora_kernels.c.bindings import token_product
 from minilora_kernels.ops.mode import plain_now
 
@@ -24,8 +24,8 @@ def matrix_vector(model: nn.Module) -> Iterator[None]:
     Dense bf16 layers: compiled code reads each weight once (linear_token.c). F.linear, made for
     matrices, takes up to three times as long for the layers of a small model. Without a compiler, a
     processor with AMX takes `torch.mv`, because F.linear's product with one row fills AMX's tiles
-    of 16 (benchmarks/training/choices.py, docs/LOG.md). 4-bit layers look up the addresses of their
-    codes only once.
+    of 16 (benchmarks/training/choices.py, docs/LOG.md). Quantised layers look up the addresses of
+    their codes only once.
 
     Args:
         model: the model; its layers get their own `forward` until the context ends.
@@ -57,7 +57,7 @@ def _fast_forwards(model: nn.Module) -> list[tuple[Any, Callable[[Tensor], Tenso
     if plain_now() or sharded or torch.is_autocast_enabled("cpu"):
         return fast
     for layer in layers:
-        if type(layer) is NF4Linear and layer.packed.is_cpu:
+        if isinstance(layer, QuantizedLinear) and layer.weight.device.type == "cpu":
             fast.append((layer, layer.for_tokens()))
     return fast
 

@@ -32,7 +32,7 @@ from minilora.lora.layer import (
     linear_features,
     scaling,
 )
-from minilora.quant.nf4_linear import NF4Linear
+from minilora_kernels.quantized_weight import QuantizedWeight
 
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of dimensions of the weight
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -297,7 +297,7 @@ def active_adapters(layer: nn.Module) -> list[Adapter]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True for nn.Linear, NF4Linear, Conv1D of transformers, and a LoRALayer around one.
+    """Return True for nn.Linear, QuantizedLinear, Conv1D, and a LoRALayer around one.
 
     The output projection of nn.MultiheadAttention is excluded: the attention reads its weight and
     never calls the layer.
@@ -310,7 +310,7 @@ def is_linear(module: nn.Module) -> bool:
     except ValueError:
         return False
     base = unwrapped(module)
-    has_weight = isinstance(base, NF4Linear) or isinstance(getattr(base, "weight", None), Tensor)
+    has_weight = isinstance(getattr(base, "weight", None), Tensor | QuantizedWeight)
     return has_weight and not isinstance(base, NonDynamicallyQuantizableLinear)
 
 

@@ -1,4 +1,4 @@
-"""A frozen linear layer and its adapter in one autograd step, for dense and 4-bit weights.
+"""A frozen linear layer and its adapter in one autograd step, for dense and quantised weights.
 
     z = A x           y  = W x + b + s · B z               LoRA §4.1, eq. 3 (arXiv:2106.09685)
     q = s · Bᵀ dy     dx = Wᵀ dy + Aᵀ q,    dA = q xᵀ,    dB = s · dy zᵀ
@@ -11,16 +11,16 @@ B and z never contain it.
 
 Dtypes. A and B are fp32 parameters. Forward and backward each cast them to the dtype of x and
 compute all products in it. The gradients dA and dB are computed in that dtype too and then cast to
-fp32. W is dense in the dtype of x, or 4-bit and dequantised to that dtype.
+fp32. W is dense in the dtype of x, or quantised and dequantised to that dtype.
 
 Kept for backward are
     z                  (N, r) in the dtype of x, for dB
     A, B               the fp32 parameters themselves, not copies, for q, dx and dA
-    W                  the dense parameter, or the 4-bit codes and scales, both stored anyway
+    W                  the dense parameter, or the codes and scales, both stored anyway
     x, or its recipe   for dA. A norm or gate that computed x left a recipe: how to compute x again
                        from tensors that it keeps itself (minilora_kernels/ops/recompute.py)
 
-Not kept are y, the 16-bit copies of A and B, and the dense W of a 4-bit layer. Backward dequantises
+Not kept are y, the 16-bit copies of A and B, and the dense W of a quantised layer. Backward dequantises
 again, on a CPU into a buffer that all layers share.
 
 This step has no hand-written kernel, not even on a GPU. With N tokens and D = in = out, z and
@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minilora.lora.layer import LoRAAdapter, LoRALayer
-from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 from minilora_kernels import allocator
 from minilora_kernels.ops.mode import fast
 from minilora_kernels.ops.recompute import Recipe, recipe_of
+from minilora_kernels.quantized_weight import TENSORS, dequantize_parts, dequantize_parts_into
 
 
 def plain_lora_linear(layer: LoRALayer, x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def lora_linear(layer: LoRALayer, x: Tensor) -> Tensor:
     """Return the same as `plain_lora_linear`, in one autograd step where that is possible.
 
     The fused step is for training with one active LoRAAdapter, without dropout and lora_bias, on a
-    frozen nn.Linear or an NF4Linear. Everything else takes the reference implementation.
+    frozen nn.Linear or a QuantizedLinear. Everything else takes the reference implementation.
 
     Args:
         layer: The layer and its adapters.
@@ -104,9 +105,10 @@ def _can_fuse(layer: LoRALayer, x: Tensor) -> bool:
 
 
 def _weight_parts(base: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-    """Return (W,) of a dense layer, the parts of a 4-bit weight, or None if neither fits x."""
-    if type(base) is NF4Linear:
-        return base.weight.parts()
+    """Return (W,) of a dense layer, the parts and kind of a quantised one, or None for others."""
+    if isinstance(base, QuantizedLinear) and type(base).forward is QuantizedLinear.forward:
+        weight = base.weight
+        return (*weight.parts(), weight.kind)
     if type(base) is nn.Linear:
         W = base.weight
         if W.dtype == x.dtype and not W.requires_grad:
@@ -117,19 +119,21 @@ def _weight_parts(base: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
 def dense(weight_parts: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """Return W (out, in). The values are valid until the next call.
 
-    On a CPU a 4-bit weight is dequantised into a buffer that the next layer uses again.
+    On a CPU a quantised weight is dequantised into a buffer that the next layer uses again.
 
     Args:
-        weight_parts: (W,), or the parts of a 4-bit weight (`NF4Weight.parts`).
+        weight_parts: (W,), or the parts of a QuantizedWeight and its kind.
         dtype: Dtype of a dequantised weight.
     """
     if len(weight_parts) == 1:
         return weight_parts[0]
-    packed, scales, nested_absmax, offset, shape, blocksize = weight_parts
-    if not packed.is_cpu:
-        return torch.ops.minilora.dequantize_nf4(*weight_parts, dtype)  # (out, in)
-    W = allocator.empty(shape, dtype, packed.device)  # (out, in)
-    torch.ops.minilora.dequantize_nf4_out(packed, scales, nested_absmax, offset, blocksize, W)
+    *parts, kind = weight_parts
+    codes = parts[0]
+    if not codes.is_cpu:
+        return dequantize_parts(kind, tuple(parts), dtype)  # (out, in)
+    shape = parts[TENSORS[kind]]
+    W = allocator.empty(shape, dtype, codes.device)  # (out, in)
+    dequantize_parts_into(kind, tuple(parts), W)
     return W
 
 
@@ -158,7 +162,7 @@ class _LoRALinear(torch.autograd.Function):
         y.addmm_(z, B.to(x.dtype).T, alpha=s)  # y += s · B z
 
         weight_tensors = [part for part in weight_parts if isinstance(part, Tensor | None)]
-        ctx.weight_numbers = weight_parts[len(weight_tensors) :]  # shape and blocksize, if 4-bit
+        ctx.weight_numbers = weight_parts[len(weight_tensors) :]  # without its tensors
         ctx.weight_tensor_count = len(weight_tensors)
         ctx.recipe, inputs_of_recipe = recipe_of_x  # without a recipe the list holds x itself
         ctx.s = s

@@ -374,8 +374,8 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the active adapters and the bits of a stored weight for `repr(module)`."""
         dtype = next(chain(self.base_layer.parameters(), self.base_layer.buffers())).dtype
-        bits = dtype.itemsize * 8
-        if dtype == torch.uint8:  # two 4-bit codes in each byte
+        bits = getattr(self.base_layer, "bits", dtype.itemsize * 8)
+        if dtype == torch.uint8 and bits == 8:  # two 4-bit codes in each byte
             bits = 4
         return f"active={self.active}, bits={bits}"
 

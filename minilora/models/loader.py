@@ -2,7 +2,7 @@
 
 The module tree is built on the meta device, where parameters have shapes and no storage. Then each
 tensor is read, checked, cast or quantised, and put in its place; a linear layer becomes an
-NF4Linear at that moment. The output layer, embeddings and norms are never quantised.
+NF4Linear or a GGUFLinear at that moment. The output layer, embeddings and norms are never rounded.
 
 Simplified: unlike transformers, there is one device, no pickle, no remote code, and no missing
 tensor is initialised: a missing, unexpected, mis-shaped or non-finite tensor is an error.
@@ -22,6 +22,7 @@ from minilora.lora.files.save_load import load_adapter
 from minilora.lora.files.source import resolve_base, split_source, trained_storage
 from minilora.models.checkpoint import Checkpoint, SafetensorsCheckpoint
 from minilora.models.decoder import CausalLM
+from minilora.models.gguf.keep import kept_layers, load_kept
 from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.storage import describe
@@ -56,9 +57,10 @@ def load_model(
     Args:
         source: a Hub id, a folder with config.json and safetensors, a .gguf file, or the folder of
             an adapter or a run (`output_dir` of `minilora train`).
-        quantize: "nf4" keeps the linear layers in 4 bits; None keeps them in `dtype`, or as an
-            adapter's folder states. A checkpoint in 4 bits (bitsandbytes' NF4) keeps its bits, and
-            "nf4" then only checks their kind.
+        quantize: "nf4" rounds the linear layers to 4 bits. "keep" keeps linear layers and embedding
+            in the bytes of a quantised GGUF file, without any rounding. None keeps them in `dtype`, or as an
+            adapter's folder states. A checkpoint in 4 bits (bitsandbytes' NF4) keeps its bits;
+            "keep" means the same for it, and "nf4" then only checks their kind.
         double_quant: quantise the scales too, as in `quantize_nf4`.
         blocksize: weights that share a scale.
         dtype: dtype of dense tensors and of the computation. "auto" chooses the dtype that is fast
@@ -72,9 +74,9 @@ def load_model(
         ValueError: an argument is invalid, or a file or tensor is at fault.
         OSError: a file cannot be read or downloaded.
     """
-    if quantize not in (None, "nf4"):
-        raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
-    if quantize is None and (blocksize, double_quant) != (64, True):
+    if quantize not in (None, "nf4", "keep"):
+        raise ValueError(f"quantize must be None, 'nf4' or 'keep', got {quantize!r}.")
+    if quantize != "nf4" and (blocksize, double_quant) != (64, True):
         raise ValueError(
             f"blocksize={blocksize}, double_quant={double_quant} have no effect without "
             "quantize='nf4': add that, or leave them out."
@@ -86,32 +88,42 @@ def load_model(
     }
     base, adapter = split_source(source)
     path = resolve_base(base, adapter, source, **hub)
-    blocks = (blocksize, double_quant) if quantize else None
+    blocks = (blocksize, double_quant) if quantize == "nf4" else None
+    keep = quantize == "keep"
     if adapter is not None and quantize is None:
-        blocks = _trained_blocks(adapter, path)
+        blocks, keep = _trained_settings(adapter, path)
+    if keep and not path.is_file() and not is_four_bit(path):
+        raise ValueError(
+            f"quantize='keep' keeps the bits of a quantised checkpoint, and {path} is not "
+            "quantised. Leave quantize out, or pass quantize='nf4'."
+        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    model = _load_base(path, blocks, pick_dtype(dtype, device), device)
+    model = _load_base(path, blocks, keep, pick_dtype(dtype, device), device)
     model.name_or_path = str(base)
     if adapter is not None:
         load_adapter(model, adapter)
     return model
 
 
-def _trained_blocks(adapter: Path, base: Path) -> tuple[int, bool] | None:
-    """Return the block size and double_quant that an adapter was trained on; None for no 4 bits.
+def _trained_settings(adapter: Path, base: Path) -> tuple[tuple[int, bool] | None, bool]:
+    """Return the storage that an adapter was trained on: (block size, double_quant), and keep.
 
-    A base that is stored in 4 bits keeps its bits, so the result is None then too.
+    A base that is stored in 4 bits keeps its bits, so the first is None then too.
     """
     storage = trained_storage(adapter)
-    if storage is None or storage["quantize"] != "nf4" or is_four_bit(base):
-        return None
+    kept = storage is not None and storage["quantize"] == "keep" and base.is_file()
+    in_nf4 = storage is not None and storage["quantize"] == "nf4" and not is_four_bit(base)
+    if storage is None or not (kept or in_nf4):
+        return None, False
     note(
         f"minilora: the base of {adapter} is loaded {describe(storage)}, because the adapter was "
         "trained on it so."
     )
-    return storage["blocksize"], storage["double_quant"] is not False
+    if kept:
+        return None, True
+    return (storage["blocksize"], storage["double_quant"] is not False), False
 
 
 def is_four_bit(path: Path) -> bool:
@@ -125,9 +137,13 @@ def is_four_bit(path: Path) -> bool:
 
 
 def _load_base(
-    path: Path, blocks: tuple[int, bool] | None, dtype: torch.dtype, device: torch.device
+    path: Path,
+    blocks: tuple[int, bool] | None,
+    keep: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> CausalLM:
-    """Read a checkpoint; quantise it if `blocks` (block size, double_quant)."""
+    """Read a checkpoint; quantise it if `blocks` (block size, double_quant), or keep its bytes."""
     checkpoint: Checkpoint
     if path.is_file():
         checkpoint = GGUFCheckpoint(path)
@@ -139,10 +155,17 @@ def _load_base(
     with torch.device("meta"):
         model = CausalLM(checkpoint.config)
     names = _match(model, checkpoint)
+    kept = set()
+    if keep and isinstance(checkpoint, GGUFCheckpoint):  # bitsandbytes' NF4 keeps its bits anyway
+        kept = kept_layers(model, checkpoint)
     _check_skip(model, checkpoint)
     with ProgressBar("load", len(names), "tensor") as bar:
         for name in names:  # sorted: a layer's bias is there before its weight is quantised
-            _load_tensor(model, checkpoint, name, dtype, device, blocks)
+            if name in kept:
+                assert isinstance(checkpoint, GGUFCheckpoint)
+                load_kept(model, checkpoint, name, dtype, device)
+            else:
+                _load_tensor(model, checkpoint, name, dtype, device, blocks)
             bar.update()
     model.tie_weights()
     return model.eval()

@@ -6,7 +6,7 @@ from torch import nn
 
 from minilora.common import unwrap_model
 from minilora.common.notebook import html_table
-from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ParameterCount:
 
     Attributes:
         trainable: Number of parameters that require a gradient.
-        total: Number of all parameters. A 4-bit weight counts like the dense weight it represents.
+        total: Number of all parameters. A quantised weight counts like the dense weight it represents.
         stored_bytes: Memory of all parameters as they are stored.
     """
 
@@ -55,11 +55,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     total = 0
     codes_and_scales = set()
     for module in model.modules():
-        if isinstance(module, NF4Linear):
-            total += module.in_features * module.out_features
-            for parameter in module.parameters(recurse=False):
-                if parameter is not module.bias:
-                    codes_and_scales.add(id(parameter))
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            stored = [p for name, p in module.named_parameters(recurse=False) if name != "bias"]
+            if any(id(parameter) not in codes_and_scales for parameter in stored):
+                total += module.weight.shape.numel()
+            codes_and_scales.update(id(parameter) for parameter in stored)
     for parameter in parameters:
         if id(parameter) not in codes_and_scales:
             total += parameter.numel()

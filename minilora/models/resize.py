@@ -10,6 +10,7 @@ from minilora.common import unwrap_model
 from minilora.lora.layer import LoRALayer
 from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 from minilora.models.decoder import CausalLM
+from minilora.quant.quantized_linear import QuantizedEmbedding
 
 
 @torch.no_grad()
@@ -48,6 +49,11 @@ def resize_embeddings(model: nn.Module, size: int) -> None:
             )
     if size == before:
         return
+    if isinstance(model.model.embed_tokens, QuantizedEmbedding):
+        raise ValueError(
+            "resize_embeddings: the embedding has the bytes of a GGUF file, which cannot grow. Load "
+            'the model dense (no quantize) or with quantize="nf4".'
+        )
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     for layer in layers:
         weight = layer.weight  # (before, D)

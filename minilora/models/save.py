@@ -34,6 +34,7 @@ from minilora.models.gguf.tokenizer_export import to_fields
 from minilora.models.gguf.write import check_options, write_gguf
 from minilora.models.safetensors_writer import Entry, remove_stale_weights, write_weights
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from minilora.quant.storage import bitsandbytes_config
 
 _DTYPES = {
@@ -173,14 +174,17 @@ def _check_layers(model: CausalLM, format: str, merge: bool, requantize: bool) -
     """Check that the format and the options fit the model's adapters and 4-bit layers."""
     adapted: dict[str, LoRALayer] = {}
     quantised: list[str] = []
+    in_nf4: list[str] = []
     for name, module in named_modules(model):
         if isinstance(module, LoRALayer):
             adapted[name] = module
-        if isinstance(module, NF4Linear):
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             quantised.append(name)
+        if isinstance(module, NF4Linear):
+            in_nf4.append(name)
     keeps_4_bits = format == "bnb-4bit"
     if keeps_4_bits:
-        _check_quantised_layers(quantised)
+        _check_quantised_layers(in_nf4)
     if not merge:
         _check_nothing_to_merge(list(adapted), [] if keeps_4_bits else quantised)
     active = [name for name, module in adapted.items() if module.active]
@@ -221,7 +225,7 @@ def _check_nothing_to_merge(adapted: list[str], quantised: list[str]) -> None:
     """Check that a save without merge has neither adapters nor 4-bit layers to make dense."""
     if not adapted and not quantised:
         return
-    description = f"{len(quantised)} layers in 4 bits"
+    description = f"{len(quantised)} quantised layers"
     if adapted:
         description = f"{len(adapted)} layers with adapters"
     first = [*adapted, *quantised][0]
@@ -244,7 +248,7 @@ def _saved_config(model: CausalLM) -> DecoderConfig:
     config = replace(model.config, tie_word_embeddings=tied)
     expected = _biased_layers(config)
     for name, module in named_modules(model):
-        if not isinstance(unwrapped(module), nn.Linear | NF4Linear):
+        if not isinstance(unwrapped(module), nn.Linear | QuantizedLinear):
             continue
         path = name.removesuffix(".base_layer")
         if merged_bias(get_submodule(model, path)) is None or path in expected:
@@ -309,7 +313,7 @@ def _entries(
     module: nn.Module, prefix: str, dtype: torch.dtype | None, storage: _Storage
 ) -> Iterator[Entry]:
     """Yield every tensor of a module and its children under its plain name, adapters merged."""
-    if isinstance(module, LoRALayer | NF4Linear):
+    if isinstance(module, LoRALayer | QuantizedLinear | QuantizedEmbedding):
         yield from _layer_entries(module, prefix, dtype, storage)
         return
     for name, child in module.named_children():
@@ -320,7 +324,10 @@ def _entries(
 
 
 def _layer_entries(
-    layer: LoRALayer | NF4Linear, prefix: str, dtype: torch.dtype | None, storage: _Storage
+    layer: LoRALayer | QuantizedLinear | QuantizedEmbedding,
+    prefix: str,
+    dtype: torch.dtype | None,
+    storage: _Storage,
 ) -> Iterator[Entry]:
     """Yield the weight and bias of a layer, dense, or in bitsandbytes' parts for "bnb-4bit"."""
     base: Any = unwrapped(layer)
@@ -341,9 +348,7 @@ def _layer_entries(
 
 
 def _layer_dtype(base: Any) -> torch.dtype:
-    """Return the dtype of a dense weight, or the dtype that a 4-bit weight was made from."""
-    if isinstance(base, NF4Linear):
-        return base.dtype
+    """Return the dtype of a dense weight, or the logical dtype of a quantised one."""
     return base.weight.dtype
 
 

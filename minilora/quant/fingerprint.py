@@ -26,9 +26,7 @@ def hash_rows(weight: Tensor, kind: str | None = None) -> str:
         weight: Tensor of any rank, (rows, …).
         kind: Name of the storage for the first hash; None is the name of the dtype.
     """
-    count = min(ROWS, len(weight))
-    chosen = torch.arange(count, device=weight.device) * len(weight) // max(count, 1)  # (count,)
-    rows = weight.detach()[chosen].contiguous().cpu()  # (count, …)
+    rows = weight.detach()[chosen_rows(weight)].contiguous().cpu()  # (count, …)
     stored_kind = kind or _DTYPE_NAMES.get(rows.dtype, str(rows.dtype))
     versions = {stored_kind: rows}
     if rows.is_floating_point():
@@ -39,6 +37,16 @@ def hash_rows(weight: Tensor, kind: str | None = None) -> str:
     for name, version in versions.items():
         hashes.append(f"{name}:{digest(version.view(torch.uint8).numpy())}")
     return ",".join(hashes)
+
+
+def chosen_rows(weight: Tensor) -> Tensor:
+    """Return the numbers of the rows that are hashed, int64 of shape (count,).
+
+    Args:
+        weight: Tensor of any rank, (rows, …).
+    """
+    count = min(ROWS, len(weight))
+    return torch.arange(count, device=weight.device) * len(weight) // max(count, 1)  # (count,)
 
 
 def digest(content: Any) -> str:

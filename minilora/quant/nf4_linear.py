@@ -1,13 +1,9 @@
 """NF4Linear: the frozen linear layer of QLoRA, with a weight of 4 bits.
 
-    y  = x · dequantise(Wq)ᵀ + b           QLoRA §3, eq. 5 (arXiv:2305.14314), without the LoRA term
-    dx = dy · dequantise(Wq)               Wq is frozen and receives no gradient
+    y = x · dequantise(Wq)ᵀ + b
 
-The LoRA term is added by the LoRALayer around this layer. The weight is dense only while it is
-used: forward and backward dequantise it separately. If forward kept the dense W for backward, the
-16-bit weights of all layers would be in memory at once, and QLoRA exists to avoid that. Backward
-calls the dequantisation under another operator name, because torch.compile would merge two equal
-calls and keep W between them.
+Its forward and backward pass are those of every quantised layer (quantized_linear.py): each
+dequantises the weight again, so that no dense W is kept between them.
 
 One multiplication takes this way: NF4Linear → custom op (minilora_kernels/nf4/functional.py) →
 choice of the implementation for the device (backend.py) → kernel launch → kernel. For a few tokens
@@ -26,7 +22,6 @@ A hash of the original weight is stored too (fingerprint.py). With it a 4-bit la
 original are recognised as one base.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.quant.fingerprint import hash_rows
+from minilora.quant.quantized_linear import QuantizedLinear
 from minilora_kernels import (
     FEW,
     FEW_ON_A_GPU,
     NF4Weight,
-    dequantize_nf4,
     multiplier,
     prepare,
     quantize_nf4,
@@ -51,37 +46,7 @@ _STORED_TENSORS = ("packed", "absmax_bytes", "nested_bytes", "offset_bytes")
 _PACKED_ALIGNMENT = 16  # bytes
 
 
-class _NF4Multiply(torch.autograd.Function):
-    """y = x Wᵀ + b for a 4-bit W.
-
-    Backward needs W alone. Kept for it are the 4-bit codes and their scales, which the layer stores
-    anyway. Neither the dense W nor x is kept: x would be needed for the gradient of W only.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weight_parts: Any) -> Tensor:
-        packed, scales, nested_absmax, offset, shape, blocksize = weight_parts
-        ctx.save_for_backward(packed, scales, nested_absmax, offset)
-        ctx.shape = shape
-        ctx.blocksize = blocksize
-        W = torch.ops.minilora.dequantize_nf4(*weight_parts, x.dtype)  # (out, in)
-        return F.linear(x, W, bias)  # (…, out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads  # (…, out)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            weight_parts = (*ctx.saved_tensors, ctx.shape, ctx.blocksize)
-            W = torch.ops.minilora.dequantize_nf4_backward(*weight_parts, dy.dtype)  # (out, in)
-            dx = dy @ W  # (…, in)
-        db = None
-        if ctx.needs_input_grad[1]:
-            db = dy.flatten(0, -2).sum(0)  # (out,)
-        return dx, db, None, None, None, None, None, None  # no gradient for the weight's parts
-
-
-class NF4Linear(nn.Module):
+class NF4Linear(QuantizedLinear):
     """A linear layer with a frozen 4-bit weight.
 
     `from_linear` creates it from an nn.Linear. Its state dict has the keys of bitsandbytes (weight,
@@ -113,24 +78,10 @@ class NF4Linear(nn.Module):
     absmax_bytes: nn.Parameter
     nested_bytes: nn.Parameter | None
     offset_bytes: nn.Parameter | None
-    bias: nn.Parameter | None
     source: str | None = None
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None = None, source: Tensor | None = None):
-        super().__init__()
-        if len(weight.shape) != 2:
-            raise ValueError(
-                "weight: expected two dimensions (out, in), "
-                f"got the shape {tuple(weight.shape)}. Reshape it before quantising."
-            )
-        self.out_features, self.in_features = weight.shape
-        self.blocksize = weight.blocksize
-        self.dtype = weight.dtype
-        self._store(weight)
-        if bias is None:
-            self.bias = None
-        else:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        super().__init__(weight, bias)
         if source is not None and not source.is_meta:
             self.source = f"{self.fingerprint()},{hash_rows(source)}"
 
@@ -155,6 +106,7 @@ class NF4Linear(nn.Module):
 
     def _store(self, weight: NF4Weight) -> None:
         """Register the tensors of a weight as parameters, with the codes padded."""
+        self.blocksize = weight.blocksize
         for name in _STORED_TENSORS:
             data = getattr(weight, name)
             if name == "packed" and len(data) % _PACKED_ALIGNMENT:
@@ -179,14 +131,6 @@ class NF4Linear(nn.Module):
             self.offset_bytes,
         )
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense weight (out, in).
-
-        Args:
-            dtype: Dtype of the result; None is the dtype of the weight before it was quantised.
-        """
-        return dequantize_nf4(self.weight, dtype)
-
     def fingerprint(self) -> str:
         """Return hashes of the codes and, if it is known, of the original weight.
 
@@ -202,130 +146,35 @@ class NF4Linear(nn.Module):
             return self.source
         return hashes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b in the dtype of x, or in autocast's dtype under autocast.
+    def storage(self) -> dict[str, Any]:
+        """Return the storage of the weight, as storage.py describes it."""
+        double_quant = self.nested_bytes is not None
+        return {"quantize": "nf4", "blocksize": self.blocksize, "double_quant": double_quant}
 
-        Args:
-            x: Input, (…, in).
+    def _settings(self, weight: NF4Weight) -> dict[str, Any]:
+        """Return what a loaded weight must have in common with this layer's."""
+        return {
+            "shape": weight.shape,
+            "blocksize": weight.blocksize,
+            "double_quant": weight.double_quant,
+        }
 
-        Returns:
-            Output, (…, out).
-        """
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        bias = None
-        if self.bias is not None:
-            bias = self.bias.to(x.dtype)  # (out,)
-        weight_parts = self.weight.parts()
-        if not torch.is_grad_enabled() and not plain_now():
-            few = FEW if device == "cpu" else FEW_ON_A_GPU
-            if 0 < x.shape[:-1].numel() <= few:
-                return torch.ops.minilora.gemv_nf4(x, *weight_parts, bias)  # (…, out)
-        return _NF4Multiply.apply(x, bias, *weight_parts)  # (…, out)
+    def _multiply_few(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return x Wᵀ + b for a few rows of x by the codes; None for more rows."""
+        few = FEW if x.device.type == "cpu" else FEW_ON_A_GPU
+        if plain_now() or not 0 < x.shape[:-1].numel() <= few:
+            return None
+        return torch.ops.minilora.gemv_nf4(x, *self.weight.parts(), bias)  # (…, out)
 
-    def for_tokens(self) -> Callable[[Tensor], Tensor]:
-        """Return a faster `forward` for the generation of text on a CPU.
-
-        The returned function looks up the addresses of the layer's memory once. For a few tokens
-        and a small matrix the look-up takes longer than the multiplication. The function is valid
-        while the layer does not change, and works without gradients and autocast.
-        """
-        weight = self.weight
-        multiply = None
-
-        def forward(x: Tensor) -> Tensor:
-            nonlocal multiply
-            multiply = multiply or multiplier(weight)  # None until the kernel is compiled
-            right_size = x.shape[-1] == self.in_features
-            few_tokens = 0 < x.numel() <= FEW * self.in_features
-            right_dtype = x.dtype in (torch.float32, torch.bfloat16)
-            if multiply is None or not (right_size and few_tokens and right_dtype and x.is_cpu):
-                return NF4Linear.forward(self, x)  # (…, out)
-            bias = None
-            if self.bias is not None:
-                bias = self.bias.to(x.dtype).contiguous()  # (out,)
-            return multiply(x.contiguous(), bias)  # (…, out)
-
-        return forward
+    def _multiplier(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """Return the product with a few tokens, or None where no compiled code fits."""
+        return multiplier(self.weight)
 
     def _apply(self, fn, recurse=True):
         """Prepare the kernels of the new device after a move."""
         super()._apply(fn, recurse)
         prepare(self.packed.device)
         return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Write the keys of bitsandbytes."""
-        state = self.weight.state_dict(f"{prefix}weight")
-        if self.bias is not None:
-            state[f"{prefix}bias"] = self.bias
-        for key, value in state.items():
-            if not keep_vars:
-                value = value.detach()
-            destination[key] = value
-
-    def _load_from_state_dict(
-        self,
-        state_dict,
-        prefix,
-        local_metadata,
-        strict,
-        missing_keys,
-        unexpected_keys,
-        error_msgs,
-    ):
-        """Read the keys of bitsandbytes, and report everything that does not fit."""
-        state = {}
-        for key, value in state_dict.items():
-            if key.startswith(prefix):
-                state[key.removeprefix(prefix)] = value
-        bias = state.pop("bias", None)
-        for key in state:
-            if strict and key.split(".")[0] != "weight":
-                unexpected_keys.append(prefix + key)
-        if bias is None and self.bias is not None:
-            missing_keys.append(f"{prefix}bias")
-        if bias is not None and self.bias is None:
-            unexpected_keys.append(f"{prefix}bias")
-        if "weight" not in state:
-            missing_keys.append(f"{prefix}weight")
-            return
-        try:
-            weight = NF4Weight.from_state_dict(state)
-        except ValueError as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            return
-        expected = (self.weight.shape, self.blocksize, self.weight.double_quant)
-        loaded = (weight.shape, weight.blocksize, weight.double_quant)
-        bias_fits = bias is None or bias.shape == (self.out_features,)
-        if loaded != expected or not bias_fits:
-            error_msgs.append(
-                f"{prefix}weight (shape, blocksize, double_quant): "
-                f"expected {expected}, got {loaded}."
-            )
-            return
-        self._load(weight, bias, local_metadata.get("assign_to_params_buffers", False))
-
-    def _load(self, weight: NF4Weight, bias: Tensor | None, assign: bool) -> None:
-        """Take over a checked weight and bias; with `assign` without copying the 4-bit tensors."""
-        if assign:
-            self._store(weight)
-        else:
-            self._store(copy.deepcopy(weight).to(self.packed.device))
-        self.dtype = weight.dtype
-        if bias is not None and self.bias is not None:
-            if not assign:
-                bias = bias.to(self.bias)  # dtype and device of the present bias
-            data = bias.detach().clone()  # (out,)
-            self.bias = nn.Parameter(data, requires_grad=self.bias.requires_grad)
-
-    def _replicate_for_data_parallel(self):
-        """Refuse nn.DataParallel."""
-        raise RuntimeError(
-            "nn.DataParallel copies parameters in every step. "
-            "Use DistributedDataParallel (DDP) instead."
-        )
 
     def extra_repr(self) -> str:
         """Return sizes, bias and format for `repr(module)`."""

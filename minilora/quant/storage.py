@@ -1,4 +1,4 @@
-"""The storage of a base: dense, or in 4 bits with a block size and one or two levels of scales.
+"""The storage of a base: dense, in 4 bits with one or two levels of scales, or as in its file.
 
 An adapter learns to correct the weights that it is trained on, the errors of 4 bits included. On
 the same base in another storage it corrects slightly other weights. Therefore an adapter file
@@ -6,6 +6,7 @@ states the storage of its base:
 
     {"quantize": null}                                              dense
     {"quantize": "nf4", "blocksize": 64, "double_quant": true}      4 bits
+    {"quantize": "keep"}                                            the bytes of its GGUF file
     {"quantize": "several kinds"}                                   layers that differ
 """
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from minilora.common import named_modules
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 
 Storage = dict[str, Any]
 DENSE: Storage = {"quantize": None}
@@ -42,9 +44,8 @@ def base_storage(model: nn.Module) -> Storage:
 
 def _layer_storage(module: Any) -> Storage | None:
     """Return the storage of a quantised layer; None for every other module."""
-    if isinstance(module, NF4Linear):
-        double_quant = module.nested_bytes is not None
-        return {"quantize": "nf4", "blocksize": module.blocksize, "double_quant": double_quant}
+    if isinstance(module, QuantizedLinear):
+        return module.storage()
     if type(module).__module__.partition(".")[0] != "bitsandbytes":
         return None
     if type(module).__name__ == "Linear8bitLt":
@@ -117,6 +118,8 @@ def describe(storage: Storage) -> str:
     kind = storage["quantize"]
     if kind is None:
         return "dense"
+    if kind == "keep":
+        return "in the bits of its GGUF file"
     if "blocksize" not in storage:
         return f"quantised ({kind})"
     scales = {True: ", double quantisation", False: ", without double quantisation", None: ""}
@@ -131,6 +134,8 @@ def remedy(storage: Storage) -> str:
     """
     if storage["quantize"] is None:
         return "Load the base without quantize."
+    if storage["quantize"] == "keep":
+        return 'Load the GGUF file with quantize="keep" (ml.load_model).'
     if storage["quantize"] != "nf4":
         return "Quantise the base as it was quantised for training."
     options = (

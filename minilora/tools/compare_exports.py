@@ -164,7 +164,7 @@ def compare_exports(
         model: The base, as `load_model` accepts it: Hub id, folder or .gguf file.
         adapter: Folder or Hub id of an adapter in PEFT's format.
         dataset: Rows with answers, in any form that `train` accepts.
-        quantize: As in training: "nf4", or None for a dense base.
+        quantize: As in training: "nf4" or "keep", or None for a dense base.
         dtype: As in training; "auto" chooses by the hardware.
         rows: Number of rows, from the start of the dataset; at most 512 tokens of their answers
             are compared.

@@ -269,6 +269,9 @@ def _adapter_code(base: str, kinds: list[str]) -> list[str]:
         if kind.startswith("nf4/"):
             quantize = f', quantize="nf4", blocksize={kind.removeprefix("nf4/")}'
             break
+        if kind.startswith("q"):  # a type of GGUF, such as q4_1
+            quantize = ', quantize="keep"'
+            break
     ours = (
         f"{_OUR_IMPORT}"
         f'model = ml.load_model("{base}"{quantize})\n'

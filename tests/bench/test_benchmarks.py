@@ -45,6 +45,7 @@ SCRIPTS = {
     "variants": (["--short"], "variants"),
     "studies": (["--short"], "studies"),
     "merging": (["--short"], "forms"),
+    "base_bits": (["--short"], "small.gguf"),
 }
 # Scripts that compare with peer libraries and must also run without them.
 ALONE = (

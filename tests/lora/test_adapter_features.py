@@ -335,7 +335,7 @@ def test_tied_4_bit_16_bit_or_already_trained_parts_are_refused(llama):
         ml.inject(twin(oracle(tie_word_embeddings=True)), config)
     model = copy.deepcopy(llama)
     ml.quantize_model(model)
-    with pytest.raises(ValueError, match="is in 4 bits and cannot train"):
+    with pytest.raises(ValueError, match="is quantised and cannot train"):
         ml.inject(model, ml.LoRAConfig(target_modules=["q_proj"], modules_to_save=["up_proj"]))
     with pytest.raises(ValueError, match="bfloat16 and trains in fp32"):
         ml.inject(

@@ -354,7 +354,7 @@ def test_models_and_options_that_the_format_does_not_support_raise(nested, tmp_p
             "format must be one of safetensors, bnb-4bit, gguf, got 'gptq'",
             {"format": "gptq"},
         ),
-        (nested, "21 layers in 4 bits.*merge=True", {}),
+        (nested, "21 quantised layers.*merge=True", {}),
     ]:
         with pytest.raises(ValueError, match=message):
             save_model(mine(folder), tmp_path / "out", **options)

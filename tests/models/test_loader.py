@@ -346,7 +346,7 @@ def test_a_tensor_in_two_shards_raises(tmp_path):
 
 
 def test_wrong_arguments_raise():
-    fails(Path(), "quantize must be None or 'nf4', got 'int8'", quantize="int8")
+    fails(Path(), "quantize must be None, 'nf4' or 'keep', got 'int8'", quantize="int8")
     for unused in ({"blocksize": 128}, {"double_quant": False}):
         fails(Path(), "have no effect without quantize='nf4': add that", **unused)
     for wrong in ("int4", torch.int8, "bf16"):

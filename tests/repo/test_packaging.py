@@ -41,6 +41,7 @@ C_SOURCES = (
     "swiglu",
 )
 C_FILES = {f"{name}.c" for name in C_SOURCES} | {"nf4.h", "numbers.h", "tile.h"}
+C_FILES |= {"gguf/blocks.h", "gguf/dequantize.c", "gguf/multiply.c"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

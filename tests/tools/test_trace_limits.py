@@ -240,7 +240,9 @@ def test_names_that_match_no_layer_or_step_raise():
         ):
             pass
     with (
-        pytest.raises(ValueError, match="Sequential has no LoRALayer, NF4Linear or nn.Linear"),
+        pytest.raises(
+            ValueError, match="Sequential has no LoRALayer, QuantizedLinear or nn.Linear"
+        ),
         ml.trace(nn.Sequential()),
     ):
         pass

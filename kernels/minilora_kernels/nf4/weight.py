@@ -11,9 +11,6 @@ values, K = ceil(n / blocksize) and J = ceil(K / 256):
     nested_bytes   None                       4 J: fp32 second level   -      or  0.00195
     offset_bytes   None                       4: fp32 mean of absmax   -      or  32/n
 
-The weight is not a tensor. A function of PyTorch that gets it in place of one computes with the
-dense weight, because some modules multiply by the weight of a layer instead of calling the layer.
-
 In a state dict a weight with the name "w" has the keys and bytes of bitsandbytes, so that either
 library reads the files of the other:
 
@@ -27,7 +24,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,12 +41,13 @@ from minilora_kernels.nf4.state_dict import (
     finite_floats,
     read_info,
 )
+from minilora_kernels.quantized_weight import QuantizedWeight
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class NF4Weight:
+class NF4Weight(QuantizedWeight):
     """A tensor of logical `shape` and `dtype`, stored in 4 bits a value.
 
     `quantize_nf4` makes it, and `dequantize_nf4` reads it.
@@ -69,6 +67,8 @@ class NF4Weight:
     Raises:
         ValueError: If the dtype, the size or the layout of a tensor does not fit the others.
     """
+
+    kind: ClassVar[str] = "nf4"
 
     packed: Tensor
     absmax_bytes: Tensor
@@ -226,35 +226,6 @@ class NF4Weight:
         target = torch.device(device)
         moved = {name: tensor.to(target) for name, tensor in self._stored().items()}
         return replace(self, **moved)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense weight.
-
-        Args:
-            dtype: Dtype of the result; None is the logical dtype of the weight.
-        """
-        return torch.ops.minilora.dequantize_nf4(*self.parts(), dtype or self.dtype)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None) -> Any:
-        """Use the dense weight where a function of PyTorch gets this weight in place of a tensor.
-
-        Some modules do not call a layer but multiply by its weight, such as dt_proj of Mamba. The
-        weight takes the dtype of the first floating-point tensor next to it.
-        """
-        values = [*args, *(kwargs or {}).values()]
-        dtypes = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
-        dtype = dtypes[0] if dtypes else None
-
-        def dense(value: Any) -> Any:
-            return value.dequantize(dtype) if isinstance(value, NF4Weight) else value
-
-        named = {name: dense(value) for name, value in (kwargs or {}).items()}
-        return function(*[dense(value) for value in args], **named)
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """Return the product of the dense weight and a tensor."""
-        return torch.matmul(self, other)  # pyright: ignore[reportArgumentType] by __torch_function__
 
     def _stored(self) -> dict[str, Tensor]:
         """Return the stored tensors by name, without those that are None."""

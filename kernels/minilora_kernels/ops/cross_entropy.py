@@ -37,6 +37,7 @@ from minilora_kernels.backend import has_kernels
 from minilora_kernels.c import bindings
 from minilora_kernels.custom_op import register
 from minilora_kernels.ops.mode import fast
+from minilora_kernels.quantized_weight import QuantizedWeight
 
 CHUNK_BYTES = 2**25  # size of the logits of a chunk, for any vocabulary
 GPU_ROWS = 512  # smallest chunk on a GPU: with fewer rows, reading W takes longer than multiplying
@@ -87,8 +88,8 @@ def head_cross_entropy(
 ) -> Tensor:
     """Return the summed loss of any output layer.
 
-    An `nn.Linear` without bias takes the path of `linear_cross_entropy`. Any other module is called
-    in chunks.
+    An `nn.Linear` without bias takes the path of `linear_cross_entropy`, and so does a quantised
+    layer, whose W is dense during the call. Any other module is called in chunks.
 
     Args:
         hidden: Hidden states h of shape (N, D).
@@ -122,8 +123,12 @@ def head_logprobs(
     Raises:
         ValueError: If the shapes do not fit, or `chunk` is less than 1.
     """
-    if type(head) is nn.Linear and head.bias is None:
-        return -_losses(hidden, head.weight, labels, chunk)
+    weight: Any = getattr(head, "weight", None)
+    has_bias = getattr(head, "bias", None) is not None
+    if type(head) is nn.Linear and not has_bias:
+        return -_losses(hidden, weight, labels, chunk)
+    if isinstance(weight, QuantizedWeight) and not has_bias and not hasattr(head, "adapters"):
+        return -_losses(hidden, weight.dequantize(hidden.dtype), labels, chunk)
     _check(hidden, labels, chunk)
     size = chunk or rows_at_a_time(head)
     return -in_chunks(_row_losses(head), size, hidden, labels)

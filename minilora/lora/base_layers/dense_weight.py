@@ -4,6 +4,7 @@
     nn.Linear, nn.Embedding, nn.Conv…    its parameter
     Conv1D of transformers               its parameter, which holds Wᵀ (in, out)
     NF4Linear                            codebook value · absmax of the block
+    GGUFLinear                           as in llama.cpp, by the type of its blocks
     Linear4bit of bitsandbytes           the same, or FP4, computed by bitsandbytes
     Linear8bitLt of bitsandbytes         code · absmax of the row / 127
     tensor with its own `dequantize`     its result (torchao)
@@ -26,7 +27,7 @@ from minilora.lora.base_layers.linear_forward import (
     parametrisation_problem,
 )
 from minilora.lora.layer import linear_features
-from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 INT8_LARGEST = 127  # the code of the largest value of a row in Linear8bitLt
 KEEP_UNMERGED = (
@@ -48,12 +49,15 @@ def bitsandbytes_bits(layer: nn.Module) -> int | None:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Return True for a layer that merging makes dense: NF4Linear, or quantised by bitsandbytes.
+    """Return True for a layer that merging makes dense: quantised here or by bitsandbytes.
 
     Args:
         layer: Any layer, without adapters.
     """
-    return isinstance(layer, NF4Linear) or bitsandbytes_bits(layer) is not None
+    return (
+        isinstance(layer, QuantizedLinear | QuantizedEmbedding)
+        or bitsandbytes_bits(layer) is not None
+    )
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -65,7 +69,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     Raises:
         ValueError: The dense weight of this kind of layer cannot be read.
     """
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
         return layer.dequantize(torch.float32)
     bits = bitsandbytes_bits(layer)
     if bits == 4:
@@ -122,7 +126,7 @@ def dense_dtype(layer: nn.Module) -> torch.dtype | None:
     Args:
         layer: A layer without adapters.
     """
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
         return layer.dtype
     bits = bitsandbytes_bits(layer)
     weight: Any = layer.weight

@@ -8,7 +8,7 @@ something else:
     router of experts               returns several tensors
     parametrised layer              weight_norm and spectral_norm compute W in every forward pass
 
-nn.Linear, NF4Linear and Conv1D of transformers are known. A layer with another forward is tried: it
+nn.Linear, QuantizedLinear and Conv1D of transformers are known. A layer with another forward is tried: it
 runs on three random inputs in fp32. Some classes, such as FalconLinear, compute W x + b in other
 words and pass. A layer that stores codes (FP8, int8, 4 bits) is not tried, because its forward
 reads scales that are unknown here. It can have an adapter, but no dense weight (dense_weight.py).
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from minilora.common import is_conv1d
-from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 
 INPUT_SCALES = (1.0, 30.0, 1000.0)  # one input each, because a layer may clip large values
 TOLERANCE = 1e-4  # of the norm of an output in fp32, far above rounding, far below 8 bits
@@ -53,7 +53,7 @@ def holds_codes(layer: nn.Module) -> bool:
     """
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or getattr(weight, "quant_state", None) is not None:
-        return True  # an NF4Weight, or 4 bits of bitsandbytes, which may be stored as bf16
+        return True  # a QuantizedWeight, or 4 bits of bitsandbytes, which may be stored as bf16
     return not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
@@ -63,7 +63,7 @@ def parametrisation_problem(layer: nn.Module) -> str | None:
     Args:
         layer: Any layer, without adapters.
     """
-    if isinstance(layer, NF4Linear):
+    if isinstance(layer, QuantizedLinear):
         return None
     stored = "weight" in layer._parameters or "weight" in layer._buffers
     if stored and not parametrize.is_parametrized(layer):
@@ -97,7 +97,7 @@ def _has_known_forward(layer: nn.Module) -> bool:
     if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
         return False  # replaced on this object; _hf_hook: accelerate moves the weight, no more
     forward = type(layer).forward
-    if forward in (nn.Linear.forward, NF4Linear.forward):
+    if forward in (nn.Linear.forward, QuantizedLinear.forward):
         return True
     if is_conv1d(layer):
         return forward.__module__ == "transformers.pytorch_utils"

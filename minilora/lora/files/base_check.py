@@ -18,6 +18,7 @@ For each adapted layer these are the kind of storage, the shape, and hashes of 6
     stored as          hashes of                               compared with
     fp32, bf16, fp16   the rows, and their roundings           the rows in any dtype, or in NF4
     nf4/64             the codes, and the rows before NF4      the same; without rows: the codes
+    q4_1, q4_k, …      the bytes of a GGUF file, and its rows  the same
     gguf-…             the same, of a base from a GGUF file    the same, if it is not quantised
 
 Equal rows (in the dtype of either side) or equal codes mean the same base. Scales are not hashed,
@@ -42,6 +43,7 @@ from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.registry import lora_configs, lora_layers
 from minilora.quant.fingerprint import digest, hash_rows
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 from minilora.quant.storage import (
     Storage,
     base_storage,
@@ -56,6 +58,7 @@ KEY = "minilora"
 FORCE = "pass check_base=False (--no_check_base on the command line) to force it"
 _GGUF = "gguf-"
 _NF4 = "nf4/"
+_CODES = (_NF4, "q")  # the kinds of codes begin so: NF4, and the types of GGUF, such as "q4_1"
 
 
 # ---- fingerprints of layers
@@ -69,7 +72,7 @@ def fingerprint(layer: nn.Module, source: str | None = None) -> list[Any]:
         source: The file or name from which the model was loaded.
     """
     base = unwrapped(layer)
-    if isinstance(base, NF4Linear):
+    if isinstance(base, QuantizedLinear):
         shape = [base.out_features, base.in_features]
         hashes = base.fingerprint()
     else:
@@ -95,7 +98,7 @@ def same_base(then: list[Any], now: list[Any]) -> bool | None:
     hashes_then, dtype_then = _parse_hashes(then)
     hashes_now, dtype_now = _parse_hashes(now)
     common = hashes_then.keys() & hashes_now.keys()
-    codes = {kind for kind in common if kind.startswith(_NF4)}
+    codes = {kind for kind in common if kind.startswith(_CODES)}
     rows = common & {dtype_then, dtype_now}
     for kind in rows | codes:
         if hashes_then[kind] == hashes_now[kind]:
@@ -117,7 +120,7 @@ def _parse_hashes(entry: list[Any]) -> tuple[dict[str, str], str | None]:
         hashes = dict(part.split(":") for part in text.split(","))
     else:  # a file of an older version has one hash, of the stored weight
         hashes = {kind.removeprefix(_GGUF): text}
-    dtypes = [name for name in hashes if not name.startswith(_NF4)]
+    dtypes = [name for name in hashes if not name.startswith(_CODES)]
     return hashes, dtypes[0] if dtypes else None
 
 
@@ -129,14 +132,18 @@ def _converted_hashes(layer: nn.Module, kind: str) -> str:
     """
     base: Any = unwrapped(layer)
     to_nf4 = kind.removeprefix(_GGUF).startswith(_NF4)
-    if isinstance(base, NF4Linear):
-        if to_nf4:
+    if isinstance(base, QuantizedLinear):
+        if not to_nf4:
+            return hash_rows(base.dequantize(torch.float32))
+        if isinstance(base, NF4Linear):
             return ""
-        return hash_rows(base.dequantize(torch.float32))
-    if not to_nf4 or not base.weight.is_floating_point():
+        W = base.dequantize(torch.float32)  # (out, in)
+    elif to_nf4 and base.weight.is_floating_point():
+        W = base.weight.detach()  # (out, in)
+    else:
         return ""
     blocksize = int(kind.rpartition("/")[2])
-    return NF4Linear(quantize_nf4(base.weight.detach(), blocksize)).fingerprint()
+    return NF4Linear(quantize_nf4(W, blocksize)).fingerprint()
 
 
 # ---- the tokenizer

@@ -17,7 +17,7 @@ from minilora.lora.base_layers.dense_weight import dense_dtype
 from minilora.lora.base_layers.linear_forward import holds_codes
 from minilora.lora.embedding_conv import active_adapters
 from minilora.lora.layer import LoRALayer
-from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 
 
 def deltas(layer: LoRALayer, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -62,8 +62,8 @@ def read_merged(layer: LoRALayer, name: str) -> Any:
         name: "weight" or "bias".
 
     Returns:
-        The weight in the layout of the base, or the bias. The weight of a layer with codes other
-        than NF4 is returned as it is stored: only the layer itself can multiply by it.
+        The weight in the layout of the base, or the bias. The weight of a layer with codes of
+        other libraries is returned as it is stored: only the layer itself can multiply by it.
 
     Raises:
         ValueError: The layer is a convolution with groups, whose weight cannot hold its adapter.
@@ -72,7 +72,7 @@ def read_merged(layer: LoRALayer, name: str) -> Any:
     adapters = active_adapters(layer)
     if name == "bias":
         return _bias_with(base.bias, adapters, dense_dtype(base))
-    if isinstance(base, NF4Linear):
+    if isinstance(base, QuantizedLinear):
         W = base.dequantize()
     elif holds_codes(base):
         return base.weight

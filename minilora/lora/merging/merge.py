@@ -45,6 +45,7 @@ from minilora.lora.registry import AdapterRegistry, lora_configs, lora_layers
 from minilora.lora.trained_parts.trained_state import remove_hooks
 from minilora.lora.trained_parts.trained_tokens import TrainedTokens
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedEmbedding, QuantizedLinear
 
 STORAGES = {
     "float32": torch.float32,
@@ -61,7 +62,7 @@ def merged_weight(layer: nn.Module) -> Tensor:
     """Return W + Σ s · B A over the active adapters, in fp32.
 
     Args:
-        layer: A LoRALayer, an NF4Linear, or any layer with a weight.
+        layer: A LoRALayer, a QuantizedLinear, or any layer with a weight.
 
     Returns:
         The weight in the layout of the base: (out, in) for most layers.
@@ -109,7 +110,8 @@ def merged_from(layer: nn.Module) -> tuple[int, ...]:
         layer: A LoRALayer, or any layer.
     """
     base = unwrapped(layer)
-    weight = base._parameters.get("weight", base)
+    parameters = base._parameters
+    weight = parameters.get("weight", parameters.get("blocks", base))  # blocks: of a GGUF file
     adapters = active_adapters(layer)
     return (id(weight), *[id(adapter) for adapter in adapters])
 
@@ -124,9 +126,11 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     base = unwrapped(layer)
     bias = merged_bias(layer)
     own_dtype = dense_dtype(base)
-    if is_quantized(base):
+    if isinstance(base, QuantizedEmbedding):
+        plain: nn.Module = nn.Embedding(base.num_embeddings, base.embedding_dim, device="meta")
+    elif is_quantized(base):
         in_features, out_features = linear_features(base)
-        plain: nn.Module = nn.Linear(in_features, out_features, bias=False, device="meta")
+        plain = nn.Linear(in_features, out_features, bias=False, device="meta")
     else:
         # Copy the module but not its parameters, which are replaced below.
         plain = copy.deepcopy(base, {id(p): p for p in base.parameters()})
@@ -222,7 +226,7 @@ def merge(
                 own_dtype = dense_dtype(unwrapped(module)) or _dtype_of_the_rest(model)
                 replaced[id(module)] = dense(module, dtype or own_dtype)
             bar.update()
-    _share_merged_weights(active, replaced)
+    _share_merged_weights(modules, replaced)
     replaced |= _trained_modules(lora_configs(model))
     for layer in layers:
         if id(layer) not in replaced:  # its base is copied with the same memo, so that ties remain
@@ -242,16 +246,18 @@ def merge(
 
 @contextmanager
 def dequantized_weights(model: nn.Module) -> Iterator[None]:
-    """Replace every NF4Linear of a model by a dense layer with the same values in a `with` block.
+    """Replace every QuantizedLinear by a dense layer with the same values in a `with` block.
 
     Text generation on a CPU otherwise dequantises every weight again for each token. The block
-    needs the memory that NF4 saves. The 4-bit layers are put back at its end.
+    needs the memory that they save. The quantised layers are put back at its end.
 
     Args:
         model: The model.
     """
     model = unwrap_model(model)
-    layers = {path: layer for path, layer in named_modules(model) if isinstance(layer, NF4Linear)}
+    layers = {
+        path: layer for path, layer in named_modules(model) if isinstance(layer, QuantizedLinear)
+    }
     try:
         for path, layer in layers.items():
             set_submodule(model, path, dense(layer))
@@ -314,10 +320,10 @@ def _free_quantized_layers(model: nn.Module, layers: Iterable[LoRALayer]) -> lis
     ]
 
 
-def _share_merged_weights(active: list[LoRALayer], replaced: dict[int, Any]) -> None:
+def _share_merged_weights(layers: Iterable[nn.Module], replaced: dict[int, Any]) -> None:
     """Give merged layers with the same weight and the same adapters one parameter."""
     weights: dict[tuple[int, ...], Any] = {}
-    for layer in active:
+    for layer in layers:
         parameters = replaced[id(layer)]._parameters
         if "weight" in parameters:
             shared = weights.setdefault(merged_from(layer), parameters["weight"])

@@ -73,14 +73,15 @@ def copy_module(module: nn.Module, path: str, memo: dict[int, Any]) -> nn.Module
         memo: The memo of `copy.deepcopy`; with one memo, shared weights stay shared.
 
     Raises:
-        ValueError: The module has no parameters, or is in 4 bits.
+        ValueError: The module has no parameters, or is quantised.
     """
     dtypes = {parameter.dtype for parameter in module.parameters()}
     if not dtypes:
         raise ValueError(f"modules_to_save: {path!r} has no parameters. Leave it out.")
     if any(not dtype.is_floating_point for dtype in dtypes):
         raise ValueError(
-            f"modules_to_save: {path!r} is in 4 bits and cannot train: leave it out of quantising."
+            f"modules_to_save: {path!r} is quantised and cannot train: leave it out of quantising, "
+            'or load a GGUF file without quantize="keep".'
         )
     copied = copy.deepcopy(module, memo).requires_grad_(False)
     return as_copy(copied, module)

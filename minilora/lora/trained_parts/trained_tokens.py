@@ -230,7 +230,7 @@ def _check_layer(path: str, base: nn.Module, indices: Sequence[int]) -> None:
     if not isinstance(unwrapped(base), (nn.Embedding, nn.Linear)):
         raise ValueError(
             f"{option}: {path!r} is {type(base).__name__}, expected an Embedding or a Linear layer "
-            "that is not in 4 bits."
+            "that is not quantised."
         )
     rows = len(base.get_parameter("weight"))
     wrong = [index for index in indices if not 0 <= index < rows]

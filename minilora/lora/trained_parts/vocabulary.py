@@ -13,6 +13,7 @@ from torch import nn
 
 from minilora.common import named_modules
 from minilora.lora.embedding_conv import unwrapped
+from minilora.quant.quantized_linear import QuantizedEmbedding
 
 
 def vocabulary_layers(model: Any) -> dict[str, nn.Module]:
@@ -44,7 +45,7 @@ def vocabulary_size(model: nn.Module) -> int | None:
         model: Any model.
     """
     for layer in vocabulary_layers(model).values():
-        if isinstance(layer, nn.Embedding):
+        if isinstance(layer, nn.Embedding | QuantizedEmbedding):
             return layer.weight.shape[0]
     return None
 

@@ -6,6 +6,7 @@ adapter.py           an adapter as one file, without its base
 architectures.py     names, row order and norms of each architecture
 config.py            the decoder config of a file
 header.py            the pairs and records before a file's data
+keep.py              the layers of a model in the bytes of a file
 read.py              a file as a checkpoint
 score_merges.py      the order of SentencePiece's merges
 tokenizer.py         the tokenizer of a file

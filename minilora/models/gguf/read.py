@@ -6,7 +6,8 @@ A GGUF file differs from a Hugging Face checkpoint in four ways.
 2. In llama files the rows of q_proj and k_proj have another order: llama.cpp rotates neighbouring
    channels (2i, 2i+1) where Hugging Face rotates (i, i + d/2). `unpermute` restores the order.
 3. Gemma's norms are stored as 1 + w.
-4. The values have one of many quantised types, which the `gguf` package decodes.
+4. The values have one of many quantised types. The `gguf` package decodes them, or a matrix keeps
+   its bytes as a GGUFWeight.
 
 header.py reads the layout of the file, and config.py its config.
 """
@@ -30,6 +31,7 @@ from minilora.models.gguf.architectures import (
 )
 from minilora.models.gguf.config import read_config
 from minilora.models.gguf.header import Record, read_header
+from minilora_kernels.gguf import FORMATS, GGUFWeight
 
 _LIST_ELEMENTS = {"tokens": str, "token_type": int, "merges": str, "scores": int | float}
 
@@ -83,6 +85,7 @@ class GGUFCheckpoint:
         path: The .gguf file.
         config: The model's config.
         shapes: Shape of each tensor by its Hugging Face name.
+        quantized: Type, such as "Q4_K", of each matrix that `read_quantized` returns.
         four_bit: Empty: the quantised tensors are not NF4, and `read` returns them dense.
         skip: Empty, because four_bit is.
 
@@ -111,10 +114,14 @@ class GGUFCheckpoint:
             ) from error
         self._gguf_names: dict[str, str] = {}  # by Hugging Face name
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.quantized: dict[str, str] = {}
         for gguf_name, record in self._records.items():
             name = hf_name(path, gguf_name, self.config.model_type)
             self._gguf_names[name] = gguf_name
             self.shapes[name] = record.shape
+            type_name = _type_name(record)
+            if len(record.shape) == 2 and type_name in FORMATS:
+                self.quantized[name] = type_name
 
     def where(self, name: str) -> str:
         """Return the place of a tensor for an error message.
@@ -151,6 +158,29 @@ class GGUFCheckpoint:
             return unpermute(tensor, heads[module])
         return tensor
 
+    def read_quantized(self, name: str, dtype: torch.dtype) -> GGUFWeight:
+        """Read the bytes of one matrix.
+
+        Args:
+            name: Hugging Face name of the tensor, in `quantized`.
+            dtype: Dtype of the dense matrix.
+
+        Returns:
+            The matrix, in Hugging Face's row order once it is dequantised.
+
+        Raises:
+            ValueError: If a scale is NaN or infinite.
+        """
+        record = self._records[self._gguf_names[name]]
+        blocks = torch.from_numpy(self._read_bytes(record))  # (out, bytes of a row)
+        heads = permuted_heads(self.config).get(name.split(".")[-2], 0)
+        weight = GGUFWeight(blocks, torch.Size(record.shape), dtype, _type_name(record), heads)
+        try:
+            weight.check_scales()
+        except ValueError as error:
+            raise ValueError(f"{self.where(name)}: {error}") from error
+        return weight
+
     def _check_extents(self) -> None:
         """Check that the tensors do not overlap and end before the file does."""
         file_size = self.path.stat().st_size
@@ -172,14 +202,10 @@ class GGUFCheckpoint:
     def _dense(self, record: Record) -> Tensor:
         """Read and dequantise a tensor, in the file's row order."""
         import gguf
-        import numpy as np  # not at the top: `import minilora` must stay light
 
         kind = gguf.GGMLQuantizationType(record.kind)
-        byte_shape = _byte_shape(record, str(self.path))
-        count = math.prod(byte_shape)
-        raw = np.fromfile(self.path, np.uint8, count=count, offset=record.offset)
         try:
-            dense = gguf.dequantize(raw.reshape(byte_shape), kind)
+            dense = gguf.dequantize(self._read_bytes(record), kind)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: the gguf package cannot dequantise type {kind.name}."
@@ -187,6 +213,15 @@ class GGUFCheckpoint:
         if not dense.flags.writeable:
             dense = dense.copy()  # torch warns of memory that it cannot write to
         return torch.from_numpy(dense)  # record.shape
+
+    def _read_bytes(self, record: Record) -> Any:
+        """Return the stored bytes of a tensor, a numpy array of uint8 (…, bytes of a row)."""
+        import numpy as np  # not at the top: `import minilora` must stay light
+
+        byte_shape = _byte_shape(record, str(self.path))
+        count = math.prod(byte_shape)
+        raw = np.fromfile(self.path, np.uint8, count=count, offset=record.offset)
+        return raw.reshape(byte_shape)
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:
@@ -288,6 +323,13 @@ def _lists_of_wrong_length(values: dict[str, Any]) -> list[str]:
         if len(numbers) != len(values["tokens"]) or not all(map(math.isfinite, numbers)):
             return [key]
     return []
+
+
+def _type_name(record: Record) -> str:
+    """Return the name of the type of a tensor, such as "Q4_K"."""
+    import gguf
+
+    return gguf.GGMLQuantizationType(record.kind).name
 
 
 def _offset(item: tuple[str, Record]) -> int:

@@ -4,7 +4,7 @@ from typing import Any
 
 # Field of MemoryPlan -> its caption in the table and the picture.
 PARTS = {
-    "packed": "4-bit codes",
+    "packed": "quantised codes",
     "scales": "block scales",
     "dense": "dense weights",
     "adapters": "adapters (fp32)",

@@ -13,7 +13,6 @@ or evaluation.
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from minilora.common import column_widths, read_json, unwrap_model
+from minilora.common import column_widths, unwrap_model
 from minilora.common.notebook import html_text
-from minilora.hub import HUB_ID, download, resolve
 from minilora.lora.config import LoRAConfig
-from minilora.lora.registry import lora_configs
-from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
-from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.models.loader import pick_dtype
-from minilora.quant.nf4_linear import NF4Linear
 from minilora.tools.memory_plan import fit
+from minilora.tools.memory_plan.base import FOUR_BIT_FOLDER, Bits, read_config, settings_of
 from minilora.tools.memory_plan.meter import Stretch
 from minilora.tools.memory_plan.parts import PARTS, about
 from minilora.tools.memory_plan.step import Step, shapes, step, stored, walked_as
@@ -42,7 +37,6 @@ from minilora_kernels.backend import ENVIRONMENT
 
 _CACHE_SIZE = 128  # steps to remember; each is a few numbers for a layer
 _step_cache: OrderedDict[str, Step] = OrderedDict()  # the most recently used step is the last
-_NF4 = tuple[int, bool]  # (blocksize, double_quant)
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class MemoryPlan:
         lora: Config of the adapter; None trains every parameter.
         config: Config of the run.
         dtype: dtype of dense weights.
-        nf4: (blocksize, double_quant) of 4-bit layers, or None.
+        bits: Storage of the base (base.py); None is dense.
     """
 
     packed: int
@@ -89,7 +83,7 @@ class MemoryPlan:
     lora: LoRAConfig | None = field(repr=False, compare=False)
     config: TrainConfig = field(repr=False, compare=False)
     dtype: torch.dtype = field(repr=False, compare=False)
-    nf4: _NF4 | None = field(repr=False, compare=False)
+    bits: Bits = field(repr=False, compare=False)
 
     @property
     def total(self) -> int:
@@ -101,7 +95,7 @@ class MemoryPlan:
         """Method of training: "qlora", "lora" or "full"."""
         if self.lora is None:
             return "full"
-        return "lora" if self.nf4 is None else "qlora"
+        return "lora" if self.bits is None else "qlora"
 
     def changed(self, **to: Any) -> "MemoryPlan":
         """Return the plan with other settings.
@@ -110,15 +104,15 @@ class MemoryPlan:
             to: New values of `r`, `quantize` ("nf4") or fields of TrainConfig.
         """
         lora = self.lora
-        nf4 = self.nf4
+        bits = self.bits
         model = self.shapes
         if "r" in to and lora is not None:
             lora = replace(lora, r=to.pop("r"))
-        if to.pop("quantize", None) and nf4 is None:
-            nf4 = (64, True)
-        if lora is not self.lora or nf4 is not self.nf4:
-            model = shapes(model.config, lora, self.dtype, nf4)
-        return _plan(model, lora, replace(self.config, **to), self.dtype, nf4, self.card)
+        if to.pop("quantize", None) and bits is None:
+            bits = (64, True)
+        if lora is not self.lora or bits is not self.bits:
+            model = shapes(model.config, lora, self.dtype, bits)
+        return _plan(model, lora, replace(self.config, **to), self.dtype, bits, self.card)
 
     def most(self, name: str, card: int | str) -> int:
         """Return the largest value of a field with which the plan fits, or 0 if no value fits.
@@ -191,7 +185,8 @@ def plan_memory(
             TrainConfig(method="full"), which trains in fp32.
         config: Config for `train`; None is TrainConfig(). Memory depends on batch size, length,
             accumulation, checkpointing, optimiser and precision.
-        quantize: "nf4" for 4-bit linear layers; None keeps them dense.
+        quantize: "nf4" for 4-bit linear layers; "keep" for the layers of a quantised .gguf file as
+            they are; None for dense ones.
         double_quant: Quantise the scales too; the default is True.
         blocksize: Number of weights that share a scale.
         dtype: dtype of dense weights; "auto" chooses one for this machine.
@@ -206,6 +201,8 @@ def plan_memory(
             architecture is not supported.
     """
     config = config or TrainConfig()
+    if quantize not in (None, "nf4", "keep"):
+        raise ValueError(f"quantize must be None, 'nf4' or 'keep', got {quantize!r}.")
     full = config.method == "full"
     if isinstance(model, nn.Module):
         model = unwrap_model(model)
@@ -214,31 +211,30 @@ def plan_memory(
                 "plan_memory: a loaded model, which load_model must have made, determines its "
                 "adapter and quantisation. Give only config."
             )
-        lora, nf4, dtype = _settings_of(model)
+        lora, bits, dtype = settings_of(model)
         if lora is None and not full:
             raise ValueError(
                 "plan_memory: the model has no adapter. Inject one, or plan its config.json."
             )
         decoder_config = model.config
     else:
-        decoder_config, four_bit = _read_config(model)
-        nf4 = (blocksize, double_quant) if quantize == "nf4" or four_bit else None
+        decoder_config, bits = read_config(model, quantize == "keep")
+        if quantize == "nf4" or bits == FOUR_BIT_FOLDER:
+            bits = (blocksize, double_quant)
         if lora is None and not full:
             lora = LoRAConfig()
-    if quantize not in (None, "nf4"):
-        raise ValueError(f"quantize must be None or 'nf4', got {quantize!r}.")
     if full:
-        _check_full(lora, nf4, dtype)
+        _check_full(lora, bits, dtype)
         dtype = torch.float32
     else:
         dtype = pick_dtype(dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     limit = None if card is None else fit.parse_bytes(card)
-    return _plan(shapes(decoder_config, lora, dtype, nf4), lora, config, dtype, nf4, limit)
+    return _plan(shapes(decoder_config, lora, dtype, bits), lora, config, dtype, bits, limit)
 
 
-def _check_full(lora: LoRAConfig | None, nf4: _NF4 | None, dtype: torch.dtype | str) -> None:
+def _check_full(lora: LoRAConfig | None, bits: Bits, dtype: torch.dtype | str) -> None:
     """Refuse settings that contradict method="full"."""
-    if lora or nf4:
+    if lora or bits:
         raise ValueError(
             'method="full" trains every parameter in fp32: leave out lora and quantize.'
         )
@@ -264,12 +260,12 @@ def _plan(
     lora: LoRAConfig | None,
     config: TrainConfig,
     dtype: torch.dtype,
-    nf4: _NF4 | None,
+    bits: Bits,
     card: int | None,
 ) -> MemoryPlan:
     """Return the plan of a model on the meta device."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    stretches, optimizer_state = _step(model, lora, config, dtype, nf4)
+    stretches, optimizer_state = _step(model, lora, config, dtype, bits)
     # with accumulation, the gradients exist before the second micro-batch begins
     gradients = 0
     if config.gradient_accumulation_steps > 1:
@@ -296,7 +292,7 @@ def _plan(
         lora=lora,
         config=config,
         dtype=dtype,
-        nf4=nf4,
+        bits=bits,
     )
 
 
@@ -318,47 +314,19 @@ def _step(
     lora: LoRAConfig | None,
     config: TrainConfig,
     dtype: torch.dtype,
-    nf4: _NF4 | None,
+    bits: Bits,
 ) -> Step:
     """Return `step` from a cache, whose key is everything that determines the result.
 
     The key is text, because a config may hold lists, which are not hashable.
     """
     config = walked_as(config)
-    key = repr((model.config, lora, config, dtype, nf4, os.environ.get(ENVIRONMENT)))
+    key = repr((model.config, lora, config, dtype, bits, os.environ.get(ENVIRONMENT)))
     result = _step_cache.pop(key, None) or step(model, config)
     _step_cache[key] = result
     while len(_step_cache) > _CACHE_SIZE:
         _step_cache.popitem(last=False)
     return result
-
-
-def _read_config(source: Any) -> tuple[DecoderConfig, bool]:
-    """Return the config of a model, and True if its checkpoint is in 4 bits already."""
-    if isinstance(source, DecoderConfig):
-        return source, False
-    if not isinstance(source, Mapping):
-        path = Path(source).expanduser()
-        if not path.exists() and HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
-            path = download(str(source), ["config.json"])
-        path = resolve(path)  # raises for anything but a folder or a .gguf file
-        if path.is_file():
-            return GGUFCheckpoint(path).config, False
-        source = read_json(path / "config.json")
-    content = dict(source)
-    quantization = content.pop("quantization_config", None) or {}
-    return DecoderConfig.from_hf(content), bool(quantization.get("load_in_4bit"))
-
-
-def _settings_of(model: CausalLM) -> tuple[LoRAConfig | None, _NF4 | None, torch.dtype]:
-    """Return the adapter config, quantisation and dtype of a loaded model."""
-    lora = next(iter(lora_configs(model).values()), None)
-    nf4 = None
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            nf4 = (module.blocksize, module.nested_bytes is not None)
-            break
-    return lora, nf4, model.model.norm.weight.dtype
 
 
 def table(plans: list[MemoryPlan]) -> str:

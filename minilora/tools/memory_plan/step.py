@@ -28,8 +28,11 @@ from minilora.lora.registry import lora_configs
 from minilora.losses.sft import SFT
 from minilora.models.config import DecoderConfig
 from minilora.models.decoder import CausalLM
+from minilora.quant.gguf_embedding import GGUFEmbedding
+from minilora.quant.gguf_linear import GGUFLinear
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantize_model import layers_to_quantize, replace_layers
+from minilora.tools.memory_plan.base import Bits, keep_layers
 from minilora.tools.memory_plan.meter import Meter, Stretch, Unfilled
 from minilora.training.config import TrainConfig
 from minilora.training.optim.param_groups import new_optimizer
@@ -52,7 +55,7 @@ def shapes(
     config: DecoderConfig,
     lora: LoRAConfig | None,
     dtype: torch.dtype,
-    nf4: tuple[int, bool] | None,
+    bits: Bits,
 ) -> CausalLM:
     """Build a model on the meta device.
 
@@ -60,7 +63,7 @@ def shapes(
         config: Shape of the model.
         lora: Config of its adapter; None trains every parameter.
         dtype: dtype of dense weights.
-        nf4: (blocksize, double_quant) of its 4-bit layers; None keeps them dense.
+        bits: Storage of its linear layers (base.py); None is dense.
 
     Returns:
         The model without storage.
@@ -68,8 +71,10 @@ def shapes(
     with torch.device("meta"), Unfilled():
         model = CausalLM(config).to(dtype)
         model.tie_weights()
-        if nf4 is not None:
-            blocksize, double_quant = nf4
+        if isinstance(bits, dict):
+            keep_layers(model, bits)
+        elif bits is not None:
+            blocksize, double_quant = bits
             replace_layers(model, layers_to_quantize(model), blocksize, double_quant)
         if lora is not None:
             inject(model, lora)
@@ -83,13 +88,18 @@ def stored(model: CausalLM) -> dict[str, int]:
         model: A model, on the meta device or loaded.
 
     Returns:
-        Bytes by part: "packed" (4-bit codes), "scales", "dense" and "adapters" (trainable
+        Bytes by part: "packed" (codes; of a GGUF file with their scales), "scales", "dense" and "adapters" (trainable
         parameters that are added to the base).
     """
     sizes = {"packed": 0, "scales": 0, "dense": 0, "adapters": 0}
     configs = lora_configs(model)
     full = not configs
-    codes = {id(m.packed) for m in model.modules() if isinstance(m, NF4Linear)}
+    codes = set()
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            codes.add(id(module.packed))
+        elif isinstance(module, GGUFLinear | GGUFEmbedding):
+            codes.add(id(module.blocks))
     parameters = set(model.parameters())
     for original in configs.parts.originals.values():  # replaced by modules_to_save
         parameters.update(_parameters(original))

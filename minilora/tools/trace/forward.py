@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from minilora.lora.embedding_conv import unwrapped
 from minilora.lora.layer import LoRAAdapter, LoRALayer
+from minilora.quant.gguf_linear import GGUFLinear
 from minilora.quant.nf4_linear import NF4Linear
+from minilora.quant.quantized_linear import QuantizedLinear
 from minilora.tools.trace.steps import LayerTrace
 
-TRACED = (LoRALayer, NF4Linear, nn.Linear)
+TRACED = (LoRALayer, NF4Linear, GGUFLinear, nn.Linear)
 
 
 class _Tap:
@@ -168,7 +170,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _base_output(layer: Any, x: Tensor, tap: _Tap) -> Tensor:
     """Return x Wᵀ + b, by the base's own forward."""
     base: Any = unwrapped(layer)
-    if type(base) is NF4Linear:
+    if isinstance(base, QuantizedLinear):
         _note_dequantized(base, x, tap)
     elif type(base) is nn.Linear:
         tap.note(base.weight, "W", "dense", "weight")
@@ -184,14 +186,15 @@ def _base_output(layer: Any, x: Tensor, tap: _Tap) -> Tensor:
     return tap.note(y, "xW", maths)
 
 
-def _note_dequantized(base: NF4Linear, x: Tensor, tap: _Tap) -> None:
+def _note_dequantized(base: QuantizedLinear, x: Tensor, tap: _Tap) -> None:
     """Record W in the dtype of the call; W is frozen, so a second call records nothing new."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     if any("W" not in steps or steps["W"].dtype != dtype for steps in tap.layers):
         W = base.dequantize(dtype)  # (out, in)
-        tap.note(W, "W", "level · absmax, in the dtype of x", "weight")
+        maths = "level · absmax" if isinstance(base, NF4Linear) else "from the blocks of the file"
+        tap.note(W, "W", f"{maths}, in the dtype of x", "weight")
 
 
 def _add_adapter(adapter: Any, x: Tensor, h: Tensor, base: nn.Module, tap: _Tap) -> Tensor:

@@ -53,7 +53,7 @@ def trace(
     inside the block. Under a GradScaler the recorded gradients are the scaled ones.
 
     Args:
-        module: A layer, or a model whose LoRALayers, NF4Linears and nn.Linears are traced.
+        module: A layer, or a model whose LoRALayers, quantised and dense layers are traced.
         layers: Paths of the layers to trace, or the ends of paths; None traces all.
         source: The dense weight (out, in) that the only traced 4-bit layer was made from, or such
             weights by name, as in the state dict of the dense model. With it, the steps that exist
@@ -90,7 +90,7 @@ def _choose(module: nn.Module, layers: str | Sequence[str] | None) -> dict[str, 
     candidates = _candidates(module)
     if not candidates:
         raise ValueError(
-            f"{type(module).__name__} has no LoRALayer, NF4Linear or nn.Linear to trace."
+            f"{type(module).__name__} has no LoRALayer, QuantizedLinear or nn.Linear to trace."
         )
     chosen = candidates
     if layers is not None:
