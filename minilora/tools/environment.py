@@ -107,7 +107,7 @@ def _optional_packages() -> list[str]:
         extra = re.search(r"extra == .(\w+)", requirement)
         if extra is not None and extra[1] not in ("docs", "dev", "all"):
             names.append(name)
-    return sorted(set(names))
+    return sorted({*names} - {"minilora"})  # an extra can name other extras: minilora[gguf]
 
 
 def _machine() -> dict[str, str]:
