@@ -73,3 +73,10 @@ def test_sizes_of_folders_count_files_and_not_links(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a" / "blob")
     assert module._folder_size(tmp_path) == f"{tmp_path} (0.003 GB)"
     assert module._folder_size(tmp_path / "b").endswith("(does not exist)")
+
+
+def test_an_extra_that_names_other_extras_is_no_package(monkeypatch):
+    listed = ['gguf>=0.10; extra == "gguf"', 'minilora[gguf]; extra == "learn"']
+    monkeypatch.setattr(module, "requires", lambda name: listed)
+    packages = ml.environment().sections["versions"]["optional packages"]
+    assert packages == f"gguf {version('gguf')}"
