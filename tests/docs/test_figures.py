@@ -37,6 +37,12 @@ FIGURES: dict[str, dict[str, list[str]]] = {
         "chat": ["given: defaults of minilora/cli/chat.py"],
     },
     "docs/distributed.md": {"When something fails": ["given: torch's own time limits"]},
+    "docs/formats.md": {
+        "Training on the bytes of a GGUF file": [
+            "log: the base in the bytes of its file",
+            "test: test_gguf_formats.py",
+        ]
+    },
     "docs/glossary.md": {"A weight, by hand": ["test: test_pages.py"]},
     "docs/gpu.md": {
         "What to expect": [

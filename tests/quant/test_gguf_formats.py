@@ -1,5 +1,7 @@
 """Tests of the quantised types of GGUF against the gguf package, which llama.cpp publishes."""
 
+import re
+
 import gguf
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.gguf_blocks import random_blocks, random_weight
+from helpers.source import ROOT
 from minilora.models.gguf.read import unpermute
 from minilora_kernels.gguf import FORMATS, GGUFWeight
 
@@ -184,3 +187,15 @@ def test_out_operator_refuses_a_tensor_with_gaps():
     weight = random_weight("Q4_0")
     with pytest.raises(ValueError, match="contiguous out"):
         OPS.dequantize_gguf_out(weight.blocks, "Q4_0", 0, torch.empty(32, 12).T)
+
+
+def test_the_page_of_formats_states_the_bits_of_every_type():
+    """docs/formats.md has a row such as "| Q4_0, Q5_0 | 4.5, 5.5 | …"."""
+    stated = {}
+    for types, bits in re.findall(r"^\| (Q\w+(?:, Q\w+)*) \| ([\d., ]+) \|", page(), re.M):
+        stated |= dict(zip(types.split(", "), bits.split(", "), strict=True))
+    assert stated == {name: f"{fmt.bits:.3g}" for name, fmt in FORMATS.items()}
+
+
+def page() -> str:
+    return (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
