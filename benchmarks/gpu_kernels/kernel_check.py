@@ -153,16 +153,20 @@ def check_gemv(
                 same_bits(f"{label}, column {k}", got + 0.0, column + 0.0)
 
 
-def check_matmul(name: str, run: Run, device: torch.device) -> None:
+def check_matmul(
+    name: str, run: Run, shape: tuple[int, int], counts: tuple[int, int], device: torch.device
+) -> None:
     """Check run(x, packed, scales, nested_absmax, offset, shape, blocksize, bias).
+
+    The first of `counts` is the number of tokens, the second that on LARGE, on a GPU.
 
     The result is y (tokens, out). x has every dtype and at most as many tokens as the kernel takes.
     The kernel rounds W to x's dtype.
     """
     cuda = device.type == "cuda"
-    sizes = [((70, 96), 2), ((33, 1056), 17)]
+    sizes = [(shape, counts[0])]
     if cuda:
-        sizes += [(LARGE, 16), (LARGE, 64)]
+        sizes.append((LARGE, counts[1]))
     for shape, tokens in sizes:
         for double, dtype in itertools.product((False, True), DTYPES):
             count = min(tokens, nf4_matmul.MOST[dtype])
@@ -223,6 +227,9 @@ CHECKS: dict[str, Callable[[str, torch.device], None]] = {
     "gemv_nf4_textbook": lambda name, on: check_gemv(
         name, nf4_gemv.gemv_textbook, ((3, 1030), (5, 2)), on
     ),
-    "matmul_nf4": lambda name, on: check_matmul(name, nf4_matmul.matmul, on),
+    "matmul_nf4": lambda name, on: check_matmul(name, nf4_matmul.matmul, (70, 96), (2, 16), on),
+    "matmul_nf4_many": lambda name, on: check_matmul(
+        name, nf4_matmul.matmul, (33, 1056), (17, 64), on
+    ),
     **step_check.CHECKS,
 }

@@ -34,7 +34,7 @@ grid = {
     "double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)],
     "rms_norm_weight": [tile(2, ROWS=4, COLUMNS=64)],
 }
-default_only = "matmul_nf4", "cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"
+default_only = "matmul_nf4", "matmul_nf4_many", "cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"
 grid |= dict.fromkeys(default_only, [])
 kernel_tune.tune(cpu, CpuClock(), 1, grid)
 kernel_bench.main(["--check"])
@@ -115,6 +115,7 @@ for module, constant, bend, kernels in (
             "gemv_nf4_small",
             "gemv_nf4_textbook",
             "matmul_nf4",
+            "matmul_nf4_many",
             "dequantize_nf4_textbook",
             "dequantize_nf4",
         ],

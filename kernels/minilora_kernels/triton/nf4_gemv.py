@@ -341,8 +341,11 @@ def gemv(
         "NESTED": nested_absmax is not None,
         "BIAS": bias is not None,
     }
-    name = "gemv_nf4_small" if inner <= SMALL else "gemv_nf4"
-    kernel = _gemv_small if inner <= SMALL else _gemv_fast
+    name = "gemv_nf4"
+    kernel = _gemv_fast
+    if inner <= SMALL:
+        name = "gemv_nf4_small"
+        kernel = _gemv_small
 
     def programs(ROWS: int, CHUNKS: int) -> int:
         return cdiv(rows, ROWS)
