@@ -34,8 +34,8 @@ grid = {
     "double_quantize_nf4": [tile(4, ROWS=2), tile(4, ROWS=3)],
     "rms_norm_weight": [tile(2, ROWS=4, COLUMNS=64)],
 }
-default_only = "matmul_nf4", "matmul_nf4_many", "cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"
-grid |= dict.fromkeys(default_only, [])
+default_only = "matmul_nf4", "cross_entropy", "adamw_8bit", "rms_norm", "rotate", "gated_backward"
+grid |= dict.fromkeys((*default_only, "matmul_nf4_many"), [])
 kernel_tune.tune(cpu, CpuClock(), 1, grid)
 kernel_bench.main(["--check"])
 """

@@ -133,6 +133,18 @@ def _in_order_of_rows(total, ROWS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _decoded(codes, scale, levels_ptr, levels, dtype: tl.constexpr, NAMED: tl.constexpr):
+    """Return the weights of codes (ROWS, CHUNKS, 4, 2, 2, 2) as (ROWS, 32 CHUNKS)."""
+    W = lookup(levels_ptr, levels, codes)  # one gather for all codes
+    W = nearest(W * scale[:, :, None, None, None, None], dtype)  # one rounding
+    if NAMED:
+        W = _named_weights(W, W.shape[0])
+    else:
+        W = tl.reshape(W, [W.shape[0], W.shape[1] * 32])
+    return W
+
+
+@triton.jit
 def _matmul(
     x_ptr,  # bf16, fp16 or fp32 (n_tokens, 32 n_chunks)
     words_ptr,  # int32 (n_rows 4 n_chunks,)
@@ -186,14 +198,8 @@ def _matmul(
             BLOCKSIZE, NESTED, CHUNKS,
         )  # fmt: skip
 
-        # compute: one gather for all codes, one rounding, and the tensor cores
-        W = lookup(levels_ptr, levels, codes)  # (ROWS, CHUNKS, 4, 2, 2, 2)
-        W = W * scale[:, :, None, None, None, None]
-        W = nearest(W, dtype)
-        if NAMED:
-            W = _named_weights(W, ROWS)
-        else:
-            W = tl.reshape(W, [ROWS, CHUNKS * 32])  # (ROWS, INNER)
+        # compute: decode, and the tensor cores
+        W = _decoded(codes, scale, levels_ptr, levels, dtype, NAMED)  # (ROWS, INNER)
         if BY_HAND:  # the interpreter multiplies bf16 as the integers in which it stores them
             total += tl.dot(W.to(tl.float32), x.to(tl.float32), input_precision="ieee")
         else:
