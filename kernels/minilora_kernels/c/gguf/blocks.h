@@ -145,14 +145,17 @@ static inline void decode_q5_k(const uint8_t *restrict b, float *restrict x) {
 
 static inline void decode_q6_k(const uint8_t *restrict b, float *restrict x) {
   float d = half_float(b + 208);
-  for (int g = 0; g < 16; g++) { /* t and half of a half, 16 values */
-    int t = g % 8 / 2;
-    const uint8_t *low = b + 64 * (g / 8) + 32 * (t % 2) + 16 * (g % 2);
-    const uint8_t *high = b + 128 + 32 * (g / 8) + 16 * (g % 2);
-    float scale = d * (float)(int8_t)b[192 + g];
-    for (int j = 0; j < 16; j++) {
-      int code = (low[j] >> 4 * (t / 2) & 15) | (high[j] >> 2 * t & 3) << 4;
-      x[16 * g + j] = scale * (float)(code - 32);
+  for (int run = 0; run < 8; run++) { /* 32 values, two groups */
+    int t = run % 4;
+    const uint8_t *low = b + 64 * (run / 4) + 32 * (t % 2);
+    const uint8_t *high = b + 128 + 32 * (run / 4);
+    int low_shift = 4 * (t / 2);
+    int high_shift = 2 * t;
+    float first = d * (float)(int8_t)b[192 + 2 * run];
+    float second = d * (float)(int8_t)b[193 + 2 * run];
+    for (int j = 0; j < 32; j++) {
+      int code = (low[j] >> low_shift & 15) | (high[j] >> high_shift & 3) << 4;
+      x[32 * run + j] = (j < 16 ? first : second) * (float)(code - 32);
     }
   }
 }
