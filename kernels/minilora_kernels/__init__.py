@@ -3,9 +3,11 @@
 This package never imports minilora. kernels/README.md gives the order in which to read it.
 
 nf4/            the NF4 format: levels, specification, weight, custom operators
+gguf/           the quantised types of GGUF files: blocks of bytes -> values
 ops/            operations of a model: reference, fast form, backward pass
 triton/         kernels for GPUs
 c/              kernels for CPUs
+quantized_weight.py  a weight in few bits: what NF4 and the types of GGUF share
 backend.py      the implementation that runs on a device
 allocator.py    buffers that are reused
 custom_op.py    registration of custom operators

@@ -135,7 +135,7 @@ def test_the_folder_of_an_adapter_is_exported_like_its_base_and_adapter(place, t
         (["m", "{place}/a", "--format", "gguf"], "needs a file name that ends in .gguf"),
         (["m", "{place}/a", "--dtype", "q8_0"], "q8_0 is a type of GGUF files"),
         (["m", "{place}/model/config.json/a"], "is not writable"),
-        (["m", "{place}/a", "--format", "bnb-4bit", "--quantize", "none"], "makes them dense"),
+        (["m", "{place}/a", "--format", "bnb-4bit", "--quantize", "none"], "stores NF4, and"),
         (["{place}/model", "{place}/a", "--seed", "1"], "are for --format bnb-4bit with an"),
         (
             ["{place}/adapter", "{place}/a", "--format", "bnb-4bit", "--seed", "1"]

@@ -360,7 +360,7 @@ def test_the_command_line_prints_the_note(monkeypatch, capsys):
     "how, message",
     [
         ({"card": "24 apples"}, "such as 24GB"),
-        ({"quantize": "int8"}, "must be None or 'nf4'"),
+        ({"quantize": "int8"}, "must be None, 'nf4' or 'keep'"),
         (
             {"config": ml.TrainConfig(method="full"), "lora": ALL, "quantize": None},
             "leave out lora and quantize",

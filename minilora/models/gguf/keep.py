@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.common import get_submodule, named_modules, set_submodule
 from minilora.models.decoder import CausalLM
 from minilora.models.gguf.read import GGUFCheckpoint
 from minilora.quant.gguf_embedding import GGUFEmbedding
@@ -29,7 +30,7 @@ def kept_layers(model: CausalLM, checkpoint: GGUFCheckpoint) -> set[str]:
     """
     kept = set()
     has_linear = False
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         name = f"{path}.weight"
         if name not in checkpoint.quantized or (path == "lm_head" and _is_tied(model)):
             continue
@@ -64,7 +65,7 @@ def load_kept(
         ValueError: A scale is NaN or infinite, or a value is infinite in `dtype`.
     """
     path = name.removesuffix(".weight")
-    module: Any = model.get_submodule(path)
+    module: Any = get_submodule(model, path)
     weight = checkpoint.read_quantized(name, dtype).to(device)
     # fp16 overflows where bf16 and fp32 do not
     if dtype == torch.float16 and not weight.dequantize().isfinite().all():
@@ -73,11 +74,11 @@ def load_kept(
         )
     if isinstance(module, nn.Embedding):
         embedding = GGUFEmbedding(weight)
-        model.set_submodule(path, embedding)
+        set_submodule(model, path, embedding)
         if _is_tied(model):
-            model.set_submodule("lm_head", GGUFLinear(embedding.weight))
+            set_submodule(model, "lm_head", GGUFLinear(embedding.weight))
     else:
-        model.set_submodule(path, GGUFLinear(weight, module.bias))
+        set_submodule(model, path, GGUFLinear(weight, module.bias))
 
 
 def _is_tied(model: CausalLM) -> bool:
