@@ -16,6 +16,7 @@ from minilora.lora.config import LoRAConfig
 from minilora.lora.fused_linear import lora_linear, plain_lora_linear
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
+from minilora.quant.gguf_embedding import GGUFEmbedding
 from minilora.quant.gguf_linear import GGUFLinear
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantized_linear import QuantizedLinear
@@ -122,6 +123,18 @@ def test_a_model_with_kept_layers_takes_adapters_by_name():
     assert set(inject(model, LoRAConfig(target_modules="all-linear"))) == {"a", "b", "c"}
     assert "bits=4.5" in repr(model["a"]) and "bits=8.5" in repr(model["c"])
     assert model["a"].weight.shape == (48, 256)
+
+
+def test_checkpoint_and_compile_agree():
+    layer, x = kept(heads=6), torch.randn(9, 256, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    checkpointed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    for y in (checkpointed, compiled):
+        assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+    embedding, ids = GGUFEmbedding(random_weight("Q8_0", 48)), torch.tensor([[3, 47], [0, 3]])
+    looked_up = torch.compile(embedding, fullgraph=True, backend="aot_eager")(ids)
+    assert torch.equal(looked_up, embedding.dequantize()[ids])
 
 
 # ---- round trip
