@@ -28,7 +28,7 @@ BUDGET = {
     "nf4": 15,
     "ops": 15,
     "ptx": 20,
-    "quant": 5,
+    "quant": 10,
     "repo": 70,
     "serving": 30,
     "tools": 60,
