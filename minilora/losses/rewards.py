@@ -89,7 +89,7 @@ def rewards_of(function: Reward, answers: Sequence[Answer]) -> list[float]:
         place = f"row {answer.row}, answer {answer.text!r:.200}"
         try:
             value = function(answer.prompt.prompt, answer.text, answer.prompt.source)
-        except Exception as error:
+        except Exception as error:  # of any kind: it goes on, with the name of the row
             error.add_note(f"The reward {reward_name(function)} failed at {place}.")
             raise
         rewards.append(_number(value, function, place))

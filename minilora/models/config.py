@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from minilora.models.families import FAMILIES, FULL, SLIDING, Family
+from minilora.models.families import (
+    FAMILIES,
+    FULL,
+    SLIDING,
+    Family,
+    layer_windows,
+    rotated_layers,
+)
 from minilora.models.rope_config import Rope
 
 # Fields that never change the logits: kept, and written back by `to_hf`.
@@ -190,8 +197,8 @@ class DecoderConfig:
         _reject_unknown(config, known, family)
         _check_sizes(values)
         if family.skips_rope:
-            values["no_rope_layers"] = _rotated_layers(config, values["num_hidden_layers"])
-        values |= _windows(config, values)
+            values["no_rope_layers"] = rotated_layers(config, values["num_hidden_layers"])
+        values |= layer_windows(config, values)
         max_positions = values.get("max_position_embeddings", cls.max_position_embeddings)
         values["rope"] = _rope(config, family, max_positions)
         values["dtype"] = config.get("dtype", config.get("torch_dtype"))
@@ -310,68 +317,6 @@ def _reject_unknown(config: Mapping[str, Any], known: set[str], family: Family) 
                 f"config field {name} = {value!r} is unknown and may change the result: "
                 "remove it from config.json if you know that it does not."
             )
-
-
-MOST_LAYERS = 10_000  # far above any model; a config that claims a billion layers would fill memory
-
-
-def _windows(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `sliding_window` and `layer_types`.
-
-    Qwen has a switch for the window, and no window below layer max_window_layers. In Gemma 3 every
-    sixth layer (or as sliding_window_pattern states) has no window. In SmolLM3 the layers that do
-    not rotate have one, if the switch is on.
-    """
-    family = FAMILIES[config["model_type"]]
-    window = values.get("sliding_window")
-    first = 0  # first layer with a window
-    if "use_sliding_window" in family.own:
-        if not config.get("use_sliding_window"):
-            window = None
-    if "max_window_layers" in family.own:
-        first = config.get("max_window_layers", 28)
-        if type(first) is not int:
-            first = -1  # refused below
-    every = config.get("sliding_window_pattern", 6)
-    counts = {
-        "num_hidden_layers": values["num_hidden_layers"],
-        "sliding_window_pattern": every,
-        "max_window_layers": first + 1,
-    }
-    for name, value in counts.items():
-        if type(value) is not int or not 1 <= value <= MOST_LAYERS:
-            raise ValueError(
-                f"config field {name} is out of the range of a model, 1 to {MOST_LAYERS}: {value!r}."
-            )
-    kinds = []
-    for layer in range(values["num_hidden_layers"]):
-        if family.gemma:
-            windowed = (layer + 1) % every != 0
-        elif family.skips_rope:
-            windowed = window is not None and not values["no_rope_layers"][layer]
-        else:
-            windowed = window is not None and layer >= first
-        kinds.append(SLIDING if windowed else FULL)
-    given = config.get("layer_types") or kinds
-    if given != kinds and "layer_types" not in family.own:
-        raise ValueError(
-            f"config field layer_types is {given}: a {config['model_type']} model has {kinds[0]} only."
-        )
-    return {"sliding_window": window, "layer_types": tuple(given)}
-
-
-def _rotated_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Return for each layer 1 if it rotates q and k, else 0: in SmolLM3 every fourth one is 0."""
-    given = config.get("no_rope_layers")
-    if given is not None:
-        return tuple(given[:layers])
-    interval = config.get("no_rope_layer_interval", 4)
-    if type(interval) is not int or not 1 <= interval <= MOST_LAYERS or layers > MOST_LAYERS:
-        raise ValueError(
-            f"config fields no_rope_layer_interval {interval!r} and num_hidden_layers {layers}: "
-            f"expected numbers from 1 to {MOST_LAYERS}."
-        )
-    return tuple(int((layer + 1) % interval != 0) for layer in range(layers))
 
 
 def _one_rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:

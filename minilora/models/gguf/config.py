@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.models.config import MOST_LAYERS, DecoderConfig
-from minilora.models.families import FULL, SLIDING
+from minilora.models.config import DecoderConfig
+from minilora.models.families import FULL, MOST_LAYERS, SLIDING
 from minilora.models.gguf.architectures import MODEL_TYPES, ROPE_FACTORS
 from minilora.models.gguf.header import Record
 from minilora.models.rope_config import Rope, frequencies
@@ -142,15 +142,6 @@ def _head_dim(path: Path, keys: dict[str, Any], hidden_size: int, heads: int) ->
             "not supported."
         )
     return head_dim
-
-
-def rotated_layers(config: DecoderConfig) -> tuple[int, ...]:
-    """Return for each layer 1 if llama.cpp rotates q and k in a SmolLM3 file, else 0.
-
-    Args:
-        config: The model's config.
-    """
-    return tuple(int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers))
 
 
 def attention_scalar(layers: int, hidden_size: int, heads: int, head_dim: int) -> int:

@@ -18,7 +18,7 @@ from minilora.common import atomic_write
 from minilora.common.extras import require
 from minilora.common.progress import ProgressBar
 from minilora.models.config import DecoderConfig
-from minilora.models.families import SLIDING
+from minilora.models.families import ROTATION_INTERVAL, SLIDING, rotated_at
 from minilora.models.gguf.architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -35,7 +35,6 @@ from minilora.models.gguf.config import (
     WINDOW_PERIOD,
     attention_scalar,
     layer_kinds,
-    rotated_layers,
 )
 from minilora.models.gguf.read import TokenizerFields
 from minilora.models.rope_config import Rope, frequencies
@@ -151,7 +150,8 @@ def check_options(config: DecoderConfig, dtype: str) -> None:
         )
     arch = ARCHITECTURES[config.model_type]
     problem = None
-    if config.family.skips_rope and config.no_rope_layers != rotated_layers(config):
+    rotated = rotated_at(ROTATION_INTERVAL, config.num_hidden_layers)
+    if config.family.skips_rope and config.no_rope_layers != rotated:
         problem = "rotates q and k in three of four layers, always,"
     if config.family.skips_rope and (config.attention_bias or config.mlp_bias):
         problem = "has no biases"
