@@ -2,13 +2,13 @@
 
 Run it with `python examples/grpo.py`.
 
-Idea: supervised fine-tuning raises the probability of given answers, token by token. GRPO raises what
-is measured. The model writes several answers to each address, a function scores their JSON, and
-answers above the mean of their group become more likely. No answer is shown to it in this part. It
-can only choose better among answers that it already gives, so a supervised start comes first.
+Idea: supervised fine-tuning raises the probability of given answers, token by token. GRPO raises
+what is measured. The model writes several answers to each address, a function scores their JSON,
+and answers above the mean of their group become more likely. No answer is shown to it in this part.
+It can only choose better among answers that it already gives, so a supervised start comes first.
 
-The reward is the F1 of the fields. Whole groups of similar addresses are held out. The perplexity of
-prose shows what the training costs elsewhere. The last printed line is one JSON document.
+The reward is the F1 of the fields. Whole groups of similar addresses are held out. The perplexity
+of prose shows what the training costs elsewhere. The last printed line is one JSON document.
 """
 
 import json

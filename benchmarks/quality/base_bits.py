@@ -2,16 +2,16 @@
 
     python benchmarks/quality/base_bits.py [FILE.gguf …]
 
-Each file is loaded in three storages: dense, in its own bytes (quantize="keep") and in NF4. For each
-one the script prints
+Each file is loaded in three storages: dense, in its own bytes (quantize="keep") and in NF4. For
+each one the script prints
 
     prose       loss on English prose (minilora/evaluation/samples/prose.py), nats a token
     stored MB   memory of all parameters
     step s      median time of a training step on that prose (LoRA on all linear layers, r 16)
     bytes       "equal" if training left the bytes of the base unchanged
 
-The storages take turns, so that they meet the same conditions. Without a FILE it is the GGUF file of
-SmolLM2-135M-Instruct. The last line is one JSON document.
+The storages take turns, so that they meet the same conditions. Without a FILE it is the GGUF file
+of SmolLM2-135M-Instruct. The last line is one JSON document.
 """
 
 import argparse

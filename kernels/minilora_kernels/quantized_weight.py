@@ -1,7 +1,7 @@
 """The common part of quantised weights: NF4Weight, and GGUFWeight for the types of GGUF files.
 
-A quantised weight is a dense tensor of logical `shape` and `dtype` that is stored in fewer bits. Its
-parts are the arguments of its custom operators:
+A quantised weight is a dense tensor of logical `shape` and `dtype` that is stored in fewer bits.
+Its parts are the arguments of its custom operators:
 
     parts = (stored tensors, shape, further numbers)        of one order for each kind of weight
 

@@ -3,10 +3,11 @@
     p = softmax(logits / temperature)        token = the first at which the running sum of p
                                              exceeds u        u ~ U[0, 1)
 
-The whole distribution is sampled: no top_k, no top_p, because the loss that reads these answers needs
-log p of the distribution that they come from. A prompt is read once, and its keys and values are
-repeated for the G answers. An answer keeps its end token. Each answer has its own random generator,
-so it depends on (seed, prompt number, answer number) and not on the batch, up to rounding.
+The whole distribution is sampled: no top_k, no top_p, because the loss that reads these answers
+needs log p of the distribution that they come from. A prompt is read once, and its keys and values
+are repeated for the G answers. An answer keeps its end token. Each answer has its own random
+generator, so it depends on (seed, prompt number, answer number) and not on the batch, up to
+rounding.
 """
 
 import random
@@ -48,8 +49,8 @@ def sample_groups(
         model: the model, with its active adapters.
         prompts: token ids of each prompt.
         size: G, the number of answers of a prompt.
-        rule: its `max_new_tokens`, `temperature`, `seed`, `batch_size` and `ends` count. Temperature
-            0 takes the most likely tokens, and log p is then that of temperature 1.
+        rule: its `max_new_tokens`, `temperature`, `seed`, `batch_size` and `ends` count.
+            Temperature 0 takes the most likely tokens, and log p is then that of temperature 1.
 
     Returns:
         For each prompt its G answers.

@@ -20,8 +20,8 @@ Kept for backward are
     x, or its recipe   for dA. A norm or gate that computed x left a recipe: how to compute x again
                        from tensors that it keeps itself (minilora_kernels/ops/recompute.py)
 
-Not kept are y, the 16-bit copies of A and B, and the dense W of a quantised layer. Backward dequantises
-again, on a CPU into a buffer that all layers share.
+Not kept are y, the 16-bit copies of A and B, and the dense W of a quantised layer. Backward
+dequantises again, on a CPU into a buffer that all layers share.
 
 This step has no hand-written kernel, not even on a GPU. With N tokens and D = in = out, z and
 s · B z take 2 N D r multiply-adds, and W x takes N D². The term must read x, read y and write y:

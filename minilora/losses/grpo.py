@@ -20,8 +20,8 @@ Python function gives each answer a reward R_i.
     loss  = 1/(P G) Σ_i 1/L Σ_t l_t              loss_type "dr_grpo": L is max_completion_length
     loss  = 1/Σ_i |o_i| Σ_i Σ_t l_t              loss_type "dapo":    mean over the tokens
 
-P is the number of prompts of a step. p_base is the model with its adapter off, so no second model is
-needed.
+P is the number of prompts of a step. p_base is the model with its adapter off, so no second model
+is needed.
 
 Before the first update of a step r_t is exactly 1. The advantages of a group add up to 0, so the
 loss is 0 there, up to the KL and to the lengths of the answers, and its gradient is not: watch the

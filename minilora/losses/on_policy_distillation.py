@@ -5,8 +5,9 @@
     loss = Σ over the tokens of o of D
 
 Off-policy distillation (losses/distillation.py) shows the student texts that it would not write
-itself. Here it learns at the places where its own answers lead, mistakes included. The divergence is
-computed exactly at each token; that o was sampled from q gets no gradient (arXiv 2306.13649, §3).
+itself. Here it learns at the places where its own answers lead, mistakes included. The divergence
+is computed exactly at each token; that o was sampled from q gets no gradient (arXiv 2306.13649,
+§3).
 
 The teacher p is one of three:
 

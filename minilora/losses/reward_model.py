@@ -4,8 +4,8 @@
     P(y_w is preferred) = sigmoid(r(x, y_w) − r(x, y_l))          Bradley–Terry
     loss = −log sigmoid(r(x, y_w) − r(x, y_l))                    summed over the pairs
 
-y_w is the chosen answer, y_l the rejected one; the rows are those of DPO. Only differences count, so
-r has no zero: rewards of different prompts cannot be compared. GRPO compares within a prompt.
+y_w is the chosen answer, y_l the rejected one; the rows are those of DPO. Only differences count,
+so r has no zero: rewards of different prompts cannot be compared. GRPO compares within a prompt.
 
     objective = ml.RewardModel()
     objective.add_head(model)

@@ -1,4 +1,4 @@
-"""The shape of a decoder (Llama, Mistral, Qwen, SmolLM3, Gemma 3), read from and written to config.json.
+"""The shape of a decoder of a family (families.py), read from and written to config.json.
 
 Both spellings are read: transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5
 (rope_parameters, dtype). The spelling of 4 is written, which every reader (transformers 4 and 5,

@@ -58,9 +58,9 @@ def load_model(
         source: a Hub id, a folder with config.json and safetensors, a .gguf file, or the folder of
             an adapter or a run (`output_dir` of `minilora train`).
         quantize: "nf4" rounds the linear layers to 4 bits. "keep" keeps linear layers and embedding
-            in the bytes of a quantised GGUF file, without any rounding. None keeps them in `dtype`, or as an
-            adapter's folder states. A checkpoint in 4 bits (bitsandbytes' NF4) keeps its bits;
-            "keep" means the same for it, and "nf4" then only checks their kind.
+            in the bytes of a quantised GGUF file, without any rounding. None keeps them in `dtype`,
+            or as an adapter's folder states. A checkpoint in 4 bits (bitsandbytes' NF4) keeps its
+            bits; "keep" means the same for it, and "nf4" then only checks their kind.
         double_quant: quantise the scales too, as in `quantize_nf4`.
         blocksize: weights that share a scale.
         dtype: dtype of dense tensors and of the computation. "auto" chooses the dtype that is fast

@@ -15,7 +15,8 @@ class ParameterCount:
 
     Attributes:
         trainable: Number of parameters that require a gradient.
-        total: Number of all parameters. A quantised weight counts like the dense weight it represents.
+        total: Number of all parameters. A quantised weight counts like the dense weight it
+            represents.
         stored_bytes: Memory of all parameters as they are stored.
     """
 

@@ -2,8 +2,8 @@
 
     y = dequantise(rows of the ids)
 
-Only the rows that are looked up are decoded. An output layer that shares the embedding's weight is a
-GGUFLinear with the same parameter `blocks`.
+Only the rows that are looked up are decoded. An output layer that shares the embedding's weight is
+a GGUFLinear with the same parameter `blocks`.
 """
 
 import torch

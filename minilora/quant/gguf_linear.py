@@ -61,8 +61,8 @@ class GGUFLinear(QuantizedLinear):
 
         Assigning another weight shares its bytes, as an output layer does with the embedding.
         """
-        shape = (self.out_features, self.in_features)
-        return GGUFWeight(self.blocks, shape, self.dtype, self.type_name, self.heads)  # pyright: ignore[reportArgumentType] becomes a Size
+        shape = torch.Size((self.out_features, self.in_features))
+        return GGUFWeight(self.blocks, shape, self.dtype, self.type_name, self.heads)
 
     @weight.setter
     def weight(self, weight: GGUFWeight) -> None:

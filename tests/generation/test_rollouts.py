@@ -1,7 +1,7 @@
 """Proves the sampling of groups: log p of the model's own distribution, and one read of a prompt.
 
-Oracle: the model's logits over the whole text, without a KV cache. Property: the share of each first
-token is its probability.
+Oracle: the model's logits over the whole text, without a KV cache. Property: the share of each
+first token is its probability.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Proves the loss of GRPO by enumeration, and against TRL.
 
-Oracles: on a policy with seven answers, all groups are enumerated, and the mean gradient of the code
-is autograd's of an independent enumeration of the same objective in fp64; the unnormalised form has
-the gradient of the expected reward. TRL's GRPOTrainer computes the same loss on the same answers.
+Oracles: on a policy with seven answers, all groups are enumerated, and the mean gradient of the
+code is autograd's of an independent enumeration of the same objective in fp64; the unnormalised
+form has the gradient of the expected reward. TRL's GRPOTrainer computes the same loss on the same
+answers.
 """
 
 import itertools
@@ -123,7 +124,8 @@ def expected_loss(group: tuple, goal: ml.GRPO, new: Bigram, old: Bigram, base: B
 
 
 def probability(group: tuple, policy: Bigram) -> float:
-    return sum(sum(policy.logprobs(answer)) for answer in group).exp().item()  # type: ignore[union-attr] # not empty
+    log_p = [value for answer in group for value in policy.logprobs(answer)]
+    return torch.stack(log_p).sum().exp().item()
 
 
 def mean_gradients(goal: ml.GRPO, new: Bigram, old: Bigram) -> tuple[Tensor, Tensor]:
@@ -163,7 +165,7 @@ def test_only_the_unnormalised_form_has_the_gradient_of_the_expected_reward():
     policy = Bigram(seed=0)
     reward: Any = 0.0
     for answer, value in REWARDS.items():
-        reward = reward + sum(policy.logprobs(answer)).exp() * value  # type: ignore[union-attr] # not empty
+        reward = reward + torch.stack(policy.logprobs(answer)).sum().exp() * value
     (gradient,) = torch.autograd.grad(-reward, policy.table)
     biases = {}
     for flags in (

@@ -3,15 +3,12 @@
 Its bytes survive casts, copies and files, and backward keeps no dense weight.
 """
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from torch import nn
 
 from helpers.gguf_blocks import random_weight
+from helpers.quantized_layers import CASTS, copies
 from minilora.lora.config import LoRAConfig
 from minilora.lora.fused_linear import lora_linear, plain_lora_linear
 from minilora.lora.inject import inject
@@ -21,13 +18,6 @@ from minilora.quant.gguf_linear import GGUFLinear
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantized_linear import QuantizedLinear
 from minilora_kernels.gguf import FORMATS
-
-CASTS = [
-    nn.Module.half,
-    nn.Module.bfloat16,
-    lambda m: m.to(torch.bfloat16),
-    lambda m: m.to("cpu", torch.float16),
-]
 
 
 def kept(type_name="Q4_K", rows=48, seed=0, bias=True, heads=0) -> GGUFLinear:
@@ -142,22 +132,8 @@ def test_checkpoint_and_compile_agree():
 
 def test_copies_and_files_keep_every_byte():
     layer, x = kept(heads=6), torch.randn(5, 256)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = kept(seed=1, heads=6)
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    on_meta = kept(seed=1, heads=6).to("meta")
-    on_meta.load_state_dict(layer.state_dict(), assign=True)
-    emptied = kept(seed=1, heads=6).to("meta").to_empty(device="cpu")
-    emptied.load_state_dict(layer.state_dict())
-    for other in (
-        copy.deepcopy(layer),
-        pickle.loads(pickle.dumps(layer)),
-        loaded,
-        on_meta,
-        emptied,
-    ):
+    others = copies(layer, lambda: kept(seed=1, heads=6), lambda: kept(seed=1, heads=6).to("meta"))
+    for other in others:
         assert torch.equal(other(x), layer(x))
 
 

@@ -5,9 +5,7 @@ dict is bitsandbytes' and is read strictly.
 """
 
 import copy
-import io
 import json
-import pickle
 
 import pytest
 import torch
@@ -17,17 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.quantized_layers import CASTS, copies
 from minilora.lora.inject import inject
 from minilora.lora.layer import LoRALayer
 from minilora.quant.nf4_linear import NF4Linear
 from minilora.quant.quantize_model import quantize_model
-
-CASTS = [
-    nn.Module.half,
-    nn.Module.bfloat16,
-    lambda m: m.to(torch.bfloat16),
-    lambda m: m.to("cpu", torch.float16),
-]
 
 
 def quantized(out_features=96, in_features=128, **kwargs) -> NF4Linear:
@@ -208,24 +200,11 @@ def test_a_lora_layer_wraps_an_nf4_linear():
 
 def test_copies_and_files_keep_every_bit():
     layer, x = quantized(), torch.randn(5, 128)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = quantized()
-    loaded.load_state_dict(torch.load(buffer, weights_only=True))
-    on_meta = NF4Linear.from_linear(nn.Linear(128, 96, device="meta"))
-    on_meta.load_state_dict(layer.state_dict(), assign=True)
-    emptied = NF4Linear.from_linear(nn.Linear(128, 96, device="meta")).to_empty(device="cpu")
-    emptied.load_state_dict(layer.state_dict())
-    for other in (
-        copy.deepcopy(layer),
-        pickle.loads(pickle.dumps(layer)),
-        loaded,
-        on_meta,
-        emptied,
+    for other in copies(
+        layer, quantized, lambda: NF4Linear.from_linear(nn.Linear(128, 96, device="meta"))
     ):
         assert torch.equal(other(x), layer(x))
-    assert on_meta(x).device.type == "cpu"
+        assert other(x).device.type == "cpu"
 
 
 def test_quantize_model_takes_every_linear_but_the_output(tiny_llama_config):

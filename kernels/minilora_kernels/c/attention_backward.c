@@ -111,8 +111,8 @@ static void keys(const head *x, int64_t start, int64_t rows, int64_t d) {
   }
 }
 
-/* dq (B, heads, T, d), dk and dv (B, heads / G, T, d) from q, dy, k and v, which have their shapes. dk
-   and dv are contiguous. One thread computes all G query heads of a key head and adds them up. d is
+/* dq (B, heads, T, d), dk and dv (B, heads / G, T, d) from q, dy, k and v, which have their shapes.
+   dk and dv are contiguous. One thread computes all G query heads of a key head and adds them up. d is
    a multiple of COLUMNS. size: B, heads, T, d. memory: `threads` parts of `part` values, at least
    2 padded(T) d + 2 ROWS padded(T) + ROWS d each. */
 void attention_backward(const float *q, const float *k, const float *v, const float *dy, float *dq,

@@ -8,8 +8,9 @@
     x = (d s_g) q - (dmin m_g)        g = 0 … 7
 
 d and dmin are fp16, s_g and m_g numbers of 6 bits. Byte 32 p + j of q has the lower 4 bits of value
-j of group 2p in its low half, and of group 2p + 1 in its high half. In Q5_K, bit g of byte j of h is
-the fifth bit of value j of group g. The 12 bytes of scales hold, from the highest bit to the lowest:
+j of group 2p in its low half, and of group 2p + 1 in its high half. In Q5_K, bit g of byte j of h
+is the fifth bit of value j of group g. The 12 bytes of scales hold, from the highest bit to the
+lowest:
 
     bytes 0 …  3   s4 … s7, bits 5-4 | s0 … s3
     bytes 4 …  7   m4 … m7, bits 5-4 | m0 … m3

@@ -6,8 +6,8 @@ and k_proj in another order: within each head of d rows,
     row of the model        0   1   …   d/2 - 1   d/2   d/2 + 1   …   d - 1
     row of the file         0   2   …   d - 2     1     3         …   d - 1
 
-`heads` is the number of heads of such a matrix, and the rows are put in the model's order while they
-are dequantised. For every other matrix it is 0.
+`heads` is the number of heads of such a matrix, and the rows are put in the model's order while
+they are dequantised. For every other matrix it is 0.
 
 In a state dict a weight with the name "w" has two entries:
 

@@ -8,10 +8,11 @@ something else:
     router of experts               returns several tensors
     parametrised layer              weight_norm and spectral_norm compute W in every forward pass
 
-nn.Linear, QuantizedLinear and Conv1D of transformers are known. A layer with another forward is tried: it
-runs on three random inputs in fp32. Some classes, such as FalconLinear, compute W x + b in other
-words and pass. A layer that stores codes (FP8, int8, 4 bits) is not tried, because its forward
-reads scales that are unknown here. It can have an adapter, but no dense weight (dense_weight.py).
+nn.Linear, QuantizedLinear and Conv1D of transformers are known. A layer with another forward is
+tried: it runs on three random inputs in fp32. Some classes, such as FalconLinear, compute W x + b
+in other words and pass. A layer that stores codes (FP8, int8, 4 bits) is not tried, because its
+forward reads scales that are unknown here. It can have an adapter, but no dense weight
+(dense_weight.py).
 """
 
 import copy

@@ -88,8 +88,8 @@ def stored(model: CausalLM) -> dict[str, int]:
         model: A model, on the meta device or loaded.
 
     Returns:
-        Bytes by part: "packed" (codes; of a GGUF file with their scales), "scales", "dense" and "adapters" (trainable
-        parameters that are added to the base).
+        Bytes by part: "packed" (codes; of a GGUF file with their scales), "scales", "dense" and
+        "adapters" (trainable parameters that are added to the base).
     """
     sizes = {"packed": 0, "scales": 0, "dense": 0, "adapters": 0}
     configs = lora_configs(model)

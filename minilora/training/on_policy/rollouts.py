@@ -11,10 +11,10 @@ The bound of the difference. u is the unit roundoff of the dtype. The residual s
 after each of the two sublayers of L layers, in both computations: k = 4 L roundings. Their errors
 are independent, so the last hidden state has a relative error of sqrt(k) · u in a random direction,
 which changes a logit z by that part of the typical size of the logits, their standard deviation s:
-by sqrt(k) · u · s. log p = z − logsumexp(z) has the error of both: sqrt(2) times as much. The largest
-of N errors is sqrt(2 ln N) times their standard deviation. Then each logit is rounded to the dtype,
-and log p to fp32 (u₃₂), in both computations, at most by u · |z| and u₃₂ · |log p| for each of the two
-terms.
+by sqrt(k) · u · s. log p = z − logsumexp(z) has the error of both: sqrt(2) times as much. The
+largest of N errors is sqrt(2 ln N) times their standard deviation. Then each logit is rounded to
+the dtype, and log p to fp32 (u₃₂), in both computations, at most by u · |z| and u₃₂ · |log p| for
+each of the two terms.
 
     |log p_sampler − log p_old| ≤ sqrt(2) · sqrt(2 ln N) · sqrt(4 L) · u · s
                                   + 4 · u · max |z| + 4 · u₃₂ · max |log p|

@@ -15,11 +15,11 @@ factors:
                   The factor undoes the division of the average; it is 1 in a single process.
 
 Every micro-batch is divided by the N of the call, not by its own number of tokens. The gradients of
-the micro-batches therefore add up to g, and the split into micro-batches does not matter. Two things
-limit this: the sums are rounded in another order, and dropout draws other numbers.
+the micro-batches therefore add up to g, and the split into micro-batches does not matter. Two
+things limit this: the sums are rounded in another order, and dropout draws other numbers.
 
-In fp16 a third factor, the loss scale, multiplies L during the backward pass and is taken off before
-the update (training/precision.py).
+In fp16 a third factor, the loss scale, multiplies L during the backward pass and is taken off
+before the update (training/precision.py).
 """
 
 from contextlib import AbstractContextManager
