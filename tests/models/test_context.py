@@ -134,3 +134,15 @@ def test_a_recurrent_state_refuses_a_branch():
         context.extend([[1, 2, 3]])
         assert not context.can_forget
         context.branch_all(torch.tensor([[4]]), torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_a_recurrent_state_shares_no_beginning():
+    """It would read the padding between the shared tokens and the rest of a shorter row."""
+    model = oracle(**RECURRENT)
+    prompts = ragged(3, 9, common=11)
+    with inference(model):
+        context, size = shared_prefix(model, prompts)
+        logits = context.select([0, 0]).extend([prompt[size:] for prompt in prompts])
+        for prompt, found in zip(prompts, logits, strict=True):
+            alone = model(torch.tensor([prompt])).logits[0, -1]
+            torch.testing.assert_close(found, alone, rtol=0, atol=5e-5)

@@ -179,7 +179,7 @@ FULL_MATRIX = [
 ]
 FULL_MATRIX += [
     (kind, lora, False)
-    for kind in ("qwen3 window between", "smollm3", "gemma3")
+    for kind in ("qwen3 window between", "smollm3 window, untied, biases", "gemma3")
     for lora in ("full", "all")
 ]
 STEPS = with_slow(

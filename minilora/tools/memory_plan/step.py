@@ -198,19 +198,19 @@ def _walk(model: CausalLM, kinds: list[int], config: TrainConfig) -> _Measured:
 def _layer_kinds(model: CausalLM) -> list[int]:
     """Return the kind of each layer: the number of the first layer that takes the same memory.
 
-    The layer before must be of the same sort too, because its output is freed in this layer.
+    The layer before must be of the same sort too, because its output is freed in this layer. A
+    layer that does not rotate q and k takes as much memory as one that does.
     """
     trains_below = _is_trainable(model.get_input_embeddings())
     first: dict[Any, int] = {}
     kinds = []
     sort_before = -1
-    config = model.config
-    layers = zip(model.model.layers, config.layer_types, config.no_rope_layers, strict=True)
-    for number, (layer, layer_type, rotates) in enumerate(layers):
+    layers = zip(model.model.layers, model.config.layer_types, strict=True)
+    for number, (layer, layer_type) in enumerate(layers):
         parts = tuple(
             (name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()
         )
-        sort = first.setdefault((layer_type, rotates, trains_below, parts), number)
+        sort = first.setdefault((layer_type, trains_below, parts), number)
         kinds.append(first.setdefault((sort_before, sort), number))
         trains_below = trains_below or _is_trainable(layer)
         sort_before = sort
