@@ -72,13 +72,14 @@ class DataOptions:
             separator=self.separator,
         )
 
-    def load(self, dataset: str) -> Any:
+    def load(self, dataset: str, answers: bool = True) -> Any:
         """Return what `read` returns; raise ValueError for an unknown shape of the rows.
 
         So this error comes before a model is loaded.
 
         Args:
             dataset: a file, or a data set on the Hub.
+            answers: False also takes rows with a `prompt` alone, to which a model samples answers.
 
         Raises:
             ValueError: one of the first rows has no known shape, or an option does not fit the
@@ -86,10 +87,11 @@ class DataOptions:
         """
         loaded = self.read(dataset)
         sample = first_rows(loaded)
-        if not has_known_shape(sample):
+        if (answers or not sample[0].get("prompt")) and not has_known_shape(sample):
             raise unknown_shape(sample)
         for index, row in enumerate(islice(iterate_dataset(loaded), CHECKED)):
-            shape_of(row, index)
+            if answers or not row.get("prompt"):
+                shape_of(row, index)
         return loaded
 
     def words(self) -> list[str]:

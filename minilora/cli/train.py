@@ -1,7 +1,8 @@
 """The commands that train: train, sweep, check-training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from minilora.data.sources.hub_files import is_hub_dataset
 from minilora.lora.files.find import CONFIG_FILE
 from minilora.lora.files.source import split_source
 from minilora.losses import OBJECTIVES
+from minilora.losses.on_policy import OnPolicy
 from minilora.tools.check_training import check_training as measure_training
 from minilora.tools.sweep import sweep as search_options
 from minilora.tools.sweep import sweep_table
@@ -76,8 +78,9 @@ def train(
     ranks = process_on(torch.device("cpu"), train_config.fsdp)
     _check_output_dir(train_config, ranks.is_main)
     folder = _result_folder(adapter, train_config, ranks.is_main)
-    rows, held_out = _datasets(dataset, eval_dataset, data, test_size, train_config.seed)
-    rows = _mixture(rows, mix, mix_rows, data, train_config.seed)
+    load = partial(data.load, answers=not isinstance(goal, OnPolicy))
+    rows, held_out = _datasets(dataset, eval_dataset, load, test_size, train_config.seed)
+    rows = _mixture(rows, mix, mix_rows, load, train_config.seed)
     _check_cache(train_config, rows)
     held_out = _held_out(held_out, general)
     _check_base(model)
@@ -177,32 +180,36 @@ def _take_fields(config: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _datasets(
-    dataset: str, eval_dataset: str | None, data: DataOptions, test_size: float | None, seed: int
+    dataset: str,
+    eval_dataset: str | None,
+    load: Callable[[str], Any],
+    test_size: float | None,
+    seed: int,
 ) -> tuple[Any, Any]:
     """Return the rows to train on and the held-out rows, each a path or a list."""
     if test_size is None:
-        held_out = None if eval_dataset is None else data.load(eval_dataset)
-        return data.load(dataset), held_out
+        held_out = None if eval_dataset is None else load(eval_dataset)
+        return load(dataset), held_out
     if eval_dataset is not None:
         raise ValueError(
             "--test_size holds out a part of the dataset, and --eval_dataset names other held-out "
             "rows: leave one of them out."
         )
-    return ml.train_test_split(data.load(dataset), test=test_size, seed=seed)
+    return ml.train_test_split(load(dataset), test=test_size, seed=seed)
 
 
 def _mixture(
     dataset: Any,
     mix: Sequence[tuple[str, str]] | None,
     mix_rows: int | None,
-    data: DataOptions,
+    load: Callable[[str], Any],
     seed: int,
 ) -> Any:
     """Return the dataset, mixed with those of --mix."""
     if mix:
         parts = [(dataset, 1.0)]
         for path, weight in mix:
-            parts.append((data.load(path), float(weight)))
+            parts.append((load(path), float(weight)))
         return ml.mix_datasets(parts, mix_rows, seed)
     return dataset
 

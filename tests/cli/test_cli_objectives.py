@@ -4,6 +4,7 @@ They save the same weights as the function calls, every field of an objective is
 help text, and an option without an effect is refused.
 """
 
+import json
 import re
 from dataclasses import fields
 
@@ -130,7 +131,9 @@ def test_distill_loads_the_teacher_and_full_saves_the_model(place):
 def test_grpo_takes_its_reward_from_a_file_and_continues(place, capsys):
     rewards = place / "rewards.py"
     rewards.write_text("def length(prompt, answer, row):\n    return len(answer) % 7\n")
-    run = ["train", str(place / "model"), str(place / "pairs.jsonl"), "--dtype", "float32"]
+    prompts = place / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in PAIRS))
+    run = ["train", str(place / "model"), str(prompts), "--dtype", "float32"]
     run += ["--objective", "grpo", "--reward", f"{rewards}:length", "--num_generations", "4"]
     run += ["--max_completion_length", "5", "--loss_type", "dr_grpo", "--max_steps", "2"]
     run += ["--output_dir", str(place / "grpo"), "--save_steps", "1"]

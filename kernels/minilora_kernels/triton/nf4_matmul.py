@@ -46,9 +46,8 @@ from minilora_kernels.triton.launch import (
 from minilora_kernels.triton.nf4_dequantize import lookup, tables
 
 STEPS = 8  # chunks: a multiple of the step of every tile, and the smallest size of a part
-ENOUGH = (
-    2**15
-)  # rows, counted once for each part: 512 programs of 64 rows or 256 of 128, for the largest cards
+# rows, counted once for each part: 512 programs of 64 rows or 256 of 128, for the largest cards
+ENOUGH = 2**15
 
 
 @triton.jit
